@@ -1,0 +1,46 @@
+"""Fused optimizers: `torch.compile(opt.step, backend="npu_fused")`. See README.md for a tour."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from .errors import FuseError, GradientError, OptionError, PlatformError, RuleError, UnfusedError
+
+__version__ = "0.1.0"
+
+# name -> module: loaded when first used, so that importing this package needs torch alone and little time
+_LAZY = {
+    "rule": "rules",
+    "zeros": "rules",
+    "ones": "rules",
+    "total": "rules",
+    "Rule": "rules",
+    "Init": "rules",
+    "RuleOptimizer": "optimizer",
+    "npu_fused": "backend",
+    "CompileReport": "report",
+    "reports": "report",
+    "clear_reports": "report",
+    "clear_cache": "lowerings.cpu_build",
+}
+
+__all__ = [
+    "FuseError",
+    "GradientError",
+    "OptionError",
+    "PlatformError",
+    "RuleError",
+    "UnfusedError",
+    *_LAZY,
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "optim":
+        return importlib.import_module("optimizers")
+    if name in _LAZY:
+        value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

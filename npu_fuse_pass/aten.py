@@ -1,0 +1,333 @@
+"""What torch's pointwise operations compute, as expressions: one row per operation name.
+
+Names are those of ATen without overload and without the trailing underscore of in-place forms; `_foreach_x` means "x on
+every element" and needs no row. Roundings follow ATen's CPU kernels as measured (float32, torch 2.13): `add` with
+alpha, `lerp` and `addcmul` contain one fused multiply-add, `addcdiv` none; half precision computes one operation in
+float32 and rounds its result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .errors import Unsupported
+from .ir import HALF, Builder, Expr
+
+
+@dataclasses.dataclass(frozen=True)
+class Val:
+    """An expression with the dtype and shape that torch gives it. A 0-dim value of the scalar part has shape ().
+
+    `number`: a Python number that the graph is given or computes, not a 0-dim tensor.
+    """
+
+    expr: Expr
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    number: bool = False
+
+    @property
+    def dimmed(self) -> bool:
+        """Whether it decides result dtypes, as tensors with dimensions do in torch's promotion."""
+        return self.expr.tensor or self.shape != ()
+
+
+Row = Callable[..., Expr]
+ROWS: dict[str, Row] = {}
+
+
+def row(*names: str) -> Callable[[Row], Row]:
+    """Decorator: the row of these operations."""
+
+    def add(function: Row) -> Row:
+        ROWS.update(dict.fromkeys(names, function))
+        return function
+
+    return add
+
+
+def evaluate(b: Builder, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Val:
+    """Apply the pointwise operation `name` to values and numbers.
+
+    Raises:
+        Unsupported: no row, or tensors of different shapes or kinds meet.
+    """
+    if name not in ROWS:
+        raise Unsupported(name, "this operation has no place in a fused kernel")
+    vals = [a for a in (*args, *kwargs.values()) if isinstance(a, Val)]
+    dimmed = [v for v in vals if v.dimmed]
+    shape = _common_shape(name, dimmed)
+    dtype = _result_dtype(vals, dimmed)
+    work = torch.float32 if dtype in HALF else dtype
+
+    def given(x: Any, place: int | str) -> Any:
+        # in half precision ATen rounds numbers and 0-dim tensors to the half dtype first, with some exceptions
+        narrow = dtype in HALF and bool(dimmed) and not _in_float(name, place, x)
+        if isinstance(x, Val):
+            if x.expr.tensor and x.dtype.is_floating_point:
+                return b.cast(x.expr, work)
+            if narrow and not x.expr.tensor and x.expr.dtype != torch.bool:
+                return b.cast(b.cast(x.expr, dtype), torch.float64)
+            return x.expr
+        if isinstance(x, (int, float)) and not isinstance(x, bool):
+            return b.const(float(torch.tensor(x, dtype=dtype)) if narrow else x)
+        return x
+
+    if dtype in HALF and dimmed and name in _NOT_IN_HALF:
+        raise Unsupported(name, "rounds its intermediate results in half precision")
+    result = ROWS[name](b, *map(given, args, range(len(args))), **{k: given(v, k) for k, v in kwargs.items()})
+    if result.dtype == torch.bool:
+        return Val(result, torch.bool, shape)
+    if vals and all(v.number for v in vals):
+        return Val(result, torch.float64, (), number=True)
+    if not dimmed and dtype in HALF:
+        return Val(b.cast(b.cast(result, dtype), torch.float64), dtype, shape)
+    return Val(b.cast(result, dtype) if dimmed else result, dtype, shape)
+
+
+def _in_float(name: str, place: int | str, x: Any) -> bool:
+    """Whether ATen's kernels for half precision take this number or 0-dim tensor in float32."""
+    number = not isinstance(x, Val) or x.number
+    if name in ("mul", "multiply", "div", "divide", "true_divide"):
+        return number or place == 1
+    return name == "fma" or (number and name in ("addcmul", "addcdiv", "lerp"))
+
+
+_NOT_IN_HALF = {"floor_divide", "floordiv"}
+
+
+def _common_shape(name: str, dimmed: list[Val]) -> tuple[int, ...]:
+    shapes = {v.shape for v in dimmed}
+    if len(shapes) > 1:
+        raise Unsupported(
+            name, f"broadcasts tensors of shapes {sorted(shapes)}; equal shapes and 0-dim tensors can fuse"
+        )
+    return next(iter(shapes)) if shapes else ()
+
+
+def _result_dtype(vals: list[Val], dimmed: list[Val]) -> torch.dtype:
+    """Tensors with dimensions decide, then 0-dim ones, then numbers."""
+    for deciding in (dimmed, [v for v in vals if not v.number]):
+        dtypes = [v.dtype for v in deciding if v.dtype.is_floating_point]
+        if dtypes:
+            return functools.reduce(torch.promote_types, dtypes)
+    return torch.get_default_dtype() if dimmed else torch.float64
+
+
+# Pointwise -----------------------------------------------------------------------------------------------------------
+
+_UNARY = [
+    "neg",
+    "abs",
+    "sqrt",
+    "rsqrt",
+    "reciprocal",
+    "exp",
+    "exp2",
+    "expm1",
+    "log",
+    "log2",
+    "log10",
+    "log1p",
+    "sin",
+    "cos",
+    "tan",
+    "asin",
+    "acos",
+    "atan",
+    "sinh",
+    "cosh",
+    "tanh",
+    "asinh",
+    "acosh",
+    "atanh",
+    "erf",
+    "erfc",
+    "floor",
+    "ceil",
+    "trunc",
+    "round",
+    "sign",
+    "isnan",
+    "isinf",
+    "isfinite",
+]
+_BINARY = [
+    "maximum",
+    "minimum",
+    "fmax",
+    "fmin",
+    "atan2",
+    "copysign",
+    "hypot",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "eq",
+    "ne",
+    "fmod",
+]
+
+
+def _plain(name: str) -> Row:
+    def apply(b: Builder, *args: Expr) -> Expr:
+        return b.op(name, *args)
+
+    return apply
+
+
+ROWS.update({name: _plain(name) for name in (*_UNARY, *_BINARY)})
+ROWS.update(
+    {
+        "absolute": ROWS["abs"],
+        "negative": ROWS["neg"],
+        "clamp_min": ROWS["maximum"],
+        "clamp_max": ROWS["minimum"],
+    }
+)
+ROWS.update({"arctan": ROWS["atan"], "less": ROWS["lt"], "greater": ROWS["gt"], "not_equal": ROWS["ne"]})
+ROWS.update({f"logical_{n}": _plain(n) for n in ("and", "or", "xor", "not")})
+ROWS.update({f"bitwise_{n}": _plain(n) for n in ("and", "or", "xor", "not")})
+ROWS.update({"less_equal": ROWS["le"], "greater_equal": ROWS["ge"], "max.other": ROWS["maximum"]})
+
+
+def _is(x: object, value: float) -> bool:
+    """Whether an argument is literally this number (a default that was left alone or written out)."""
+    return (isinstance(x, Expr) and x.op == "const" and x.value == value) or (x is not None and x == value)
+
+
+@row("add")
+def _add(b: Builder, x: Expr, y: Expr, alpha: Any = 1) -> Expr:
+    return b.op("add", x, y) if _is(alpha, 1) else b.op("fma", y, alpha, x)
+
+
+@row("sub", "subtract")
+def _sub(b: Builder, x: Expr, y: Expr, alpha: Any = 1) -> Expr:
+    return b.op("sub", x, y) if _is(alpha, 1) else b.op("fma", y, b.op("neg", alpha), x)
+
+
+@row("rsub")
+def _rsub(b: Builder, x: Expr, y: Expr, alpha: Any = 1) -> Expr:
+    return _sub(b, y, x, alpha)
+
+
+@row("mul", "multiply")
+def _mul(b: Builder, x: Expr, y: Expr) -> Expr:
+    return b.op("mul", x, y)
+
+
+@row("div", "divide", "true_divide")
+def _div(b: Builder, x: Expr, y: Expr) -> Expr:
+    return b.op("div", x, y)
+
+
+@row("floor_divide", "floordiv")
+def _floor_divide(b: Builder, x: Expr, y: Expr) -> Expr:
+    """As ATen: from the remainder, so that 1.0 // 0.1 is 9."""
+    zero, one = b.const(0), b.const(1)
+    rest = b.op("fmod", x, y)
+    quotient = b.op("div", b.op("sub", x, rest), y)
+    signs_differ = b.op("and", b.op("ne", rest, zero), b.op("ne", b.op("lt", y, zero), b.op("lt", rest, zero)))
+    quotient = b.op("where", signs_differ, b.op("sub", quotient, one), quotient)
+    down = b.op("floor", quotient)
+    down = b.op("where", b.op("gt", b.op("sub", quotient, down), b.const(0.5)), b.op("add", down, one), down)
+    down = b.op("where", b.op("eq", quotient, zero), b.op("copysign", zero, b.op("div", x, y)), down)
+    return b.op("where", b.op("eq", y, zero), b.op("div", x, y), down)
+
+
+@row("remainder")
+def _remainder(b: Builder, x: Expr, y: Expr) -> Expr:
+    r = b.op("fmod", x, y)
+    zero = b.const(0)
+    wrong = b.op("and", b.op("ne", r, zero), b.op("ne", b.op("lt", r, zero), b.op("lt", y, zero)))
+    return b.op("where", wrong, b.op("add", r, y), r)
+
+
+@row("fma")
+def _fma(b: Builder, x: Expr, y: Expr, z: Expr) -> Expr:
+    return b.op("fma", x, y, z)
+
+
+@row("addcmul")
+def _addcmul(b: Builder, x: Expr, y: Expr, z: Expr, value: Any = 1) -> Expr:
+    return b.op("fma", y if _is(value, 1) else b.op("mul", value, y), z, x)
+
+
+@row("addcdiv")
+def _addcdiv(b: Builder, x: Expr, y: Expr, z: Expr, value: Any = 1) -> Expr:
+    return b.op("add", x, b.op("div", y if _is(value, 1) else b.op("mul", value, y), z))
+
+
+@row("lerp")
+def _lerp(b: Builder, start: Expr, end: Expr, weight: Any) -> Expr:
+    distance = b.op("sub", end, start)
+    number = weight.value if weight.op == "const" else None
+    if (not weight.tensor and number is None) or (number is not None and abs(number) >= 0.5):
+        weight = b.cast(b.cast(weight, distance.dtype), torch.float64)  # 1 - weight is taken from the rounded weight
+    low = b.op("fma", weight, distance, start)
+    high = b.op("fma", b.op("neg", distance), b.op("sub", b.const(1), weight), end)
+    if number is not None:
+        return low if abs(number) < 0.5 else high
+    return b.op("where", b.op("lt", b.op("abs", weight), b.const(0.5)), low, high)
+
+
+# exponents that ATen's pow computes without std::pow
+_POWERS: dict[float, Callable[[Builder, Expr], Expr]] = {
+    0.5: lambda b, x: b.op("sqrt", x),
+    1.0: lambda b, x: x,
+    2.0: lambda b, x: b.op("mul", x, x),
+    3.0: lambda b, x: b.op("mul", b.op("mul", x, x), x),
+    -0.5: lambda b, x: b.op("rsqrt", x),
+    -1.0: lambda b, x: b.op("reciprocal", x),
+    -2.0: lambda b, x: b.op("reciprocal", b.op("mul", x, x)),
+}
+
+
+@row("pow")
+def _pow(b: Builder, x: Expr, y: Expr) -> Expr:
+    if y.op == "const" and isinstance(y.value, float) and y.value in _POWERS:
+        return _POWERS[y.value](b, x)
+    return b.op("pow", x, y)
+
+
+@row("square")
+def _square(b: Builder, x: Expr) -> Expr:
+    return b.op("mul", x, x)
+
+
+@row("clamp", "clip")
+def _clamp(b: Builder, x: Expr, min: Expr | None = None, max: Expr | None = None) -> Expr:
+    low = x if min is None else b.op("maximum", x, min)
+    return low if max is None else b.op("minimum", low, max)
+
+
+@row("where")
+def _where(b: Builder, condition: Expr, x: Expr, y: Expr) -> Expr:
+    return b.op("where", condition, x, y)
+
+
+@row("sym_max")
+def _sym_max(b: Builder, x: Expr, y: Expr) -> Expr:
+    """Python's max of two numbers: the first one where they do not compare."""
+    return b.op("where", b.op("gt", y, x), y, x)
+
+
+@row("sym_min")
+def _sym_min(b: Builder, x: Expr, y: Expr) -> Expr:
+    return b.op("where", b.op("lt", y, x), y, x)
+
+
+@row("sigmoid")
+def _sigmoid(b: Builder, x: Expr) -> Expr:
+    return b.op("reciprocal", b.op("add", b.const(1), b.op("exp", b.op("neg", x))))
+
+
+@row("relu")
+def _relu(b: Builder, x: Expr) -> Expr:
+    return b.op("maximum", x, b.const(0))

@@ -1,0 +1,40 @@
+"""Every error that this package raises on purpose, one class each."""
+
+from __future__ import annotations
+
+
+class FuseError(Exception):
+    """Base of all errors of npu_fuse_pass."""
+
+
+class RuleError(FuseError, ValueError):
+    """An update rule is declared or written in a way that cannot work; the message says what to write instead."""
+
+
+class OptionError(FuseError, ValueError):
+    """An option has an unknown name or a value outside what is allowed."""
+
+
+class UnfusedError(FuseError, RuntimeError):
+    """`strict=True` and something was left unfused; the message lists all of it."""
+
+
+class PlatformError(FuseError, RuntimeError):
+    """The platform that was asked for cannot be used here; the message names what to install."""
+
+
+class GradientError(FuseError, RuntimeError):
+    """A gradient is of a kind that no update rule takes (sparse, complex, another shape or device)."""
+
+
+class Mismatch(FuseError):  # noqa: N818 - raised by kernels for their caller, not for the user
+    """The tensors of this call are not what the kernels were made for; nothing was changed."""
+
+
+class Unsupported(FuseError):  # noqa: N818 - a value that stages pass on, not an accident
+    """This part of a graph cannot become part of a fused kernel. Carried into the report, never to the user."""
+
+    def __init__(self, op: str, reason: str) -> None:
+        super().__init__(f"{op}: {reason}")
+        self.op = op
+        self.reason = reason

@@ -1,0 +1,361 @@
+"""Symbolic interpretation of FX graphs: every tensor is a cell that holds its current value as an expression.
+
+An in-place operation gives its cell another value; cells of leaves that were written are the roots of the updates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .aten import ROWS, Val, evaluate
+from .aten_shaped import SHAPED
+from .errors import Unsupported
+from .ir import DTYPE_NAMES, Builder, Call, Expr, Leaf, LeafRef, postorder
+
+_OPERATORS: dict[Callable[..., Any], str] = {
+    operator.iadd: "add_",
+    operator.isub: "sub_",
+    operator.imul: "mul_",
+    operator.itruediv: "div_",
+    operator.ipow: "pow_",
+    operator.truediv: "div",
+    operator.floordiv: "floor_divide",
+    operator.mod: "remainder",
+    operator.and_: "bitwise_and",
+    operator.or_: "bitwise_or",
+    operator.invert: "bitwise_not",
+}
+_ARITHMETIC = {f for f in vars(operator).values() if callable(f)} | {math.sqrt, math.pow, max, min, float, int, abs}
+_ALIASES = {"detach", "alias", "_get_data_attr", "to", "type_as", "float", "double", "half", "bfloat16", "lift_fresh"}
+_METADATA = {"size", "stride", "dim", "numel", "sym_size", "sym_numel", "is_floating_point", "is_complex"}
+
+
+class Recorded(Exception):  # noqa: N818 - a finding about a graph, not an error
+    """Autograd records an operation of the graph: it is part of a forward pass, and no update."""
+
+
+class Cell:
+    """A tensor while the graph is interpreted: its current value, and the leaf it is stored in, if any."""
+
+    __slots__ = ("base", "leaf", "stale", "val")
+
+    def __init__(self, val: Val, leaf: int | None = None, base: tuple[Cell, Val] | None = None) -> None:
+        self.val = val
+        self.leaf = leaf
+        self.base = base  # of a view: the tensor it looks at, and that one's value then
+        self.stale = False  # a view of it was written
+
+    def read(self) -> Val:
+        """The current value.
+
+        Raises:
+            Unsupported: it is a view of something that was written since; writes come after all original operations.
+        """
+        if self.stale or (self.base is not None and self.base[0].read() is not self.base[1]):
+            raise Unsupported("view", "reads through a view what was written in place")
+        return self.val
+
+
+@dataclasses.dataclass
+class Level:
+    """What original operations of one level read, and the operations."""
+
+    writes: dict[int, Cell] = dataclasses.field(default_factory=dict)
+    calls: list[Call] = dataclasses.field(default_factory=list)
+
+
+class Interpreter:
+    """Interprets graph nodes over cells. `written` lists leaves in the order of their first write."""
+
+    def __init__(self, keeps: bool = True) -> None:
+        """`keeps`: operations that have no row stay as they are instead of being refused."""
+        self.keeps = keeps
+        self.builder = Builder()
+        self.leaves: list[Leaf] = []
+        self.written: dict[int, Cell] = {}
+        self.stages: list[Level] = []
+        self.kept: dict[tuple[str, str], None] = {}
+        self.grad_enabled = False  # at the point that is being interpreted
+        self._levels: dict[int, int] = {}
+        self._temporaries: dict[tuple[int, torch.dtype], int] = {}
+
+    def add_leaf(self, leaf: Leaf, tensor: bool) -> Cell:
+        expr = self.builder.leaf(len(self.leaves), leaf.dtype, tensor)
+        cell = Cell(Val(expr, leaf.dtype, leaf.shape), len(self.leaves))
+        self.leaves.append(leaf)
+        return cell
+
+    def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One operation; returns a cell, or a list of cells for `_foreach_` operations."""
+        if name.startswith("_foreach_"):
+            return self._foreach(name.removeprefix("_foreach_"), args, kwargs)
+        out = kwargs.pop("out", None)
+        if out is not None:
+            return self._call_out(out, name, args, kwargs)
+        in_place = name.endswith("_") and not name.endswith("__")
+        name = name.removesuffix("_") if in_place else name
+        values = tuple(_value(a) for a in args)
+        result = self._evaluate(name, values, {k: _value(v) for k, v in kwargs.items()})
+        if name in _ALIASES and result == args[0].val:
+            return args[0]  # torch returns the tensor itself: what is written through it reaches the leaf
+        if not in_place:
+            return Cell(result)
+        self._write(args[0], name, result)
+        return args[0]
+
+    def _call_out(self, out: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cell:
+        result = self._evaluate(name, tuple(map(_value, args)), {k: _value(v) for k, v in kwargs.items()})
+        if not isinstance(out, Cell) or result.shape != out.val.shape:
+            raise Unsupported(name, "writes to an `out` of another shape")
+        self._write(out, name, result)
+        return out
+
+    def _evaluate(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Val:
+        if name in ("copy", "fill", "zero"):  # overwrite: the old value only gives dtype and shape
+            kwargs.pop("non_blocking", None)
+            source = args[1] if len(args) > 1 else kwargs.get("value", 0)
+            if isinstance(source, Val) and source.dimmed and source.shape != args[0].shape:
+                raise Unsupported(name, f"broadcasts {source.shape} to {args[0].shape}")
+            return source if isinstance(source, Val) else SHAPED["full_like"](self.builder, args[0], source)
+        try:
+            if name in SHAPED:
+                return SHAPED[name](self.builder, *args, **kwargs)
+            return evaluate(self.builder, name, args, kwargs)
+        except TypeError as e:
+            raise Unsupported(name, f"is called in a form that is not known: {e}") from e
+
+    def overwrite(self, cell: Cell, name: str, result: Any) -> None:
+        """What an original operation gave takes the place of a tensor's value."""
+        if not isinstance(result, Cell) or (result.val.shape, result.val.dtype) != (cell.val.shape, cell.val.dtype):
+            raise Unsupported(name, "writes in place what has another shape or dtype")
+        self._write(cell, name, result.val)
+
+    def keep(
+        self,
+        node: fx.Node,
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        reason: str,
+        target: Callable[..., Any] | str | None = None,
+    ) -> Any:
+        """Leave an operation as it is: what it reads becomes a temporary, what it gives a leaf.
+
+        Raises:
+            Unsupported: what the operation gives is not known.
+        """
+        meta = _meta(node)
+        fakes: list[Any] = list(meta) if isinstance(meta, (list, tuple)) else [meta]
+        if not all(isinstance(fake, Tensor) for fake in fakes):
+            raise Unsupported(name, reason)
+        cells = [a for a in flatten((args, *kwargs.values())) if isinstance(a, Cell)]
+        level = max((self._level(a.read().expr) for a in cells), default=0)
+        while len(self.stages) <= level:
+            self.stages.append(Level())
+        given: Any = fx.node.map_aggregate(
+            (args, kwargs), lambda a: self._reference(a, level) if isinstance(a, Cell) else a
+        )
+        bases = {_storage(_meta(n)): c for n, c in zip(node.args, args, strict=True) if isinstance(n, fx.Node)}
+        first = len(self.leaves)
+        made = [self._result(name, fake, level, bases.get(_storage(fake))) for fake in fakes]
+        several = isinstance(meta, (list, tuple))
+        results = list(range(first, len(self.leaves)))
+        self.stages[level].calls.append(Call(target or node.target, given[0], given[1], results, several))
+        self.kept[name, reason] = None
+        return made if several else made[0]
+
+    def _result(self, name: str, fake: Any, level: int, base: Any) -> Cell:
+        if fake.dtype not in DTYPE_NAMES:
+            raise Unsupported(name, f"gives {fake.dtype}, which no kernel reads")
+        place = f"{name}_{len(self.leaves)}"
+        leaf = Leaf("result", place, dtype=fake.dtype, shape=tuple(map(int, fake.shape)), device=fake.device)
+        val = self.add_leaf(leaf, fake.ndim > 0).val
+        self._levels[id(val.expr)] = level + 1
+        return Cell(val, None, (base, base.val) if isinstance(base, Cell) else None)
+
+    def _level(self, root: Expr) -> int:
+        """How many stages have to run before an expression can be evaluated."""
+        for e in postorder([root]):
+            if id(e) not in self._levels:
+                self._levels[id(e)] = max((self._levels[id(a)] for a in e.args), default=0)
+        return self._levels[id(root)]
+
+    def _reference(self, cell: Cell, level: int) -> LeafRef:
+        """A leaf that holds a cell's current value when stage `level` runs its calls."""
+        val = cell.read()
+        if val.expr.op == "leaf" and (val.expr.tensor or val.shape == ()):
+            assert isinstance(val.expr.value, int)
+            return LeafRef(val.expr.value)
+        if val.dtype == torch.bool and not val.shape:
+            raise Unsupported("bool", "a 0-dim bool that an original operation reads")
+        key = (id(val.expr), val.dtype)
+        if key not in self._temporaries:
+            self._temporaries[key] = len(self.leaves)
+            device = next((leaf.device for leaf in self.leaves if leaf.shape), torch.device("cpu"))
+            leaf = Leaf("temporary", f"t{len(self.leaves)}", dtype=val.dtype, shape=val.shape, device=device)
+            self.leaves.append(leaf)
+            self.stages[level].writes[self._temporaries[key]] = Cell(val, self._temporaries[key])
+        return LeafRef(self._temporaries[key])
+
+    def _write(self, cell: Cell, name: str, result: Val) -> None:
+        self._leave_base(cell, name)
+        if result.dimmed and not cell.val.dimmed:
+            raise Unsupported(name, "writes a tensor into a 0-dim one")
+        if result.shape not in ((), cell.val.shape):
+            raise Unsupported(name, f"writes shape {result.shape} into {cell.val.shape}")
+        if cell.val.dimmed:
+            expr = self.builder.cast(result.expr, cell.val.dtype)
+            cell.val = Val(expr, cell.val.dtype, cell.val.shape)
+        else:
+            cell.val = Val(result.expr, cell.val.dtype, ())
+        if cell.leaf is not None:
+            self.written[cell.leaf] = cell
+
+    def _leave_base(self, cell: Cell, name: str) -> None:
+        """A view that is written: fine where nothing reads what it looked at any more."""
+        base = cell.base[0] if cell.base is not None else None
+        while base is not None:
+            if base.leaf is not None:
+                raise Unsupported(name, "writes in place through a view")
+            base.stale = True
+            base = base.base[0] if base.base is not None else None
+        cell.base = None
+
+    def _foreach(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Cell]:
+        lists = [a for a in (*args, *kwargs.values()) if isinstance(a, (list, tuple))]
+        count = len(lists[0])
+        if any(len(x) != count for x in lists):
+            raise Unsupported(f"_foreach_{name}", "lists of different lengths")
+
+        def pick(x: Any, i: int) -> Any:
+            return x[i] if isinstance(x, (list, tuple)) else x
+
+        return [
+            self.call(name, tuple(pick(a, i) for a in args), {k: pick(v, i) for k, v in kwargs.items()})
+            for i in range(count)
+        ]
+
+
+def _value(x: Any) -> Any:
+    return x.read() if isinstance(x, Cell) else x
+
+
+def operation_name(node: fx.Node) -> str:
+    """The ATen-like name of what a node calls."""
+    target = node.target
+    if isinstance(target, str):
+        return target.removeprefix("__r").strip("_") if target.startswith("__") else target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.split("::")[1]
+    return _OPERATORS.get(target, getattr(target, "__name__", str(target)))
+
+
+def is_known(name: str) -> bool:
+    """Whether an operation has a row."""
+    plain = name.removeprefix("_foreach_").removesuffix("_")
+    return plain in ROWS or plain in SHAPED or plain in ("copy", "fill", "zero", "getitem")
+
+
+def run_graph(interpreter: Interpreter, graph: fx.Graph, inputs: Sequence[Any], attribute: Callable[[str], Any]) -> Any:
+    """Interpret a graph on cells; returns what its output node returns.
+
+    Raises:
+        Unsupported: at the first operation that cannot be expressed.
+    """
+    env: dict[fx.Node, Any] = {}
+    given = iter(inputs)
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            env[node] = next(given)
+        elif operation_name(node) == "_set_grad_enabled":
+            interpreter.grad_enabled = bool(node.args[0])
+        elif node.op == "get_attr":
+            env[node] = attribute(str(node.target))
+        elif node.op == "output":
+            return fx.node.map_arg(node.args[0], env.__getitem__)
+        else:
+            args = fx.node.map_aggregate(node.args, lambda x: env[x] if isinstance(x, fx.Node) else x)
+            kwargs = fx.node.map_aggregate(node.kwargs, lambda x: env[x] if isinstance(x, fx.Node) else x)
+            env[node] = _call_node(interpreter, node, args, dict(kwargs))
+            _verify(node, env[node])
+    return None
+
+
+def _call_node(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    name = operation_name(node)
+    if node.target is operator.getitem and not isinstance(args[0], Cell):
+        return args[0][args[1]]
+    on_numbers = not any(isinstance(a, Cell) for a in flatten((*args, *kwargs.values())))
+    if on_numbers and node.target in _ARITHMETIC:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    if interpreter.grad_enabled and any(isinstance(m, Tensor) and m.requires_grad for m in flatten([_meta(node)])):
+        raise Recorded
+    if name in _METADATA:
+        raise Unsupported(name, "reads the size of a tensor")
+    try:
+        return interpreter.call(name, args, kwargs)
+    except Unsupported as e:
+        if not interpreter.keeps:
+            raise
+        if not _mutates(node, name):
+            return interpreter.keep(node, name, args, kwargs, e.reason)
+        twin = _functional_twin(node.target)
+        if twin is None or not args or not isinstance(args[0], Cell):
+            raise
+        interpreter.overwrite(args[0], name, interpreter.keep(node, name, args, kwargs, e.reason, twin))
+        return args[0]
+
+
+def _functional_twin(target: Any) -> Callable[..., Any] | str | None:
+    """The operation that computes the same without writing in place."""
+    if isinstance(target, str) and target.endswith("_") and not target.startswith("_"):
+        return target.removesuffix("_")
+    name = getattr(target, "__name__", "")
+    return getattr(torch, name.removesuffix("_"), None) if name.endswith("_") and hasattr(torch, name) else None
+
+
+def _meta(node: Any) -> Any:
+    """What torch's own shape propagation recorded for a node: fake tensors, which alias as the real ones do."""
+    return node.meta.get("val", node.meta.get("example_value")) if isinstance(node, fx.Node) else None
+
+
+def _storage(fake: Any) -> int | None:
+    return fake.untyped_storage()._cdata if isinstance(fake, Tensor) else None
+
+
+def _mutates(node: fx.Node, name: str) -> bool:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return bool(node.target._schema.is_mutable)
+    return (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("out") is not None
+
+
+def flatten(values: Sequence[Any]) -> Iterator[Any]:
+    """The entries of nested lists and tuples."""
+    for v in values:
+        if isinstance(v, (list, tuple)):
+            yield from flatten(v)
+        else:
+            yield v
+
+
+def _verify(node: fx.Node, result: Any) -> None:
+    """What was inferred must be what torch's own shape propagation recorded."""
+    meta = _meta(node)
+    pairs = (
+        zip(result, meta, strict=False)
+        if isinstance(result, list) and isinstance(meta, (list, tuple))
+        else [(result, meta)]
+    )
+    for cell, fake in pairs:
+        if not (isinstance(cell, Cell) and isinstance(fake, Tensor) and cell.val.dimmed):
+            continue
+        if (tuple(map(int, fake.shape)), fake.dtype) != (cell.val.shape, cell.val.dtype):
+            understood = f"understood as {cell.val.dtype} {cell.val.shape}"
+            raise Unsupported(operation_name(node), f"gives {fake.dtype} {tuple(fake.shape)}, {understood}")

@@ -1,0 +1,1 @@
+"""Lowerings: how a rewritten step runs on a platform."""

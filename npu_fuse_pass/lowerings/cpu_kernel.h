@@ -1,0 +1,84 @@
+// What every generated kernel starts with: its arguments, half precision, and torch's rules for NaN.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+struct Args {
+  int64_t members, chunks, threads, grain;
+  const int64_t* numel;
+  const uint8_t* active;         // per member: has a gradient at this step
+  char* const* tensors;          // [tensor slot][member]
+  char* const* scalars;          // [scalar slot][member]
+  const uint8_t* tags;           // [scalar slot][member]: dtype of the scalar, see load
+  const int32_t* chunk_member;
+  const int64_t* chunk_start;
+  const int64_t* first_chunk;    // [members + 1]
+  double* scratch;               // [member][SCRATCH]
+  double* partial;               // [chunk][PARTIAL]
+  double* contributions;         // [contribution][member]
+};
+
+struct bfloat { uint16_t bits; };
+static inline float widen(bfloat x) { uint32_t u = uint32_t(x.bits) << 16; float f; memcpy(&f, &u, 4); return f; }
+static inline bfloat narrow_bfloat(float f) {
+  uint32_t u; memcpy(&u, &f, 4);
+  uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;  // to nearest, ties to even
+  return {uint16_t(f != f ? 0x7fc0 : rounded)};
+}
+typedef _Float16 half;
+static inline float widen(half x) { return float(x); }
+static inline half narrow_half(float f) { return half(f); }
+static inline float widen(float x) { return x; }
+static inline double widen(double x) { return x; }
+static inline bool widen(bool x) { return x; }
+
+// dtype tags: 0 float64, 1 float32, 2 float16, 3 bfloat16, 4 int64, 5 int32, 6 bool
+static inline double load(const Args& a, int64_t slot, int64_t m) {
+  const char* p = a.scalars[slot * a.members + m];
+  switch (a.tags[slot * a.members + m]) {
+    case 0: return *(const double*)p;
+    case 1: return *(const float*)p;
+    case 2: return widen(*(const half*)p);
+    case 3: return widen(*(const bfloat*)p);
+    case 4: return double(*(const int64_t*)p);
+    case 5: return *(const int32_t*)p;
+    default: return *(const bool*)p;
+  }
+}
+static inline void store(const Args& a, int64_t slot, int64_t m, double x) {
+  char* p = a.scalars[slot * a.members + m];
+  switch (a.tags[slot * a.members + m]) {
+    case 0: *(double*)p = x; break;
+    case 1: *(float*)p = float(x); break;
+    case 2: *(half*)p = narrow_half(float(x)); break;
+    case 3: *(bfloat*)p = narrow_bfloat(float(x)); break;
+    case 4: *(int64_t*)p = int64_t(x); break;
+    case 5: *(int32_t*)p = int32_t(x); break;
+    default: *(bool*)p = x != 0;
+  }
+}
+template <class T> static inline T sign(T x) { return T((x > 0) - (x < 0)); }
+template <class T> static inline T maximum(T a, T b) { return (a > b || a != a) ? a : b; }  // NaN wins, as in torch
+template <class T> static inline T minimum(T a, T b) { return (a < b || a != a) ? a : b; }
+
+// sum += value, and what the rounding of that loses goes to rest (Knuth's TwoSum; needs -ffp-contract=off)
+static inline void add_exact(double& sum, double& rest, double value) {
+  const double t = sum + value, z = t - sum;
+  rest += (sum - (t - z)) + (value - z);
+  sum = t;
+}
+
+// The first of n blocks of memory that overlaps one of m disjoint intervals, sorted by their starts; -1 if none does.
+extern "C" int64_t find_overlap(
+    const int64_t* begin, const int64_t* bytes, int64_t n, const int64_t* starts, const int64_t* ends, int64_t m) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (!bytes[i]) continue;
+    int64_t low = 0, high = m;  // the number of intervals that start before this block ends
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (starts[middle] < begin[i] + bytes[i]) low = middle + 1; else high = middle;
+    }
+    if (low && ends[low - 1] > begin[i]) return i;
+  }
+  return -1;
+}

@@ -1,0 +1,296 @@
+"""One CPU kernel at run time: tables of pointers, read anew at every call, and the checks that make them safe."""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import Mismatch
+from ..ir import Group, Leaf
+from . import cpu_build
+from .cpu_codegen import CHUNK, generate
+from .memory import in_order, memory_order
+
+_TAGS = {
+    torch.float64: 0,
+    torch.float32: 1,
+    torch.float16: 2,
+    torch.bfloat16: 3,
+    torch.int64: 4,
+    torch.int32: 5,
+    torch.bool: 6,
+}
+_SERIAL = 32768  # elements below which waking other threads costs more than it saves
+_GRAIN = 32768  # elements that a thread takes at once
+
+Values = list[Tensor | None]
+
+
+class Args(ctypes.Structure):
+    """Mirrors `struct Args` of the generated source."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("members", "chunks", "threads", "grain")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in [
+                "numel",
+                "active",
+                "tensors",
+                "scalars",
+                "tags",
+                "chunk_member",
+                "chunk_start",
+                "first_chunk",
+                "scratch",
+                "partial",
+                "contributions",
+            ]
+        ),
+    ]
+
+
+class Kernel:
+    """One group: its functions, its tables, and the tensors of the current call."""
+
+    def __init__(self, group: Group, leaves: Sequence[Leaf], own: dict[int, int], snapshots: dict[int, int]) -> None:
+        source = generate(group.name, group.formula)
+        library = cpu_build.load(source.text)
+        functions = [getattr(library, name) for name in source.stages]
+        for f in functions:
+            f.argtypes, f.restype = [ctypes.POINTER(Args)], None
+        self.group = group
+        self.source = source
+        self.update = functions[-1]
+        self.contribute = functions[0] if len(functions) > 1 else None
+        formula, members = group.formula, group.members
+        self._n = len(members)
+        self._leaves = leaves
+        self._find_overlap = library.find_overlap
+        self._find_overlap.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64] * 2
+        self._find_overlap.restype = ctypes.c_int64
+        self._numels = [_numel(leaves, formula.tensor_slots, m) for m in members]
+        self._tensors = array.array("q", [0]) * max(1, self._n * len(formula.tensor_slots))
+        self._scalars = array.array("q", [0]) * max(1, self._n * len(formula.scalar_slots))
+        self._tags = array.array("B", [0]) * max(1, self._n * len(formula.scalar_slots))
+        self._columns = [_Column(rank, slot, group, leaves) for rank, slot in enumerate(formula.tensor_slots)]
+        self._scalar_columns = [_Column(rank, slot, group, leaves) for rank, slot in enumerate(formula.scalar_slots)]
+        self._own = own
+        self._snapshots = snapshots
+        self._active = array.array("B", [1]) * self._n
+        self._keep: list[Tensor] = []
+        self._copy_back: list[tuple[Tensor, Tensor]] = []
+        self._bound = False
+        self._make_args(source.scratch, source.partial)
+
+    def _make_args(self, scratch: int, partial: int) -> None:
+        member, start, first = array.array("i"), array.array("q"), array.array("q", [0])
+        for m, numel in enumerate(self._numels):
+            if self._columns:
+                starts = range(0, numel, CHUNK)
+                member.extend([m] * len(starts))
+                start.extend(starts)
+            first.append(len(start))
+        chunks = len(start)
+        average = max(1, sum(self._numels) // max(1, chunks))
+        self._contributions = array.array("d", [0.0]) * max(1, self._n * len(self.group.formula.contributions))
+        self._arrays: dict[str, array.array[Any]] = {
+            "numel": array.array("q", self._numels),
+            "active": self._active,
+            "tensors": self._tensors,
+            "scalars": self._scalars,
+            "tags": self._tags,
+            "chunk_member": member,
+            "chunk_start": start,
+            "first_chunk": first,
+            "scratch": array.array("d", [0.0]) * (self._n * scratch),
+            "partial": array.array("d", [0.0]) * max(1, chunks * partial),
+            "contributions": self._contributions,
+        }
+        pointers = {name: a.buffer_info()[0] for name, a in self._arrays.items()}
+        self.args = Args(members=self._n, chunks=chunks, grain=max(1, _GRAIN // average), **pointers)
+        self._pointer = ctypes.byref(self.args)
+        self._parallel = sum(self._numels) > _SERIAL
+
+    # One call --------------------------------------------------------------------------------------------------------
+
+    def bind(self, values: Values, complete: bool) -> None:
+        """Fill the tables with this call's addresses."""
+        self._keep, self._copy_back = [], []
+        plain = self._mark_active(values)
+        for column in self._scalar_columns:
+            if not self._bound or not column.fixed:
+                self._bind_scalars(column, values)
+        for column in self._columns:
+            if self._bound and column.fixed:
+                continue
+            tensors = column.of(values)
+            if not plain or not self._fits(column, tensors, complete):
+                self._bind_by_member(values, complete)
+                return
+            begin = column.rank * self._n
+            self._tensors[begin : begin + self._n] = array.array("q", [t.data_ptr() for t in tensors])
+        self._bound = True
+
+    def _mark_active(self, values: Values) -> bool:
+        """Set which members take part; True if all do."""
+        missing = any(v is None for column in self._columns if not column.fixed for v in column.of(values))
+        if not missing and self._all_active:
+            return True
+        for m, member in enumerate(self.group.members):
+            self._active[m] = all(values[i] is not None for i in member if i not in self._own)
+        self._all_active = not missing
+        return not missing
+
+    _all_active = True
+
+    def _fits(self, column: _Column, tensors: Sequence[Tensor], complete: bool) -> bool:
+        """Whether every tensor is contiguous, and of the dtype and size that the kernel was made for."""
+        if complete and {t.dtype for t in tensors} != {column.dtype}:
+            found = next(t for t in tensors if t.dtype != column.dtype)
+            raise Mismatch(f"a tensor is {found.dtype}; the kernel was compiled for {column.dtype}")
+        if [t.numel() for t in tensors] != self._numels:
+            raise Mismatch("a tensor has another size than when the step was compiled")
+        return all([t.is_contiguous() for t in tensors])  # noqa: C419 - a list is faster here
+
+    def _bind_scalars(self, column: _Column, values: Values) -> None:
+        begin = column.rank * self._n
+        for m, i in enumerate(column.indices):
+            value = values[i] if i < len(values) else None
+            if i in self._own:
+                address, tag = self._own[i], 0
+            elif i in self._snapshots and not column.written:
+                address, tag = self._snapshots[i], 0
+            elif value is None:
+                continue
+            else:
+                if value.device.type != "cpu" or value.dtype not in _TAGS:
+                    raise Mismatch(f"a 0-dim {value.dtype} tensor on {value.device}")
+                address, tag = value.data_ptr(), _TAGS[value.dtype]
+            self._scalars[begin + m] = address
+            self._tags[begin + m] = tag
+
+    def _bind_by_member(self, values: Values, complete: bool) -> None:
+        """The general way: some member is left out, or its tensors are not all contiguous."""
+        for m, member in enumerate(self.group.members):
+            if not self._active[m]:
+                continue
+            tensors = [values[member[c.slot]] for c in self._columns]
+            strides = memory_order([t for t in tensors if t is not None])
+            for column, t in zip(self._columns, tensors, strict=True):
+                assert t is not None
+                if complete and t.dtype != column.dtype:
+                    raise Mismatch(f"a tensor is {t.dtype}; the kernel was compiled for {column.dtype}")
+                if t.numel() != self._numels[m] or t.layout is not torch.strided:
+                    raise Mismatch("a tensor has another size or layout than when the step was compiled")
+                if not in_order(t, strides):
+                    dense = torch.empty_strided(t.shape, strides, dtype=t.dtype).copy_(t.detach())
+                    if column.written:
+                        self._copy_back.append((t, dense))
+                    self._keep.append(dense)
+                    t = dense
+                self._tensors[column.rank * self._n + m] = t.data_ptr()
+        self._bound = False
+
+    @property
+    def copies(self) -> bool:
+        """Whether this call works on copies of tensors whose elements lie in another order."""
+        return bool(self._keep)
+
+    def tensors(self, values: Values) -> list[tuple[Tensor, bool]]:
+        """Every tensor that takes part, and whether it is written."""
+        members = [m for m, active in zip(self.group.members, self._active, strict=True) if active]
+        found = ((values[m[c.slot]], c.written) for c in self._columns for m in members)
+        return [(t, written) for t, written in found if t is not None]
+
+    def written_memory(self) -> list[tuple[int, int]]:
+        """Where this call writes tensors: (start, end) in bytes."""
+        found = []
+        for column in self._columns:
+            if column.written:
+                begin, size = column.rank * self._n, column.dtype.itemsize
+                pointers = self._tensors[begin : begin + self._n]
+                for start, numel, active in zip(pointers, self._numels, self._active, strict=True):
+                    if active and numel:
+                        found.append((start, start + numel * size))
+        return found
+
+    def pointers_written(self) -> bytes:
+        """Changes when what this call writes is elsewhere than at the last one."""
+        rows = [self._tensors[c.rank * self._n : (c.rank + 1) * self._n].tobytes() for c in self._columns if c.written]
+        return b"".join([*rows, self._active.tobytes()])
+
+    def reads_overlap(self, starts: array.array[int], ends: array.array[int]) -> bool:
+        """Whether a tensor that is only read shares memory with one that is written."""
+        for column in self._columns:
+            if column.written:
+                continue
+            sizes = column.bytes_of(self._numels, self._active, self._all_active)
+            begin = self._tensors.buffer_info()[0] + 8 * column.rank * self._n
+            written = (starts.buffer_info()[0], ends.buffer_info()[0], len(starts))
+            if self._find_overlap(begin, sizes.buffer_info()[0], self._n, *written) >= 0:
+                return True
+        return False
+
+    def call(self, function: Callable[..., None], threads: int) -> None:
+        self.args.threads = threads if self._parallel else 1
+        with torch._C._profiler._RecordFunctionFast(function.__name__):
+            function(self._pointer)
+
+    def contributed(self) -> list[tuple[int, float]]:
+        """(total, value) of every member that takes part."""
+        found = []
+        for k in range(len(self.group.formula.contributions)):
+            for m, totals in enumerate(self.group.totals):
+                if self._active[m]:
+                    found.append((totals[k], self._contributions[k * self._n + m]))
+        return found
+
+    def finish(self, values: Values) -> None:
+        """Write back what was copied, and tell autograd what changed."""
+        with torch.no_grad():
+            for target, dense in self._copy_back:
+                target.detach().copy_(dense)
+        self._keep, self._copy_back = [], []
+        for column in (*self._columns, *self._scalar_columns):
+            if column.written and not column.fixed:
+                tensors = column.of(values)
+                if not self._all_active:
+                    tensors = [t for t, active in zip(tensors, self._active, strict=True) if active]
+                torch.autograd.graph.increment_version(tensors)
+
+
+class _Column:
+    """One slot over all members: where in a call's values its tensors are."""
+
+    def __init__(self, rank: int, slot: int, group: Group, leaves: Sequence[Leaf]) -> None:
+        self.rank = rank
+        self.slot = slot
+        self.indices = [m[slot] for m in group.members]
+        self.fixed = all(leaves[i].fixed for i in self.indices)
+        self.written = slot in group.formula.written
+        self.dtype = group.formula.slots[slot].dtype
+        self._bytes: array.array[int] | None = None
+        self._get: Any = operator.itemgetter(*self.indices) if len(self.indices) > 1 else None
+
+    def bytes_of(self, numels: list[int], active: array.array[int], all_active: bool) -> array.array[int]:
+        """Bytes of every member's tensor; 0 where it does not take part."""
+        if self._bytes is None:
+            self._bytes = array.array("q", [n * self.dtype.itemsize for n in numels])
+        if all_active:
+            return self._bytes
+        return array.array("q", [n if a else 0 for n, a in zip(self._bytes, active, strict=True)])
+
+    def of(self, values: Values) -> Sequence[Tensor]:
+        return self._get(values) if self._get is not None else (values[self.indices[0]],)  # type: ignore[return-value]
+
+
+def _numel(leaves: Sequence[Leaf], slots: Sequence[int], member: tuple[int, ...]) -> int:
+    return math.prod(leaves[member[slots[0]]].shape) if slots else 1

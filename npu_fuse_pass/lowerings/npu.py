@@ -1,0 +1,167 @@
+"""The NPU lowering: one static GE graph for the whole step, through torchair's public compiler.
+
+The graph that torchair gets is functional already, so it does not go through AOTAutograd again. Every tensor enters as
+one dimension of contiguous elements, every number of the step in one packed host vector; written tensors leave through
+`copy_`, which torchair turns into in-place outputs. Step counters advance on the host.
+
+torch_npu and torchair are imported when a `Program` is made.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import PlatformError, Unsupported
+from ..ir import Group, Leaf
+from ..ops import multi_tensor_contribute, multi_tensor_update, parsed
+from . import npu_emit
+from .npu_bind import Binder
+from .npu_graph import build, device_contribute, device_update
+from .npu_split import split
+
+_INSTALL = (
+    'platform "npu" needs torch_npu, which carries torchair, and CANN: pip install "npu-fuse-pass[npu]" '
+    "(torch_npu==2.13.0, protobuf>=4) where CANN's set_env.sh has been sourced"
+)
+
+
+def require() -> Any:
+    """The torchair module, with converters for the fused nodes registered.
+
+    Raises:
+        PlatformError: torch_npu or torchair is missing or does not load; says what to install.
+    """
+    try:
+        import torch_npu  # noqa: F401  (it puts torchair on the path)
+        import torchair
+    except (ImportError, OSError, RuntimeError) as e:
+        raise PlatformError(f"{_INSTALL}. Here: {type(e).__name__}: {e}") from e
+    converters = {
+        device_update: functools.partial(_convert_device, False),
+        device_contribute: functools.partial(_convert_device, True),
+        multi_tensor_update: functools.partial(_convert_whole, False),
+        multi_tensor_contribute: functools.partial(_convert_whole, True),
+    }
+    for op, converter in converters.items():
+        if not hasattr(op, "_ge_converter"):
+            torchair.register_fx_node_ge_converter(op)(converter)
+    return torchair
+
+
+def _convert_device(
+    contribute: bool,
+    tensors: list[Any],
+    numbers: list[Any],
+    totals: list[Any],
+    positions: list[int],
+    members: int,
+    formula: str,
+    meta_outputs: Any = None,
+) -> list[Any]:
+    """`npu_fused::device_update` and `device_contribute`: numbers are float32, or float64 in a float64 group."""
+    scalars = [*(numbers[p] for p in positions), *totals]
+    return _convert(contribute, tensors, scalars, members, formula, npu_emit.wide_dtype(parsed(formula)))
+
+
+def _convert_whole(
+    contribute: bool, tensors: list[Any], scalars: list[Any], members: int, formula: str, meta_outputs: Any = None
+) -> list[Any]:
+    """`npu_fused::multi_tensor_update` and `_contribute`, as `rewrite` makes them: numbers are float64 and stay so."""
+    return _convert(contribute, tensors, scalars, members, formula, torch.float64)
+
+
+def _convert(
+    contribute: bool, tensors: list[Any], scalars: list[Any], members: int, formula: str, numbers: torch.dtype
+) -> list[Any]:
+    from torchair._ge_concrete_graph import ge_apis
+    from torchair.ge._ge_graph import torch_type_to_ge_type
+
+    made = parsed(formula)
+    npu_emit.check(made)
+    emitter = npu_emit.Emitter(ge_apis, torch_type_to_ge_type, made, contribute, numbers)
+    results = []
+    for m in range(members):
+        given = dict(zip(made.tensor_slots, tensors[m::members], strict=True))
+        given |= zip(made.scalar_slots, scalars[m::members], strict=True)
+        results.append(emitter.member(given, list(tensors[m].symsize) if tensors else []))
+    return [row[k] for k in range(len(results[0])) for row in results]
+
+
+class Program:
+    """All groups of a captured step as one GE graph; the interface of `lowerings.cpu.Program`."""
+
+    def __init__(self, leaves: Sequence[Leaf], groups: Sequence[Group], config: Any = None) -> None:
+        """Convert.
+
+        Args:
+            leaves: of the captured step.
+            groups: over them.
+            config: torchair's CompilerConfig, passed on unchanged.
+
+        Raises:
+            PlatformError: torchair cannot be used here.
+            Unsupported: a group computes what no GE operation in the whitelist does.
+        """
+        torchair = require()
+        self.parts = [Part(group, leaves) for group in groups]
+        self._binder = Binder(leaves, self.parts)
+        self.graph = build(leaves, self.parts, self._binder)
+        fakes = [n.meta["val"] for n in self.graph.graph.find_nodes(op="placeholder")]
+        self._run: Callable[..., Sequence[Tensor]] = lambda *_: ()
+        if fakes:
+            with torch._guards.tracing(torch._guards.TracingContext(fakes[0].fake_mode)):
+                self._run = torchair.get_compiler(config or torchair.CompilerConfig())(self.graph, fakes)
+
+    def __call__(self, values: list[Tensor | None], complete: bool = False) -> None:
+        """Run the step; fills in the values of "output" leaves.
+
+        Args:
+            values: one tensor per leaf; None for the gradient of a parameter that is left out.
+            complete: check dtypes too (the caller has not).
+
+        Raises:
+            Mismatch: a tensor is not what the graph was made for; nothing was changed.
+        """
+        with torch.no_grad():
+            step = self._binder.bind(values, complete)
+            results = self._run(*step.inputs)
+            self._binder.finish(step, values, results)
+
+
+class Part:
+    """One group and how its formula is split. Members without elements have nothing to do on the device.
+
+    `operations` are those of GE on tensors per step, `bytes_per_element` what they read and write.
+    """
+
+    kernel = "GE elementwise"
+
+    def __init__(self, group: Group, leaves: Sequence[Leaf]) -> None:
+        formula = group.formula
+        self.group = group
+        totals = [s for s in formula.scalar_slots if leaves[group.members[0][s]].kind == "total"]
+        self.splits = [split(formula, totals, contribute=False)]
+        if formula.contributions:
+            self.splits.append(split(formula, totals, contribute=True))
+            if self.splits[1].device_slots:
+                raise Unsupported(group.name, "a total depends on another total")
+        for made in self.splits:
+            npu_emit.check(made.device)
+        first = formula.tensor_slots[:1]
+        self.on_device = [
+            i for i, member in enumerate(group.members) if all(0 not in leaves[member[s]].shape for s in first)
+        ]
+        if not first:
+            self.on_device = []
+        costs = [npu_emit.cost(made.device) for made in self.splits]
+        self.operations = sum(c[0] for c in costs) * len(self.on_device)
+        self.bytes_per_element = sum(c[1] for c in costs)
+        for slot in formula.written:
+            targets = [member[slot] for member in group.members]
+            if len(set(targets)) != len(targets):
+                raise Unsupported(group.name, "several members write the same 0-dim tensor")

@@ -1,0 +1,153 @@
+"""Splits a formula between host and device: what an NPU graph takes as numbers and what it computes.
+
+Scalars that depend on no tensor (step counts, bias corrections, learning rates) are computed on the host in
+float64 once per step and enter the device formula as scalar slots, one for each value that a tensor operation
+reads. So the graph has neither float64 nor a mutated host input, and a changed hyperparameter is a changed number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import Unsupported
+from ..ir import REDUCTIONS, Expr, Formula, Slot, postorder, serialise
+from ..ops import evaluate
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A device formula and the host's part of it.
+
+    The device formula has the tensor slots that it reads or writes (`tensor_slots` are the numbers that they
+    have in the whole formula), then one scalar slot for each of `values`, then one for each of `device_slots`,
+    and last, if it contributes to a total, whether the member takes part in this step. `advanced` are the
+    scalar slots that the host writes (step counters).
+    """
+
+    device: Formula
+    tensor_slots: tuple[int, ...]
+    values: tuple[Expr, ...]
+    device_slots: tuple[int, ...]
+    advanced: tuple[tuple[int, Expr], ...]
+    host: Formula
+
+    def host_values(self, scalars: dict[int, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """`values` and the new values of `advanced`, of all members at once: scalars are 0-dim or one per member."""
+        found = evaluate(self.host, {}, scalars)
+        return [found[id(e)] for e in self.values], [found[id(e)] for _, e in self.advanced]
+
+
+def split(formula: Formula, device_slots: Collection[int], contribute: bool) -> Split:
+    """Split the writes of a formula, or its contributions to totals.
+
+    `device_slots` are scalar slots whose value exists on the device only: totals.
+
+    Raises:
+        Unsupported: a 0-dim state depends on a tensor, so that the host cannot advance it.
+    """
+    tensor_writes = [] if contribute else [(s, e) for s, e in formula.writes if formula.slots[s].tensor]
+    advanced = [] if contribute else [(s, e) for s, e in formula.writes if not formula.slots[s].tensor]
+    roots = [*(e for _, e in tensor_writes), *(formula.contributions if contribute else ())]
+    on_host = _on_host([*roots, *(e for _, e in advanced)], device_slots)
+    if any(id(e) not in on_host for _, e in advanced):
+        raise Unsupported("copy_", "a 0-dim state is computed from a tensor; the NPU path advances those on the host")
+    read = {e.value for e in postorder(roots) if e.op == "leaf"}
+    used = [s for s in formula.tensor_slots if s in read or any(s == written for written, _ in tensor_writes)]
+    build = _Device(formula, used, on_host, [s for s in device_slots if s in read])
+    writes = [(build.tensor_slot[s], build.visit(e)) for s, e in tensor_writes]
+    contributions = [build.visit(e) for e in formula.contributions] if contribute else []
+    build.finish()
+    if contribute:
+        zero = Expr("zero", (), 0, torch.float64, False)
+        taking_part = Expr("ne", (build.scalar(), zero), None, torch.bool, False)
+        contributions = [Expr("where", (taking_part, e, zero), None, e.dtype, False) for e in contributions]
+    text = serialise(build.slots, writes, contributions)
+    device = Formula(tuple(build.slots), tuple(writes), tuple(contributions), text)
+    host_roots = (*build.values, *(e for _, e in advanced))
+    host = Formula(formula.slots, (), host_roots, "")
+    slots = tuple(build.tensor_slot)
+    return Split(device, slots, tuple(build.values), tuple(build.totals), tuple(advanced), host)
+
+
+def slots_of(expr: Expr) -> list[int]:
+    """The slots that an expression reads."""
+    return sorted({e.value for e in postorder([expr]) if e.op == "leaf" and isinstance(e.value, int)})
+
+
+def _on_host(roots: Sequence[Expr], device_slots: Collection[int]) -> set[int]:
+    found: set[int] = set()
+    for e in postorder(roots):
+        inner = e.op != "leaf" and e.op not in REDUCTIONS and all(id(a) in found for a in e.args)
+        if not e.tensor and (inner or (e.op == "leaf" and e.value not in device_slots)):
+            found.add(id(e))
+    return found
+
+
+class _Device:
+    """Copies expressions into the device formula."""
+
+    def __init__(
+        self, formula: Formula, tensor_slots: Sequence[int], on_host: set[int], device_slots: Sequence[int]
+    ) -> None:
+        self._on_host = on_host
+        self._made: dict[int, Expr] = {}
+        self.tensor_slot = {s: i for i, s in enumerate(tensor_slots)}
+        self.slots = [formula.slots[s] for s in tensor_slots]
+        self.values: list[Expr] = []
+        self.totals = list(device_slots)
+        self._total_leaves: dict[int, Expr] = {s: self._leaf(-1) for s in self.totals}
+
+    def visit(self, e: Expr) -> Expr:
+        if id(e) not in self._made:
+            self._made[id(e)] = self._copy(e)
+        return self._made[id(e)]
+
+    def finish(self) -> None:
+        """Give the totals their slots, behind the host's values."""
+        for s in self.totals:
+            self._total_leaves[s].value = len(self.slots)
+            self.slots.append(Slot(False, torch.float64))
+
+    def scalar(self) -> Expr:
+        self.slots.append(Slot(False, torch.float64))
+        return self._leaf(len(self.slots) - 1)
+
+    def _leaf(self, slot: int) -> Expr:
+        return Expr("leaf", (), slot, torch.float64, False)
+
+    def _copy(self, e: Expr) -> Expr:
+        if id(e) in self._on_host:
+            self.values.append(e)
+            leaf = self.scalar()
+            if e.dtype == torch.bool:
+                return Expr("ne", (leaf, Expr("zero", (), 0, torch.float64, False)), None, torch.bool, False)
+            return leaf if e.dtype == torch.float64 else Expr("cast", (leaf,), e.dtype, e.dtype, False)
+        if e.op == "leaf":
+            assert isinstance(e.value, int)
+            if not e.tensor:
+                return self._total_leaves[e.value]
+            return Expr("leaf", (), self.tensor_slot[e.value], e.dtype, True)
+        lerp = _lerp(e)
+        if lerp is not None:
+            return Expr("lerp", tuple(map(self.visit, lerp)), None, e.dtype, True)
+        return Expr(e.op, tuple(map(self.visit, e.args)), e.value, e.dtype, e.tensor)
+
+
+def _lerp(e: Expr) -> tuple[Expr, Expr, Expr] | None:
+    """(start, end, weight) of where(|w| < 1/2, w*(end-start)+start, -(end-start)*(1-w)+end): torch's lerp.
+
+    Both branches are one function, rounded differently; an NPU's Lerp rounds in its own way.
+    """
+    if e.op != "where" or not e.tensor or e.args[1].op != "fma" or e.args[2].op != "fma":
+        return None
+    low, high = e.args[1].args, e.args[2].args
+    weight, distance = low[0], low[1]
+    if weight.tensor or distance.op != "sub" or distance.args != (high[2], low[2]):
+        return None
+    if high[0].op != "neg" or high[0].args != (distance,):
+        return None
+    return low[2], high[2], weight

@@ -1,0 +1,182 @@
+"""The stages in order: captured updates -> groups -> a program that runs them, and the report of what was done."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+from torch import Tensor, fx
+
+from .capture import capture
+from .errors import PlatformError, UnfusedError, Unsupported
+from .group import group, group_updates
+from .ir import DTYPE_NAMES, Call, Captured, Group, Leaf
+from .lowerings import eager, staged
+from .report import CompileReport, GroupReport, record
+from .rewrite import rewrite
+from .storage import Batch
+from .symbols import readable
+from .trace import capture_batches
+
+log = logging.getLogger(__name__)
+
+PLATFORMS = ("auto", "cpu", "npu", "eager")
+
+
+Stages = Sequence[tuple[Sequence[Group], Sequence[Call]]]
+
+
+class Program(Protocol):
+    """What a lowering gives: runs one step on the values of all leaves."""
+
+    def __call__(self, values: list[Tensor | None], complete: bool = False) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Fused:
+    """What the stages made; without a program the original has to run, and the report says why."""
+
+    captured: Captured
+    program: Program | None
+    report: CompileReport
+
+
+def fuse_graph(gm: fx.GraphModule, platform: str, strict: bool) -> Fused:
+    """Fuse a captured graph.
+
+    Raises:
+        UnfusedError: `strict`, and something was left unfused.
+    """
+    return _fuse(lambda: capture(gm), platform, strict, "compile")
+
+
+def fuse_batches(batches: Sequence[Batch], platform: str, strict: bool, cause: str = "compile") -> Fused:
+    """Fuse the step of an optimizer with update rules; as `fuse_graph`."""
+    return _fuse(lambda: capture_batches(batches), platform, strict, cause)
+
+
+def _fuse(capture_step: Callable[[], Captured], platform: str, strict: bool, cause: str) -> Fused:
+    report = CompileReport(platform, cause=cause)
+    with _timed(report, "capture"):
+        captured = capture_step()
+    report.unfused = list(captured.unfused)
+    program: Program | None = None
+    stages: list[tuple[list[Group], list[Call]]] = []
+    groups: list[Group] = []
+    if captured.unfused and not captured.updates:
+        report.fallback = f"{captured.unfused[0].op}: {captured.unfused[0].reason}"
+    elif captured.updates:
+        with _timed(report, "group"):
+            stages = [(group_updates(stage.updates, captured.leaves), stage.calls) for stage in captured.stages]
+            groups = group(captured)
+        with _timed(report, "lower"):
+            program = _lower(captured.leaves, stages, groups, report)
+    report._graph = functools.cache(lambda: rewrite(captured.leaves, groups, stages))
+    record(report)
+    log.info("%s", report)
+    if strict and (report.unfused or report.fallback):
+        listed = [f"{u.op}: {u.reason}" for u in report.unfused] or [str(report.fallback)]
+        raise UnfusedError("strict=True and not everything was fused:\n  " + "\n  ".join(listed))
+    if report.fallback:
+        warnings.warn(f"npu_fused: not fused, results stay right: {report.fallback}", stacklevel=2)
+    return Fused(captured, program, report)
+
+
+def fused_graph(captured: Captured) -> fx.GraphModule:
+    """The rewritten graph of captured updates."""
+    stages = [(group_updates(stage.updates, captured.leaves), stage.calls) for stage in captured.stages]
+    return rewrite(captured.leaves, group(captured), stages)
+
+
+def _lower(leaves: Sequence[Leaf], stages: Stages, groups: Sequence[Group], report: CompileReport) -> Program | None:
+    devices = {leaf.device.type for leaf in leaves if leaf.kind != "constant" and leaf.shape}
+    if report.platform == "auto":
+        report.platform = "npu" if "npu" in devices else "cpu"
+    lower = _LOWERINGS[report.platform]
+    try:
+        before = [(lower(leaves, made, report), calls) for made, calls in stages]
+        for row in report.groups:
+            row.writes = "temporaries"
+        last = lower(leaves, groups, report)
+    except Unsupported as e:
+        report.fallback = f"{e.op}: {e.reason}"
+        report.groups = []
+        return None
+    if last is None or not before:
+        return last
+    return staged.Program([(program, calls) for program, calls in before if program is not None], last)
+
+
+def _lower_cpu(leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport) -> Program:
+    from .lowerings import cpu
+
+    try:
+        program = cpu.Program(leaves, groups)
+    except PlatformError as e:
+        report.fallback = f"the fused graph is interpreted: {e}"
+        report.groups += [_group_report(g, leaves, "interpreter", "interpreter", 0, 0) for g in groups]
+        return eager.Program(leaves, groups)
+    report.groups += [
+        _group_report(k.group, leaves, "cpu", k.group.name, k.source.bytes_per_element, len(k.source.stages))
+        for k in program.kernels
+    ]
+    return program
+
+
+def _lower_eager(leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport) -> None:
+    """The original graph, on request; the report still shows what would be fused."""
+    report.groups += [_group_report(g, leaves, "eager", "original graph", 0, 0) for g in groups]
+
+
+def _lower_npu(leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport) -> Program:
+    from .lowerings import npu
+
+    if any(leaf.kind == "result" for leaf in leaves):
+        raise Unsupported("npu", "original operations between fused updates")
+    program = npu.Program(leaves, groups)
+    report.groups += [
+        _group_report(p.group, leaves, "npu", p.kernel, p.bytes_per_element, p.operations) for p in program.parts
+    ]
+    return program
+
+
+_LOWERINGS: dict[str, Callable[[Sequence[Leaf], Sequence[Group], CompileReport], Program | None]] = {
+    "cpu": _lower_cpu,
+    "npu": _lower_npu,
+    "eager": _lower_eager,
+}
+
+
+def _group_report(
+    g: Group, leaves: Sequence[Leaf], lowering: str, kernel: str, bytes_per_element: int, launches: int
+) -> GroupReport:
+    slots = g.formula.tensor_slots
+    first = next((s for s in g.formula.written if s in slots), slots[0] if slots else 0)
+    dtype = DTYPE_NAMES.get(leaves[g.members[0][first]].dtype, str(leaves[g.members[0][first]].dtype))
+    formula = readable(g.formula, [_slot_label(g, leaves, s) for s in range(len(g.formula.slots))])
+    device = str(leaves[g.members[0][first]].device)
+    return GroupReport(g.name, formula, len(g.members), dtype, device, lowering, kernel, bytes_per_element, launches)
+
+
+def _slot_label(g: Group, leaves: Sequence[Leaf], slot: int) -> str:
+    """A slot's name; a constant's value where all members share it."""
+    values = {leaves[m[slot]].value for m in g.members} if leaves[g.members[0][slot]].kind == "constant" else set()
+    if len(values) == 1:
+        return f"{next(iter(values)):g}"
+    return f"c{slot}" if values else g.labels[slot]
+
+
+@contextmanager
+def _timed(report: CompileReport, stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        report.seconds[stage] = time.perf_counter() - start
+        log.debug("%s took %.3f s", stage, report.seconds[stage])

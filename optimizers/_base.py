@@ -1,0 +1,128 @@
+"""What the NpuFused classes share: checked hyperparameters and `clip_grad_norm_fused_`."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+from torch.optim.optimizer import required
+
+from npu_fuse_pass.optimizer import RuleOptimizer
+
+__all__ = ["NpuFusedOptimizer", "refuse"]
+
+# hyperparameter -> what its error starts with (the originals' wording), and the smallest allowed value
+_NUMBERS: dict[str, tuple[str, float]] = {
+    "lr": ("Invalid learning rate", 0.0),
+    "eps": ("Invalid epsilon value", 0.0),
+    "weight_decay": ("Invalid weight_decay value", 0.0),
+    "momentum": ("Invalid momentum value", 0.0),
+    "alpha": ("Invalid alpha value", 0.0),
+    "dampening": ("Invalid dampening value", -math.inf),
+}
+_FLAGS = (
+    "amsgrad",
+    "nesterov",
+    "centered",
+    "decoupled_decay",
+    "lr_in_momentum",
+    "adam",
+    "use_global_grad_norm",
+)
+
+
+class NpuFusedOptimizer(RuleOptimizer):
+    """Base of the drop-in classes: every group's hyperparameters are checked before anything is changed."""
+
+    def __init__(self, params: Any, defaults: dict[str, Any], *, state_dtype: torch.dtype | None = None) -> None:
+        super().__init__(params, {**defaults, **self.checked(defaults)}, state_dtype=state_dtype)
+
+    def checked(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The hyperparameters among `values`, in the form that groups hold; a ValueError for a wrong one."""
+        return {name: _checked(name, value) for name, value in values.items() if value is not required}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with options of their own, as in torch.optim; they may already have gradients.
+
+        Raises:
+            ValueError: an option has a value that is not allowed. Nothing is changed then.
+        """
+        if isinstance(param_group, dict):
+            checked = self.checked({**self.defaults, **param_group})
+            param_group.update({name: checked[name] for name in param_group.keys() & checked.keys()})
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state dict of this class or of torch.optim's class of the same algorithm.
+
+        Options that the saved groups lack keep their defaults.
+
+        Raises:
+            ValueError: a saved option has a value that is not allowed. Nothing is changed then.
+        """
+        known = {name: value for name, value in self.defaults.items() if value is not required}
+        groups = [{**known, **group} for group in state_dict["param_groups"]]
+        groups = [{**group, **self.checked(group)} for group in groups]
+        super().load_state_dict({**state_dict, "param_groups": groups})
+
+    @torch.no_grad()
+    def clip_grad_norm_fused_(self, max_norm: float, norm_type: float | Literal["inf"] = 2) -> Tensor:
+        r"""Scale all gradients in place by \(c = max\_norm / (norm + 10^{-6})\) where \(c < 1\).
+
+        Args:
+            max_norm: largest norm of all gradients together.
+            norm_type: order of the norm; may be infinity, also as "inf".
+
+        Returns:
+            The norm before scaling, computed in float32 for half-precision gradients.
+        """
+        if not _is_number(max_norm) or math.isnan(max_norm) or max_norm < 0:
+            raise refuse("Invalid max_norm value", max_norm, "a number >= 0")
+        order = float(norm_type) if norm_type == "inf" or _is_number(norm_type) else math.nan
+        if not order > 0:
+            raise refuse("Invalid norm_type value", norm_type, "a number > 0 or infinity")
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = get_total_norm([g.float() if g.itemsize == 2 else g for g in grads if g.numel()], order)
+        factor = max_norm / (norm + 1e-6)
+        factor = torch.where(factor < 1, factor, 1.0)
+        for grad in grads:
+            grad.mul_(factor.to(grad.device))
+        return norm
+
+
+def refuse(label: str, value: object, allowed: str) -> ValueError:
+    """The error for a value that is not allowed, in the originals' wording."""
+    return ValueError(f"{label}: {value!r} (allowed: {allowed})")
+
+
+def _checked(name: str, value: Any) -> Any:
+    if name in _NUMBERS:
+        label, least = _NUMBERS[name]
+        return _number(label, value, least, math.inf)
+    if name == "betas":
+        if not isinstance(value, (tuple, list)) or len(value) != 2:
+            raise refuse("Invalid betas value", value, "two numbers in [0, 1)")
+        return tuple(_number(f"Invalid beta parameter at index {i}", beta, 0.0, 1.0) for i, beta in enumerate(value))
+    if name in _FLAGS and not isinstance(value, bool):
+        raise refuse(f"Invalid {name} value", value, "True or False")
+    if name == "maximize" and value:
+        raise refuse("Invalid maximize value", value, "False; minimize the negative instead")
+    return value
+
+
+def _number(label: str, value: Any, least: float, bound: float) -> Any:
+    """`value` if it is a finite number in [least, bound), or a tensor of one; numpy scalars become floats."""
+    plain = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if not _is_number(plain) or not math.isfinite(plain) or not least <= plain < bound:
+        smallest = "a finite number" if least == -math.inf else f"a finite number >= {least:g}"
+        raise refuse(label, value, smallest if bound == math.inf else f"{smallest} and < {bound:g}")
+    return value if isinstance(value, (int, float, Tensor)) else float(value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -1,0 +1,78 @@
+r"""Adam with decoupled weight decay.
+
+$$p \leftarrow (1 - lr\,\lambda)\,p, \quad \text{then Adam's update with the gradient as it is (adam.py)}$$
+
+Source: torch_npu.optim.NpuFusedAdamW; its algorithm is torch.optim.AdamW's, https://arxiv.org/abs/1711.05101.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npu_fuse_pass.rules import rule
+
+from ._base import NpuFusedOptimizer
+from .adam import adam_update, states
+
+__all__ = ["NpuFusedAdamW", "adamw"]
+
+
+@rule(
+    states=states,
+    defaults={"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "amsgrad": False},
+)
+def adamw(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    *,
+    step: Tensor,
+    lr: Tensor,
+    betas: tuple[Tensor, Tensor],
+    eps: Tensor,
+    weight_decay: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """One update; weight decay shrinks the parameter first."""
+    param = (1 - lr * weight_decay) * param
+    return adam_update(param, grad, (exp_avg, exp_avg_sq, max_exp_avg_sq), step, lr, betas, eps)
+
+
+class NpuFusedAdamW(NpuFusedOptimizer):
+    """torch_npu.optim.NpuFusedAdamW.
+
+    Where document and code of the original differ: betas of exactly 1 are refused (the document says "> 1").
+    Unlike the original, each parameter has its own step count, and half precision computes in float32.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: learning rate, >= 0.
+        betas: decay of the running averages of the gradient and its square, each in [0, 1).
+        eps: added to the denominator, >= 0.
+        weight_decay: decoupled weight decay, >= 0.
+        amsgrad: divide by the largest second moment so far.
+        state_dtype: dtype of the states; None means each parameter's own.
+
+    Raises:
+        ValueError: a value is not allowed.
+    """
+
+    rule = adamw
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
+        super().__init__(params, defaults, state_dtype=state_dtype)

@@ -1,0 +1,101 @@
+r"""Stochastic gradient descent with momentum.
+
+$$g \leftarrow g + \lambda p, \qquad b_1 = g, \quad b_t = \mu\,b_{t-1} + (1-d)\,g, \qquad
+  p \leftarrow p - lr\,(g + \mu b_t \text{ with nesterov, else } b_t)$$
+
+Source: torch_npu.optim.NpuFusedSGD; its algorithm is torch.optim.SGD's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import required
+
+from npu_fuse_pass.rules import rule, zeros
+
+from ._base import NpuFusedOptimizer
+
+__all__ = ["NpuFusedSGD", "sgd"]
+
+
+@rule(
+    states={"momentum_buffer": zeros.when(lambda group: bool(group["momentum"] != 0))},
+    defaults={"lr": 1e-3, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False},
+)
+def sgd(
+    param: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor | None,
+    *,
+    step: Tensor,
+    lr: Tensor,
+    momentum: Tensor,
+    dampening: Tensor,
+    weight_decay: Tensor,
+    nesterov: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """One update; the first one of a parameter takes the gradient as its buffer, undampened."""
+    grad = torch.where(weight_decay == 0, grad, grad + weight_decay * param)
+    if momentum_buffer is not None:
+        momentum_buffer = torch.where(step == 1, grad, momentum * momentum_buffer + (1 - dampening) * grad)
+        grad = grad + momentum * momentum_buffer if nesterov else momentum_buffer
+    return param - lr * grad, momentum_buffer
+
+
+class _NesterovError(ValueError, TypeError):
+    """A refusal of nesterov=True: a ValueError in the original's code, a TypeError in its document."""
+
+
+class NpuFusedSGD(NpuFusedOptimizer):
+    """torch_npu.optim.NpuFusedSGD.
+
+    Where document and code of the original differ: nesterov with momentum <= 0 or dampening != 0 is a
+    ValueError in the code and a TypeError in the document; here it is both. Unlike the original, "the first
+    update" is per parameter.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: learning rate, >= 0; required.
+        momentum: factor of the old buffer, >= 0. With 0 there is no buffer and dampening has no effect.
+        dampening: the new gradient counts (1 - dampening).
+        weight_decay: L2 penalty, >= 0.
+        nesterov: look ahead along the buffer; needs momentum > 0 and dampening 0.
+        state_dtype: dtype of the states; None means each parameter's own.
+
+    Raises:
+        ValueError: lr is missing, or a value is not allowed.
+    """
+
+    rule = sgd
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = required,  # type: ignore[assignment]
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        *,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "dampening": dampening}
+        defaults |= {"weight_decay": weight_decay, "nesterov": nesterov}
+        super().__init__(params, defaults, state_dtype=state_dtype)
+
+    def checked(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """As in the base class; also refuses nesterov without what it needs."""
+        needs = "Nesterov momentum requires a momentum and zero dampening"
+        nesterov = values["nesterov"] is True
+        try:
+            checked = super().checked(values)
+        except ValueError as error:
+            raise (_NesterovError(f"{error}. {needs}") if nesterov else error) from None
+        if nesterov and (checked["momentum"] == 0 or checked["dampening"] != 0):
+            got = f"momentum={checked['momentum']!r}, dampening={checked['dampening']!r}"
+            raise _NesterovError(f"{needs}, got {got} (allowed: momentum > 0, dampening 0)")
+        return checked

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Every check and test of the project, on a fresh machine with Python, git and gcc: makes the environments that are
+# missing, then runs style and types, the tests, the NPU lane, and the README from the built wheel.
+# Arguments go to pytest, for example: bash scripts/test.sh -k lamb
+# Environment: PYTHON (which interpreter makes .venv), TEST_WORKERS (pytest processes; default: cores, at most 4).
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+cores="$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)"
+workers="${TEST_WORKERS:-$((cores < 4 ? cores : 4))}"
+# Several processes share the cores: OpenMP's threads must not spin while they wait (up to 40 times slower otherwise).
+export OMP_WAIT_POLICY=PASSIVE
+
+STAGES=5
+stage "environment (.venv)" environment test
+if [ "$FAILED" -ne 0 ]; then finish scripts/test.sh; fi
+stage "style and types" bash scripts/check.sh
+stage "tests ($workers at a time)" "$PY" -m pytest -n "$workers" -m "not npu" --durations=10 "$@"
+if [ -f scripts/npu_lane.sh ]; then
+    stage "NPU lane (.venv-npu)" bash scripts/npu_lane.sh
+else
+    not_run "NPU lane (.venv-npu)" "there is no scripts/npu_lane.sh"
+fi
+stage "built wheel and README, empty environment" bash scripts/wheel_test.sh
+finish scripts/test.sh

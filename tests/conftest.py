@@ -1,0 +1,19 @@
+"""The last lines of a run: how much of torch's database of optimizers was met."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Count the database's cases by outcome, and say what no backend is shown."""
+    outcomes: dict[str, list[str]] = {}
+    for outcome in ("passed", "failed", "error", "skipped"):
+        names = [getattr(report, "nodeid", "") for report in terminalreporter.stats.get(outcome, [])]
+        outcomes[outcome] = [name for name in names if "test_optim_db.py::" in name]
+    if any(outcomes.values()):
+        from .optim_cases import summary
+
+        terminalreporter.section("torch's database of optimizers")
+        for line in summary(outcomes):
+            terminalreporter.line(line)

@@ -1,0 +1,84 @@
+"""What tests of the stages share: small graphs written as functions, and running what was captured of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from npu_fuse_pass.capture import capture
+from npu_fuse_pass.group import group
+from npu_fuse_pass.ir import Captured, Group
+from npu_fuse_pass.lowerings import cpu, eager
+
+PROGRAMS: dict[str, Callable[..., Any]] = {"kernel": cpu.Program, "interpreter": eager.Program}
+
+
+class _Recorder(fx.Interpreter):
+    """Notes on every node what it gives."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        n.meta["val"] = super().run_node(n)
+        return n.meta["val"]
+
+
+def traced(function: Callable[..., Any], *examples: Tensor) -> fx.GraphModule:
+    """The graph of a function on tensors as Dynamo would give it, with shapes and dtypes on every node."""
+    graph = fx.Graph()
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    result = function(*(fx.Proxy(graph.placeholder(f"a{i}"), tracer) for i in range(len(examples))))
+    graph.output(tracer.create_arg(() if result is None else result if isinstance(result, tuple) else (result,)))
+    gm = fx.GraphModule(torch.nn.Module(), graph)
+    _Recorder(gm).run(*(t.clone() for t in examples))
+    return gm
+
+
+def fused(function: Callable[..., Any], *examples: Tensor) -> tuple[Captured, list[Group]]:
+    """The first two stages, which must succeed."""
+    captured = capture(traced(function, *examples))
+    assert not captured.unfused, captured.unfused
+    return captured, group(captured)
+
+
+def run(captured: Captured, groups: Sequence[Group], arguments: Sequence[Tensor], how: str) -> tuple[Any, ...]:
+    """Run captured updates on the arguments, which are changed in place; returns what the graph returns."""
+    values: list[Tensor | None] = [None] * len(captured.leaves)
+    for i, leaf in enumerate(captured.leaves):
+        if leaf.kind == "input":
+            values[i] = arguments[leaf.index]
+    PROGRAMS[how](captured.leaves, groups)(values, complete=True)
+    return tuple(o.literal if o.leaf is None else values[o.leaf] for o in captured.returned)
+
+
+def check(function: Callable[..., Any], *arguments: Tensor, tolerance: float = 0.0) -> tuple[Captured, list[Group]]:
+    """A function computes and writes the same eagerly, in a kernel, and in the interpreter; returns its groups."""
+    captured, groups = fused(function, *arguments)
+    wanted = [t.clone() for t in arguments]
+    returned = function(*wanted)
+    for how in PROGRAMS:
+        got = [t.clone() for t in arguments]
+        results = run(captured, groups, got, how)
+        pairs = list(zip(got, wanted, strict=True))
+        if returned is not None:
+            pairs += zip(results, returned if isinstance(returned, (tuple, list)) else [returned], strict=True)
+        for i, (a, b) in enumerate(pairs):
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=0, equal_nan=True, msg=lambda m, i=i: f"{i}: {m}")
+    return captured, groups
+
+
+def ulps(a: Tensor, b: Tensor) -> Tensor:
+    """How many representable values lie between two tensors, as float64; NaN is equal to NaN and far from the rest."""
+    ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+
+    def rank(x: Tensor) -> Tensor:
+        bits = x.contiguous().view(ints)
+        return torch.where(bits < 0, torch.iinfo(ints).min - bits, bits).long()
+
+    ra, rb = rank(a), rank(b)
+    exact, rough = (ra - rb).abs().double(), (ra.double() - rb.double()).abs()
+    apart = torch.where(rough > 1e15, rough, exact)
+    nan_a, nan_b = a.isnan(), b.isnan()
+    apart = torch.where(nan_a & nan_b, torch.zeros_like(apart), apart)
+    return torch.where(nan_a ^ nan_b, torch.full_like(apart, torch.inf), apart)

@@ -1,0 +1,81 @@
+"""What the tests of the lowering share: an optimizer whose steps run through it, and one whose steps are eager."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npu_fuse_pass.group import group
+from npu_fuse_pass.ir import Captured
+from npu_fuse_pass.lowerings import npu
+from npu_fuse_pass.storage import inputs_of
+from npu_fuse_pass.trace import capture_batches
+from tests.cases import Case
+
+SHAPES = [(4, 5), (3,), (1,), (2, 1, 6), (0, 3), (2, 3, 2, 2)]
+TOLERANCE = {
+    torch.float32: 1e-6,  # one rounding more or less than eager in a few places: no FMA, norms in float32
+    torch.float64: 1e-14,
+    torch.float16: 2e-3,  # arithmetic is float32; a result may round to the neighbour, 2**-11
+    torch.bfloat16: 1.6e-2,  # 2**-8, the same
+}
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+    params[-1].data = params[-1].data.contiguous(memory_format=torch.channels_last)
+    return params
+
+
+def set_gradients(params: Sequence[Tensor], seed: int, missing: Sequence[int] = ()) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for i, p in enumerate(params):
+        grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        p.grad = None if i in missing else grad
+
+
+def captured_step(optimizer: Any) -> Captured:
+    optimizer._prelude.prepare()
+    captured = capture_batches(optimizer._prelude.batches)
+    assert not captured.unfused, captured.unfused
+    return captured
+
+
+class OnNpu:
+    """Runs an optimizer's steps through the lowering, as the backend does."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+        captured = captured_step(optimizer)
+        self.program = npu.Program(captured.leaves, group(captured))
+
+    def step(self) -> None:
+        self.optimizer._prelude.prepare()
+        self.program(inputs_of(self.optimizer._prelude.batches))
+        self.optimizer._prelude.expose_states()
+
+
+def assert_same(got: Any, wanted: Any, tolerance: float) -> None:
+    """Parameters and states of two optimizers."""
+    for p, q in zip(got.param_groups[0]["params"], wanted.param_groups[0]["params"], strict=True):
+        assert_close(p, q, tolerance)
+        assert set(got.state[p]) == set(wanted.state[q])
+        for name, value in wanted.state[q].items():
+            assert_close(got.state[p][name], value, tolerance)
+
+
+def assert_close(got: Tensor, wanted: Tensor, tolerance: float) -> None:
+    """Within the tolerance relative to the larger of the element and the tensor's mean size."""
+    scale = torch.maximum(wanted.abs(), wanted.abs().double().mean().to(wanted.dtype)).double()
+    assert got.dtype == wanted.dtype
+    assert got.shape == wanted.shape
+    worst = ((got.double() - wanted.double()).abs() / scale.clamp_min(1e-30)).max() if got.numel() else 0.0
+    assert worst <= tolerance, f"off by {float(worst):.2e}, allowed {tolerance:.0e}"
+
+
+def twins(case: Case, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    return case.build(parameters(dtype)), case.build(parameters(dtype))

@@ -1,0 +1,125 @@
+"""Every operation of the lowering's table, through torchair and the interpreter, and errors planted in the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import harness
+import interpreter
+import pytest
+import torch
+from torch import Tensor
+
+from npu_fuse_pass import errors
+from npu_fuse_pass.lowerings import npu, npu_emit
+from tests.graphs import fused
+
+
+def test_an_operation_without_a_document_is_refused() -> None:
+    with pytest.raises(errors.Unsupported, match="atan2"):
+        on_graph(lambda x, y, w: x.copy_(torch.atan2(x, y)))
+
+
+X = torch.tensor([[-1.5, 0.0, 0.25, 0.75], [2.0, 3.5, -4.0, 2.0]])
+Y = torch.tensor([[0.5, -2.0, 1.25, 0.75], [2.0, -3.0, 7.0, -0.25]])
+W = torch.tensor(0.3, dtype=torch.float64)
+OPERATIONS: dict[str, Callable[..., Tensor]] = {
+    "add": lambda x, y, w: x + y,
+    "sub": lambda x, y, w: x - y,
+    "mul": lambda x, y, w: x * y,
+    "div": lambda x, y, w: x / y,
+    "neg": lambda x, y, w: -x + 0 * y,
+    "abs": lambda x, y, w: x.abs() * y,
+    "sqrt": lambda x, y, w: (x * x + y * y).sqrt(),
+    "rsqrt": lambda x, y, w: (x * x + y * y).rsqrt(),
+    "reciprocal": lambda x, y, w: y.reciprocal() + x,
+    "exp": lambda x, y, w: x.exp() + y,
+    "log": lambda x, y, w: (x * x + y * y).log(),
+    "sin": lambda x, y, w: x.sin() + y,
+    "cos": lambda x, y, w: x.cos() + y,
+    "tan": lambda x, y, w: x.tan() + y,
+    "tanh": lambda x, y, w: x.tanh() + y,
+    "erf": lambda x, y, w: x.erf() + y,
+    "floor": lambda x, y, w: x.floor() + y,
+    "ceil": lambda x, y, w: x.ceil() + y,
+    "trunc": lambda x, y, w: x.trunc() + y,
+    "round": lambda x, y, w: (2 * x).round() + y,
+    "sign": lambda x, y, w: x.sign() + y,
+    "maximum": lambda x, y, w: torch.maximum(x, y),
+    "minimum": lambda x, y, w: torch.minimum(x, y),
+    "pow": lambda x, y, w: torch.pow(x.abs() + 1, y),
+    "lerp": lambda x, y, w: torch.lerp(x, y, w),
+    "where": lambda x, y, w: torch.where(x > y, x, y * 2),
+    "lt": lambda x, y, w: torch.where(x < y, x, 0.0),
+    "le": lambda x, y, w: torch.where(x <= y, x, 0.0),
+    "gt": lambda x, y, w: torch.where(x > y, x, 0.0),
+    "ge": lambda x, y, w: torch.where(x >= y, x, 0.0),
+    "eq": lambda x, y, w: torch.where(x == y, x, 0.0),
+    "ne": lambda x, y, w: torch.where(x != y, x, 0.0),
+    "isnan": lambda x, y, w: torch.where((x / x).isnan(), y, x),
+    "isinf": lambda x, y, w: torch.where((y / x).isinf(), y, x),
+    "isfinite": lambda x, y, w: torch.where((y / x).isfinite(), y, x),
+    "and": lambda x, y, w: torch.where(torch.logical_and(x > 0, y > 0), x, 0.0),
+    "or": lambda x, y, w: torch.where(torch.logical_or(x > 0, y > 0), x, 0.0),
+    "not": lambda x, y, w: torch.where(torch.logical_not(x > y), x, 0.0),
+    "fma": lambda x, y, w: torch.addcmul(x, y, y, value=3.0),
+    "sum": lambda x, y, w: x * y.sum(),
+    "amax": lambda x, y, w: x * y.amax(),
+    "amin": lambda x, y, w: x * y.amin(),
+    "cast": lambda x, y, w: x.half().float() + y,
+}
+
+
+def on_graph(function: Callable[..., Any], dtype: torch.dtype = torch.float32) -> tuple[Tensor, harness.GeGraph]:
+    """What a graph that writes its first argument makes of X, Y and W."""
+    examples = [X.to(dtype, copy=True), Y.to(dtype, copy=True), W.clone()]
+    captured, groups = fused(lambda x, y, w: [function(x, y, w)][1:] or None, *examples)
+    values = [examples[leaf.index] if leaf.kind == "input" else None for leaf in captured.leaves]
+    with harness.record() as graphs:
+        npu.Program(captured.leaves, groups)(values, complete=True)
+    return examples[0], graphs[0]
+
+
+def test_every_operation_of_the_table_has_a_case() -> None:
+    assert set(OPERATIONS) == {*npu_emit._DIRECT, *npu_emit._REDUCE, "fma", "cast"}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operation(name: str) -> None:
+    got, graph = on_graph(lambda x, y, w: x.copy_(OPERATIONS[name](x, y, w)))
+    torch.testing.assert_close(got, OPERATIONS[name](X, Y, W), rtol=1e-6, atol=1e-7, equal_nan=True)
+    emitted = {**npu_emit._DIRECT, **npu_emit._REDUCE, "fma": "Mul", "cast": "Cast"}[name]
+    assert emitted in graph.counts()
+
+
+def test_float64_where_the_ge_operation_has_none() -> None:
+    got, graph = on_graph(lambda x, y, w: x.copy_(torch.lerp(x, y, w)), torch.float64)
+    torch.testing.assert_close(got, torch.lerp(X.double(), Y.double(), W), rtol=1e-14, atol=0)
+    assert "Lerp" not in graph.counts()
+    with pytest.raises(errors.Unsupported, match="Trunc has no float64"):
+        on_graph(lambda x, y, w: x.copy_(x.trunc()), torch.float64)
+
+
+# An error planted in the table of the lowering: another operation with as many operands.
+PLANTED = {
+    "add": "Sub", "sub": "Add", "mul": "RealDiv", "div": "Mul", "neg": "Abs", "abs": "Neg", "sqrt": "Rsqrt",
+    "exp": "Abs", "floor": "Rint", "sign": "Abs", "maximum": "Minimum", "minimum": "Maximum", "pow": "Mul",
+    "where": "Lerp", "lt": "LessEqual", "ge": "Greater", "eq": "NotEqual", "and": "LogicalOr", "not": "IsNan",
+    "lerp": "SelectV2", "isnan": "IsFinite",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_error_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(npu_emit._DIRECT, name, PLANTED[name])
+    with pytest.raises((AssertionError, interpreter.GeError)):
+        test_operation(name)
+
+
+@pytest.mark.parametrize("name", npu_emit._REDUCE)
+def test_a_planted_error_in_a_reduction_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = {"sum": "ReduceMax", "amax": "ReduceMin", "amin": "ReduceSum"}
+    monkeypatch.setitem(npu_emit._REDUCE, name, other[name])
+    with pytest.raises((AssertionError, interpreter.GeError)):
+        test_operation(name)

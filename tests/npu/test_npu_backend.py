@@ -1,0 +1,119 @@
+"""From torch.compile through the pipeline to GE graphs; placement on NPUs; what happens when the runtime refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import harness
+import pytest
+import torch
+from steps import SHAPES, OnNpu, assert_close, assert_same, captured_step, parameters, set_gradients, twins
+
+from npu_fuse_pass import errors, pipeline, report
+from npu_fuse_pass.backend import npu_fused
+from npu_fuse_pass.group import group
+from npu_fuse_pass.ir import Group, Leaf
+from npu_fuse_pass.lowerings import npu
+from tests.cases import BY_NAME
+
+
+@pytest.fixture
+def npu_in_pipeline(monkeypatch: pytest.MonkeyPatch) -> Iterator[harness.Recording]:
+    """The lowering as the pipeline's, on CPU tensors."""
+
+    def lower(leaves: Sequence[Leaf], groups: Sequence[Group], made: Any) -> Any:
+        program = npu.Program(leaves, groups)
+        made.groups = [
+            pipeline._group_report(p.group, leaves, "npu", p.kernel, p.bytes_per_element, p.operations)
+            for p in program.parts
+        ]
+        return program
+
+    monkeypatch.setitem(pipeline._LOWERINGS, "npu", lower)
+    with harness.record() as graphs:
+        yield graphs
+    torch._dynamo.reset()
+
+
+STOCK: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adam": lambda p: torch.optim.Adam(p, lr=0.02, weight_decay=0.1, foreach=False),
+    "adam_foreach": lambda p: torch.optim.Adam(p, lr=0.02, foreach=True),
+    "adamw_amsgrad": lambda p: torch.optim.AdamW(p, lr=0.02, amsgrad=True, foreach=True),
+    "sgd_momentum": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, nesterov=True, foreach=False),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.02, momentum=0.9, centered=True, foreach=True),
+}
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_a_compiled_stock_optimizer(name: str, npu_in_pipeline: harness.Recording) -> None:
+    shapes = [(4, 5), (3,), (2, 1, 6)]
+    both = []
+    for _ in range(2):
+        generator = torch.Generator().manual_seed(0)
+        both.append([torch.nn.Parameter(torch.randn(s, generator=generator)) for s in shapes])
+    ours, eager = (STOCK[name](p) for p in both)
+    step = torch.compile(ours.step, backend=npu_fused, options={"platform": "npu", "strict": True})
+    for k in range(4):
+        for params in both:
+            set_gradients(params, k)
+        step()
+        eager.step()
+    assert sum(g.runs for g in npu_in_pipeline.graphs) == 4
+    for p, q in zip(*both, strict=True):
+        assert_close(p, q, 2e-6)  # compiled, stock Adam is capturable: another order of its bias corrections
+
+
+def test_compiled_end_to_end(npu_in_pipeline: harness.Recording) -> None:
+    ours, eager = twins(BY_NAME["lamb"])
+    step = torch.compile(ours.step, backend=npu_fused, options={"platform": "npu", "strict": True})
+    for k in range(3):
+        for optimizer in (ours, eager):
+            set_gradients(optimizer.param_groups[0]["params"], k)
+        step()
+        eager.step()
+    assert [g.runs for g in npu_in_pipeline.graphs] == [3]
+    found = report.reports()[-1].groups[0]
+    assert (found.lowering, found.updates) == ("npu", len(SHAPES))
+    assert_same(ours, eager, 1e-6)
+
+
+def test_written_tensors_are_reused_in_place_on_an_npu() -> None:
+    """Converted for tensors on npu:0: all that is written is in-place, and the one host input is not written."""
+    import torch_npu
+
+    torch_npu.npu._lazy_init = lambda: None
+    optimizer = BY_NAME["adam"].build(parameters())
+    set_gradients(optimizer.param_groups[0]["params"], 0)
+    captured = captured_step(optimizer)
+    device = torch.device("npu:0")
+    captured.leaves[:] = [dataclasses.replace(x, device=device) if x.shape else x for x in captured.leaves]
+    runner = npu.Program(captured.leaves, group(captured))._run.runner
+    reused = runner._normalize_ge_option()[0]["ge.exec.outputReuseInputMemIndexes"].split("|")
+    placements = list(runner.graph.attr["_input_placements"].list.i)
+    written = 3 * len([s for s in SHAPES if 0 not in s])
+    assert len(reused) == written
+    assert sorted(int(pair.split(",")[1]) for pair in reused) == list(range(written))
+    assert placements.count(0) == 1
+    assert all(placements[int(pair.split(",")[0])] == 1 for pair in reused)
+
+
+@pytest.mark.parametrize("leaf", ["load", "compile", "run"])
+def test_a_failing_runtime_changes_nothing(leaf: str) -> None:
+    ours, untouched = twins(BY_NAME["adam"])
+    set_gradients(ours.param_groups[0]["params"], 0)
+    with harness.record() as graphs:
+        graphs.failing[leaf] = RuntimeError("EZ9999: inner error")
+        with pytest.raises(RuntimeError, match="EZ9999"):
+            OnNpu(ours).step()
+    assert not ours.state
+    for p, q in zip(ours.param_groups[0]["params"], untouched.param_groups[0]["params"], strict=True):
+        assert torch.equal(p, q)
+
+
+def test_without_torch_npu_the_error_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_npu", None)
+    with pytest.raises(errors.PlatformError, match=r"npu-fuse-pass\[npu\].*torch_npu==2.13.0.*protobuf>=4.*CANN"):
+        npu.require()

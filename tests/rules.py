@@ -1,0 +1,27 @@
+"""What tests of rules share: a rule gives the same eagerly and compiled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .support import assert_close, assert_one_fused_step, clones, compiled, gradients, parameters, set_gradients, train
+
+SHAPES = [(3, 4), (4, 3), (30, 4), (2, 3), (5,), (100,), (2, 3, 4), (40, 50), ()]
+
+
+def same_compiled(made: Any, shapes: Any = SHAPES, dtype: torch.dtype = torch.float32, fused: bool = True) -> Any:
+    """A rule gives the same eagerly and compiled, for every shape; returns the parameters."""
+    params = parameters(shapes, dtype)
+    others = clones(params)
+    step, eager = compiled(made(params)), made(others).step
+    train(params, step)
+    train(others, eager)
+    limit = {torch.float64: 1e-13, torch.float32: 1e-5}[dtype]
+    assert_close(params, others, limit)
+    if fused:
+        step.check(len(params))
+        set_gradients(params, gradients(params, 9))
+        assert_one_fused_step(step)
+    return params

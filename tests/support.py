@@ -1,0 +1,156 @@
+"""What tests of optimizers share: compiled steps whose fusion is asserted, gradients, a measure of errors."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import npu_fuse_pass
+
+# |a - b| / (1e-3 + |b|), after a few steps. Half precision: some units in the last place of what is stored.
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+SHAPES: tuple[tuple[int, ...], ...] = ((3, 4), (5,), (2, 3, 2), ())
+MODES = ("eager", "compiled")
+
+
+class Step:
+    """A step function for `opt`: `opt.step` itself, or compiled with the backend under test.
+
+    `check()` asserts that what was compiled was fused, in one compile (where the whole graph was asked for), and
+    that no step said that it ran unfused; it does nothing for an eager step.
+    """
+
+    def __init__(self, opt: Any, mode: str, *, backend: Any = "npu_fused", fullgraph: bool = True, **options: Any):
+        self.compiled, self.fullgraph = mode == "compiled", fullgraph
+        self.said: list[str] = []
+        self.function: Callable[..., Any] = opt.step
+        if self.compiled:
+            npu_fuse_pass.clear_reports()
+            options = {"options": options} if options else {}
+            self.function = torch.compile(opt.step, backend=backend, fullgraph=fullgraph, **options)
+
+    def __call__(self, *args: Any) -> Any:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = self.function(*args)
+        for w in caught:
+            warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+        self.said += [str(w.message) for w in caught if "npu_fused" in str(w.message)]
+        return result
+
+    def check(self, parameters: int) -> None:
+        if self.compiled:
+            assert_fused(last_report(), parameters=parameters)
+            assert not self.said, self.said
+            causes = [report.cause for report in npu_fuse_pass.reports()]
+            assert not self.fullgraph or causes.count("compile") == 1, causes
+
+
+def compiled(opt: Any, **options: Any) -> Step:
+    """A compiled step of `opt`, under the backend's options."""
+    return Step(opt, "compiled", **options)
+
+
+def last_report() -> Any:
+    """The newest report; an AssertionError if nothing was compiled since the step was made."""
+    reports = npu_fuse_pass.reports()
+    assert reports, "the backend under test has compiled nothing"
+    return reports[-1]
+
+
+def assert_fused(report: Any, *, parameters: int, lowering: str = "cpu") -> None:
+    """Everything was fused: nothing fell back, and the groups' updates are those of all parameters."""
+    assert report.fallback is None, report.fallback
+    assert not report.unfused, [(u.op, u.reason) for u in report.unfused]
+    assert sum(group.updates for group in report.groups) == parameters, report
+    assert {group.lowering for group in report.groups} == {lowering}, report
+
+
+def parameters(
+    shapes: Iterable[tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> list[torch.nn.Parameter]:
+    """Random parameters, of size about one."""
+    generator = torch.Generator().manual_seed(seed)
+    made = [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
+    return [torch.nn.Parameter(p) for p in made]
+
+
+def gradients(params: Sequence[Tensor], seed: int) -> list[Tensor]:
+    """Random gradients, of size about one."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    return [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype) for p in params]
+
+
+def set_gradients(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    for p, g in zip(params, grads, strict=True):
+        p.grad = None if g is None else g.clone()
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    """The goldens' measure: the largest |a - b| / (1e-3 + |b|)."""
+    got, want = got.detach().double(), want.detach().double()
+    return float(((got - want).abs() / (1e-3 + want.abs())).max()) if want.numel() else 0.0
+
+
+def assert_close(got: Sequence[Tensor], want: Sequence[Tensor], tolerance: float | None = None) -> None:
+    """Every pair is within the tolerance of the first one's dtype (or the given one)."""
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        limit = TOLERANCE[a.dtype] if tolerance is None else tolerance
+        assert error(a, b) <= limit, f"parameter {i}: error {error(a, b):.3g} > {limit:.3g}\n{a}\n{b}"
+
+
+def clones(params: Sequence[Tensor]) -> list[torch.nn.Parameter]:
+    """Independent parameters with the same values."""
+    return [torch.nn.Parameter(p.detach().clone()) for p in params]
+
+
+def train(
+    params: Sequence[Tensor], step: Callable[..., Any], oracle: Any = None, seeds: Iterable[int] = range(4)
+) -> None:
+    """Some steps with random gradients, and the same for the oracle."""
+    for seed in itertools.chain(seeds):
+        grads = gradients(params, seed)
+        set_gradients(params, grads)
+        step()
+        if oracle is not None:
+            oracle.step(grads)
+
+
+def profiled(call: Callable[[], Any]) -> tuple[list[str], list[str]]:
+    """What a call runs: the generated kernels in order, and the aten operations on tensors of several elements."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        call()
+    events = sorted(profile.events(), key=lambda e: e.time_range.start)
+    kernels = [e.name for e in events if e.name.startswith("update_")]
+    large = [f"{e.name}{e.input_shapes}" for e in events if "::" in e.name and _elements(e.input_shapes) > 1]
+    return kernels, large
+
+
+def _elements(shapes: Any) -> int:
+    """The elements of the largest tensor in a profiler's nested list of shapes."""
+    if any(isinstance(s, list) for s in shapes):
+        return max(_elements(s) for s in shapes if isinstance(s, list))
+    return math.prod(shapes)
+
+
+def stated_calls(report: Any) -> list[str]:
+    """The kernel calls of a step that a report states, sorted: a group's sums over all parameters come first."""
+    extra = [f"{g.name}_contribute" for g in report.groups for _ in range(g.launches - 1)]
+    return sorted([*extra, *(g.name for g in report.groups)])
+
+
+def assert_one_fused_step(call: Callable[[], Any], copies: bool = False) -> None:
+    """The call runs what the newest report states and nothing else, except copies where a layout asks for them."""
+    kernels, large = profiled(call)
+    assert sorted(kernels) == stated_calls(last_report())
+    left = [op for op in large if not (copies and op.partition("[")[0] in COPYING)]
+    assert not left, left
+
+
+COPYING = ("aten::copy_", "aten::detach", "aten::empty_strided", "aten::empty_like", "detach", "aten::as_strided")

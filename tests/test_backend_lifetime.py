@@ -1,0 +1,92 @@
+"""What compiled steps mean for autograd, threads, copies, and for memory when an optimizer is gone."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import threading
+import weakref
+from typing import Any
+
+import pytest
+import torch
+
+import npu_fuse_pass
+from optimizers import NpuFusedAdam
+
+from .cases import BY_NAME, ONE_EACH, Case, over
+from .support import assert_close, compiled, parameters, profiled, stated_calls, train
+
+
+def test_versions_are_counted() -> None:
+    """A step between forward and backward raises autograd's error, for exactly the parameters that it changed."""
+    a, b = parameters([(3,), (3,)])
+    step = compiled(NpuFusedAdam([a, b]))
+    for _ in range(3):
+        first, second = (a * a).sum(), (b * b).sum()
+        a.grad, b.grad = torch.ones(3), None
+        step()
+        second.backward()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            first.backward()
+
+
+def test_two_threads() -> None:
+    """Two optimizers in two threads at once, compiled and stepped there."""
+    made = []
+    for i, name in enumerate(("adam", "lamb")):
+        params = parameters([(50, 60), (7,)], seed=i)
+        made.append((params, compiled(BY_NAME[name].build(params)), BY_NAME[name].oracle(params)))
+    start, errors = threading.Barrier(2), []
+
+    def work(params: Any, step: Any, oracle: Any) -> None:
+        try:
+            start.wait()
+            train(params, step, oracle, range(30))
+        except BaseException as e:
+            errors.append(e)
+
+    threads = [threading.Thread(target=work, args=m) for m in made]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not errors
+    for params, step, oracle in made:
+        assert_close(params, oracle.values, 2e-3)
+        assert sorted(profiled(step)[0]) in [stated_calls(r) for r in npu_fuse_pass.reports()]
+
+
+@over(ONE_EACH)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deep", "dump"])
+def test_copies_after_compiled_steps(case: Case, copied: Any) -> None:
+    """A copy goes on from the same state, compiled, and shares nothing with the original."""
+    params = parameters()
+    oracle, opt = case.oracle(params), case.build(params)
+    step = compiled(opt)
+    train(params, step, oracle, range(2))
+    others, other = copied((params, opt))
+    assert [p for g in other.param_groups for p in g["params"]] == others or all(
+        a is b for a, b in zip([p for g in other.param_groups for p in g["params"]], others, strict=True)
+    )
+    train(params, step, oracle, range(2, 4))
+    assert_close(params, oracle.values)
+    again = compiled(other)
+    train(others, again, seeds=range(2, 4))
+    again.check(len(others))
+    assert all(torch.equal(a, b) for a, b in zip(params, others, strict=True))
+    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(params, others, strict=True) if a.numel())
+
+
+@over(ONE_EACH)
+def test_a_deleted_optimizer_frees_everything(case: Case) -> None:
+    params = parameters()
+    opt = case.build(params)
+    step = compiled(opt)
+    train(params, step)
+    flat = [t for s in opt.state.values() for n, t in s.items() if n != "step"]
+    held = [weakref.ref(x) for x in (*params, *(t._base if t._base is not None else t for t in flat), opt)]
+    del params, opt, step, flat
+    gc.collect()
+    assert [r() for r in held] == [None] * len(held)

@@ -1,0 +1,179 @@
+"""Random update rules written with `npu_fuse_pass.rule`, with a sum over all parameters: fused as they are eagerly."""
+
+from __future__ import annotations
+
+import collections
+import inspect
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from npu_fuse_pass import Init, rule, total
+from npu_fuse_pass.group import group
+from npu_fuse_pass.storage import inputs_of
+from npu_fuse_pass.trace import capture_batches
+
+from .graphs import PROGRAMS
+from .rules_programs import Program, apply
+from .rules_strategy import programs
+from .support import compiled, last_report
+from .test_properties import UNIT, assert_within, noisy, settled, tolerance
+
+SHAPES = [(5,), (3, 4), (2, 3, 4), (), (7,)]
+DTYPES = [torch.float32, torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16]
+RATES = (0.1, 0.25)
+START = 0.5
+
+
+def states_of(program: Program) -> list[str]:
+    return [role for role, _ in program.dtypes if role.startswith("m")]
+
+
+def new_values(
+    program: Program, constants: Sequence[float], tensors: Sequence[Tensor], lr: Any, step: Any, squares: Any, hook: Any
+) -> tuple[Tensor, ...]:
+    """One update of one parameter: (param, *states)."""
+    names = ["p", "g", *states_of(program)]
+    roles = dict(zip(names, tensors, strict=True)) | {"lr": lr, "total": 1 / (1 + squares)}
+    if "t" in dict(program.dtypes):
+        roles["t"] = step
+    made = apply(program, constants, roles, hook)
+    return tuple(made[name] for name in ["p", *names[2:]])
+
+
+def rule_of(program: Program, constants: Sequence[float]) -> Any:
+    """The program as a rule, with the signature that it would have if it had been written by hand."""
+
+    def random_rule(*tensors: Tensor, lr: Tensor, step: Tensor, squares: Tensor) -> tuple[Tensor, ...]:
+        return new_values(program, constants, tensors, lr, step, squares, None)
+
+    kinds = inspect.Parameter
+    named = [kinds(n, kinds.POSITIONAL_OR_KEYWORD) for n in ("param", "grad", *states_of(program))]
+    named += [kinds(n, kinds.KEYWORD_ONLY) for n in ("lr", "step", "squares")]
+    random_rule.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
+    return rule(
+        states={name: Init(START) for name in states_of(program)},
+        defaults={"lr": RATES[0]},
+        totals={"squares": total(lambda grad: (grad.double() * grad.double()).sum())},
+    )(random_rule)
+
+
+def setting(seed: int) -> tuple[list[torch.nn.Parameter], list[list[Tensor]]]:
+    """Parameters of several dtypes, and their gradients at two steps."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return (torch.rand(shape, generator=generator, dtype=torch.float64) * 4 - 2).to(dtype)
+
+    kinds = list(zip([*SHAPES, (3,)], DTYPES, strict=True))
+    params = [torch.nn.Parameter(draw(*kind)) for kind in kinds]
+    return params, [[draw(*kind) for kind in kinds] for _ in range(2)]
+
+
+def optimizer(made: Any, params: Sequence[Any]) -> Any:
+    """Two groups with rates of their own."""
+    return made([dict(params=list(params[::2]), lr=RATES[0]), dict(params=list(params[1::2]), lr=RATES[1])])
+
+
+def run(params: Sequence[Any], grads: Sequence[Sequence[Tensor]], step: Callable[[], Any]) -> None:
+    for several in grads:
+        for p, g in zip(params, several, strict=True):
+            p.grad = g.clone()
+        step()
+
+
+def fused_step(opt: Any, how: str, found: list[Any]) -> Callable[[], None]:
+    """The stages by themselves, without Dynamo."""
+
+    def step() -> None:
+        opt._before(None)
+        captured = capture_batches(opt._prelude.batches)
+        assert not captured.unfused, captured.unfused
+        groups = group(captured)
+        found.append({g.formula.text: len(g.members) for g in groups})
+        PROGRAMS[how](captured.leaves, groups)(inputs_of(opt._prelude.batches))
+        opt._after()
+
+    return step
+
+
+def spread(program: Program, constants: Sequence[float], seed: int) -> list[Tensor]:
+    """Five float64 runs with noise: what may become of every parameter."""
+    params, grads = setting(seed)
+    counts = bool(states_of(program))
+    ends: list[list[Tensor]] = []
+    for k in range(5):
+        current = [
+            (p.detach().double(), *(torch.full_like(p, START).double() for _ in states_of(program))) for p in params
+        ]
+        for t, several in enumerate(grads):
+            squares = sum((g.double() ** 2).sum() for g in several)
+            for i, g in enumerate(several):
+                stored = params[i].dtype
+                work = torch.float64 if stored == torch.float64 else torch.float32
+                change = noisy([work] * len(program.statements), 100 * k + 10 * t + i)
+                lr, step = (torch.tensor(x, dtype=torch.float64) for x in (RATES[i % 2], t + 1.0 if counts else 1.0))
+                x, *states = current[i]
+                made = new_values(program, constants, (x, g.double(), *states), lr, step, squares, change)
+                last = noisy([stored] * len(made), 1000 * k + i)
+                current[i] = tuple(last(program.statements[0], x) for x in made)
+        ends.append([c[0] for c in current])
+    return [tolerance(p.detach(), torch.stack(several)) for p, *several in zip(params, *ends, strict=True)]
+
+
+def test_random_rules() -> None:
+    """One group for each dtype, whatever the shapes and groups, in any order; values as eagerly."""
+    counts: collections.Counter[str] = collections.Counter()
+    lengths = []
+
+    @settled(40)
+    @given(programs())
+    def check(drawn: tuple[Program, tuple[float, ...]]) -> None:
+        program, constants = drawn
+        made, seed = rule_of(program, constants), len(program.statements)
+        (wanted, grads), (got, _), (turned, _) = (setting(seed) for _ in range(3))
+        run(wanted, grads, optimizer(made, wanted).step)
+        found: list[Any] = []
+        run(got, grads, fused_step(optimizer(made, got), "interpreter", found))
+        limits = spread(program, constants, seed)
+        assert_within([p.detach() for p in got], [p.detach() for p in wanted], limits, program)
+        lengths.append(len(program.operations))
+        counts["rules"] += 1
+        counts["exact"] += all(len(groups) == len(set(DTYPES)) for groups in found)
+        other: list[Any] = []
+        run(
+            turned[::-1],
+            [several[::-1] for several in grads[:1]],
+            fused_step(optimizer(made, turned[::-1]), "interpreter", other),
+        )
+        assert other[0] == found[0]
+
+    check()
+    print(dict(counts), "median operations:", statistics.median(lengths))
+    assert counts["exact"] >= 0.95 * counts["rules"], counts
+
+
+def test_random_rules_through_torch_compile() -> None:
+    @settled(5)
+    @given(programs())
+    def check(drawn: tuple[Program, tuple[float, ...]]) -> None:
+        program, constants = drawn
+        made, seed = rule_of(program, constants), len(program.statements)
+        (wanted, grads), (got, _) = (setting(seed) for _ in range(2))
+        run(wanted, grads, optimizer(made, wanted).step)
+        step = compiled(optimizer(made, got))
+        run(got, grads, step)
+        step.check(len(got))
+        assert len(last_report().groups) == len(set(DTYPES))
+        limits = spread(program, constants, seed)
+        assert_within([p.detach() for p in got], [p.detach() for p in wanted], limits, program)
+
+    check()
+
+
+def test_units_are_known() -> None:
+    assert set(DTYPES) <= UNIT.keys()
