@@ -25,15 +25,7 @@ _LAZY = {
     "clear_cache": "lowerings.cpu_build",
 }
 
-__all__ = [
-    "FuseError",
-    "GradientError",
-    "OptionError",
-    "PlatformError",
-    "RuleError",
-    "UnfusedError",
-    *_LAZY,
-]
+__all__ = ["FuseError", "GradientError", "OptionError", "PlatformError", "RuleError", "UnfusedError", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:

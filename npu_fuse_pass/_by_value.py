@@ -65,15 +65,7 @@ def _pack(function: Callable[..., Any] | None) -> Any:
     used = {n: _value(function.__globals__[n]) for n in _names(function.__code__) if n in function.__globals__}
     cells = tuple(_value(c.cell_contents) for c in function.__closure__ or ())
     defaults = (function.__defaults__, function.__kwdefaults__)
-    return (
-        "code",
-        marshal.dumps(function.__code__),
-        function.__name__,
-        function.__module__,
-        used,
-        cells,
-        defaults,
-    )
+    return ("code", marshal.dumps(function.__code__), function.__name__, function.__module__, used, cells, defaults)
 
 
 def _unpack(packed: Any) -> Any:

@@ -184,12 +184,7 @@ def _plain(name: str) -> Row:
 
 ROWS.update({name: _plain(name) for name in (*_UNARY, *_BINARY)})
 ROWS.update(
-    {
-        "absolute": ROWS["abs"],
-        "negative": ROWS["neg"],
-        "clamp_min": ROWS["maximum"],
-        "clamp_max": ROWS["minimum"],
-    }
+    {"absolute": ROWS["abs"], "negative": ROWS["neg"], "clamp_min": ROWS["maximum"], "clamp_max": ROWS["minimum"]}
 )
 ROWS.update({"arctan": ROWS["atan"], "less": ROWS["lt"], "greater": ROWS["gt"], "not_equal": ROWS["ne"]})
 ROWS.update({f"logical_{n}": _plain(n) for n in ("and", "or", "xor", "not")})

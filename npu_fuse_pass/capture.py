@@ -103,10 +103,7 @@ def _updates(all_leaves: Sequence[Leaf], writes: Mapping[int, Cell]) -> list[Upd
         for leaf in [*leaves, written]:
             if all_leaves[leaf].shape:
                 parent[find(leaf)] = find(written)
-    for (
-        written,
-        leaves,
-    ) in used.items():  # a 0-dim leaf that only one update reads is its own (a step counter)
+    for written, leaves in used.items():  # a 0-dim leaf that only one update reads is its own (a step counter)
         for leaf in [*leaves, written]:
             if not all_leaves[leaf].shape:
                 scalar_users.setdefault(leaf, set()).add(find(written))

@@ -13,19 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .ir import (
-    COMMUTATIVE,
-    DTYPE_NAMES,
-    Captured,
-    Expr,
-    Formula,
-    Group,
-    Leaf,
-    Slot,
-    Update,
-    postorder,
-    serialise,
-)
+from .ir import COMMUTATIVE, DTYPE_NAMES, Captured, Expr, Formula, Group, Leaf, Slot, Update, postorder, serialise
 
 _DTYPE_INDEX = {dtype: i for i, dtype in enumerate(DTYPE_NAMES)}
 

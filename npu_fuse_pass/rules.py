@@ -129,12 +129,7 @@ class Rule:
         return out["param"], out.get("grad"), {n: out[n] for n in self.states if n in states}
 
     def contribution(
-        self,
-        name: str,
-        param: Tensor,
-        grad: Tensor,
-        states: Mapping[str, Tensor],
-        keywords: Mapping[str, Any],
+        self, name: str, param: Tensor, grad: Tensor, states: Mapping[str, Tensor], keywords: Mapping[str, Any]
     ) -> Tensor:
         """What one parameter adds to the total `name`: a 0-dim tensor."""
         work = arithmetic_dtype(param.dtype)

@@ -114,12 +114,7 @@ def batch_key(param: Tensor, grad: Tensor | None) -> tuple[torch.dtype, torch.dt
 
 
 def make_batch(
-    rule: Rule,
-    group: int,
-    part: int,
-    settings: Mapping[str, Any],
-    params: list[Tensor],
-    optimizer: RuleOptimizer,
+    rule: Rule, group: int, part: int, settings: Mapping[str, Any], params: list[Tensor], optimizer: RuleOptimizer
 ) -> Batch:
     """Allocate flat buffers for `params` and copy in what the optimizer's state holds for them."""
     static, numbers = split_keywords(wanted_keywords(rule), settings)

@@ -25,15 +25,7 @@ _NUMBERS: dict[str, tuple[str, float]] = {
     "alpha": ("Invalid alpha value", 0.0),
     "dampening": ("Invalid dampening value", -math.inf),
 }
-_FLAGS = (
-    "amsgrad",
-    "nesterov",
-    "centered",
-    "decoupled_decay",
-    "lr_in_momentum",
-    "adam",
-    "use_global_grad_norm",
-)
+_FLAGS = ("amsgrad", "nesterov", "centered", "decoupled_decay", "lr_in_momentum", "adam", "use_global_grad_norm")
 
 
 class NpuFusedOptimizer(RuleOptimizer):

@@ -23,21 +23,11 @@ __all__ = ["NpuFusedAdam", "adam", "adam_update", "states"]
 
 States = tuple[Tensor, Tensor, Tensor | None]
 
-states = {
-    "exp_avg": zeros,
-    "exp_avg_sq": zeros,
-    "max_exp_avg_sq": zeros.when(lambda group: bool(group["amsgrad"])),
-}
+states = {"exp_avg": zeros, "exp_avg_sq": zeros, "max_exp_avg_sq": zeros.when(lambda group: bool(group["amsgrad"]))}
 
 
 def adam_update(
-    param: Tensor,
-    grad: Tensor,
-    old: States,
-    step: Tensor,
-    lr: Tensor,
-    betas: tuple[Tensor, Tensor],
-    eps: Tensor,
+    param: Tensor, grad: Tensor, old: States, step: Tensor, lr: Tensor, betas: tuple[Tensor, Tensor], eps: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The part that Adam and AdamW share: new moments and the bias-corrected update."""
     (exp_avg, exp_avg_sq, max_exp_avg_sq), (beta1, beta2) = old, betas
@@ -50,10 +40,7 @@ def adam_update(
     return param - lr / (1 - beta1**step) * exp_avg / denominator, exp_avg, exp_avg_sq, max_exp_avg_sq
 
 
-@rule(
-    states=states,
-    defaults={"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False},
-)
+@rule(states=states, defaults={"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False})
 def adam(
     param: Tensor,
     grad: Tensor,

@@ -20,10 +20,7 @@ from .adam import adam_update, states
 __all__ = ["NpuFusedAdamW", "adamw"]
 
 
-@rule(
-    states=states,
-    defaults={"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "amsgrad": False},
-)
+@rule(states=states, defaults={"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "amsgrad": False})
 def adamw(
     param: Tensor,
     grad: Tensor,

@@ -17,14 +17,7 @@ from npu_fuse_pass.rules import rule, zeros
 
 @rule(states={"exp_avg": zeros}, defaults={"lr": 1e-4, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0})
 def lion(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    *,
-    lr: Tensor,
-    beta1: Tensor,
-    beta2: Tensor,
-    weight_decay: Tensor,
+    param: Tensor, grad: Tensor, exp_avg: Tensor, *, lr: Tensor, beta1: Tensor, beta2: Tensor, weight_decay: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The sign of an average of gradients, with decoupled weight decay."""
     update = (beta1 * exp_avg + (1 - beta1) * grad).sign()

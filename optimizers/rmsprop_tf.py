@@ -117,9 +117,5 @@ class NpuFusedRMSpropTF(NpuFusedOptimizer):
         state_dtype: torch.dtype | None = None,
     ) -> None:
         defaults = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
-        defaults |= {
-            "centered": centered,
-            "decoupled_decay": decoupled_decay,
-            "lr_in_momentum": lr_in_momentum,
-        }
+        defaults |= {"centered": centered, "decoupled_decay": decoupled_decay, "lr_in_momentum": lr_in_momentum}
         super().__init__(params, defaults, state_dtype=state_dtype)

@@ -80,14 +80,7 @@ CASES = [
     Case("adamw", _ADAMW, dict(lr=0.02, weight_decay=0.1), oracles.adamw, _MOMENTS, torch.optim.AdamW),
     Case("lamb", _LAMB, dict(lr=0.02, weight_decay=0.1), oracles.lamb, _MOMENTS, spread="tensor"),
     Case("lamb_adam", _LAMB, dict(lr=0.02, adam=True), oracles.lamb, _MOMENTS),
-    Case(
-        "lamb_global",
-        _LAMB,
-        dict(lr=0.02, use_global_grad_norm=True),
-        oracles.lamb,
-        _MOMENTS,
-        spread="all",
-    ),
+    Case("lamb_global", _LAMB, dict(lr=0.02, use_global_grad_norm=True), oracles.lamb, _MOMENTS, spread="all"),
     Case("rmsprop_tf", _RMS, dict(lr=0.02, weight_decay=0.1), oracles.rmsprop_tf, ("square_avg",)),
     Case(
         "rmsprop_tf_momentum",

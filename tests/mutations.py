@@ -133,11 +133,7 @@ MUTATIONS = [
     ),
     # grouping
     Mutation(
-        "all constants are the first one",
-        "group.py",
-        '("constant", source.value))',
-        '("constant", 0.0))',
-        SIGNUM,
+        "all constants are the first one", "group.py", '("constant", source.value))', '("constant", 0.0))', SIGNUM
     ),
     Mutation(
         "the order of arguments matters",
@@ -146,13 +142,7 @@ MUTATIONS = [
         "            below.reverse()",
         ("tests/test_group.py", "-k", "any_order"),
     ),
-    Mutation(
-        "differences commute",
-        "ir.py",
-        'COMMUTATIVE = ("add",',
-        'COMMUTATIVE = ("sub", "add",',
-        ORDER,
-    ),
+    Mutation("differences commute", "ir.py", 'COMMUTATIVE = ("add",', 'COMMUTATIVE = ("sub", "add",', ORDER),
     Mutation(
         "the order of writes is that of the program",
         "group.py",
@@ -254,11 +244,5 @@ MUTATIONS = [
         "value = graph.call_function(operator.getitem, (node, k * len(group.members)))\n                leaf =",
         ("tests/test_rewrite.py", "-k", "one_node or it_runs"),
     ),
-    Mutation(
-        "the interpreter forgets casts",
-        "ops.py",
-        "return args[0].to(e.dtype)",
-        "return args[0]",
-        ROUNDING,
-    ),
+    Mutation("the interpreter forgets casts", "ops.py", "return args[0].to(e.dtype)", "return args[0]", ROUNDING),
 ]

@@ -98,12 +98,7 @@ def paddle_rmsprop(p: Tensor, g: Tensor, s: dict[str, Tensor], t: int, **o: Any)
 
 
 def lion(p: Tensor, g: Tensor, s: dict[str, Tensor], t: int, **o: Any) -> Tensor:
-    beta1, beta2, lr, wd = (
-        o.get("beta1", 0.9),
-        o.get("beta2", 0.99),
-        o.get("lr", 1e-4),
-        o.get("weight_decay", 0.0),
-    )
+    beta1, beta2, lr, wd = (o.get("beta1", 0.9), o.get("beta2", 0.99), o.get("lr", 1e-4), o.get("weight_decay", 0.0))
     m = s.get("exp_avg", torch.zeros_like(p))
     s["exp_avg"] = beta2 * m + (1 - beta2) * g
     return p - lr * (torch.sign(beta1 * m + (1 - beta1) * g) + wd * p)

@@ -13,15 +13,7 @@ import npu_fuse_pass
 from optimizers import NpuFusedAdam, NpuFusedAdamW
 
 from .cases import BY_NAME, Case, over
-from .support import (
-    Step,
-    assert_close,
-    assert_one_fused_step,
-    compiled,
-    gradients,
-    parameters,
-    set_gradients,
-)
+from .support import Step, assert_close, assert_one_fused_step, compiled, gradients, parameters, set_gradients
 
 SHAPES = [(4, 6), (2, 3, 4, 4), (8,)]
 CASES = [BY_NAME[n] for n in ("adam", "lamb")]

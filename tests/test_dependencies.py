@@ -47,7 +47,7 @@ PRIVATE_TORCH_EXCEPTIONS = {
         "torch._dynamo.disable": "marks `step` as the eager prelude",
         "torch.optim.optimizer._global_optimizer_pre_hooks": "the prelude runs these hooks itself",
         "torch.optim.optimizer._global_optimizer_post_hooks": "the prelude runs these hooks itself",
-    },
+    }
 }
 
 
@@ -298,11 +298,7 @@ assert p.tolist() == [0.5] * 3 and npu_fuse_pass.reports()[-1].fallback is None
 
 
 def test_training_works_without_numpy_and_npu_packages(tmp_path: pathlib.Path) -> None:
-    run(
-        TRAIN.format(module="optimizers", name="NpuFusedAdam"),
-        tmp_path,
-        blocked=("numpy", "torch_npu", "torchair"),
-    )
+    run(TRAIN.format(module="optimizers", name="NpuFusedAdam"), tmp_path, blocked=("numpy", "torch_npu", "torchair"))
 
 
 # Files ----------------------------------------------------------------------------------------------------

@@ -18,16 +18,8 @@ from .support import parameters
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
-        (
-            {"learning_rate": 1},
-            TypeError,
-            "learning rate should be float or LRScheduler, got <class 'int'> here",
-        ),
-        (
-            {"learning_rate": "x"},
-            TypeError,
-            "learning rate should be float or LRScheduler, got <class 'str'> here",
-        ),
+        ({"learning_rate": 1}, TypeError, "learning rate should be float or LRScheduler, got <class 'int'> here"),
+        ({"learning_rate": "x"}, TypeError, "learning rate should be float or LRScheduler, got <class 'str'> here"),
         ({"learning_rate": None}, ValueError, "learning_rate is not set."),
         ({"rho": None}, ValueError, "rho is not set."),
         ({"epsilon": None}, ValueError, "epsilon is not set."),
@@ -36,19 +28,11 @@ from .support import parameters
         ({"epsilon": -1e-9}, ValueError, "Invalid value of epsilon, expect epsilon >= 0."),
         ({"momentum": -1}, ValueError, "Invalid value of momentum, expect momentum >= 0."),
         ({"momentum": math.nan}, ValueError, "Invalid value of momentum"),
-        (
-            {"parameters": None},
-            AttributeError,
-            "parameters argument given to the Optimizer should not be None",
-        ),
+        ({"parameters": None}, AttributeError, "parameters argument given to the Optimizer should not be None"),
         ({"parameters": torch.zeros(1)}, TypeError, "parameters should be a list"),
         ({"parameters": {"params": []}}, TypeError, "parameters should be a list"),
         ({"parameters": []}, ValueError, "empty"),
-        (
-            {"grad_clip": 1.0},
-            TypeError,
-            "'grad_clip' should be an instance of GradientClipBase's derived class",
-        ),
+        ({"grad_clip": 1.0}, TypeError, "'grad_clip' should be an instance of GradientClipBase's derived class"),
         ({"grad_clip": paddle.GradientClipBase()}, TypeError, "'grad_clip' should be an instance"),
         ({"grad_clip": L2Decay(0.1)}, TypeError, "'grad_clip' should be an instance"),
         ({"weight_decay": "0.1"}, TypeError, "weight_decay should be float"),

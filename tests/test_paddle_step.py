@@ -40,15 +40,7 @@ def test_defaults_are_those_of_the_signature() -> None:
 def test_arguments_are_positional_in_the_documents_order() -> None:
     params = parameters(dtype=torch.float64)
     opt = RMSProp(0.02, 0.9, 1e-3, 0.8, True, params, 0.1, ClipGradByNorm(0.5), "prefix")
-    loop = Loop(
-        params,
-        rho=0.9,
-        epsilon=1e-3,
-        momentum=0.8,
-        centered=True,
-        decay=("l2", 0.1),
-        clip=("norm", 0.5),
-    )
+    loop = Loop(params, rho=0.9, epsilon=1e-3, momentum=0.8, centered=True, decay=("l2", 0.1), clip=("norm", 0.5))
     check(params, opt, [loop], "eager")
     assert opt.name == "prefix"
 

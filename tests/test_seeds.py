@@ -80,10 +80,7 @@ def test_all_blocks_are_found() -> None:
     assert len(NPU) == 4
     assert len(PADDLE) == 6
     assert sum(d.read_text().count("import torch\n") + d.read_text().count("import paddle\n") for d in DOCUMENTS) == 10
-    assert [b.printed() for b in PADDLE if b.printed()] == [
-        [f"current lr is 0.{i}" for i in range(2, 7)],
-        ["0.001"],
-    ]
+    assert [b.printed() for b in PADDLE if b.printed()] == [[f"current lr is 0.{i}" for i in range(2, 7)], ["0.001"]]
     assert sum(b.runnable().count("assert np.allclose") for b in PADDLE) == 2
 
 

@@ -95,15 +95,7 @@ LABELS = {
     "momentum": "Invalid momentum value: ",
     "dampening": "Invalid dampening value: ",
 }
-FLAGS = (
-    "amsgrad",
-    "nesterov",
-    "centered",
-    "decoupled_decay",
-    "lr_in_momentum",
-    "adam",
-    "use_global_grad_norm",
-)
+FLAGS = ("amsgrad", "nesterov", "centered", "decoupled_decay", "lr_in_momentum", "adam", "use_global_grad_norm")
 NO_NUMBERS = (float("nan"), float("inf"), -float("inf"), "0.1", None, True, 1j, [0.1], torch.ones(2))
 NONSENSE: list[tuple[str, Any, str]] = [
     *((name, value, label) for value in NO_NUMBERS for name, label in LABELS.items()),
@@ -145,12 +137,7 @@ def test_wrong_hyperparameters(name: str, value: Any, message: str) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {"momentum": 0},
-        {"momentum": -0.5},
-        {"momentum": 0.9, "dampening": 0.1},
-        {"momentum": 0.0, "dampening": 1},
-    ],
+    [{"momentum": 0}, {"momentum": -0.5}, {"momentum": 0.9, "dampening": 0.1}, {"momentum": 0.0, "dampening": 1}],
     ids=str,
 )
 def test_nesterov_needs_momentum_without_dampening(options: dict[str, Any]) -> None:

@@ -33,12 +33,7 @@ _FLAGS = [
     "-fno-strict-aliasing",
     "-w",
 ]
-_NATIVE = {
-    "x86_64": "-march=native",
-    "AMD64": "-march=native",
-    "aarch64": "-mcpu=native",
-    "arm64": "-mcpu=native",
-}
+_NATIVE = {"x86_64": "-march=native", "AMD64": "-march=native", "aarch64": "-mcpu=native", "arm64": "-mcpu=native"}
 
 _loaded: dict[str, ctypes.CDLL] = {}
 

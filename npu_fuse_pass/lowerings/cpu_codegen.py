@@ -120,11 +120,7 @@ class _Stage:
     """One exported function: scalar sections and passes in turn."""
 
     def __init__(
-        self,
-        name: str,
-        formula: Formula,
-        writes: tuple[tuple[int, Expr], ...],
-        contributions: tuple[Expr, ...],
+        self, name: str, formula: Formula, writes: tuple[tuple[int, Expr], ...], contributions: tuple[Expr, ...]
     ) -> None:
         self.name = name
         self.formula = formula

@@ -26,11 +26,7 @@ from .regularizer import WeightDecayRegularizer
 
 __all__ = ["RMSProp", "paddle_rmsprop", "paddle_rmsprop_global_norm"]
 
-_STATES = {
-    "square_avg": zeros,
-    "grad_avg": zeros.when(lambda group: bool(group["centered"])),
-    "momentum_buffer": zeros,
-}
+_STATES = {"square_avg": zeros, "grad_avg": zeros.when(lambda group: bool(group["centered"])), "momentum_buffer": zeros}
 _DEFAULTS: dict[str, Any] = {"lr": 1e-2, "rho": 0.95, "epsilon": 1e-6, "momentum": 0.0, "centered": False}
 _DEFAULTS |= {"clip": None, "clip_min": 0.0, "clip_max": 0.0, "regularizer": None, "coefficient": 0.0}
 _Result = tuple[Tensor, Tensor, Tensor | None, Tensor]

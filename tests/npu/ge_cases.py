@@ -33,21 +33,11 @@ def adam(weight_decay: float, amsgrad: bool) -> list[Tensor]:
     param.grad = Y.clone()
     kind = torch.optim.AdamW if weight_decay else torch.optim.Adam
     optimizer = kind([param], 0.1, betas=(0.9, 0.99), eps=1e-3, weight_decay=weight_decay, amsgrad=amsgrad)
-    state = {
-        "step": torch.tensor(2.0),
-        "exp_avg": X / 3,
-        "exp_avg_sq": V / 2,
-        "max_exp_avg_sq": V.flip(0) / 3,
-    }
+    state = {"step": torch.tensor(2.0), "exp_avg": X / 3, "exp_avg_sq": V / 2, "max_exp_avg_sq": V.flip(0) / 3}
     optimizer.state[param] = {k: v.clone() for k, v in state.items() if amsgrad or k != "max_exp_avg_sq"}
     optimizer.step()
     after = optimizer.state[param]
-    return [
-        param.detach(),
-        after["exp_avg"],
-        after["exp_avg_sq"],
-        *([after["max_exp_avg_sq"]] if amsgrad else []),
-    ]
+    return [param.detach(), after["exp_avg"], after["exp_avg_sq"], *([after["max_exp_avg_sq"]] if amsgrad else [])]
 
 
 def sgd(nesterov: bool) -> list[Tensor]:

@@ -106,10 +106,7 @@ def lp_norm_v2(node: Node) -> list[Tensor]:
         raise ValueError("only epsilon=0 is interpreted")
     return [
         torch.linalg.vector_norm(
-            x,
-            node.number("p", 2.0),
-            dim=node.integers("axes", []) or None,
-            keepdim=node.flag("keepdim", False),
+            x, node.number("p", 2.0), dim=node.integers("axes", []) or None, keepdim=node.flag("keepdim", False)
         )
     ]
 

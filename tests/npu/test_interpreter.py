@@ -28,11 +28,7 @@ def test_other_forms() -> None:
     assert_as_torch(emit(nesterov_off), nesterov_off)
     base_two = (lambda x: ge.Exp(x, base=2.0, scale=3.0, shift=1.0), [X], 2 ** (3 * X + 1))
     assert_as_torch(emit(base_two), base_two)
-    maximize = (
-        lambda *x: ge.ApplyAdamW(*x, None, maximize=True),
-        [*ADAM_W[:10], -Y],
-        adam(0.02, amsgrad=False),
-    )
+    maximize = (lambda *x: ge.ApplyAdamW(*x, None, maximize=True), [*ADAM_W[:10], -Y], adam(0.02, amsgrad=False))
     assert_as_torch(emit(maximize), maximize)
 
 

@@ -59,8 +59,7 @@ def step_graph(op: Any, mode: FakeTensorMode, tensors: list[Tensor]) -> torch.fx
     call = graph.call_function(op, (params, grads, buffers))
     for index, target in enumerate([*params, *buffers]):
         value = graph.call_function(
-            torch.ops.aten.copy_.default,
-            (target, graph.call_function(operator.getitem, (call, index))),
+            torch.ops.aten.copy_.default, (target, graph.call_function(operator.getitem, (call, index)))
         )
         value.meta["val"] = target.meta["val"]
     graph.output(())
@@ -76,13 +75,6 @@ def test_a_list_operation_becomes_ge_operations(list_op: Any) -> None:
     with harness.record() as graphs:
         step = harness.convert(step_graph(list_op, mode, tensors), mode)
         step(*tensors)
-    assert graphs[0].counts() == {
-        "Data": 3 * n,
-        "Const": 2 * n,
-        "Mul": 2 * n,
-        "Add": n,
-        "Sub": n,
-        "NetOutput": 1,
-    }
+    assert graphs[0].counts() == {"Data": 3 * n, "Const": 2 * n, "Mul": 2 * n, "Add": n, "Sub": n, "NetOutput": 1}
     for got, expected in zip([*tensors[:n], *tensors[2 * n :]], want, strict=True):
         assert torch.equal(got, expected)
