@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .capture_totals import Contribution, separate
+from .cells import Cell
 from .errors import Unsupported
-from .interpreter import Cell, Interpreter, Recorded, run_graph
+from .inline import expand_rule
+from .interpreter import Interpreter, Recorded, run_graph
 from .ir import Builder, Captured, Expr, Leaf, Output, Slot, Stage, Unfused, Update, postorder
 
 
@@ -22,6 +25,7 @@ def capture(gm: fx.GraphModule) -> Captured:
     """Read a graph into updates: one per set of written leaves that depend on each other's tensors."""
     interpreter = Interpreter()
     interpreter.grad_enabled = torch.is_grad_enabled()
+    interpreter.expansions["rule_update"] = expand_rule
     attributes: dict[str, Cell] = {}
 
     def attribute(name: str) -> Cell:
@@ -41,9 +45,14 @@ def capture(gm: fx.GraphModule) -> Captured:
         unfused = [Unfused(op, reason) for op, reason in interpreter.kept]
         if unfused and all(interpreter.leaves[i].kind == "output" for i in interpreter.written):
             return Captured(interpreter.leaves, [], [])  # nothing is updated: not an optimizer's graph
-        updates = _updates(interpreter.leaves, interpreter.written)
-        stages = [Stage(_updates(interpreter.leaves, s.writes), s.calls) for s in interpreter.stages]
-        return Captured(interpreter.leaves, updates, unfused, returned=outputs, stages=stages)
+        b, totals = interpreter.builder, 0
+        stages = []
+        for s in interpreter.stages:
+            made, totals = _updates(interpreter.leaves, s.writes, b, totals)
+            stages.append(Stage(made, s.calls))
+        updates, totals = _updates(interpreter.leaves, interpreter.written, b, totals)
+        moved = (interpreter.moved, interpreter.moved_by_calls)
+        return Captured(interpreter.leaves, updates, unfused, totals, stages, outputs, *moved)
     except Recorded:
         return Captured(interpreter.leaves, [], [])  # a forward pass: nothing here is an update
     except Unsupported as e:
@@ -87,9 +96,14 @@ def _input(interpreter: Interpreter, node: fx.Node, index: int) -> Any:
     return interpreter.add_leaf(leaf, example.ndim > 0)
 
 
-def _updates(all_leaves: Sequence[Leaf], writes: Mapping[int, Cell]) -> list[Update]:
-    """Writes that share a tensor leaf belong to one update."""
-    used = {leaf: _leaves_of(cell.val.expr) for leaf, cell in writes.items()}
+def _updates(
+    all_leaves: Sequence[Leaf], cells: Mapping[int, Cell], builder: Builder, first_total: int
+) -> tuple[list[Update], int]:
+    """Writes that share a tensor leaf belong to one update; also the number after the last total."""
+    roots = [cell.val.expr for cell in cells.values()]
+    roots, contributions, totals = separate(roots, list(cells), all_leaves, builder, first_total)
+    writes = dict(zip(cells, roots, strict=True))
+    used = {leaf: _leaves_of(root) for leaf, root in writes.items()}
     parent: dict[int, int] = {}
 
     def find(x: int) -> int:
@@ -115,11 +129,18 @@ def _updates(all_leaves: Sequence[Leaf], writes: Mapping[int, Cell]) -> list[Upd
                 parent[find(leaf)] = find(others.pop())
         if before == {leaf: find(leaf) for leaf in scalar_users}:
             break
-    components: dict[int, list[int]] = {}
-    for written in used:
-        components.setdefault(find(written), []).append(written)
-    together = _with_counters(list(components.values()), used)
-    return [_update(all_leaves, writes, written) for written in together]
+    given: dict[int, list[Contribution]] = {}
+    for c in contributions:
+        tensors = [i for i in _leaves_of(c.expr) if all_leaves[i].shape]
+        given.setdefault(find(tensors[0]), []).append(c)
+    components: dict[int, list[int]] = {owner: [] for owner in given}
+    for leaf in used:
+        components.setdefault(find(leaf), []).append(leaf)
+    of_first = {leaves[0]: given.get(owner, []) for owner, leaves in components.items() if leaves}
+    together = _with_counters([leaves for leaves in components.values() if leaves], used)
+    updates = [_update(all_leaves, writes, leaves, of_first.get(leaves[0], [])) for leaves in together]
+    updates += [_update(all_leaves, writes, [], given[owner]) for owner, leaves in components.items() if not leaves]
+    return updates, totals
 
 
 def _with_counters(components: list[list[int]], used: Mapping[int, list[int]]) -> list[list[int]]:
@@ -137,21 +158,23 @@ def _with_counters(components: list[list[int]], used: Mapping[int, list[int]]) -
     return others
 
 
-def _update(all_leaves: Sequence[Leaf], writes: Mapping[int, Cell], written: list[int]) -> Update:
+def _update(
+    all_leaves: Sequence[Leaf], writes: Mapping[int, Expr], written: list[int], contributions: Sequence[Contribution]
+) -> Update:
     """Renumber the leaves of one update to positions in its member."""
     builder = Builder()
     position: dict[int, int] = {}
     made: dict[int, Expr] = {}
 
+    roots = [*(writes[leaf] for leaf in written), *(c.expr for c in contributions)]
     sizes = {all_leaves[leaf].shape for leaf in written} - {()}
-    sizes |= {all_leaves[i].shape for w in written for i in _leaves_of(writes[w].val.expr)} - {()}
+    sizes |= {all_leaves[i].shape for root in roots for i in _leaves_of(root)} - {()}
     if len(sizes) > 1:
         raise Unsupported("write", f"one update reads tensors of shapes {sorted(sizes)}: a sum over several parameters")
 
     def place(leaf: int) -> int:
         return position.setdefault(leaf, len(position))
 
-    roots = [writes[leaf].val.expr for leaf in written]
     for e in postorder(roots):
         if e.op == "leaf":
             assert isinstance(e.value, int)
@@ -160,10 +183,11 @@ def _update(all_leaves: Sequence[Leaf], writes: Mapping[int, Cell], written: lis
             made[id(e)] = (
                 e if not e.args else builder.make(e.op, tuple(made[id(a)] for a in e.args), e.value, e.dtype, e.tensor)
             )
-    pairs = [(place(leaf), made[id(root)]) for leaf, root in zip(written, roots, strict=True)]
+    pairs = [(place(leaf), made[id(writes[leaf])]) for leaf in written]
+    added = [(c.total, made[id(c.expr)]) for c in contributions]
     leaves = [all_leaves[i] for i in position]
     slots = [Slot(bool(leaf.shape), leaf.dtype if leaf.shape else torch.float64) for leaf in leaves]
-    return Update(pairs, [], [tuple(position)], [_label(leaf.name) for leaf in leaves], slots)
+    return Update(pairs, added, [tuple(position)], [_label(leaf.name) for leaf in leaves], slots)
 
 
 def _leaves_of(root: Expr) -> list[int]:
@@ -182,4 +206,7 @@ def _label(name: str) -> str:
         return known or "x"
     if last.isdigit() and "state" in low:
         return f"state{last}"
-    return "param" if "param" in low else last
+    if "param" in low:
+        return "param"
+    named = [part for part in low.split("_") if not part.isdigit()]  # g_ema_3: an entry of a list
+    return "_".join(named[1:] if named[:1] in (["g"], ["l"]) and len(named) > 1 else named) or last

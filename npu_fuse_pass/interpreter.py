@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, fx
 
 from .aten import ROWS, Val, evaluate
+from .aten_lists import LISTS, Expansion
 from .aten_shaped import SHAPED
+from .cells import Cell
 from .errors import Unsupported
 from .ir import DTYPE_NAMES, Builder, Call, Expr, Leaf, LeafRef, postorder
 
@@ -41,28 +43,6 @@ class Recorded(Exception):  # noqa: N818 - a finding about a graph, not an error
     """Autograd records an operation of the graph: it is part of a forward pass, and no update."""
 
 
-class Cell:
-    """A tensor while the graph is interpreted: its current value, and the leaf it is stored in, if any."""
-
-    __slots__ = ("base", "leaf", "stale", "val")
-
-    def __init__(self, val: Val, leaf: int | None = None, base: tuple[Cell, Val] | None = None) -> None:
-        self.val = val
-        self.leaf = leaf
-        self.base = base  # of a view: the tensor it looks at, and that one's value then
-        self.stale = False  # a view of it was written
-
-    def read(self) -> Val:
-        """The current value.
-
-        Raises:
-            Unsupported: it is a view of something that was written since; writes come after all original operations.
-        """
-        if self.stale or (self.base is not None and self.base[0].read() is not self.base[1]):
-            raise Unsupported("view", "reads through a view what was written in place")
-        return self.val
-
-
 @dataclasses.dataclass
 class Level:
     """What original operations of one level read, and the operations."""
@@ -83,6 +63,9 @@ class Interpreter:
         self.stages: list[Level] = []
         self.kept: dict[tuple[str, str], None] = {}
         self.grad_enabled = False  # at the point that is being interpreted
+        self.moved = 0  # bytes that the operations read and write so far, each by itself
+        self.moved_by_calls = 0  # of these, those of operations that stay as they are
+        self.expansions: dict[str, Expansion] = dict(LISTS)
         self._levels: dict[int, int] = {}
         self._temporaries: dict[tuple[int, torch.dtype], int] = {}
 
@@ -126,8 +109,12 @@ class Interpreter:
             return source if isinstance(source, Val) else SHAPED["full_like"](self.builder, args[0], source)
         try:
             if name in SHAPED:
-                return SHAPED[name](self.builder, *args, **kwargs)
-            return evaluate(self.builder, name, args, kwargs)
+                result = SHAPED[name](self.builder, *args, **kwargs)
+            else:
+                result = evaluate(self.builder, name, args, kwargs)
+            if result not in args:  # else an alias
+                self.moved += _traffic(args, [result])
+            return result
         except TypeError as e:
             raise Unsupported(name, f"is called in a form that is not known: {e}") from e
 
@@ -165,6 +152,8 @@ class Interpreter:
         bases = {_storage(_meta(n)): c for n, c in zip(node.args, args, strict=True) if isinstance(n, fx.Node)}
         first = len(self.leaves)
         made = [self._result(name, fake, level, bases.get(_storage(fake))) for fake in fakes]
+        traffic = _traffic([a.val for a in cells], [made_cell.val for made_cell in made])
+        self.moved, self.moved_by_calls = self.moved + traffic, self.moved_by_calls + traffic
         several = isinstance(meta, (list, tuple))
         results = list(range(first, len(self.leaves)))
         self.stages[level].calls.append(Call(target or node.target, given[0], given[1], results, several))
@@ -247,6 +236,12 @@ def _value(x: Any) -> Any:
     return x.read() if isinstance(x, Cell) else x
 
 
+def _traffic(args: Sequence[Any], results: Sequence[Val]) -> int:
+    """Bytes that an operation reads and writes; a tensor that is given twice is read once, what is 0-dim is free."""
+    vals = [*{id(a): a for a in args if isinstance(a, Val)}.values(), *results]
+    return sum(math.prod(v.shape) * v.dtype.itemsize for v in vals if v.shape)
+
+
 def operation_name(node: fx.Node) -> str:
     """The ATen-like name of what a node calls."""
     target = node.target
@@ -290,6 +285,10 @@ def run_graph(interpreter: Interpreter, graph: fx.Graph, inputs: Sequence[Any], 
 
 def _call_node(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     name = operation_name(node)
+    if name in interpreter.expansions:
+        expanded = interpreter.expansions[name](interpreter, node, args, kwargs)
+        if expanded is not NotImplemented:
+            return expanded
     if node.target is operator.getitem and not isinstance(args[0], Cell):
         return args[0][args[1]]
     on_numbers = not any(isinstance(a, Cell) for a in flatten((*args, *kwargs.values())))

@@ -118,6 +118,7 @@ class Leaf:
             "total" (number `index`), "output" (a new tensor that the graph returns at `index`), "temporary" (a new
             tensor that an original operation reads) or "result" (what an original operation gives).
         fixed: its address does not change from step to step.
+        optimizer: the handle of an optimizer of ours that holds it, at `index` of `inputs_of`; None: an argument.
     """
 
     kind: Literal["input", "attribute", "constant", "total", "output", "temporary", "result"]
@@ -128,6 +129,7 @@ class Leaf:
     shape: tuple[int, ...] = ()
     device: torch.device = torch.device("cpu")
     fixed: bool = False
+    optimizer: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,6 +251,8 @@ class Captured:
     n_totals: int = 0
     stages: list[Stage] = dataclasses.field(default_factory=list)
     returned: list[Output] = dataclasses.field(default_factory=list)
+    moved: int = 0  # bytes that the original operations read and write, one after the other
+    moved_by_calls: int = 0  # of these, those of operations that stay as they are
 
 
 def postorder(roots: Sequence[Expr]) -> Iterator[Expr]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._dynamo.eval_frame import skip_code
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import step_op
@@ -22,6 +23,7 @@ from .rules import Rule
 from .storage import States
 
 Settings = Mapping[str, Any]
+_TRANSIENT = ("_prelude", "_ticket", "_surface", "_core", "_call", "step", "found_inf")  # what no copy takes along
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -33,7 +35,9 @@ def eager_prelude(step: F) -> F:
     """
     step.hooked = True  # type: ignore[attr-defined]
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
-    return cast(F, torch._dynamo.disable(step, recursive=False))
+    # not torch._dynamo.disable: that would also break the graph of a function which calls `step`
+    skip_code(step.__code__)
+    return step
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -49,6 +53,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     """
 
     rule: Rule
+    found_inf: Tensor | None = None
 
     def __init__(self, params: Any, defaults: dict[str, Any], *, state_dtype: torch.dtype | None = None) -> None:
         if state_dtype is not None and not (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point):
@@ -103,14 +108,25 @@ class RuleOptimizer(torch.optim.Optimizer):
         Args:
             closure: recomputes the loss and its gradients; called with gradients enabled. Its value is returned.
 
+        Where the attribute `found_inf` is a tensor that is not zero, nothing is updated and no step is counted
+        (mixed precision; compiled as part of a larger function the decision is made on the device).
+
         Raises:
             TypeError: the closure is not callable.
             GradientError: a gradient is sparse, complex, or of another shape or device than its parameter.
         """
+        if torch.compiler.is_dynamo_compiling():  # `step` is being inlined into a larger graph
+            return self._surface.update(self.found_inf) if closure is None else self._step_apart(closure)
         loss = self._before(closure)
-        self._core(self._ticket)
+        if self.found_inf is None or not bool(self.found_inf):
+            self._core(self._ticket)
         self._after()
         return loss
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def _step_apart(self, closure: Callable[[], Any]) -> Any:
+        """A step with a closure runs a backward pass, which no graph holds."""
+        return self.step(closure)
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def _before(self, closure: Callable[[], Any] | None) -> Any:
@@ -137,6 +153,12 @@ class RuleOptimizer(torch.optim.Optimizer):
             hook(self, *self._call)
         self._opt_called = True
 
+    @property
+    def has_hooks(self) -> bool:
+        """Whether functions are registered that run before or after a step."""
+        own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+        return bool(own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+
     def _run_pre_hooks(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         kwargs: dict[str, Any] = {}
         for hook in itertools.chain(_global_optimizer_pre_hooks.values(), self._optimizer_step_pre_hooks.values()):
@@ -156,7 +178,18 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Fields that are made anew in every process and in every copy."""
         self._prelude = Prelude(self)
         self._ticket = torch.zeros(1, dtype=torch.int64)
-        self._core = step_op.make_core(self)
+        self._surface = step_op.Surface([], step_op.register(self))
+        self._core = step_op.make_core(self._surface.handle)
+        self._list_params()
+
+    def _list_params(self) -> None:
+        self._surface.params = [p for group in self.param_groups for p in group["params"]]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with options of their own, as in torch.optim; they may already have gradients."""
+        super().add_param_group(param_group)
+        if "_surface" in self.__dict__:
+            self._list_params()
 
     # Saving and loading ----------------------------------------------------------------------------------------------
 
@@ -189,7 +222,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         return value  # torch would cast to the parameter's dtype; the flat buffers copy in with their own
 
     def __getstate__(self) -> dict[str, Any]:
-        fields = {k: v for k, v in self.__dict__.items() if k not in ("_prelude", "_ticket", "_core", "_call", "step")}
+        fields = {k: v for k, v in self.__dict__.items() if k not in _TRANSIENT}
         return {**fields, "state": {p: _copied(entry) for p, entry in self.state.items()}}
 
     def __setstate__(self, fields: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -47,13 +48,18 @@ class Fused:
     report: CompileReport
 
 
-def fuse_graph(gm: fx.GraphModule, platform: str, strict: bool) -> Fused:
+def fuse_graph(
+    gm: fx.GraphModule, platform: str, strict: bool, cause: str = "compile", graph_break: str | None = None
+) -> Fused:
     """Fuse a captured graph.
+
+    Args:
+        graph_break: why Dynamo ended the graph, for the report.
 
     Raises:
         UnfusedError: `strict`, and something was left unfused.
     """
-    return _fuse(lambda: capture(gm), platform, strict, "compile")
+    return _fuse(lambda: capture(gm), platform, strict, cause, graph_break)
 
 
 def fuse_batches(batches: Sequence[Batch], platform: str, strict: bool, cause: str = "compile") -> Fused:
@@ -61,8 +67,10 @@ def fuse_batches(batches: Sequence[Batch], platform: str, strict: bool, cause: s
     return _fuse(lambda: capture_batches(batches), platform, strict, cause)
 
 
-def _fuse(capture_step: Callable[[], Captured], platform: str, strict: bool, cause: str) -> Fused:
-    report = CompileReport(platform, cause=cause)
+def _fuse(
+    capture_step: Callable[[], Captured], platform: str, strict: bool, cause: str, graph_break: str | None = None
+) -> Fused:
+    report = CompileReport(platform, cause=cause, graph_break=graph_break)
     with _timed(report, "capture"):
         captured = capture_step()
     report.unfused = list(captured.unfused)
@@ -77,6 +85,7 @@ def _fuse(capture_step: Callable[[], Captured], platform: str, strict: bool, cau
             groups = group(captured)
         with _timed(report, "lower"):
             program = _lower(captured.leaves, stages, groups, report)
+        report.bytes_per_element = _traffic(captured, report)
     report._graph = functools.cache(lambda: rewrite(captured.leaves, groups, stages))
     record(report)
     log.info("%s", report)
@@ -111,6 +120,14 @@ def _lower(leaves: Sequence[Leaf], stages: Stages, groups: Sequence[Group], repo
     if last is None or not before:
         return last
     return staged.Program([(program, calls) for program, calls in before if program is not None], last)
+
+
+def _traffic(captured: Captured, report: CompileReport) -> dict[str, float]:
+    elements = sum(g.elements for g in report.groups if g.writes == "leaves")
+    if not elements or not all(g.bytes_per_element for g in report.groups if g.elements):
+        return {}
+    kernels = sum(g.bytes_per_element * g.elements for g in report.groups)
+    return {"before": captured.moved / elements, "after": (kernels + captured.moved_by_calls) / elements}
 
 
 def _lower_cpu(leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport) -> Program:
@@ -161,7 +178,9 @@ def _group_report(
     dtype = DTYPE_NAMES.get(leaves[g.members[0][first]].dtype, str(leaves[g.members[0][first]].dtype))
     formula = readable(g.formula, [_slot_label(g, leaves, s) for s in range(len(g.formula.slots))])
     device = str(leaves[g.members[0][first]].device)
-    return GroupReport(g.name, formula, len(g.members), dtype, device, lowering, kernel, bytes_per_element, launches)
+    elements = sum(max((math.prod(leaves[m[s]].shape) for s in slots), default=0) for m in g.members)
+    kind = (dtype, device, lowering, kernel)
+    return GroupReport(g.name, formula, len(g.members), *kind, bytes_per_element, launches, elements)
 
 
 def _slot_label(g: Group, leaves: Sequence[Leaf], slot: int) -> str:

@@ -24,6 +24,7 @@ class GroupReport:
         kernel: what computes it.
         bytes_per_element: memory read and written per parameter element and step.
         launches: kernel calls per step.
+        elements: how many the group's parameters have together.
         writes: "leaves" (parameters and states), or "temporaries" that original operations read.
     """
 
@@ -36,6 +37,7 @@ class GroupReport:
     kernel: str
     bytes_per_element: int
     launches: int
+    elements: int = 0
     writes: str = "leaves"
 
 
@@ -51,6 +53,9 @@ class CompileReport:
         unfused: operations that were not, each with its reason.
         fallback: why the original graph runs instead, or None.
         cause: "compile", or what changed when an optimizer's parameters were planned anew.
+        bytes_per_element: memory that a step reads and writes for each parameter element: "before", if every operation
+            of the original went over memory by itself, and "after".
+        graph_break: why and where Dynamo ended this graph, if the function goes on after it; nothing fuses across.
     """
 
     platform: str
@@ -60,6 +65,8 @@ class CompileReport:
     unfused: list[Unfused] = dataclasses.field(default_factory=list)
     fallback: str | None = None
     cause: str = "compile"
+    bytes_per_element: dict[str, float] = dataclasses.field(default_factory=dict)
+    graph_break: str | None = None
     _graph: Callable[[], fx.GraphModule] | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
@@ -86,7 +93,12 @@ class CompileReport:
                 f"{g.launches} x {g.kernel}"
             )
             lines += [f"      {line}" for line in g.formula.splitlines()]
+        if self.bytes_per_element:
+            before, after = self.bytes_per_element["before"], self.bytes_per_element["after"]
+            lines.append(f"  memory traffic: {after:.0f} bytes/element, operation by operation {before:.0f}")
         lines += [f"  unfused {u.op}: {u.reason}" for u in self.unfused]
+        if self.graph_break:
+            lines.append(f"  the graph ends at a break: {self.graph_break}")
         if self.fallback:
             lines.append(f"  FALLBACK to the original: {self.fallback}")
         return "\n".join(lines)

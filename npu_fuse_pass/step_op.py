@@ -1,12 +1,19 @@
-"""The operation that a captured step consists of, and its eager kernel: the rule, parameter by parameter.
+"""The operations that a captured step consists of, and their eager kernel: the rule, parameter by parameter.
 
 `npu_fused::rule_step(Tensor(a!) ticket, int optimizer) -> ()` names the optimizer instead of taking its tensors: what
 Dynamo wraps is what costs compile time and guards (about 3.4 ms and 1.1 us per tensor). The ticket is a counter that
-the operation writes, so that no compiler drops or reorders it. Under any other backend the eager kernel below runs.
+the operation writes, so that no compiler drops or reorders it.
+
+`npu_fused::rule_update(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor? found_inf, int optimizer) -> ()` is the step as
+part of a larger graph (clipping before it, an average of the parameters after it): that graph has to see which tensors
+it reads and writes. States stay behind the handle; nothing else touches them.
+
+Under any other backend the eager kernels below run.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import types
 import weakref
@@ -28,7 +35,9 @@ _handles = itertools.count()
 
 _library = torch.library.Library("npu_fused", "FRAGMENT")
 _library.define("rule_step(Tensor(a!) ticket, int optimizer) -> ()")
+_library.define("rule_update(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor? found_inf, int optimizer) -> ()")
 rule_step = torch.ops.npu_fused.rule_step.default
+rule_update = torch.ops.npu_fused.rule_update.default
 
 
 def optimizer_of(handle: int) -> RuleOptimizer:
@@ -36,13 +45,35 @@ def optimizer_of(handle: int) -> RuleOptimizer:
     return _optimizers[handle]
 
 
-def make_core(optimizer: RuleOptimizer) -> Callable[[Tensor], None]:
+def register(optimizer: RuleOptimizer) -> int:
+    """A new handle for an optimizer."""
+    handle = next(_handles)
+    _optimizers[handle] = optimizer
+    return handle
+
+
+@dataclasses.dataclass(eq=False)
+class Surface:
+    """What Dynamo sees of an optimizer whose step is part of a larger graph.
+
+    Not the optimizer itself: Dynamo would guard every number in its groups, and a changed lr would recompile.
+    """
+
+    params: list[Tensor]
+    handle: int
+
+    def update(self, found_inf: Tensor | None) -> None:
+        """The step as an operation on tensors; parameters without a gradient are left out, as a guard of the graph."""
+        params = [p for p in self.params if p.grad is not None]
+        if params:
+            rule_update(params, [p.grad for p in params], found_inf, self.handle)
+
+
+def make_core(handle: int) -> Callable[[Tensor], None]:
     """The function that Dynamo captures: one operation.
 
     Every optimizer gets a code object of its own, because instances that share one share torch's limit of 8 compiles.
     """
-    handle = next(_handles)
-    _optimizers[handle] = optimizer
 
     def core(ticket: Tensor) -> None:
         rule_step(ticket, handle)
@@ -54,7 +85,10 @@ def make_core(optimizer: RuleOptimizer) -> Callable[[Tensor], None]:
 @torch.no_grad()
 def run_eager(optimizer: RuleOptimizer) -> None:
     """One step without a compiler: totals first, then every parameter's rule."""
-    batches = optimizer._prelude.batches
+    _run_batches(optimizer._prelude.batches)
+
+
+def _run_batches(batches: list[Batch]) -> None:
     totals = [_totals(batch, batches) for batch in batches]
     for batch, sums in zip(batches, totals, strict=True):
         for i, (param, grad) in enumerate(zip(batch.params, batch.grads, strict=True)):
@@ -151,10 +185,29 @@ def meta_keywords(static: Mapping[str, Any], numbers: Mapping[str, Any], totals:
     return {**static, **found, **{n: scalar() for n in totals}, "step": scalar()}
 
 
-def _eager_kernel(ticket: Tensor, optimizer: int) -> None:
+def _step(ticket: Tensor, optimizer: int) -> None:
     run_eager(optimizer_of(optimizer))
     ticket.add_(1)
 
 
-_library.impl("rule_step", _eager_kernel, "CompositeExplicitAutograd")
+@torch.no_grad()
+def _update(params: list[Tensor], grads: list[Tensor], found_inf: Tensor | None, handle: int) -> None:
+    """A whole step on the given tensors, which stand for the optimizer's own (a compiler may have cloned them)."""
+    optimizer = optimizer_of(handle)
+    optimizer._before(None)
+    if found_inf is None or not bool(found_inf):
+        own = [p for p in optimizer._surface.params if p.grad is not None]
+        given = dict(zip(map(id, own), zip(params, grads, strict=True), strict=True))
+        _run_batches([_on_given(batch, given) for batch in optimizer._prelude.batches])
+    optimizer._after()
+
+
+def _on_given(batch: Batch, given: Mapping[int, tuple[Tensor, Tensor]]) -> Batch:
+    pairs = [given.get(id(p), (p, None)) for p in batch.params]
+    return dataclasses.replace(batch, params=[p for p, _ in pairs], grads=[g for _, g in pairs])
+
+
+_library.impl("rule_step", _step, "CompositeExplicitAutograd")
+_library.impl("rule_update", _update, "CompositeExplicitAutograd")
 torch.library.register_fake("npu_fused::rule_step", lambda ticket, optimizer: None, lib=_library)
+torch.library.register_fake("npu_fused::rule_update", lambda params, grads, found_inf, optimizer: None, lib=_library)

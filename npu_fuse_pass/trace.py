@@ -7,6 +7,7 @@ another shape share the trace if the rule makes the same calls with the same num
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from .cells import Cell
 from .errors import Unsupported
-from .interpreter import Cell, Interpreter, is_known, operation_name, run_graph
+from .interpreter import Interpreter, is_known, operation_name, run_graph
 from .ir import Captured, Expr, Leaf, Slot, Unfused, Update
 from .step_op import meta_keywords
 from .storage import Batch
@@ -42,7 +44,9 @@ def capture_batches(batches: Sequence[Batch]) -> Captured:
         roles = _Roles(["param", "grad", *batch.flat], ["step", *batch.hyper_names])
         members = _add_leaves(captured.leaves, batch, roles)
         try:
-            captured.updates += _updates_of(batch, roles, members, totals)
+            updates, moved = _updates_of(batch, roles, members, totals)
+            captured.updates += updates
+            captured.moved += moved
         except Unsupported as e:
             captured.unfused.append(Unfused(f"{e.op} in rule {batch.rule.name}", e.reason))
     captured.n_totals = len(totals)
@@ -68,19 +72,21 @@ def _add_leaves(leaves: list[Leaf], batch: Batch, roles: _Roles) -> list[tuple[i
 
 def _updates_of(
     batch: Batch, roles: _Roles, members: list[tuple[int, ...]], totals: dict[tuple[object, ...], int]
-) -> list[Update]:
+) -> tuple[list[Update], int]:
+    """Also the bytes that the rule's operations move for them, one after the other."""
     by_shape: dict[tuple[int, ...], list[int]] = {}
     for i, p in enumerate(batch.params):
         by_shape.setdefault(tuple(p.shape) or (1,), []).append(i)  # 0-dim as one element, as in eager steps
     by_calls: dict[object, list[tuple[int, ...]]] = {}
     for shape in by_shape:
         by_calls.setdefault(_calls(batch, shape), []).append(shape)
-    updates = []
+    updates, moved = [], 0.0
     for shapes in by_calls.values():
-        update = _trace(batch, roles, shapes[0], totals)
+        update, per_element = _trace(batch, roles, shapes[0], totals)
         chosen = sorted(i for shape in shapes for i in by_shape[shape])
+        moved += per_element * sum(batch.numels[i] for i in chosen)
         updates.append(dataclasses.replace(update, members=[members[i] for i in chosen]))
-    return updates
+    return updates, round(moved)
 
 
 def _calls(batch: Batch, shape: tuple[int, ...]) -> object:
@@ -128,8 +134,10 @@ class _Record(TorchDispatchMode):
         return result
 
 
-def _trace(batch: Batch, roles: _Roles, shape: tuple[int, ...], totals: dict[tuple[object, ...], int]) -> Update:
-    """The update of one parameter of this shape."""
+def _trace(
+    batch: Batch, roles: _Roles, shape: tuple[int, ...], totals: dict[tuple[object, ...], int]
+) -> tuple[Update, float]:
+    """The update of one parameter of this shape, and how many bytes its operations move for each element."""
     interpreter = Interpreter(keeps=False)
     dtypes = {"param": batch.dtype, "grad": batch.grad_dtype, **{n: f.dtype for n, f in batch.flat.items()}}
     cells = {
@@ -168,7 +176,8 @@ def _trace(batch: Batch, roles: _Roles, shape: tuple[int, ...], totals: dict[tup
     if batch.counts:
         writes.append((position["step"], step.val.expr))
     slots = [Slot(True, dtypes[n]) for n in roles.tensors] + [Slot(False, torch.float64) for _ in roles.scalars]
-    return Update(writes, contributions, [], roles.labels, slots)
+    stored = sum(2 * slots[p].dtype.itemsize for p, _ in writes if slots[p].tensor)  # copying the results
+    return Update(writes, contributions, [], roles.labels, slots), interpreter.moved / math.prod(shape) + stored
 
 
 def _plus(interpreter: Interpreter, cell: Cell, one: Expr) -> Any:

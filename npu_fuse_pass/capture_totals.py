@@ -1,0 +1,166 @@
+"""Sums over several parameters (a global norm, a check for infinities), found in what was captured.
+
+A scalar that adds up numbers of different parameters becomes a *total*: every parameter contributes its own number to
+it, and what is computed from the total (a root, a clip factor) stays in the formulas that use it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from .errors import Unsupported
+from .ir import Builder, Expr, Leaf, postorder
+
+_SEVERAL = -1  # stands for "numbers of more than one parameter"
+_FEW = 8  # totals that are no sum (the larger of two norms): each is a scalar of every update, so not for N parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Contribution:
+    """What one parameter adds to a total."""
+
+    total: int
+    expr: Expr
+
+
+def separate(
+    roots: Sequence[Expr], written: Sequence[int], leaves: Sequence[Leaf], builder: Builder, first: int = 0
+) -> tuple[list[Expr], list[Contribution], int]:
+    """Replace scalars over several parameters by totals.
+
+    Args:
+        roots: what is written.
+        written: the leaf that each root goes to.
+        first: number of the first total.
+
+    Returns:
+        New roots, the contributions, and the number after the last total.
+
+    Raises:
+        Unsupported: a total depends on another one, or numbers of many parameters are combined by other than adding.
+    """
+    order = list(postorder(roots))
+    owner = _owners(order, roots, written, leaves)
+    if _SEVERAL not in owner.values():
+        return list(roots), [], first
+    totals = _Totals(owner, builder, first)
+    return [totals.rebuilt(root) for root in roots], totals.contributions, totals.next
+
+
+def _owners(
+    order: Sequence[Expr], roots: Sequence[Expr], written: Sequence[int], leaves: Sequence[Leaf]
+) -> dict[int, int | None]:
+    """For every expression: the tensors below it as one representative leaf, None, or _SEVERAL (scalars only).
+
+    Tensors that an elementwise operation combines belong to one parameter.
+    """
+    parent: dict[int, int] = {}
+
+    def find(x: int) -> int:
+        while parent.setdefault(x, x) != x:
+            parent[x] = parent[parent[x]]
+            x = parent[x]
+        return x
+
+    below: dict[int, int] = {}
+    for e in order:
+        if e.tensor:
+            found = [e.value] if e.op == "leaf" else [below[id(a)] for a in e.args if a.tensor]
+            assert all(isinstance(f, int) for f in found)
+            for other in found[1:]:
+                parent[find(other)] = find(found[0])  # type: ignore[arg-type]
+            below[id(e)] = found[0]  # type: ignore[assignment]
+    for root, leaf in zip(roots, written, strict=True):
+        if root.tensor and leaves[leaf].shape:
+            parent[find(leaf)] = find(below[id(root)])
+    owner: dict[int, int | None] = {}
+    for e in order:
+        if e.tensor:
+            owner[id(e)] = find(below[id(e)])
+        else:
+            several = {owner[id(a)] for a in e.args} - {None}
+            owner[id(e)] = None if not several else next(iter(several)) if len(several) == 1 else _SEVERAL
+    return owner
+
+
+class _Totals:
+    """Rebuilds expressions with totals in them."""
+
+    def __init__(self, owner: dict[int, int | None], builder: Builder, first: int) -> None:
+        self._owner = owner
+        self._builder = builder
+        self._made: dict[int, Expr] = {}
+        self._single = 0
+        self.next = first
+        self.contributions: list[Contribution] = []
+
+    def rebuilt(self, root: Expr) -> Expr:
+        """`root` with totals; children first, without recursion (a sum over N parameters is a chain of N)."""
+        stack = [(root, False)]
+        while stack:
+            e, ready = stack.pop()
+            if id(e) in self._made:
+                continue
+            below = self._children(e)
+            if ready:
+                self._made[id(e)] = self._make(e, below)
+            else:
+                stack.append((e, True))
+                stack.extend((a, False) for a in below)
+        return self._made[id(root)]
+
+    def _several(self, e: Expr) -> bool:
+        return self._owner[id(e)] == _SEVERAL
+
+    def _children(self, e: Expr) -> list[Expr]:
+        """What has to be rebuilt before `e`: its arguments, or what stands outside the sum that it is."""
+        if not self._several(e):
+            return list(e.args)
+        return [a for a in self._addends(e) if self._owner[id(a)] in (None, _SEVERAL)]
+
+    def _addends(self, e: Expr) -> list[Expr]:
+        """The terms of a sum over several parameters; the arguments of any other operation."""
+        if e.op != "add":
+            return list(e.args)
+        found: list[Expr] = []
+        stack = [e]
+        while stack:
+            x = stack.pop()
+            if x.op == "add" and self._several(x):
+                stack += reversed(x.args)
+            else:
+                found.append(x)
+        return found
+
+    def _make(self, e: Expr, below: list[Expr]) -> Expr:
+        if not self._several(e):
+            args = tuple(self._made[id(a)] for a in below)
+            same = all(new is old for new, old in zip(args, e.args, strict=True))
+            return e if same else self._builder.make(e.op, args, e.value, e.dtype, e.tensor)
+        if e.op == "add":
+            own = [a for a in self._addends(e) if self._owner[id(a)] not in (None, _SEVERAL)]
+            terms = [*([self._total(own)] if own else []), *(self._made[id(a)] for a in below)]
+            result = terms[0]
+            for term in terms[1:]:
+                result = self._builder.op("add", result, term)
+            return result
+        args = tuple(self._made[id(a)] if self._owner[id(a)] in (None, _SEVERAL) else self._alone(e, a) for a in e.args)
+        return self._builder.make(e.op, args, e.value, e.dtype, e.tensor)
+
+    def _alone(self, e: Expr, a: Expr) -> Expr:
+        """One parameter's number in a combination that is no sum."""
+        self._single += 1
+        if self._single > _FEW:
+            raise Unsupported(e.op, "combines numbers of several parameters; a sum of them can fuse")
+        return self._total([a])
+
+    def _total(self, parts: Sequence[Expr]) -> Expr:
+        number, self.next = self.next, self.next + 1
+        for part in parts:
+            if any(self._owner.get(id(x)) == _SEVERAL for x in postorder([part])):
+                raise Unsupported("sum", "a sum over parameters depends on another one")
+            self.contributions.append(Contribution(number, self._builder.cast(part, torch.float64)))
+        return self._builder.total(number)

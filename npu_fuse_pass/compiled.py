@@ -1,0 +1,178 @@
+"""What a compiled step is at run time: the callables that the backend gives to Dynamo."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from . import pipeline, step_op
+from .errors import Mismatch, UnfusedError
+from .ir import Captured, Output
+from .optimizer import RuleOptimizer
+from .report import CompileReport
+from .storage import inputs_of
+
+
+class RuleStep:
+    """The compiled core of an optimizer of ours: plans kernels for its batches, and again when they change."""
+
+    def __init__(self, handle: int, platform: str, strict: bool) -> None:
+        self._optimizer = weakref.ref(step_op.optimizer_of(handle))
+        self._platform = platform
+        self._strict = strict
+        self._version = -1
+        self._program: pipeline.Program | None = None
+        self._plan()
+
+    def _plan(self) -> None:
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        prelude = optimizer._prelude
+        cause = "compile" if self._version < 0 else "the optimizer's parameters, dtypes or options changed"
+        self._version = prelude.version
+        fused = pipeline.fuse_batches(prelude.batches, self._platform, self._strict, cause)
+        self._program, self._report = fused.program, fused.report
+
+    def __call__(self, *args: Tensor) -> tuple[()]:
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        if optimizer._prelude.version != self._version:
+            self._plan()
+        if self._program is None or not self._run(inputs_of(optimizer._prelude.batches)):
+            step_op.run_eager(optimizer)
+        return ()
+
+    def _run(self, values: list[Tensor | None]) -> bool:
+        assert self._program is not None
+        try:
+            self._program(values)
+        except Mismatch as e:
+            refused(self._report, str(e), self._strict)
+            return False
+        return True
+
+
+def graph_step(gm: fx.GraphModule, platform: str, strict: bool) -> Callable[..., Any]:
+    """Compile any other graph: a stock optimizer's step, or a larger function in which optimizers of ours step."""
+    handles = [int(n.args[3]) for n in gm.graph.nodes if n.target is step_op.rule_update]
+    step = GraphStep(gm, platform, strict, handles)
+    return step if step.fused else gm.forward
+
+
+class GraphStep:
+    """A captured graph: its leaves are the graph's arguments and attributes, and what optimizers of ours keep."""
+
+    def __init__(self, gm: fx.GraphModule, platform: str, strict: bool, handles: Sequence[int]) -> None:
+        self._gm = gm
+        self._platform = platform
+        self._strict = strict
+        self._optimizers = {h: weakref.ref(step_op.optimizer_of(h)) for h in handles}
+        for optimizer in self._stepped():
+            optimizer._prelude.prepare()
+        self._plan("compile")
+
+    @property
+    def fused(self) -> bool:
+        return self._program is not None
+
+    def _plan(self, cause: str) -> None:
+        self._state = self._look()
+        made = pipeline.fuse_graph(self._gm, self._platform, self._strict, cause, _graph_break(self._gm))
+        self._program, self._report, self._returned = made.program, made.report, made.captured.returned
+        self._arguments = _Arguments(self._gm, made.captured)
+
+    def _stepped(self) -> list[RuleOptimizer]:
+        found = [optimizer() for optimizer in self._optimizers.values()]
+        assert all(o is not None for o in found)
+        return found  # type: ignore[return-value]
+
+    def _look(self) -> list[object]:
+        """What a plan depends on beside the graph: the optimizers' batches, and which gradients there are."""
+        preludes = [o._prelude for o in self._stepped()]
+        return [(p.version, [[g is None for g in b.grads] for b in p.batches]) for p in preludes]
+
+    def __call__(self, *args: Any) -> Any:
+        optimizers = self._stepped() if self._optimizers else []
+        if any(o.has_hooks for o in optimizers):
+            return self._unfused("step hooks run between the operations of this graph", args)
+        for o in optimizers:
+            o._before(None)
+        if optimizers and self._look() != self._state:
+            self._plan("the optimizer's parameters, dtypes or options changed")
+        if self._program is None:
+            return self._gm.forward(*args)
+        values = self._arguments(args, {h: inputs_of(o()._prelude.batches) for h, o in self._optimizers.items()})  # type: ignore[union-attr]
+        try:
+            self._program(values, complete=True)
+        except Mismatch as e:
+            return self._unfused(str(e), args)
+        for o in optimizers:
+            o._after()
+        return tuple(_returned(output, values) for output in self._returned)
+
+    def _unfused(self, reason: str, args: Sequence[Any]) -> Any:
+        refused(self._report, reason, self._strict)
+        return self._gm.forward(*args)
+
+
+def _graph_break(gm: fx.GraphModule) -> str | None:
+    """Why and where Dynamo ended a graph before the end of the function."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return None
+    frame = reason.user_stack[-1] if reason.user_stack else None
+    place = f" ({frame.filename}:{frame.lineno}, in {frame.name})" if frame is not None else ""
+    return f"{str(reason.reason).splitlines()[0]}{place}"
+
+
+class _Arguments:
+    """From the graph's arguments to the values of all leaves; attributes are looked up once."""
+
+    def __init__(self, gm: fx.GraphModule, captured: Captured) -> None:
+        self._template: list[Any] = [None] * len(captured.leaves)
+        self._inputs: list[tuple[int, int]] = []
+        self._kept: list[tuple[int, int, int]] = []
+        for i, leaf in enumerate(captured.leaves):
+            if leaf.kind == "attribute":
+                self._template[i] = operator.attrgetter(leaf.name)(gm)
+            elif leaf.kind == "input" and leaf.optimizer is not None:
+                self._kept.append((i, leaf.optimizer, leaf.index))
+            elif leaf.kind == "input":
+                self._inputs.append((i, leaf.index))
+
+    def __call__(self, args: Sequence[Any], kept: dict[int, list[Tensor | None]]) -> list[Any]:
+        values = self._template.copy()
+        for i, index in self._inputs:
+            value = args[index]
+            values[i] = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+        for i, handle, index in self._kept:
+            values[i] = kept[handle][index]
+        return values
+
+
+def _returned(output: Output, values: Sequence[Any]) -> Any:
+    if output.leaf is None:
+        return output.literal
+    value = values[output.leaf]
+    if output.number is int:
+        return round(float(value))
+    return float(value) if output.number is float else value
+
+
+def refused(report: CompileReport, reason: str, strict: bool) -> None:
+    """A step that runs unfused because of its tensors: said once for each reason, and in the report.
+
+    Raises:
+        UnfusedError: `strict`; nothing was changed.
+    """
+    if strict:
+        raise UnfusedError(f"strict=True and this step cannot run fused: {reason}")
+    if report.fallback is None or reason not in report.fallback:
+        report.fallback = "; ".join([*([report.fallback] if report.fallback else []), f"at some steps: {reason}"])
+        warnings.warn(f"npu_fused: this step runs unfused: {reason}", stacklevel=3)

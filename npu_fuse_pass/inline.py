@@ -1,0 +1,141 @@
+"""Expansion of `rule_update` nodes: the step of an optimizer of ours inside a larger captured graph.
+
+The rule is traced once per kind of parameter, as for a step by itself, and its expressions are put over what the graph
+has computed so far: a gradient that was clipped before, a parameter that is averaged afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from . import step_op
+from .aten import Val
+from .cells import Cell
+from .errors import Unsupported
+from .interpreter import Interpreter
+from .ir import REDUCTIONS, Expr, Leaf, Update, postorder
+from .trace import capture_batches
+
+
+def expand_rule(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Interpret `rule_update(params, grads, found_inf, optimizer)`: new values of parameters, gradients and states.
+
+    Raises:
+        Unsupported: the rule, or what the graph holds in its place, cannot be expressed.
+    """
+    params, grads, found_inf, handle = args
+    optimizer = step_op.optimizer_of(handle)
+    own = [p for p in optimizer._surface.params if p.grad is not None]
+    if len(own) != len(params):
+        raise Unsupported("rule_update", "other parameters have gradients than when the graph was captured")
+    cells = {id(p): pair for p, pair in zip(own, zip(params, grads, strict=True), strict=True)}
+    captured = capture_batches(optimizer._prelude.batches)
+    if captured.unfused:
+        raise Unsupported(captured.unfused[0].op, captured.unfused[0].reason)
+    interpreter.moved += captured.moved
+    tensors = [cells.get(id(p)) for b in optimizer._prelude.batches for p in b.params]
+    step = _Step(interpreter, handle, captured.leaves, _of_leaves(optimizer, tensors))
+    step.run(captured.updates, found_inf)
+
+
+def _of_leaves(optimizer: Any, tensors: Sequence[tuple[Cell, Cell] | None]) -> dict[int, Cell | None]:
+    """The graph's cells by leaf of the captured batches; None: a parameter without a gradient."""
+    found: dict[int, Cell | None] = {}
+    start = taken = 0
+    for b in optimizer._prelude.batches:
+        n = len(b.params)
+        for i, pair in enumerate(tensors[taken : taken + n]):
+            found[start + i], found[start + n + i] = pair or (None, None)
+        taken += n
+        start += n * (3 + len(b.flat)) + len(b.hyper_scalars)
+    return found
+
+
+class _Step:
+    """Puts the updates of one optimizer over the cells of a graph."""
+
+    def __init__(
+        self, interpreter: Interpreter, handle: int, leaves: Sequence[Leaf], cells: dict[int, Cell | None]
+    ) -> None:
+        self._interpreter = interpreter
+        self._b = interpreter.builder
+        self._handle = handle
+        self._leaves = leaves
+        self._cells = cells
+
+    def run(self, updates: Sequence[Update], found_inf: Cell | None) -> None:
+        """All members of all updates; totals first, because every member may read them."""
+        members = [
+            (update, member)
+            for update in updates
+            for member in update.members
+            if all(self._cell(i) is not None for i in member)
+        ]
+        sums: dict[int, list[Expr]] = {}
+        for update, member in members:
+            made = self._rebuilt([e for _, e in update.contributions], update, member, {})
+            for (number, _), e in zip(update.contributions, made, strict=True):
+                sums.setdefault(number, []).append(e)
+        totals = {n: functools.reduce(lambda x, y: self._b.op("add", x, y), parts) for n, parts in sums.items()}
+        keep = None if found_inf is None else self._b.op("ne", found_inf.read().expr, self._b.const(0))
+        written = []
+        for update, member in members:
+            made = self._rebuilt([e for _, e in update.writes], update, member, totals)
+            written += [(member[position], e) for (position, _), e in zip(update.writes, made, strict=True)]
+        for leaf, e in written:  # all are computed from what was there before the step
+            self._write(leaf, e, keep)
+
+    def _cell(self, leaf: int) -> Cell | None:
+        """The cell of a leaf; states, counters and numbers become leaves of the graph that the optimizer fills."""
+        if leaf not in self._cells:
+            known = self._leaves[leaf]
+            own = dataclasses.replace(known, index=leaf, optimizer=self._handle)
+            self._cells[leaf] = self._interpreter.add_leaf(own, tensor=bool(own.shape))
+        return self._cells[leaf]
+
+    def _write(self, leaf: int, new: Expr, keep: Expr | None) -> None:
+        cell = self._cell(leaf)
+        assert cell is not None
+        val = cell.read()
+        if keep is not None:
+            new = self._b.op("where", keep, val.expr, new)
+        self._interpreter.overwrite(cell, "rule_update", Cell(Val(new, val.dtype, val.shape)))
+
+    def _rebuilt(
+        self, roots: Sequence[Expr], update: Update, member: tuple[int, ...], totals: dict[int, Expr]
+    ) -> list[Expr]:
+        """Expressions over positions of a member as expressions over the graph's cells."""
+        made: dict[int, Expr] = {}
+        for e in postorder(roots):
+            if e.op == "leaf":
+                made[id(e)] = self._read(e, member)
+            elif e.op == "total":
+                made[id(e)] = totals[e.value]  # type: ignore[index]
+            elif e.op == "const":
+                made[id(e)] = e
+            else:
+                args = tuple(made[id(a)] for a in e.args)
+                scalar = e.tensor or e.op in REDUCTIONS
+                scalar = scalar and not any(a.tensor for a in args)  # of a 0-dim parameter
+                made[id(e)] = (
+                    self._of_scalars(e, args) if scalar else self._b.make(e.op, args, e.value, e.dtype, e.tensor)
+                )
+        return [made[id(e)] for e in roots]
+
+    def _of_scalars(self, e: Expr, args: tuple[Expr, ...]) -> Expr:
+        """An operation of a rule on 0-dim tensors, which graphs hold as float64 scalars; they round when stored."""
+        return args[0] if e.op == "cast" or e.op in REDUCTIONS else self._b.op(e.op, *args)
+
+    def _read(self, e: Expr, member: tuple[int, ...]) -> Expr:
+        assert isinstance(e.value, int)
+        cell = self._cell(member[e.value])
+        assert cell is not None
+        expr = cell.read().expr
+        if cell.val.shape and (expr.tensor != e.tensor or expr.dtype != e.dtype):
+            raise Unsupported("rule_update", "a gradient that the graph computed as one constant")
+        return expr
