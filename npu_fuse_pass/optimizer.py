@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._dynamo.eval_frame import skip_code
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import step_op
@@ -36,7 +35,7 @@ def eager_prelude(step: F) -> F:
     step.hooked = True  # type: ignore[attr-defined]
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
     # not torch._dynamo.disable: that would also break the graph of a function which calls `step`
-    skip_code(step.__code__)
+    torch._dynamo.eval_frame.skip_code(step.__code__)
     return step
 
 

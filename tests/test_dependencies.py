@@ -19,7 +19,10 @@ SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 
 # Stages hand typed values (ir.py) to each other and never import each other; only the pipeline imports them.
 STAGES = {
-    "capture": ("npu_fuse_pass.capture", "npu_fuse_pass.trace"),
+    "capture": (
+        *("npu_fuse_pass.capture", "npu_fuse_pass.capture_totals"),
+        *("npu_fuse_pass.trace", "npu_fuse_pass.inline"),
+    ),
     "group": ("npu_fuse_pass.group",),
     "match": ("npu_fuse_pass.match", "npu_fuse_pass.symbolic"),
     "rewrite": ("npu_fuse_pass.rewrite",),
@@ -44,7 +47,8 @@ MAY_USE_PRIVATE_TORCH = ("npu_fuse_pass.backend", *STAGES["capture"], *STAGES["l
 NO_PUBLIC_NAME = ("torch._ops.OpOverload",)  # the class of operations
 PRIVATE_TORCH_EXCEPTIONS = {
     "npu_fuse_pass.optimizer": {
-        "torch._dynamo.disable": "marks `step` as the eager prelude",
+        "torch._dynamo.eval_frame.skip_code": "marks `step` as the eager prelude",
+        "torch._dynamo.disable": "keeps what must not be captured out of larger graphs",
         "torch.optim.optimizer._global_optimizer_pre_hooks": "the prelude runs these hooks itself",
         "torch.optim.optimizer._global_optimizer_post_hooks": "the prelude runs these hooks itself",
     }
