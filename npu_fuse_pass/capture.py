@@ -118,15 +118,18 @@ def _updates(all_leaves: Sequence[Leaf], writes: Mapping[int, Cell]) -> list[Upd
     components: dict[int, list[int]] = {}
     for written in used:
         components.setdefault(find(written), []).append(written)
-    together = _with_counters(list(components.values()), used)
+    together = _with_counters(list(components.values()), used, all_leaves)
     return [_update(all_leaves, writes, written) for written in together]
 
 
-def _with_counters(components: list[list[int]], used: Mapping[int, list[int]]) -> list[list[int]]:
+def _with_counters(
+    components: list[list[int]], used: Mapping[int, list[int]], all_leaves: Sequence[Leaf]
+) -> list[list[int]]:
     """Give counters that nothing reads (RMSprop's) to the parameters in whose order they are, one set for each."""
 
     def counts(component: list[int]) -> bool:
-        return all(set(used[leaf]) <= set(component) for leaf in component) and len(component) == 1
+        (first, *more) = component
+        return not more and not all_leaves[first].shape and set(used[first]) <= {first}
 
     counters = [c for c in components if counts(c)]
     others = [c for c in components if not counts(c)]

@@ -52,6 +52,19 @@ def test_a_rate_that_several_parameters_read_joins_none_of_them() -> None:
     assert len(only.members) == 2
 
 
+def test_tensors_that_are_scaled_alone_are_updates_of_their_own() -> None:
+    """Only 0-dim counters join a parameter; a tensor that reads itself alone may have another shape."""
+
+    def step(p: Any, g: Any, q: Any, h: Any, average: Any, other: Any) -> None:
+        p.sub_(g)
+        q.sub_(h)
+        average.mul_(0.9)
+        other.mul_(0.8)
+
+    _, groups = check(step, *(torch.randn(n) for n in (5, 5, 7, 7, 3, 4)))
+    assert [len(g.members) for g in groups] == [2, 2]
+
+
 # Grouping ------------------------------------------------------------------------------------------------------------
 
 
