@@ -137,17 +137,20 @@ def _updates(
     for leaf in used:
         components.setdefault(find(leaf), []).append(leaf)
     of_first = {leaves[0]: given.get(owner, []) for owner, leaves in components.items() if leaves}
-    together = _with_counters([leaves for leaves in components.values() if leaves], used)
+    together = _with_counters([leaves for leaves in components.values() if leaves], used, all_leaves)
     updates = [_update(all_leaves, writes, leaves, of_first.get(leaves[0], [])) for leaves in together]
     updates += [_update(all_leaves, writes, [], given[owner]) for owner, leaves in components.items() if not leaves]
     return updates, totals
 
 
-def _with_counters(components: list[list[int]], used: Mapping[int, list[int]]) -> list[list[int]]:
+def _with_counters(
+    components: list[list[int]], used: Mapping[int, list[int]], all_leaves: Sequence[Leaf]
+) -> list[list[int]]:
     """Give counters that nothing reads (RMSprop's) to the parameters in whose order they are, one set for each."""
 
     def counts(component: list[int]) -> bool:
-        return all(set(used[leaf]) <= set(component) for leaf in component) and len(component) == 1
+        (first, *more) = component
+        return not more and not all_leaves[first].shape and set(used[first]) <= {first}
 
     counters = [c for c in components if counts(c)]
     others = [c for c in components if not counts(c)]

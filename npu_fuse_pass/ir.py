@@ -46,13 +46,14 @@ class Expr:
 
 
 class Builder:
-    """Makes expressions, equal ones once (hash-consing), with every cast written out."""
+    """Makes expressions, equal ones once (hash-consing; a + b and b + a are equal), with every cast written out."""
 
     def __init__(self) -> None:
         self._made: dict[object, Expr] = {}
 
     def make(self, op: str, args: tuple[Expr, ...], value: Value, dtype: torch.dtype, tensor: bool) -> Expr:
-        key = (op, tuple(map(id, args)), value, dtype, tensor)
+        ids = map(id, args)
+        key = (op, tuple(sorted(ids) if op in COMMUTATIVE else ids), value, dtype, tensor)
         found = self._made.get(key)
         if found is None:
             found = self._made[key] = Expr(op, args, value, dtype, tensor)

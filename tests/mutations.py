@@ -15,7 +15,7 @@ class Mutation:
     Args:
         file: in npu_fuse_pass.
         old, new: what is replaced (it occurs once) and by what.
-        tests: arguments of pytest, that fail with the bug and pass without.
+        tests: ids of tests, of which the first that fails is enough; all pass without the bug.
     """
 
     name: str
@@ -25,10 +25,19 @@ class Mutation:
     tests: tuple[str, ...]
 
 
-ORDER = ("tests/test_capture.py", "-k", "what_is_read or random_programs")
-OPS = "tests/test_ops_table.py"
-SIGNUM = ("tests/test_papers.py", "-k", "Signum and loop and not Inline")
-ROUNDING = ("tests/test_safety_half.py", "-k", "rounds_after_every_operation")
+def _operation(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/test_ops_table.py::test_an_operation_is_torchs[{name}-torch.float64]" for name in names)
+
+
+def _small(name: str) -> tuple[str, ...]:
+    return (f"tests/test_small_steps.py::test_{name}",)
+
+
+ORDER = ("tests/test_capture.py::test_what_is_read_is_the_value_of_that_moment",)
+ROUNDING = ("tests/test_safety_half.py::test_rounds_after_every_operation[torch.bfloat16]",)
+ONE_GROUP = ("tests/test_group.py::test_parameters_are_one_group_in_any_order",)
+REDUCED = ("tests/test_ops_shaped.py::test_reductions_are_those_of_float64[torch.float32]",)
+BETWEEN_STEPS = "tests/test_safety_graphs.py::test_what_a_training_loop_does_between_steps"
 
 MUTATIONS = [
     # what operations compute
@@ -37,42 +46,28 @@ MUTATIONS = [
         "aten.py",
         'return b.op("add", x, y) if _is(alpha, 1) else b.op("fma", y, alpha, x)',
         'return b.op("add", x, y)',
-        SIGNUM,
+        _operation("add alpha"),
     ),
     Mutation(
         "sub adds alpha times",
         "aten.py",
         'b.op("fma", y, b.op("neg", alpha), x)',
         'b.op("fma", y, alpha, x)',
-        (OPS, "-k", "sub"),
+        _operation("sub alpha"),
     ),
     Mutation(
         "lerp goes the other way",
         "aten.py",
         'distance = b.op("sub", end, start)',
         'distance = b.op("sub", start, end)',
-        (OPS, "-k", "lerp"),
-    ),
-    Mutation(
-        "addcdiv forgets its value",
-        "aten.py",
-        'b.op("div", y if _is(value, 1) else b.op("mul", value, y), z)',
-        'b.op("div", y, z)',
-        (OPS, "-k", "addcdiv"),
+        _operation("lerp"),
     ),
     Mutation(
         "a square is a double",
         "aten.py",
         '    2.0: lambda b, x: b.op("mul", x, x),',
         '    2.0: lambda b, x: b.op("add", x, x),',
-        (OPS, "-k", "pow"),
-    ),
-    Mutation(
-        "clamp has no upper end",
-        "aten.py",
-        'return low if max is None else b.op("minimum", low, max)',
-        "return low",
-        (OPS, "-k", "clamp"),
+        _operation("pow 2"),
     ),
     Mutation(
         "half precision rounds once at the end",
@@ -81,27 +76,21 @@ MUTATIONS = [
         "return Val(result, dtype, shape)",
         ROUNDING,
     ),
-    Mutation(
-        "a mean is a sum",
-        "aten_shaped.py",
-        "b.numel() if x.shape else b.const(1)",
-        "b.const(1)",
-        ("tests/test_ops_shaped.py", "-k", "reductions_are_those"),
-    ),
+    Mutation("a mean is a sum", "aten_shaped.py", "b.numel() if x.shape else b.const(1)", "b.const(1)", REDUCED),
     # capture
     Mutation(
         "a list operation takes the first entry of a list",
         "interpreter.py",
         "return x[i] if isinstance(x, (list, tuple)) else x",
         "return x[0] if isinstance(x, (list, tuple)) else x",
-        ("tests/test_papers.py", "-k", "Signum and foreach"),
+        ("tests/test_group.py::test_members_that_interleave_their_operations",),
     ),
     Mutation(
         "an alias is a copy",
         "interpreter.py",
         "return args[0]  # torch returns the tensor itself: what is written through it reaches the leaf",
         "return Cell(result)",
-        ("tests/test_safety.py", "-k", "through_aliases"),
+        ORDER,
     ),
     Mutation(
         "what is written is not rounded to the tensor's dtype",
@@ -113,8 +102,8 @@ MUTATIONS = [
     Mutation(
         "equal operations on different leaves are one",
         "ir.py",
-        "key = (op, tuple(map(id, args)), value, dtype, tensor)",
-        "key = (op, tuple(map(id, args)), dtype, tensor)",
+        "key = (op, tuple(sorted(ids) if op in COMMUTATIVE else ids), value, dtype, tensor)",
+        "key = (op, tuple(sorted(ids) if op in COMMUTATIVE else ids), dtype, tensor)",
         ORDER,
     ),
     Mutation(
@@ -122,33 +111,43 @@ MUTATIONS = [
         "capture.py",
         "            if all_leaves[leaf].shape:\n                parent[find(leaf)] = find(written)",
         "            if all_leaves[leaf].shape:\n                find(leaf)",
-        SIGNUM,
+        ONE_GROUP,
     ),
     Mutation(
-        "parameters that share a learning rate are one update",
+        "parameters that share a counter are one update",
         "capture.py",
         "            if len(others) == 1:",
         "            if others:",
-        SIGNUM,
+        _small("a_counter_that_several_parameters_read_joins_none_of_them"),
     ),
     # grouping
     Mutation(
-        "all constants are the first one", "group.py", '("constant", source.value))', '("constant", 0.0))', SIGNUM
+        "all constants are the first one",
+        "group.py",
+        '("constant", source.value))',
+        '("constant", 0.0))',
+        ("tests/test_group.py::test_numbers_are_kept_apart_and_dtypes_are_groups",),
     ),
     Mutation(
         "the order of arguments matters",
         "group.py",
         "            below.sort()",
         "            below.reverse()",
-        ("tests/test_group.py", "-k", "any_order"),
+        _small("operands_of_sums_and_products_may_be_swapped_everywhere"),
     ),
-    Mutation("differences commute", "ir.py", 'COMMUTATIVE = ("add",', 'COMMUTATIVE = ("sub", "add",', ORDER),
+    Mutation(
+        "differences commute",
+        "ir.py",
+        'COMMUTATIVE = ("add",',
+        'COMMUTATIVE = ("sub", "add",',
+        _small("operands_of_differences_and_quotients_may_not"),
+    ),
     Mutation(
         "the order of writes is that of the program",
         "group.py",
         "writes = sorted(update.writes, key=lambda w: keys[id(w[1])])",
         "writes = list(update.writes)",
-        ("tests/test_group.py",),
+        _small("states_may_be_written_in_any_order"),
     ),
     # code generation
     Mutation(
@@ -156,28 +155,28 @@ MUTATIONS = [
         "lowerings/cpu_codegen.py",
         "n = left < {CHUNK} ? left : {CHUNK};",
         "n = (left < {CHUNK} ? left : {CHUNK}) - 1;",
-        ORDER,
+        _small("every_element_is_written_whatever_the_size"),
     ),
     Mutation(
         "a maximum starts at zero",
         "lowerings/cpu_codegen.py",
         '"amax": "-INFINITY"',
         '"amax": "0.0"',
-        ("tests/test_ops_shaped.py", "-k", "reductions"),
+        _small("extremes_of_one_sign"),
     ),
     Mutation(
         "a reduction leaves out what fills no lane",
         "lowerings/cpu_codegen.py",
         "for (int l = 0; base + l < n; ++l) {",
         "for (int l = 0; base + l + 1 < n; ++l) {",
-        ("tests/test_ops_shaped.py", "-k", "reductions"),
+        REDUCED,
     ),
     Mutation(
         "fma is a product",
         "lowerings/cpu_codegen.py",
         '"fma": "std::fma({0}, {1}, {2})"',
         '"fma": "{0} * {1}"',
-        (OPS, "-k", "addcmul"),
+        _operation("addcmul"),
     ),
     Mutation(
         "ties of bfloat16 are rounded up",
@@ -191,7 +190,7 @@ MUTATIONS = [
         "lowerings/cpu_kernel.h",
         "return (a < b || a != a) ? a : b;",
         "return a < b ? a : b;",
-        (OPS, "-k", "minimum"),
+        _operation("minimum"),
     ),
     # running
     Mutation(
@@ -199,35 +198,35 @@ MUTATIONS = [
         "lowerings/cpu_kernel.py",
         "                target.detach().copy_(dense)",
         "                pass",
-        ("tests/test_safety_graphs.py", "-k", "another_layout"),
+        (f"{BETWEEN_STEPS}[another_layout-SGD]",),
     ),
     Mutation(
         "autograd is not told",
         "lowerings/cpu_kernel.py",
         "torch.autograd.graph.increment_version(tensors)",
         "tensors = None",
-        ("tests/test_safety_graphs.py", "-k", "autograd_notices"),
+        ("tests/test_safety_graphs.py::test_autograd_notices_that_a_parameter_was_written[Lion-(5,)]",),
     ),
     Mutation(
         "shared scalars are read after they were written",
         "lowerings/cpu.py",
         "sorted(_written_scalars(groups) & _scalars_read_elsewhere(groups))",
         "[]",
-        ("tests/test_capture.py", "-k", "shared_scalars"),
+        _small("a_counter_that_several_parameters_read_joins_none_of_them"),
     ),
     Mutation(
         "shared memory is not looked for",
         "lowerings/cpu.py",
         "        self._check_memory(values)",
         "        pass",
-        ("tests/test_safety_memory.py", "-k", "own_values and AdamW and foreach"),
+        ("tests/test_safety_memory.py::test_gradients_that_share_memory[own_values-AdamW foreach]",),
     ),
     Mutation(
         "a sum over all parameters is that of the first",
         "lowerings/cpu.py",
         "= math.fsum(part)",
         "= math.fsum(part[:1])",
-        ("tests/test_properties_rules.py", "-k", "torch_compile"),
+        _small("a_rule_counts_from_one_and_sums_over_all_parameters"),
     ),
     # rules and the rewritten graph
     Mutation(
@@ -235,14 +234,14 @@ MUTATIONS = [
         "trace.py",
         'expr=interpreter.builder.op("add", cell.val.expr, one)',
         "expr=cell.val.expr",
-        ("tests/test_backend.py", "-k", "fullgraph and adam"),
+        _small("a_rule_counts_from_one_and_sums_over_all_parameters"),
     ),
     Mutation(
         "the rewritten graph copies a neighbour's value",
         "rewrite.py",
         "value = graph.call_function(operator.getitem, (node, k * len(group.members) + m))\n                leaf =",
         "value = graph.call_function(operator.getitem, (node, k * len(group.members)))\n                leaf =",
-        ("tests/test_rewrite.py", "-k", "one_node or it_runs"),
+        ("tests/test_rewrite.py::test_it_runs_and_gives_what_the_step_gives",),
     ),
     Mutation("the interpreter forgets casts", "ops.py", "return args[0].to(e.dtype)", "return args[0]", ROUNDING),
 ]

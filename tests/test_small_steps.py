@@ -1,0 +1,188 @@
+"""Steps of a few operations, each of which goes wrong if one thing in capture, grouping or code generation does."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from npu_fuse_pass import rule, total, zeros
+from npu_fuse_pass.group import group
+from npu_fuse_pass.storage import inputs_of
+from npu_fuse_pass.trace import capture_batches
+
+from .graphs import PROGRAMS, check, fused, run
+from .support import clones, gradients, parameters, set_gradients
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    torch.manual_seed(0)
+
+
+# Capture -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_counter_that_several_parameters_read_joins_none_of_them() -> None:
+    """They read it after it was counted, and keep being one group of two; the counter is a group of its own."""
+
+    def step(n: Any, p: Any, q: Any, g: Any, h: Any) -> None:
+        n.add_(1)
+        p.sub_(g / n)
+        q.sub_(h / n)
+
+    counter = torch.tensor(3.0, dtype=torch.float64)
+    captured, groups = check(step, counter, *(torch.randn(n) for n in (5, 7, 5, 7)), tolerance=2e-7)
+    assert sorted(len(g.members) for g in groups) == [1, 2]
+    assert len(captured.updates) == 3
+
+
+def test_a_rate_that_several_parameters_read_joins_none_of_them() -> None:
+    def step(lr: Any, p: Any, q: Any, g: Any, h: Any) -> None:
+        p.sub_(g * lr)
+        q.sub_(h * lr)
+
+    rate = torch.tensor(0.5, dtype=torch.float64)
+    (only,) = fused(step, rate, *(torch.randn(n) for n in (5, 7, 5, 7)))[1]
+    assert len(only.members) == 2
+
+
+def test_tensors_that_are_scaled_alone_are_updates_of_their_own() -> None:
+    """Only 0-dim counters join a parameter; a tensor that reads itself alone may have another shape."""
+
+    def step(p: Any, g: Any, q: Any, h: Any, average: Any, other: Any) -> None:
+        p.sub_(g)
+        q.sub_(h)
+        average.mul_(0.9)
+        other.mul_(0.8)
+
+    _, groups = check(step, *(torch.randn(n) for n in (5, 5, 7, 7, 3, 4)))
+    assert [len(g.members) for g in groups] == [2, 2]
+
+
+# Grouping ------------------------------------------------------------------------------------------------------------
+
+
+def random_tree(chance: random.Random, depth: int) -> Any:
+    """Sums and products of three tensors: nested (operation, left, right) over 0, 1, 2."""
+    if depth == 0 or chance.random() < 0.15:
+        return chance.randrange(3)
+    return chance.choice("+*"), random_tree(chance, depth - 1), random_tree(chance, depth - 1)
+
+
+def evaluated(tree: Any, tensors: Sequence[Any], swaps: Callable[[], bool]) -> Any:
+    if isinstance(tree, int):
+        return tensors[tree]
+    operation, *parts = tree
+    left, right = (evaluated(part, tensors, swaps) for part in parts)
+    if swaps():
+        left, right = right, left
+    return left + right if operation == "+" else left * right
+
+
+def test_operands_of_sums_and_products_may_be_swapped_everywhere() -> None:
+    chance = random.Random(0)
+    for _ in range(20):
+        tree = ("*", random_tree(chance, 5), random_tree(chance, 5))
+        found = set()
+        for swaps in (lambda: False, lambda: True, lambda: chance.random() < 0.5):
+
+            def step(p: Any, g: Any, h: Any, tree: Any = tree, swaps: Any = swaps) -> None:
+                p.copy_(evaluated(tree, (p, g, h), swaps))
+
+            (only,) = fused(step, *(torch.randn(3) for _ in range(3)))[1]
+            found.add(only.formula.text)
+        assert len(found) == 1, tree
+
+
+def test_operands_of_differences_and_quotients_may_not() -> None:
+    """Every ordered pair of three tensors, to the last bit."""
+    pairs = list(itertools.permutations(range(3), 2))
+
+    def step(*tensors: Any) -> Any:
+        differences = [tensors[i] - tensors[j] for i, j in pairs]
+        return (*differences, *(tensors[i] / tensors[j] for i, j in pairs))
+
+    tensors = [torch.randn(5) for _ in range(3)]
+    captured, groups = fused(step, *tensors)
+    for got, wanted in zip(run(captured, groups, tensors, "interpreter"), step(*tensors), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_states_may_be_written_in_any_order() -> None:
+    """What is written does not depend on the order; the formula must not, either."""
+    writes = [
+        lambda p, g, states: states[0].mul_(0.9).add_(g),
+        lambda p, g, states: states[1].mul_(g),
+        lambda p, g, states: states[2].copy_(states[2].abs() + g),
+        lambda p, g, states: states[3].sub_(g),
+        lambda p, g, states: p.add_(g),
+    ]
+    texts = set()
+    for order in itertools.permutations(writes):
+
+        def step(p: Any, g: Any, *states: Any, order: Any = order) -> None:
+            for write in order:
+                write(p, g, states)
+
+        (only,) = fused(step, *(torch.randn(3) for _ in range(6)))[1]
+        texts.add(only.formula.text)
+    assert len(texts) == 1
+
+
+# Code generation -----------------------------------------------------------------------------------------------------
+
+
+def test_extremes_of_one_sign() -> None:
+    """The largest of negative numbers and the smallest of positive ones, with more elements than lanes and fewer."""
+
+    def step(p: Any, g: Any) -> None:
+        p.sub_(g.amax())
+        g.add_(p.amin())
+
+    for n in (3, 16, 40):
+        check(step, torch.rand(n) + 1, -1 - torch.rand(n))
+        check(step, -1 - torch.rand(n), torch.rand(n) + 1)
+
+
+def test_every_element_is_written_whatever_the_size() -> None:
+    def step(p: Any, q: Any, r: Any) -> None:
+        for x in (p, q, r):
+            x.mul_(2)
+
+    check(step, torch.randn(1), torch.randn(17), torch.randn(16384 + 1))
+
+
+# Rules ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_rule_counts_from_one_and_sums_over_all_parameters() -> None:
+    """Two steps in the stages by themselves, beside two eager ones."""
+
+    @rule(
+        states={"mean": zeros}, defaults={"lr": 0.1}, totals={"sum": total(lambda grad: grad.double().square().sum())}
+    )
+    def made(param: Tensor, grad: Tensor, mean: Tensor, *, lr: Tensor, step: Tensor, sum: Tensor) -> Any:
+        mean = mean * 0.5 + grad
+        return param - lr / step * mean / (1 + sum), mean
+
+    params = parameters([(3, 4), (5,), (2, 2)])
+    others = clones(params)
+    opt, eager = made(params), made(others)
+    for seed in range(2):
+        for own in (params, others):
+            set_gradients(own, gradients(own, seed))
+        eager.step()
+        opt._before(None)
+        captured = capture_batches(opt._prelude.batches)
+        groups = group(captured)
+        assert not captured.unfused and [len(g.members) for g in groups] == [3]
+        PROGRAMS["kernel"](captured.leaves, groups)(inputs_of(opt._prelude.batches))
+        opt._after()
+        for p, q in zip(params, others, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
