@@ -17,6 +17,7 @@ from torch import fx
 from .aten import Val, evaluate
 from .cells import Cell
 from .errors import Unsupported
+from .names import operation_name
 
 if TYPE_CHECKING:
     from .interpreter import Interpreter
@@ -35,8 +36,6 @@ _OF_SCALARS = ("linalg_vector_norm", "norm", "sum", "max", "amax", "min", "amin"
 
 
 def _stack(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    from .interpreter import operation_name
-
     cells: Sequence[Cell] = args[0]
     if any(c.val.shape or c.val.expr.tensor for c in cells):
         return NotImplemented

@@ -87,7 +87,7 @@ _NUMBERS: dict[type[int] | type[float], tuple[type, ...]] = {int: (int, torch.Sy
 def _input(interpreter: Interpreter, node: fx.Node, index: int) -> Any:
     example = node.meta.get("val", node.meta.get("example_value"))
     if isinstance(example, (int, float, torch.SymInt, torch.SymFloat)):
-        return interpreter.add_leaf(Leaf("input", node.name, index), tensor=False)
+        return interpreter.add_leaf(Leaf("input", node.name, index), tensor=False, number=True)
     if not isinstance(example, Tensor):
         raise Unsupported(node.name, f"an argument of the graph is {type(example).__name__}, not a tensor or number")
     leaf = Leaf(

@@ -18,22 +18,11 @@ from .aten import ROWS, Val, evaluate
 from .aten_lists import LISTS, Expansion
 from .aten_shaped import SHAPED
 from .cells import Cell
+from .effects import Effects, recorded
 from .errors import Unsupported
 from .ir import DTYPE_NAMES, Builder, Call, Expr, Leaf, LeafRef, postorder
+from .names import REFLECTED, operation_name
 
-_OPERATORS: dict[Callable[..., Any], str] = {
-    operator.iadd: "add_",
-    operator.isub: "sub_",
-    operator.imul: "mul_",
-    operator.itruediv: "div_",
-    operator.ipow: "pow_",
-    operator.truediv: "div",
-    operator.floordiv: "floor_divide",
-    operator.mod: "remainder",
-    operator.and_: "bitwise_and",
-    operator.or_: "bitwise_or",
-    operator.invert: "bitwise_not",
-}
 _ARITHMETIC = {f for f in vars(operator).values() if callable(f)} | {math.sqrt, math.pow, max, min, float, int, abs}
 _ALIASES = {"detach", "alias", "_get_data_attr", "to", "type_as", "float", "double", "half", "bfloat16", "lift_fresh"}
 _METADATA = {"size", "stride", "dim", "numel", "sym_size", "sym_numel", "is_floating_point", "is_complex"}
@@ -62,6 +51,7 @@ class Interpreter:
         self.written: dict[int, Cell] = {}
         self.stages: list[Level] = []
         self.kept: dict[tuple[str, str], None] = {}
+        self.effects = Effects()
         self.grad_enabled = False  # at the point that is being interpreted
         self.moved = 0  # bytes that the operations read and write so far, each by itself
         self.moved_by_calls = 0  # of these, those of operations that stay as they are
@@ -69,9 +59,10 @@ class Interpreter:
         self._levels: dict[int, int] = {}
         self._temporaries: dict[tuple[int, torch.dtype], int] = {}
 
-    def add_leaf(self, leaf: Leaf, tensor: bool) -> Cell:
+    def add_leaf(self, leaf: Leaf, tensor: bool, number: bool = False) -> Cell:
+        """A cell that holds a new leaf; `number`: a Python number, which decides no dtype."""
         expr = self.builder.leaf(len(self.leaves), leaf.dtype, tensor)
-        cell = Cell(Val(expr, leaf.dtype, leaf.shape), len(self.leaves))
+        cell = Cell(Val(expr, leaf.dtype, leaf.shape, number), len(self.leaves))
         self.leaves.append(leaf)
         return cell
 
@@ -138,7 +129,7 @@ class Interpreter:
         Raises:
             Unsupported: what the operation gives is not known.
         """
-        meta = _meta(node)
+        meta = recorded(node)
         fakes: list[Any] = list(meta) if isinstance(meta, (list, tuple)) else [meta]
         if not all(isinstance(fake, Tensor) for fake in fakes):
             raise Unsupported(name, reason)
@@ -149,7 +140,7 @@ class Interpreter:
         given: Any = fx.node.map_aggregate(
             (args, kwargs), lambda a: self._reference(a, level) if isinstance(a, Cell) else a
         )
-        bases = {_storage(_meta(n)): c for n, c in zip(node.args, args, strict=True) if isinstance(n, fx.Node)}
+        bases = {_storage(recorded(n)): c for n, c in zip(node.args, args, strict=True) if isinstance(n, fx.Node)}
         first = len(self.leaves)
         made = [self._result(name, fake, level, bases.get(_storage(fake))) for fake in fakes]
         traffic = _traffic([a.val for a in cells], [made_cell.val for made_cell in made])
@@ -242,16 +233,6 @@ def _traffic(args: Sequence[Any], results: Sequence[Val]) -> int:
     return sum(math.prod(v.shape) * v.dtype.itemsize for v in vals if v.shape)
 
 
-def operation_name(node: fx.Node) -> str:
-    """The ATen-like name of what a node calls."""
-    target = node.target
-    if isinstance(target, str):
-        return target.removeprefix("__r").strip("_") if target.startswith("__") else target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.split("::")[1]
-    return _OPERATORS.get(target, getattr(target, "__name__", str(target)))
-
-
 def is_known(name: str) -> bool:
     """Whether an operation has a row."""
     plain = name.removeprefix("_foreach_").removesuffix("_")
@@ -294,16 +275,16 @@ def _call_node(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], k
     on_numbers = not any(isinstance(a, Cell) for a in flatten((*args, *kwargs.values())))
     if on_numbers and node.target in _ARITHMETIC:
         return node.target(*args, **kwargs)  # type: ignore[operator]
-    if interpreter.grad_enabled and any(isinstance(m, Tensor) and m.requires_grad for m in flatten([_meta(node)])):
+    if interpreter.grad_enabled and any(isinstance(m, Tensor) and m.requires_grad for m in flatten([recorded(node)])):
         raise Recorded
     if name in _METADATA:
         raise Unsupported(name, "reads the size of a tensor")
     try:
-        return interpreter.call(name, args, kwargs)
+        return interpreter.call(name, args[::-1] if node.target in REFLECTED else args, kwargs)
     except Unsupported as e:
         if not interpreter.keeps:
             raise
-        if not _mutates(node, name):
+        if not interpreter.effects.writes(node, name):
             return interpreter.keep(node, name, args, kwargs, e.reason)
         twin = _functional_twin(node.target)
         if twin is None or not args or not isinstance(args[0], Cell):
@@ -320,19 +301,8 @@ def _functional_twin(target: Any) -> Callable[..., Any] | str | None:
     return getattr(torch, name.removesuffix("_"), None) if name.endswith("_") and hasattr(torch, name) else None
 
 
-def _meta(node: Any) -> Any:
-    """What torch's own shape propagation recorded for a node: fake tensors, which alias as the real ones do."""
-    return node.meta.get("val", node.meta.get("example_value")) if isinstance(node, fx.Node) else None
-
-
 def _storage(fake: Any) -> int | None:
     return fake.untyped_storage()._cdata if isinstance(fake, Tensor) else None
-
-
-def _mutates(node: fx.Node, name: str) -> bool:
-    if isinstance(node.target, torch._ops.OpOverload):
-        return bool(node.target._schema.is_mutable)
-    return (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("out") is not None
 
 
 def flatten(values: Sequence[Any]) -> Iterator[Any]:
@@ -346,7 +316,7 @@ def flatten(values: Sequence[Any]) -> Iterator[Any]:
 
 def _verify(node: fx.Node, result: Any) -> None:
     """What was inferred must be what torch's own shape propagation recorded."""
-    meta = _meta(node)
+    meta = recorded(node)
     pairs = (
         zip(result, meta, strict=False)
         if isinstance(result, list) and isinstance(meta, (list, tuple))

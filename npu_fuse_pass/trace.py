@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .cells import Cell
 from .errors import Unsupported
-from .interpreter import Interpreter, is_known, operation_name, run_graph
+from .interpreter import Interpreter, is_known, run_graph
 from .ir import Captured, Expr, Leaf, Slot, Unfused, Update
+from .names import operation_name
 from .step_op import meta_keywords
 from .storage import Batch
 
