@@ -19,8 +19,6 @@ from npu_fuse_pass.rules import rule, zeros
 
 from ._base import NpuFusedOptimizer
 
-__all__ = ["NpuFusedAdam", "adam", "adam_update", "states"]
-
 States = tuple[Tensor, Tensor, Tensor | None]
 
 states = {"exp_avg": zeros, "exp_avg_sq": zeros, "max_exp_avg_sq": zeros.when(lambda group: bool(group["amsgrad"]))}

@@ -17,8 +17,6 @@ from npu_fuse_pass.rules import rule
 from ._base import NpuFusedOptimizer
 from .adam import adam_update, states
 
-__all__ = ["NpuFusedAdamW", "adamw"]
-
 
 @rule(states=states, defaults={"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "amsgrad": False})
 def adamw(

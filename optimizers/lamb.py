@@ -21,24 +21,11 @@ from npu_fuse_pass.rules import rule, total, zeros
 
 from ._base import NpuFusedOptimizer
 
-__all__ = ["NpuFusedLamb", "lamb"]
-
 
 @rule(
     states={"exp_avg": zeros, "exp_avg_sq": zeros},
-    defaults={
-        "lr": 1e-3,
-        "betas": (0.9, 0.999),
-        "eps": 1e-6,
-        "weight_decay": 0.0,
-        "adam": False,
-        "use_global_grad_norm": False,
-    },
-    totals={
-        "grad_sq": total(lambda grad: grad.double().square().sum()).when(
-            lambda group: bool(group["use_global_grad_norm"])
-        )
-    },
+    defaults=dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, adam=False, use_global_grad_norm=False),
+    totals={"grad_sq": total(lambda grad: grad.double().square().sum()).when(lambda g: g["use_global_grad_norm"])},
 )
 def lamb(
     param: Tensor,
@@ -107,8 +94,7 @@ class NpuFusedLamb(NpuFusedOptimizer):
         state_dtype: torch.dtype | None = None,
     ) -> None:
         self.checked({"adam": adam, "use_global_grad_norm": use_global_grad_norm})
-        self.adam = adam
-        self.use_global_grad_norm = use_global_grad_norm
+        self.adam, self.use_global_grad_norm = adam, use_global_grad_norm
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults, state_dtype=state_dtype)
 

@@ -20,8 +20,6 @@ from npu_fuse_pass.rules import ones, rule, zeros
 
 from ._base import NpuFusedOptimizer
 
-__all__ = ["NpuFusedRMSpropTF", "rmsprop_tf"]
-
 
 @rule(
     states={
@@ -29,16 +27,8 @@ __all__ = ["NpuFusedRMSpropTF", "rmsprop_tf"]
         "grad_avg": zeros.when(lambda group: bool(group["centered"])),
         "momentum_buffer": zeros.when(lambda group: bool(group["momentum"] > 0)),
     },
-    defaults={
-        "lr": 1e-2,
-        "alpha": 0.9,
-        "eps": 1e-10,
-        "weight_decay": 0.0,
-        "momentum": 0.0,
-        "centered": False,
-        "decoupled_decay": False,
-        "lr_in_momentum": True,
-    },
+    defaults=dict(lr=1e-2, alpha=0.9, eps=1e-10, weight_decay=0.0, momentum=0.0)
+    | dict(centered=False, decoupled_decay=False, lr_in_momentum=True),
 )
 def rmsprop_tf(
     param: Tensor,
@@ -67,14 +57,10 @@ def rmsprop_tf(
         variance = square_avg - grad_avg * grad_avg
     update = grad / (variance + eps).sqrt()
     if momentum_buffer is None:
-        param = param - lr * update
-    elif lr_in_momentum:
-        momentum_buffer = momentum * momentum_buffer + lr * update
-        param = param - momentum_buffer
-    else:
-        momentum_buffer = momentum * momentum_buffer + update
-        param = param - lr * momentum_buffer
-    return param, square_avg, grad_avg, momentum_buffer
+        return param - lr * update, square_avg, grad_avg, None
+    momentum_buffer = momentum * momentum_buffer + (lr * update if lr_in_momentum else update)
+    step = momentum_buffer if lr_in_momentum else lr * momentum_buffer
+    return param - step, square_avg, grad_avg, momentum_buffer
 
 
 class NpuFusedRMSpropTF(NpuFusedOptimizer):

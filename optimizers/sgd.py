@@ -19,8 +19,6 @@ from npu_fuse_pass.rules import rule, zeros
 
 from ._base import NpuFusedOptimizer
 
-__all__ = ["NpuFusedSGD", "sgd"]
-
 
 @rule(
     states={"momentum_buffer": zeros.when(lambda group: bool(group["momentum"] != 0))},

@@ -197,5 +197,5 @@ def test_step_inside_a_compiled_function() -> None:
 
 def only_steps(gm: Any, example_inputs: Any) -> Any:
     """The backend under test for optimizer steps; a model's own graphs run as they are."""
-    steps = [n for n in gm.graph.nodes if "rule_step" in str(n.target)]
+    steps = [n for n in gm.graph.nodes if "npu_fused.rule_" in str(n.target)]
     return npu_fused(gm, example_inputs) if steps else gm.forward
