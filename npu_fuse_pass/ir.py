@@ -7,7 +7,7 @@ An expression is a node of a DAG over one parameter's update. A *tensor* express
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -256,18 +256,25 @@ class Captured:
     moved_by_calls: int = 0  # of these, those of operations that stay as they are
 
 
-def postorder(roots: Sequence[Expr]) -> Iterator[Expr]:
+def postorder(roots: Sequence[Expr]) -> list[Expr]:
     """Every expression below `roots` once, arguments first."""
     seen: set[int] = set()
-    stack = [(e, False) for e in reversed(roots)]
+    found: list[Expr] = []
+    stack = list(reversed(roots))
     while stack:
-        e, ready = stack.pop()
-        if ready:
-            yield e
-        elif id(e) not in seen:
+        e = stack[-1]
+        if id(e) in seen:
+            stack.pop()
+            continue
+        waiting = [a for a in e.args if id(a) not in seen]
+        if waiting:
+            waiting.reverse()
+            stack += waiting
+        else:
             seen.add(id(e))
-            stack.append((e, True))
-            stack.extend((a, False) for a in reversed(e.args))
+            found.append(e)
+            stack.pop()
+    return found
 
 
 def serialise(slots: Sequence[Slot], writes: Sequence[tuple[int, Expr]], contributions: Sequence[Expr]) -> str:

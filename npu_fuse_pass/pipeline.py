@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import logging
 import math
 import time
@@ -71,7 +72,7 @@ def _fuse(
     capture_step: Callable[[], Captured], platform: str, strict: bool, cause: str, graph_break: str | None = None
 ) -> Fused:
     report = CompileReport(platform, cause=cause, graph_break=graph_break)
-    with _timed(report, "capture"):
+    with _without_collection(), _timed(report, "capture"):
         captured = capture_step()
     report.unfused = list(captured.unfused)
     program: Program | None = None
@@ -189,6 +190,18 @@ def _slot_label(g: Group, leaves: Sequence[Leaf], slot: int) -> str:
     if len(values) == 1:
         return f"{next(iter(values)):g}"
     return f"c{slot}" if values else g.labels[slot]
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """No garbage collection meanwhile: it would walk through all that Dynamo has allocated, for seconds."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

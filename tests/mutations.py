@@ -108,16 +108,16 @@ MUTATIONS = [
     ),
     Mutation(
         "writes of one parameter are updates of their own",
-        "capture.py",
-        "            if all_leaves[leaf].shape:\n                parent[find(leaf)] = find(written)",
-        "            if all_leaves[leaf].shape:\n                find(leaf)",
+        "capture_updates.py",
+        "            self._join(leaf, below[id(root)])",
+        "            below[id(root)]",
         ONE_GROUP,
     ),
     Mutation(
         "parameters that share a counter are one update",
-        "capture.py",
-        "            if len(others) == 1:",
-        "            if others:",
+        "capture_updates.py",
+        "                if len(others) == 1 and (other",
+        "                if others and (other",
         _small("a_counter_that_several_parameters_read_joins_none_of_them"),
     ),
     # grouping

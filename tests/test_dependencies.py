@@ -20,7 +20,7 @@ SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 # Stages hand typed values (ir.py) to each other and never import each other; only the pipeline imports them.
 STAGES = {
     "capture": (
-        *("npu_fuse_pass.capture", "npu_fuse_pass.capture_totals"),
+        *("npu_fuse_pass.capture", "npu_fuse_pass.capture_totals", "npu_fuse_pass.capture_updates"),
         *("npu_fuse_pass.trace", "npu_fuse_pass.inline"),
     ),
     "group": ("npu_fuse_pass.group",),
