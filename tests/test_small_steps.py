@@ -65,6 +65,33 @@ def test_tensors_that_are_scaled_alone_are_updates_of_their_own() -> None:
     assert [len(g.members) for g in groups] == [2, 2]
 
 
+@pytest.mark.parametrize("shape", [(5,), ()], ids=str)
+@pytest.mark.parametrize(
+    "same",
+    [
+        lambda x: x.to(torch.float32),
+        lambda x: x.float(),
+        lambda x: x.to(x),
+        lambda x: x.to(torch.float32, copy=True),
+        lambda x: x.to(torch.float32, False, True),
+    ],
+)
+def test_a_cast_to_the_same_dtype_is_the_tensor_itself_unless_a_copy_is_asked_for(same: Any, shape: Any) -> None:
+    def step(p: Any, m: Any) -> None:
+        view = same(m)
+        m.mul_(0.5)
+        p.add_(view)
+
+    check(step, torch.randn(shape), torch.randn(shape))
+
+
+def test_sums_and_products_of_masks() -> None:
+    def step(p: Any, g: Any) -> None:
+        p.copy_(torch.where((p > 0) * (g > 0), 2.0, torch.where((p > 0) + (g > 0), 1.0, 0.0)))
+
+    check(step, torch.randn(50), torch.randn(50))
+
+
 # Grouping ------------------------------------------------------------------------------------------------------------
 
 
