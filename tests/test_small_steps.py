@@ -17,7 +17,7 @@ from npu_fuse_pass.storage import inputs_of
 from npu_fuse_pass.trace import capture_batches
 
 from .graphs import PROGRAMS, check, fused, run
-from .support import clones, gradients, parameters, set_gradients
+from .support import assert_close, clones, compiled, gradients, parameters, set_gradients
 
 
 @pytest.fixture(autouse=True)
@@ -213,3 +213,30 @@ def test_a_rule_counts_from_one_and_sums_over_all_parameters() -> None:
         opt._after()
         for p, q in zip(params, others, strict=True):
             torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_a_rule_without_states_counts_where_it_reads_the_step() -> None:
+    """Eagerly and fused; the counter is in the state dict, so that training goes on where it stopped."""
+
+    @rule(defaults={"lr": 0.5})
+    def decaying(param: Tensor, grad: Tensor, *, lr: Tensor, step: Tensor) -> Tensor:
+        return param - lr / step * grad
+
+    params = parameters([(3, 4), (5,)])
+    others, wanted = clones(params), clones(params)
+    opt, eager = decaying(params), decaying(others)
+    step = compiled(opt)
+    for t in range(1, 4):
+        for own in (params, others, wanted):
+            set_gradients(own, gradients(own, t))
+        step()
+        eager.step()
+        for p in wanted:
+            p.data.sub_(0.5 / t * p.grad)
+        assert_close(params, wanted, 1e-6)
+        assert_close(others, wanted, 1e-6)
+        if t == 2:
+            again = decaying(others)
+            again.load_state_dict(eager.state_dict())
+            eager = again
+    step.check(len(params))
