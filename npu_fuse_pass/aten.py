@@ -197,8 +197,15 @@ def _is(x: object, value: float) -> bool:
     return (isinstance(x, Expr) and x.op == "const" and x.value == value) or (x is not None and x == value)
 
 
+def _are_masks(x: Expr, y: Expr) -> bool:
+    """Torch's sums and products of bool tensors are bool (isfinite is made of one)."""
+    return x.dtype == y.dtype == torch.bool
+
+
 @row("add")
 def _add(b: Builder, x: Expr, y: Expr, alpha: Any = 1) -> Expr:
+    if _are_masks(x, y) and _is(alpha, 1):
+        return b.op("or", x, y)
     return b.op("add", x, y) if _is(alpha, 1) else b.op("fma", y, alpha, x)
 
 
@@ -214,7 +221,7 @@ def _rsub(b: Builder, x: Expr, y: Expr, alpha: Any = 1) -> Expr:
 
 @row("mul", "multiply")
 def _mul(b: Builder, x: Expr, y: Expr) -> Expr:
-    return b.op("mul", x, y)
+    return b.op("and" if _are_masks(x, y) else "mul", x, y)
 
 
 @row("div", "divide", "true_divide")

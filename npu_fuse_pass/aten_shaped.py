@@ -26,6 +26,8 @@ def _to(b: Builder, x: Any, *args: Any, dtype: torch.dtype | None = None, **kwar
 
 def cast(b: Builder, x: Val, dtype: torch.dtype) -> Val:
     """The value in another dtype. In the scalar part a narrower float rounds, and the result is float64 again."""
+    if x.dtype == dtype and not x.number:
+        return x
     if x.dimmed:
         if dtype.is_floating_point and (x.expr.dtype == torch.bool or x.expr.dtype.is_floating_point):
             return Val(b.cast(x.expr, dtype), dtype, x.shape)

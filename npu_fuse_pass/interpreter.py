@@ -77,7 +77,7 @@ class Interpreter:
         name = name.removesuffix("_") if in_place else name
         values = tuple(_value(a) for a in args)
         result = self._evaluate(name, values, {k: _value(v) for k, v in kwargs.items()})
-        if name in _ALIASES and result == args[0].val:
+        if name in _ALIASES and result == args[0].val and not _copies(args, kwargs):
             return args[0]  # torch returns the tensor itself: what is written through it reaches the leaf
         if not in_place:
             return Cell(result)
@@ -221,6 +221,12 @@ class Interpreter:
             self.call(name, tuple(pick(a, i) for a in args), {k: pick(v, i) for k, v in kwargs.items()})
             for i in range(count)
         ]
+
+
+def _copies(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether `to` is asked for a copy: its second bool (after non_blocking), or by name."""
+    bools = [a for a in args if isinstance(a, bool)]
+    return bool(kwargs.get("copy")) or bools[1:2] == [True]
 
 
 def _value(x: Any) -> Any:

@@ -97,8 +97,8 @@ class Batch:
 
     @property
     def counts(self) -> bool:
-        """Whether its parameters have a step counter: those with a state do."""
-        return bool(self.flat)
+        """Whether its parameters have a step counter: those with a state do, and those whose rule reads it."""
+        return bool(self.flat) or "step" in _read_keywords(self.rule)
 
     def keywords(self, step: Tensor) -> dict[str, Any]:
         """The keywords of the rule at one step count, totals excepted."""
@@ -161,9 +161,13 @@ def make_batch(
 
 def wanted_keywords(rule: Rule) -> list[str]:
     """Hyperparameters that a rule or one of its totals reads."""
-    of_totals = [n for t in rule.totals.values() for n in inspect.signature(t.function).parameters]
     internal = {"step", "param", "grad", *rule.totals, *rule.states}
-    return [n for n in dict.fromkeys([*rule.keywords, *of_totals]) if n not in internal]
+    return [n for n in _read_keywords(rule) if n not in internal]
+
+
+def _read_keywords(rule: Rule) -> list[str]:
+    of_totals = [n for t in rule.totals.values() for n in inspect.signature(t.function).parameters]
+    return list(dict.fromkeys([*rule.keywords, *of_totals]))
 
 
 def reference_strides(param: Tensor) -> tuple[int, ...]:
@@ -187,7 +191,7 @@ def fill_hyper(batch: Batch, settings: Mapping[str, Any]) -> bool:
 
 def expose(batch: Batch, state: States) -> None:
     """Make the states of parameters that were updated for the first time visible in `opt.state`."""
-    if batch.all_seen or not batch.flat:
+    if batch.all_seen or not batch.counts:
         return
     changed = state.changed
     for i, (param, grad) in enumerate(zip(batch.params, batch.grads, strict=True)):
@@ -235,7 +239,7 @@ def adopt(batch: Batch, existing: States) -> None:
     changed = existing.changed
     for i, param in enumerate(batch.params):
         entry = {k: v for k, v in existing[param].items() if v is not None} if param in existing else {}
-        batch.seen[i] = bool(entry and batch.flat)
+        batch.seen[i] = bool(entry and batch.counts)
         for name, views in batch.views.items():
             if name in entry:
                 views[i].copy_(entry[name].detach().reshape(param.shape))

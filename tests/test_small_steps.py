@@ -17,7 +17,7 @@ from npu_fuse_pass.storage import inputs_of
 from npu_fuse_pass.trace import capture_batches
 
 from .graphs import PROGRAMS, check, fused, run
-from .support import clones, gradients, parameters, set_gradients
+from .support import assert_close, clones, compiled, gradients, parameters, set_gradients
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +63,33 @@ def test_tensors_that_are_scaled_alone_are_updates_of_their_own() -> None:
 
     _, groups = check(step, *(torch.randn(n) for n in (5, 5, 7, 7, 3, 4)))
     assert [len(g.members) for g in groups] == [2, 2]
+
+
+@pytest.mark.parametrize("shape", [(5,), ()], ids=str)
+@pytest.mark.parametrize(
+    "same",
+    [
+        lambda x: x.to(torch.float32),
+        lambda x: x.float(),
+        lambda x: x.to(x),
+        lambda x: x.to(torch.float32, copy=True),
+        lambda x: x.to(torch.float32, False, True),
+    ],
+)
+def test_a_cast_to_the_same_dtype_is_the_tensor_itself_unless_a_copy_is_asked_for(same: Any, shape: Any) -> None:
+    def step(p: Any, m: Any) -> None:
+        view = same(m)
+        m.mul_(0.5)
+        p.add_(view)
+
+    check(step, torch.randn(shape), torch.randn(shape))
+
+
+def test_sums_and_products_of_masks() -> None:
+    def step(p: Any, g: Any) -> None:
+        p.copy_(torch.where((p > 0) * (g > 0), 2.0, torch.where((p > 0) + (g > 0), 1.0, 0.0)))
+
+    check(step, torch.randn(50), torch.randn(50))
 
 
 # Grouping ------------------------------------------------------------------------------------------------------------
@@ -186,3 +213,30 @@ def test_a_rule_counts_from_one_and_sums_over_all_parameters() -> None:
         opt._after()
         for p, q in zip(params, others, strict=True):
             torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_a_rule_without_states_counts_where_it_reads_the_step() -> None:
+    """Eagerly and fused; the counter is in the state dict, so that training goes on where it stopped."""
+
+    @rule(defaults={"lr": 0.5})
+    def decaying(param: Tensor, grad: Tensor, *, lr: Tensor, step: Tensor) -> Tensor:
+        return param - lr / step * grad
+
+    params = parameters([(3, 4), (5,)])
+    others, wanted = clones(params), clones(params)
+    opt, eager = decaying(params), decaying(others)
+    step = compiled(opt)
+    for t in range(1, 4):
+        for own in (params, others, wanted):
+            set_gradients(own, gradients(own, t))
+        step()
+        eager.step()
+        for p in wanted:
+            p.data.sub_(0.5 / t * p.grad)
+        assert_close(params, wanted, 1e-6)
+        assert_close(others, wanted, 1e-6)
+        if t == 2:
+            again = decaying(others)
+            again.load_state_dict(eager.state_dict())
+            eager = again
+    step.check(len(params))
