@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,16 +19,25 @@ from .match_solve import Attempt, DiffersError
 from .ops import parsed
 from .symbolic import Algebra
 
+log = logging.getLogger(__name__)
+
 _LONGEST = 150  # expressions; a formula of more is no kernel's
 
 
+def match(
+    groups: Sequence[Group], leaves: Sequence[Leaf], kernels: tuple[Kernel, ...] = KERNELS
+) -> list[Match | NoMatch]:
+    """For every group the first of `kernels` that computes it, the best first; or why there is none. Never raises."""
+    return [match_group(group, leaves, kernels) for group in groups]
+
+
 def match_group(group: Group, leaves: Sequence[Leaf], kernels: tuple[Kernel, ...] = KERNELS) -> Match | NoMatch:
-    """`match` with the constants of a group's members."""
+    """`match_formula` with the constants of a group's members, and with the names of its slots."""
     kinds = {s: {leaves[member[s]].kind for member in group.members} for s in group.formula.scalar_slots}
     slots = [s for s, found in kinds.items() if found == {"constant"}]
     rows = dict.fromkeys(tuple(member[s] for s in slots) for member in group.members)
     constants = [{s: leaves[i].value for s, i in zip(slots, row, strict=True)} for row in rows]
-    result = match(group.formula, constants, kernels)
+    result = match_formula(group.formula, constants, kernels)
     totals = {s for s, found in kinds.items() if "total" in found}
     if isinstance(result, NoMatch):
         return dataclasses.replace(result, reason=_named(result.reason, group.labels))
@@ -41,7 +51,7 @@ def _named(text: str, labels: Sequence[str]) -> str:
     return re.sub(r"\$(\d+)", lambda found: labels[int(found[1])], text)
 
 
-def match(
+def match_formula(
     formula: Formula, constants: Sequence[Mapping[int, float]] = (), kernels: tuple[Kernel, ...] = KERNELS
 ) -> Match | NoMatch:
     """The first kernel that computes a formula. Every structure is decided once.
@@ -56,6 +66,14 @@ def match(
 
 @functools.lru_cache(maxsize=256)
 def _decide(text: str, known: tuple[tuple[int, Relation], ...], kernels: tuple[Kernel, ...]) -> Match | NoMatch:
+    try:
+        return _compare(text, known, kernels)
+    except Exception as e:  # sympy is missing or fails: the group is fused all the same, and training must go on
+        log.warning("matching failed, which costs a dedicated operation and nothing else", exc_info=True)
+        return NoMatch(f"matching failed: {type(e).__name__}: {e}")
+
+
+def _compare(text: str, known: tuple[tuple[int, Relation], ...], kernels: tuple[Kernel, ...]) -> Match | NoMatch:
     formula = parsed(text)
     targets = {slot: e for slot, e in formula.writes if formula.slots[slot].tensor}
     length = sum(1 for _ in postorder([*targets.values()]))

@@ -1,10 +1,27 @@
-"""What `match` finds: a kernel with its scalars, or why there is none."""
+"""What `match` finds: a kernel with its scalars, or why there is none.
+
+A lowering emits the dedicated operation of a matched group so, for every member (`group.members[k]`):
+
+- `kernel.operation` with `kernel.attributes`; its tensor inputs are `kernel.inputs`, its numbers `kernel.scalars`.
+- `outputs` says which slot of the group's formula is var, m, v, ...: the operation writes those leaves in place. It
+  writes every tensor that the group writes. 0-dim leaves that the group writes (step counters) are no part of a match:
+  the formula's own writes to them hold as without one.
+- `operands` has all arguments. `operands.slot[name]` is a slot of the group's formula where the operation reads a
+  tensor as it is stored; everything else is written by `operands.formula`, a formula as any other: its writes to tensor
+  slots are elementwise operations ahead of the dedicated one (grad + weight_decay·param), its writes to scalar slots
+  are the numbers, on the host, in float64, to be cast to what the operation takes. They depend on the member (step
+  counters differ), on slots as they are before the step, and never on tensors.
+- Contributions to totals are computed as without a match.
+
+The dtypes of the slots say whether the operation takes them; `tolerance` and `assumptions` what may differ.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +40,24 @@ subtraction of the update reads.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Operands:
+    """All arguments of a matched kernel for one member.
+
+    Attributes:
+        formula: its slots are those of the group's formula, then one for every number in `constants`, then one for
+            every argument that it computes, named in `computed`; its writes fill those.
+        constants: the values of scalar slots that are not the group's.
+        slot: for every argument of the kernel the slot of `formula` that holds it.
+        computed: the arguments that `formula` writes.
+    """
+
+    formula: Formula
+    constants: Mapping[int, float]
+    slot: Mapping[str, int]
+    computed: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Match:
     """A kernel computes a formula, in exact arithmetic.
 
@@ -50,6 +85,20 @@ class Match:
     def __bool__(self) -> bool:
         return True
 
+    def __repr__(self) -> str:
+        return f"Match({self.kernel.name})"
+
+    @functools.cached_property
+    def operands(self) -> Operands:
+        """The arguments as one formula."""
+        computed = {**{name: self.inputs[name] for name in self.prepared}, **self.scalars}
+        slots = (*self.slots, *(Slot(e.tensor, e.dtype) for e in computed.values()))
+        slot = {name: len(self.slots) + i for i, name in enumerate(computed)}
+        stored = {n: e.value for n, e in self.inputs.items() if n not in slot and isinstance(e.value, int)}
+        writes = tuple((slot[name], e) for name, e in computed.items())
+        formula = Formula(slots, writes, (), serialise(slots, writes, ()))
+        return Operands(formula, self.constants, {**stored, **slot}, tuple(computed))
+
     @property
     def prepared(self) -> list[str]:
         """The inputs that have to be computed first."""
@@ -63,14 +112,14 @@ class Match:
         found = evaluate(formula, dict(tensors), {**scalars, **numbers})
         return {name: found[id(e)] for name, e in chosen.items()}
 
-    def readable(self, labels: tuple[str, ...]) -> str:
-        """What the scalars and the prepared inputs are, as mathematics over the formula's labels."""
-        shown = {**{name: self.inputs[name] for name in self.prepared}, **self.scalars}
-        slots = (*self.slots, *(Slot(e.tensor, e.dtype) for e in shown.values()))
-        writes = tuple((len(self.slots) + i, e) for i, e in enumerate(shown.values()))
-        names = (*labels, *(f"{self.constants[i]:g}" for i in range(len(labels), len(self.slots))), *shown)
-        text = readable(Formula(slots, writes, (), serialise(slots, writes, ())), names)
-        return re.sub(r"\b(\w+)'", r"\1", text)
+    def readable(self, labels: Sequence[str]) -> dict[str, str]:
+        """What the scalars and the prepared inputs are, as mathematics over the formula's labels; a value that several
+        of them use has a name of its own (x0).
+        """
+        operands = self.operands
+        names = (*labels, *(f"{number:g}" for number in self.constants.values()), *operands.computed)
+        text = re.sub(r"\b(\w+)'", r"\1", readable(operands.formula, names))
+        return dict(line.split(" = ", 1) for line in text.splitlines())
 
 
 @dataclasses.dataclass(frozen=True)

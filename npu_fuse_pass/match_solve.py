@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from .ir import Expr
 from .kernels import Kernel
 from .match_check import Relation, disagreement
+from .match_poly import generators_of
 from .match_result import TOLERANCES, Match
-from .match_value import Value, generators_of
+from .match_value import Value
 from .match_write import Writer
 
 if TYPE_CHECKING:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from .errors import Unsupported
+from .match_poly import by_exponent, generators_of, without
 
 if TYPE_CHECKING:
     from .symbolic import Algebra
-
-_TERMS = 4000  # of a product, before it is given up
-_DIVIDED = 1000  # the same where a greatest common divisor is looked for
 
 
 class Value:
@@ -26,26 +23,28 @@ class Value:
 
     def _make(self, n: Any, d: Any) -> Value:
         """A fraction without common monomials."""
+        self.algebra.exact.spend(5 + len(n) + len(d))
         if not n or d == 1:
             return Value(self.algebra, n, d if n else self.algebra.ring.one)
         common = tuple(map(min, *n.itermonoms(), *d.itermonoms())) if len(n) + len(d) > 1 else ()
         if any(common):
-            n, d = _without(n, common), _without(d, common)
+            n, d = without(n, common), without(d, common)
         return Value(self.algebra, n, d) if d.LC > 0 else Value(self.algebra, -n, -d)
 
     def _of(self, other: Any) -> Value:
         return other if isinstance(other, Value) else self.algebra.number(other)
 
     def __add__(self, other: Any) -> Value:
-        other = self._of(other)
+        other, exact = self._of(other), self.algebra.exact
         if self.d == other.d:
             return self._make(self.n + other.n, self.d)
         if other.d == 1:
-            return self._make(self.n + _times(other.n, self.d), self.d)
+            return self._make(self.n + exact.times(other.n, self.d), self.d)
         if self.d == 1:
-            return self._make(_times(self.n, other.d) + other.n, other.d)
-        common, mine, others = _compact(lambda p, q: p.cofactors(q), self.d, other.d)
-        return self._make(_times(self.n, others) + _times(other.n, mine), _times(_times(common, mine), others))
+            return self._make(exact.times(self.n, other.d) + other.n, other.d)
+        common, mine, others = exact.compact(lambda p, q: p.cofactors(q), self.d, other.d)
+        below = exact.times(exact.times(common, mine), others)
+        return self._make(exact.times(self.n, others) + exact.times(other.n, mine), below)
 
     def __neg__(self) -> Value:
         return Value(self.algebra, -self.n, self.d)
@@ -57,14 +56,14 @@ class Value:
         return self._of(other) - self
 
     def __mul__(self, other: Any) -> Value:
-        other = self._of(other)
-        return self._make(_times(self.n, other.n), _times(self.d, other.d))
+        other, exact = self._of(other), self.algebra.exact
+        return self._make(exact.times(self.n, other.n), exact.times(self.d, other.d))
 
     def __truediv__(self, other: Any) -> Value:
-        other = self._of(other)
+        other, exact = self._of(other), self.algebra.exact
         if not other.n:
             raise Unsupported("div", "divides by zero")
-        return self._make(_times(self.n, other.d), _times(self.d, other.n))
+        return self._make(exact.times(self.n, other.d), exact.times(self.d, other.n))
 
     def __rtruediv__(self, other: Any) -> Value:
         return self._of(other) / self
@@ -92,7 +91,7 @@ class Value:
         factor, rest = self._scalar_factor(polynomial)
         result = self.algebra.number(1) if rest == 1 else self._root_generator(rest)
         exponents = tuple(map(min, *factor.itermonoms())) if len(factor) > 1 else factor.leading_expv()
-        rest = _without(factor, exponents)
+        rest = without(factor, exponents)
         if rest != 1:
             root = math.isqrt(int(rest)) if rest.is_ground and rest.LC > 0 else 0
             square = root and root * root == rest
@@ -117,7 +116,7 @@ class Value:
             return polynomial, ring.one
         factor = ring.zero
         for coefficient in self.coefficients(polynomial, set(reads)):
-            (factor,) = _compact(lambda p, q: (p.gcd(q),), factor, coefficient)
+            factor = self.algebra.exact.gcd(factor, coefficient)
             if factor == 1:
                 break
         return factor, polynomial.exquo(factor)
@@ -133,10 +132,7 @@ class Value:
 
     def by_power(self, polynomial: Any, generator: int) -> dict[int, Value]:
         """The coefficients of a polynomial in one generator, by exponent."""
-        found: dict[int, Any] = {}
-        for monomial, c in polynomial.iterterms():
-            rest = (*monomial[:generator], 0, *monomial[generator + 1 :])
-            found.setdefault(monomial[generator], self.algebra.ring.zero.copy())[rest] = c
+        found = by_exponent(polynomial, generator)
         return {exponent: Value(self.algebra, p, self.algebra.ring.one) for exponent, p in found.items()}
 
     def insert(self, polynomial: Any, generator: int) -> Any:
@@ -153,7 +149,7 @@ class Value:
         if len(self.d) == 1:
             common = math.gcd(int(self.n.content()), int(self.d.LC))
             return Value(self.algebra, self.n.quo_ground(common), self.d.quo_ground(common))
-        return Value(self.algebra, *_compact(lambda p, q: p.cancel(q), self.n, self.d))
+        return Value(self.algebra, *self.algebra.exact.compact(lambda p, q: p.cancel(q), self.n, self.d))
 
     def equals(self, other: Any) -> bool:
         """Whether two rational functions are the same."""
@@ -193,65 +189,9 @@ class Value:
         v = self.cancelled()
         parts = []
         for part in (v.n, v.d):
-            number, factors = factors_of(part)
+            number, factors = self.algebra.exact.factors_of(part)
             root = math.isqrt(int(number)) if number > 0 else -1
             if root * root != number or any(n % 2 for _, n in factors):
                 return None
             parts.append(math.prod((f ** (n // 2) for f, n in factors), start=self.algebra.ring(root)))
         return Value(self.algebra, *parts)
-
-
-def factors_of(polynomial: Any) -> tuple[int, list[tuple[Any, int]]]:
-    """The number, and the irreducible factors with their powers."""
-    number: list[int] = []
-
-    def factor(p: Any) -> list[Any]:
-        found = p.factor_list()
-        number.append(int(found[0]))
-        return [f for f, n in found[1] for _ in range(n)]
-
-    factors = list(_compact(factor, polynomial))
-    return number[0], [(f, factors.count(f)) for f in dict.fromkeys(factors)]
-
-
-def _compact(operation: Callable[..., Iterable[Any]], *polynomials: Any) -> list[Any]:
-    """An operation on polynomials in a ring of the generators that they have: a greatest common divisor takes longer
-    the more generators there are.
-    """
-    if math.prod(map(len, polynomials)) > _DIVIDED:
-        raise Unsupported("match", "the update is too large to be simplified")
-    ring = polynomials[0].ring
-    used = sorted(set().union(*map(generators_of, polynomials)))
-    small = ring.clone(symbols=ring.symbols[: len(used) or 1])
-    given = []
-    for p in polynomials:
-        given.append(small.from_dict({tuple(m[i] for i in used) or (0,): c for m, c in p.iterterms()}))
-    results = []
-    for p in operation(*given):
-        moved = {}
-        for m, c in p.iterterms():
-            whole = [0] * ring.ngens
-            for i, e in zip(used, m, strict=False):
-                whole[i] = e
-            moved[tuple(whole)] = c
-        results.append(ring.from_dict(moved))
-    return results
-
-
-def _times(a: Any, b: Any) -> Any:
-    if len(a) * len(b) > _TERMS:
-        raise Unsupported("match", "the update is too large to be multiplied out")
-    return a * b
-
-
-def _without(polynomial: Any, exponents: tuple[int, ...]) -> Any:
-    """A polynomial divided by a monomial."""
-    result = polynomial.ring.zero.copy()
-    for monomial, c in polynomial.iterterms():
-        result[tuple(a - b for a, b in zip(monomial, exponents, strict=True))] = c
-    return result
-
-
-def generators_of(polynomial: Any) -> set[int]:
-    """The generators that a polynomial has."""
-    return {i for monomial in polynomial.itermonoms() for i, e in enumerate(monomial) if e}

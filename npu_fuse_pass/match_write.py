@@ -8,7 +8,6 @@ import torch
 
 from .errors import Unsupported
 from .ir import HALF, Builder, Expr, Slot
-from .match_value import factors_of
 
 if TYPE_CHECKING:
     from .match_value import Value
@@ -64,7 +63,7 @@ class Writer:
     def _polynomial(self, p: Any) -> Expr:
         if len(p) == 1:
             return self._term(p.leading_term())
-        number, found = factors_of(p)
+        number, found = self._algebra.exact.factors_of(p)
         factors = [f for f, n in found for _ in range(n)]
         longer = [i for i, f in enumerate(factors) if len(f) > 1]
         if number < 0 and longer:

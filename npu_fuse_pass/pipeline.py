@@ -1,4 +1,4 @@
-"""The stages in order: captured updates -> groups -> a program that runs them, and the report of what was done."""
+"""The stages in order: captured updates -> groups -> matches -> a program, and the report of what was done."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from .errors import PlatformError, UnfusedError, Unsupported
 from .group import group, group_updates
 from .ir import DTYPE_NAMES, Call, Captured, Group, Leaf
 from .lowerings import eager, staged
-from .report import CompileReport, GroupReport, record
+from .match import match
+from .match_result import Match, NoMatch
+from .report import CompileReport, GroupReport, KernelMatch, record
 from .rewrite import rewrite
 from .storage import Batch
 from .symbols import readable
@@ -29,9 +31,13 @@ from .trace import capture_batches
 log = logging.getLogger(__name__)
 
 PLATFORMS = ("auto", "cpu", "npu", "eager")
+# Platforms with dedicated operations need to know before they lower which kernel computes a group. Elsewhere a match is
+# something to read: it is decided when the report is, and no compile takes longer for it.
+_MATCHED_BEFORE = ("npu",)
 
 
 Stages = Sequence[tuple[Sequence[Group], Sequence[Call]]]
+Matches = dict[str, Match | NoMatch]  # by the group's name
 
 
 class Program(Protocol):
@@ -84,9 +90,14 @@ def _fuse(
         with _timed(report, "group"):
             stages = [(group_updates(stage.updates, captured.leaves), stage.calls) for stage in captured.stages]
             groups = group(captured)
+        _choose_platform(report, captured.leaves)
+        matches = functools.cache(lambda: _match(groups, captured.leaves, report))
+        if report.platform in _MATCHED_BEFORE:
+            matches()
         with _timed(report, "lower"):
             program = _lower(captured.leaves, stages, groups, report)
         report.bytes_per_element = _traffic(captured, report)
+        _show_matches(report, groups, captured.leaves, matches)
     report._graph = functools.cache(lambda: rewrite(captured.leaves, groups, stages))
     record(report)
     log.info("%s", report)
@@ -104,10 +115,19 @@ def fused_graph(captured: Captured) -> fx.GraphModule:
     return rewrite(captured.leaves, group(captured), stages)
 
 
-def _lower(leaves: Sequence[Leaf], stages: Stages, groups: Sequence[Group], report: CompileReport) -> Program | None:
+def _choose_platform(report: CompileReport, leaves: Sequence[Leaf]) -> None:
     devices = {leaf.device.type for leaf in leaves if leaf.kind != "constant" and leaf.shape}
     if report.platform == "auto":
         report.platform = "npu" if "npu" in devices else "cpu"
+
+
+def _match(groups: Sequence[Group], leaves: Sequence[Leaf], report: CompileReport) -> Matches:
+    """Which known kernel computes each group, by the group's name."""
+    with _timed(report, "match"):
+        return dict(zip([g.name for g in groups], match(groups, leaves), strict=True))
+
+
+def _lower(leaves: Sequence[Leaf], stages: Stages, groups: Sequence[Group], report: CompileReport) -> Program | None:
     lower = _LOWERINGS[report.platform]
     try:
         before = [(lower(leaves, made, report), calls) for made, calls in stages]
@@ -182,6 +202,28 @@ def _group_report(
     elements = sum(max((math.prod(leaves[m[s]].shape) for s in slots), default=0) for m in g.members)
     kind = (dtype, device, lowering, kernel)
     return GroupReport(g.name, formula, len(g.members), *kind, bytes_per_element, launches, elements)
+
+
+def _show_matches(
+    report: CompileReport, groups: Sequence[Group], leaves: Sequence[Leaf], matches: Callable[[], Matches]
+) -> None:
+    """Let the rows of groups that write leaves say which kernel computes them."""
+    named = {g.name: g for g in groups}
+    for row in report.groups:
+        if row.writes == "leaves":
+            row._matched = functools.partial(_kernel_match, named[row.name], leaves, matches)
+
+
+def _kernel_match(g: Group, leaves: Sequence[Leaf], matches: Callable[[], Matches]) -> KernelMatch | str:
+    found = matches()[g.name]
+    if isinstance(found, NoMatch):
+        return found.reason
+    labels = [_slot_label(g, leaves, s) for s in range(len(g.formula.slots))]
+    tensors = {name: labels[slot] for name, slot in found.outputs.items()}
+    kernel = found.kernel
+    return KernelMatch(
+        kernel.name, kernel.operation, tensors, found.readable(labels), found.assumptions, found.tolerance
+    )
 
 
 def _slot_label(g: Group, leaves: Sequence[Leaf], slot: int) -> str:

@@ -13,6 +13,34 @@ from torch import fx
 from .ir import Unfused
 
 
+def _not_asked() -> str:
+    return "it writes temporaries"
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelMatch:
+    """A known kernel that computes a group.
+
+    Attributes:
+        kernel: its name in `kernels.py`, operation: GE's.
+        tensors: what the kernel writes, and which leaf that is.
+        arguments: its numbers, and inputs that are computed first, as mathematics over the formula's names.
+        assumptions: what the equality needs beyond finite values.
+        tolerance: how far the kernel may be from the formula, relative, per step.
+    """
+
+    kernel: str
+    operation: str
+    tensors: dict[str, str]
+    arguments: dict[str, str]
+    assumptions: tuple[str, ...]
+    tolerance: float
+
+    def __str__(self) -> str:
+        arguments = ", ".join(f"{name} = {text}" for name, text in self.arguments.items())
+        return f"{self.kernel} ({self.operation}, within {self.tolerance:g}): {arguments}"
+
+
 @dataclasses.dataclass
 class GroupReport:
     """One fused group.
@@ -39,6 +67,24 @@ class GroupReport:
     launches: int
     elements: int = 0
     writes: str = "leaves"
+    _matched: Callable[[], KernelMatch | str] = dataclasses.field(default=_not_asked, repr=False, compare=False)
+
+    @property
+    def match(self) -> KernelMatch | None:
+        """The known kernel that computes this group, if there is one; decided when first asked for."""
+        found = self._matched()
+        return found if isinstance(found, KernelMatch) else None
+
+    @property
+    def no_match(self) -> str:
+        """Why no known kernel computes this group; "" if one does."""
+        found = self._matched()
+        return found if isinstance(found, str) else ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists and strings."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.name.startswith("_")}
+        return {**fields, "match": self.match and dataclasses.asdict(self.match), "no_match": self.no_match}
 
 
 @dataclasses.dataclass
@@ -48,7 +94,8 @@ class CompileReport:
     Attributes:
         platform: what the groups were lowered to ("cpu", "npu", "eager").
         torch: version.
-        seconds: time of every stage.
+        seconds: time of every stage. "match" comes last and later than the compile where the platform does not need it:
+            when a group's match is first asked for or printed.
         groups: what was fused.
         unfused: operations that were not, each with its reason.
         fallback: why the original graph runs instead, or None.
@@ -76,23 +123,30 @@ class CompileReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists and strings; the keys are stable."""
-        fields = {f.name for f in dataclasses.fields(self)} - {"_graph"}
-        return {k: v for k, v in dataclasses.asdict(dataclasses.replace(self, _graph=None)).items() if k in fields}
+        groups = [g.to_json() for g in self.groups]
+        rest = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.name.startswith("_")}
+        unfused = [dataclasses.asdict(u) for u in self.unfused]
+        return {**rest, "seconds": dict(self.seconds), "groups": groups, "unfused": unfused}
 
     def __str__(self) -> str:
         updates = sum(g.updates for g in self.groups if g.writes == "leaves")
-        stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.seconds.items())
-        head = (
-            f"npu_fused on {self.platform}: {updates} parameters -> {sum(g.launches for g in self.groups)} kernel "
-            f"calls per step, compiled in {sum(self.seconds.values()):.2f} s ({stages})"
-        )
-        lines = [head]
+        lines = []
         for g in self.groups:
             lines.append(
                 f"  {g.name}  {g.updates} x {g.dtype} on {g.device}  {g.bytes_per_element} bytes/element  "
                 f"{g.launches} x {g.kernel}"
             )
             lines += [f"      {line}" for line in g.formula.splitlines()]
+            lines.append(f"      match: {g.match or 'none, ' + g.no_match}")
+        compiled, late = dict(self.seconds), ""
+        if next(reversed(compiled), "") == "match":  # it ran for whoever asked, after the compile
+            late = f", then match {compiled.pop('match'):.2f}"
+        stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in compiled.items())
+        head = (
+            f"npu_fused on {self.platform}: {updates} parameters -> {sum(g.launches for g in self.groups)} kernel "
+            f"calls per step, compiled in {sum(compiled.values()):.2f} s ({stages}){late}"
+        )
+        lines.insert(0, head)
         if self.bytes_per_element:
             before, after = self.bytes_per_element["before"], self.bytes_per_element["after"]
             lines.append(f"  memory traffic: {after:.0f} bytes/element, operation by operation {before:.0f}")

@@ -16,7 +16,8 @@ from .errors import Unsupported
 from .ir import REDUCTIONS, Expr, Formula, postorder
 from .kernels import Kernel
 from .match_check import RELATIONS, Relation
-from .match_value import Value, factors_of, generators_of
+from .match_poly import Arithmetic, generators_of
+from .match_value import Value
 
 _SPARE = 16  # generators for what a kernel computes
 
@@ -35,6 +36,7 @@ class Algebra:
         count = len(formula.slots) + len(names) + sum(2 for e in self.order if e.op not in _RATIONAL) + _SPARE
         self.ring = PolyRing([f"g{i}" for i in range(count)], ZZ)
         self.formula = formula
+        self.exact = Arithmetic()
         self.meaning: dict[int, Expr] = {}  # generator -> the expression that it stands for
         self.inside: dict[int, Value] = {}  # generator of a root -> what it is the root of
         self.powers: dict[int, tuple[Value, Value, Expr, int]] = {}  # w -> base, exponent, beta^t and its generator
@@ -68,9 +70,11 @@ class Algebra:
 
     def is_defined(self, v: Value, targets: Collection[Value]) -> bool:
         """Whether a value is a number for all scalars: it divides by constants, or by what these targets divide by."""
-        safe = self._fixed | self.powers.keys()
-        found = factors_of(v.cancelled().d)[1]
-        return all(generators_of(f) <= safe or any(not t.d.rem(f) for t in targets) for f, _ in found)
+        safe, rest = self._fixed | self.powers.keys(), v.cancelled().d
+        for divisor in dict.fromkeys(t.d for t in targets):
+            while not generators_of(rest) <= safe and not (common := self.exact.gcd(rest, divisor)).is_ground:
+                rest = rest.exquo(common)
+        return generators_of(rest) <= safe
 
     def run(self, kernel: Kernel, arguments: Mapping[str, Value], output: str) -> Value:
         """What a kernel's function computes for an output. Valid until the next call."""

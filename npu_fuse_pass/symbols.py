@@ -71,12 +71,15 @@ def readable(formula: Formula, labels: Sequence[str]) -> str:
 def _text(e: Expr, texts: dict[int, tuple[str, int]], labels: Sequence[str]) -> tuple[str, int]:
     if e.op == "leaf":
         assert isinstance(e.value, int)
-        return labels[e.value], _ATOM
+        text = labels[e.value]
+        return text, _INFIX["neg"][1] if text.startswith("-") else _ATOM
     if e.op == "cast":
         text, strength = texts[id(e.args[0])]
         return (f"{DTYPE_NAMES[e.dtype]}({text})", _ATOM) if e.dtype in HALF else (text, strength)
     if e.op == "zero":
         return "0", _ATOM
+    if e.op == "neg" and e.args[0].op == "leaf" and texts[id(e.args[0])][0].startswith("-"):
+        return texts[id(e.args[0])][0][1:], _ATOM  # of a constant that is shown by its value
     if e.op in _INFIX:
         template, strength = _INFIX[e.op]
         wanted = _STRENGTH_OF_ARGS.get(e.op, (1, 1))

@@ -105,20 +105,22 @@ def printed(text: str, given: dict[str, Any]) -> dict[str, Any]:
     return env
 
 
+@pytest.mark.parametrize("labels", [LABELS, ("p", "g", "m", "-lr", "c")], ids=["names", "negative constant"])
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(FORMULAS)
-def test_the_printed_text_is_the_formula(formula):
-    """Read as Python, with its precedence, the text gives the value of every write and contribution."""
+@given(formula=FORMULAS)
+def test_the_printed_text_is_the_formula(labels, formula):
+    """Read as Python, with its precedence, the text gives the value of every write and contribution. Constants are
+    shown by their values, which may be negative: `-lr` stands for one.
+    """
     values = dict(zip(LABELS, map(Exact, (Fraction(2, 3), Fraction(5, 7), 3, Fraction(11, 13), 4)), strict=True))
+    slots = [-values[label[1:]] if label.startswith("-") else values[label] for label in labels]
     known: dict[int, Any] = {}
     for e in postorder(formula.roots):
         args = [known[id(a)] for a in e.args]
-        known[id(e)] = (
-            values[LABELS[e.value]] if e.op == "leaf" else exact(0) if e.op == "zero" else OPERATORS[e.op](*args)
-        )
-    text = readable(formula, LABELS)
+        known[id(e)] = slots[e.value] if e.op == "leaf" else exact(0) if e.op == "zero" else OPERATORS[e.op](*args)
+    text = readable(formula, labels)
     env = printed(text, values)
-    roots = [(f"{LABELS[slot]}_new", e) for slot, e in formula.writes] + [("total", e) for e in formula.contributions]
+    roots = [(f"{labels[slot]}_new", e) for slot, e in formula.writes] + [("total", e) for e in formula.contributions]
     for name, e in roots:
         assert exact(env[name]) == exact(known[id(e)]), f"{text}\n{formula.text}"
 
