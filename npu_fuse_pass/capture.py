@@ -182,4 +182,6 @@ def _label(name: str) -> str:
         return known or "x"
     if last.isdigit() and "state" in low:
         return f"state{last}"
+    if last.isdigit() and low != last:
+        return low.removesuffix(f"_{last}")  # AOTAutograd's names: arg3_1
     return "param" if "param" in low else last
