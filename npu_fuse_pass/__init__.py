@@ -19,6 +19,8 @@ _LAZY = {
     "Init": "rules",
     "RuleOptimizer": "optimizer",
     "npu_fused": "backend",
+    "fuse_pass": "hook",
+    "FusePass": "hook",
     "CompileReport": "report",
     "reports": "report",
     "clear_reports": "report",

@@ -65,9 +65,12 @@ def _scalar(b: Builder, value: Any, dtype: torch.dtype | None = None, **_: Any) 
 
 
 def _full(b: Builder, size: Any, value: Any, dtype: torch.dtype | None = None, **_: Any) -> Val:
-    if list(size):
-        raise Unsupported("full", f"creates a tensor of shape {list(size)}; full_like can fuse")
-    return _scalar(b, value, dtype)
+    made = _scalar(b, value, dtype)
+    if not list(size):
+        return made
+    if not made.dtype.is_floating_point or not all(isinstance(s, int) for s in size):
+        raise Unsupported("full", f"creates a tensor of {made.dtype}")
+    return Val(b.cast(made.expr, made.dtype), made.dtype, tuple(size))
 
 
 def _reduction(name: str) -> Callable[..., Val]:
@@ -110,7 +113,7 @@ def _dot(b: Builder, x: Val, y: Val) -> Val:
 def _divide(b: Builder, x: Any, y: Any, rounding_mode: str | None = None) -> Val:
     if rounding_mode == "floor":
         return evaluate(b, "floor_divide", (x, y), {})
-    if rounding_mode is None and isinstance(y, Val) and y.expr.tensor and (not isinstance(x, Val) or x.number):
+    if rounding_mode is None and isinstance(y, Val) and not y.number and (not isinstance(x, Val) or x.number):
         return evaluate(b, "mul", (evaluate(b, "reciprocal", (y,), {}), x), {})  # as Tensor.__rtruediv__
     quotient = evaluate(b, "div", (x, y), {})
     return quotient if rounding_mode is None else evaluate(b, "trunc", (quotient,), {})

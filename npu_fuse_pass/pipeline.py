@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
+import torch
 from torch import Tensor, fx
 
 from .capture import capture
@@ -67,6 +68,22 @@ def fuse_graph(
         UnfusedError: `strict`, and something was left unfused.
     """
     return _fuse(lambda: capture(gm), platform, strict, cause, graph_break)
+
+
+def fuse_functional(gm: fx.GraphModule, strict: bool) -> Fused | None:
+    """Fuse a functional graph with `copy_` roots for another compiler: the result is the report's `fused_graph`.
+
+    None where the graph is not a step: it writes to none of its arguments, or returns what original operations give.
+
+    Raises:
+        UnfusedError: `strict`, and something was left unfused.
+    """
+    if not any(node.target is torch.ops.aten.copy_.default for node in gm.graph.nodes):
+        return None
+    captured = capture(gm)
+    if captured.unfused and any(leaf.kind == "output" and leaf.shape for leaf in captured.leaves):
+        return None
+    return _fuse(lambda: captured, "graph", strict, "compile")
 
 
 def fuse_batches(batches: Sequence[Batch], platform: str, strict: bool, cause: str = "compile") -> Fused:
@@ -172,6 +189,19 @@ def _lower_eager(leaves: Sequence[Leaf], groups: Sequence[Group], report: Compil
     report.groups += [_group_report(g, leaves, "eager", "original graph", 0, 0) for g in groups]
 
 
+def _lower_graph(leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport) -> None:
+    """The fused nodes themselves, which another compiler takes over."""
+    for g in groups:
+        for slot in g.formula.written:
+            if len({m[slot] for m in g.members}) != len(g.members):
+                raise Unsupported(g.name, "several members write the same 0-dim tensor")
+        tensors = [slot.dtype.itemsize for slot in g.formula.slots if slot.tensor]
+        written = [g.formula.slots[s].dtype.itemsize for s in g.formula.written if g.formula.slots[s].tensor]
+        passes = 2 if g.formula.contributions else 1
+        size = passes * sum(tensors) + sum(written)
+        report.groups.append(_group_report(g, leaves, "graph", "npu_fused::multi_tensor_update", size, passes))
+
+
 def _lower_npu(leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport) -> Program:
     from .lowerings import npu
 
@@ -188,6 +218,7 @@ _LOWERINGS: dict[str, Callable[[Sequence[Leaf], Sequence[Group], CompileReport],
     "cpu": _lower_cpu,
     "npu": _lower_npu,
     "eager": _lower_eager,
+    "graph": _lower_graph,
 }
 
 

@@ -40,8 +40,9 @@ THIRD_PARTY = {
     "torch_npu": ("npu_fuse_pass.lowerings.npu",),
     "torchair": ("npu_fuse_pass.lowerings.npu",),
 }
-# What is slow to import: only the backend, which torch.compile loads, may do so while loading.
+# What is slow to import: only the backend, which torch.compile loads, and Inductor's hook may do so while loading.
 COMPILER = ("torch._dynamo", "torch._inductor", "torch._functorch")
+MAY_LOAD_COMPILER = ("npu_fuse_pass.backend", "npu_fuse_pass.hook")
 # Private names of torch are for the modules that must know how Dynamo's and AOTAutograd's graphs look.
 MAY_USE_PRIVATE_TORCH = ("npu_fuse_pass.backend", *STAGES["capture"], *STAGES["lower"])
 NO_PUBLIC_NAME = ("torch._ops.OpOverload",)  # the class of operations
@@ -51,7 +52,8 @@ PRIVATE_TORCH_EXCEPTIONS = {
         "torch._dynamo.disable": "keeps what must not be captured out of larger graphs",
         "torch.optim.optimizer._global_optimizer_pre_hooks": "the prelude runs these hooks itself",
         "torch.optim.optimizer._global_optimizer_post_hooks": "the prelude runs these hooks itself",
-    }
+    },
+    "npu_fuse_pass.hook": {"torch._inductor.custom_graph_pass": "the class of passes that Inductor can cache"},
 }
 
 
@@ -151,8 +153,8 @@ def violations(name: str, source: str, is_package: bool = False) -> list[str]:
                 found.append(f"{where} while loading: import it inside a function")
         elif top not in (*PACKAGES, "torch", "__future__") and top not in sys.stdlib_module_names:
             found.append(f"{where}: torch is the only dependency")
-        if item.loading and within(item.module, COMPILER) and name != "npu_fuse_pass.backend":
-            found.append(f"{where} while loading: only npu_fuse_pass.backend may")
+        if item.loading and within(item.module, COMPILER) and name not in MAY_LOAD_COMPILER:
+            found.append(f"{where} while loading: only {', '.join(MAY_LOAD_COMPILER)} may")
         if name.startswith("npu_fuse_pass"):
             if top == "optimizers" and item.loading:
                 found.append(f"{where} while loading: the name may be a user's own file")

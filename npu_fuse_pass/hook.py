@@ -1,0 +1,71 @@
+"""The pass as a function on functional ATen graphs, for compilers that have hooks: Inductor and torchair."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import pathlib
+from typing import Any
+
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from . import pipeline
+from .splice import splice
+
+
+class FusePass(CustomGraphPass):
+    """Rewrites graphs of optimizer steps in place: the N updates become fused nodes, followed by `copy_`.
+
+    With Inductor::
+
+        torch._inductor.config.post_grad_custom_pre_pass = npu_fuse_pass.fuse_pass    # or ..._post_pass
+        step = torch.compile(opt.step, backend="inductor")
+
+    With torchair::
+
+        config = torchair.CompilerConfig()
+        config.post_grad_custom_pre_pass = npu_fuse_pass.fuse_pass
+
+    Graphs that update none of their arguments, and those that compute what they return with operations that cannot
+    be fused (a model's forward pass, with running statistics, say), stay as they are.
+    """
+
+    def __init__(self, strict: bool = False) -> None:
+        """`strict`: raise UnfusedError where something of an update is left unfused."""
+        self._strict = strict
+
+    def __call__(self, graph: fx.Graph | fx.GraphModule, *given: Any) -> None:
+        """Rewrite `graph`.
+
+        Args:
+            graph: a functional graph with `copy_` to its arguments as roots, and fake tensors as metadata.
+            given: what torchair passes besides: example inputs and its configuration.
+
+        Raises:
+            UnfusedError: `strict`, and something was left unfused; the graph is unchanged.
+        """
+        gm = graph if isinstance(graph, fx.GraphModule) else graph.owning_module or fx.GraphModule({}, graph)
+        fused = pipeline.fuse_functional(gm, self._strict)
+        if fused is None or fused.report.fallback is not None or not fused.report.groups:
+            return
+        assert fused.report.fused_graph is not None
+        splice(gm.graph, fused.report.fused_graph, fused.captured)
+        if gm is graph:
+            gm.recompile()
+
+    def uuid(self) -> str:
+        """Identifies this version of the pass in Inductor's cache. Graphs from the cache have no report."""
+        return f"npu_fuse_pass {_sources()} {self._strict}"
+
+
+@functools.cache
+def _sources() -> str:
+    """A hash of the package's sources."""
+    made = hashlib.sha256()
+    for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
+        made.update(path.read_bytes())
+    return made.hexdigest()
+
+
+fuse_pass = FusePass()
