@@ -109,8 +109,8 @@ MUTATIONS = [
     Mutation(
         "writes of one parameter are updates of their own",
         "capture_updates.py",
-        "            self._join(leaf, below[id(root)])",
-        "            below[id(root)]",
+        "                    self._join(other, first)",
+        "                    pass",
         ONE_GROUP,
     ),
     Mutation(
