@@ -178,7 +178,7 @@ def _trace(
         writes.append((position["step"], step.val.expr))
     slots = [Slot(True, dtypes[n]) for n in roles.tensors] + [Slot(False, torch.float64) for _ in roles.scalars]
     stored = sum(2 * slots[p].dtype.itemsize for p, _ in writes if slots[p].tensor)  # copying the results
-    return Update(writes, contributions, [], roles.labels, slots), interpreter.moved / math.prod(shape) + stored
+    return Update(writes, contributions, [], roles.labels, slots), interpreter.moved / max(1, math.prod(shape)) + stored
 
 
 def _plus(interpreter: Interpreter, cell: Cell, one: Expr) -> Any:
