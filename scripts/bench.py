@@ -1,0 +1,133 @@
+"""Step and compile times against torch.optim, in one run: python scripts/bench.py [--quick] (or scripts/bench.sh).
+
+Every contestant has its own parameters and gets fresh gradient tensors before every step; steps take turns and medians
+are compared. "ours" is the compiled call with everything in it: prelude, guards, pointers, kernels. Tables go to the
+terminal, numbers to bench-output/bench.json and a picture to bench-output/bench.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import pathlib
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from bench_cases import FAMILIES, WORKLOADS, Family, Workload, peers
+from bench_measure import bandwidth, compile_cost, extra_memory, machine, medians
+from bench_picture import draw
+from tqdm import tqdm
+
+import optimizers
+
+QUICK = {
+    "1000 x 1024": ("Adam", "AdamW", "SGD momentum", "RMSpropTF", "LAMB", "own rule"),
+    "100 x 256x256": ("Adam", "SGD momentum", "RMSpropTF", "LAMB"),
+    "8 x 2048x2048": ("Adam", "SGD momentum"),
+}
+STAGE_COUNTS = (10, 100, 1000, 3000)
+
+
+def chosen(quick: bool, only: str) -> list[tuple[Workload, Family]]:
+    """The cells of the table. Stock classes take Dynamo a minute at 1000 parameters, so --quick leaves them out."""
+    cells = [(w, f) for w in WORKLOADS for f in FAMILIES if only.lower() in f"{w.name} {f.name}".lower()]
+    cells = [(w, f) for w, f in cells if not quick or f.name in QUICK.get(w.name, ())]
+    return [(w, f) for w, f in cells if w.dtype == torch.float32 or f.stock is not None]
+
+
+def measure(workload: Workload, family: Family, seconds: float, inductor: bool, gigabytes: float) -> dict[str, Any]:
+    """One cell: medians of all contestants and what follows from them."""
+    torch._dynamo.reset()
+    contestants = peers(family, workload, inductor)
+    steps, first = medians(contestants, seconds)
+    ours = steps["ours"]
+    best = min((name for name in steps if name != "ours"), key=steps.__getitem__)
+    moved = family.bytes_per_element * workload.dtype.itemsize / 4 * workload.elements
+    cell = {
+        "workload": workload.name,
+        "optimizer": family.name,
+        "milliseconds": {name: 1e3 * s for name, s in steps.items()},
+        "first call": first,
+        "best peer": best,
+        "ratio": steps[best] / ours,
+        "GB/s": moved / ours / 1e9,
+        "share of bandwidth": moved / ours / 1e9 / gigabytes,
+        "extra memory": extra_memory(*contestants["ours"]),
+    }
+    del contestants
+    gc.collect()
+    return cell
+
+
+def table(header: str, rows: Sequence[Sequence[object]]) -> None:
+    """Print a Markdown table."""
+    print(f"\n| {header} |\n|{'---|' * (header.count('|') + 1)}")
+    for row in rows:
+        print(f"| {' | '.join(map(str, row))} |")
+
+
+def print_cells(cells: Sequence[dict[str, Any]]) -> None:
+    """The table of step times, ratios above 1 in our favour."""
+    rows = []
+    for c in cells:
+        times, best = c["milliseconds"], c["best peer"]
+        speed = (f"{c['ratio']:.2f}x", f"{c['GB/s']:.1f}", f"{c['share of bandwidth']:.0%}", f"{c['extra memory']:.2%}")
+        rows.append([c["workload"], c["optimizer"], f"{times['ours']:.2f}", f"{times[best]:.2f} ({best})", *speed])
+    table("workload | optimizer | ours, ms | best peer, ms | as fast | GB/s | of in-place | extra memory", rows)
+
+
+def stages(counts: Sequence[int]) -> list[dict[str, Any]]:
+    """Cost of compiling our Adam and stock Adam at several numbers of parameters."""
+    found = []
+    makers = [("NpuFusedAdam", optimizers.NpuFusedAdam), ("torch.optim.Adam, foreach", torch.optim.Adam)]
+    bar = tqdm([(n, name, make) for n in counts for name, make in makers], desc="compile time", unit="compile")
+    for n, name, make in bar:
+        bar.set_postfix_str(f"{name}, {n}")
+        found.append({"parameters": n, "optimizer": name, **compile_cost(make, n)})
+    return found
+
+
+def print_stages(rows: Sequence[dict[str, Any]]) -> None:
+    """The table of compile times in seconds."""
+    columns = ["first call, cold", "first call, warm", "our stages, cold", "our stages, warm"]
+    columns += [f"{stage}, warm" for stage in ("capture", "group", "lower")]
+    cells = [[r["parameters"], r["optimizer"], *(f"{r[c]:.2f}" for c in columns)] for r in rows]
+    table(" | ".join(["parameters", "optimizer, seconds of:", *columns]), cells)
+
+
+def main() -> None:
+    """Parse arguments, measure, print, write files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a selection, within two minutes")
+    parser.add_argument("--only", default="", help="cells whose workload or optimizer contains this")
+    parser.add_argument("--seconds", type=float, help="of timed steps for each cell (default 4, quick 1)")
+    parser.add_argument("--inductor", action="store_true", help="torch.compile with Inductor as a peer (minutes)")
+    parser.add_argument("--stages", type=int, nargs="*", help="numbers of parameters to measure compile time at")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("bench-output"))
+    given = parser.parse_args()
+    warnings.filterwarnings("ignore", module="torch")
+    counts = given.stages if given.stages is not None else (10, 100) if given.quick else STAGE_COUNTS
+    rows = stages(counts)
+    gigabytes = bandwidth()
+    cells = []
+    bar = tqdm(chosen(given.quick, given.only), desc="step time", unit="cell")
+    for workload, family in bar:
+        bar.set_postfix_str(f"{family.name}, {workload.name}")
+        cells.append(measure(workload, family, given.seconds or (1 if given.quick else 4), given.inductor, gigabytes))
+    found = {"date": datetime.date.today().isoformat(), "machine": machine(), "in-place GB/s": gigabytes}
+    print(f"\n{found['date']}, {found['machine']}")
+    print(f"in-place multiply of one large tensor: {gigabytes:.1f} GB/s")
+    print_stages(rows)
+    print_cells(cells)
+    given.out.mkdir(exist_ok=True)
+    (given.out / "bench.json").write_text(json.dumps({**found, "steps": cells, "compile": rows}, indent=2))
+    draw(cells, rows, given.out / "bench.png")
+    print(f"\nwrote {given.out / 'bench.json'} and {given.out / 'bench.png'}")
+
+
+if __name__ == "__main__":
+    main()
