@@ -156,14 +156,15 @@ class _Totals:
         return [a for a in self._addends(e) if self._owner[id(a)] in (None, _SEVERAL)]
 
     def _addends(self, e: Expr) -> list[Expr]:
-        """The terms of a sum over several parameters; the arguments of any other operation."""
+        """The terms of a sum over several parameters (Python's starts with 0 + the first); else the arguments."""
         if e.op != "add":
             return list(e.args)
         found: list[Expr] = []
         stack = [e]
         while stack:
             x = stack.pop()
-            if x.op == "add" and self._several(x):
+            owners = [self._owner[id(a)] for a in x.args]
+            if x.op == "add" and (self._several(x) or (None in owners and owners != [None, None])):
                 stack += reversed(x.args)
             else:
                 found.append(x)

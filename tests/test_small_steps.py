@@ -86,6 +86,18 @@ def test_norms_of_one_parameter_are_no_sum_over_parameters(ratio: Any) -> None:
     assert len(only.members) == 11 and not only.formula.contributions
 
 
+def test_pythons_sum_over_all_parameters() -> None:
+    """It starts with 0, which makes no parameter different from the others."""
+
+    def step(*tensors: Any) -> None:
+        squares = sum((g * g).sum() for g in tensors[1::2])
+        for p, g in zip(tensors[::2], tensors[1::2], strict=True):
+            p.sub_(g / (1 + squares))
+
+    _, (only,) = check(step, *(torch.randn(n, dtype=torch.float64) for n in (3, 3, 4, 4, 5, 5)), tolerance=1e-13)
+    assert len(only.members) == 3
+
+
 @pytest.mark.parametrize("shape", [(5,), ()], ids=str)
 @pytest.mark.parametrize(
     "same",
