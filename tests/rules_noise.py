@@ -8,6 +8,7 @@ rounding at this element: little in most places, all of it where a comparison is
 from __future__ import annotations
 
 import os
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -92,12 +93,24 @@ class _Dtypes(Exactly):
         return made
 
 
-def runs(program: Program, constants: Sequence[float], roles: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """Every role after the rule, of RUNS computations with errors (stacked). "t" has been counted in `roles`."""
+def runs(
+    program: Program,
+    constants: Sequence[float],
+    roles: Mapping[str, Tensor],
+    seed: int,
+    rounded: Mapping[str, torch.dtype] = types.MappingProxyType({}),
+) -> dict[str, Tensor]:
+    """Every role after the rule, of RUNS computations with errors (stacked).
+
+    "t" has been counted in `roles`; `rounded` are roles that have errors of a dtype already.
+    """
     dtypes = _Dtypes()
     apply(program, constants, roles, dtypes)
-    wide = {role: x.double() for role, x in roles.items()}
-    made = [apply(program, constants, wide, Noisy(dtypes.found, 100 * seed + k)) for k in range(RUNS)]
+    made = []
+    for k in range(RUNS):
+        how = Noisy(dtypes.found, 100 * seed + k)
+        wide = {role: how.errors.on(x, rounded[role]) if role in rounded else x.double() for role, x in roles.items()}
+        made.append(apply(program, constants, wide, how))
     return {role: torch.stack([m[role] for m in made]) for role in roles}
 
 

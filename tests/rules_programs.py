@@ -1,7 +1,7 @@
 """Random update rules as data, and running them: in a loop, over lists, or without writing anything.
 
 A program is a list of statements over the tensors of one parameter: "p", "g", states "m0", "m1", ..., a counter "t" of
-its own, and 0-dim tensors that all share: "lr" and a counter "n", or what a rule is given.
+its own, and 0-dim tensors that all share: "lr", a counter "n", and "total", a number in (0, 1] made of all gradients.
 """
 
 from __future__ import annotations
@@ -17,6 +17,20 @@ from .rules_ops import OPS, Interval
 
 SHAPE = tuple[int, ...]
 Ref = tuple[str, Any]  # ("v", number of a statement), ("r", role) or ("c", index of a constant)
+
+
+def _from_sum(grads: Sequence[Any]) -> Any:
+    return 1 / (1 + sum((g.double() * g.double()).sum() for g in grads))
+
+
+def _from_norms(grads: Sequence[Any]) -> Any:
+    """As clip_grad_norm_."""
+    norms = torch._foreach_norm(list(grads))
+    norm = torch.linalg.vector_norm(torch.stack([norms[i].to(torch.float64) for i in range(len(grads))]))
+    return torch.clamp(1.0 / (norm + 1e-6), max=1.0)
+
+
+TOTALS: dict[str, Callable[[Sequence[Any]], Any]] = {"sum": _from_sum, "norms": _from_norms}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +77,10 @@ class Program:
             return bool(self.reads - {"p"})
         return len(states) == 1 and (states[0] in writes["p"] or "p" in writes[states[0]])
 
+    def touches(self, role: str) -> bool:
+        """Whether its update reads or writes it."""
+        return role in self.reads or role in dict(self.writes)
+
     @property
     def counts_unread(self) -> bool:
         """Whether its counter is counted for nothing."""
@@ -101,11 +119,13 @@ class Problem:
     Args:
         lists: in foreach form.
         counter: "n" is counted.
+        total: how "total" is computed, a name in TOTALS; or empty.
     """
 
     families: tuple[Family, ...]
     lists: bool
     counter: bool
+    total: str
     seed: int
 
     @property
@@ -113,7 +133,7 @@ class Problem:
         return [Member(f.program, shape, f.constants[group]) for f in self.families for shape, group in f.members]
 
     def __repr__(self) -> str:
-        lines = [f"Problem(lists={self.lists}, counter={self.counter}, seed={self.seed})"]
+        lines = [f"Problem(lists={self.lists}, counter={self.counter}, total={self.total!r}, seed={self.seed})"]
         return "\n  ".join([*lines, *(f"{f.members} {f.constants}\n    {f.program}" for f in self.families)])
 
     def tensors(self) -> list[Tensor]:
@@ -134,18 +154,25 @@ class Problem:
         """The roles of every member, of what `tensors` has made."""
         own = iter(tensors[2:])
         shared = {"lr": tensors[0], "n": tensors[1]}
-        return [shared | {role: next(own) for role, _ in m.program.dtypes} for m in self.members]
+        envs = [shared | {role: next(own) for role, _ in m.program.dtypes} for m in self.members]
+        if self.total:
+            total = TOTALS[self.total]([env["g"] for env in envs])
+            envs = [env | {"total": total} for env in envs]
+        return envs
 
     def groups(self) -> int:
         """How many groups there are: one per program, 0-dim parameters apart.
 
         Counters that nothing reads join the parameters if there are as many for each, and are one group otherwise;
-        the shared counter joins the only parameter that reads it.
+        the shared counter joins the only parameter that reads it. Gradients that only a total reads are a group for
+        each dtype.
         """
         members = self.members
+        summed = self.total and any("total" in m.program.reads for m in members)
+        alone = {m.program.dtypes[1] for m in members if summed and not m.program.touches("g")}
         unread = sum(m.program.counts_unread for m in members)
         unread += self.counter and sum("n" in m.program.reads for m in members) != 1
-        return len({(m.program, m.shape == ()) for m in members}) + (unread % len(members) != 0)
+        return len({(m.program, m.shape == ()) for m in members}) + (unread % len(members) != 0) + len(alone)
 
     def plan(self, order: Sequence[int]) -> list[tuple[Member, list[int]]]:
         """What is done together, in the order in which it is done: members alone, or lists of equal ones."""

@@ -15,7 +15,7 @@ import torch
 from hypothesis import strategies as st
 
 from .rules_ops import ANY, CASTS, HALF, MOST, NO_HALF, OPS, WRITES, Interval
-from .rules_programs import SHAPE, Family, Problem, Program, Ref, Statement
+from .rules_programs import SHAPE, TOTALS, Family, Problem, Program, Ref, Statement
 
 SHAPES: list[SHAPE] = [(5,), (3, 4), (7,), (2, 3, 4), (MOST,), (1,), (4, 5)]
 OF_NO_MEMBER = {"lr", "n", "t", "total"}  # 0-dim: reading them makes no two writes one update
@@ -182,17 +182,18 @@ def _states(chance: random.Random, *dtypes: torch.dtype) -> dict[str, torch.dtyp
     return {f"m{i}": chance.choice(dtypes) for i in range(chance.choice([0, 1, 1, 2, 2, 3]))}
 
 
-def _family(chance: random.Random, counter: bool) -> Family:
+def _family(chance: random.Random, counter: bool, total: bool) -> Family:
     param, state = chance.choice(DTYPES)
     dtypes = {"p": param, "g": param, **_states(chance, state, param)}
     if chance.random() < 0.6:
         dtypes["t"] = chance.choice([DOUBLE, DOUBLE, SINGLE])
-    shared = {"lr": (0.05, 0.3), **({"n": (4.0, 4.0)} if counter else {})}
+    shared = {"lr": (0.05, 0.3), **({"n": (4.0, 4.0)} if counter else {}), **({"total": (0.0, 1.0)} if total else {})}
     usable = [n for n in OPS if n != "copy" and not (n in NO_HALF and param in HALF)]
     program = _Writer(chance, dtypes, shared, usable).program(chance.randint(*LENGTHS))
-    members = [(chance.choice(SHAPES), chance.randint(0, 1)) for _ in range(chance.randint(1, 4))]
+    # what a single parameter reads of several is its own, and no total
+    members = [(chance.choice(SHAPES), chance.randint(0, 1)) for _ in range(chance.randint(1 + total, 4))]
     same_dtype = any(OPS[s.op].same_dtype for s in program.statements)
-    if program.one_update_of_0_dim and not same_dtype and chance.random() < 0.5:
+    if not total and program.one_update_of_0_dim and not same_dtype and chance.random() < 0.5:
         members.append(((), 0))
     return Family(program, tuple(members), (_numbers(chance, program), _numbers(chance, program)))
 
@@ -202,9 +203,10 @@ def problems(draw: Callable[..., Any]) -> Problem:
     """One to three programs, each for some parameters in one or two groups; some are 0-dim."""
     chance = draw(st.randoms(use_true_random=True))
     counter = chance.random() < 0.25
-    families = tuple(_family(chance, counter) for _ in range(chance.randint(1, 3)))
+    total = chance.choice([*TOTALS, *[""] * 4])
+    families = tuple(_family(chance, counter, bool(total)) for _ in range(chance.randint(1, 3)))
     unread = any(f.program.counts_unread for f in families)
-    return Problem(families, chance.random() < 0.5, counter and not unread, chance.randint(0, 10**6))
+    return Problem(families, chance.random() < 0.5, counter and not unread, total, chance.randint(0, 10**6))
 
 
 @st.composite

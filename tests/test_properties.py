@@ -31,11 +31,13 @@ class Counts:
         self.lengths: list[int] = []
         self.operations: collections.Counter[str] = collections.Counter()
         self.reasons: list[str] = []
+        self.totals = 0
 
     def note(self, problem: Problem, groups: int, reasons: Sequence[str]) -> None:
         expected = groups == problem.groups()
         self.steps += 1
         self.exact += expected and not reasons
+        self.totals += bool(problem.total)
         self.reasons += reasons or ([] if expected else [f"{groups} groups, not {problem.groups()}"])
         for family in problem.families:
             self.lengths.append(len(family.program.operations))
@@ -51,7 +53,8 @@ class Counts:
 
     def __str__(self) -> str:
         return (
-            f"{self.steps} steps of {len(self.lengths)} rules, {self.exact} fused into exactly their groups; "
+            f"{self.steps} steps of {len(self.lengths)} rules, {self.totals} with sums over all gradients; "
+            f"{self.exact} fused into exactly their groups; "
             f"{statistics.median(self.lengths)} operations in the median rule, {len(self.operations)} different ones; "
             f"{self.narrow} of {self.elements} elements within 1000 units; otherwise: {self.reasons}"
         )
@@ -63,15 +66,17 @@ class Counts:
         assert self.narrow >= 0.9 * self.elements, self
         if everything:
             assert statistics.median(self.lengths) >= 12 and len(self.operations) >= 40, self
+            assert self.totals >= 0.1 * self.steps, self
 
 
 def limits_of(problem: Problem) -> list[Tensor]:
     """Of `problem.tensors()`: how far each may be from eager's after the step. "lr" and "n" are exact."""
     counted = torch.tensor(float(problem.counter), dtype=torch.float64)
+    coarsest = max((m.program.dtypes[1][1] for m in problem.members), key=UNIT.__getitem__)  # of the gradients
     found = [torch.zeros(()), torch.zeros(())]
     for i, (member, env) in enumerate(zip(problem.members, problem.environments(problem.tensors()), strict=True)):
         env = {role: x + 1 if role == "t" else x + counted if role == "n" else x for role, x in env.items()}
-        several = runs(member.program, member.constants, env, problem.seed + i)
+        several = runs(member.program, member.constants, env, problem.seed + i, {"total": coarsest})
         found += [tolerance(dtype, several[role]) for role, dtype in member.program.dtypes]
     return found
 
