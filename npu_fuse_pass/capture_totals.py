@@ -7,12 +7,13 @@ it, and what is computed from the total (a root, a clip factor) stays in the for
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from .errors import Unsupported
-from .ir import Builder, Expr, Leaf, postorder
+from .ir import REDUCTIONS, Builder, Expr, Leaf, postorder
 
 _SEVERAL = -1  # stands for "numbers of more than one parameter"
 _FEW = 8  # totals that are no sum (the larger of two norms): each is a scalar of every update, so not for N parameters
@@ -43,6 +44,8 @@ def separate(
         Unsupported: a total depends on another one, or numbers of many parameters are combined by other than adding.
     """
     order = list(postorder(roots))
+    if not any(e.op in REDUCTIONS for e in order):
+        return list(roots), [], first
     owner = _owners(order, roots, written, leaves)
     if _SEVERAL not in owner.values():
         return list(roots), [], first
@@ -76,6 +79,9 @@ def _owners(
     for root, leaf in zip(roots, written, strict=True):
         if root.tensor and leaves[leaf].shape:
             parent[find(leaf)] = find(below[id(root)])
+    places = {key: find(leaf) for key, leaf in below.items()}
+    for user, read in _read_by_one(order, places, roots, [find(leaf) for leaf in written], leaves):
+        parent[find(read)] = find(user)
     owner: dict[int, int | None] = {}
     for e in order:
         if e.tensor:
@@ -84,6 +90,34 @@ def _owners(
             several = {owner[id(a)] for a in e.args} - {None}
             owner[id(e)] = None if not several else next(iter(several)) if len(several) == 1 else _SEVERAL
     return owner
+
+
+def _read_by_one(
+    order: Sequence[Expr],
+    places: Mapping[int, int],
+    roots: Sequence[Expr],
+    written: Sequence[int],
+    leaves: Sequence[Leaf],
+) -> Iterator[tuple[int, int]]:
+    """Pairs of one parameter's tensors that only a scalar connects, as the norms in a trust ratio do.
+
+    A scalar over a few tensors of one shape, which the update of one tensor of that shape alone reads, is no total.
+    """
+    users: dict[int, set[int]] = {id(e): set() for e in order}
+    for root, leaf in zip(roots, written, strict=True):
+        users[id(root)].add(leaf)
+    for e in reversed(order):
+        for a in e.args:
+            if not a.tensor and len(users[id(a)]) < 2:
+                users[id(a)] |= {places[id(e)]} if e.tensor else users[id(e)]
+    read: dict[int, frozenset[int]] = {}
+    for e in order:
+        below = [frozenset([places[id(a)]]) if a.tensor else read[id(a)] for a in e.args]
+        read[id(e)] = frozenset(itertools.islice(frozenset().union(*below), _FEW + 1))
+        if not e.tensor and 1 < len(read[id(e)]) <= _FEW and len(users[id(e)]) == 1:
+            (user,) = users[id(e)]
+            if {leaves[i].shape for i in (user, *read[id(e)])} == {leaves[user].shape} != {()}:
+                yield from ((user, other) for other in read[id(e)])
 
 
 class _Totals:
@@ -122,14 +156,15 @@ class _Totals:
         return [a for a in self._addends(e) if self._owner[id(a)] in (None, _SEVERAL)]
 
     def _addends(self, e: Expr) -> list[Expr]:
-        """The terms of a sum over several parameters; the arguments of any other operation."""
+        """The terms of a sum over several parameters (Python's starts with 0 + the first); else the arguments."""
         if e.op != "add":
             return list(e.args)
         found: list[Expr] = []
         stack = [e]
         while stack:
             x = stack.pop()
-            if x.op == "add" and self._several(x):
+            owners = [self._owner[id(a)] for a in x.args]
+            if x.op == "add" and (self._several(x) or (None in owners and owners != [None, None])):
                 stack += reversed(x.args)
             else:
                 found.append(x)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+HALF = (torch.float16, torch.bfloat16)
 Interval = tuple[float, float]
 ANY: Interval = (-50.0, 50.0)
 
@@ -44,7 +45,7 @@ class Op:
 
     @property
     def has_foreach(self) -> bool:
-        return bool(self.torch) and hasattr(torch, f"_foreach_{self.torch}") and "b" not in self.kinds
+        return bool(self.torch) and hasattr(torch, f"_foreach_{self.torch}_") and "b" not in self.kinds
 
     def foreach(self, args: Sequence[Any], in_place: bool = False) -> Any:
         positional, keywords = self._split(args)
@@ -222,6 +223,7 @@ _ALL = [
     _scalar("s_minimum", "ss", torch.minimum, ANY, ANY),
 ]
 OPS: dict[str, Op] = {op.name: op for op in _ALL}
+OPS["copy"] = Op("copy", "tt", lambda old, new: new, (ANY, ANY), torch="copy")  # only as a write
 CASTS: dict[str, torch.dtype] = {"to_double": torch.float64, "to_float": torch.float32}
 OPS |= {n: Op(n, "t", lambda x, d=d: x.to(d), (ANY,)) for n, d in CASTS.items()}
 NO_HALF = {"floor_divide"}  # refused in half precision, with a reason

@@ -65,6 +65,39 @@ def test_tensors_that_are_scaled_alone_are_updates_of_their_own() -> None:
     assert [len(g.members) for g in groups] == [2, 2]
 
 
+@pytest.mark.parametrize(
+    "ratio",
+    [
+        lambda p, g, m: g.norm() / p.norm(),
+        lambda p, g, m: g.norm() + p.norm(),
+        lambda p, g, m: (g.norm() + m.norm()).sqrt(),
+        lambda p, g, m: torch.where(g.norm() > m.norm(), g.norm() + p.norm(), m.norm()),
+    ],
+)
+def test_norms_of_one_parameter_are_no_sum_over_parameters(ratio: Any) -> None:
+    """Though nothing but a scalar connects the tensors; with more parameters than there are totals."""
+
+    def step(*tensors: Any) -> None:
+        for p, g, m in zip(*(tensors[i::3] for i in range(3)), strict=True):
+            p.mul_(ratio(p, g, m))
+
+    sizes = [n for n in (2, 3, 3, 4, 4, 5, 6, 7, 8, 9, 10) for _ in range(3)]
+    _, (only,) = check(step, *(torch.randn(n, dtype=torch.float64) for n in sizes), tolerance=1e-14)
+    assert len(only.members) == 11 and not only.formula.contributions
+
+
+def test_pythons_sum_over_all_parameters() -> None:
+    """It starts with 0, which makes no parameter different from the others."""
+
+    def step(*tensors: Any) -> None:
+        squares = sum((g * g).sum() for g in tensors[1::2])
+        for p, g in zip(tensors[::2], tensors[1::2], strict=True):
+            p.sub_(g / (1 + squares))
+
+    _, (only,) = check(step, *(torch.randn(n, dtype=torch.float64) for n in (3, 3, 4, 4, 5, 5)), tolerance=1e-13)
+    assert len(only.members) == 3
+
+
 @pytest.mark.parametrize("shape", [(5,), ()], ids=str)
 @pytest.mark.parametrize(
     "same",
