@@ -67,16 +67,20 @@ class Arithmetic:
 
     def factors_of(self, polynomial: Any) -> tuple[int, list[tuple[Any, int]]]:
         """The number, and factors with their powers: no two share one, none is a product in which a factor has
-        generators that another one lacks. (1-a)·(1-b)² is taken apart so, (a+b)·(a-b) is not.
+        generators that another one lacks. a·(1-a)·(1-b)² is taken apart so, (a+b)·(a-b) is not.
         """
         if len(polynomial) > _FACTORED:
             raise Unsupported("match", "a scalar or an input of the kernel is too large to be written down")
+        if not polynomial:
+            return 0, []
         number: list[int] = []
 
         def factor(p: Any) -> list[Any]:
-            found = p.sqf_list()
+            exponents = tuple(map(min, zip(*p.itermonoms(), strict=True)))
+            found = without(p, exponents).sqf_list()
             number.append(int(found[0]))
-            return [f for square_free, n in found[1] for f in self._apart(square_free) for _ in range(n)]
+            monomial = [g for g, n in zip(p.ring.gens, exponents, strict=True) for _ in range(n)]
+            return monomial + [f for square_free, n in found[1] for f in self._apart(square_free) for _ in range(n)]
 
         factors = self.compact(factor, polynomial)
         return number[0], [(f, factors.count(f)) for f in dict.fromkeys(factors)]

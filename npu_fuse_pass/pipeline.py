@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import gc
 import logging
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,14 +18,13 @@ from torch import Tensor, fx
 from .capture import capture
 from .errors import PlatformError, UnfusedError, Unsupported
 from .group import group, group_updates
-from .ir import DTYPE_NAMES, Call, Captured, Group, Leaf
+from .ir import Call, Captured, Group, Leaf
 from .lowerings import eager, staged
 from .match import match
-from .match_result import Match, NoMatch
-from .report import CompileReport, GroupReport, KernelMatch, record
+from .report import CompileReport, record
 from .rewrite import rewrite
+from .rows import Matches, group_report, show_matches, traffic
 from .storage import Batch
-from .symbols import readable
 from .trace import capture_batches
 
 log = logging.getLogger(__name__)
@@ -38,7 +36,6 @@ _MATCHED_BEFORE = ("npu",)
 
 
 Stages = Sequence[tuple[Sequence[Group], Sequence[Call]]]
-Matches = dict[str, Match | NoMatch]  # by the group's name
 
 
 class Program(Protocol):
@@ -113,8 +110,8 @@ def _fuse(
             matches()
         with _timed(report, "lower"):
             program = _lower(captured.leaves, stages, groups, report)
-        report.bytes_per_element = _traffic(captured, report)
-        _show_matches(report, groups, captured.leaves, matches)
+        report.bytes_per_element = traffic(captured, report)
+        show_matches(report, groups, captured.leaves, matches)
     report._graph = functools.cache(lambda: rewrite(captured.leaves, groups, stages))
     record(report)
     log.info("%s", report)
@@ -160,14 +157,6 @@ def _lower(leaves: Sequence[Leaf], stages: Stages, groups: Sequence[Group], repo
     return staged.Program([(program, calls) for program, calls in before if program is not None], last)
 
 
-def _traffic(captured: Captured, report: CompileReport) -> dict[str, float]:
-    elements = sum(g.elements for g in report.groups if g.writes == "leaves")
-    if not elements or not all(g.bytes_per_element for g in report.groups if g.elements):
-        return {}
-    kernels = sum(g.bytes_per_element * g.elements for g in report.groups)
-    return {"before": captured.moved / elements, "after": (kernels + captured.moved_by_calls) / elements}
-
-
 def _lower_cpu(leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport) -> Program:
     from .lowerings import cpu
 
@@ -175,10 +164,10 @@ def _lower_cpu(leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileR
         program = cpu.Program(leaves, groups)
     except PlatformError as e:
         report.fallback = f"the fused graph is interpreted: {e}"
-        report.groups += [_group_report(g, leaves, "interpreter", "interpreter", 0, 0) for g in groups]
+        report.groups += [group_report(g, leaves, "interpreter", "interpreter", 0, 0) for g in groups]
         return eager.Program(leaves, groups)
     report.groups += [
-        _group_report(k.group, leaves, "cpu", k.group.name, k.source.bytes_per_element, len(k.source.stages))
+        group_report(k.group, leaves, "cpu", k.group.name, k.source.bytes_per_element, len(k.source.stages))
         for k in program.kernels
     ]
     return program
@@ -186,7 +175,7 @@ def _lower_cpu(leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileR
 
 def _lower_eager(leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport) -> None:
     """The original graph, on request; the report still shows what would be fused."""
-    report.groups += [_group_report(g, leaves, "eager", "original graph", 0, 0) for g in groups]
+    report.groups += [group_report(g, leaves, "eager", "original graph", 0, 0) for g in groups]
 
 
 def _lower_graph(leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport) -> None:
@@ -199,7 +188,7 @@ def _lower_graph(leaves: Sequence[Leaf], groups: Sequence[Group], report: Compil
         written = [g.formula.slots[s].dtype.itemsize for s in g.formula.written if g.formula.slots[s].tensor]
         passes = 2 if g.formula.contributions else 1
         size = passes * sum(tensors) + sum(written)
-        report.groups.append(_group_report(g, leaves, "graph", "npu_fused::multi_tensor_update", size, passes))
+        report.groups.append(group_report(g, leaves, "graph", "npu_fused::multi_tensor_update", size, passes))
 
 
 def _lower_npu(leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport) -> Program:
@@ -209,7 +198,7 @@ def _lower_npu(leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileR
         raise Unsupported("npu", "original operations between fused updates")
     program = npu.Program(leaves, groups)
     report.groups += [
-        _group_report(p.group, leaves, "npu", p.kernel, p.bytes_per_element, p.operations) for p in program.parts
+        group_report(p.group, leaves, "npu", p.kernel, p.bytes_per_element, p.operations) for p in program.parts
     ]
     return program
 
@@ -220,49 +209,6 @@ _LOWERINGS: dict[str, Callable[[Sequence[Leaf], Sequence[Group], CompileReport],
     "eager": _lower_eager,
     "graph": _lower_graph,
 }
-
-
-def _group_report(
-    g: Group, leaves: Sequence[Leaf], lowering: str, kernel: str, bytes_per_element: int, launches: int
-) -> GroupReport:
-    slots = g.formula.tensor_slots
-    first = next((s for s in g.formula.written if s in slots), slots[0] if slots else 0)
-    dtype = DTYPE_NAMES.get(leaves[g.members[0][first]].dtype, str(leaves[g.members[0][first]].dtype))
-    formula = readable(g.formula, [_slot_label(g, leaves, s) for s in range(len(g.formula.slots))])
-    device = str(leaves[g.members[0][first]].device)
-    elements = sum(max((math.prod(leaves[m[s]].shape) for s in slots), default=0) for m in g.members)
-    kind = (dtype, device, lowering, kernel)
-    return GroupReport(g.name, formula, len(g.members), *kind, bytes_per_element, launches, elements)
-
-
-def _show_matches(
-    report: CompileReport, groups: Sequence[Group], leaves: Sequence[Leaf], matches: Callable[[], Matches]
-) -> None:
-    """Let the rows of groups that write leaves say which kernel computes them."""
-    named = {g.name: g for g in groups}
-    for row in report.groups:
-        if row.writes == "leaves":
-            row._matched = functools.partial(_kernel_match, named[row.name], leaves, matches)
-
-
-def _kernel_match(g: Group, leaves: Sequence[Leaf], matches: Callable[[], Matches]) -> KernelMatch | str:
-    found = matches()[g.name]
-    if isinstance(found, NoMatch):
-        return found.reason
-    labels = [_slot_label(g, leaves, s) for s in range(len(g.formula.slots))]
-    tensors = {name: labels[slot] for name, slot in found.outputs.items()}
-    kernel = found.kernel
-    return KernelMatch(
-        kernel.name, kernel.operation, tensors, found.readable(labels), found.assumptions, found.tolerance
-    )
-
-
-def _slot_label(g: Group, leaves: Sequence[Leaf], slot: int) -> str:
-    """A slot's name; a constant's value where all members share it."""
-    values = {leaves[m[slot]].value for m in g.members} if leaves[g.members[0][slot]].kind == "constant" else set()
-    if len(values) == 1:
-        return f"{next(iter(values)):g}"
-    return f"c{slot}" if values else g.labels[slot]
 
 
 @contextmanager

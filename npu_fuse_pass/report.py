@@ -129,7 +129,6 @@ class CompileReport:
         return {**rest, "seconds": dict(self.seconds), "groups": groups, "unfused": unfused}
 
     def __str__(self) -> str:
-        updates = sum(g.updates for g in self.groups if g.writes == "leaves")
         lines = []
         for g in self.groups:
             lines.append(
@@ -138,15 +137,6 @@ class CompileReport:
             )
             lines += [f"      {line}" for line in g.formula.splitlines()]
             lines.append(f"      match: {g.match or 'none, ' + g.no_match}")
-        compiled, late = dict(self.seconds), ""
-        if next(reversed(compiled), "") == "match":  # it ran for whoever asked, after the compile
-            late = f", then match {compiled.pop('match'):.2f}"
-        stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in compiled.items())
-        head = (
-            f"npu_fused on {self.platform}: {updates} parameters -> {sum(g.launches for g in self.groups)} kernel "
-            f"calls per step, compiled in {sum(compiled.values()):.2f} s ({stages}){late}"
-        )
-        lines.insert(0, head)
         if self.bytes_per_element:
             before, after = self.bytes_per_element["before"], self.bytes_per_element["after"]
             lines.append(f"  memory traffic: {after:.0f} bytes/element, operation by operation {before:.0f}")
@@ -155,7 +145,18 @@ class CompileReport:
             lines.append(f"  the graph ends at a break: {self.graph_break}")
         if self.fallback:
             lines.append(f"  FALLBACK to the original: {self.fallback}")
-        return "\n".join(lines)
+        return "\n".join([self._head(), *lines])
+
+    def _head(self) -> str:
+        updates = sum(g.updates for g in self.groups if g.writes == "leaves")
+        compiled, late = dict(self.seconds), ""
+        if next(reversed(compiled), "") == "match":  # it ran for whoever asked, after the compile
+            late = f", then match {compiled.pop('match'):.2f}"
+        stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in compiled.items())
+        return (
+            f"npu_fused on {self.platform}: {updates} parameters -> {sum(g.launches for g in self.groups)} kernel "
+            f"calls per step, compiled in {sum(compiled.values()):.2f} s ({stages}){late}"
+        )
 
 
 _reports: collections.deque[CompileReport] = collections.deque(maxlen=64)

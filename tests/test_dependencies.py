@@ -24,7 +24,10 @@ STAGES = {
         *("npu_fuse_pass.trace", "npu_fuse_pass.inline"),
     ),
     "group": ("npu_fuse_pass.group",),
-    "match": ("npu_fuse_pass.match", "npu_fuse_pass.symbolic"),
+    "match": (
+        *("npu_fuse_pass.match", "npu_fuse_pass.match_check", "npu_fuse_pass.match_poly", "npu_fuse_pass.match_solve"),
+        *("npu_fuse_pass.match_value", "npu_fuse_pass.match_write", "npu_fuse_pass.symbolic"),
+    ),
     "rewrite": ("npu_fuse_pass.rewrite",),
     "lower": ("npu_fuse_pass.lowerings",),
 }

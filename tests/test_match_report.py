@@ -14,7 +14,7 @@ import torch
 import npu_fuse_pass
 import optimizers
 from npu_fuse_pass import match as stage
-from npu_fuse_pass import pipeline
+from npu_fuse_pass import pipeline, rows
 from npu_fuse_pass.ir import Group, Leaf
 from npu_fuse_pass.report import CompileReport, KernelMatch
 
@@ -131,7 +131,7 @@ def test_the_npu_knows_before_it_lowers(monkeypatch: pytest.MonkeyPatch) -> None
     def lower(leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport) -> Any:
         decided.append(stage._decide.cache_info().misses)
         assert list(report.seconds) == ["capture", "group", "match"]
-        report.groups += [pipeline._group_report(g, leaves, "npu", "", 0, 0) for g in groups]
+        report.groups += [rows.group_report(g, leaves, "npu", "", 0, 0) for g in groups]
 
     monkeypatch.setitem(pipeline._LOWERINGS, "npu", lower)
     report = report_of(optimizers.NpuFusedAdam, dict(lr=0.02), platform="npu")

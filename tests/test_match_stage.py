@@ -17,8 +17,9 @@ from npu_fuse_pass import match as stage
 from npu_fuse_pass.ir import Formula
 from npu_fuse_pass.kernels import KERNELS
 from npu_fuse_pass.match import match_formula, match_group
-from npu_fuse_pass.match_check import disagreement
+from npu_fuse_pass.match_check import disagreement, relations
 from npu_fuse_pass.match_result import Match, NoMatch
+from npu_fuse_pass.symbolic import Algebra
 
 from .formulas import FORMULAS
 from .graphs import fused
@@ -151,3 +152,23 @@ def test_the_same_in_every_process() -> None:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
         printed.add(done.stdout)
     assert len(printed) == 1 and "'lr': " in printed.pop()
+
+
+def test_where_a_value_is_defined() -> None:
+    """Divisions are by what a written value divides by, any number of times, or by a constant; by nothing else."""
+    tensors = [torch.rand(3, dtype=torch.float64), *(torch.tensor(0.1 * i, dtype=torch.float64) for i in (1, 2))]
+    _, (only,) = fused(lambda p, a, b: p.copy_(p / (a + 1) * b * 3 + b), *tensors)
+    formula = only.formula
+    (of_b,) = [s for s in formula.scalar_slots if only.labels[s] == "a2"]
+    (of_a,) = [s for s in formula.scalar_slots if only.labels[s] == "a1"]
+    three = next(s for s in formula.scalar_slots if only.labels[s] == "3")
+    algebra = Algebra(formula, dict(relations([{three: 3.3}])))
+    (target,) = [algebra.values[id(e)] for _, e in formula.writes]
+    a, b, constant = (algebra.slot(s) for s in (of_a, of_b, three))
+    divided = next(algebra.values[id(e)] for e in algebra.order if e.op == "div").d
+    root = algebra.number(1)._make(divided, algebra.ring.one)
+    for value in (1 / root, b / (root * root), b / (root * constant), b / constant, b * a):
+        assert algebra.is_defined(value, [target])
+    for value in (1 / b, 1 / (root * b), constant / a, 1 / (root + b)):
+        assert not algebra.is_defined(value, [target])
+    assert not algebra.is_defined(1 / root, [])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from steps import SHAPES, OnNpu, assert_close, assert_same, captured_step, parameters, set_gradients, twins
 
-from npu_fuse_pass import errors, pipeline, report
+from npu_fuse_pass import errors, pipeline, report, rows
 from npu_fuse_pass.backend import npu_fused
 from npu_fuse_pass.group import group
 from npu_fuse_pass.ir import Group, Leaf
@@ -27,7 +27,7 @@ def npu_in_pipeline(monkeypatch: pytest.MonkeyPatch) -> Iterator[harness.Recordi
     def lower(leaves: Sequence[Leaf], groups: Sequence[Group], made: Any) -> Any:
         program = npu.Program(leaves, groups)
         made.groups = [
-            pipeline._group_report(p.group, leaves, "npu", p.kernel, p.bytes_per_element, p.operations)
+            rows.group_report(p.group, leaves, "npu", p.kernel, p.bytes_per_element, p.operations)
             for p in program.parts
         ]
         return program
