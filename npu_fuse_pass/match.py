@@ -76,6 +76,8 @@ def _decide(text: str, known: tuple[tuple[int, Relation], ...], kernels: tuple[K
 def _compare(text: str, known: tuple[tuple[int, Relation], ...], kernels: tuple[Kernel, ...]) -> Match | NoMatch:
     formula = parsed(text)
     targets = {slot: e for slot, e in formula.writes if formula.slots[slot].tensor}
+    if not targets:
+        return NoMatch("it writes 0-dim tensors only")
     length = sum(1 for _ in postorder([*targets.values()]))
     if length > _LONGEST:
         return NoMatch(f"the formula is {length} operations long; no kernel is")

@@ -94,6 +94,8 @@ def test_why_not() -> None:
     assert "weight_decay would be" in reasons["decay without the learning rate"]
     assert "not defined everywhere" in reasons["decay without the learning rate"]
     assert reasons["corrections swapped"].startswith("adamw: lr would carry a bias correction")
+    captured, (only,) = fused(lambda p, g: p.sub_(g), *(torch.tensor(x, dtype=torch.float64) for x in (1, 2)))
+    assert match_group(only, captured.leaves).reason == "it writes 0-dim tensors only"  # type: ignore[union-attr]
 
 
 def test_sums_are_no_scalars() -> None:
