@@ -196,7 +196,7 @@ def _leaves_of(roots: Sequence[Expr]) -> list[int]:
     return [e.value for e in postorder(roots) if e.op == "leaf" and isinstance(e.value, int)]
 
 
-_KNOWN = "exp_avg_sq max_exp_avg_sq exp_avg_diff exp_avg momentum_buffer square_avg grad_avg acc_delta sum step grad lr"
+_KNOWN = "max_exp_avg_sq exp_avg_sq exp_avg_diff exp_avg momentum_buffer square_avg grad_avg acc_delta sum step grad lr"
 
 
 def label_of(name: str) -> str:
