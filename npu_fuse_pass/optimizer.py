@@ -17,6 +17,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from . import step_op
 from .errors import OptionError
+from .meta import check_rule
 from .prelude import Prelude
 from .rules import Rule
 from .storage import States
@@ -63,7 +64,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._start()
         for group in self.param_groups:
             for _, settings in self.settings(group):
-                step_op.check_rule(self.rule_for(group), settings)
+                check_rule(self.rule_for(group), settings)
 
     @classmethod
     def from_rule(cls, rule: Rule, params: Iterable[Any], hyperparameters: Settings) -> RuleOptimizer:

@@ -17,15 +17,13 @@ import dataclasses
 import itertools
 import types
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .errors import RuleError
-from .rules import Rule, split_keywords
-from .storage import Batch, wanted_keywords
+from .storage import Batch
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
@@ -132,57 +130,6 @@ def _total(name: str, batch: Batch, batches: list[Batch]) -> Tensor:
                 part = rule.contribution(name, _dimmed(param), _dimmed(grad), states, b.keywords(b.steps[i] + 1))
                 result = result + part.to(result.device)
     return result
-
-
-def check_rule(rule: Rule, settings: Mapping[str, Any]) -> None:
-    """Run a rule once on meta tensors: its shapes and count of results, and that it decides nothing by values.
-
-    Raises:
-        RuleError: what is wrong with the rule and what to write instead.
-    """
-    static, numbers = split_keywords(wanted_keywords(rule), settings)
-    names, totals = rule.states_of(settings), rule.totals_of(settings)
-    missing = [n for n in wanted_keywords(rule) if n not in settings]
-    if missing:
-        raise RuleError(f"rule {rule.name!r} asks for {missing[0]!r}, which is not among its defaults {list(settings)}")
-    keywords = meta_keywords(dict(static), numbers, totals)
-    tensors = {n: torch.empty((2, 3), device="meta") for n in ("param", "grad", *names)}
-    states = {n: tensors[n] for n in names}
-    numbered = {n: k if isinstance(k, tuple) else (k,) for n, k in keywords.items()}
-    given = [*tensors.items(), *((n, t) for n, ks in numbered.items() for t in ks if isinstance(t, Tensor))]
-    versions = [t._version for _, t in given]
-    try:
-        for name in totals:
-            rule.contribution(name, tensors["param"], tensors["grad"], states, keywords)
-        rule.apply(tensors["param"], tensors["grad"], states, keywords)
-    except RuleError:
-        raise
-    except (NotImplementedError, RuntimeError, TypeError) as e:
-        if any(text in str(e) for text in ("meta tensor", "meta device")):
-            raise RuleError(
-                f"rule {rule.name!r} uses a value of a tensor in Python (an `if`, `float()`, `.item()` or `max()`): "
-                "write torch.where(condition, a, b), torch.clamp or torch.maximum instead, so that one kernel can "
-                "compute it; `if` is fine on bool, str and None options"
-            ) from e
-        if isinstance(e, NotImplementedError):
-            return  # an operation without a meta kernel; tracing decides
-        raise RuleError(f"rule {rule.name!r} fails on tensors of shape (2, 3): {e}") from e
-    changed = [n for (n, t), version in zip(given, versions, strict=True) if t._version != version]
-    if changed:
-        raise RuleError(
-            f"rule {rule.name!r} changes its argument {changed[0]!r} in place; a rule is a pure function: "
-            "compute a new tensor and return it"
-        )
-
-
-def meta_keywords(static: Mapping[str, Any], numbers: Mapping[str, Any], totals: Sequence[str]) -> dict[str, Any]:
-    """A rule's keywords without values: static options, and a meta tensor for every number."""
-
-    def scalar() -> Tensor:
-        return torch.empty((), dtype=torch.float64, device="meta")
-
-    found = {n: tuple(scalar() for _ in v) if isinstance(v, tuple) else scalar() for n, v in numbers.items()}
-    return {**static, **found, **{n: scalar() for n in totals}, "step": scalar()}
 
 
 def _step(ticket: Tensor, optimizer: int) -> None:

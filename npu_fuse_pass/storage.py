@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import array
 import dataclasses
-import inspect
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import GradientError
+from .meta import reads_step, wanted_keywords
 from .rules import Rule, split_keywords
 
 if TYPE_CHECKING:
@@ -92,13 +92,9 @@ class Batch:
     totals: tuple[str, ...]
     strides: list[tuple[int, ...]]
     pointers: list[int]
+    counts: bool  # whether its parameters have a step counter: those with a state do, and those whose rule reads it
     all_seen: bool = False
     grads: list[Tensor | None] = dataclasses.field(default_factory=list)
-
-    @property
-    def counts(self) -> bool:
-        """Whether its parameters have a step counter: those with a state do, and those whose rule reads it."""
-        return bool(self.flat) or "step" in _read_keywords(self.rule)
 
     def keywords(self, step: Tensor) -> dict[str, Any]:
         """The keywords of the rule at one step count, totals excepted."""
@@ -153,21 +149,11 @@ def make_batch(
         totals=rule.totals_of(settings),
         strides=[p.stride() for p in params],
         pointers=[],
+        counts=bool(flat) or reads_step(rule, dict(static), numbers, rule.totals_of(settings)),
     )
     assert isinstance(optimizer.state, States)
     adopt(batch, optimizer.state)
     return batch
-
-
-def wanted_keywords(rule: Rule) -> list[str]:
-    """Hyperparameters that a rule or one of its totals reads."""
-    internal = {"step", "param", "grad", *rule.totals, *rule.states}
-    return [n for n in _read_keywords(rule) if n not in internal]
-
-
-def _read_keywords(rule: Rule) -> list[str]:
-    of_totals = [n for t in rule.totals.values() for n in inspect.signature(t.function).parameters]
-    return list(dict.fromkeys([*rule.keywords, *of_totals]))
 
 
 def reference_strides(param: Tensor) -> tuple[int, ...]:

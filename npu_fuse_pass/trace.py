@@ -20,8 +20,8 @@ from .cells import Cell
 from .errors import Unsupported
 from .interpreter import Interpreter, is_known, run_graph
 from .ir import Captured, Expr, Leaf, Slot, Unfused, Update
+from .meta import meta_keywords
 from .names import operation_name
-from .step_op import meta_keywords
 from .storage import Batch
 
 
