@@ -163,8 +163,7 @@ class _Totals:
         stack = [e]
         while stack:
             x = stack.pop()
-            owners = [self._owner[id(a)] for a in x.args]
-            if x.op == "add" and (self._several(x) or (None in owners and owners != [None, None])):
+            if x.op == "add" and (self._several(x) or any(a.op == "const" for a in x.args)):
                 stack += reversed(x.args)
             else:
                 found.append(x)
