@@ -113,11 +113,13 @@ def _read_by_one(
     read: dict[int, frozenset[int]] = {}
     for e in order:
         below = [frozenset([places[id(a)]]) if a.tensor else read[id(a)] for a in e.args]
-        read[id(e)] = frozenset(itertools.islice(frozenset().union(*below), _FEW + 1))
-        if not e.tensor and 1 < len(read[id(e)]) <= _FEW and len(users[id(e)]) == 1:
-            (user,) = users[id(e)]
-            if {leaves[i].shape for i in (user, *read[id(e)])} == {leaves[user].shape} != {()}:
-                yield from ((user, other) for other in read[id(e)])
+        found = frozenset(itertools.islice(frozenset().union(*below), _FEW + 1))
+        if not e.tensor and len(found) > 1:
+            shapes = {leaves[i].shape for i in (*users[id(e)], *found)}
+            own = len(users[id(e)]) == len(shapes) == 1 and len(found) <= _FEW
+            yield from ((user, other) for user in users[id(e)] for other in found if own)
+            found = frozenset(users[id(e)]) if own else frozenset()  # a total is nobody's
+        read[id(e)] = found
 
 
 class _Totals:
@@ -163,8 +165,7 @@ class _Totals:
         stack = [e]
         while stack:
             x = stack.pop()
-            owners = [self._owner[id(a)] for a in x.args]
-            if x.op == "add" and (self._several(x) or (None in owners and owners != [None, None])):
+            if x.op == "add" and (self._several(x) or any(a.op == "const" for a in x.args)):
                 stack += reversed(x.args)
             else:
                 found.append(x)

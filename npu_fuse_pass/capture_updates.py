@@ -124,10 +124,11 @@ class _Together:
 
         counters = [c for c in components if counts(*c)]
         others = [c for c in components if not counts(*c)]
-        if not counters or not others or len(counters) % len(others):
+        parameters = [c for c in others if c[0]]  # the rest only add to a total
+        if not counters or not parameters or len(counters) % len(parameters):
             return components
         for i, (counter, _) in enumerate(counters):
-            others[i % len(others)][0].extend(counter)
+            parameters[i % len(parameters)][0].extend(counter)
         return others
 
 

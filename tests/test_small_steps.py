@@ -86,6 +86,18 @@ def test_norms_of_one_parameter_are_no_sum_over_parameters(ratio: Any) -> None:
     assert len(only.members) == 11 and not only.formula.contributions
 
 
+def test_a_total_beside_a_norm_of_the_parameters_own() -> None:
+    """Only one parameter reads the smaller of the two, but all of them the total."""
+
+    def step(*tensors: Any) -> None:
+        norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in tensors[1::2]]))
+        for p, g in zip(tensors[::2], tensors[1::2], strict=True):
+            p.sub_(g * torch.minimum(norm, p.norm()))
+
+    _, (only,) = check(step, *(torch.randn(4, dtype=torch.float64) for _ in range(6)), tolerance=1e-13)
+    assert len(only.members) == 3 and only.formula.contributions
+
+
 def test_pythons_sum_over_all_parameters() -> None:
     """It starts with 0, which makes no parameter different from the others."""
 
