@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from .capture import capture
+from .effects import recorded
 from .errors import PlatformError, UnfusedError, Unsupported
 from .group import group, group_updates
 from .ir import Call, Captured, Group, Leaf
@@ -73,12 +74,16 @@ def fuse_functional(gm: fx.GraphModule, strict: bool, kernels: bool) -> Fused | 
 
     `kernels`: fused nodes on a CPU become operations that run generated kernels.
 
-    None where the graph is not a step: it writes to none of its arguments, or returns what original operations give.
+    None where the graph is not a step: it writes to none of its arguments, or returns what original operations give,
+    or has arguments with symbolic sizes, as models have.
 
     Raises:
         UnfusedError: `strict`, and something was left unfused.
     """
     if not gm.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
+        return None
+    if any(map(_symbolic, gm.graph.find_nodes(op="placeholder"))):
+        log.info("left as it is: the graph's arguments have symbolic sizes or are symbolic numbers")
         return None
     captured = capture(gm)
     if captured.unfused and any(leaf.kind == "output" and leaf.shape for leaf in captured.leaves):
@@ -88,6 +93,13 @@ def fuse_functional(gm: fx.GraphModule, strict: bool, kernels: bool) -> Fused | 
     if fused.report.platform == "graph cpu" and fused.report.fused_graph is not None:
         node.use_kernels(fused.report.fused_graph)
     return fused
+
+
+def _symbolic(placeholder: fx.Node) -> bool:
+    """Whether an argument is or has a number that changes from call to call; looking at it would fix it."""
+    value = recorded(placeholder)
+    numbers = value.shape if isinstance(value, Tensor) else (value,)
+    return any(isinstance(n, (torch.SymInt, torch.SymFloat, torch.SymBool)) for n in numbers)
 
 
 def fuse_batches(batches: Sequence[Batch], platform: str, strict: bool, cause: str = "compile") -> Fused:

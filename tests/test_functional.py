@@ -176,6 +176,18 @@ def test_graphs_that_are_no_step_stay_as_they_are(name: str) -> None:
     assert str(gm.graph) == before and not npu_fuse_pass.reports()
 
 
+def test_symbolic_sizes_stay_symbolic() -> None:
+    """Looking at a size would fix it for all calls."""
+    function = torch.func.functionalize(_forward, remove="mutations")
+    gm = make_fx(function, tracing_mode="symbolic")(torch.randn(4, 3), torch.randn(5, 4), torch.randn(3))
+    (mode,) = {
+        n.meta["val"].fake_mode for n in gm.graph.find_nodes(op="placeholder") if hasattr(n.meta["val"], "fake_mode")
+    }
+    before, guards = str(gm.graph), len(mode.shape_env.guards)
+    npu_fuse_pass.fuse_pass(gm.graph)
+    assert str(gm.graph) == before and len(mode.shape_env.guards) == guards and not npu_fuse_pass.reports()
+
+
 def _partly(p: Tensor, g: Tensor) -> None:
     p.sub_((g @ g * 0.1 + g) * 0.5)
 
