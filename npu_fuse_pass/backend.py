@@ -12,7 +12,7 @@ from torch import fx
 
 from . import pipeline, step_op
 from .compiled import RuleStep, graph_step
-from .errors import OptionError
+from .errors import FuseError, OptionError
 from .report import CompileReport, reports
 
 _OPTIONS: dict[str, Any] = {"platform": "auto", "strict": False}
@@ -77,6 +77,12 @@ def isolated(step: Callable[..., Any], backend: Callable[..., Any]) -> Callable[
     known = inspect.signature(torch.compile).parameters
     options: dict[str, Any] = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}  # since torch 2.13
     return torch.compile(step, backend=backend, **options)
+
+
+def own_error(error: Exception) -> FuseError | None:
+    """This package's error behind one that Dynamo raised: it wraps what a backend raises."""
+    found = (error, error.__cause__, getattr(error, "inner_exception", None))
+    return next((e for e in found if isinstance(e, FuseError)), None)
 
 
 def compiling() -> bool:

@@ -35,6 +35,7 @@ class CompiledStep:
     """What `compile_step` gives.
 
     Raises:
+        UnfusedError: `strict`, and something is left unfused; nothing was changed.
         NotCapturedError: when called for the second time, if no update reached the backend; names reason and remedy.
             Both steps were done, eagerly.
     """
@@ -49,7 +50,13 @@ class CompiledStep:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._watched.ran.clear()
-        result = self._step(*args, **kwargs)
+        try:
+            result = self._step(*args, **kwargs)
+        except Exception as e:
+            own = backend.own_error(e)
+            if own is None or own is e:
+                raise
+            raise own from e
         if self._watched.ran:
             self._compiled = True
         elif backend.compiling() and has_gradients(self._opt):

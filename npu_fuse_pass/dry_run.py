@@ -47,13 +47,12 @@ def explain(opt: torch.optim.Optimizer, **options: Any) -> CompileReport:
             for _ in range(2):
                 watched.ran.clear()
                 step()
-    except FuseError:
-        raise
     except Exception as e:
-        inner = e.__cause__ if isinstance(e.__cause__, FuseError) else getattr(e, "inner_exception", None)
-        if isinstance(inner, FuseError):
-            raise inner from e
-        raise FuseError(f"explain cannot run a step of {type(opt).__name__}: {type(e).__name__}: {e}") from e
+        own = backend.own_error(e)
+        if own is e:
+            raise
+        name = type(opt).__name__
+        raise own or FuseError(f"explain cannot run a step of {name}: {type(e).__name__}: {e}") from e
     if not watched.ran:
         broken = backend.last_break() or "it has no parameters that require gradients"
         return CompileReport(watched.options["platform"], fallback=f"no update reached the backend: {broken}")

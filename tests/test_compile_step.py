@@ -176,6 +176,25 @@ def test_options_are_checked_at_once() -> None:
             function(opt, plattform="cpu")
 
 
+def test_strict_raises_its_own_error_and_changes_nothing() -> None:
+    """Not the one that Dynamo wraps around it."""
+    params = parameters(MATRICES)
+    set_gradients(params, gradients(params, 0))
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(npu_fuse_pass.UnfusedError, match=r"matmul|addmm|norm"):
+        npu_fuse_pass.compile_step(torch.optim.Muon(params), strict=True)()
+    for p, old in zip(params, before, strict=True):
+        assert torch.equal(p, old)
+
+
+def test_an_error_of_the_step_itself_is_passed_on() -> None:
+    params = parameters(MATRICES)
+    step = npu_fuse_pass.compile_step(optimizers.NpuFusedAdam(params))
+    params[0].grad = torch.ones(3, 4).to_sparse()
+    with pytest.raises(npu_fuse_pass.GradientError, match="sparse"):
+        step()
+
+
 def test_a_closure_is_passed_on() -> None:
     params = parameters(MATRICES)
 
