@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from .errors import FuseError, GradientError, OptionError, PlatformError, RuleError, UnfusedError
+from .errors import FuseError, GradientError, NotCapturedError, OptionError, PlatformError, RuleError, UnfusedError
 
 __version__ = "0.1.0"
 
@@ -19,6 +19,8 @@ _LAZY = {
     "Init": "rules",
     "RuleOptimizer": "optimizer",
     "npu_fused": "backend",
+    "compile_step": "compiled_step",
+    "explain": "dry_run",
     "fuse_pass": "hook",
     "FusePass": "hook",
     "CompileReport": "report",
@@ -27,7 +29,16 @@ _LAZY = {
     "clear_cache": "lowerings.cpu_build",
 }
 
-__all__ = ["FuseError", "GradientError", "OptionError", "PlatformError", "RuleError", "UnfusedError", *_LAZY]
+__all__ = [
+    "FuseError",
+    "GradientError",
+    "NotCapturedError",
+    "OptionError",
+    "PlatformError",
+    "RuleError",
+    "UnfusedError",
+    *_LAZY,
+]
 
 
 def __getattr__(name: str) -> Any:

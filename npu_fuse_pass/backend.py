@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+import torch._dynamo
 from torch import fx
 
 from . import pipeline, step_op
 from .compiled import RuleStep, graph_step
-from .errors import OptionError
+from .errors import FuseError, OptionError
+from .report import CompileReport, reports
 
 _OPTIONS: dict[str, Any] = {"platform": "auto", "strict": False}
 
@@ -40,6 +44,56 @@ def npu_fused(
     if handle is not None:
         return RuleStep(handle, **chosen)
     return graph_step(gm, **chosen)
+
+
+class Watched:
+    """The backend with its options, as `compile_step` and `explain` use it: it knows which of its graphs ran.
+
+    Attributes:
+        options: all of them, checked.
+        ran: reports of the graphs with updates that have run since it was cleared.
+    """
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self.options = _checked_options(None, options)
+        self.ran: list[CompileReport] = []
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        before = {id(r) for r in reports()}
+        compiled = npu_fused(gm, example_inputs, options=self.options)
+        made = [r for r in reports() if id(r) not in before and (r.groups or r.unfused or r.fallback)]
+        if not made:
+            return compiled  # nothing is updated here: what surrounds a step, or a closure
+
+        def run(*args: Any) -> Any:
+            self.ran += made
+            return compiled(*args)
+
+        return run
+
+
+def isolated(step: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile with compiled variants of its own, of which none counts against another instance's limit."""
+    known = inspect.signature(torch.compile).parameters
+    options: dict[str, Any] = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}  # since torch 2.13
+    return torch.compile(step, backend=backend, **options)
+
+
+def own_error(error: Exception) -> FuseError | None:
+    """This package's error behind one that Dynamo raised: it wraps what a backend raises."""
+    found = (error, error.__cause__, getattr(error, "inner_exception", None))
+    return next((e for e in found if isinstance(e, FuseError)), None)
+
+
+def compiling() -> bool:
+    """Whether torch.compile compiles at all; TORCHDYNAMO_DISABLE=1 switches it off."""
+    return not torch._dynamo.config.disable
+
+
+def last_break() -> str | None:
+    """Why Dynamo broke a graph in this process, the latest reason."""
+    counted = torch._dynamo.utils.counters["graph_break"]
+    return next((reason.splitlines()[0] for reason in reversed(counted)), None)
 
 
 def _checked_options(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -19,6 +19,10 @@ class UnfusedError(FuseError, RuntimeError):
     """`strict=True` and something was left unfused; the message lists all of it."""
 
 
+class NotCapturedError(FuseError, RuntimeError):
+    """torch hands nothing of this optimizer's step to a backend; the message says why and what to do instead."""
+
+
 class PlatformError(FuseError, RuntimeError):
     """The platform that was asked for cannot be used here; the message names what to install."""
 

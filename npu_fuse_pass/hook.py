@@ -40,13 +40,14 @@ class FusePass(CustomGraphPass):
 
         Args:
             graph: a functional graph with `copy_` to its arguments as roots, and fake tensors as metadata.
-            given: what torchair passes besides: example inputs and its configuration.
+            given: what torchair passes besides: example inputs and its configuration. Without them (Inductor) fused
+                nodes on a CPU run generated kernels.
 
         Raises:
             UnfusedError: `strict`, and something was left unfused; the graph is unchanged.
         """
         gm = graph if isinstance(graph, fx.GraphModule) else graph.owning_module or fx.GraphModule({}, graph)
-        fused = pipeline.fuse_functional(gm, self._strict)
+        fused = pipeline.fuse_functional(gm, self._strict, kernels=not given)
         if fused is None or fused.report.fallback is not None or not fused.report.groups:
             return
         assert fused.report.fused_graph is not None

@@ -285,6 +285,7 @@ def _call_node(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], k
         raise Recorded
     if name in _METADATA:
         raise Unsupported(name, "reads the size of a tensor")
+    before = [(cell, cell.val, cell.base) for cell in flatten(args[:1]) if isinstance(cell, Cell)]
     try:
         return interpreter.call(name, args[::-1] if node.target in REFLECTED else args, kwargs)
     except Unsupported as e:
@@ -293,9 +294,13 @@ def _call_node(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], k
         if not interpreter.effects.writes(node, name):
             return interpreter.keep(node, name, args, kwargs, e.reason)
         twin = _functional_twin(node.target)
-        if twin is None or not args or not isinstance(args[0], Cell):
+        if twin is None or not before:
             raise
-        interpreter.overwrite(args[0], name, interpreter.keep(node, name, args, kwargs, e.reason, twin))
+        for cell, val, base in before:  # of a list, some may have been written already
+            cell.val, cell.base = val, base
+        made = interpreter.keep(node, name, args, kwargs, e.reason, twin)
+        for (cell, _, _), result in zip(before, made if isinstance(made, list) else [made], strict=True):
+            interpreter.overwrite(cell, name, result)
         return args[0]
 
 

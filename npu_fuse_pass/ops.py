@@ -107,7 +107,8 @@ def _contribute(tensors: Sequence[Tensor], scalars: Sequence[Tensor], members: i
     return _per_member(tensors, scalars, members, formula, update=False)
 
 
-def _fake_update(tensors: Sequence[Tensor], scalars: Sequence[Tensor], members: int, formula: str) -> list[Tensor]:
+def fake_update(tensors: Sequence[Tensor], scalars: Sequence[Tensor], members: int, formula: str) -> list[Tensor]:
+    """Shapes, dtypes and layouts of what the node gives: those of what is written."""
     made = parsed(formula)
     rank = {s: i for i, s in enumerate(made.tensor_slots)}
     results = []
@@ -125,5 +126,5 @@ def _fake_contribute(tensors: Sequence[Tensor], scalars: Sequence[Tensor], membe
 
 _library.impl("multi_tensor_update", _update, "CompositeExplicitAutograd")
 _library.impl("multi_tensor_contribute", _contribute, "CompositeExplicitAutograd")
-torch.library.register_fake("npu_fused::multi_tensor_update", _fake_update, lib=_library)
+torch.library.register_fake("npu_fused::multi_tensor_update", fake_update, lib=_library)
 torch.library.register_fake("npu_fused::multi_tensor_contribute", _fake_contribute, lib=_library)

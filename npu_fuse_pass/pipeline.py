@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, fx
 
 from .capture import capture
+from .effects import recorded
 from .errors import PlatformError, UnfusedError, Unsupported
 from .group import group, group_updates
 from .ir import Call, Captured, Group, Leaf
-from .lowerings import eager, staged
+from .lowerings import eager, node, staged
 from .match import match
+from .ops import multi_tensor_update
 from .report import CompileReport, record
 from .rewrite import rewrite
 from .rows import Matches, group_report, show_matches, traffic
@@ -67,20 +69,37 @@ def fuse_graph(
     return _fuse(lambda: capture(gm), platform, strict, cause, graph_break)
 
 
-def fuse_functional(gm: fx.GraphModule, strict: bool) -> Fused | None:
+def fuse_functional(gm: fx.GraphModule, strict: bool, kernels: bool) -> Fused | None:
     """Fuse a functional graph with `copy_` roots for another compiler: the result is the report's `fused_graph`.
 
-    None where the graph is not a step: it writes to none of its arguments, or returns what original operations give.
+    `kernels`: fused nodes on a CPU become operations that run generated kernels.
+
+    None where the graph is not a step: it writes to none of its arguments, or returns what original operations give,
+    or has arguments with symbolic sizes, as models have.
 
     Raises:
         UnfusedError: `strict`, and something was left unfused.
     """
-    if not any(node.target is torch.ops.aten.copy_.default for node in gm.graph.nodes):
+    if not gm.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
+        return None
+    if any(map(_symbolic, gm.graph.find_nodes(op="placeholder"))):
+        log.info("left as it is: the graph's arguments have symbolic sizes or are symbolic numbers")
         return None
     captured = capture(gm)
     if captured.unfused and any(leaf.kind == "output" and leaf.shape for leaf in captured.leaves):
         return None
-    return _fuse(lambda: captured, "graph", strict, "compile")
+    on_cpu = {leaf.device.type for leaf in captured.leaves if leaf.shape} == {"cpu"}
+    fused = _fuse(lambda: captured, "graph cpu" if kernels and on_cpu else "graph", strict, "compile")
+    if fused.report.platform == "graph cpu" and fused.report.fused_graph is not None:
+        node.use_kernels(fused.report.fused_graph)
+    return fused
+
+
+def _symbolic(placeholder: fx.Node) -> bool:
+    """Whether an argument is or has a number that changes from call to call; looking at it would fix it."""
+    value = recorded(placeholder)
+    numbers = value.shape if isinstance(value, Tensor) else (value,)
+    return any(isinstance(n, (torch.SymInt, torch.SymFloat, torch.SymBool)) for n in numbers)
 
 
 def fuse_batches(batches: Sequence[Batch], platform: str, strict: bool, cause: str = "compile") -> Fused:
@@ -179,7 +198,9 @@ def _lower_eager(leaves: Sequence[Leaf], groups: Sequence[Group], report: Compil
 
 
 def _lower_graph(leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport) -> None:
-    """The fused nodes themselves, which another compiler takes over."""
+    """The fused nodes themselves, which another compiler takes over; `copy_` reads and writes every new value again."""
+    kernels = report.platform == "graph cpu"
+    operation = str(node.multi_tensor_kernel if kernels else multi_tensor_update).removesuffix(".default")
     for g in groups:
         for slot in g.formula.written:
             if len({m[slot] for m in g.members}) != len(g.members):
@@ -187,8 +208,8 @@ def _lower_graph(leaves: Sequence[Leaf], groups: Sequence[Group], report: Compil
         tensors = [slot.dtype.itemsize for slot in g.formula.slots if slot.tensor]
         written = [g.formula.slots[s].dtype.itemsize for s in g.formula.written if g.formula.slots[s].tensor]
         passes = 2 if g.formula.contributions else 1
-        size = passes * sum(tensors) + sum(written)
-        report.groups.append(group_report(g, leaves, "graph", "npu_fused::multi_tensor_update", size, passes))
+        size = passes * sum(tensors) + (5 if kernels else 3) * sum(written)  # kernels work on copies
+        report.groups.append(group_report(g, leaves, "graph", operation, size, passes))
 
 
 def _lower_npu(leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport) -> Program:
@@ -208,6 +229,7 @@ _LOWERINGS: dict[str, Callable[[Sequence[Leaf], Sequence[Group], CompileReport],
     "npu": _lower_npu,
     "eager": _lower_eager,
     "graph": _lower_graph,
+    "graph cpu": _lower_graph,
 }
 
 

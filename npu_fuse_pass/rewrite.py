@@ -60,7 +60,7 @@ def _group_nodes(
             for m, member in enumerate(group.members):
                 value = graph.call_function(operator.getitem, (node, k * len(group.members) + m))
                 leaf = leaves[member[slot]]
-                if leaf.kind in _MADE and not leaf.shape:  # scalars are computed in float64
+                if not leaf.shape and leaf.dtype != torch.float64:  # scalars are computed in float64
                     value = graph.call_function(torch.ops.prims.convert_element_type.default, (value, leaf.dtype))
                 if leaf.kind == "output":
                     outputs[leaf.index] = value

@@ -2,7 +2,8 @@
 # Every check and test of the project, on a fresh machine with Python, git and gcc: makes the environments that are
 # missing, then runs style and types, the tests, the NPU lane, and the README from the built wheel.
 # Arguments go to pytest, for example: bash scripts/test.sh -k lamb
-# Environment: PYTHON (which interpreter makes .venv), TEST_WORKERS (pytest processes; default: cores, at most 4).
+# Environment: PYTHON (which interpreter makes .venv), TEST_WORKERS (pytest processes; default: cores, at most 4),
+# NPU_FUSE_FULL=1 (all cases of torch's database of optimizers instead of every sixth, about 20 minutes more).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 

@@ -222,7 +222,10 @@ def _gradient(case: Case, g: Tensor) -> Tensor:
 def _closure(case: Case, opt: Any, params: Sequence[Tensor], grads: Sequence[Tensor]) -> Callable[[], Tensor]:
     def closure() -> Tensor:
         opt.zero_grad()
-        loss = torch.stack([(p * g).sum() for p, g in zip(params, grads, strict=True)]).sum()
+        terms = [(p * g).sum() for p, g in zip(params, grads, strict=True)]
+        if INFOS[case.name].step_requires_closure:  # LBFGS searches for a minimum: there has to be one
+            terms += [(p * p).sum() for p in params]
+        loss = torch.stack(terms).sum()
         loss.backward()
         for p in params:
             assert p.grad is not None

@@ -122,6 +122,18 @@ def test_functions_that_write_without_saying_so(name: str) -> None:
     assert report.fallback is not None and report.unfused[0].reason, report
 
 
+def test_a_list_operation_that_cannot_fuse_for_its_last_tensor() -> None:
+    """It stays original for all of them: what was read of the first ones is undone."""
+
+    def step(p: Tensor, q: Tensor, out: Tensor) -> None:
+        p.mul_(2)
+        torch._foreach_add_([p, out], [q, q[:1]])
+        q.copy_(p * out)
+
+    report = compare(step, values(torch.float32))
+    assert report.groups and {u.op for u in report.unfused} == {"getitem", "_foreach_add_"}, report
+
+
 class Rounds(torch.optim.Optimizer):
     """Counts in Python; a number that bfloat16 cannot hold multiplies its parameters."""
 

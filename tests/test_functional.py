@@ -16,9 +16,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import npu_fuse_pass
 from npu_fuse_pass.capture import capture
 from npu_fuse_pass.group import group
+from npu_fuse_pass.lowerings.node import multi_tensor_kernel
 from npu_fuse_pass.ops import multi_tensor_update
 
-from .support import clones, error, gradients, last_report, parameters, set_gradients
+from .support import clones, error, gradients, last_report, parameters, profiled, set_gradients
 
 OPTIM = torch.optim
 STOCK: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -102,14 +103,20 @@ class Rewritten:
 
 
 def fused_nodes(graph: fx.Graph) -> list[fx.Node]:
-    return graph.find_nodes(op="call_function", target=multi_tensor_update)
+    return [
+        n for t in (multi_tensor_update, multi_tensor_kernel) for n in graph.find_nodes(op="call_function", target=t)
+    ]
 
 
 def assert_rewritten(graph: fx.Graph, groups: int) -> None:
     """Fused nodes and `copy_`, and nothing that computes on tensors besides."""
     graph.lint()
     assert len(fused_nodes(graph)) == groups
-    left = {n.target for n in graph.nodes if n.op == "call_function"} - {multi_tensor_update, operator.getitem}
+    left = {n.target for n in graph.nodes if n.op == "call_function"} - {
+        multi_tensor_update,
+        multi_tensor_kernel,
+        operator.getitem,
+    }
     assert {str(target) for target in left} <= {
         "aten.copy_.default",
         "aten.scalar_tensor.default",
@@ -167,6 +174,18 @@ def test_graphs_that_are_no_step_stay_as_they_are(name: str) -> None:
         warnings.simplefilter("error")
         npu_fuse_pass.fuse_pass(gm.graph)
     assert str(gm.graph) == before and not npu_fuse_pass.reports()
+
+
+def test_symbolic_sizes_stay_symbolic() -> None:
+    """Looking at a size would fix it for all calls."""
+    function = torch.func.functionalize(_forward, remove="mutations")
+    gm = make_fx(function, tracing_mode="symbolic")(torch.randn(4, 3), torch.randn(5, 4), torch.randn(3))
+    (mode,) = {
+        n.meta["val"].fake_mode for n in gm.graph.find_nodes(op="placeholder") if hasattr(n.meta["val"], "fake_mode")
+    }
+    before, guards = str(gm.graph), len(mode.shape_env.guards)
+    npu_fuse_pass.fuse_pass(gm.graph)
+    assert str(gm.graph) == before and len(mode.shape_env.guards) == guards and not npu_fuse_pass.reports()
 
 
 def _partly(p: Tensor, g: Tensor) -> None:
@@ -250,6 +269,7 @@ def test_inductor_compiles_the_rewritten_graph(name: str, foreach: bool, hook: s
         assert_rewritten(graph, 1)
     for report in npu_fuse_pass.reports():
         assert report.fallback is None and not report.unfused and [g.updates for g in report.groups] == [len(SHAPES)]
+        assert [g.kernel for g in report.groups] == ["npu_fused.multi_tensor_kernel"]
     assert max(error(p, q) for p, q in zip(params, others, strict=True)) <= 1e-5
 
 
@@ -280,3 +300,34 @@ def test_inductor_can_cache_it() -> None:
     assert isinstance(npu_fuse_pass.fuse_pass, CustomGraphPass)
     assert npu_fuse_pass.fuse_pass.uuid() == npu_fuse_pass.FusePass().uuid()
     assert npu_fuse_pass.fuse_pass.uuid() != npu_fuse_pass.FusePass(strict=True).uuid()
+
+
+@pytest.mark.parametrize("name", ["Adam", "SGD momentum", "NAdam", "Rprop"])
+def test_the_kernel_operation_is_the_node(name: str) -> None:
+    """What Inductor runs for a fused node on a CPU, against the node's own semantics: new values, nothing written."""
+    backend = Rewritten()
+    cls, options = STOCK[name]
+    params = parameters(SHAPES)
+    steps(cls(params, **options), params, backend)
+    (node,) = fused_nodes(backend.graphs[-1].graph)
+    generator = torch.Generator().manual_seed(0)
+
+    def example(n: fx.Node) -> Tensor:
+        value = n.meta["val"]
+        if n.target is torch.ops.aten.scalar_tensor.default:
+            return torch.tensor(n.args[0], dtype=torch.float64)
+        return torch.rand(value.shape, generator=generator, dtype=torch.float64).to(value.dtype) * 0.8 + 0.1
+
+    tensors, scalars, members, formula = fx.node.map_arg(node.args, example)
+    before = [t.clone() for t in (*tensors, *scalars)]
+    kernels, _ = profiled(lambda: multi_tensor_kernel(tensors, scalars, members, formula))
+    assert kernels == [node.name], "the generated kernel ran"
+    got, wanted = (
+        multi_tensor_kernel(tensors, scalars, members, formula),
+        multi_tensor_update(tensors, scalars, members, formula),
+    )
+    assert len(got) == len(wanted)
+    for a, b in zip(got, wanted, strict=True):
+        assert a.stride() == b.stride() and a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    assert all(torch.equal(a, b) for a, b in zip(before, (*tensors, *scalars), strict=True))
