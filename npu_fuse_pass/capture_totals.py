@@ -114,11 +114,11 @@ def _read_by_one(
     for e in order:
         below = [frozenset([places[id(a)]]) if a.tensor else read[id(a)] for a in e.args]
         found = frozenset(itertools.islice(frozenset().union(*below), _FEW + 1))
-        if not e.tensor and len(found) > 1:
-            shapes = {leaves[i].shape for i in (*users[id(e)], *found)}
-            own = len(users[id(e)]) == len(shapes) == 1 and len(found) <= _FEW
-            yield from ((user, other) for user in users[id(e)] for other in found if own)
-            found = frozenset(users[id(e)]) if own else frozenset()  # a total is nobody's
+        if not e.tensor and len(users[id(e)]) > 1:
+            found = frozenset()  # a total, or a part of one, is nobody's
+        elif not e.tensor and 1 < len(found) <= _FEW and len({leaves[i].shape for i in (*users[id(e)], *found)}) == 1:
+            yield from ((user, other) for user in users[id(e)] for other in found)
+            found = frozenset(users[id(e)])
         read[id(e)] = found
 
 

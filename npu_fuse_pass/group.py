@@ -35,9 +35,10 @@ def group(captured: Captured) -> list[Group]:
 def group_updates(updates: Sequence[Update], leaves: list[Leaf]) -> list[Group]:
     """One group for each distinct formula, members in the order of capture. Adds constants and totals to the leaves."""
     found: dict[str, Group] = {}
-    extra: dict[tuple[str, float], int] = {}
+    extra: dict[tuple[str, str], int] = {}
 
-    def extra_leaf(leaf: Leaf, key: tuple[str, float]) -> int:
+    def extra_leaf(leaf: Leaf) -> int:
+        key = (leaf.kind, leaf.name)  # a number's name: 0.0 and -0.0 are two
         if key not in extra:
             extra[key] = len(leaves)
             leaves.append(leaf)
@@ -56,11 +57,11 @@ def group_updates(updates: Sequence[Update], leaves: list[Leaf]) -> list[Group]:
             if source.op == "const":
                 assert isinstance(source.value, float)
                 leaf = Leaf("constant", repr(source.value), value=source.value, fixed=True)
-                fixed[slot] = extra_leaf(leaf, ("constant", source.value))
+                fixed[slot] = extra_leaf(leaf)
             elif source.op == "total":
                 assert isinstance(source.value, int)
                 leaf = Leaf("total", f"total_{source.value}", source.value, fixed=True)
-                fixed[slot] = extra_leaf(leaf, ("total", source.value))
+                fixed[slot] = extra_leaf(leaf)
         for member in update.members:
             ids = [fixed[s] if s in fixed else member[e.value] for s, e in enumerate(canonical.sources)]  # type: ignore[index]
             found[text].members.append(tuple(ids))

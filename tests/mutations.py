@@ -124,8 +124,8 @@ MUTATIONS = [
     Mutation(
         "all constants are the first one",
         "group.py",
-        '("constant", source.value))',
-        '("constant", 0.0))',
+        "key = (leaf.kind, leaf.name)",
+        "key = (leaf.kind, '')",
         ("tests/test_group.py::test_numbers_are_kept_apart_and_dtypes_are_groups",),
     ),
     Mutation(

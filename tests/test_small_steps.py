@@ -207,6 +207,18 @@ def test_states_may_be_written_in_any_order() -> None:
     assert len(texts) == 1
 
 
+def test_zeros_of_both_signs_are_two_numbers() -> None:
+    def step(p: Any, g: Any, q: Any) -> None:
+        p.copy_(g * -0.0)
+        q.copy_(torch.copysign(q, torch.zeros_like(q)))
+
+    p, g, q = torch.rand(5) + 1, torch.rand(5) + 1, torch.randn(7)
+    check(step, p, g, q)
+    captured, groups = fused(step, p, g, q)
+    run(captured, groups, [p, g, q], "interpreter")
+    assert p.signbit().all() and not q.signbit().any()
+
+
 # Code generation -----------------------------------------------------------------------------------------------------
 
 
