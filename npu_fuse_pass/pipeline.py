@@ -99,7 +99,9 @@ def _symbolic(placeholder: fx.Node) -> bool:
     """Whether an argument is or has a number that changes from call to call; looking at it would fix it."""
     value = recorded(placeholder)
     numbers = value.shape if isinstance(value, Tensor) else (value,)
-    return any(isinstance(n, (torch.SymInt, torch.SymFloat, torch.SymBool)) for n in numbers)
+    fixed = (n for n in numbers if isinstance(n, torch.SymInt) and n.node.maybe_as_int() is not None)
+    symbolic = sum(isinstance(n, (torch.SymInt, torch.SymFloat, torch.SymBool)) for n in numbers)
+    return symbolic > len(list(fixed))  # Dynamo fixes some sizes itself; they stay of the symbolic type
 
 
 def fuse_batches(batches: Sequence[Batch], platform: str, strict: bool, cause: str = "compile") -> Fused:
