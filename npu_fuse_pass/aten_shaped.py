@@ -11,7 +11,7 @@ import torch
 
 from .aten import Val, evaluate
 from .errors import Unsupported
-from .ir import HALF, Builder, Expr
+from .expr import HALF, Builder, Expr
 
 
 def _to(b: Builder, x: Any, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Val:

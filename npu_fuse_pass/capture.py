@@ -17,8 +17,9 @@ from .capture_updates import updates_of
 from .cells import Cell
 from .errors import Unsupported
 from .inline import expand_rule
-from .interpreter import Interpreter, Recorded, run_graph
+from .interpreter import Interpreter
 from .ir import Captured, Leaf, Output, Stage, Unfused
+from .reading import Recorded, run_graph
 
 
 def capture(gm: fx.GraphModule) -> Captured:

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from .errors import Unsupported
-from .ir import REDUCTIONS, Builder, Expr, Leaf, postorder
+from .expr import REDUCTIONS, Builder, Expr, postorder
+from .ir import Leaf
 
 _SEVERAL = -1  # stands for "numbers of more than one parameter"
 _FEW = 8  # totals that are no sum (the larger of two norms): each is a scalar of every update, so not for N parameters

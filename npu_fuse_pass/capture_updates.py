@@ -13,7 +13,8 @@ import torch
 from .capture_totals import Contribution, separate
 from .cells import Cell
 from .errors import Unsupported
-from .ir import Builder, Expr, Leaf, Slot, Update, postorder
+from .expr import Builder, Expr, postorder
+from .ir import Leaf, Slot, Update
 
 
 def updates_of(

@@ -13,7 +13,9 @@ from collections.abc import Sequence
 
 import torch
 
-from .ir import COMMUTATIVE, DTYPE_NAMES, Captured, Expr, Formula, Group, Leaf, Slot, Update, postorder, serialise
+from .expr import COMMUTATIVE, DTYPE_NAMES, Expr, postorder
+from .formula_text import serialise
+from .ir import Captured, Formula, Group, Leaf, Slot, Update
 
 _DTYPE_INDEX = {dtype: i for i, dtype in enumerate(DTYPE_NAMES)}
 

@@ -17,8 +17,9 @@ from . import step_op
 from .aten import Val
 from .cells import Cell
 from .errors import Unsupported
+from .expr import REDUCTIONS, Expr, postorder
 from .interpreter import Interpreter
-from .ir import REDUCTIONS, Expr, Leaf, Update, postorder
+from .ir import Leaf, Update
 from .trace import capture_batches
 
 

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .errors import Unsupported
-from .ir import Expr, Formula, Group, Leaf, postorder
+from .expr import Expr, postorder
+from .ir import Formula, Group, Leaf
 from .kernels import KERNELS, Kernel
 from .match_check import Relation, relations
 from .match_result import Match, NoMatch

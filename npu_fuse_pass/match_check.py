@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ir import Expr, Formula, postorder
+from .expr import Expr, postorder
+from .ir import Formula
 from .match_result import Match
 from .ops import evaluate
 

@@ -28,7 +28,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .ir import Expr, Formula, Slot, serialise
+from .expr import Expr
+from .formula_text import serialise
+from .ir import Formula, Slot
 from .kernels import Kernel
 from .ops import evaluate
 from .symbols import readable

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .ir import Expr
+from .expr import Expr
 from .kernels import Kernel
 from .match_check import Relation, disagreement
 from .match_poly import generators_of

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .errors import Unsupported
-from .ir import HALF, Builder, Expr, Slot
+from .expr import HALF, Builder, Expr
+from .ir import Slot
 
 if TYPE_CHECKING:
     from .match_value import Value

@@ -17,7 +17,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .ir import Expr, Formula, parse, postorder
+from .expr import Expr, postorder
+from .formula_text import parse
+from .ir import Formula
 
 _library = torch.library.Library("npu_fused", "FRAGMENT")
 _library.define("multi_tensor_update(Tensor[] tensors, Tensor[] scalars, int members, str formula) -> Tensor[]")

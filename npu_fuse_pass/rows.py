@@ -6,7 +6,8 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from .ir import DTYPE_NAMES, Captured, Group, Leaf
+from .expr import DTYPE_NAMES
+from .ir import Captured, Group, Leaf
 from .match_result import Match, NoMatch
 from .report import CompileReport, GroupReport, KernelMatch
 from .symbols import readable

@@ -13,7 +13,8 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 
 from .errors import Unsupported
-from .ir import REDUCTIONS, Expr, Formula, postorder
+from .expr import REDUCTIONS, Expr, postorder
+from .ir import Formula
 from .kernels import Kernel
 from .match_check import RELATIONS, Relation
 from .match_poly import Arithmetic, generators_of

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .ir import DTYPE_NAMES, HALF, Expr, Formula, postorder
+from .expr import DTYPE_NAMES, HALF, Expr, postorder
+from .ir import Formula
 
 # operation -> (text, binding strength); arguments that bind less strongly get parentheses
 _INFIX = {

@@ -18,10 +18,12 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .cells import Cell
 from .errors import Unsupported
-from .interpreter import Interpreter, is_known, run_graph
-from .ir import Captured, Expr, Leaf, Slot, Unfused, Update
+from .expr import Expr
+from .interpreter import Interpreter
+from .ir import Captured, Leaf, Slot, Unfused, Update
 from .meta import meta_keywords
 from .names import operation_name
+from .reading import is_known, run_graph
 from .storage import Batch
 
 

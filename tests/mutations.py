@@ -43,28 +43,28 @@ MUTATIONS = [
     # what operations compute
     Mutation(
         "add forgets alpha",
-        "aten.py",
+        "aten_rows.py",
         'return b.op("add", x, y) if _is(alpha, 1) else b.op("fma", y, alpha, x)',
         'return b.op("add", x, y)',
         _operation("add alpha"),
     ),
     Mutation(
         "sub adds alpha times",
-        "aten.py",
+        "aten_rows.py",
         'b.op("fma", y, b.op("neg", alpha), x)',
         'b.op("fma", y, alpha, x)',
         _operation("sub alpha"),
     ),
     Mutation(
         "lerp goes the other way",
-        "aten.py",
+        "aten_rows.py",
         'distance = b.op("sub", end, start)',
         'distance = b.op("sub", start, end)',
         _operation("lerp"),
     ),
     Mutation(
         "a square is a double",
-        "aten.py",
+        "aten_rows.py",
         '    2.0: lambda b, x: b.op("mul", x, x),',
         '    2.0: lambda b, x: b.op("add", x, x),',
         _operation("pow 2"),
@@ -101,7 +101,7 @@ MUTATIONS = [
     ),
     Mutation(
         "equal operations on different leaves are one",
-        "ir.py",
+        "expr.py",
         "key = (op, tuple(sorted(ids) if op in COMMUTATIVE else ids), value, dtype, tensor)",
         "key = (op, tuple(sorted(ids) if op in COMMUTATIVE else ids), dtype, tensor)",
         ORDER,
@@ -137,7 +137,7 @@ MUTATIONS = [
     ),
     Mutation(
         "differences commute",
-        "ir.py",
+        "expr.py",
         'COMMUTATIVE = ("add",',
         'COMMUTATIVE = ("sub", "add",',
         _small("operands_of_differences_and_quotients_may_not"),
@@ -173,7 +173,7 @@ MUTATIONS = [
     ),
     Mutation(
         "fma is a product",
-        "lowerings/cpu_codegen.py",
+        "lowerings/cpu_operations.py",
         '"fma": "std::fma({0}, {1}, {2})"',
         '"fma": "{0} * {1}"',
         _operation("addcmul"),

@@ -20,7 +20,7 @@ class Op:
     """One operation and how far it may be from torch's CPU result, in units in the last place.
 
     Args:
-        row: its name in aten.ROWS.
+        row: its name in ROWS.
         call: applied to tensors x, y, z of one dtype; or a function of torch that takes one or two of them.
         ulps: limit for float32 and float64.
         half: limit for float16 and bfloat16; None: refused there, since ATen rounds in between.

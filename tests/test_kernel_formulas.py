@@ -66,7 +66,7 @@ slot 2: scalar
 write $0 = %8
 write $1 = %7
 write $2 = %9"""
-    from npu_fuse_pass.ir import parse
+    from npu_fuse_pass.formula_text import parse
 
     leaves = [Leaf("input", n, i, dtype=torch.float32, shape=(40_000,)) for i, n in enumerate("pq")]
     leaves.append(Leaf("input", "s", 2))

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 import optimizers
+from npu_fuse_pass.formula_text import parse
 from npu_fuse_pass.group import group
-from npu_fuse_pass.ir import Captured, Group, Leaf, parse
+from npu_fuse_pass.ir import Captured, Group, Leaf
 from npu_fuse_pass.lowerings.npu_split import split
 from npu_fuse_pass.match import match
 from npu_fuse_pass.match_result import Match

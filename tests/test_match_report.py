@@ -171,7 +171,7 @@ import torch, npu_fuse_pass.match, npu_fuse_pass.report, npu_fuse_pass.pipeline
 print("sympy" in sys.modules)
 sys.modules["sympy"] = None
 from npu_fuse_pass.match import match_formula
-from npu_fuse_pass.ir import parse
+from npu_fuse_pass.formula_text import parse
 text = '''slot 0: f32
 slot 1: f32
 slot 2: f32

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from npu_fuse_pass import aten
+from npu_fuse_pass.aten_rows import ROWS
 from npu_fuse_pass.aten_shaped import SHAPED
 from npu_fuse_pass.capture import capture
 from npu_fuse_pass.group import group
@@ -17,9 +17,7 @@ from npu_fuse_pass.group import group
 from .graphs import check, traced
 
 FOREACH = sorted(
-    n
-    for n in dir(torch)
-    if n.startswith("_foreach_") and n.removeprefix("_foreach_").rstrip("_") in {*aten.ROWS, *SHAPED}
+    n for n in dir(torch) if n.startswith("_foreach_") and n.removeprefix("_foreach_").rstrip("_") in {*ROWS, *SHAPED}
 )
 # what a list operation is called with; strings are lists of tensors, "s" a 0-dim tensor, a list one number per element
 _CALLS: list[tuple[tuple[Any, ...], dict[str, Any]]] = [

@@ -12,7 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from npu_fuse_pass.ir import Builder, Formula, Slot, postorder, serialise
+from npu_fuse_pass.expr import Builder, postorder
+from npu_fuse_pass.formula_text import serialise
+from npu_fuse_pass.ir import Formula, Slot
 from npu_fuse_pass.symbols import readable
 
 from .formulas import FORMULAS, LABELS, SLOTS

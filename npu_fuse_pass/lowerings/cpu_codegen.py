@@ -14,77 +14,12 @@ import pathlib
 
 import torch
 
-from ..ir import DTYPE_NAMES, REDUCTIONS, Expr, Formula, postorder
+from ..expr import DTYPE_NAMES, REDUCTIONS, Expr, postorder
+from ..ir import Formula
+from .cpu_operations import CPP, CPP_TYPES, STORED
 
 CHUNK = 16384
 LANES = 16
-
-_CPP_TYPES = {"f64": "double", "f32": "float", "bool": "bool"}
-_STORED = {"f64": "double", "f32": "float", "f16": "half", "bf16": "bfloat", "bool": "bool"}
-
-# IR operation -> C++; {0}, {1}, ... are the arguments, all of one type
-_CPP = {
-    "add": "{0} + {1}",
-    "sub": "{0} - {1}",
-    "mul": "{0} * {1}",
-    "div": "{0} / {1}",
-    "neg": "-{0}",
-    "fma": "std::fma({0}, {1}, {2})",
-    "rsqrt": "1 / std::sqrt({0})",
-    "reciprocal": "1 / {0}",
-    "sign": "sign({0})",
-    "round": "std::nearbyint({0})",
-    "maximum": "maximum({0}, {1})",
-    "minimum": "minimum({0}, {1})",
-    "where": "{0} ? {1} : {2}",
-    "lt": "{0} < {1}",
-    "le": "{0} <= {1}",
-    "gt": "{0} > {1}",
-    "ge": "{0} >= {1}",
-    "eq": "{0} == {1}",
-    "ne": "{0} != {1}",
-    "and": "{0} & {1}",
-    "or": "{0} | {1}",
-    "xor": "{0} ^ {1}",
-    "not": "!{0}",
-    "isnan": "{0} != {0}",
-    "isinf": "std::isinf({0})",
-    "isfinite": "std::isfinite({0})",
-    "zero": "0",
-    "numel": "double(a.numel[m])",
-    **{
-        n: f"std::{n}({{0}})"
-        for n in [
-            "sqrt",
-            "exp",
-            "exp2",
-            "expm1",
-            "log",
-            "log2",
-            "log10",
-            "log1p",
-            "sin",
-            "cos",
-            "tan",
-            "asin",
-            "acos",
-            "atan",
-            "sinh",
-            "cosh",
-            "tanh",
-            "asinh",
-            "acosh",
-            "atanh",
-            "erf",
-            "erfc",
-            "floor",
-            "ceil",
-            "trunc",
-        ]
-    },
-    **{n: f"std::{n}({{0}}, {{1}})" for n in ["pow", "fmax", "fmin", "atan2", "copysign", "hypot", "fmod"]},
-    "abs": "std::fabs({0})",
-}
 
 PRELUDE = (pathlib.Path(__file__).parent / "cpu_kernel.h").read_text()
 
@@ -282,7 +217,7 @@ class _Stage:
         return "\n".join([*lines, "  }", "}"])
 
     def _pointer(self, slot: int, written: bool) -> str:
-        stored = _STORED[DTYPE_NAMES[self.formula.slots[slot].dtype]]
+        stored = STORED[DTYPE_NAMES[self.formula.slots[slot].dtype]]
         const = "" if written else "const "
         source = f"a.tensors[{self.slot_rank[slot]} * a.members + m]"
         return f"  {const}{stored}* __restrict__ t{slot} = ({stored}*){source} + start;"
@@ -300,14 +235,14 @@ class _Stage:
         args = [self.var[id(a)] for a in e.args]
         if e.op == "cast":
             return _cast(e, args[0])
-        return _CPP[e.op].format(*args)
+        return CPP[e.op].format(*args)
 
     def _narrow(self, slot: int, e: Expr) -> str:
         dtype = DTYPE_NAMES[self.formula.slots[slot].dtype]
         value = self.var[id(e)]
         if dtype in ("f16", "bf16"):
-            return f"narrow_{_STORED[dtype]}({value})"
-        return f"({_CPP_TYPES[dtype]}){value}"
+            return f"narrow_{STORED[dtype]}({value})"
+        return f"({CPP_TYPES[dtype]}){value}"
 
 
 def _until_scalars(roots: list[Expr]) -> list[Expr]:
@@ -337,7 +272,7 @@ def _take(e: Expr, running: str, rest: str, value: str) -> str:
 
 @functools.cache
 def _cpp_type(name: str) -> str:
-    return _CPP_TYPES.get(name, "float")  # half-precision values are held widened
+    return CPP_TYPES.get(name, "float")  # half-precision values are held widened
 
 
 def _type(e: Expr) -> str:
@@ -348,5 +283,5 @@ def _cast(e: Expr, value: str) -> str:
     """A cast; half precision is held as the float that it rounds to."""
     name = DTYPE_NAMES[e.dtype]
     if name in ("f16", "bf16"):
-        return f"widen(narrow_{_STORED[name]}((float){value}))"
-    return f"({_CPP_TYPES[name]}){value}"
+        return f"widen(narrow_{STORED[name]}((float){value}))"
+    return f"({CPP_TYPES[name]}){value}"

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import PlatformError
-from ..ir import Group, Leaf, serialise
+from ..formula_text import serialise
+from ..ir import Group, Leaf
 from ..ops import fake_update, multi_tensor_update, parsed
 from . import cpu
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from ..errors import Unsupported
-from ..ir import REDUCTIONS, Expr, Formula, postorder
+from ..expr import REDUCTIONS, Expr, postorder
+from ..ir import Formula
 
 # IR operation -> GE operation with the same operands in the same order
 _DIRECT = {

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from ..errors import Unsupported
-from ..ir import REDUCTIONS, Expr, Formula, Slot, postorder, serialise
+from ..expr import REDUCTIONS, Expr, postorder
+from ..formula_text import serialise
+from ..ir import Formula, Slot
 from ..ops import evaluate
 
 

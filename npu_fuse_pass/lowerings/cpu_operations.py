@@ -1,0 +1,70 @@
+"""Types and operations of expressions in C++."""
+
+from __future__ import annotations
+
+CPP_TYPES = {"f64": "double", "f32": "float", "bool": "bool"}
+STORED = {"f64": "double", "f32": "float", "f16": "half", "bf16": "bfloat", "bool": "bool"}
+
+# IR operation -> C++; {0}, {1}, ... are the arguments, all of one type
+CPP = {
+    "add": "{0} + {1}",
+    "sub": "{0} - {1}",
+    "mul": "{0} * {1}",
+    "div": "{0} / {1}",
+    "neg": "-{0}",
+    "fma": "std::fma({0}, {1}, {2})",
+    "rsqrt": "1 / std::sqrt({0})",
+    "reciprocal": "1 / {0}",
+    "sign": "sign({0})",
+    "round": "std::nearbyint({0})",
+    "maximum": "maximum({0}, {1})",
+    "minimum": "minimum({0}, {1})",
+    "where": "{0} ? {1} : {2}",
+    "lt": "{0} < {1}",
+    "le": "{0} <= {1}",
+    "gt": "{0} > {1}",
+    "ge": "{0} >= {1}",
+    "eq": "{0} == {1}",
+    "ne": "{0} != {1}",
+    "and": "{0} & {1}",
+    "or": "{0} | {1}",
+    "xor": "{0} ^ {1}",
+    "not": "!{0}",
+    "isnan": "{0} != {0}",
+    "isinf": "std::isinf({0})",
+    "isfinite": "std::isfinite({0})",
+    "zero": "0",
+    "numel": "double(a.numel[m])",
+    **{
+        n: f"std::{n}({{0}})"
+        for n in [
+            "sqrt",
+            "exp",
+            "exp2",
+            "expm1",
+            "log",
+            "log2",
+            "log10",
+            "log1p",
+            "sin",
+            "cos",
+            "tan",
+            "asin",
+            "acos",
+            "atan",
+            "sinh",
+            "cosh",
+            "tanh",
+            "asinh",
+            "acosh",
+            "atanh",
+            "erf",
+            "erfc",
+            "floor",
+            "ceil",
+            "trunc",
+        ]
+    },
+    **{n: f"std::{n}({{0}}, {{1}})" for n in ["pow", "fmax", "fmin", "atan2", "copysign", "hypot", "fmod"]},
+    "abs": "std::fabs({0})",
+}
