@@ -103,6 +103,8 @@ def _read_gradients(batch: Batch) -> bool:
     """Take this step's gradients into the batch; False where a parameter or gradient is no longer what it was."""
     params = batch.params
     grads = batch.grads = [p.grad for p in params]
+    if batch.same.match([*params, *grads]):
+        return True
     dtypes = {None if g is None else g.dtype for g in grads} - {None, batch.grad_dtype}
     if dtypes or {p.dtype for p in params} != {batch.dtype} or [p.numel() for p in params] != batch.numels:
         return False
@@ -114,4 +116,7 @@ def _read_gradients(batch: Batch) -> bool:
     for p, g in zip(params, grads, strict=True):
         if g is not None and not g.is_contiguous():
             check_gradient(p, g)
+    present = [g for g in grads if g is not None]
+    if len(present) == len(params):
+        batch.same.learn([*params, *present])
     return True

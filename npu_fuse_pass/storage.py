@@ -19,6 +19,7 @@ from torch import Tensor
 from .errors import GradientError
 from .meta import reads_step, wanted_keywords
 from .rules import Rule, split_keywords
+from .same_tensors import SameTensors
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
@@ -94,6 +95,7 @@ class Batch:
     pointers: list[int]
     counts: bool  # whether its parameters have a step counter: those with a state do, and those whose rule reads it
     all_seen: bool = False
+    same: SameTensors = dataclasses.field(default_factory=SameTensors)
     grads: list[Tensor | None] = dataclasses.field(default_factory=list)
 
     def keywords(self, step: Tensor) -> dict[str, Any]:

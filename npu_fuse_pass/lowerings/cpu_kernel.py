@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import Mismatch
 from ..ir import Group, Leaf
+from ..same_tensors import SameTensors
 from . import cpu_build
 from .cpu_codegen import CHUNK, generate
 from .memory import in_order, memory_order
@@ -82,6 +83,8 @@ class Kernel:
         self._tags = array.array("B", [0]) * max(1, self._n * len(formula.scalar_slots))
         self._columns = [_Column(rank, slot, group, leaves) for rank, slot in enumerate(formula.tensor_slots)]
         self._scalar_columns = [_Column(rank, slot, group, leaves) for rank, slot in enumerate(formula.scalar_slots)]
+        self._varying = [c for c in self._columns if not c.fixed]
+        self._same = SameTensors()
         self._own = own
         self._snapshots = snapshots
         self._active = array.array("B", [1]) * self._n
@@ -124,6 +127,10 @@ class Kernel:
     def bind(self, values: Values, complete: bool) -> None:
         """Fill the tables with this call's addresses."""
         self._keep, self._copy_back = [], []
+        varying = [tensors for column in self._varying for tensors in column.of(values)]
+        if self._bound and self._all_active and self._same.match(varying):
+            self._bind_same(values, varying)
+            return
         plain = self._mark_active(values)
         for column in self._scalar_columns:
             if not self._bound or not column.fixed:
@@ -138,6 +145,18 @@ class Kernel:
             begin = column.rank * self._n
             self._tensors[begin : begin + self._n] = array.array("q", [t.data_ptr() for t in tensors])
         self._bound = True
+        if plain:
+            self._same.learn(varying)
+
+    def _bind_same(self, values: Values, varying: Sequence[Tensor | None]) -> None:
+        """Every tensor is of the kind that it was at the last call: only addresses are new."""
+        for column in self._scalar_columns:
+            if not column.fixed:
+                self._bind_scalars(column, values)
+        pointers = array.array("q", [t.data_ptr() for t in varying])  # type: ignore[union-attr]
+        for k, column in enumerate(self._varying):
+            begin = column.rank * self._n
+            self._tensors[begin : begin + self._n] = pointers[k * self._n : (k + 1) * self._n]
 
     def _mark_active(self, values: Values) -> bool:
         """Set which members take part; True if all do."""

@@ -1,0 +1,34 @@
+"""Whether a step's tensors are of the kind that they were at an earlier step, asked in one call for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
+
+_LEARNED_AT_MOST = 8  # tensors that keep changing are checked one by one instead of being learned again and again
+
+
+class SameTensors:
+    """Remembers dtype, device, sizes, strides and requires_grad of a list of tensors.
+
+    Dynamo's own guard compares them in C++: about 0.1 us for each tensor, where Python takes 0.4 us.
+    """
+
+    def __init__(self) -> None:
+        self._guards: TensorGuards | None = None
+        self._learned = 0
+
+    def match(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Whether these are what was learned, one by one; never where one of them is None."""
+        return self._guards is not None and bool(self._guards.check(*tensors))
+
+    def learn(self, tensors: Sequence[Tensor]) -> None:
+        """Remember these; whoever calls has found them to be right."""
+        if self._learned < _LEARNED_AT_MOST:
+            self._learned += 1
+            sizes: Any = [list(t.shape) for t in tensors]
+            strides: Any = [list(t.stride()) for t in tensors]
+            self._guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
