@@ -22,11 +22,8 @@ from ._base import NpuFusedOptimizer
 
 
 @rule(
-    states={
-        "square_avg": ones,
-        "grad_avg": zeros.when(lambda group: bool(group["centered"])),
-        "momentum_buffer": zeros.when(lambda group: bool(group["momentum"] > 0)),
-    },
+    states=dict(square_avg=ones, grad_avg=zeros.when(lambda group: group["centered"]))
+    | dict(momentum_buffer=zeros.when(lambda group: group["momentum"] > 0)),
     defaults=dict(lr=1e-2, alpha=0.9, eps=1e-10, weight_decay=0.0, momentum=0.0)
     | dict(centered=False, decoupled_decay=False, lr_in_momentum=True),
 )
@@ -51,16 +48,14 @@ def rmsprop_tf(
     else:
         grad = torch.where(weight_decay == 0, grad, grad + weight_decay * param)
     square_avg = square_avg + (1 - alpha) * (grad * grad - square_avg)
-    variance = square_avg
     if grad_avg is not None:
         grad_avg = grad_avg + (1 - alpha) * (grad - grad_avg)
-        variance = square_avg - grad_avg * grad_avg
+    variance = square_avg if grad_avg is None else square_avg - grad_avg * grad_avg
     update = grad / (variance + eps).sqrt()
     if momentum_buffer is None:
         return param - lr * update, square_avg, grad_avg, None
     momentum_buffer = momentum * momentum_buffer + (lr * update if lr_in_momentum else update)
-    step = momentum_buffer if lr_in_momentum else lr * momentum_buffer
-    return param - step, square_avg, grad_avg, momentum_buffer
+    return param - (momentum_buffer if lr_in_momentum else lr * momentum_buffer), square_avg, grad_avg, momentum_buffer
 
 
 class NpuFusedRMSpropTF(NpuFusedOptimizer):
