@@ -153,10 +153,8 @@ class _Totals:
         return self._owner[id(e)] == _SEVERAL
 
     def _children(self, e: Expr) -> list[Expr]:
-        """What has to be rebuilt before `e`: its arguments, or what stands outside the sum that it is."""
-        if not self._several(e):
-            return list(e.args)
-        return [a for a in self._addends(e) if self._owner[id(a)] in (None, _SEVERAL)]
+        """What has to be rebuilt before `e`: its arguments, or the terms of the sum that it is."""
+        return self._addends(e) if self._several(e) else list(e.args)
 
     def _addends(self, e: Expr) -> list[Expr]:
         """The terms of a sum over several parameters (Python's starts with 0 + the first); else the arguments."""
@@ -178,8 +176,9 @@ class _Totals:
             same = all(new is old for new, old in zip(args, e.args, strict=True))
             return e if same else self._builder.make(e.op, args, e.value, e.dtype, e.tensor)
         if e.op == "add":
-            own = [a for a in self._addends(e) if self._owner[id(a)] not in (None, _SEVERAL)]
-            terms = [*([self._total(own)] if own else []), *(self._made[id(a)] for a in below)]
+            own = [self._made[id(a)] for a in below if self._owner[id(a)] not in (None, _SEVERAL)]
+            rest = [self._made[id(a)] for a in below if self._owner[id(a)] in (None, _SEVERAL)]
+            terms = [*([self._total(own)] if own else []), *rest]
             result = terms[0]
             for term in terms[1:]:
                 result = self._builder.op("add", result, term)
@@ -192,12 +191,10 @@ class _Totals:
         self._single += 1
         if self._single > _FEW:
             raise Unsupported(e.op, "combines numbers of several parameters; a sum of them can fuse")
-        return self._total([a])
+        return self._total([self._made[id(a)]])
 
     def _total(self, parts: Sequence[Expr]) -> Expr:
         number, self.next = self.next, self.next + 1
         for part in parts:
-            if any(self._owner.get(id(x)) == _SEVERAL for x in postorder([part])):
-                raise Unsupported("sum", "a sum over parameters depends on another one")
             self.contributions.append(Contribution(number, self._builder.cast(part, torch.float64)))
         return self._builder.total(number)

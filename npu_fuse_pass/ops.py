@@ -2,8 +2,8 @@
 
 `npu_fused::multi_tensor_update(tensors, scalars, members, formula) -> Tensor[]` computes the new values of all
 writes of a group. `tensors` and `scalars` are slot-major: slot 0 of every member, slot 1 of every member, ...;
-`formula` is the text of `ir.serialise`. The result is write-major. `npu_fused::multi_tensor_contribute` gives what
-every member adds to each total, contribution-major. Both are functional; `copy_` writes the values back.
+`formula` is the text of `formula_text.serialise`. The result is write-major. `npu_fused::multi_tensor_contribute` gives
+what every member adds to each total, contribution-major. Both are functional; `copy_` writes the values back.
 
 The eager kernels here interpret the formula with torch's own operations: the oracle for every lowering, and what runs
 where there is no compiler.

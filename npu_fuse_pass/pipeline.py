@@ -187,10 +187,7 @@ def _lower_cpu(leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileR
         report.fallback = f"the fused graph is interpreted: {e}"
         report.groups += [group_report(g, leaves, "interpreter", "interpreter", 0, 0) for g in groups]
         return eager.Program(leaves, groups)
-    report.groups += [
-        group_report(k.group, leaves, "cpu", k.group.name, k.source.bytes_per_element, len(k.source.stages))
-        for k in program.kernels
-    ]
+    report.groups += [group_report(k.group, leaves, "cpu", k.group.name, *program.cost(k)) for k in program.kernels]
     return program
 
 

@@ -15,6 +15,7 @@ from torch import fx
 
 from .ir import Call, Group, Leaf, LeafRef
 from .ops import multi_tensor_contribute, multi_tensor_update
+from .rounds import rounds
 
 # leaves that the step creates
 _MADE = ("output", "temporary")
@@ -130,19 +131,19 @@ def _total_nodes(
     graph: fx.Graph, leaves: Sequence[Leaf], groups: Sequence[Group], nodes: dict[int, fx.Node]
 ) -> dict[int, fx.Node]:
     """For every total: the sum of what the members of all groups contribute to it."""
-    parts: dict[int, list[fx.Node]] = {}
-    for group in groups:
-        if not group.formula.contributions:
-            continue
-        # contributions do not depend on totals; their slots are filled with zeros
-        known = {i: _number(graph, 0.0) for i, leaf in enumerate(leaves) if leaf.kind == "total"} | nodes
-        node = _group_node(graph, multi_tensor_contribute, group, known, f"{group.name}_contribute", leaves)
-        for k in range(len(group.formula.contributions)):
-            for m, totals in enumerate(group.totals):
-                value = graph.call_function(operator.getitem, (node, k * len(group.members) + m))
-                parts.setdefault(totals[k], []).append(value)
-    sums = {}
-    for number, values in parts.items():
-        stacked = graph.call_function(torch.ops.aten.stack.default, (values,))
-        sums[number] = graph.call_function(torch.ops.aten.sum.default, (stacked,))
+    sums: dict[int, fx.Node] = {}
+    for _ in range(rounds(groups, leaves)):
+        # in the first round the slots of totals hold zeros; what depends on another total is right in a later one
+        totals = {i: leaf.index for i, leaf in enumerate(leaves) if leaf.kind == "total"}
+        known = {i: sums[number] if number in sums else _number(graph, 0.0) for i, number in totals.items()} | nodes
+        parts: dict[int, list[fx.Node]] = {}
+        for group in (g for g in groups if g.formula.contributions):
+            node = _group_node(graph, multi_tensor_contribute, group, known, f"{group.name}_contribute", leaves)
+            for k in range(len(group.formula.contributions)):
+                for m, numbers in enumerate(group.totals):
+                    value = graph.call_function(operator.getitem, (node, k * len(group.members) + m))
+                    parts.setdefault(numbers[k], []).append(value)
+        for number, values in parts.items():
+            stacked = graph.call_function(torch.ops.aten.stack.default, (values,))
+            sums[number] = graph.call_function(torch.ops.aten.sum.default, (stacked,))
     return sums

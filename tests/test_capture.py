@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from npu_fuse_pass import ir
+from npu_fuse_pass import expr, formula_text
 from npu_fuse_pass.capture import capture
 from npu_fuse_pass.group import group
 
@@ -69,7 +69,7 @@ def text(function: Any, *tensors: Tensor) -> str:
 def test_golden_text_of_a_formula():
     """Slots in the order of their first use; the number 0.9 and lr are slots; the same in every process."""
     assert text(momentum, *example()) == MOMENTUM
-    assert ir.parse(MOMENTUM).text == MOMENTUM
+    assert formula_text.parse(MOMENTUM).text == MOMENTUM
 
 
 def test_functional_graphs_with_copies_are_the_same_update():
@@ -109,11 +109,11 @@ def test_equal_subexpressions_are_one_and_numbers_are_never_shared():
         p.copy_(torch.sqrt(p * g + 0.5) + torch.sqrt(p * g + 0.5) * 0.5)
 
     captured, groups = fused(step, torch.rand(5), torch.rand(5))
-    exprs = list(ir.postorder(groups[0].formula.roots))
+    exprs = list(expr.postorder(groups[0].formula.roots))
     ops = [e.op for e in exprs]
     assert ops.count("mul") == 2, "p * g, which is written twice, and the product with 0.5"
     assert ops.count("sqrt") == 2 and ops.count("leaf") == 5, "the two numbers 0.5 in the sums stay two slots"
-    b = ir.Builder()
+    b = expr.Builder()
     x = b.leaf(0, torch.float32, True)
     assert b.op("add", x, x) is b.op("add", x, x)
     assert b.const(0.5) is not b.const(0.5)

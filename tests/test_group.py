@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from npu_fuse_pass import ir
+from npu_fuse_pass import expr, formula_text, ir
 from npu_fuse_pass.capture import capture
 from npu_fuse_pass.group import group
 from npu_fuse_pass.rules import rule
@@ -33,23 +33,23 @@ def _same_numbers() -> None:
 @given(FORMULAS)
 def test_a_formula_survives_its_text(formula):
     """`parse` is the inverse of `serialise`."""
-    again = ir.parse(formula.text)
-    assert ir.serialise(again.slots, again.writes, again.contributions) == formula.text
+    again = formula_text.parse(formula.text)
+    assert formula_text.serialise(again.slots, again.writes, again.contributions) == formula.text
     assert again.slots == formula.slots and again.written == formula.written
-    a, b = list(ir.postorder(formula.roots)), list(ir.postorder(again.roots))
+    a, b = list(expr.postorder(formula.roots)), list(expr.postorder(again.roots))
     assert [(e.op, e.dtype, e.tensor, len(e.args)) for e in a] == [(e.op, e.dtype, e.tensor, len(e.args)) for e in b]
 
 
 def test_the_parsed_text_keeps_every_kind_of_expression():
-    b = ir.Builder()
+    b = expr.Builder()
     p, s = b.leaf(0, torch.bfloat16, tensor=True), b.leaf(1, torch.float64, tensor=False)
     wide = b.cast(p, torch.float32)
     truth = b.op("and", b.op("lt", wide, s), wide)  # makes a "zero" to compare with
     value = b.cast(b.op("where", truth, wide, b.op("fma", wide, s, wide)), torch.bfloat16)
     slots = (ir.Slot(True, torch.bfloat16), ir.Slot(False, torch.float64))
-    text = ir.serialise(slots, [(0, value)], [b.reduce("sum", wide)])
-    again = ir.parse(text)
-    assert ir.serialise(again.slots, again.writes, again.contributions) == text
+    text = formula_text.serialise(slots, [(0, value)], [b.reduce("sum", wide)])
+    again = formula_text.parse(text)
+    assert formula_text.serialise(again.slots, again.writes, again.contributions) == text
     assert "zero()" in text and "bool[]" in text and "contribute" in text
 
 

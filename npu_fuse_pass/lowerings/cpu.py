@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import Mismatch, Unsupported
 from ..ir import Group, Leaf
+from ..rounds import rounds
 from .cpu_kernel import Kernel, Values
 from .memory import check_apart
 
@@ -42,6 +43,7 @@ class Program:
         base = self._table.buffer_info()[0]
         addresses = {i: base + 8 * position for i, position in places.items()}
         snapshots = {i: base + 8 * (self._snapshots_at + k) for k, i in enumerate(self._snapshots)}
+        self._rounds = rounds(groups, leaves)
         self.kernels = [Kernel(group, leaves, addresses, snapshots) for group in groups]
         written = {m[s] for g in groups for s in g.formula.written for m in g.members}
         self._outputs = [(i, leaves[i]) for i in sorted(written) if leaves[i].kind in ("output", "temporary")]
@@ -64,15 +66,21 @@ class Program:
         for kernel in self.kernels:
             kernel.bind(values, complete)
         self._check_memory(values)
-        for kernel in self.kernels:
-            if kernel.contribute is not None:
-                kernel.call(kernel.contribute, threads)
-        if self._n_totals:
+        for _ in range(self._rounds):
+            for kernel in self.kernels:
+                if kernel.contribute is not None:
+                    kernel.call(kernel.contribute, threads)
             self._add_totals()
         for kernel in self.kernels:
             kernel.call(kernel.update, threads)
         for kernel in self.kernels:
             kernel.finish(values)
+
+    def cost(self, kernel: Kernel) -> tuple[int, int]:
+        """Bytes for each element and kernel calls of a step."""
+        again = max(0, self._rounds - 1) if kernel.contribute is not None else 0
+        source = kernel.source
+        return source.bytes_per_element + again * source.contribute_bytes, len(source.stages) + again
 
     def _check_memory(self, values: Values) -> None:
         """Refuse memory that is written and used a second time: kernels process tensors side by side.

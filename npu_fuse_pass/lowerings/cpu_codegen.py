@@ -34,6 +34,7 @@ class Source:
     partial: int  # doubles per chunk
     passes: int
     bytes_per_element: int  # read and written over all passes
+    contribute_bytes: int  # of these, those of the contributions
 
 
 def generate(name: str, formula: Formula) -> Source:
@@ -47,8 +48,11 @@ def generate(name: str, formula: Formula) -> Source:
     header = "\n".join(f"// {line}" for line in formula.text.splitlines())
     sizes = f"static const int64_t SCRATCH = {scratch}, PARTIAL = {partial};\n"
     text = "\n".join([header, PRELUDE, sizes, *(s.text() for s in stages)])
-    traffic = sum(s.bytes_per_element() for s in stages)
-    return Source(text, tuple(s.name for s in stages), scratch, partial, sum(s.passes for s in stages), traffic)
+    traffic = [s.bytes_per_element() for s in stages]
+    contribute = traffic[0] if formula.contributions else 0
+    return Source(
+        text, tuple(s.name for s in stages), scratch, partial, sum(s.passes for s in stages), sum(traffic), contribute
+    )
 
 
 class _Stage:

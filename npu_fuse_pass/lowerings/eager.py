@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..ir import Group, Leaf
 from ..ops import member_values, new_value
+from ..rounds import rounds
 from .memory import check_apart
 
 
@@ -27,7 +28,8 @@ class Program:
         for i, leaf in enumerate(self._leaves):
             if leaf.kind == "constant":
                 known[i] = torch.tensor(leaf.value, dtype=torch.float64)
-        known |= self._totals(known)
+        for _ in range(max(1, rounds(self._groups, self._leaves))):
+            known |= self._totals(known)
         results: list[tuple[int, Tensor]] = []
         for group in self._groups:
             for member in group.members:
