@@ -97,6 +97,9 @@ class Binder:
                 self.numbers[-1].append(numbers)
                 if numbers.count:
                     self.number_inputs[dtype] = offset + numbers.count
+        written = {m[s] for part in parts for m in part.group.members for s in part.group.formula.written}
+        self.written = [place for place, i in enumerate(self.tensor_inputs) if i in written]
+        """Which inputs the graph writes to."""
         self._scratch: dict[Key, Tensor] = {}
 
     def _add_tensors(self, part: Part) -> None:
