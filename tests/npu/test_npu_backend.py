@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -66,6 +67,33 @@ def test_compiled_end_to_end(ge_graphs: harness.Recording) -> None:
     found = report.reports()[-1].groups[0]
     assert (found.lowering, found.updates) == ("npu", len(SHAPES))
     assert_same(ours, eager, 1e-6)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("shared", ["parameters", "gradient", "from the second step on"])
+def test_shared_memory_runs_the_original(shared: str, foreach: bool, ge_graphs: harness.Recording) -> None:
+    """One update after the other sees what the one before it wrote; the GE graph reads everything first."""
+    both = []
+    for _ in range(2):
+        base = torch.arange(12.0)
+        second = base[2:6] if shared == "parameters" else base[6:10]
+        both.append((base, [torch.nn.Parameter(base[:4]), torch.nn.Parameter(second)]))
+    ours, eager = (torch.optim.SGD(p, lr=0.1, weight_decay=0.5, foreach=foreach) for _, p in both)
+    step = torch.compile(ours.step, backend=npu_fused, options={"platform": "npu"})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for k in range(3):
+            for base, params in both:
+                if k == 1 and shared == "from the second step on":
+                    params[1].data = base[3:7]
+                set_gradients(params, k)
+                if shared == "gradient":
+                    params[1].grad = base[:4]
+            step()
+            eager.step()
+    assert "share memory" in str(report.reports()[-1].fallback)
+    assert len([w for w in caught if "share memory" in str(w.message)]) == 1
+    torch.testing.assert_close(both[0][0], both[1][0], rtol=1e-6, atol=0)
 
 
 def test_written_tensors_are_reused_in_place_on_an_npu() -> None:
