@@ -181,7 +181,7 @@ def refused(report: CompileReport, reason: str, strict: bool) -> None:
     if strict:
         raise UnfusedError(f"strict=True and this step cannot run fused: {reason}")
     if report.fallback is None or reason not in report.fallback:
-        report.fallback = "; ".join([*([report.fallback] if report.fallback else []), f"at some steps: {reason}"])
+        report.add_fallback(f"at some steps: {reason}")
         warnings.warn(f"npu_fused: this step runs unfused: {reason}", stacklevel=3)
 
 

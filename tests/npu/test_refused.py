@@ -185,6 +185,21 @@ def test_a_new_plan_is_tried_again(ge: harness.Recording) -> None:
     assert (second.groups[0].lowering, second.groups[0].updates) == ("npu", len(SHAPES) + 1)
 
 
+def test_compile_step_and_explain(ge: harness.Recording) -> None:
+    ours, eager = twins(BY_NAME["adam"])
+    for optimizer in (ours, eager):
+        set_gradients(optimizer.param_groups[0]["params"], 0)
+    ge.failing["load"] = fails()
+    assert "EZ9999" in str(npu_fuse_pass.explain(ours, platform="npu").fallback)
+    assert_same(ours, twins(BY_NAME["adam"])[0], 0)
+    with pytest.raises(npu_fuse_pass.UnfusedError, match="EZ9999"):
+        npu_fuse_pass.compile_step(ours, platform="npu", strict=True)()
+    with pytest.warns(UserWarning, match="npu_fused.*EZ9999"):
+        npu_fuse_pass.compile_step(ours, platform="npu", torchair_config=npu.require().CompilerConfig())()
+    eager.step()
+    assert_same(ours, eager, 0)
+
+
 def test_a_first_run_that_cannot_be_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that is gone: there are no values to go on from."""
 
