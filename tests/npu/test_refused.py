@@ -219,39 +219,3 @@ def test_an_npu_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.npu, "synchronize", waited.append)
     npu_run.wait_for([torch.device("cpu"), torch.device("npu:0")])
     assert waited == [torch.device("npu:0")]
-
-
-# torchair's configuration ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", STEPS)
-def test_the_users_configuration_reaches_torchair(
-    name: str, ge: harness.Recording, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torchair = npu.require()
-    build, function = STEPS[name]
-    ours = build(parameters())
-    set_gradients(ours.param_groups[0]["params"], 0)
-    config = torchair.CompilerConfig()
-    config.experimental_config.keep_inference_input_mutations = False
-    given: list[Any] = []
-    get_compiler = torchair.get_compiler
-    monkeypatch.setattr(torchair, "get_compiler", lambda config: (given.append(config), get_compiler(config))[1])
-    compiled(function(ours), torchair_config=config)()
-    assert given
-    assert all(c is config for c in given)
-    assert not config.experimental_config.keep_inference_input_mutations
-
-
-def test_a_configuration_of_the_wrong_type_or_platform(ge: harness.Recording) -> None:
-    torchair = npu.require()
-    config = torchair.CompilerConfig()
-    empty = torch.fx.GraphModule({}, torch.fx.Graph())
-    for wrong in (torchair.CompilerConfig, 3, {}, False):
-        with pytest.raises(errors.OptionError, match=r"allowed are None and a torchair\.CompilerConfig"):
-            npu_fuse_pass.npu_fused(empty, [], options={"platform": "npu", "torchair_config": wrong})
-    for platform in ("cpu", "eager"):
-        with pytest.raises(errors.OptionError, match="it is allowed with 'auto' and 'npu'"):
-            npu_fuse_pass.npu_fused(empty, [], options={"platform": platform, "torchair_config": config})
-    for platform in ("auto", "npu"):
-        npu_fuse_pass.npu_fused(empty, [], options={"platform": platform, "torchair_config": config})
