@@ -5,7 +5,16 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from .errors import FuseError, GradientError, NotCapturedError, OptionError, PlatformError, RuleError, UnfusedError
+from .errors import (
+    FuseError,
+    GradientError,
+    NotCapturedError,
+    OptionError,
+    PlatformError,
+    RuleError,
+    StepFailedError,
+    UnfusedError,
+)
 
 __version__ = "0.1.0"
 
@@ -36,6 +45,7 @@ __all__ = [
     "OptionError",
     "PlatformError",
     "RuleError",
+    "StepFailedError",
     "UnfusedError",
     *_LAZY,
 ]

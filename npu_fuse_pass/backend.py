@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,9 +14,10 @@ from torch import fx
 from . import pipeline, step_op
 from .compiled import RuleStep, graph_step
 from .errors import FuseError, OptionError
+from .options import Options
 from .report import CompileReport, reports
 
-_OPTIONS: dict[str, Any] = {"platform": "auto", "strict": False}
+_OPTIONS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Options)}
 
 
 def npu_fused(
@@ -32,18 +34,19 @@ def npu_fused(
         example_inputs: its example arguments.
         mode: must be None; modes belong to other backends.
         options: `platform`: "auto" (by the tensors' device), "cpu", "npu" or "eager" (the original graph);
-            `strict`: raise UnfusedError if anything is left unfused.
+            `strict`: raise UnfusedError if anything is left unfused; `torchair_config`: a torchair.CompilerConfig,
+            which torchair's compiler gets as it is.
 
     Raises:
         OptionError: an unknown option or value; the message names the allowed ones.
     """
-    chosen = _checked_options(mode, options)
+    chosen = Options(**_checked_options(mode, options))
     if all(node.op in ("placeholder", "get_attr", "output") for node in gm.graph.nodes):
         return gm.forward  # Dynamo compiles empty graphs too, around what it does not capture
     handle = _rule_step(gm)
     if handle is not None:
-        return RuleStep(handle, **chosen)
-    return graph_step(gm, **chosen)
+        return RuleStep(handle, chosen)
+    return graph_step(gm, chosen)
 
 
 class Watched:
@@ -107,7 +110,17 @@ def _checked_options(mode: str | None, options: Mapping[str, Any] | None) -> dic
         raise OptionError(f"platform={chosen['platform']!r}; allowed are {list(pipeline.PLATFORMS)}")
     if not isinstance(chosen["strict"], bool):
         raise OptionError(f"strict={chosen['strict']!r}; allowed are True and False")
+    _check_torchair_config(chosen["torchair_config"], chosen["platform"])
     return chosen
+
+
+def _check_torchair_config(config: object, platform: str) -> None:
+    if config is None:
+        return
+    if platform not in ("auto", "npu"):
+        raise OptionError(f"torchair_config with platform={platform!r}; it is allowed with 'auto' and 'npu'")
+    if not pipeline.is_torchair_config(config):
+        raise OptionError(f"torchair_config={config!r}; allowed are None and a torchair.CompilerConfig")
 
 
 def _rule_step(gm: fx.GraphModule) -> int | None:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, fx
 
 from . import pipeline, step_op
-from .errors import Mismatch, UnfusedError
+from .errors import GraphRefused, Mismatch, UnfusedError
 from .ir import Captured, Output
 from .optimizer import RuleOptimizer
+from .options import Options
 from .report import CompileReport
 from .storage import inputs_of
 
@@ -22,10 +23,9 @@ from .storage import inputs_of
 class RuleStep:
     """The compiled core of an optimizer of ours: plans kernels for its batches, and again when they change."""
 
-    def __init__(self, handle: int, platform: str, strict: bool) -> None:
+    def __init__(self, handle: int, options: Options) -> None:
         self._optimizer = weakref.ref(step_op.optimizer_of(handle))
-        self._platform = platform
-        self._strict = strict
+        self._options = options
         self._version = -1
         self._program: pipeline.Program | None = None
         self._plan()
@@ -36,7 +36,7 @@ class RuleStep:
         prelude = optimizer._prelude
         cause = "compile" if self._version < 0 else "the optimizer's parameters, dtypes or options changed"
         self._version = prelude.version
-        fused = pipeline.fuse_batches(prelude.batches, self._platform, self._strict, cause)
+        fused = pipeline.fuse_batches(prelude.batches, self._options, cause)
         self._program, self._report = fused.program, fused.report
 
     def __call__(self, *args: Tensor) -> tuple[()]:
@@ -53,25 +53,28 @@ class RuleStep:
         try:
             self._program(values)
         except Mismatch as e:
-            refused(self._report, str(e), self._strict)
+            refused(self._report, str(e), self._options.strict)
+            return False
+        except GraphRefused as e:
+            falls_back(self._report, e, self._options.strict)
+            self._program = None
             return False
         return True
 
 
-def graph_step(gm: fx.GraphModule, platform: str, strict: bool) -> Callable[..., Any]:
+def graph_step(gm: fx.GraphModule, options: Options) -> Callable[..., Any]:
     """Compile any other graph: a stock optimizer's step, or a larger function in which optimizers of ours step."""
     handles = [int(n.args[3]) for n in gm.graph.nodes if n.target is step_op.rule_update]
-    step = GraphStep(gm, platform, strict, handles)
+    step = GraphStep(gm, options, handles)
     return step if step.fused else gm.forward
 
 
 class GraphStep:
     """A captured graph: its leaves are the graph's arguments and attributes, and what optimizers of ours keep."""
 
-    def __init__(self, gm: fx.GraphModule, platform: str, strict: bool, handles: Sequence[int]) -> None:
+    def __init__(self, gm: fx.GraphModule, options: Options, handles: Sequence[int]) -> None:
         self._gm = gm
-        self._platform = platform
-        self._strict = strict
+        self._options = options
         self._optimizers = {h: weakref.ref(step_op.optimizer_of(h)) for h in handles}
         for optimizer in self._stepped():
             optimizer._prelude.prepare()
@@ -83,7 +86,7 @@ class GraphStep:
 
     def _plan(self, cause: str) -> None:
         self._state = self._look()
-        made = pipeline.fuse_graph(self._gm, self._platform, self._strict, cause, _graph_break(self._gm))
+        made = pipeline.fuse_graph(self._gm, self._options, cause, _graph_break(self._gm))
         self._program, self._report, self._returned = made.program, made.report, made.captured.returned
         self._arguments = _Arguments(self._gm, made.captured)
 
@@ -112,12 +115,16 @@ class GraphStep:
             self._program(values, complete=True)
         except Mismatch as e:
             return self._unfused(str(e), args)
+        except GraphRefused as e:
+            falls_back(self._report, e, self._options.strict)
+            self._program = None
+            return self._gm.forward(*args)
         for o in optimizers:
             o._after()
         return tuple(_returned(output, values) for output in self._returned)
 
     def _unfused(self, reason: str, args: Sequence[Any]) -> Any:
-        refused(self._report, reason, self._strict)
+        refused(self._report, reason, self._options.strict)
         return self._gm.forward(*args)
 
 
@@ -174,5 +181,19 @@ def refused(report: CompileReport, reason: str, strict: bool) -> None:
     if strict:
         raise UnfusedError(f"strict=True and this step cannot run fused: {reason}")
     if report.fallback is None or reason not in report.fallback:
-        report.fallback = "; ".join([*([report.fallback] if report.fallback else []), f"at some steps: {reason}"])
+        report.add_fallback(f"at some steps: {reason}")
         warnings.warn(f"npu_fused: this step runs unfused: {reason}", stacklevel=3)
+
+
+def falls_back(report: CompileReport, refusal: GraphRefused, strict: bool) -> None:
+    """The device refused the program before it changed anything: said once; the original runs from now on.
+
+    There is one form of NPU programs (elementwise), so there is no other to try before the original.
+
+    Raises:
+        UnfusedError: `strict`.
+    """
+    if strict:
+        raise UnfusedError(f"strict=True and this step cannot run fused: {refusal}") from refusal
+    report.fall_back(str(refusal))
+    warnings.warn(f"npu_fused: this step runs unfused, results stay right: {refusal}", stacklevel=3)

@@ -21,7 +21,7 @@ def compile_step(opt: torch.optim.Optimizer, **options: Any) -> CompiledStep:
 
     Args:
         opt: any torch.optim.Optimizer.
-        options: those of the backend: `platform`, `strict`.
+        options: those of the backend: `platform`, `strict`, `torchair_config`.
 
     Raises:
         OptionError: an unknown option or value.

@@ -31,6 +31,14 @@ class GradientError(FuseError, RuntimeError):
     """A gradient is of a kind that no update rule takes (sparse, complex, another shape or device)."""
 
 
+class StepFailedError(FuseError, RuntimeError):
+    """A step failed on the device after it may have begun to write: parameters and states may be partly updated."""
+
+
+class GraphRefused(FuseError):  # noqa: N818 - raised by a lowering for its caller, not for the user
+    """The device's graph compiler refused a step's graph, or its first run failed; nothing was changed."""
+
+
 class Mismatch(FuseError):  # noqa: N818 - raised by kernels for their caller, not for the user
     """The tensors of this call are not what the kernels were made for; nothing was changed."""
 

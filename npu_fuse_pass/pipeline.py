@@ -17,12 +17,13 @@ from torch import Tensor, fx
 
 from .capture import capture
 from .effects import recorded
-from .errors import PlatformError, UnfusedError, Unsupported
+from .errors import GraphRefused, PlatformError, UnfusedError, Unsupported
 from .group import group, group_updates
 from .ir import Call, Captured, Group, Leaf
 from .lowerings import eager, node, staged
 from .match import match
 from .ops import multi_tensor_update
+from .options import Options
 from .report import CompileReport, record
 from .rewrite import rewrite
 from .rows import Matches, group_report, show_matches, traffic
@@ -55,9 +56,7 @@ class Fused:
     report: CompileReport
 
 
-def fuse_graph(
-    gm: fx.GraphModule, platform: str, strict: bool, cause: str = "compile", graph_break: str | None = None
-) -> Fused:
+def fuse_graph(gm: fx.GraphModule, options: Options, cause: str = "compile", graph_break: str | None = None) -> Fused:
     """Fuse a captured graph.
 
     Args:
@@ -66,7 +65,7 @@ def fuse_graph(
     Raises:
         UnfusedError: `strict`, and something was left unfused.
     """
-    return _fuse(lambda: capture(gm), platform, strict, cause, graph_break)
+    return _fuse(lambda: capture(gm), options, cause, graph_break)
 
 
 def fuse_functional(gm: fx.GraphModule, strict: bool, kernels: bool) -> Fused | None:
@@ -89,7 +88,8 @@ def fuse_functional(gm: fx.GraphModule, strict: bool, kernels: bool) -> Fused | 
     if captured.unfused and any(leaf.kind == "output" and leaf.shape for leaf in captured.leaves):
         return None
     on_cpu = {leaf.device.type for leaf in captured.leaves if leaf.shape} == {"cpu"}
-    fused = _fuse(lambda: captured, "graph cpu" if kernels and on_cpu else "graph", strict, "compile")
+    options = Options("graph cpu" if kernels and on_cpu else "graph", strict)
+    fused = _fuse(lambda: captured, options, "compile")
     if fused.report.platform == "graph cpu" and fused.report.fused_graph is not None:
         node.use_kernels(fused.report.fused_graph)
     return fused
@@ -104,15 +104,13 @@ def _symbolic(placeholder: fx.Node) -> bool:
     return symbolic > len(list(fixed))  # Dynamo fixes some sizes itself; they stay of the symbolic type
 
 
-def fuse_batches(batches: Sequence[Batch], platform: str, strict: bool, cause: str = "compile") -> Fused:
+def fuse_batches(batches: Sequence[Batch], options: Options, cause: str = "compile") -> Fused:
     """Fuse the step of an optimizer with update rules; as `fuse_graph`."""
-    return _fuse(lambda: capture_batches(batches), platform, strict, cause)
+    return _fuse(lambda: capture_batches(batches), options, cause)
 
 
-def _fuse(
-    capture_step: Callable[[], Captured], platform: str, strict: bool, cause: str, graph_break: str | None = None
-) -> Fused:
-    report = CompileReport(platform, cause=cause, graph_break=graph_break)
+def _fuse(capture_step: Callable[[], Captured], options: Options, cause: str, graph_break: str | None = None) -> Fused:
+    report = CompileReport(options.platform, cause=cause, graph_break=graph_break)
     with _without_collection(), _timed(report, "capture"):
         captured = capture_step()
     report.unfused = list(captured.unfused)
@@ -130,13 +128,13 @@ def _fuse(
         if report.platform in _MATCHED_BEFORE:
             matches()
         with _timed(report, "lower"):
-            program = _lower(captured.leaves, stages, groups, report)
+            program = _lower(captured.leaves, stages, groups, report, options)
         report.bytes_per_element = traffic(captured, report)
         show_matches(report, groups, captured.leaves, matches)
     report._graph = functools.cache(lambda: rewrite(captured.leaves, groups, stages))
     record(report)
     log.info("%s", report)
-    if strict and (report.unfused or report.fallback):
+    if options.strict and (report.unfused or report.fallback):
         listed = [f"{u.op}: {u.reason}" for u in report.unfused] or [str(report.fallback)]
         raise UnfusedError("strict=True and not everything was fused:\n  " + "\n  ".join(listed))
     if report.fallback:
@@ -148,6 +146,13 @@ def fused_graph(captured: Captured) -> fx.GraphModule:
     """The rewritten graph of captured updates."""
     stages = [(group_updates(stage.updates, captured.leaves), stage.calls) for stage in captured.stages]
     return rewrite(captured.leaves, group(captured), stages)
+
+
+def is_torchair_config(value: object) -> bool:
+    """Whether a value can be the option `torchair_config`."""
+    from .lowerings import npu
+
+    return npu.is_config(value)
 
 
 def _choose_platform(report: CompileReport, leaves: Sequence[Leaf]) -> None:
@@ -162,15 +167,17 @@ def _match(groups: Sequence[Group], leaves: Sequence[Leaf], report: CompileRepor
         return dict(zip([g.name for g in groups], match(groups, leaves), strict=True))
 
 
-def _lower(leaves: Sequence[Leaf], stages: Stages, groups: Sequence[Group], report: CompileReport) -> Program | None:
+def _lower(
+    leaves: Sequence[Leaf], stages: Stages, groups: Sequence[Group], report: CompileReport, options: Options
+) -> Program | None:
     lower = _LOWERINGS[report.platform]
     try:
-        before = [(lower(leaves, made, report), calls) for made, calls in stages]
+        before = [(lower(leaves, made, report, options), calls) for made, calls in stages]
         for row in report.groups:
             row.writes = "temporaries"
-        last = lower(leaves, groups, report)
-    except Unsupported as e:
-        report.fallback = f"{e.op}: {e.reason}"
+        last = lower(leaves, groups, report, options)
+    except (Unsupported, GraphRefused) as e:
+        report.fallback = str(e)
         report.groups = []
         return None
     if last is None or not before:
@@ -178,7 +185,7 @@ def _lower(leaves: Sequence[Leaf], stages: Stages, groups: Sequence[Group], repo
     return staged.Program([(program, calls) for program, calls in before if program is not None], last)
 
 
-def _lower_cpu(leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport) -> Program:
+def _lower_cpu(leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport, options: Options) -> Program:
     from .lowerings import cpu
 
     try:
@@ -191,12 +198,12 @@ def _lower_cpu(leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileR
     return program
 
 
-def _lower_eager(leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport) -> None:
+def _lower_eager(leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport, options: Options) -> None:
     """The original graph, on request; the report still shows what would be fused."""
     report.groups += [group_report(g, leaves, "eager", "original graph", 0, 0) for g in groups]
 
 
-def _lower_graph(leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport) -> None:
+def _lower_graph(leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport, options: Options) -> None:
     """The fused nodes themselves, which another compiler takes over; `copy_` reads and writes every new value again."""
     kernels = report.platform == "graph cpu"
     operation = str(node.multi_tensor_kernel if kernels else multi_tensor_update).removesuffix(".default")
@@ -211,19 +218,19 @@ def _lower_graph(leaves: Sequence[Leaf], groups: Sequence[Group], report: Compil
         report.groups.append(group_report(g, leaves, "graph", operation, size, passes))
 
 
-def _lower_npu(leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport) -> Program:
+def _lower_npu(leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport, options: Options) -> Program:
     from .lowerings import npu
 
     if any(leaf.kind == "result" for leaf in leaves):
         raise Unsupported("npu", "original operations between fused updates")
-    program = npu.Program(leaves, groups)
+    program = npu.Program(leaves, groups, options.torchair_config)
     report.groups += [
         group_report(p.group, leaves, "npu", p.kernel, p.bytes_per_element, p.operations) for p in program.parts
     ]
     return program
 
 
-_LOWERINGS: dict[str, Callable[[Sequence[Leaf], Sequence[Group], CompileReport], Program | None]] = {
+_LOWERINGS: dict[str, Callable[[Sequence[Leaf], Sequence[Group], CompileReport, Options], Program | None]] = {
     "cpu": _lower_cpu,
     "npu": _lower_npu,
     "eager": _lower_eager,

@@ -121,6 +121,17 @@ class CompileReport:
         """The rewritten graph (built when first asked for): an FX graph module that prints and runs."""
         return self._graph() if self._graph is not None else None
 
+    def add_fallback(self, reason: str) -> None:
+        """One more reason why the original runs."""
+        self.fallback = "; ".join([*([self.fallback] if self.fallback else []), reason])
+
+    def fall_back(self, reason: str) -> None:
+        """What was compiled cannot run: the original does from now on. The rows keep what would have run."""
+        self.add_fallback(reason)
+        self.bytes_per_element = {}
+        for g in self.groups:
+            g.lowering, g.kernel, g.bytes_per_element, g.launches = "eager", f"original graph, not {g.kernel}", 0, 0
+
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists and strings; the keys are stable."""
         groups = [g.to_json() for g in self.groups]

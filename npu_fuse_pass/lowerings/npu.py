@@ -10,18 +10,20 @@ torch_npu and torchair are imported when a `Program` is made.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import PlatformError, Unsupported
+from ..errors import FuseError, GraphRefused, PlatformError, Unsupported
 from ..ir import Group, Leaf
 from ..ops import multi_tensor_contribute, multi_tensor_update, parsed
 from . import npu_emit
 from .npu_bind import Binder
 from .npu_graph import build, device_contribute, device_update
+from .npu_run import Run, refusal
 from .npu_split import split
 
 _INSTALL = (
@@ -51,6 +53,31 @@ def require() -> Any:
         if not hasattr(op, "_ge_converter"):
             torchair.register_fx_node_ge_converter(op)(converter)
     return torchair
+
+
+def is_config(value: object) -> bool:
+    """Whether a value is torchair's CompilerConfig; where nothing has imported torchair yet, there is none."""
+    torchair = sys.modules.get("torchair")
+    return torchair is not None and isinstance(value, torchair.CompilerConfig)
+
+
+def versions() -> str:
+    """What a bug report needs to know of the environment, as far as it can be found out."""
+    import torch_npu
+
+    asked = {
+        "torch": lambda: torch.__version__,
+        "torch_npu": lambda: torch_npu.__version__,
+        "CANN": torch_npu.npu.utils.get_cann_version,
+        "chip": torch_npu.npu.get_device_name,
+    }
+    found = []
+    for name, ask in asked.items():
+        try:
+            found.append(f"{name} {ask() or 'unknown'}")
+        except Exception:  # this is asked where something is broken already
+            found.append(f"{name} unknown")
+    return ", ".join(found)
 
 
 def _convert_device(
@@ -105,6 +132,7 @@ class Program:
 
         Raises:
             PlatformError: torchair cannot be used here.
+            GraphRefused: torchair does not convert the graph.
             Unsupported: a group computes what no GE operation in the whitelist does.
         """
         torchair = require()
@@ -112,10 +140,16 @@ class Program:
         self._binder = Binder(leaves, self.parts)
         self.graph = build(leaves, self.parts, self._binder)
         fakes = [n.meta["val"] for n in self.graph.graph.find_nodes(op="placeholder")]
-        self._run: Callable[..., Sequence[Tensor]] = lambda *_: ()
+        self._run = Run(lambda *_: (), versions)
         if fakes:
             with torch._guards.tracing(torch._guards.TracingContext(fakes[0].fake_mode)):
-                self._run = torchair.get_compiler(config or torchair.CompilerConfig())(self.graph, fakes)
+                compiler = torchair.get_compiler(torchair.CompilerConfig() if config is None else config)
+                try:
+                    self._run = Run(compiler(self.graph, fakes), versions)
+                except FuseError:
+                    raise
+                except Exception as e:
+                    raise GraphRefused(refusal("torchair does not convert this step's graph", e, versions())) from e
 
     def __call__(self, values: list[Tensor | None], complete: bool = False) -> None:
         """Run the step; fills in the values of "output" leaves.
@@ -126,10 +160,12 @@ class Program:
 
         Raises:
             Mismatch: a tensor is not what the graph was made for; nothing was changed.
+            GraphRefused: GE does not load, compile or run the graph the first time; nothing was changed.
+            StepFailedError: a later run failed; what it writes may be partly written.
         """
         with torch.no_grad():
             step = self._binder.bind(values, complete)
-            results = self._run(*step.inputs)
+            results = self._run(step.inputs, self._binder.written)
             self._binder.finish(step, values, results)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import Mismatch
 from ..ir import Leaf
 from . import npu_emit
-from .memory import in_order, memory_order
+from .memory import check_apart, in_order, memory_order
 from .npu_split import Split, slots_of
 
 if TYPE_CHECKING:
@@ -97,7 +97,12 @@ class Binder:
                 self.numbers[-1].append(numbers)
                 if numbers.count:
                     self.number_inputs[dtype] = offset + numbers.count
+        written = {m[s] for part in parts for m in part.group.members for s in part.group.formula.written}
+        self._written = written & self.tensor_inputs.keys()
+        self.written = [place for place, i in enumerate(self.tensor_inputs) if i in written]
+        """Which inputs the graph writes to."""
         self._scratch: dict[Key, Tensor] = {}
+        self._apart: dict[int, int] = {}  # where the tensors lay when they were last found to share no memory
 
     def _add_tensors(self, part: Part) -> None:
         for m in part.on_device:
@@ -130,8 +135,21 @@ class Binder:
                     (part, s, new, active) for (s, _), new in zip(numbers.made.advanced, advanced, strict=True)
                 ]
             step.active.append(active)
+        self._check_memory(step)
         step.inputs = [flat[i] for i in self.tensor_inputs] + [torch.cat(p).to(dtype) for dtype, p in packed.items()]
         return step
+
+    def _check_memory(self, step: Step) -> None:
+        """Refuse memory that is written and used a second time: GE reads everything as it is before the step.
+
+        Raises:
+            Mismatch: two tensors share memory and at least one of them is written.
+        """
+        addresses = {i: t.data_ptr() for i, t in step.used.items()}
+        if step.copies or addresses != self._apart:  # copies do not show where the originals lie, and how far they go
+            written = [t for i, t in step.used.items() if i in self._written]
+            check_apart(written, [t for i, t in step.used.items() if i not in self._written])
+            self._apart = {} if step.copies else addresses
 
     def _takes_part(self, member: tuple[int, ...], values: Values) -> bool:
         return all(values[i] is not None for i in member if self._leaves[i].kind in ("input", "attribute"))
@@ -156,8 +174,9 @@ class Binder:
                 raise Mismatch("a tensor has another size, layout or device than when the step was compiled")
             if complete and t.dtype != key[1]:
                 raise Mismatch(f"a tensor is {t.dtype}; the graph was compiled for {key[1]}")
-            dense = t.detach()
+            dense = step.used[member[s]] = t.detach()
             if not in_order(dense, strides):
+                step.copies += 1
                 dense = torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(dense)
                 if s in formula.written:
                     step.copy_back.append((t, dense))
@@ -197,6 +216,8 @@ class Step:
 
     def __init__(self) -> None:
         self.inputs: list[Tensor] = []
+        self.used: dict[int, Tensor] = {}  # the tensors behind the inputs, of members that take part
+        self.copies = 0
         self.orders: dict[int, tuple[bool, tuple[int, ...]]] = {}  # per tensor: takes part, strides it is read in
         self.active: list[list[bool]] = []
         self.copy_back: list[tuple[Tensor, Tensor]] = []

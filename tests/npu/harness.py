@@ -51,7 +51,10 @@ class GeGraph:
 
 @dataclass
 class Recording:
-    """What happened inside one `record()`; `failing` makes a leaf raise: {"load": RuntimeError("...")}."""
+    """What happened inside one `record()`; `failing` makes a leaf raise: {"load": RuntimeError("...")}.
+
+    Leaves are "load", "compile", "run", and "write": run raises after it has written its in-place outputs.
+    """
 
     graphs: list[GeGraph] = field(default_factory=list)
     failing: dict[str, Exception] = field(default_factory=dict)
@@ -89,7 +92,9 @@ def _run(
 ) -> list[Tensor]:
     _raise_if_failing("run")
     self.recorded.runs += 1
-    return interpreter.run(self.recorded.proto, inputs, assigned_outputs)
+    results = interpreter.run(self.recorded.proto, inputs, assigned_outputs)
+    _raise_if_failing("write")
+    return results
 
 
 def prepare() -> None:

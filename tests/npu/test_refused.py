@@ -1,0 +1,221 @@
+"""What happens when GE refuses a step's graph: the original runs, from values that the failed try did not change."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import harness
+import pytest
+import torch
+from steps import SHAPES, assert_close, assert_same, parameters, set_gradients, twins
+
+import npu_fuse_pass
+from npu_fuse_pass import errors
+from npu_fuse_pass.lowerings import npu, npu_run
+from tests.cases import BY_NAME
+
+LEAVES = ["load", "compile", "run", "write"]
+GE_SAYS = "EZ9999: Inner Error! op ApplyX\n  TraceBack: tiling failed"
+
+
+@pytest.fixture
+def ge() -> Iterator[harness.Recording]:
+    npu_fuse_pass.clear_reports()
+    with harness.record() as recording:
+        yield recording
+    torch._dynamo.reset()
+
+
+def fails() -> RuntimeError:
+    """As torchair gives it on: with its own traceback behind the text."""
+    return RuntimeError(f"{GE_SAYS}\nTraceback (most recent call last):\n  File x\n[ERROR] ERR03005 GRAPH")
+
+
+def in_a_function(opt: Any) -> Callable[[], None]:
+    params = opt.param_groups[0]["params"]
+
+    def tail() -> None:
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        opt.step()
+
+    return tail
+
+
+# How an optimizer is built, and what is compiled of it.
+STEPS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Callable[[], None]]]] = {
+    "ours": (BY_NAME["adam"].build, lambda opt: opt.step),
+    "ours_in_a_function": (BY_NAME["adam"].build, in_a_function),
+    "stock": (lambda p: torch.optim.Adam(p, lr=0.02, foreach=False), lambda opt: opt.step),
+    "stock_foreach": (lambda p: torch.optim.AdamW(p, lr=0.02, foreach=True), lambda opt: opt.step),
+}
+
+
+def compiled(function: Callable[[], None], **options: Any) -> Callable[[], None]:
+    return torch.compile(function, backend=npu_fuse_pass.npu_fused, options={"platform": "npu", **options})
+
+
+def values(opt: Any) -> list[torch.Tensor]:
+    params = opt.param_groups[0]["params"]
+    states = [v for p in params for v in opt.state.get(p, {}).values() if isinstance(v, torch.Tensor)]
+    gradients = [p.grad for p in params if p.grad is not None]
+    return [t.detach().clone() for t in [*params, *gradients, *states]]
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+@pytest.mark.parametrize("name", STEPS)
+def test_training_continues_with_the_original(name: str, leaf: str, ge: harness.Recording) -> None:
+    build, function = STEPS[name]
+    ours, eager = build(parameters()), build(parameters())
+    step, eager_step = compiled(function(ours)), function(eager)
+    ge.failing[leaf] = fails()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for k in range(4):
+            for optimizer in (ours, eager):
+                set_gradients(optimizer.param_groups[0]["params"], k)
+            step()
+            eager_step()
+    assert_same(ours, eager, 2e-6)  # compiled, stock Adam is capturable: another order of its bias corrections
+    ours_say = [str(w.message) for w in caught if "npu_fused" in str(w.message)]
+    refused = [r for r in npu_fuse_pass.reports() if r.groups]
+    assert len(ours_say) == len(refused) >= 1  # once for every graph: torch's optimizers have one for the first step
+    for report, warning in zip(refused, ours_say, strict=True):
+        assert GE_SAYS in report.fallback
+        assert "[ERROR]" not in report.fallback
+        assert report.fallback in warning
+        for part in (f"torch {torch.__version__}", "torch_npu 2.13.0", "CANN unknown", f"chip {harness.SOC}", "report"):
+            assert part in report.fallback
+        assert {(g.lowering, g.kernel, g.launches) for g in report.groups} == {
+            ("eager", "original graph, not GE elementwise", 0)
+        }
+        assert GE_SAYS.splitlines()[0] in str(report)
+        assert report.to_json()["fallback"] == report.fallback
+    assert sum(g.runs for g in ge.graphs) == (len(refused) if leaf == "write" else 0)  # each tried once
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+@pytest.mark.parametrize("name", STEPS)
+def test_strict_raises_and_nothing_is_changed(name: str, leaf: str, ge: harness.Recording) -> None:
+    build, function = STEPS[name]
+    ours = build(parameters())
+    params = ours.param_groups[0]["params"]
+    set_gradients(params, 0)
+    ours.step()
+    before = values(ours)
+    step = compiled(function(ours), strict=True)
+    ge.failing[leaf] = fails()
+    for _ in range(2):  # not silent the second time either
+        with pytest.raises(errors.UnfusedError, match="EZ9999"):
+            step()
+    for got, wanted in zip(values(ours), before, strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_a_later_failure_is_the_users(ge: harness.Recording) -> None:
+    """GE has written in place by then: nothing is done on top of it, and nothing is silent."""
+    ours, eager = twins(BY_NAME["adam"])
+    step = compiled(ours.step)
+    for optimizer in (ours, eager):
+        set_gradients(optimizer.param_groups[0]["params"], 0)
+    step()
+    eager.step()
+    assert_same(ours, eager, 1e-6)
+    ge.failing["write"] = fails()
+    with pytest.raises(npu_fuse_pass.StepFailedError, match=r"partly updated.*checkpoint.*EZ9999.*") as raised:
+        step()
+    assert isinstance(raised.value, RuntimeError)
+    assert raised.value.__cause__ is ge.failing["write"]
+    assert npu_fuse_pass.reports()[-1].fallback is None
+    assert [g.runs for g in ge.graphs] == [2]
+
+
+def test_an_interrupted_first_run_is_undone(ge: harness.Recording) -> None:
+    ours, untouched = twins(BY_NAME["adam"])
+    set_gradients(ours.param_groups[0]["params"], 0)
+    ge.failing["write"] = KeyboardInterrupt()  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        compiled(ours.step)()
+    for p, q in zip(ours.param_groups[0]["params"], untouched.param_groups[0]["params"], strict=True):
+        assert torch.equal(p, q)
+
+
+def test_torchair_that_does_not_convert(ge: harness.Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*args: Any) -> Any:
+        raise NotImplementedError("npu_fused.device_update.default ge_converter is not implemented!")
+
+    monkeypatch.setattr(npu, "_convert", unknown)
+    ours, eager = twins(BY_NAME["adam"])
+    for optimizer in (ours, eager):
+        set_gradients(optimizer.param_groups[0]["params"], 0)
+    with pytest.warns(UserWarning, match=r"npu_fused.*does not convert.*implemented! \[torch .*torch_npu 2\.13\.0"):
+        compiled(ours.step)()
+    eager.step()
+    assert_same(ours, eager, 0)
+    assert "does not convert" in str(npu_fuse_pass.reports()[-1].fallback)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="does not convert"):
+        compiled(ours.step, strict=True)()
+
+
+def test_a_new_plan_is_tried_again(ge: harness.Recording) -> None:
+    """Another graph may be one that GE takes."""
+    ours, eager = twins(BY_NAME["adam"])
+    step = compiled(ours.step)
+    ge.failing["compile"] = fails()
+    for k in range(4):
+        if k == 2:
+            ge.failing.clear()
+            for optimizer in (ours, eager):
+                optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3, 3))]})
+        for optimizer in (ours, eager):
+            set_gradients([p for g in optimizer.param_groups for p in g["params"]], k)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step()
+        assert len([w for w in caught if "npu_fused" in str(w.message)]) == (k == 0)
+        eager.step()
+    assert_same(ours, eager, 1e-6)
+    assert_close(ours.param_groups[1]["params"][0], eager.param_groups[1]["params"][0], 1e-6)
+    assert [g.runs for g in ge.graphs] == [0, 2]
+    first, second = npu_fuse_pass.reports()
+    assert "EZ9999" in str(first.fallback)
+    assert second.fallback is None
+    assert (second.groups[0].lowering, second.groups[0].updates) == ("npu", len(SHAPES) + 1)
+
+
+def test_compile_step_and_explain(ge: harness.Recording) -> None:
+    ours, eager = twins(BY_NAME["adam"])
+    for optimizer in (ours, eager):
+        set_gradients(optimizer.param_groups[0]["params"], 0)
+    ge.failing["load"] = fails()
+    assert "EZ9999" in str(npu_fuse_pass.explain(ours, platform="npu").fallback)
+    assert_same(ours, twins(BY_NAME["adam"])[0], 0)
+    with pytest.raises(npu_fuse_pass.UnfusedError, match="EZ9999"):
+        npu_fuse_pass.compile_step(ours, platform="npu", strict=True)()
+    with pytest.warns(UserWarning, match="npu_fused.*EZ9999"):
+        npu_fuse_pass.compile_step(ours, platform="npu", torchair_config=npu.require().CompilerConfig())()
+    eager.step()
+    assert_same(ours, eager, 0)
+
+
+def test_a_first_run_that_cannot_be_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that is gone: there are no values to go on from."""
+
+    def gone(devices: Any) -> None:
+        raise RuntimeError("507035: vector core exception")
+
+    monkeypatch.setattr(npu_run, "wait_for", gone)
+    run = npu_run.Run(lambda *_: [], lambda: "versions")
+    with pytest.raises(errors.StepFailedError, match=r"undoing it: RuntimeError: 507035.*\[versions\]"):
+        run([torch.ones(2)], [0])
+
+
+def test_an_npu_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    harness.prepare()
+    npu.require()
+    waited: list[Any] = []
+    monkeypatch.setattr(torch.npu, "synchronize", waited.append)
+    npu_run.wait_for([torch.device("cpu"), torch.device("npu:0")])
+    assert waited == [torch.device("npu:0")]
