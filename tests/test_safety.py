@@ -254,7 +254,7 @@ def test_complex_parameters_are_left_alone() -> None:
 
 
 def test_fused_is_really_asserted_here() -> None:
-    """The helper above notices a graph that was not fused."""
+    """The check above notices a graph that was not fused."""
     params = parameters(SHAPES)
     set_gradients(params, gradients(params, 0))
     compiled(Own(params, sorts), fullgraph=False)()
