@@ -297,3 +297,20 @@ def test_a_rule_without_states_counts_where_it_reads_the_step() -> None:
             again.load_state_dict(eager.state_dict())
             eager = again
     step.check(len(params))
+
+
+def test_a_total_that_nothing_reads() -> None:
+    @rule(defaults={"lr": 0.5}, totals={"squares": total(lambda grad: grad.square().sum())})
+    def plain(param: Tensor, grad: Tensor, *, lr: Tensor, squares: Tensor) -> Tensor:
+        return param - lr * grad
+
+    params = parameters([(3, 4), (5,)])
+    wanted = clones(params)
+    step = compiled(plain(params))
+    for own in (params, wanted):
+        set_gradients(own, gradients(own, 0))
+    step()
+    for p in wanted:
+        p.data.sub_(0.5 * p.grad)
+    assert_close(params, wanted, 1e-6)
+    step.check(len(params))

@@ -29,7 +29,9 @@ class Program:
             _check(group, leaves)
         self._leaves = leaves
         numbers = [leaf.value for leaf in leaves if leaf.kind == "constant"]
-        self._n_totals = 1 + max((leaf.index for leaf in leaves if leaf.kind == "total"), default=-1)
+        contributed = {number for g in groups for totals in g.totals for number in totals}  # read by nobody, maybe
+        read = {leaf.index for leaf in leaves if leaf.kind == "total"}
+        self._n_totals = 1 + max(contributed | read, default=-1)
         self._table = array.array("d", [*numbers, *[0.0] * self._n_totals, 0.0])
         self._totals_at = len(numbers)
         constants = (i for i, leaf in enumerate(leaves) if leaf.kind == "constant")
