@@ -19,6 +19,8 @@ from .options import Options
 from .report import CompileReport
 from .storage import inputs_of
 
+_CHANGED = "the optimizer's parameters, dtypes or options changed"
+
 
 class RuleStep:
     """The compiled core of an optimizer of ours: plans kernels for its batches, and again when they change."""
@@ -34,7 +36,7 @@ class RuleStep:
         optimizer = self._optimizer()
         assert optimizer is not None
         prelude = optimizer._prelude
-        cause = "compile" if self._version < 0 else "the optimizer's parameters, dtypes or options changed"
+        cause = "compile" if self._version < 0 else _CHANGED
         self._version = prelude.version
         fused = pipeline.fuse_batches(prelude.batches, self._options, cause)
         self._program, self._report = fused.program, fused.report
@@ -107,7 +109,7 @@ class GraphStep:
         for o in optimizers:
             o._before(None)
         if optimizers and self._look() != self._state:
-            self._plan("the optimizer's parameters, dtypes or options changed")
+            self._plan(_CHANGED)
         if self._program is None:
             return self._gm.forward(*args)
         values = self._arguments(args, {h: inputs_of(o()._prelude.batches) for h, o in self._optimizers.items()})  # type: ignore[union-attr]

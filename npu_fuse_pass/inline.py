@@ -20,6 +20,7 @@ from .errors import Unsupported
 from .expr import REDUCTIONS, Expr, postorder
 from .interpreter import Interpreter
 from .ir import Leaf, Update
+from .storage import inputs_of
 from .trace import capture_batches
 
 
@@ -34,27 +35,17 @@ def expand_rule(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], 
     own = [p for p in optimizer._surface.params if p.grad is not None]
     if len(own) != len(params):
         raise Unsupported("rule_update", "other parameters have gradients than when the graph was captured")
-    cells = {id(p): pair for p, pair in zip(own, zip(params, grads, strict=True), strict=True)}
+    given = [*own, *(p.grad for p in own)]
+    cells = {id(t): cell for t, cell in zip(given, [*params, *grads], strict=True)}
     captured = capture_batches(optimizer._prelude.batches)
     if captured.unfused:
         raise Unsupported(captured.unfused[0].op, captured.unfused[0].reason)
     interpreter.moved += captured.moved
-    tensors = [cells.get(id(p)) for b in optimizer._prelude.batches for p in b.params]
-    step = _Step(interpreter, handle, captured.leaves, _of_leaves(optimizer, tensors))
+    # by leaf; None: a gradient that is missing. What the graph does not hold becomes a leaf that the optimizer fills
+    held = enumerate(inputs_of(optimizer._prelude.batches))
+    found = {i: None if t is None else cells[id(t)] for i, t in held if t is None or id(t) in cells}
+    step = _Step(interpreter, handle, captured.leaves, found)
     step.run(captured.updates, found_inf)
-
-
-def _of_leaves(optimizer: Any, tensors: Sequence[tuple[Cell, Cell] | None]) -> dict[int, Cell | None]:
-    """The graph's cells by leaf of the captured batches; None: a parameter without a gradient."""
-    found: dict[int, Cell | None] = {}
-    start = taken = 0
-    for b in optimizer._prelude.batches:
-        n = len(b.params)
-        for i, pair in enumerate(tensors[taken : taken + n]):
-            found[start + i], found[start + n + i] = pair or (None, None)
-        taken += n
-        start += n * (3 + len(b.flat)) + len(b.hyper_scalars)
-    return found
 
 
 class _Step:
@@ -71,12 +62,8 @@ class _Step:
 
     def run(self, updates: Sequence[Update], found_inf: Cell | None) -> None:
         """All members of all updates; totals first, because every member may read them."""
-        members = [
-            (update, member)
-            for update in updates
-            for member in update.members
-            if all(self._cell(i) is not None for i in member)
-        ]
+        missing = {leaf for leaf, cell in self._cells.items() if cell is None}
+        members = [(update, member) for update in updates for member in update.members if missing.isdisjoint(member)]
         sums: dict[int, list[Expr]] = {}
         for update, member in members:
             made = self._rebuilt([e for _, e in update.contributions], update, member, {})
@@ -94,8 +81,7 @@ class _Step:
     def _cell(self, leaf: int) -> Cell | None:
         """The cell of a leaf; states, counters and numbers become leaves of the graph that the optimizer fills."""
         if leaf not in self._cells:
-            known = self._leaves[leaf]
-            own = dataclasses.replace(known, index=leaf, optimizer=self._handle)
+            own = dataclasses.replace(self._leaves[leaf], index=leaf, optimizer=self._handle)
             self._cells[leaf] = self._interpreter.add_leaf(own, tensor=bool(own.shape))
         return self._cells[leaf]
 

@@ -150,7 +150,7 @@ def _update(params: list[Tensor], grads: list[Tensor], found_inf: Tensor | None,
 
 
 def _on_given(batch: Batch, given: Mapping[int, tuple[Tensor, Tensor]]) -> Batch:
-    pairs = [given.get(id(p), (p, None)) for p in batch.params]
+    pairs = [given.get(id(p), (p, g)) for p, g in zip(batch.params, batch.grads, strict=True)]
     return dataclasses.replace(batch, params=[p for p, _ in pairs], grads=[g for _, g in pairs])
 
 

@@ -186,6 +186,27 @@ def test_parameters_that_move_or_join() -> None:
     assert_fused(last_report(), parameters=len(SHAPES) + 1)
 
 
+def test_a_parameter_that_takes_the_place_of_another() -> None:
+    """The graph does not know the new one; the optimizer updates it nevertheless, as it does eagerly."""
+    tail = Tail(BY_NAME["adam"].build)
+    twin = tail.twin()
+    step = tail.compiled()
+    both(tail, twin, step, range(2))
+    new = []
+    for t in (tail, twin):
+        new.append(torch.nn.Parameter(torch.linspace(0, 1, 5)))
+        t.opt.param_groups[0]["params"][1] = new[-1]
+    for seed in range(2, 4):
+        for p in new:
+            p.grad = torch.full((5,), 0.1 * seed)
+        both(tail, twin, step, [seed])
+    assert_close(new[:1], new[1:], 2e-5)
+    assert float(new[0].detach().sum()) != pytest.approx(2.5)
+    assert_close(
+        [p.detach() for p in tail.params] + tail.averages, [p.detach() for p in twin.params] + twin.averages, 2e-5
+    )
+
+
 def test_hooks_run_in_their_place() -> None:
     """A hook may look at clipped gradients: the graph runs operation by operation, and says so."""
     tail = Tail(BY_NAME["adam"].build)
