@@ -1,0 +1,47 @@
+"""`python -m npu_fuse_pass <command>`: what can be done from a terminal."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Protocol
+
+# command -> what it does, in a line; the module of that name in `commands` does it, loaded when it is asked for
+COMMANDS: dict[str, str] = {}
+
+
+class Command(Protocol):
+    """What a module in `commands` has."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the command's arguments."""
+
+    def run(self, given: argparse.Namespace) -> int:
+        """Do it, and give the exit status."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        The exit status: 0, or 1 for what the command checks and finds wanting; argparse exits with 2.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(prog="python -m npu_fuse_pass", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, purpose in COMMANDS.items():
+        of_command = commands.add_parser(name, help=purpose, description=purpose)
+        if given[:1] == [name]:
+            _load(name).add_arguments(of_command)
+    chosen = parser.parse_args(given)
+    return _load(chosen.command).run(chosen)
+
+
+def _load(name: str) -> Command:
+    return importlib.import_module(f"npu_fuse_pass.commands.{name}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,35 @@
+"""What there is to show of one compile, as the stages made it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from torch import fx
+
+from ..ir import Call, Captured, Group
+from ..report import CompileReport
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """One compile.
+
+    Attributes:
+        original: the graph that Dynamo captured; None for the step of an optimizer of ours by itself, which is read
+            from its rule.
+        captured: leaves, updates and what is not fused.
+        stages: groups of each stage before the last, with the original operations after them.
+        groups: those of the last stage; they write parameters and states.
+        report: of this compile.
+        sources: generated C++ of each group that has some, by the group's name.
+        ge_graphs: GE graphs in protobuf's text form, by what they are ("original", "optimized"); only on the NPU.
+    """
+
+    original: fx.GraphModule | None
+    captured: Captured
+    stages: Sequence[tuple[Sequence[Group], Sequence[Call]]]
+    groups: Sequence[Group]
+    report: CompileReport
+    sources: Mapping[str, str]
+    ge_graphs: Mapping[str, str]
