@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import GradientError
+from .flat import flat_buffer
 from .meta import reads_step, wanted_keywords
 from .rules import Rule, split_keywords
 from .same_tensors import SameTensors
@@ -119,10 +120,11 @@ def make_batch(
     names = rule.states_of(settings)
     dtype, grad_dtype, device = batch_key(params[0], next((p.grad for p in params if p.grad is not None), None))
     stored = optimizer.state_dtype or dtype
-    flat, views = {}, {}
+    flat: dict[str, Tensor] = {}
+    views = {}
     total = sum(p.numel() for p in params)
     for name in names:
-        flat[name] = torch.empty((total,), dtype=stored, device=device)
+        flat[name] = flat_buffer(total, stored, device, list(flat.values()))
         views[name] = list(_views(flat[name], params))
     steps = torch.zeros(len(params), dtype=torch.float64)
     order = list(_flat_names(numbers))
