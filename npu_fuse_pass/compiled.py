@@ -46,14 +46,14 @@ class RuleStep:
         assert optimizer is not None
         if optimizer._prelude.version != self._version:
             self._plan()
-        if self._program is None or not self._run(inputs_of(optimizer._prelude.batches)):
+        if self._program is None or not self._run(inputs_of(optimizer._prelude.batches), optimizer._prelude.kinds):
             step_op.run_eager(optimizer)
         return ()
 
-    def _run(self, values: list[Tensor | None]) -> bool:
+    def _run(self, values: list[Tensor | None], kinds: object) -> bool:
         assert self._program is not None
         try:
-            self._program(values)
+            self._program(values, kinds=kinds)
         except Mismatch as e:
             refused(self._report, str(e), self._options.strict)
             return False

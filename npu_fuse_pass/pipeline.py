@@ -42,9 +42,9 @@ Stages = Sequence[tuple[Sequence[Group], Sequence[Call]]]
 
 
 class Program(Protocol):
-    """What a lowering gives: runs one step on the values of all leaves."""
+    """What a lowering gives: runs one step on the values of all leaves; what `kinds` is, see the CPU's."""
 
-    def __call__(self, values: list[Tensor | None], complete: bool = False) -> None: ...
+    def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)

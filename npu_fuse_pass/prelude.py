@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from .rules import Rule
 
 
+_grad = operator.attrgetter("grad")
+
+
 class Prelude:
     """The batches of an optimizer, made when first needed and again whenever they no longer fit.
 
@@ -46,6 +49,12 @@ class Prelude:
             self._make(optimizer, parts)
             if not self._fit(optimizer, parts):
                 raise AssertionError("batches do not fit right after they were made")
+
+    @property
+    def kinds(self) -> object:
+        """Equal at two steps if every parameter and gradient was of the same kind at both (dtype, sizes, strides)."""
+        learned = [b.same.matched for b in self.batches]
+        return None if None in learned else (self.version, learned)
 
     def expose_states(self) -> None:
         """Show the states of parameters that were updated for the first time in `opt.state`."""
@@ -102,7 +111,7 @@ def _serves(batch: Batch, rule: Rule, part: int, settings: Mapping[str, Any], me
 def _read_gradients(batch: Batch) -> bool:
     """Take this step's gradients into the batch; False where a parameter or gradient is no longer what it was."""
     params = batch.params
-    grads = batch.grads = [p.grad for p in params]
+    grads = batch.grads = list(map(_grad, params))
     if batch.same.match([*params, *grads]):
         return True
     dtypes = {None if g is None else g.dtype for g in grads} - {None, batch.grad_dtype}

@@ -20,10 +20,14 @@ class SameTensors:
     def __init__(self) -> None:
         self._guards: TensorGuards | None = None
         self._learned = 0
+        self.matched: int | None = None
+        """Which of those learned the tensors asked about last were like, by number; None: not like the latest."""
 
     def match(self, tensors: Sequence[Tensor | None]) -> bool:
         """Whether these are what was learned, one by one; never where one of them is None."""
-        return self._guards is not None and bool(self._guards.check(*tensors))
+        same = self._guards is not None and bool(self._guards.check(*tensors))
+        self.matched = self._learned if same else None
+        return same
 
     def learn(self, tensors: Sequence[Tensor]) -> None:
         """Remember these; whoever calls has found them to be right."""
@@ -32,3 +36,4 @@ class SameTensors:
             sizes: Any = [list(t.shape) for t in tensors]
             strides: Any = [list(t.stride()) for t in tensors]
             self._guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+            self.matched = self._learned

@@ -44,6 +44,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "expanded to one": lambda g: g.flatten()[:1].reshape([1] * g.ndim).expand(g.shape),
     "sliced": lambda g: g.repeat_interleave(2, -1)[..., ::2],
     "flipped order": lambda g: torch.empty(g.shape[::-1]).permute(*reversed(range(g.ndim))).copy_(g),
+    "negated": lambda g: torch._neg_view(g.neg()),
     "offset": lambda g: torch.cat([torch.zeros(3), g.flatten()])[3:].reshape(g.shape),
 }
 

@@ -50,12 +50,13 @@ class Program:
         written = {m[s] for g in groups for s in g.formula.written for m in g.members}
         self._outputs = [(i, leaves[i]) for i in sorted(written) if leaves[i].kind in ("output", "temporary")]
 
-    def __call__(self, values: Values, complete: bool = False) -> None:
+    def __call__(self, values: Values, complete: bool = False, kinds: object = None) -> None:
         """Run the step; fills in the values of "output" and "temporary" leaves.
 
         Args:
             values: one tensor per leaf; None for the gradient of a parameter that is left out.
             complete: check dtypes too (the caller has not).
+            kinds: equal at two calls if every tensor had the same dtype, sizes and strides at both; None: not known.
 
         Raises:
             Mismatch: nothing was changed; the caller runs the original instead.
@@ -66,7 +67,7 @@ class Program:
         for k, i in enumerate(self._snapshots):
             self._table[self._snapshots_at + k] = float(values[i])  # type: ignore[arg-type]
         for kernel in self.kernels:
-            kernel.bind(values, complete)
+            kernel.bind(values, complete, kinds)
         self._check_memory(values)
         for _ in range(self._rounds):
             for kernel in self.kernels:

@@ -17,7 +17,7 @@ from ..ir import Group, Leaf
 from ..same_tensors import SameTensors
 from . import cpu_build
 from .cpu_codegen import CHUNK, generate
-from .memory import in_order, memory_order
+from .memory import in_order, materialised, memory_order
 
 _TAGS = {
     torch.float64: 0,
@@ -85,6 +85,7 @@ class Kernel:
         self._scalar_columns = [_Column(rank, slot, group, leaves) for rank, slot in enumerate(formula.scalar_slots)]
         self._varying = [c for c in self._columns if not c.fixed]
         self._same = SameTensors()
+        self._kinds: object = None
         self._own = own
         self._snapshots = snapshots
         self._active = array.array("B", [1]) * self._n
@@ -124,13 +125,14 @@ class Kernel:
 
     # One call --------------------------------------------------------------------------------------------------------
 
-    def bind(self, values: Values, complete: bool) -> None:
+    def bind(self, values: Values, complete: bool, kinds: object) -> None:
         """Fill the tables with this call's addresses."""
         self._keep, self._copy_back = [], []
         varying = [tensors for column in self._varying for tensors in column.of(values)]
-        if self._bound and self._all_active and self._same.match(varying):
+        if self._bound and self._all_active and (kinds == self._kinds is not None or self._same.match(varying)):
             self._bind_same(values, varying)
             return
+        self._kinds = None
         plain = self._mark_active(values)
         for column in self._scalar_columns:
             if not self._bound or not column.fixed:
@@ -146,14 +148,16 @@ class Kernel:
             self._tensors[begin : begin + self._n] = array.array("q", [t.data_ptr() for t in tensors])
         self._bound = True
         if plain:
-            self._same.learn(varying)
+            self._kinds = kinds
+            if kinds is None:
+                self._same.learn(varying)
 
     def _bind_same(self, values: Values, varying: Sequence[Tensor | None]) -> None:
         """Every tensor is of the kind that it was at the last call: only addresses are new."""
         for column in self._scalar_columns:
             if not column.fixed:
                 self._bind_scalars(column, values)
-        pointers = array.array("q", [t.data_ptr() for t in varying])  # type: ignore[union-attr]
+        pointers = array.array("q", list(map(Tensor.data_ptr, varying)))  # type: ignore[arg-type]
         for k, column in enumerate(self._varying):
             begin = column.rank * self._n
             self._tensors[begin : begin + self._n] = pointers[k * self._n : (k + 1) * self._n]
@@ -171,13 +175,13 @@ class Kernel:
     _all_active = True
 
     def _fits(self, column: _Column, tensors: Sequence[Tensor], complete: bool) -> bool:
-        """Whether every tensor is contiguous, and of the dtype and size that the kernel was made for."""
+        """Whether all have the dtype and size that the kernel was made for, and their values lie in memory in order."""
         if complete and {t.dtype for t in tensors} != {column.dtype}:
             found = next(t for t in tensors if t.dtype != column.dtype)
             raise Mismatch(f"a tensor is {found.dtype}; the kernel was compiled for {column.dtype}")
         if [t.numel() for t in tensors] != self._numels:
             raise Mismatch("a tensor has another size than when the step was compiled")
-        return all([t.is_contiguous() for t in tensors])  # noqa: C419 - a list is faster here
+        return all([t.is_contiguous() and materialised(t) for t in tensors])  # noqa: C419 - a list is faster here
 
     def _bind_scalars(self, column: _Column, values: Values) -> None:
         begin = column.rank * self._n

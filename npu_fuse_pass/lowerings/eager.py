@@ -21,7 +21,7 @@ class Program:
         self._groups = groups
 
     @torch.no_grad()
-    def __call__(self, values: list[Tensor | None], complete: bool = False) -> None:
+    def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None:
         """Run the step; fills in the values of "output" and "temporary" leaves. None values leave their member out."""
         self._check_memory(values)
         known: dict[int, Tensor] = {i: v for i, v in enumerate(values) if v is not None}

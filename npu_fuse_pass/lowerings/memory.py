@@ -44,7 +44,14 @@ def memory_order(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     return torch.empty(tensors[0].shape, device="meta").stride() if tensors else ()
 
 
+def materialised(t: Tensor) -> bool:
+    """Whether memory holds the tensor's values: not their negatives (imaginary parts of conjugates), nor nothing."""
+    return not (t.is_neg() or t._is_zerotensor())
+
+
 def in_order(t: Tensor, strides: tuple[int, ...]) -> bool:
-    """Whether the tensor's elements lie in memory as these strides say."""
+    """Whether the tensor's elements lie in memory as these strides say, and as they are."""
+    if not materialised(t):
+        return False
     agree = all(size <= 1 or a == b for size, a, b in zip(t.shape, t.stride(), strides, strict=True))
     return agree or t.numel() == 0

@@ -151,7 +151,7 @@ class Program:
                 except Exception as e:
                     raise GraphRefused(refusal("torchair does not convert this step's graph", e, versions())) from e
 
-    def __call__(self, values: list[Tensor | None], complete: bool = False) -> None:
+    def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None:
         """Run the step; fills in the values of "output" leaves.
 
         Args:

@@ -14,7 +14,7 @@ from ..ir import Call, LeafRef
 
 
 class _Program(Protocol):
-    def __call__(self, values: list[Tensor | None], complete: bool = False) -> None: ...
+    def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None: ...
 
 
 class Program:
@@ -24,7 +24,7 @@ class Program:
         self._stages = [(program, [(call, _function(call)) for call in calls]) for program, calls in stages]
         self._last = last
 
-    def __call__(self, values: list[Tensor | None], complete: bool = False) -> None:
+    def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None:
         """Run the step on the values of all leaves; nothing is written before the last kernels."""
         for program, calls in self._stages:
             program(values, complete)
