@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from bench_call import call_cost
 from bench_cases import FAMILIES, WORKLOADS, Family, Workload, peers
-from bench_measure import bandwidth, compile_cost, extra_memory, machine, medians
+from bench_measure import bandwidth, compile_cost, extra_memory, inductor_cost, machine, medians
 from bench_picture import draw
 from tqdm import tqdm
 
@@ -29,7 +30,9 @@ QUICK = {
     "100 x 256x256": ("Adam", "SGD momentum", "RMSpropTF", "LAMB"),
     "8 x 2048x2048": ("Adam", "SGD momentum"),
 }
-STAGE_COUNTS = (10, 100, 1000, 3000)
+STAGE_COUNTS = (10, 100, 300, 1000, 3000)
+INDUCTOR_COUNT = 300
+GROWTH_COUNTS = (1, 3, 10, 30, 100, 300, 1000, 3000)
 
 
 def chosen(quick: bool, only: str) -> list[tuple[Workload, Family]]:
@@ -80,14 +83,35 @@ def print_cells(cells: Sequence[dict[str, Any]]) -> None:
     table("workload | optimizer | ours, ms | best peer, ms | as fast | GB/s | of in-place | extra memory", rows)
 
 
-def stages(counts: Sequence[int]) -> list[dict[str, Any]]:
-    """Cost of compiling our Adam and stock Adam at several numbers of parameters."""
+def growth(counts: Sequence[int], seconds: float) -> list[dict[str, Any]]:
+    """Step times of Adam on 1 to 3000 tensors of 1024 elements."""
+    adam = next(f for f in FAMILIES if f.name == "Adam")
+    found = []
+    for n in tqdm(counts, desc="step time against N", unit="N"):
+        torch._dynamo.reset()
+        steps, _ = medians(peers(adam, Workload(f"{n} x 1024", [(1024,)] * n, large=False), inductor=False), seconds)
+        found.append({"parameters": n, "milliseconds": {name: 1e3 * s for name, s in steps.items()}})
+    return found
+
+
+def print_growth(rows: Sequence[dict[str, Any]]) -> None:
+    """The table of step times against the number of parameters."""
+    names = list(rows[0]["milliseconds"]) if rows else []
+    cells = [[r["parameters"], *(f"{r['milliseconds'][name]:.3f}" for name in names)] for r in rows]
+    table(" | ".join(["tensors of 1024, Adam, ms of a step:", *names]), cells)
+
+
+def stages(counts: Sequence[int], inductor: bool) -> list[dict[str, Any]]:
+    """Cost of compiling our Adam and stock Adam at several numbers of parameters; at one of them with Inductor too."""
     found = []
     makers = [("NpuFusedAdam", optimizers.NpuFusedAdam), ("torch.optim.Adam, foreach", torch.optim.Adam)]
     bar = tqdm([(n, name, make) for n in counts for name, make in makers], desc="compile time", unit="compile")
     for n, name, make in bar:
         bar.set_postfix_str(f"{name}, {n}")
         found.append({"parameters": n, "optimizer": name, **compile_cost(make, n)})
+    if inductor:
+        cost = {"first call, cold": inductor_cost(INDUCTOR_COUNT)}
+        found.append({"parameters": INDUCTOR_COUNT, "optimizer": "torch.optim.Adam, foreach, Inductor", **cost})
     return found
 
 
@@ -95,7 +119,7 @@ def print_stages(rows: Sequence[dict[str, Any]]) -> None:
     """The table of compile times in seconds."""
     columns = ["first call, cold", "first call, warm", "our stages, cold", "our stages, warm"]
     columns += [f"{stage}, warm" for stage in ("capture", "group", "lower")]
-    cells = [[r["parameters"], r["optimizer"], *(f"{r[c]:.2f}" for c in columns)] for r in rows]
+    cells = [[r["parameters"], r["optimizer"], *(f"{r[c]:.2f}" if c in r else "–" for c in columns)] for r in rows]
     table(" | ".join(["parameters", "optimizer, seconds of:", *columns]), cells)
 
 
@@ -105,13 +129,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a selection, within two minutes")
     parser.add_argument("--only", default="", help="cells whose workload or optimizer contains this")
     parser.add_argument("--seconds", type=float, help="of timed steps for each cell (default 4, quick 1)")
-    parser.add_argument("--inductor", action="store_true", help="torch.compile with Inductor as a peer (minutes)")
+    parser.add_argument("--inductor", action="store_true", help="torch.compile with Inductor as a peer (an hour)")
     parser.add_argument("--stages", type=int, nargs="*", help="numbers of parameters to measure compile time at")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("bench-output"))
     given = parser.parse_args()
     warnings.filterwarnings("ignore", module="torch")
     counts = given.stages if given.stages is not None else (10, 100) if given.quick else STAGE_COUNTS
-    rows = stages(counts)
+    rows = stages(counts, given.inductor)
+    parts = call_cost(1000)
+    grown = growth(GROWTH_COUNTS[:-1:2] if given.quick else GROWTH_COUNTS, 0.3 if given.quick else 2)
     gigabytes = bandwidth()
     cells = []
     bar = tqdm(chosen(given.quick, given.only), desc="step time", unit="cell")
@@ -122,10 +148,13 @@ def main() -> None:
     print(f"\n{found['date']}, {found['machine']}")
     print(f"in-place multiply of one large tensor: {gigabytes:.1f} GB/s")
     print_stages(rows)
+    table("NpuFusedAdam on 1000 x 1024 | us for each parameter", [[name, f"{us:.2f}"] for name, us in parts.items()])
+    print_growth(grown)
     print_cells(cells)
     given.out.mkdir(exist_ok=True)
-    (given.out / "bench.json").write_text(json.dumps({**found, "steps": cells, "compile": rows}, indent=2))
-    draw(cells, rows, given.out / "bench.png")
+    measured = {"steps": cells, "compile": rows, "call": parts, "growth": grown}
+    (given.out / "bench.json").write_text(json.dumps({**found, **measured}, indent=2))
+    draw(cells, rows, grown, given.out / "bench.png")
     print(f"\nwrote {given.out / 'bench.json'} and {given.out / 'bench.png'}")
 
 

@@ -114,6 +114,17 @@ def compile_cost(make: Callable[[Params], Any], n: int) -> dict[str, float]:
     return found
 
 
+def inductor_cost(n: int) -> float:
+    """Seconds of the first call of stock foreach Adam compiled by Inductor, without its caches."""
+    from torch._inductor import config
+
+    torch._dynamo.reset()
+    params = [torch.nn.Parameter(torch.randn(16)) for _ in range(n)]
+    fresh_gradients(params, [torch.randn_like(p) for p in params])
+    with config.patch(force_disable_caches=True):
+        return _timed(torch.compile(torch.optim.Adam(params, foreach=True).step, backend="inductor"))
+
+
 def extra_memory(params: Params, step: Step) -> float:
     """Peak bytes that a step allocates beyond what lives before it, as a share of the parameters' bytes."""
     from torch.profiler import ProfilerActivity, profile

@@ -9,11 +9,13 @@ from typing import Any
 from matplotlib.figure import Figure
 
 
-def draw(cells: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
+def draw(
+    cells: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], grown: Sequence[dict[str, Any]], path: pathlib.Path
+) -> None:
     """Write the picture; ratios above the line are in our favour."""
     workloads = list(dict.fromkeys(c["workload"] for c in cells))
-    figure = Figure(figsize=(11, 3 * (len(workloads) + 1)), layout="constrained")
-    axes = figure.subplots(len(workloads) + 1, 1, squeeze=False)[:, 0]
+    figure = Figure(figsize=(11, 3 * (len(workloads) + 2)), layout="constrained")
+    axes = figure.subplots(len(workloads) + 2, 1, squeeze=False)[:, 0]
     for axis, workload in zip(axes, workloads, strict=False):
         own = [c for c in cells if c["workload"] == workload]
         peers = list(dict.fromkeys(name for c in own for name in c["milliseconds"]))
@@ -26,9 +28,10 @@ def draw(cells: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], path: 
         axis.set_ylabel("ms per step")
         axis.set_yscale("log")
         axis.legend(fontsize="small", ncols=len(peers))
+    _draw_growth(axes[-2], grown)
     last = axes[-1]
     for name in dict.fromkeys(r["optimizer"] for r in rows):
-        own = [r for r in rows if r["optimizer"] == name]
+        own = [r for r in rows if r["optimizer"] == name and "our stages, warm" in r]
         counts = [r["parameters"] for r in own]
         last.plot(counts, [r["first call, cold"] for r in own], "o-", label=f"{name}: first call, cold")
         last.plot(counts, [r["our stages, warm"] for r in own], "o--", label=f"{name}: our stages, warm")
@@ -36,3 +39,10 @@ def draw(cells: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], path: 
     if rows:
         last.legend(fontsize="small")
     figure.savefig(path, dpi=110)
+
+
+def _draw_growth(axis: Any, grown: Sequence[dict[str, Any]]) -> None:
+    for name in grown[0]["milliseconds"] if grown else ():
+        axis.plot([r["parameters"] for r in grown], [r["milliseconds"][name] for r in grown], "o-", label=name)
+    axis.set(xscale="log", yscale="log", xlabel="tensors of 1024", ylabel="ms per step", title="Adam, step time")
+    axis.legend(fontsize="small")
