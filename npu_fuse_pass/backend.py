@@ -35,7 +35,8 @@ def npu_fused(
         mode: must be None; modes belong to other backends.
         options: `platform`: "auto" (by the tensors' device), "cpu", "npu" or "eager" (the original graph);
             `strict`: raise UnfusedError if anything is left unfused; `torchair_config`: a torchair.CompilerConfig,
-            which torchair's compiler gets as it is.
+            which torchair's compiler gets as it is; `layout`: how an NPU graph takes a group's tensors: "auto" (flat
+            where they are adjacent in memory), "flat" or "list" (one by one).
 
     Raises:
         OptionError: an unknown option or value; the message names the allowed ones.
@@ -110,6 +111,10 @@ def _checked_options(mode: str | None, options: Mapping[str, Any] | None) -> dic
         raise OptionError(f"platform={chosen['platform']!r}; allowed are {list(pipeline.PLATFORMS)}")
     if not isinstance(chosen["strict"], bool):
         raise OptionError(f"strict={chosen['strict']!r}; allowed are True and False")
+    if chosen["layout"] not in pipeline.LAYOUTS:
+        raise OptionError(f"layout={chosen['layout']!r}; allowed are {list(pipeline.LAYOUTS)}")
+    if chosen["layout"] != "auto" and chosen["platform"] not in ("auto", "npu"):
+        raise OptionError(f"layout with platform={chosen['platform']!r}; it is allowed with 'auto' and 'npu'")
     _check_torchair_config(chosen["torchair_config"], chosen["platform"])
     return chosen
 

@@ -21,7 +21,7 @@ def compile_step(opt: torch.optim.Optimizer, **options: Any) -> CompiledStep:
 
     Args:
         opt: any torch.optim.Optimizer.
-        options: those of the backend: `platform`, `strict`, `torchair_config`.
+        options: those of the backend: `platform`, `strict`, `torchair_config`, `layout`.
 
     Raises:
         OptionError: an unknown option or value.

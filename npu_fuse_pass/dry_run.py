@@ -25,7 +25,7 @@ def explain(opt: torch.optim.Optimizer, **options: Any) -> CompileReport:
 
     Args:
         opt: any torch.optim.Optimizer.
-        options: those of the backend: `platform`, `strict`, `torchair_config`.
+        options: those of the backend: `platform`, `strict`, `torchair_config`, `layout`.
 
     Returns:
         The report. Where torch never shows the step to a backend, its `fallback` names the reason and the remedy.

@@ -14,8 +14,11 @@ class Options:
         platform: "auto" (by the tensors' device), "cpu", "npu" or "eager" (the original graph).
         strict: raise UnfusedError if anything is left unfused.
         torchair_config: a torchair.CompilerConfig, which torchair's compiler gets as it is; None is its default.
+        layout: how an NPU graph takes a group's tensors: "auto" (flat where they are adjacent in memory), "flat" (the
+            same, even where concatenating large gradients takes longer) or "list" (one by one).
     """
 
     platform: str = "auto"
     strict: bool = False
     torchair_config: Any = None
+    layout: str = "auto"

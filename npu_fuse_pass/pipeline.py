@@ -26,19 +26,21 @@ from .ops import multi_tensor_update
 from .options import Options
 from .report import CompileReport, record
 from .rewrite import rewrite
-from .rows import Matches, group_report, show_matches, traffic
-from .storage import Batch
+from .rows import Matches, group_report, show_matches, show_plans, traffic
+from .storage import Batch, inputs_of
 from .trace import capture_batches
 
 log = logging.getLogger(__name__)
 
 PLATFORMS = ("auto", "cpu", "npu", "eager")
+LAYOUTS = ("auto", "flat", "list")
 # Platforms with dedicated operations need to know before they lower which kernel computes a group. Elsewhere a match is
 # something to read: it is decided when the report is, and no compile takes longer for it.
 _MATCHED_BEFORE = ("npu",)
 
 
 Stages = Sequence[tuple[Sequence[Group], Sequence[Call]]]
+Values = list[Tensor | None] | None  # of the leaves, where they are known before the step is called
 
 
 class Program(Protocol):
@@ -106,10 +108,16 @@ def _symbolic(placeholder: fx.Node) -> bool:
 
 def fuse_batches(batches: Sequence[Batch], options: Options, cause: str = "compile") -> Fused:
     """Fuse the step of an optimizer with update rules; as `fuse_graph`."""
-    return _fuse(lambda: capture_batches(batches), options, cause)
+    return _fuse(lambda: capture_batches(batches), options, cause, values=inputs_of(batches))
 
 
-def _fuse(capture_step: Callable[[], Captured], options: Options, cause: str, graph_break: str | None = None) -> Fused:
+def _fuse(
+    capture_step: Callable[[], Captured],
+    options: Options,
+    cause: str,
+    graph_break: str | None = None,
+    values: Values = None,
+) -> Fused:
     report = CompileReport(options.platform, cause=cause, graph_break=graph_break)
     with _without_collection(), _timed(report, "capture"):
         captured = capture_step()
@@ -128,7 +136,7 @@ def _fuse(capture_step: Callable[[], Captured], options: Options, cause: str, gr
         if report.platform in _MATCHED_BEFORE:
             matches()
         with _timed(report, "lower"):
-            program = _lower(captured.leaves, stages, groups, report, options)
+            program = _lower(captured.leaves, stages, groups, report, options, values)
         report.bytes_per_element = traffic(captured, report)
         show_matches(report, groups, captured.leaves, matches)
     report._graph = functools.cache(lambda: rewrite(captured.leaves, groups, stages))
@@ -168,14 +176,19 @@ def _match(groups: Sequence[Group], leaves: Sequence[Leaf], report: CompileRepor
 
 
 def _lower(
-    leaves: Sequence[Leaf], stages: Stages, groups: Sequence[Group], report: CompileReport, options: Options
+    leaves: Sequence[Leaf],
+    stages: Stages,
+    groups: Sequence[Group],
+    report: CompileReport,
+    options: Options,
+    values: Values,
 ) -> Program | None:
     lower = _LOWERINGS[report.platform]
     try:
-        before = [(lower(leaves, made, report, options), calls) for made, calls in stages]
+        before = [(lower(leaves, made, report, options, None), calls) for made, calls in stages]
         for row in report.groups:
             row.writes = "temporaries"
-        last = lower(leaves, groups, report, options)
+        last = lower(leaves, groups, report, options, values)
     except (Unsupported, GraphRefused) as e:
         report.fallback = str(e)
         report.groups = []
@@ -185,7 +198,9 @@ def _lower(
     return staged.Program([(program, calls) for program, calls in before if program is not None], last)
 
 
-def _lower_cpu(leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport, options: Options) -> Program:
+def _lower_cpu(
+    leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport, options: Options, values: Values
+) -> Program:
     from .lowerings import cpu
 
     try:
@@ -198,12 +213,16 @@ def _lower_cpu(leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileR
     return program
 
 
-def _lower_eager(leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport, options: Options) -> None:
+def _lower_eager(
+    leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport, options: Options, values: Values
+) -> None:
     """The original graph, on request; the report still shows what would be fused."""
     report.groups += [group_report(g, leaves, "eager", "original graph", 0, 0) for g in groups]
 
 
-def _lower_graph(leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport, options: Options) -> None:
+def _lower_graph(
+    leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport, options: Options, values: Values
+) -> None:
     """The fused nodes themselves, which another compiler takes over; `copy_` reads and writes every new value again."""
     kernels = report.platform == "graph cpu"
     operation = str(node.multi_tensor_kernel if kernels else multi_tensor_update).removesuffix(".default")
@@ -218,19 +237,32 @@ def _lower_graph(leaves: Sequence[Leaf], groups: Sequence[Group], report: Compil
         report.groups.append(group_report(g, leaves, "graph", operation, size, passes))
 
 
-def _lower_npu(leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport, options: Options) -> Program:
+def _lower_npu(
+    leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport, options: Options, values: Values
+) -> Program:
     from .lowerings import npu
 
     if any(leaf.kind == "result" for leaf in leaves):
         raise Unsupported("npu", "original operations between fused updates")
-    program = npu.Program(leaves, groups, options.torchair_config)
-    report.groups += [
-        group_report(p.group, leaves, "npu", p.kernel, p.bytes_per_element, p.operations) for p in program.parts
-    ]
+
+    def planned() -> None:
+        show_plans(report, rows, [part.layout for part in program.parts])
+        in_part = [row.layout_reason for row in rows if "list" in row.layout and row.layout_reason]
+        if options.strict and options.layout == "flat" and in_part:
+            raise UnfusedError(f'strict=True and layout="flat" is not possible: {in_part[0]}')
+
+    program = npu.Program(leaves, groups, options.torchair_config, options.layout, values, planned)
+    rows = [group_report(p.group, leaves, "npu", p.kernel, 0, 0) for p in program.parts]
+    report.groups += rows
+    if values is None:
+        show_plans(report, rows, [part.layout for part in program.parts])
+    else:
+        planned()
     return program
 
 
-_LOWERINGS: dict[str, Callable[[Sequence[Leaf], Sequence[Group], CompileReport, Options], Program | None]] = {
+_Lowering = Callable[[Sequence[Leaf], Sequence[Group], CompileReport, Options, Values], Program | None]
+_LOWERINGS: dict[str, _Lowering] = {
     "cpu": _lower_cpu,
     "npu": _lower_npu,
     "eager": _lower_eager,

@@ -54,6 +54,9 @@ class GroupReport:
         launches: kernel calls per step.
         elements: how many the group's parameters have together.
         writes: "leaves" (parameters and states), or "temporaries" that original operations read.
+        layout: "list" (tensors one by one), "flat" (adjacent ones as one), "gathered" (flat, but gradients are
+            concatenated first), or several of these, joined by " + ".
+        layout_reason: why some or all tensors are not flat; "" where nothing else could be expected.
     """
 
     name: str
@@ -67,6 +70,8 @@ class GroupReport:
     launches: int
     elements: int = 0
     writes: str = "leaves"
+    layout: str = "list"
+    layout_reason: str = ""
     _matched: Callable[[], KernelMatch | str] = dataclasses.field(default=_not_asked, repr=False, compare=False)
 
     @property
@@ -144,8 +149,9 @@ class CompileReport:
         for g in self.groups:
             lines.append(
                 f"  {g.name}  {g.updates} x {g.dtype} on {g.device}  {g.bytes_per_element} bytes/element  "
-                f"{g.launches} x {g.kernel}"
+                f"{g.launches} x {g.kernel}{f'  {g.layout}' if g.lowering == 'npu' else ''}"
             )
+            lines += [f"      layout {g.layout}: {g.layout_reason}"] if g.layout_reason else []
             lines += [f"      {line}" for line in g.formula.splitlines()]
             lines.append(f"      match: {g.match or 'none, ' + g.no_match}")
         if self.bytes_per_element:

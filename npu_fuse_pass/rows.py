@@ -5,12 +5,23 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 from .expr import DTYPE_NAMES
 from .ir import Captured, Group, Leaf
 from .match_result import Match, NoMatch
 from .report import CompileReport, GroupReport, KernelMatch
 from .symbols import readable
+
+
+class Layout(Protocol):
+    """How a lowering takes the tensors of a group; `GroupReport` says what the fields are."""
+
+    name: str
+    reason: str
+    launches: int
+    bytes_per_element: int
+
 
 Matches = Mapping[str, Match | NoMatch]
 """By the group's name."""
@@ -37,6 +48,16 @@ def traffic(captured: Captured, report: CompileReport) -> dict[str, float]:
         return {}
     kernels = sum(g.bytes_per_element * g.elements for g in report.groups)
     return {"before": captured.moved / elements, "after": (kernels + captured.moved_by_calls) / elements}
+
+
+def show_plans(report: CompileReport, rows: Sequence[GroupReport], layouts: Sequence[Layout]) -> None:
+    """Let rows say how the tensors of their groups are taken now, and what that costs."""
+    for row, layout in zip(rows, layouts, strict=True):
+        row.layout, row.layout_reason = layout.name, layout.reason
+        row.launches, row.bytes_per_element = layout.launches, layout.bytes_per_element
+    moved = sum(g.bytes_per_element * g.elements for g in report.groups)
+    if report.bytes_per_element:
+        report.bytes_per_element["after"] = moved / sum(g.elements for g in report.groups)
 
 
 def show_matches(

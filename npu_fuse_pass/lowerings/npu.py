@@ -1,17 +1,20 @@
 """The NPU lowering: one static GE graph for the whole step, through torchair's public compiler.
 
-The graph that torchair gets is functional already, so it does not go through AOTAutograd again. Every tensor enters as
-one dimension of contiguous elements, every number of the step in one packed host vector; written tensors leave through
-`copy_`, which torchair turns into in-place outputs. Step counters advance on the host.
+The graph that torchair gets is functional already, so it does not go through AOTAutograd again. Tensors enter as one
+dimension of contiguous elements (one tensor, or all of a group that are adjacent), every number of the step in one
+packed host vector; written tensors leave through `copy_`, which torchair turns into in-place outputs. Step counters
+advance on the host.
 
 torch_npu and torchair are imported when a `Program` is made.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +24,10 @@ from ..errors import FuseError, GraphRefused, PlatformError, Unsupported
 from ..ir import Group, Leaf
 from ..ops import multi_tensor_contribute, multi_tensor_update, parsed
 from . import npu_emit
-from .npu_bind import Binder
+from .npu_bind import Binder, Host
 from .npu_graph import build, device_contribute, device_update
+from .npu_layout import Plan
+from .npu_plans import Plans
 from .npu_run import Run, refusal
 from .npu_split import split
 
@@ -120,30 +125,58 @@ def _convert(
 
 
 class Program:
-    """All groups of a captured step as one GE graph; the interface of `lowerings.cpu.Program`."""
+    """All groups of a captured step as one GE graph; the interface of `lowerings.cpu.Program`.
 
-    def __init__(self, leaves: Sequence[Leaf], groups: Sequence[Group], config: Any = None) -> None:
-        """Convert.
+    Args:
+        leaves: of the captured step.
+        groups: over them.
+        config: torchair's CompilerConfig, passed on unchanged.
+        layout: "auto" (flat as far as tensors are adjacent), "flat" (the same, however large they are), or "list".
+        values: of all leaves, where they are known already: a graph for tensors that are adjacent needs to see them.
+        planned: called when the graph was planned anew for the tensors of a step, before anything is changed.
 
-        Args:
-            leaves: of the captured step.
-            groups: over them.
-            config: torchair's CompilerConfig, passed on unchanged.
+    Raises:
+        PlatformError: torchair cannot be used here.
+        GraphRefused: torchair does not convert the graph.
+        Unsupported: a group computes what no GE operation in the whitelist does.
+    """
 
-        Raises:
-            PlatformError: torchair cannot be used here.
-            GraphRefused: torchair does not convert the graph.
-            Unsupported: a group computes what no GE operation in the whitelist does.
-        """
-        torchair = require()
+    def __init__(
+        self,
+        leaves: Sequence[Leaf],
+        groups: Sequence[Group],
+        config: Any = None,
+        layout: str = "auto",
+        values: list[Tensor | None] | None = None,
+        planned: Callable[[], None] | None = None,
+    ) -> None:
+        self._torchair = require()
+        self._leaves, self._config, self._planned = leaves, config, planned
         self.parts = [Part(group, leaves) for group in groups]
-        self._binder = Binder(leaves, self.parts)
-        self.graph = build(leaves, self.parts, self._binder)
+        self._host = Host(leaves, self.parts)
+        self._plans = Plans(leaves, self.parts, layout)
+        if values is not None:
+            step = self._host.look(values, complete=True)
+            self._plans.update(values, step.all_numbers, step.active)
+        self._use_plans()
+        self._make()
+
+    def _use_plans(self) -> bool:
+        """Whether they need another graph."""
+        before = [part.plan.runs for part in self.parts]
+        for part, plan in zip(self.parts, self._plans.plans, strict=True):
+            part.plan = plan
+        return before != [part.plan.runs for part in self.parts]
+
+    def _make(self) -> None:
+        """The graph for the present plans."""
+        self._binder = Binder(self._leaves, self.parts)
+        self.graph = build(self._leaves, self.parts, self._binder)
         fakes = [n.meta["val"] for n in self.graph.graph.find_nodes(op="placeholder")]
         self._run = Run(lambda *_: (), versions)
         if fakes:
             with torch._guards.tracing(torch._guards.TracingContext(fakes[0].fake_mode)):
-                compiler = torchair.get_compiler(torchair.CompilerConfig() if config is None else config)
+                compiler = self._torchair.get_compiler(self._config or self._torchair.CompilerConfig())
                 try:
                     self._run = Run(compiler(self.graph, fakes), versions)
                 except FuseError:
@@ -160,26 +193,34 @@ class Program:
 
         Raises:
             Mismatch: a tensor is not what the graph was made for; nothing was changed.
-            GraphRefused: GE does not load, compile or run the graph the first time; nothing was changed.
+            GraphRefused: torchair does not convert the graph for tensors that have moved, or GE does not load, compile
+                or run the graph the first time; nothing was changed.
             StepFailedError: a later run failed; what it writes may be partly written.
         """
         with torch.no_grad():
-            step = self._binder.bind(values, complete)
+            step = self._host.look(values, complete)
+            if self._plans.update(values, step.all_numbers, step.active):
+                if self._use_plans():
+                    self._make()
+                if self._planned is not None:
+                    self._planned()
+            self._binder.bind(step, values)
             results = self._run(step.inputs, self._binder.written)
             self._binder.finish(step, values, results)
 
 
 class Part:
-    """One group and how its formula is split. Members without elements have nothing to do on the device.
+    """One group, how its formula is split and which members the graph updates as one.
 
-    `operations` are those of GE on tensors per step, `bytes_per_element` what they read and write.
+    Members without elements have nothing to do on the device. `plan` says which are updated as one.
     """
 
     kernel = "GE elementwise"
 
     def __init__(self, group: Group, leaves: Sequence[Leaf]) -> None:
         formula = group.formula
-        self.group = group
+        self.group, self._leaves = group, leaves
+        self.plan = Plan(())
         totals = [s for s in formula.scalar_slots if leaves[group.members[0][s]].kind == "total"]
         self.splits = [split(formula, totals, contribute=False)]
         if formula.contributions:
@@ -194,10 +235,32 @@ class Part:
         ]
         if not first:
             self.on_device = []
-        costs = [npu_emit.cost(made.device) for made in self.splits]
-        self.operations = sum(c[0] for c in costs) * len(self.on_device)
-        self.bytes_per_element = sum(c[1] for c in costs)
         for slot in formula.written:
             targets = [member[slot] for member in group.members]
             if len(set(targets)) != len(targets):
                 raise Unsupported(group.name, "several members write the same 0-dim tensor")
+
+    @property
+    def layout(self) -> Layout:
+        """For the report: the plan, and what it costs."""
+        first, slots = self.group.formula.tensor_slots[:1], self.group.formula.slots
+        elements = moved = 0
+        for run in self.plan.runs:
+            size = sum(math.prod(self._leaves[self.group.members[m][s]].shape) for m in run.members for s in first)
+            elements += size
+            moved += size * sum(2 * slots[s].dtype.itemsize for s in run.gathered)
+        costs = [npu_emit.cost(made.device) for made in self.splits]
+        gathered = sum(len(run.gathered) for run in self.plan.runs)
+        operations = sum(c[0] for c in costs) * len(self.plan.runs) + gathered
+        size = sum(c[1] for c in costs) + round(moved / max(1, elements))
+        return Layout(self.plan.name, self.plan.reason, operations, size)
+
+
+@dataclasses.dataclass
+class Layout:
+    """A group's row in the report: what the fields mean says `report.GroupReport`."""
+
+    name: str
+    reason: str
+    launches: int
+    bytes_per_element: int

@@ -17,75 +17,57 @@ from ..errors import Mismatch
 from ..ir import Leaf
 from . import npu_emit
 from .memory import check_apart, in_order, memory_order
-from .npu_split import Split, slots_of
+from .npu_layout import Run, Values
+from .npu_numbers import HostValues, Packed
 
 if TYPE_CHECKING:
     from .npu import Part
 
-Values = list[Tensor | None]
 Key = tuple[int, torch.dtype, torch.device]
+Leaves = tuple[int, ...]
+"""The leaves behind one input of the graph: one, or those of a run, which lie one behind the other."""
 
 
-class Numbers:
-    """The host values of one split, for the members on the device, and where they lie in the packed vector."""
+class Host:
+    """What is known of a step before the graph runs: the numbers of all members, and who takes part."""
 
-    def __init__(self, part: Part, made: Split, leaves: Sequence[Leaf], offset: int) -> None:
-        members = part.group.members
-        self.made = made
-        self._columns = {s: _Column([m[s] for m in members], leaves) for e in made.host.roots for s in slots_of(e)}
-        self._rows: list[Tensor] = []
-        self.positions: list[dict[int, int]] = []  # per value: member -> index
-        self.count = 0
-        for e in made.values:
-            keys: dict[tuple[int, ...], int] = {}
-            rows: list[int] = []
-            self.positions.append({})
-            for m in part.on_device:
-                key = tuple(members[m][s] for s in slots_of(e))
-                if key not in keys:
-                    keys[key] = offset + self.count + len(rows)
-                    rows.append(m)
-                self.positions[-1][m] = keys[key]
-            self._rows.append(torch.tensor(rows, dtype=torch.int64))
-            self.count += len(rows)
-        self.flags = part.on_device if made.device.contributions else []
-        if self.flags:
-            self.positions.append({m: offset + self.count + k for k, m in enumerate(self.flags)})
-        self.count += len(self.flags)
+    def __init__(self, leaves: Sequence[Leaf], parts: Sequence[Part]) -> None:
+        self._leaves, self._parts = leaves, parts
+        self._evaluate = [[HostValues(part.group, made, leaves) for made in part.splits] for part in parts]
 
-    def evaluate(self, values: Values, active: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
-        """The packed pieces, and the new values of what the host writes (0-dim or one per member)."""
-        found, advanced = self.made.host_values({s: c.of(values) for s, c in self._columns.items()})
-        pieces = [
-            (v.expand(len(rows)) if v.ndim == 0 else v[rows]).double()
-            for v, rows in zip(found, self._rows, strict=True)
-        ]
-        return [*pieces, torch.tensor([float(active[m]) for m in self.flags], dtype=torch.float64)], advanced
+    def look(self, values: Values, complete: bool) -> Step:
+        """A step as far as it is known before it is bound. `complete`: dtypes are to be checked."""
+        step = Step(complete)
+        for part, evaluate in zip(self._parts, self._evaluate, strict=True):
+            step.active.append([self._takes_part(member, values) for member in part.group.members])
+            found = [e(values) for e in evaluate]
+            step.numbers.append([n for n, _ in found])
+            for made, (_, new) in zip(part.splits, found, strict=True):
+                written = zip(made.advanced, new, strict=True)
+                step.advanced += [(part, s, value, step.active[-1]) for (s, _), value in written]
+        return step
 
-
-class _Column:
-    """A scalar slot over all members: one 0-dim tensor where they share it, else one value per member."""
-
-    def __init__(self, indices: list[int], leaves: Sequence[Leaf]) -> None:
-        self._indices = indices[:1] if len(set(indices)) == 1 else indices
-        numbers = [leaves[i].value if leaves[i].kind == "constant" else None for i in self._indices]
-        self._numbers = [None if n is None else torch.tensor(n, dtype=torch.float64) for n in numbers]
-
-    def of(self, values: Values) -> Tensor:
-        given = [values[i] if n is None else n for i, n in zip(self._indices, self._numbers, strict=True)]
-        column = torch.stack([t.detach() for t in given if t is not None]).double().cpu()
-        return column[0] if len(self._indices) == 1 else column
+    def _takes_part(self, member: tuple[int, ...], values: Values) -> bool:
+        return all(values[i] is not None for i in member if self._leaves[i].kind in ("input", "attribute"))
 
 
 class Binder:
-    """The inputs of the graph in order: every tensor leaf, then one packed vector per dtype of numbers."""
+    """The inputs of the graph in order: what its tensor inputs stand for, then one packed vector per dtype of numbers.
+
+    Attributes:
+        tensor_inputs: for each, the leaves behind it; size, dtype and device.
+        number_inputs: how many numbers of a dtype there are.
+        numbers: per group and split: where they lie.
+        outputs: the leaves that the graph creates.
+        written: which inputs the graph writes to.
+    """
 
     def __init__(self, leaves: Sequence[Leaf], parts: Sequence[Part]) -> None:
         self._leaves = leaves
         self._parts = parts
-        self.tensor_inputs: dict[int, Key] = {}
+        self.tensor_inputs: dict[Leaves, Key] = {}
         self.number_inputs: dict[torch.dtype, int] = {}
-        self.numbers: list[list[Numbers]] = []
+        self.numbers: list[list[Packed]] = []
         self.outputs: list[int] = []
         for part in parts:
             self._add_tensors(part)
@@ -93,51 +75,51 @@ class Binder:
             self.numbers.append([])
             for made in part.splits:
                 offset = self.number_inputs.get(dtype, 0)
-                numbers = Numbers(part, made, leaves, offset)
+                numbers = Packed(part.group, made, part.plan.runs, offset)
                 self.numbers[-1].append(numbers)
                 if numbers.count:
                     self.number_inputs[dtype] = offset + numbers.count
         written = {m[s] for part in parts for m in part.group.members for s in part.group.formula.written}
-        self._written = written & self.tensor_inputs.keys()
-        self.written = [place for place, i in enumerate(self.tensor_inputs) if i in written]
-        """Which inputs the graph writes to."""
+        self._written = {key for key in self.tensor_inputs if written & set(key)}
+        self.written = [place for place, key in enumerate(self.tensor_inputs) if key in self._written]
+        self._bound = {i for key in self.tensor_inputs for i in key}
         self._scratch: dict[Key, Tensor] = {}
-        self._apart: dict[int, int] = {}  # where the tensors lay when they were last found to share no memory
+        self._apart: dict[Leaves, int] = {}  # where the tensors lay when they were last found to share no memory
+
+    def inputs_of(self, part: Part, run: Run, slot: int) -> list[Leaves]:
+        """What the graph reads for a slot of a run: one input, or where they are gathered, one of each member."""
+        leaves = [part.group.members[m][slot] for m in run.members]
+        return [(i,) for i in leaves] if slot in run.gathered else [tuple(leaves)]
 
     def _add_tensors(self, part: Part) -> None:
-        for m in part.on_device:
+        for run in part.plan.runs:
             for s in part.group.formula.tensor_slots:
-                i = part.group.members[m][s]
-                leaf = self._leaves[i]
-                if leaf.kind == "output":
-                    self.outputs.append(i)
-                else:
-                    self.tensor_inputs[i] = (math.prod(leaf.shape), part.group.formula.slots[s].dtype, leaf.device)
+                for key in self.inputs_of(part, run, s):
+                    if self._leaves[key[0]].kind == "output":
+                        self.outputs += key
+                    else:
+                        size = sum(math.prod(self._leaves[i].shape) for i in key)
+                        dtype, device = part.group.formula.slots[s].dtype, self._leaves[key[0]].device
+                        self.tensor_inputs[key] = (size, dtype, device)
 
-    def bind(self, values: Values, complete: bool) -> Step:
-        """This step's inputs of the graph.
+    def bind(self, step: Step, values: Values) -> None:
+        """Add the inputs of the graph to a step.
 
         Raises:
             Mismatch: a tensor is not what the graph was made for; nothing was changed.
         """
-        step = Step()
-        flat: dict[int, Tensor] = {}
         packed: dict[torch.dtype, list[Tensor]] = {dtype: [] for dtype in self.number_inputs}
-        for part, all_numbers in zip(self._parts, self.numbers, strict=True):
-            active = [self._takes_part(member, values) for member in part.group.members]
-            for m in part.on_device:
-                self._bind_member(part, m, active[m], values, flat, step, complete)
-            for numbers in all_numbers:
-                pieces, advanced = numbers.evaluate(values, active)
+        groups = zip(self._parts, self.numbers, step.numbers, step.active, strict=True)
+        for part, places, found, active in groups:
+            for run in part.plan.runs:
+                self._bind_run(part, run, values, step, active)
+            for numbers, given in zip(places, found, strict=True):
                 if numbers.count:
-                    packed[npu_emit.wide_dtype(part.group.formula)] += pieces
-                step.advanced += [
-                    (part, s, new, active) for (s, _), new in zip(numbers.made.advanced, advanced, strict=True)
-                ]
-            step.active.append(active)
+                    packed[npu_emit.wide_dtype(part.group.formula)] += numbers.pieces(given, active)
         self._check_memory(step)
-        step.inputs = [flat[i] for i in self.tensor_inputs] + [torch.cat(p).to(dtype) for dtype, p in packed.items()]
-        return step
+        step.inputs = [step.flat[key] for key in self.tensor_inputs] + [
+            torch.cat(p).to(dtype) for dtype, p in packed.items()
+        ]
 
     def _check_memory(self, step: Step) -> None:
         """Refuse memory that is written and used a second time: GE reads everything as it is before the step.
@@ -151,36 +133,54 @@ class Binder:
             check_apart(written, [t for i, t in step.used.items() if i not in self._written])
             self._apart = {} if step.copies else addresses
 
-    def _takes_part(self, member: tuple[int, ...], values: Values) -> bool:
-        return all(values[i] is not None for i in member if self._leaves[i].kind in ("input", "attribute"))
+    def _bind_run(self, part: Part, run: Run, values: Values, step: Step, active: Sequence[bool]) -> None:
+        """The inputs of a run. `Plans` has seen to it that what is not gathered is adjacent."""
+        slots = part.group.formula.tensor_slots
+        if len(run.members) == 1:
+            self._bind_member(part, run.members[0], slots, values, step, active)
+            return
+        for m in run.members if run.gathered else ():
+            self._bind_member(part, m, run.gathered, values, step, active)
+        for s in (s for s in slots if s not in run.gathered):
+            (key,) = self.inputs_of(part, run, s)
+            first = values[key[0]]
+            if active[run.members[0]] and first is not None:
+                step.used[key] = step.flat[key] = first.detach().as_strided(self.tensor_inputs[key][:1], (1,))
+            else:
+                step.flat[key] = self._placeholder(self.tensor_inputs[key])
 
     def _bind_member(
-        self, part: Part, m: int, active: bool, values: Values, flat: dict[int, Tensor], step: Step, complete: bool
+        self, part: Part, m: int, slots: Sequence[int], values: Values, step: Step, active: Sequence[bool]
     ) -> None:
+        """The inputs that stand for one tensor of a member."""
         member, formula = part.group.members[m], part.group.formula
-        inputs = [s for s in formula.tensor_slots if member[s] in self.tensor_inputs]
+        inputs = [s for s in formula.tensor_slots if self._leaves[member[s]].kind != "output"]
         strides = memory_order([t for s in inputs if (t := values[member[s]]) is not None])
         for s in formula.tensor_slots:  # a tensor may belong to two groups
-            if step.orders.setdefault(member[s], (active, strides)) != (active, strides):
+            if step.orders.setdefault(member[s], (active[m], strides)) != (active[m], strides):
                 raise Mismatch("two updates of one tensor disagree on its memory order, or one of them is left out")
-        for s in inputs:
-            key, t = self.tensor_inputs[member[s]], values[member[s]]
-            if not active or t is None:
-                if key not in self._scratch:
-                    self._scratch[key] = torch.zeros(key[0], dtype=key[1], device=key[2])
-                flat[member[s]] = self._scratch[key]
+        for s in (s for s in slots if s in inputs):
+            leaves, t = (member[s],), values[member[s]]
+            key = self.tensor_inputs[leaves]
+            if not active[m] or t is None:
+                step.flat[leaves] = self._placeholder(key)
                 continue
             if t.numel() != key[0] or t.layout is not torch.strided or t.device != key[2]:
                 raise Mismatch("a tensor has another size, layout or device than when the step was compiled")
-            if complete and t.dtype != key[1]:
+            if step.complete and t.dtype != key[1]:
                 raise Mismatch(f"a tensor is {t.dtype}; the graph was compiled for {key[1]}")
-            dense = step.used[member[s]] = t.detach()
+            dense = step.used[leaves] = t.detach()
             if not in_order(dense, strides):
                 step.copies += 1
                 dense = torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(dense)
                 if s in formula.written:
                     step.copy_back.append((t, dense))
-            flat[member[s]] = dense.as_strided((key[0],), (1,))
+            step.flat[leaves] = dense.as_strided((key[0],), (1,))
+
+    def _placeholder(self, key: Key) -> Tensor:
+        if key not in self._scratch:
+            self._scratch[key] = torch.zeros(key[0], dtype=key[1], device=key[2])
+        return self._scratch[key]
 
     def finish(self, step: Step, values: Values, results: Sequence[Tensor]) -> None:
         """Write what the host writes, give new tensors their shape, and tell autograd what changed."""
@@ -195,7 +195,7 @@ class Binder:
             for i in (m[s] for s in part.group.formula.written for m in members):
                 if self._leaves[i].kind == "output" and values[i] is None:
                     values[i] = torch.empty(self._leaves[i].shape, dtype=self._leaves[i].dtype)
-            changed = [m[s] for s in part.group.formula.written for m in members if m[s] in self.tensor_inputs]
+            changed = [m[s] for s in part.group.formula.written for m in members if m[s] in self._bound]
             torch.autograd.graph.increment_version([t for i in changed if (t := values[i]) is not None])
 
     def _write(self, part: Part, slot: int, value: Tensor, active: Sequence[bool], values: Values) -> None:
@@ -212,13 +212,21 @@ class Binder:
 
 
 class Step:
-    """One call: the graph's inputs, and what is left to do after it ran."""
+    """One call: its numbers, the graph's inputs, and what is left to do after it ran."""
 
-    def __init__(self) -> None:
+    def __init__(self, complete: bool) -> None:
+        self.complete = complete
+        self.active: list[list[bool]] = []  # per group and member: takes part
+        self.numbers: list[list[list[Tensor]]] = []  # per group, split and value: 0-dim or one per member
+        self.advanced: list[tuple[Part, int, Tensor, list[bool]]] = []
         self.inputs: list[Tensor] = []
-        self.used: dict[int, Tensor] = {}  # the tensors behind the inputs, of members that take part
+        self.flat: dict[Leaves, Tensor] = {}
+        self.used: dict[Leaves, Tensor] = {}  # the tensors behind the inputs, of members that take part
         self.copies = 0
         self.orders: dict[int, tuple[bool, tuple[int, ...]]] = {}  # per tensor: takes part, strides it is read in
-        self.active: list[list[bool]] = []
         self.copy_back: list[tuple[Tensor, Tensor]] = []
-        self.advanced: list[tuple[Part, int, Tensor, list[bool]]] = []
+
+    @property
+    def all_numbers(self) -> list[list[Tensor]]:
+        """Per group: the numbers of its members."""
+        return [[v for found in group for v in found] for group in self.numbers]

@@ -35,7 +35,7 @@ DOCUMENTS: dict[str, str] = {
     "NetOutput": "a graph's output",
     **{
         name: f"CANN operator specifications, {name}"
-        for name in sorted({*_DIRECT.values(), *_REDUCE.values(), "Cast", "BroadcastTo", "Pack", "Unpack"})
+        for name in sorted({*_DIRECT.values(), *_REDUCE.values(), "Cast", "BroadcastTo", "ConcatV2", "Pack", "Unpack"})
     },
 }
 """The whitelist: GE operation type -> the document that defines it. Nothing else may appear in a graph of ours."""

@@ -16,7 +16,9 @@ from . import npu_emit
 
 if TYPE_CHECKING:
     from .npu import Part
-    from .npu_bind import Binder, Numbers
+    from .npu_bind import Binder, Leaves
+    from .npu_layout import Run
+    from .npu_numbers import Packed
 
 _MEMBERS = 32  # per fused node: torchair formats a node's whole list for every element that is taken from it
 _SCHEMA = "(Tensor[] tensors, Tensor[] numbers, Tensor[] totals, int[] positions, int members, str formula) -> Tensor[]"
@@ -61,12 +63,13 @@ class _Build:
 
         self._leaves, self._parts, self._binder = leaves, parts, binder
         self._graph = fx.Graph()
-        self._nodes: dict[int, fx.Node] = {}
+        self._nodes: dict[Leaves, fx.Node] = {}
+        self._gathered: dict[tuple[Leaves, ...], fx.Node] = {}
         with FakeTensorMode():
-            for i, (numel, dtype, device) in binder.tensor_inputs.items():
-                name = "".join(c if c.isalnum() else "_" for c in leaves[i].name)
-                self._nodes[i] = self._graph.placeholder(name)
-                self._nodes[i].meta["val"] = torch.empty(numel, dtype=dtype, device=device)
+            for key, (numel, dtype, device) in binder.tensor_inputs.items():
+                name = "".join(c if c.isalnum() else "_" for c in leaves[key[0]].name)
+                self._nodes[key] = self._graph.placeholder(name)
+                self._nodes[key].meta["val"] = torch.empty(numel, dtype=dtype, device=device)
             packed = {dtype: self._graph.placeholder("numbers") for dtype in binder.number_inputs}
             for dtype, node in packed.items():
                 node.meta["val"] = torch.empty(binder.number_inputs[dtype], dtype=dtype)
@@ -80,12 +83,12 @@ class _Build:
         for part, numbers in zip(self._parts, self._binder.numbers, strict=True):
             made = part.splits[0]
             slots = [made.tensor_slots[s] for s in made.device.written]
-            for (slot, m), value in self._fused(device_update, part, numbers[0], slots, totals):
-                leaf = part.group.members[m][slot]
-                if leaf in self._nodes:
-                    copies.append((self._nodes[leaf], value))
+            for (slot, run), value in self._fused(device_update, part, numbers[0], slots, totals):
+                (key,) = self._binder.inputs_of(part, run, slot)
+                if key in self._nodes:
+                    copies.append((self._nodes[key], value))
                 else:
-                    outputs[leaf] = value
+                    outputs[key[0]] = value
         for target, value in copies:
             self._graph.call_function(torch.ops.aten.copy_.default, (target, value))
         self._graph.output(tuple(outputs[i] for i in self._binder.outputs))
@@ -97,35 +100,43 @@ class _Build:
         for part, numbers in zip(self._parts, self._binder.numbers, strict=True):
             if len(part.splits) > 1:
                 kinds = list(range(len(part.group.formula.contributions)))
-                for (kind, m), value in self._fused(device_contribute, part, numbers[1], kinds, {}):
-                    terms.setdefault(part.group.totals[m][kind], []).append(value)
+                for (kind, run), value in self._fused(device_contribute, part, numbers[1], kinds, {}):
+                    terms.setdefault(part.group.totals[run.members[0]][kind], []).append(value)
         if terms and len({npu_emit.wide_dtype(p.group.formula) for p in self._parts}) > 1:
             raise Unsupported("total", "adds up over float64 and other parameters")
         stacked = {n: self._graph.call_function(torch.ops.aten.stack.default, (t,)) for n, t in terms.items()}
         return {n: self._graph.call_function(torch.ops.aten.sum.default, (s,)) for n, s in stacked.items()}
 
     def _fused(
-        self, target: Any, part: Part, numbers: Numbers, kinds: Sequence[int], totals: dict[int, fx.Node]
-    ) -> list[tuple[tuple[int, int], fx.Node]]:
-        """Fused nodes of a group; every result with its kind (a written slot, a contribution) and member."""
+        self, target: Any, part: Part, numbers: Packed, kinds: Sequence[int], totals: dict[int, fx.Node]
+    ) -> list[tuple[tuple[int, Run], fx.Node]]:
+        """Fused nodes of a group; every result with its kind (a written slot, a contribution) and run."""
         made = numbers.made
         packed: Any = self._numbers.get(npu_emit.wide_dtype(part.group.formula), [])
-        found: list[tuple[tuple[int, int], fx.Node]] = []
-        for begin in range(0, len(part.on_device) if kinds else 0, _MEMBERS):
-            chunk = part.on_device[begin : begin + _MEMBERS]
-            members = [part.group.members[m] for m in chunk]
-            tensors = [self._tensor(part, member, s) for s in made.tensor_slots for member in members]
-            positions = [at[m] for at in numbers.positions for m in chunk]
-            sums = [totals[self._leaves[member[s]].index] for s in made.device_slots for member in members]
-            args = (tensors, packed, sums, positions, len(members), made.device.text)
+        found: list[tuple[tuple[int, Run], fx.Node]] = []
+        for begin in range(0, len(part.plan.runs) if kinds else 0, _MEMBERS):
+            runs = part.plan.runs[begin : begin + _MEMBERS]
+            firsts = [part.group.members[run.members[0]] for run in runs]
+            tensors = [self._tensor(part, run, s) for s in made.tensor_slots for run in runs]
+            positions = [p for at in numbers.positions for p in at[begin : begin + _MEMBERS]]
+            sums = [totals[self._leaves[member[s]].index] for s in made.device_slots for member in firsts]
+            args = (tensors, packed, sums, positions, len(runs), made.device.text)
             node = self._graph.call_function(target, args)
             node.name = f"{part.group.name}_{target.name().split('_')[-1]}"
-            for i, (kind, m) in enumerate((kind, m) for kind in kinds for m in chunk):
-                found.append(((kind, m), self._graph.call_function(operator.getitem, (node, i))))
+            for i, (kind, run) in enumerate((kind, run) for kind in kinds for run in runs):
+                found.append(((kind, run), self._graph.call_function(operator.getitem, (node, i))))
         return found
 
-    def _tensor(self, part: Part, member: tuple[int, ...], slot: int) -> fx.Node:
-        """A member's tensor; for one that the step creates, another of the member, which has its size."""
-        if member[slot] in self._nodes:
-            return self._nodes[member[slot]]
-        return next(self._nodes[member[s]] for s in part.group.formula.tensor_slots if member[s] in self._nodes)
+    def _tensor(self, part: Part, run: Run, slot: int) -> fx.Node:
+        """A run's tensor; for one that the step creates, another of the member, which has its size."""
+        keys = self._binder.inputs_of(part, run, slot)
+        if len(keys) > 1:
+            if tuple(keys) not in self._gathered:
+                given = [self._nodes[key] for key in keys]
+                self._gathered[tuple(keys)] = self._graph.call_function(torch.ops.aten.cat.default, (given,))
+            return self._gathered[tuple(keys)]
+        if keys[0] in self._nodes:
+            return self._nodes[keys[0]]
+        member = part.group.members[run.members[0]]
+        found = ((member[s],) for s in part.group.formula.tensor_slots)
+        return next(self._nodes[key] for key in found if key in self._nodes)

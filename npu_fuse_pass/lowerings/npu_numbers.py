@@ -1,0 +1,72 @@
+"""The numbers of a step: what the host evaluates for all members of a group, and which of it the graph gets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..ir import Group, Leaf
+from .npu_layout import Run, Values
+from .npu_split import Split, slots_of
+
+
+class HostValues:
+    """The host's part of one split, for all members at once."""
+
+    def __init__(self, group: Group, made: Split, leaves: Sequence[Leaf]) -> None:
+        self.made = made
+        self._columns = {
+            s: _Column([m[s] for m in group.members], leaves) for e in made.host.roots for s in slots_of(e)
+        }
+
+    def __call__(self, values: Values) -> tuple[list[Tensor], list[Tensor]]:
+        """`made.values` and the new values of `made.advanced`: float64, 0-dim or one per member."""
+        found, advanced = self.made.host_values({s: c.of(values) for s, c in self._columns.items()})
+        return [v.double() for v in found], advanced
+
+
+class Packed:
+    """Where the numbers of one split lie in the packed vector: one of each value for every run that needs its own."""
+
+    def __init__(self, group: Group, made: Split, runs: Sequence[Run], offset: int) -> None:
+        self.made = made
+        self._rows: list[Tensor] = []
+        self.positions: list[list[int]] = []  # per value: index for every run
+        self.count = 0
+        for e in made.values:
+            keys: dict[tuple[int, ...], int] = {}
+            rows: list[int] = []
+            self.positions.append([])
+            for run in runs:
+                key = tuple(group.members[run.members[0]][s] for s in slots_of(e))
+                if key not in keys:
+                    keys[key] = offset + self.count + len(rows)
+                    rows.append(run.members[0])
+                self.positions[-1].append(keys[key])
+            self._rows.append(torch.tensor(rows, dtype=torch.int64))
+            self.count += len(rows)
+        self._flags = [run.members[0] for run in runs] if made.device.contributions else []
+        if self._flags:
+            self.positions.append([offset + self.count + k for k in range(len(self._flags))])
+        self.count += len(self._flags)
+
+    def pieces(self, found: Sequence[Tensor], active: Sequence[bool]) -> list[Tensor]:
+        """The pieces of the packed vector, from what `HostValues` found and which members take part."""
+        chosen = [v.expand(len(rows)) if v.ndim == 0 else v[rows] for v, rows in zip(found, self._rows, strict=True)]
+        return [*chosen, torch.tensor([float(active[m]) for m in self._flags], dtype=torch.float64)]
+
+
+class _Column:
+    """A scalar slot over all members: one 0-dim tensor where they share it, else one value per member."""
+
+    def __init__(self, indices: list[int], leaves: Sequence[Leaf]) -> None:
+        self._indices = indices[:1] if len(set(indices)) == 1 else indices
+        numbers = [leaves[i].value if leaves[i].kind == "constant" else None for i in self._indices]
+        self._numbers = [None if n is None else torch.tensor(n, dtype=torch.float64) for n in numbers]
+
+    def of(self, values: Values) -> Tensor:
+        given = [values[i] if n is None else n for i, n in zip(self._indices, self._numbers, strict=True)]
+        column = torch.stack([t.detach() for t in given if t is not None]).double().cpu()
+        return column[0] if len(self._indices) == 1 else column
