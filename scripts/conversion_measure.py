@@ -1,0 +1,131 @@
+"""What scripts/conversion_table.py measures: one optimizer step on its way to a GE graph, through one path."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from conversion_cases import Make
+
+import npu_fuse_pass
+from npu_fuse_pass.backend import npu_fused
+
+harness: Any = importlib.import_module("harness")  # tests/npu/harness.py
+
+
+class NotRunError(Exception):
+    """The graph was converted; the table does not need its numbers."""
+
+
+@dataclasses.dataclass
+class Conversion:
+    """One step through one path to GE.
+
+    Attributes:
+        blockers: why there is no GE graph, or not only GE graphs; empty if all went well.
+        nodes: of the graphs that reached GE, together: FX, GE, and GE's compute nodes.
+        seconds: processor time of the first compiled step, and of torchair's part in it.
+    """
+
+    blockers: list[str]
+    nodes: tuple[int, int, int] = (0, 0, 0)
+    seconds: tuple[float, float] = (0.0, 0.0)
+
+
+def lacks_converter(node: torch.fx.Node) -> bool:
+    """Whether torchair has none for an operation, or one that only raises NotImplementedError."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    converter = getattr(node.target, "_ge_converter", None)
+    code = getattr(getattr(converter, "__wrapped__", None), "__code__", None)
+    return converter is None or any("is not implemented" in str(c) for c in getattr(code, "co_consts", ()))
+
+
+class Watch:
+    """torchair's configuration that looks at the graphs which torchair gets, and when it gets them and is done."""
+
+    def __init__(self) -> None:
+        import torchair
+
+        self.config = torchair.CompilerConfig()
+        self.config.post_grad_custom_pre_pass = self._look
+        self.fx_nodes = 0
+        self.written = 0
+        self.missing: dict[str, None] = {}
+        self.started: list[float] = []
+        self.loaded: list[float] = []
+
+    def _look(self, gm: torch.fx.GraphModule, *given: object) -> None:
+        calls = [node for node in gm.graph.nodes if node.op == "call_function"]
+        self.fx_nodes += len(calls)
+        self.written += sum(node.target is torch.ops.aten.copy_.default for node in calls)
+        self.missing |= dict.fromkeys(str(node.target) for node in calls if lacks_converter(node))
+        self.started.append(time.process_time())
+
+    @contextlib.contextmanager
+    def loads(self) -> Iterator[None]:
+        """Takes the time when a finished graph is handed to GE."""
+        graph_class = importlib.import_module("torchair.core._backend").TorchNpuGraph
+        load = graph_class.load
+
+        def timed(*args: Any, **kwargs: Any) -> None:
+            self.loaded.append(time.process_time())
+            load(*args, **kwargs)
+
+        graph_class.load = timed
+        try:
+            yield
+        finally:
+            graph_class.load = load
+
+
+def convert(make: Make, n: int, ours: bool) -> Conversion:
+    """The second step of an optimizer with n parameters: ours, or as torchair does it alone."""
+    torch._dynamo.reset()
+    npu_fuse_pass.clear_reports()
+    harness.prepare()
+    import torchair
+
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(4 + k % 3, 5, generator=generator)) for k in range(n)]
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator)
+    optimizer = make(params)
+    optimizer.step()
+    watch = Watch()
+    backend: Any = npu_fused if ours else torchair.get_npu_backend(compiler_config=watch.config)
+    options: Any = {"options": {"platform": "npu", "torchair_config": watch.config}} if ours else {}
+    step = torch.compile(optimizer.step, backend=backend, dynamic=False, **options)
+    raised: list[str] = []
+    with warnings.catch_warnings(), harness.record() as graphs, watch.loads():
+        warnings.simplefilter("ignore")
+        if not ours:  # ours runs, as on a device: the first run is a part of it
+            graphs.failing["run"] = NotRunError()
+        begin = time.process_time()
+        try:
+            step()
+        except Exception as error:
+            inner = getattr(error, "inner_exception", error)
+            raised = [] if isinstance(inner, NotRunError) else [f"{type(inner).__name__}: {inner}".splitlines()[0][:80]]
+        total = time.process_time() - begin
+    ge_nodes, compute = (sum(len(nodes) for nodes in found) for found in _ge_nodes(graphs))
+    within = watch.loaded[-1] - watch.started[0] if watch.loaded and watch.started else 0.0
+    found = _not_ours() if ours else (list(watch.missing) or raised if raised else [])
+    if not found and watch.written < n:  # every parameter and state that a graph updates ends in a copy_
+        found = ["Dynamo breaks the graph: no graph of the whole update reaches torchair"]
+    return Conversion(found, (watch.fx_nodes, ge_nodes, compute), (total, within))
+
+
+def _ge_nodes(graphs: Any) -> tuple[list[Any], list[Any]]:
+    return [graph.ops for graph in graphs], [graph.compute_ops() for graph in graphs]
+
+
+def _not_ours() -> list[str]:
+    """What the reports say of updates that did not become GE nodes."""
+    return [str(r.fallback) for r in npu_fuse_pass.reports() if r.fallback is not None]

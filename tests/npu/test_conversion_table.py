@@ -1,0 +1,95 @@
+"""scripts/conversion_table.py: what it prints is what happens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import harness
+import pytest
+import torch
+from steps import assert_close
+
+from npu_fuse_pass.backend import npu_fused
+from npu_fuse_pass.lowerings import npu
+from scripts import conversion_cases, conversion_table
+
+ROWS = {row.name: row for row in conversion_cases.ROWS}
+SIZES = (1, 3)
+
+
+def printed(*names: str, sizes: Sequence[int] = (2,)) -> dict[str, list[str]]:
+    """Row -> its three cells."""
+    lines = list(conversion_table.table([ROWS[name] for name in names], sizes))
+    return {cells[1].strip(): [c.strip() for c in cells[2:-1]] for cells in (line.split("|") for line in lines[4:])}
+
+
+def found(name: str, n: int, monkeypatch: pytest.MonkeyPatch) -> str:
+    """FX, GE and compute nodes of a compile in which the step also computes what the eager step does."""
+    torch._dynamo.reset()
+    given: list[int] = []
+    torchair = npu.require()
+    get_compiler = torchair.get_compiler
+
+    def spying(config: Any) -> Any:
+        def compiler(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+            given.append(sum(node.op == "call_function" for node in gm.graph.nodes))
+            return get_compiler(config)(gm, inputs)
+
+        return compiler
+
+    monkeypatch.setattr(torchair, "get_compiler", spying)
+    both = [[torch.nn.Parameter(torch.arange(20.0).reshape(4, 5) / (k + 7)) for k in range(n)] for _ in range(2)]
+    for params in both:
+        for p in params:
+            p.grad = p.detach().cos()
+    ours, eager = (ROWS[name].make(params) for params in both)
+    ours.step()
+    step = torch.compile(ours.step, backend=npu_fused, options={"platform": "npu", "strict": True})
+    with harness.record() as graphs:
+        step()
+    monkeypatch.undo()
+    for _ in range(2):
+        eager.step()
+    for p, q in zip(*both, strict=True):
+        assert_close(p.detach(), q.detach(), 1e-6)
+    assert len(graphs) == len(given) == 1
+    return f"{given[0]} / {len(graphs[0].ops)} / {len(graphs[0].compute_ops())}"
+
+
+def test_the_cells_of_ours_are_true(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, cells in printed("AdamW, for-loop", "SGD momentum, foreach", "NpuFusedLamb", sizes=SIZES).items():
+        assert cells[2] == "OK " + ", ".join(found(name, n, monkeypatch) for n in SIZES), name
+
+
+def test_what_does_not_convert_is_named() -> None:
+    rows = printed("Adam, for-loop", "ASGD, foreach", "Adagrad, for-loop", "Muon", "Adafactor", "rule lars")
+    assert rows["Adam, for-loop"][0] == "`prims.fma.default`"
+    assert rows["Adam, for-loop"][1].startswith("OK ")
+    assert rows["ASGD, foreach"][:2] == ["`aten._foreach_reciprocal.default`, `aten._foreach_copy.default`"] * 2
+    assert rows["Adagrad, for-loop"][1].startswith("Dynamo breaks the graph")
+    assert rows["Muon"][2] == "npu: original operations between fused updates"
+    assert all(cell.startswith("Dynamo breaks the graph") for cell in rows["Adafactor"])
+    assert rows["rule lars"][:2] == ["–", "–"]
+
+
+def test_a_step_that_falls_back_is_not_called_ok(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*given: object) -> None:
+        raise npu.GraphRefused("planted")
+
+    monkeypatch.setattr(npu, "Program", refuse)
+    assert printed("SGD, foreach")["SGD, foreach"][2] == "planted"
+
+
+def test_the_times_are_of_whole_conversions(capsys: pytest.CaptureFixture[str]) -> None:
+    lacking = torch.ops.aten._foreach_sqrt.default._ge_converter
+    assert conversion_table.main(["--time", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split("  ")[0] for line in lines] == list(conversion_table.TIMED)
+    for line in lines:
+        total, within, fx, ge = map(float, re.findall(r"[\d.]+(?= s| FX| GE)", line))
+        assert total > within > 0
+        assert ge > fx > 3 or "foreach" in line
+    assert torch.ops.aten._foreach_sqrt.default._ge_converter is lacking
+    assert not hasattr(torch.ops.prims.fma.default, "_ge_converter")
