@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 
@@ -14,8 +15,10 @@ class Options:
         platform: "auto" (by the tensors' device), "cpu", "npu" or "eager" (the original graph).
         strict: raise UnfusedError if anything is left unfused.
         torchair_config: a torchair.CompilerConfig, which torchair's compiler gets as it is; None is its default.
+        dump: a folder that gets one folder with files for every compile and rank; None: NPU_FUSE_DUMP, or nothing.
     """
 
     platform: str = "auto"
     strict: bool = False
     torchair_config: Any = None
+    dump: str | os.PathLike[str] | None = None
