@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 
@@ -16,9 +17,11 @@ class Options:
         torchair_config: a torchair.CompilerConfig, which torchair's compiler gets as it is; None is its default.
         layout: how an NPU graph takes a group's tensors: "auto" (flat where they are adjacent in memory), "flat" (the
             same, even where concatenating large gradients takes longer) or "list" (one by one).
+        dump: a folder that gets one folder with files for every compile and rank; None: NPU_FUSE_DUMP, or nothing.
     """
 
     platform: str = "auto"
     strict: bool = False
     torchair_config: Any = None
     layout: str = "auto"
+    dump: str | os.PathLike[str] | None = None

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, fx
 
 from .capture import capture
+from .dump.contents import Contents
+from .dump.folder import wanted
 from .effects import recorded
 from .errors import GraphRefused, PlatformError, UnfusedError, Unsupported
 from .group import group, group_updates
@@ -67,7 +69,7 @@ def fuse_graph(gm: fx.GraphModule, options: Options, cause: str = "compile", gra
     Raises:
         UnfusedError: `strict`, and something was left unfused.
     """
-    return _fuse(lambda: capture(gm), options, cause, graph_break)
+    return _fuse(lambda: capture(gm), options, cause, graph_break, original=gm)
 
 
 def fuse_functional(gm: fx.GraphModule, strict: bool, kernels: bool) -> Fused | None:
@@ -91,7 +93,7 @@ def fuse_functional(gm: fx.GraphModule, strict: bool, kernels: bool) -> Fused | 
         return None
     on_cpu = {leaf.device.type for leaf in captured.leaves if leaf.shape} == {"cpu"}
     options = Options("graph cpu" if kernels and on_cpu else "graph", strict)
-    fused = _fuse(lambda: captured, options, "compile")
+    fused = _fuse(lambda: captured, options, "compile", original=gm)
     if fused.report.platform == "graph cpu" and fused.report.fused_graph is not None:
         node.use_kernels(fused.report.fused_graph)
     return fused
@@ -117,6 +119,7 @@ def _fuse(
     cause: str,
     graph_break: str | None = None,
     values: Values = None,
+    original: fx.GraphModule | None = None,
 ) -> Fused:
     report = CompileReport(options.platform, cause=cause, graph_break=graph_break)
     with _without_collection(), _timed(report, "capture"):
@@ -141,6 +144,8 @@ def _fuse(
         show_matches(report, groups, captured.leaves, matches)
     report._graph = functools.cache(lambda: rewrite(captured.leaves, groups, stages))
     record(report)
+    if report.groups or report.unfused or report.fallback:
+        _dump(options, lambda: _contents(original, captured, stages, groups, report, program))
     log.info("%s", report)
     if options.strict and (report.unfused or report.fallback):
         listed = [f"{u.op}: {u.reason}" for u in report.unfused] or [str(report.fallback)]
@@ -148,6 +153,34 @@ def _fuse(
     if report.fallback:
         warnings.warn(f"npu_fused: not fused, results stay right: {report.fallback}", stacklevel=2)
     return Fused(captured, program, report)
+
+
+def _dump(options: Options, contents: Callable[[], Contents]) -> None:
+    """Leave files to read, where that is asked for."""
+    root = wanted(options.dump)
+    if root is not None:
+        from .dump.write import write
+
+        write(root, contents)
+
+
+def _contents(
+    original: fx.GraphModule | None,
+    captured: Captured,
+    stages: Stages,
+    groups: Sequence[Group],
+    report: CompileReport,
+    program: Program | None,
+) -> Contents:
+    from .lowerings import cpu_codegen
+
+    sources: dict[str, str] = {}
+    if report.platform in ("cpu", "graph cpu"):
+        every = [*(g for made, _ in stages for g in made), *groups]
+        begin = '#include "cpu_kernel.h"  // npu_fuse_pass/lowerings/cpu_kernel.h\n'
+        texts = {g.name: cpu_codegen.generate(g.name, g.formula).text for g in every}
+        sources = {name: text.replace(cpu_codegen.PRELUDE, begin) for name, text in texts.items()}
+    return Contents(original, captured, stages, groups, report, sources, getattr(program, "ge_graphs", {}))
 
 
 def fused_graph(captured: Captured) -> fx.GraphModule:

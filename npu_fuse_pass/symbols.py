@@ -37,8 +37,39 @@ _STRENGTH_OF_ARGS = {
 _ATOM = 9
 
 
+_LONG = 60
+
+
 def readable(formula: Formula, labels: Sequence[str]) -> str:
     """Every write as `target <- expression`; expressions used more than once are named first."""
+    lines, again, texts = _written(formula, labels)
+    told = [*lines.values(), *again]
+    for slot, e in formula.writes:
+        if e.op == "leaf":
+            told.append(f"{labels[slot]}' = {texts[id(e)][0]}")
+    told += [f"sum over parameters of {texts[id(e)][0]}" for e in formula.contributions]
+    return "\n".join(told)
+
+
+def named_values(formula: Formula, labels: Sequence[str]) -> dict[int, str]:
+    """What every expression of a formula is in its readable text, by `id`: the line that names it, or its term."""
+    lines, _, texts = _written(formula, labels)
+    return {key: lines.get(key, text) for key, (text, _) in texts.items()}
+
+
+def readable_term(e: Expr, labels: Sequence[str]) -> str:
+    """One expression in a line; long terms in it are left out."""
+    texts: dict[int, tuple[str, int]] = {}
+    for below in postorder([e]):
+        text, strength = _text(below, texts, labels)
+        texts[id(below)] = (text, strength) if below is e or len(text) <= _LONG else ("…", _ATOM)
+    return texts[id(e)][0]
+
+
+def _written(formula: Formula, labels: Sequence[str]) -> tuple[dict[int, str], list[str], dict[int, tuple[str, int]]]:
+    """Lines that name an expression, lines that write one again, and what terms above say for each (and how strongly
+    it binds).
+    """
     uses: dict[int, int] = {}
     for e in postorder(formula.roots):
         for a in e.args:
@@ -50,23 +81,19 @@ def readable(formula: Formula, labels: Sequence[str]) -> str:
             first = new.setdefault(id(e), f"{labels[slot]}'")
             again += [f"{labels[slot]}' = {first}"] if first != f"{labels[slot]}'" else []
     texts: dict[int, tuple[str, int]] = {}
-    lines: list[str] = []
+    lines: dict[int, str] = {}
+    shared = 0
     for e in postorder(formula.roots):
         text, strength = _text(e, texts, labels)
         if id(e) in new:
-            lines.append(f"{new[id(e)]} = {text}")
+            lines[id(e)] = f"{new[id(e)]} = {text}"
             text, strength = new[id(e)], _ATOM
         elif uses.get(id(e), 0) > 1 and e.args and e.op != "cast":
-            name = f"x{sum(1 for line in lines if line.startswith('x'))}"
-            lines.append(f"{name} = {text}")
-            text, strength = name, _ATOM
+            lines[id(e)] = f"x{shared} = {text}"
+            text, strength = f"x{shared}", _ATOM
+            shared += 1
         texts[id(e)] = (text, strength)
-    lines += again
-    for slot, e in formula.writes:
-        if e.op == "leaf":
-            lines.append(f"{labels[slot]}' = {texts[id(e)][0]}")
-    lines += [f"sum over parameters of {texts[id(e)][0]}" for e in formula.contributions]
-    return "\n".join(lines)
+    return lines, again, texts
 
 
 def _text(e: Expr, texts: dict[int, tuple[str, int]], labels: Sequence[str]) -> tuple[str, int]:

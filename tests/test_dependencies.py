@@ -56,6 +56,7 @@ PRIVATE_TORCH_EXCEPTIONS = {
         "torch.optim.optimizer._global_optimizer_pre_hooks": "the prelude runs these hooks itself",
         "torch.optim.optimizer._global_optimizer_post_hooks": "the prelude runs these hooks itself",
     },
+    "npu_fuse_pass.dump.folder": {"torch._dynamo.utils.get_debug_dir": "where TORCH_COMPILE_DEBUG=1 puts files"},
     "npu_fuse_pass.meta": {"torch.utils._python_dispatch.TorchDispatchMode": "sees what a rule reads"},
     "npu_fuse_pass.same_tensors": {"torch._C._dynamo.guards.TensorGuards": "compares a list of tensors in one call"},
     "npu_fuse_pass.hook": {"torch._inductor.custom_graph_pass": "the class of passes that Inductor can cache"},

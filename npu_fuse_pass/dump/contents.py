@@ -22,7 +22,8 @@ class Contents:
         stages: groups of each stage before the last, with the original operations after them.
         groups: those of the last stage; they write parameters and states.
         report: of this compile.
-        sources: generated C++ of each group that has some, by the group's name.
+        sources: generated C++ of each group that has some, by the group's name; what all kernels begin with is an
+            `#include`. `kernel_text.annotated` puts the names of the formula beside its values.
         ge_graphs: GE graphs in protobuf's text form, by what they are ("original", "optimized"); only on the NPU.
     """
 

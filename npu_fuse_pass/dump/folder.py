@@ -1,0 +1,40 @@
+"""Where a compile's files go."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pathlib
+
+import torch
+
+
+def wanted(given: str | os.PathLike[str] | None) -> pathlib.Path | None:
+    """The folder for dumps: the option, else NPU_FUSE_DUMP, else torch's debug folder under TORCH_COMPILE_DEBUG=1."""
+    folder = given if given is not None else os.environ.get("NPU_FUSE_DUMP")
+    if folder:
+        return pathlib.Path(folder)
+    if os.environ.get("TORCH_COMPILE_DEBUG") == "1":
+        from torch._dynamo.utils import get_debug_dir
+
+        return pathlib.Path(get_debug_dir()) / "npu_fuse_pass"
+    return None
+
+
+def new(root: pathlib.Path) -> pathlib.Path:
+    """A new folder for one compile of this rank, `rank_0/compile_000`; nothing that is there is overwritten."""
+    for number in itertools.count():
+        path = root / f"rank_{_rank()}" / f"compile_{number:03}"
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return path
+    raise AssertionError
+
+
+def _rank() -> int:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return int(torch.distributed.get_rank())
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdigit() else 0

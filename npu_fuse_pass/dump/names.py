@@ -1,0 +1,56 @@
+"""What leaves, parameters and expressions are called in a dump, and lists in few words."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+
+from ..expr import DTYPE_NAMES
+from ..ir import Group, Leaf
+
+_PLACE = re.compile(r"param_groups_+(\d+)_+params_+(\d+)_*$")
+_SHOWN = 4  # of a list; the rest is counted
+
+
+def labels_of(group: Group, leaves: Sequence[Leaf], member: tuple[int, ...]) -> list[str]:
+    """The names of a formula's slots for one member: numbers of the graph by their value."""
+    kinds = ((leaves[i], label) for i, label in zip(member, group.labels, strict=True))
+    return [f"{leaf.value:g}" if leaf.kind == "constant" else label for leaf, label in kinds]
+
+
+def written_leaf(group: Group, leaves: Sequence[Leaf], member: tuple[int, ...]) -> Leaf:
+    """The leaf that a member is known by: its parameter, or the first tensor that it writes."""
+    written = [slot for slot in group.formula.written if group.formula.slots[slot].tensor]
+    named = [slot for slot in written if group.labels[slot] == "param"]
+    return leaves[member[(named or written or group.formula.written or [0])[0]]]
+
+
+def parameter_name(leaf: Leaf) -> str:
+    """Its place in the optimizer where Dynamo's name tells it, else the leaf's name."""
+    place = _PLACE.search(leaf.name)
+    return f"param_groups[{place[1]}].params[{place[2]}]" if place else leaf.name
+
+
+def kind(leaf: Leaf) -> str:
+    """Dtype and shape, as in f32[64, 3]."""
+    dtype = DTYPE_NAMES.get(leaf.dtype, str(leaf.dtype).removeprefix("torch."))
+    return f"{dtype}[{', '.join(map(str, leaf.shape))}]"
+
+
+def parameters(count: int) -> str:
+    """A number of parameters, as in "× 198 parameters"."""
+    return f"× {count} parameter{'s' if count != 1 else ''}"
+
+
+def few(names: Sequence[str]) -> str:
+    """A list; of a long one the first names and the last."""
+    if len(names) <= _SHOWN + 1:
+        return ", ".join(names)
+    return f"{', '.join(names[: _SHOWN - 1])}, … {names[-1]}"
+
+
+def counted(values: Iterable[str]) -> str:
+    """Values in order, equal neighbours once with how many there are."""
+    runs = [(value, len(list(same))) for value, same in itertools.groupby(values)]
+    return ", ".join(f"{value} × {count}" if count > 1 else value for value, count in runs)

@@ -1,0 +1,66 @@
+"""Writes the files of one compile; whatever goes wrong here is a warning and nothing more."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import logging
+import pathlib
+import warnings
+from collections.abc import Callable
+
+from . import folder, ge_text, graph_text, group_text, kernel_text, table
+from .contents import Contents
+
+log = logging.getLogger(__name__)
+
+# file -> its text; None: there is nothing to show
+_FILES: dict[str, Callable[[Contents], str | None]] = {
+    "00_dynamo_graph.py": graph_text.original,
+    "01_updates.txt": group_text.updates,
+    "02_groups.txt": group_text.groups,
+    "04_kernel.cpp": kernel_text.kernels,
+    "05_ge_original.pbtxt": lambda c: c.ge_graphs.get("original"),
+    "05_ge_optimized.pbtxt": lambda c: c.ge_graphs.get("optimized"),
+    "05_ge.txt": ge_text.listing,
+    "summary.json": lambda c: json.dumps(c.report.to_json(), indent=1, ensure_ascii=False) + "\n",
+    "table.txt": lambda c: table.table(c.report),
+}
+
+
+def write(root: pathlib.Path, make: Callable[[], Contents]) -> pathlib.Path | None:
+    """Write a compile's files into a new folder below `root`; None if it could not be made.
+
+    Args:
+        root: the folder for all dumps.
+        make: gives what there is to show.
+    """
+    try:
+        contents, path = make(), folder.new(root)
+    except Exception as e:  # a dump is something to read; training goes on without it
+        _warn(f"no dump in {root}", [f"{type(e).__name__}: {e}"])
+        return None
+    failed = []
+    for name, text_of in {**_FILES, **_page()}.items():
+        try:
+            text = text_of(contents)
+            if text is not None:
+                (path / name).write_text(text, encoding="utf-8")
+        except Exception as e:
+            failed.append(f"{name} ({type(e).__name__}: {e})")
+            log.debug("%s", name, exc_info=True)
+    if failed:
+        _warn(f"the dump in {path} is not complete", failed)
+    log.info("dumped to %s", path)
+    return path
+
+
+def _page() -> dict[str, Callable[[Contents], str | None]]:
+    if importlib.util.find_spec("npu_fuse_pass.dump.page") is None:
+        return {}
+    return {"index.html": importlib.import_module("npu_fuse_pass.dump.page").page}
+
+
+def _warn(what: str, reasons: list[str]) -> None:
+    warnings.warn(f"npu_fused: {what}: {'; '.join(reasons)}", stacklevel=2)
