@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 # command -> what it does, in a line; the module of that name in `commands` does it, loaded when it is asked for
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "selftest": "check this machine: environment, numbers and times, into one report to attach to an issue"
+}
 
 
 class Command(Protocol):

@@ -34,13 +34,14 @@ STAGES = {
 MAY_IMPORT_STAGES = {
     "npu_fuse_pass.pipeline": tuple(STAGES),
     "npu_fuse_pass.backend": ("capture",),  # it hands the pipeline the capture that fits what Dynamo gave it
+    "npu_fuse_pass.selftest.environment": ("lower",),  # it asks whether a lowering can be used here
 }
 # What optimizers may use of npu_fuse_pass: the rule side, nothing of the compiler.
 RULE_SIDE = ("npu_fuse_pass.rules", "npu_fuse_pass.optimizer", "npu_fuse_pass.errors")
 # Packages besides the standard library and torch, and who may import them, inside functions only.
 THIRD_PARTY = {
     "sympy": ("npu_fuse_pass.match", "npu_fuse_pass.symbolic"),
-    "torch_npu": ("npu_fuse_pass.lowerings.npu",),
+    "torch_npu": ("npu_fuse_pass.lowerings.npu", "npu_fuse_pass.selftest"),  # the selftest times its optimizers
     "torchair": ("npu_fuse_pass.lowerings.npu",),
 }
 # What is slow to import: only the backend, which torch.compile loads, and Inductor's hook may do so while loading.
@@ -201,7 +202,7 @@ def test_exceptions_are_still_needed() -> None:
         ("npu_fuse_pass.ir", "def f():\n    import sympy", "only npu_fuse_pass.match"),
         ("npu_fuse_pass.match", "import sympy", "while loading"),
         ("npu_fuse_pass.lowerings.npu", "try:\n    import torchair\nfinally:\n    pass", "while loading"),
-        ("npu_fuse_pass.lowerings.cpu", "def f():\n    from torch_npu import npu", "lowerings.npu may"),
+        ("npu_fuse_pass.lowerings.cpu", "def f():\n    from torch_npu import npu", "only npu_fuse_pass.lowerings.npu"),
         ("npu_fuse_pass.report", "import optimizers", "a user's own file"),
         ("npu_fuse_pass.report", "import importlib\nimportlib.import_module('optimizers')", "a user's own"),
         ("npu_fuse_pass.group", "from .capture import capture", "orders the stages"),

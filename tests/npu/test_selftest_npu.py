@@ -1,0 +1,59 @@
+"""The selftest where torch_npu loads and no NPU is there; its parity through the real torchair."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import harness
+import pytest
+
+from npu_fuse_pass.selftest import cases, parity
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def selftest(folder: pathlib.Path, **environment: str | None) -> tuple[int, str]:
+    """Exit status and report of the command in a process of its own; None takes a variable away."""
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    given = {name: value for name, value in variables.items() if value is not None}
+    command = [sys.executable, "-m", "npu_fuse_pass", "selftest", "--out", "report.md"]
+    done = subprocess.run(command, cwd=folder, env=given, capture_output=True, text=True, check=False)
+    return done.returncode, (folder / "report.md").read_text()
+
+
+def test_it_ends_plainly_where_no_npu_is(tmp_path: pathlib.Path) -> None:
+    status, text = selftest(tmp_path)
+    assert status == 1
+    assert "**Nothing was run, because of NPU: torch.npu finds none.** To go on: a machine with an Ascend NPU" in text
+    for line in ("- ok torch_npu: 2.13.0", "- ok torchair: loads", "- note CANN: torch_npu finds no version"):
+        assert line in text
+
+
+def test_it_ends_plainly_where_cann_is_missing(tmp_path: pathlib.Path) -> None:
+    """`import torch` itself fails then, because it loads every backend that is installed."""
+    status, text = selftest(tmp_path, LD_LIBRARY_PATH=None, TORCH_DEVICE_BACKEND_AUTOLOAD=None)
+    assert status == 1
+    assert "because of torch: RuntimeError: Failed to load the backend extension: torch_npu" in text
+    assert "source CANN's set_env.sh first" in text
+
+
+@pytest.mark.parametrize("name", ["NpuFusedAdam", "NpuFusedLamb", "NpuFusedAdamW, bfloat16 parameters"])
+def test_parity_through_torchair(name: str) -> None:
+    (case,) = [c for c in cases.cases(quick=False) if c.name == name]
+    with harness.record() as graphs:
+        outcome = parity.compare(case, "npu", "cpu")
+    assert outcome.verdict == "ok", outcome
+    assert sum(g.runs for g in graphs.graphs) == parity.STEPS
+
+
+def test_parity_notices_a_graph_that_computes_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    import kernels
+
+    real = kernels.KERNELS["RealDiv"]
+    monkeypatch.setitem(kernels.KERNELS, "RealDiv", lambda node: [real(node)[0] * 1.0001])
+    (case,) = [c for c in cases.cases(quick=False) if c.name == "torch.optim.Adam"]
+    with harness.record():
+        assert parity.compare(case, "npu", "cpu").verdict == "WRONG"
