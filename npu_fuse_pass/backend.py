@@ -13,6 +13,7 @@ import torch._dynamo
 from torch import fx
 
 from . import pipeline, step_op
+from .causes import FIRST, Cause, recompile
 from .compiled import RuleStep, graph_step
 from .errors import FuseError, OptionError
 from .options import Options
@@ -48,8 +49,8 @@ def npu_fused(
         return gm.forward  # Dynamo compiles empty graphs too, around what it does not capture
     handle = _rule_step(gm)
     if handle is not None:
-        return RuleStep(handle, chosen)
-    return graph_step(gm, chosen)
+        return RuleStep(handle, chosen, _cause())
+    return graph_step(gm, chosen, _cause())
 
 
 class Watched:
@@ -100,6 +101,18 @@ def last_break() -> str | None:
     """Why Dynamo broke a graph in this process, the latest reason."""
     counted = torch._dynamo.utils.counters["graph_break"]
     return next((reason.splitlines()[0] for reason in reversed(counted)), None)
+
+
+def _cause() -> Cause:
+    """Why Dynamo calls the backend: the guard of an earlier compile that failed, if it compiles this code again."""
+    metrics = getattr(torch._dynamo.utils, "get_metrics_context", None)
+    reason = metrics()._metrics.get("recompile_reason") if metrics is not None else None
+    now = torch._guards.CompileContext.current_compile_id()
+    if not reason or now is None or not now.frame_compile_id:
+        return FIRST
+    found = recompile(str(reason))
+    limit = torch._dynamo.config.recompile_limit
+    return Cause(f"{found.text}; compile {now.frame_compile_id + 1} of this code, torch stops at {limit}", found.remedy)
 
 
 def _checked_options(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,31 +11,33 @@ import torch
 from torch import Tensor, fx
 
 from . import pipeline, step_op
+from .causes import FIRST, Cause, Planned
 from .errors import GraphRefused, Mismatch, UnfusedError
 from .ir import Captured, Output
+from .logs import trace, warn_unfused
 from .optimizer import RuleOptimizer
 from .options import Options
 from .report import CompileReport
 from .storage import inputs_of
 
-_CHANGED = "the optimizer's parameters, dtypes or options changed"
-
 
 class RuleStep:
     """The compiled core of an optimizer of ours: plans kernels for its batches, and again when they change."""
 
-    def __init__(self, handle: int, options: Options) -> None:
+    def __init__(self, handle: int, options: Options, cause: Cause) -> None:
         self._optimizer = weakref.ref(step_op.optimizer_of(handle))
         self._options = options
-        self._version = -1
         self._program: pipeline.Program | None = None
-        self._plan()
+        self._planned: Planned | None = None
+        self._plan(cause)
 
-    def _plan(self) -> None:
+    def _plan(self, cause: Cause = FIRST) -> None:
         optimizer = self._optimizer()
         assert optimizer is not None
         prelude = optimizer._prelude
-        cause = "compile" if self._version < 0 else _CHANGED
+        before, self._planned = self._planned, Planned.of(prelude.batches)
+        if before is not None:
+            cause = before.changed(self._planned)
         self._version = prelude.version
         fused = pipeline.fuse_batches(prelude.batches, self._options, cause)
         self._program, self._report = fused.program, fused.report
@@ -64,30 +65,34 @@ class RuleStep:
         return True
 
 
-def graph_step(gm: fx.GraphModule, options: Options) -> Callable[..., Any]:
+def graph_step(gm: fx.GraphModule, options: Options, cause: Cause) -> Callable[..., Any]:
     """Compile any other graph: a stock optimizer's step, or a larger function in which optimizers of ours step."""
     handles = [int(n.args[3]) for n in gm.graph.nodes if n.target is step_op.rule_update]
-    step = GraphStep(gm, options, handles)
+    step = GraphStep(gm, options, handles, cause)
     return step if step.fused else gm.forward
 
 
 class GraphStep:
     """A captured graph: its leaves are the graph's arguments and attributes, and what optimizers of ours keep."""
 
-    def __init__(self, gm: fx.GraphModule, options: Options, handles: Sequence[int]) -> None:
+    def __init__(self, gm: fx.GraphModule, options: Options, handles: Sequence[int], cause: Cause) -> None:
         self._gm = gm
         self._options = options
         self._optimizers = {h: weakref.ref(step_op.optimizer_of(h)) for h in handles}
         for optimizer in self._stepped():
             optimizer._prelude.prepare()
-        self._plan("compile")
+        self._planned: Planned | None = None
+        self._plan(cause)
 
     @property
     def fused(self) -> bool:
         return self._program is not None
 
-    def _plan(self, cause: str) -> None:
-        self._state = self._look()
+    def _plan(self, cause: Cause = FIRST) -> None:
+        before = self._planned
+        self._state, self._planned = self._look(), Planned.of([b for o in self._stepped() for b in o._prelude.batches])
+        if before is not None:
+            cause = before.changed(self._planned)
         made = pipeline.fuse_graph(self._gm, self._options, cause, _graph_break(self._gm))
         self._program, self._report, self._returned = made.program, made.report, made.captured.returned
         self._arguments = _Arguments(self._gm, made.captured)
@@ -109,7 +114,7 @@ class GraphStep:
         for o in optimizers:
             o._before(None)
         if optimizers and self._look() != self._state:
-            self._plan(_CHANGED)
+            self._plan()
         if self._program is None:
             return self._gm.forward(*args)
         values = self._arguments(args, {h: inputs_of(o()._prelude.batches) for h, o in self._optimizers.items()})  # type: ignore[union-attr]
@@ -184,7 +189,7 @@ def refused(report: CompileReport, reason: str, strict: bool) -> None:
         raise UnfusedError(f"strict=True and this step cannot run fused: {reason}")
     if report.fallback is None or reason not in report.fallback:
         report.add_fallback(f"at some steps: {reason}")
-        warnings.warn(f"npu_fused: this step runs unfused: {reason}", stacklevel=3)
+        warn_unfused(reason, stacklevel=3)
 
 
 def falls_back(report: CompileReport, refusal: GraphRefused, strict: bool) -> None:
@@ -198,4 +203,5 @@ def falls_back(report: CompileReport, refusal: GraphRefused, strict: bool) -> No
     if strict:
         raise UnfusedError(f"strict=True and this step cannot run fused: {refusal}") from refusal
     report.fall_back(str(refusal))
-    warnings.warn(f"npu_fused: this step runs unfused, results stay right: {refusal}", stacklevel=3)
+    trace(report)
+    warn_unfused(str(refusal), stacklevel=3)

@@ -6,8 +6,6 @@ import dataclasses
 import functools
 import gc
 import logging
-import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -16,14 +14,17 @@ import torch
 from torch import Tensor, fx
 
 from .capture import capture
+from .causes import FIRST, Cause
 from .dump.contents import Contents
 from .dump.folder import wanted
 from .effects import recorded
 from .errors import GraphRefused, PlatformError, UnfusedError, Unsupported
 from .group import group, group_updates
 from .ir import Call, Captured, Group, Leaf
+from .logs import announce, timed, warn_unfused
 from .lowerings import eager, node, staged
 from .match import match
+from .match_result import NoMatch
 from .ops import multi_tensor_update
 from .options import Options
 from .report import CompileReport, record
@@ -60,10 +61,11 @@ class Fused:
     report: CompileReport
 
 
-def fuse_graph(gm: fx.GraphModule, options: Options, cause: str = "compile", graph_break: str | None = None) -> Fused:
+def fuse_graph(gm: fx.GraphModule, options: Options, cause: Cause = FIRST, graph_break: str | None = None) -> Fused:
     """Fuse a captured graph.
 
     Args:
+        cause: why it is compiled, for the report.
         graph_break: why Dynamo ended the graph, for the report.
 
     Raises:
@@ -93,7 +95,7 @@ def fuse_functional(gm: fx.GraphModule, strict: bool, kernels: bool) -> Fused | 
         return None
     on_cpu = {leaf.device.type for leaf in captured.leaves if leaf.shape} == {"cpu"}
     options = Options("graph cpu" if kernels and on_cpu else "graph", strict)
-    fused = _fuse(lambda: captured, options, "compile", original=gm)
+    fused = _fuse(lambda: captured, options, FIRST, original=gm)
     if fused.report.platform == "graph cpu" and fused.report.fused_graph is not None:
         node.use_kernels(fused.report.fused_graph)
     return fused
@@ -108,7 +110,7 @@ def _symbolic(placeholder: fx.Node) -> bool:
     return symbolic > len(list(fixed))  # Dynamo fixes some sizes itself; they stay of the symbolic type
 
 
-def fuse_batches(batches: Sequence[Batch], options: Options, cause: str = "compile") -> Fused:
+def fuse_batches(batches: Sequence[Batch], options: Options, cause: Cause = FIRST) -> Fused:
     """Fuse the step of an optimizer with update rules; as `fuse_graph`."""
     return _fuse(lambda: capture_batches(batches), options, cause, values=inputs_of(batches))
 
@@ -116,14 +118,16 @@ def fuse_batches(batches: Sequence[Batch], options: Options, cause: str = "compi
 def _fuse(
     capture_step: Callable[[], Captured],
     options: Options,
-    cause: str,
+    cause: Cause,
     graph_break: str | None = None,
     values: Values = None,
     original: fx.GraphModule | None = None,
 ) -> Fused:
-    report = CompileReport(options.platform, cause=cause, graph_break=graph_break)
-    with _without_collection(), _timed(report, "capture"):
+    report = CompileReport(options.platform, cause=cause.text, cause_remedy=cause.remedy, graph_break=graph_break)
+    with _without_collection(), timed(report.seconds, "capture") as said:
         captured = capture_step()
+        members, unfused = sum(len(u.members) for u in captured.updates), len(captured.unfused)
+        said.append(f"{members} updates of {len(captured.leaves)} leaves; {unfused} operations unfused")
     report.unfused = list(captured.unfused)
     program: Program | None = None
     stages: list[tuple[list[Group], list[Call]]] = []
@@ -131,27 +135,28 @@ def _fuse(
     if captured.unfused and not captured.updates:
         report.fallback = f"{captured.unfused[0].op}: {captured.unfused[0].reason}"
     elif captured.updates:
-        with _timed(report, "group"):
+        with timed(report.seconds, "group") as said:
             stages = [(group_updates(stage.updates, captured.leaves), stage.calls) for stage in captured.stages]
             groups = group(captured)
+            said += [f"{g.name} x {len(g.members)}" for g in groups]
         _choose_platform(report, captured.leaves)
         matches = functools.cache(lambda: _match(groups, captured.leaves, report))
         if report.platform in _MATCHED_BEFORE:
             matches()
-        with _timed(report, "lower"):
+        with timed(report.seconds, "lower") as said:
             program = _lower(captured.leaves, stages, groups, report, options, values)
+            said += [f"{g.lowering}: {g.launches} x {g.kernel}" for g in report.groups] or [str(report.fallback)]
         report.bytes_per_element = traffic(captured, report)
         show_matches(report, groups, captured.leaves, matches)
-    report._graph = functools.cache(lambda: rewrite(captured.leaves, groups, stages))
+    report._graph = functools.cache(lambda: _rewrite(captured.leaves, groups, stages))
     record(report)
     if report.groups or report.unfused or report.fallback:
         _dump(options, lambda: _contents(original, captured, stages, groups, report, program))
-    log.info("%s", report)
+    announce(report)
     if options.strict and (report.unfused or report.fallback):
-        listed = [f"{u.op}: {u.reason}" for u in report.unfused] or [str(report.fallback)]
-        raise UnfusedError("strict=True and not everything was fused:\n  " + "\n  ".join(listed))
+        raise UnfusedError("\n  ".join(["strict=True and not everything was fused:", *report.reasons]))
     if report.fallback:
-        warnings.warn(f"npu_fused: not fused, results stay right: {report.fallback}", stacklevel=2)
+        warn_unfused(report.fallback, stacklevel=2)
     return Fused(captured, program, report)
 
 
@@ -204,8 +209,18 @@ def _choose_platform(report: CompileReport, leaves: Sequence[Leaf]) -> None:
 
 def _match(groups: Sequence[Group], leaves: Sequence[Leaf], report: CompileReport) -> Matches:
     """Which known kernel computes each group, by the group's name."""
-    with _timed(report, "match"):
-        return dict(zip([g.name for g in groups], match(groups, leaves), strict=True))
+    with timed(report.seconds, "match") as said:
+        found = dict(zip([g.name for g in groups], match(groups, leaves), strict=True))
+        said += [f"{name}: {m.reason if isinstance(m, NoMatch) else m.kernel.name}" for name, m in found.items()]
+        return found
+
+
+def _rewrite(leaves: Sequence[Leaf], groups: Sequence[Group], stages: Stages) -> fx.GraphModule:
+    """The fused graph; its time is in nobody's way, so it is logged and not in the report."""
+    with timed({}, "rewrite") as said:
+        made = rewrite(leaves, groups, stages)
+        said.append(f"{len(made.graph.nodes)} nodes")
+        return made
 
 
 def _lower(
@@ -314,13 +329,3 @@ def _without_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-@contextmanager
-def _timed(report: CompileReport, stage: str) -> Iterator[None]:
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        report.seconds[stage] = time.perf_counter() - start
-        log.debug("%s took %.3f s", stage, report.seconds[stage])

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from .errors import UnfusedError
 from .ir import Unfused
+from .remedies import fallback_remedy
+from .report_text import as_html, as_text
 
 
 def _not_asked() -> str:
@@ -94,7 +97,7 @@ class GroupReport:
 
 @dataclasses.dataclass
 class CompileReport:
-    """The result of one compile; `print` it.
+    """The result of one compile; `print` it, or let a notebook show it.
 
     Attributes:
         platform: what the groups were lowered to ("cpu", "npu", "eager").
@@ -104,7 +107,8 @@ class CompileReport:
         groups: what was fused.
         unfused: operations that were not, each with its reason.
         fallback: why the original graph runs instead, or None.
-        cause: "compile", or what changed when an optimizer's parameters were planned anew.
+        cause: "compile", or what changed, where this is not the first compile of this step.
+        cause_remedy: what keeps that from happening again; None for what happens once.
         bytes_per_element: memory that a step reads and writes for each parameter element: "before", if every operation
             of the original went over memory by itself, and "after".
         graph_break: why and where Dynamo ended this graph, if the function goes on after it; nothing fuses across.
@@ -117,6 +121,7 @@ class CompileReport:
     unfused: list[Unfused] = dataclasses.field(default_factory=list)
     fallback: str | None = None
     cause: str = "compile"
+    cause_remedy: str | None = None
     bytes_per_element: dict[str, float] = dataclasses.field(default_factory=dict)
     graph_break: str | None = None
     _graph: Callable[[], fx.GraphModule] | None = dataclasses.field(default=None, repr=False, compare=False)
@@ -125,6 +130,18 @@ class CompileReport:
     def fused_graph(self) -> fx.GraphModule | None:
         """The rewritten graph (built when first asked for): an FX graph module that prints and runs."""
         return self._graph() if self._graph is not None else None
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why something is not fused; empty if everything is."""
+        listed = [*(f"{u.op}: {u.reason}" for u in self.unfused), *([self.fallback] if self.fallback else [])]
+        return list(dict.fromkeys(listed))
+
+    @property
+    def remedies(self) -> list[str]:
+        """What to do about what is not fused and about recompiles, where that is known and the reasons do not say."""
+        known = [*map(fallback_remedy, self.reasons), self.cause_remedy]
+        return list(dict.fromkeys(remedy for remedy in known if remedy))
 
     def add_fallback(self, reason: str) -> None:
         """One more reason why the original runs."""
@@ -138,42 +155,32 @@ class CompileReport:
             g.lowering, g.kernel, g.bytes_per_element, g.launches = "eager", f"original graph, not {g.kernel}", 0, 0
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dicts, lists and strings; the keys are stable."""
+        """Plain dicts, lists, numbers and strings; the keys are stable and described by `report.schema.json`."""
         groups = [g.to_json() for g in self.groups]
         rest = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.name.startswith("_")}
         unfused = [dataclasses.asdict(u) for u in self.unfused]
-        return {**rest, "seconds": dict(self.seconds), "groups": groups, "unfused": unfused}
+        return {**rest, "seconds": dict(self.seconds), "groups": groups, "unfused": unfused, "remedies": self.remedies}
+
+    def raise_if_unfused(self) -> None:
+        """For tests and CI: an error unless everything that was captured runs fused.
+
+        Raises:
+            UnfusedError: lists every reason, and what to do where that is known.
+        """
+        listed = self.reasons or [
+            f"{g.name}: the original graph runs, as platform={self.platform!r} asks for"
+            for g in self.groups
+            if g.lowering == "eager"
+        ]
+        if listed:
+            advice = [f"what to do: {remedy}" for remedy in self.remedies]
+            raise UnfusedError("not everything was fused:\n  " + "\n  ".join([*listed, *advice]))
 
     def __str__(self) -> str:
-        lines = []
-        for g in self.groups:
-            lines.append(
-                f"  {g.name}  {g.updates} x {g.dtype} on {g.device}  {g.bytes_per_element} bytes/element  "
-                f"{g.launches} x {g.kernel}{f'  {g.layout}' if g.lowering == 'npu' else ''}"
-            )
-            lines += [f"      layout {g.layout}: {g.layout_reason}"] if g.layout_reason else []
-            lines += [f"      {line}" for line in g.formula.splitlines()]
-            lines.append(f"      match: {g.match or 'none, ' + g.no_match}")
-        if self.bytes_per_element:
-            before, after = self.bytes_per_element["before"], self.bytes_per_element["after"]
-            lines.append(f"  memory traffic: {after:.0f} bytes/element, operation by operation {before:.0f}")
-        lines += [f"  unfused {u.op}: {u.reason}" for u in self.unfused]
-        if self.graph_break:
-            lines.append(f"  the graph ends at a break: {self.graph_break}")
-        if self.fallback:
-            lines.append(f"  FALLBACK to the original: {self.fallback}")
-        return "\n".join([self._head(), *lines])
+        return as_text(self)
 
-    def _head(self) -> str:
-        updates = sum(g.updates for g in self.groups if g.writes == "leaves")
-        compiled, late = dict(self.seconds), ""
-        if next(reversed(compiled), "") == "match":  # it ran for whoever asked, after the compile
-            late = f", then match {compiled.pop('match'):.2f}"
-        stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in compiled.items())
-        return (
-            f"npu_fused on {self.platform}: {updates} parameters -> {sum(g.launches for g in self.groups)} kernel "
-            f"calls per step, compiled in {sum(compiled.values()):.2f} s ({stages}){late}"
-        )
+    def _repr_html_(self) -> str:
+        return as_html(self)
 
 
 _reports: collections.deque[CompileReport] = collections.deque(maxlen=64)
