@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .expr import Builder, Expr
+from .expr import C_FUNCTIONS, Builder, Expr
 
 Row = Callable[..., Expr]
 ROWS: dict[str, Row] = {}
@@ -23,42 +23,7 @@ def row(*names: str) -> Callable[[Row], Row]:
     return add
 
 
-_UNARY = [
-    "neg",
-    "abs",
-    "sqrt",
-    "rsqrt",
-    "reciprocal",
-    "exp",
-    "exp2",
-    "expm1",
-    "log",
-    "log2",
-    "log10",
-    "log1p",
-    "sin",
-    "cos",
-    "tan",
-    "asin",
-    "acos",
-    "atan",
-    "sinh",
-    "cosh",
-    "tanh",
-    "asinh",
-    "acosh",
-    "atanh",
-    "erf",
-    "erfc",
-    "floor",
-    "ceil",
-    "trunc",
-    "round",
-    "sign",
-    "isnan",
-    "isinf",
-    "isfinite",
-]
+_UNARY = [*C_FUNCTIONS, "neg", "abs", "rsqrt", "reciprocal", "round", "sign", "isnan", "isinf", "isfinite"]
 _BINARY = [
     "maximum",
     "minimum",

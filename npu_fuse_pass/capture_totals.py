@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
+from .disjoint import Disjoint
 from .errors import Unsupported
 from .expr import REDUCTIONS, Builder, Expr, postorder
 from .ir import Leaf
@@ -42,9 +43,9 @@ def separate(
         New roots, the contributions, and the number after the last total.
 
     Raises:
-        Unsupported: a total depends on another one, or numbers of many parameters are combined by other than adding.
+        Unsupported: numbers of many parameters are combined by other than adding.
     """
-    order = list(postorder(roots))
+    order = postorder(roots)
     if not any(e.op in REDUCTIONS for e in order):
         return list(roots), [], first
     owner = _owners(order, roots, written, leaves)
@@ -61,32 +62,25 @@ def _owners(
 
     Tensors that an elementwise operation combines belong to one parameter.
     """
-    parent: dict[int, int] = {}
-
-    def find(x: int) -> int:
-        while parent.setdefault(x, x) != x:
-            parent[x] = parent[parent[x]]
-            x = parent[x]
-        return x
-
+    sets = Disjoint()
     below: dict[int, int] = {}
     for e in order:
         if e.tensor:
             found = [e.value] if e.op == "leaf" else [below[id(a)] for a in e.args if a.tensor]
             assert all(isinstance(f, int) for f in found)
             for other in found[1:]:
-                parent[find(other)] = find(found[0])  # type: ignore[arg-type]
+                sets.join(other, found[0])  # type: ignore[arg-type]
             below[id(e)] = found[0]  # type: ignore[assignment]
     for root, leaf in zip(roots, written, strict=True):
         if root.tensor and leaves[leaf].shape:
-            parent[find(leaf)] = find(below[id(root)])
-    places = {key: find(leaf) for key, leaf in below.items()}
-    for user, read in _read_by_one(order, places, roots, [find(leaf) for leaf in written], leaves):
-        parent[find(read)] = find(user)
+            sets.join(leaf, below[id(root)])
+    places = {key: sets.find(leaf) for key, leaf in below.items()}
+    for user, read in _read_by_one(order, places, roots, [sets.find(leaf) for leaf in written], leaves):
+        sets.join(read, user)
     owner: dict[int, int | None] = {}
     for e in order:
         if e.tensor:
-            owner[id(e)] = find(below[id(e)])
+            owner[id(e)] = sets.find(below[id(e)])
         else:
             several = {owner[id(a)] for a in e.args} - {None}
             owner[id(e)] = None if not several else next(iter(several)) if len(several) == 1 else _SEVERAL

@@ -12,6 +12,7 @@ import torch
 
 from .capture_totals import Contribution, separate
 from .cells import Cell
+from .disjoint import Disjoint
 from .errors import Unsupported
 from .expr import Builder, Expr, postorder
 from .ir import Leaf, Slot, Update
@@ -38,39 +39,29 @@ def updates_of(
 
 
 class _Together:
-    """Union-find over leaves: what is written and what it reads belong together if a tensor connects them."""
+    """Disjoint sets of leaves: what is written and what it reads belong together if a tensor connects them."""
 
     def __init__(self, leaves: Sequence[Leaf], writes: dict[int, Expr], contributions: Sequence[Contribution]) -> None:
         self.writes = writes
         self._leaves = leaves
         self._contributions = contributions
-        self._parent = list(range(len(leaves)))
+        self._sets = Disjoint()
         below = self._join_tensors([*writes.values(), *(c.expr for c in contributions)])
         self._first = [below[id(c.expr)] for c in contributions]
         for leaf, root in writes.items():
-            self._join(leaf, below[id(root)])
+            if (other := below[id(root)]) is not None:
+                self._sets.join(leaf, other)
         self._join_scalars()
 
     def components(self) -> list[tuple[list[int], list[Contribution]]]:
         """Leaves that are written together, and what their parameter adds to totals; in the order of the writes."""
         found: dict[int, tuple[list[int], list[Contribution]]] = {}
         for leaf in self.writes:
-            found.setdefault(self._find(leaf), ([], []))[0].append(leaf)
+            found.setdefault(self._sets.find(leaf), ([], []))[0].append(leaf)
         for c, first in zip(self._contributions, self._first, strict=True):
             assert first is not None
-            found.setdefault(self._find(first), ([], []))[1].append(c)
+            found.setdefault(self._sets.find(first), ([], []))[1].append(c)
         return self._with_counters(list(found.values()))
-
-    def _find(self, x: int) -> int:
-        parent = self._parent
-        while parent[x] != x:
-            parent[x] = parent[parent[x]]
-            x = parent[x]
-        return x
-
-    def _join(self, x: int, y: int | None) -> None:
-        if y is not None:
-            self._parent[self._find(x)] = self._find(y)
 
     def _join_tensors(self, roots: Sequence[Expr]) -> dict[int, int | None]:
         """Join tensors that meet in an expression; gives one of the tensors below every expression."""
@@ -86,7 +77,7 @@ class _Together:
                 if first is None:
                     first = other
                 elif other is not None and other != first:
-                    self._join(other, first)
+                    self._sets.join(other, first)
             below[id(e)] = first
         return below
 
@@ -95,7 +86,7 @@ class _Together:
         users: dict[int, set[int]] = {}
         roots: dict[int, list[Expr]] = {}
         for leaf, root in self.writes.items():
-            owner = self._find(leaf)
+            owner = self._sets.find(leaf)
             roots.setdefault(owner, []).append(root)
             if not self._leaves[leaf].shape:
                 users.setdefault(leaf, set()).add(owner)
@@ -107,10 +98,10 @@ class _Together:
         while changed:  # an owner may be a 0-dim leaf that finds its own owner later
             changed = False
             for leaf, owners in users.items():
-                own = self._find(leaf)
-                others = {self._find(u) for u in owners} - ({own} if leaf in self.writes else set())
+                own = self._sets.find(leaf)
+                others = {self._sets.find(u) for u in owners} - ({own} if leaf in self.writes else set())
                 if len(others) == 1 and (other := others.pop()) != own:
-                    self._parent[own] = other
+                    self._sets.join(own, other)
                     changed = True
 
     def _with_counters(
@@ -144,7 +135,7 @@ class _Same:
     def add(self, writes: Sequence[tuple[int, Expr]], contributions: Sequence[Contribution]) -> None:
         """Add the writes of one parameter and what it adds to totals."""
         roots = [*(root for _, root in writes), *(c.expr for c in contributions)]
-        order = list(postorder(roots))
+        order = postorder(roots)
         position: dict[int, int] = {}
         numbers: dict[int, int] = {}
         key: list[object] = []

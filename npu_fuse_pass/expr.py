@@ -104,6 +104,11 @@ class Builder:
 
 COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne", "isnan", "isinf", "isfinite")
 LOGICAL = ("and", "or", "not", "xor")
+# named alike in ATen and in C
+C_FUNCTIONS = (
+    "sqrt", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "asin", "acos", "atan",
+    "sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "erf", "erfc", "floor", "ceil", "trunc",
+)  # fmt: skip
 COMMUTATIVE = ("add", "mul", "eq", "ne", "and", "or", "xor")
 
 

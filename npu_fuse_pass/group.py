@@ -85,7 +85,7 @@ def _label(update: Update, source: Expr) -> str:
 
 def _canonicalise(update: Update) -> _Canonical:
     roots = [e for _, e in update.writes] + [e for _, e in update.contributions]
-    order = list(postorder(roots))
+    order = postorder(roots)
     written = {position for position, _ in update.writes}
     colour: dict[object, int] = {e.value: int(e.value in written) for e in order if e.op == "leaf"}
     keys = _structure(order, colour)

@@ -34,14 +34,11 @@ def check_rule(rule: Rule, settings: Mapping[str, Any]) -> None:
         raise RuleError(f"rule {rule.name!r} asks for {missing[0]!r}, which is not among its defaults {list(settings)}")
     keywords = meta_keywords(dict(static), numbers, totals)
     tensors = {n: torch.empty((2, 3), device="meta") for n in ("param", "grad", *names)}
-    states = {n: tensors[n] for n in names}
     numbered = {n: k if isinstance(k, tuple) else (k,) for n, k in keywords.items()}
     given = [*tensors.items(), *((n, t) for n, ks in numbered.items() for t in ks if isinstance(t, Tensor))]
     versions = [t._version for _, t in given]
     try:
-        for name in totals:
-            rule.contribution(name, tensors["param"], tensors["grad"], states, keywords)
-        rule.apply(tensors["param"], tensors["grad"], states, keywords)
+        results(rule, tensors, keywords, totals)
     except RuleError:
         raise
     except (NotImplementedError, RuntimeError, TypeError) as e:
@@ -62,6 +59,13 @@ def check_rule(rule: Rule, settings: Mapping[str, Any]) -> None:
         )
 
 
+def results(rule: Rule, tensors: Mapping[str, Tensor], keywords: Mapping[str, Any], totals: Sequence[str]) -> Any:
+    """What a rule gives for one parameter: its contributions to totals, and new values. `tensors`: by name."""
+    states = {n: t for n, t in tensors.items() if n not in ("param", "grad")}
+    sums = [rule.contribution(n, tensors["param"], tensors["grad"], states, keywords) for n in totals]
+    return sums, rule.apply(tensors["param"], tensors["grad"], states, keywords)
+
+
 def meta_keywords(static: Mapping[str, Any], numbers: Mapping[str, Any], totals: Sequence[str]) -> dict[str, Any]:
     """A rule's keywords without values: static options, and a meta tensor for every number."""
 
@@ -79,9 +83,7 @@ def reads_step(rule: Rule, static: Mapping[str, Any], numbers: Mapping[str, Any]
     watch = _Watch(keywords["step"])
     try:
         with watch:
-            for name in totals:
-                rule.contribution(name, tensors["param"], tensors["grad"], {}, keywords)
-            rule.apply(tensors["param"], tensors["grad"], {}, keywords)
+            results(rule, tensors, keywords, totals)
     except Exception:  # whatever a rule cannot do on meta tensors; it may be about to read the step
         return "step" in rule.keywords
     return watch.seen

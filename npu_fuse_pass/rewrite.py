@@ -132,9 +132,9 @@ def _total_nodes(
 ) -> dict[int, fx.Node]:
     """For every total: the sum of what the members of all groups contribute to it."""
     sums: dict[int, fx.Node] = {}
+    totals = {i: leaf.index for i, leaf in enumerate(leaves) if leaf.kind == "total"}
     for _ in range(rounds(groups, leaves)):
         # in the first round the slots of totals hold zeros; what depends on another total is right in a later one
-        totals = {i: leaf.index for i, leaf in enumerate(leaves) if leaf.kind == "total"}
         known = {i: sums[number] if number in sums else _number(graph, 0.0) for i, number in totals.items()} | nodes
         parts: dict[int, list[fx.Node]] = {}
         for group in (g for g in groups if g.formula.contributions):

@@ -33,7 +33,7 @@ class Algebra:
         from sympy import ZZ
         from sympy.polys.rings import PolyRing
 
-        self.order = list(postorder([e for slot, e in formula.writes if formula.slots[slot].tensor]))
+        self.order = postorder([e for slot, e in formula.writes if formula.slots[slot].tensor])
         count = len(formula.slots) + len(names) + sum(2 for e in self.order if e.op not in _RATIONAL) + _SPARE
         self.ring = PolyRing([f"g{i}" for i in range(count)], ZZ)
         self.formula = formula

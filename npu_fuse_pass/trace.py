@@ -21,7 +21,7 @@ from .errors import Unsupported
 from .expr import Expr
 from .interpreter import Interpreter
 from .ir import Captured, Leaf, Slot, Unfused, Update
-from .meta import meta_keywords
+from .meta import meta_keywords, results
 from .names import operation_name
 from .reading import is_known, run_graph
 from .storage import Batch
@@ -98,18 +98,14 @@ def _calls(batch: Batch, shape: tuple[int, ...]) -> object:
     tensors = {"param": torch.empty(shape, dtype=batch.dtype, device=device)}
     tensors["grad"] = torch.empty(shape, dtype=batch.grad_dtype, device=device)
     tensors |= {n: torch.empty(shape, dtype=f.dtype, device=device) for n, f in batch.flat.items()}
-    states = {n: tensors[n] for n in batch.flat}
     keywords = meta_keywords(batch.static, batch.hyper_views, batch.totals)
     record = _Record([*tensors.values(), *(k for k in tree_leaves(keywords) if isinstance(k, Tensor))])
     try:
         with record:
-            sums = [
-                batch.rule.contribution(n, tensors["param"], tensors["grad"], states, keywords) for n in batch.totals
-            ]
-            results = batch.rule.apply(tensors["param"], tensors["grad"], states, keywords)
+            given = results(batch.rule, tensors, keywords, batch.totals)
     except Exception:  # whatever a rule cannot do on meta tensors: every shape is traced by itself
         return shape
-    return (*record.calls, *record.describe((sums, results)))
+    return (*record.calls, *record.describe(given))
 
 
 class _Record(TorchDispatchMode):

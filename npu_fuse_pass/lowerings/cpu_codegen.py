@@ -66,7 +66,7 @@ class _Stage:
         self.writes = writes
         self.contributions = contributions
         roots = [e for _, e in writes] + list(contributions)
-        self.order = list(postorder(roots))
+        self.order = postorder(roots)
         self.var = {id(e): f"v{i}" for i, e in enumerate(self.order)}
         self.slot_rank = {s: i for i, s in enumerate(formula.tensor_slots)}
         self.slot_rank |= {s: i for i, s in enumerate(formula.scalar_slots)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ..expr import C_FUNCTIONS
+
 CPP_TYPES = {"f64": "double", "f32": "float", "bool": "bool"}
 STORED = {"f64": "double", "f32": "float", "f16": "half", "bf16": "bfloat", "bool": "bool"}
 
@@ -35,36 +37,7 @@ CPP = {
     "isfinite": "std::isfinite({0})",
     "zero": "0",
     "numel": "double(a.numel[m])",
-    **{
-        n: f"std::{n}({{0}})"
-        for n in [
-            "sqrt",
-            "exp",
-            "exp2",
-            "expm1",
-            "log",
-            "log2",
-            "log10",
-            "log1p",
-            "sin",
-            "cos",
-            "tan",
-            "asin",
-            "acos",
-            "atan",
-            "sinh",
-            "cosh",
-            "tanh",
-            "asinh",
-            "acosh",
-            "atanh",
-            "erf",
-            "erfc",
-            "floor",
-            "ceil",
-            "trunc",
-        ]
-    },
+    **{n: f"std::{n}({{0}})" for n in C_FUNCTIONS},
     **{n: f"std::{n}({{0}}, {{1}})" for n in ["pow", "fmax", "fmin", "atan2", "copysign", "hypot", "fmod"]},
     "abs": "std::fabs({0})",
 }
