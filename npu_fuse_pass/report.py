@@ -53,6 +53,7 @@ class GroupReport:
         bytes_per_element: memory read and written per parameter element and step.
         launches: kernel calls per step.
         elements: how many the group's parameters have together.
+        note: why this kernel, where there was a choice.
         writes: "leaves" (parameters and states), or "temporaries" that original operations read.
         layout: "list" (tensors one by one), "flat" (adjacent ones as one), "gathered" (flat, but gradients are
             concatenated first), or several of these, joined by " + ".
@@ -69,6 +70,7 @@ class GroupReport:
     bytes_per_element: int
     launches: int
     elements: int = 0
+    note: str = ""
     writes: str = "leaves"
     layout: str = "list"
     layout_reason: str = ""
@@ -154,6 +156,7 @@ class CompileReport:
             lines += [f"      layout {g.layout}: {g.layout_reason}"] if g.layout_reason else []
             lines += [f"      {line}" for line in g.formula.splitlines()]
             lines.append(f"      match: {g.match or 'none, ' + g.no_match}")
+            lines += [f"      kernel: {g.note}"] if g.note else []
         if self.bytes_per_element:
             before, after = self.bytes_per_element["before"], self.bytes_per_element["after"]
             lines.append(f"  memory traffic: {after:.0f} bytes/element, operation by operation {before:.0f}")
