@@ -38,8 +38,10 @@ def npu_fused(
         options: `platform`: "auto" (by the tensors' device), "cpu", "npu" or "eager" (the original graph);
             `strict`: raise UnfusedError if anything is left unfused; `torchair_config`: a torchair.CompilerConfig,
             which torchair's compiler gets as it is; `layout`: how an NPU graph takes a group's tensors: "auto" (flat
-            where they are adjacent in memory), "flat" or "list" (one by one); `dump`: a folder in which every compile
-            leaves files to read (otherwise NPU_FUSE_DUMP, or torch's debug folder under TORCH_COMPILE_DEBUG=1).
+            where they are adjacent in memory), "flat" or "list" (one by one); `kernels`: on an NPU "auto" (dedicated
+            operations as exact as eager), "dedicated" (the fewest operations) or "elementwise"; `dump`: a folder in
+            which every compile leaves files to read (otherwise NPU_FUSE_DUMP, or torch's debug folder under
+            TORCH_COMPILE_DEBUG=1).
 
     Raises:
         OptionError: an unknown option or value; the message names the allowed ones.
@@ -132,6 +134,8 @@ def _checked_options(mode: str | None, options: Mapping[str, Any] | None) -> dic
         raise OptionError(f"layout with platform={chosen['platform']!r}; it is allowed with 'auto' and 'npu'")
     if not (chosen["dump"] is None or (chosen["dump"] and isinstance(chosen["dump"], (str, os.PathLike)))):
         raise OptionError(f"dump={chosen['dump']!r}; allowed are None and the path of a folder")
+    if chosen["kernels"] not in pipeline.KERNELS:
+        raise OptionError(f"kernels={chosen['kernels']!r}; allowed are {list(pipeline.KERNELS)}")
     _check_torchair_config(chosen["torchair_config"], chosen["platform"])
     return chosen
 

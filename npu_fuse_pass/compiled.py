@@ -195,7 +195,7 @@ def refused(report: CompileReport, reason: str, strict: bool) -> None:
 def falls_back(report: CompileReport, refusal: GraphRefused, strict: bool) -> None:
     """The device refused the program before it changed anything: said once; the original runs from now on.
 
-    There is one form of NPU programs (elementwise), so there is no other to try before the original.
+    An NPU program has been tried in all of its forms by then.
 
     Raises:
         UnfusedError: `strict`.

@@ -14,6 +14,8 @@ class Options:
     Attributes:
         platform: "auto" (by the tensors' device), "cpu", "npu" or "eager" (the original graph).
         strict: raise UnfusedError if anything is left unfused.
+        kernels: on an NPU: "auto" (dedicated operations as exact as eager), "dedicated" (the fewest operations; the
+            report says what is less exact) or "elementwise".
         torchair_config: a torchair.CompilerConfig, which torchair's compiler gets as it is; None is its default.
         layout: how an NPU graph takes a group's tensors: "auto" (flat where they are adjacent in memory), "flat" (the
             same, even where concatenating large gradients takes longer) or "list" (one by one).
@@ -22,6 +24,7 @@ class Options:
 
     platform: str = "auto"
     strict: bool = False
+    kernels: str = "auto"
     torchair_config: Any = None
     layout: str = "auto"
     dump: str | os.PathLike[str] | None = None

@@ -27,7 +27,7 @@ from .match import match
 from .match_result import NoMatch
 from .ops import multi_tensor_update
 from .options import Options
-from .report import CompileReport, record
+from .report import CompileReport, GroupReport, record
 from .rewrite import rewrite
 from .rows import Matches, group_report, show_matches, show_plans, traffic
 from .storage import Batch, inputs_of
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 PLATFORMS = ("auto", "cpu", "npu", "eager")
 LAYOUTS = ("auto", "flat", "list")
+KERNELS = ("auto", "dedicated", "elementwise")
 # Platforms with dedicated operations need to know before they lower which kernel computes a group. Elsewhere a match is
 # something to read: it is decided when the report is, and no compile takes longer for it.
 _MATCHED_BEFORE = ("npu",)
@@ -144,7 +145,7 @@ def _fuse(
         if report.platform in _MATCHED_BEFORE:
             matches()
         with timed(report.seconds, "lower") as said:
-            program = _lower(captured.leaves, stages, groups, report, options, values)
+            program = _lower(captured.leaves, stages, groups, report, options, values, matches)
             said += [f"{g.lowering}: {g.launches} x {g.kernel}" for g in report.groups] or [str(report.fallback)]
         report.bytes_per_element = traffic(captured, report)
         show_matches(report, groups, captured.leaves, matches)
@@ -230,8 +231,11 @@ def _lower(
     report: CompileReport,
     options: Options,
     values: Values,
+    matches: Callable[[], Matches],
 ) -> Program | None:
     lower = _LOWERINGS[report.platform]
+    if report.platform in _MATCHED_BEFORE:
+        lower = functools.partial(lower, matches=matches())
     try:
         before = [(lower(leaves, made, report, options, None), calls) for made, calls in stages]
         for row in report.groups:
@@ -286,31 +290,44 @@ def _lower_graph(
 
 
 def _lower_npu(
-    leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport, options: Options, values: Values
+    leaves: Sequence[Leaf],
+    groups: Sequence[Group],
+    report: CompileReport,
+    options: Options,
+    values: Values,
+    matches: Matches | None = None,
 ) -> Program:
-    from .lowerings import npu
+    from .lowerings import npu, npu_retry
 
     if any(leaf.kind == "result" for leaf in leaves):
         raise Unsupported("npu", "original operations between fused updates")
 
-    def planned() -> None:
+    rows: list[GroupReport] = []
+
+    def show(program: npu.Program, refused: str | None = None) -> None:
+        if not rows:
+            rows.extend(group_report(p.group, leaves, "npu", p.kernel, 0, 0) for p in program.parts)
+            report.groups += rows
+        for row, part in zip(rows, program.parts, strict=True):
+            row.kernel, row.note = part.kernel, refused or row.note or part.note
         show_plans(report, rows, [part.layout for part in program.parts])
+
+    def planned(program: npu.Program) -> None:
+        show(program)
         in_part = [row.layout_reason for row in rows if "list" in row.layout and row.layout_reason]
         if options.strict and options.layout == "flat" and in_part:
             raise UnfusedError(f'strict=True and layout="flat" is not possible: {in_part[0]}')
 
-    program = npu.Program(leaves, groups, options.torchair_config, options.layout, values, planned)
-    rows = [group_report(p.group, leaves, "npu", p.kernel, 0, 0) for p in program.parts]
-    report.groups += rows
-    if values is None:
-        show_plans(report, rows, [part.layout for part in program.parts])
-    else:
-        planned()
+    def build(kernels: str, given: Values) -> npu.Program:
+        return npu.Program(leaves, groups, options.torchair_config, options.layout, given, planned, matches, kernels)
+
+    program = npu_retry.Retried(build, options.kernels, values, show)
+    if values is not None:
+        planned(program.chosen)
     return program
 
 
-_Lowering = Callable[[Sequence[Leaf], Sequence[Group], CompileReport, Options, Values], Program | None]
-_LOWERINGS: dict[str, _Lowering] = {
+_LOWERINGS: dict[str, Callable[..., Program | None]] = {
     "cpu": _lower_cpu,
     "npu": _lower_npu,
     "eager": _lower_eager,

@@ -56,6 +56,7 @@ class GroupReport:
         bytes_per_element: memory read and written per parameter element and step.
         launches: kernel calls per step.
         elements: how many the group's parameters have together.
+        note: why this kernel, where there was a choice.
         writes: "leaves" (parameters and states), or "temporaries" that original operations read.
         layout: "list" (tensors one by one), "flat" (adjacent ones as one), "gathered" (flat, but gradients are
             concatenated first), or several of these, joined by " + ".
@@ -72,6 +73,7 @@ class GroupReport:
     bytes_per_element: int
     launches: int
     elements: int = 0
+    note: str = ""
     writes: str = "leaves"
     layout: str = "list"
     layout_reason: str = ""

@@ -97,7 +97,8 @@ def remarks(report: CompileReport) -> list[str]:
 def formula_lines(g: GroupReport) -> list[str]:
     """A group's mathematics, why its memory lies as it does, and the known kernel that computes it."""
     layout = [f"layout {g.layout}: {g.layout_reason}"] if g.layout_reason else []
-    return [*layout, *g.formula.splitlines(), f"match: {g.match or 'none, ' + g.no_match}"]
+    kernel = [f"kernel: {g.note}"] if g.note else []
+    return [*layout, *g.formula.splitlines(), f"match: {g.match or 'none, ' + g.no_match}", *kernel]
 
 
 def _columns(groups: Sequence[GroupReport]) -> list[_Column]:

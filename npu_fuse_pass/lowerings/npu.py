@@ -10,26 +10,24 @@ torch_npu and torchair are imported when a `Program` is made.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import FuseError, GraphRefused, PlatformError, Unsupported
-from ..ir import Group, Leaf
+from ..errors import FuseError, GraphRefused, PlatformError
+from ..ir import Formula, Group, Leaf
+from ..match_result import Match, NoMatch
 from ..ops import multi_tensor_contribute, multi_tensor_update, parsed
-from . import npu_emit
+from . import npu_emit, npu_operands
 from .npu_bind import Binder, Host
-from .npu_graph import build, device_contribute, device_update
-from .npu_layout import Plan
+from .npu_graph import build, device_contribute, device_dedicated, device_update
+from .npu_part import Part
 from .npu_plans import Plans
 from .npu_run import Run, refusal
-from .npu_split import split
 
 _INSTALL = (
     'platform "npu" needs torch_npu, which carries torchair, and CANN: pip install "npu-fuse-pass[npu]" '
@@ -51,6 +49,7 @@ def require() -> Any:
     converters = {
         device_update: functools.partial(_convert_device, False),
         device_contribute: functools.partial(_convert_device, True),
+        device_dedicated: _convert_dedicated,
         multi_tensor_update: functools.partial(_convert_whole, False),
         multi_tensor_contribute: functools.partial(_convert_whole, True),
     }
@@ -85,6 +84,16 @@ def versions() -> str:
     return ", ".join(found)
 
 
+def _chip() -> str:
+    """The name of the chip that torch_npu would run on, "" where it cannot tell."""
+    import torch_npu
+
+    try:
+        return str(torch_npu.npu.get_device_name() or "")
+    except Exception:  # without a driver there is no device to ask for
+        return ""
+
+
 def _convert_device(
     contribute: bool,
     tensors: list[Any],
@@ -107,6 +116,27 @@ def _convert_whole(
     return _convert(contribute, tensors, scalars, members, formula, torch.float64)
 
 
+def _convert_dedicated(
+    tensors: list[Any],
+    numbers: list[Any],
+    totals: list[Any],
+    positions: list[int],
+    members: int,
+    formula: str,
+    call: str,
+    written: list[int],
+    meta_outputs: Any = None,
+) -> list[Any]:
+    """`npu_fused::device_dedicated`."""
+    from torchair._ge_concrete_graph import ge_apis
+    from torchair.ge._ge_graph import torch_type_to_ge_type
+
+    made = parsed(formula)
+    npu_emit.check(made)
+    emitter = npu_operands.Emitter(ge_apis, torch_type_to_ge_type, made, call, written)
+    return _members(emitter, made, tensors, [*(numbers[p] for p in positions), *totals], members)
+
+
 def _convert(
     contribute: bool, tensors: list[Any], scalars: list[Any], members: int, formula: str, numbers: torch.dtype
 ) -> list[Any]:
@@ -116,6 +146,16 @@ def _convert(
     made = parsed(formula)
     npu_emit.check(made)
     emitter = npu_emit.Emitter(ge_apis, torch_type_to_ge_type, made, contribute, numbers)
+    return _members(emitter, made, tensors, scalars, members)
+
+
+def _members(
+    emitter: npu_emit.Emitter | npu_operands.Emitter,
+    made: Formula,
+    tensors: list[Any],
+    scalars: list[Any],
+    members: int,
+) -> list[Any]:
     results = []
     for m in range(members):
         given = dict(zip(made.tensor_slots, tensors[m::members], strict=True))
@@ -133,7 +173,10 @@ class Program:
         config: torchair's CompilerConfig, passed on unchanged.
         layout: "auto" (flat as far as tensors are adjacent), "flat" (the same, however large they are), or "list".
         values: of all leaves, where they are known already: a graph for tensors that are adjacent needs to see them.
-        planned: called when the graph was planned anew for the tensors of a step, before anything is changed.
+        planned: called with the program when its graph was planned anew for the tensors of a step, before anything is
+            changed.
+        matches: by group name, which known kernel computes it; without them everything is elementwise.
+        kernels: the option, "auto", "dedicated" or "elementwise".
 
     Raises:
         PlatformError: torchair cannot be used here.
@@ -148,11 +191,14 @@ class Program:
         config: Any = None,
         layout: str = "auto",
         values: list[Tensor | None] | None = None,
-        planned: Callable[[], None] | None = None,
+        planned: Callable[[Program], None] | None = None,
+        matches: Mapping[str, Match | NoMatch] | None = None,
+        kernels: str = "auto",
     ) -> None:
         self._torchair = require()
         self._leaves, self._config, self._planned = leaves, config, planned
-        self.parts = [Part(group, leaves) for group in groups]
+        chip = _chip() if matches else ""
+        self.parts = [Part(group, leaves, (matches or {}).get(group.name), chip, kernels) for group in groups]
         self._host = Host(leaves, self.parts)
         self._plans = Plans(leaves, self.parts, layout)
         if values is not None:
@@ -203,64 +249,7 @@ class Program:
                 if self._use_plans():
                     self._make()
                 if self._planned is not None:
-                    self._planned()
+                    self._planned(self)
             self._binder.bind(step, values)
             results = self._run(step.inputs, self._binder.written)
             self._binder.finish(step, values, results)
-
-
-class Part:
-    """One group, how its formula is split and which members the graph updates as one.
-
-    Members without elements have nothing to do on the device. `plan` says which are updated as one.
-    """
-
-    kernel = "GE elementwise"
-
-    def __init__(self, group: Group, leaves: Sequence[Leaf]) -> None:
-        formula = group.formula
-        self.group, self._leaves = group, leaves
-        self.plan = Plan(())
-        totals = [s for s in formula.scalar_slots if leaves[group.members[0][s]].kind == "total"]
-        self.splits = [split(formula, totals, contribute=False)]
-        if formula.contributions:
-            self.splits.append(split(formula, totals, contribute=True))
-            if self.splits[1].device_slots:
-                raise Unsupported(group.name, "a total depends on another total")
-        for made in self.splits:
-            npu_emit.check(made.device)
-        first = formula.tensor_slots[:1]
-        self.on_device = [
-            i for i, member in enumerate(group.members) if all(0 not in leaves[member[s]].shape for s in first)
-        ]
-        if not first:
-            self.on_device = []
-        for slot in formula.written:
-            targets = [member[slot] for member in group.members]
-            if len(set(targets)) != len(targets):
-                raise Unsupported(group.name, "several members write the same 0-dim tensor")
-
-    @property
-    def layout(self) -> Layout:
-        """For the report: the plan, and what it costs."""
-        first, slots = self.group.formula.tensor_slots[:1], self.group.formula.slots
-        elements = moved = 0
-        for run in self.plan.runs:
-            size = sum(math.prod(self._leaves[self.group.members[m][s]].shape) for m in run.members for s in first)
-            elements += size
-            moved += size * sum(2 * slots[s].dtype.itemsize for s in run.gathered)
-        costs = [npu_emit.cost(made.device) for made in self.splits]
-        gathered = sum(len(run.gathered) for run in self.plan.runs)
-        operations = sum(c[0] for c in costs) * len(self.plan.runs) + gathered
-        size = sum(c[1] for c in costs) + round(moved / max(1, elements))
-        return Layout(self.plan.name, self.plan.reason, operations, size)
-
-
-@dataclasses.dataclass
-class Layout:
-    """A group's row in the report: what the fields mean says `report.GroupReport`."""
-
-    name: str
-    reason: str
-    launches: int
-    bytes_per_element: int

@@ -21,7 +21,7 @@ from .npu_layout import Run, Values
 from .npu_numbers import HostValues, Packed
 
 if TYPE_CHECKING:
-    from .npu import Part
+    from .npu_part import Part
 
 Key = tuple[int, torch.dtype, torch.device]
 Leaves = tuple[int, ...]

@@ -15,6 +15,7 @@ import torch
 from ..errors import Unsupported
 from ..expr import REDUCTIONS, Expr, postorder
 from ..ir import Formula
+from .npu_dedicated import OPERATIONS
 
 # IR operation -> GE operation with the same operands in the same order
 _DIRECT = {
@@ -35,8 +36,11 @@ DOCUMENTS: dict[str, str] = {
     "NetOutput": "a graph's output",
     **{
         name: f"CANN operator specifications, {name}"
-        for name in sorted({*_DIRECT.values(), *_REDUCE.values(), "Cast", "BroadcastTo", "ConcatV2", "Pack", "Unpack"})
+        for name in sorted(
+            {*_DIRECT.values(), *_REDUCE.values(), "Cast", "BroadcastTo", "ConcatV2", "Pack", "Reshape", "Unpack"}
+        )
     },
+    **{o.name: o.document for o in OPERATIONS},
 }
 """The whitelist: GE operation type -> the document that defines it. Nothing else may appear in a graph of ours."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,13 +12,13 @@ from torch import Tensor, fx
 from ..errors import Unsupported
 from ..ir import Leaf
 from ..ops import multi_tensor_contribute, multi_tensor_update, parsed
-from . import npu_emit
+from . import npu_emit, npu_operands
 
 if TYPE_CHECKING:
-    from .npu import Part
     from .npu_bind import Binder, Leaves
     from .npu_layout import Run
     from .npu_numbers import Packed
+    from .npu_part import Part
 
 _MEMBERS = 32  # per fused node: torchair formats a node's whole list for every element that is taken from it
 _SCHEMA = "(Tensor[] tensors, Tensor[] numbers, Tensor[] totals, int[] positions, int members, str formula) -> Tensor[]"
@@ -26,10 +26,15 @@ _SCHEMA = "(Tensor[] tensors, Tensor[] numbers, Tensor[] totals, int[] positions
 _library = torch.library.Library("npu_fused", "FRAGMENT")
 _library.define(f"device_update{_SCHEMA}")
 _library.define(f"device_contribute{_SCHEMA}")
+_library.define(f"device_dedicated{_SCHEMA.replace('str formula', 'str formula, str call, int[] written')}")
 device_update = torch.ops.npu_fused.device_update.default
 """`multi_tensor_update` whose scalars are `numbers[p] for p in positions`, then `totals`."""
 device_contribute = torch.ops.npu_fused.device_contribute.default
 """`multi_tensor_contribute` likewise, with results of the dtype that the device adds up in."""
+device_dedicated = torch.ops.npu_fused.device_dedicated.default
+"""`device_update` by one operation: the formula's contributions are its operands, numbers have shape (1,). `call` and
+`written` as in `npu_operands.Emitter`.
+"""
 
 
 def _update(
@@ -47,7 +52,30 @@ def _contribute(
     return [t.to(dtype) for t in multi_tensor_contribute(tensors, scalars, members, formula)]
 
 
-for _name, _kernel in {"device_update": _update, "device_contribute": _contribute}.items():
+def _dedicated(
+    tensors: list[Tensor],
+    numbers: list[Tensor],
+    totals: list[Tensor],
+    positions: list[int],
+    members: int,
+    formula: str,
+    call: str,
+    written: list[int],
+) -> list[Tensor]:
+    scalars = [*(numbers[p] for p in positions), *totals]
+    rows = [
+        npu_operands.evaluate(parsed(formula), call, written, tensors[m::members], scalars[m::members])
+        for m in range(members)
+    ]
+    return [row[k] for k in range(len(written)) for row in rows]
+
+
+_KERNELS: dict[str, Callable[..., list[Tensor]]] = {
+    "device_update": _update,
+    "device_contribute": _contribute,
+    "device_dedicated": _dedicated,
+}
+for _name, _kernel in _KERNELS.items():
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"npu_fused::{_name}", _kernel, lib=_library)
 
@@ -73,8 +101,8 @@ class _Build:
             packed = {dtype: self._graph.placeholder("numbers") for dtype in binder.number_inputs}
             for dtype, node in packed.items():
                 node.meta["val"] = torch.empty(binder.number_inputs[dtype], dtype=dtype)
-        unbind = torch.ops.aten.unbind.int
-        self._numbers = {dtype: self._graph.call_function(unbind, (node,)) for dtype, node in packed.items()}
+        self._packed = packed
+        self._unpacked: dict[tuple[torch.dtype, bool], fx.Node] = {}
 
     def module(self) -> fx.GraphModule:
         totals = self._totals()
@@ -82,8 +110,8 @@ class _Build:
         outputs: dict[int, fx.Node] = {}
         for part, numbers in zip(self._parts, self._binder.numbers, strict=True):
             made = part.splits[0]
-            slots = [made.tensor_slots[s] for s in made.device.written]
-            for (slot, run), value in self._fused(device_update, part, numbers[0], slots, totals):
+            target: Any = device_update if part.dedicated is None else device_dedicated
+            for (slot, run), value in self._fused(target, part, numbers[0], made.written, totals):
                 (key,) = self._binder.inputs_of(part, run, slot)
                 if key in self._nodes:
                     copies.append((self._nodes[key], value))
@@ -112,7 +140,10 @@ class _Build:
     ) -> list[tuple[tuple[int, Run], fx.Node]]:
         """Fused nodes of a group; every result with its kind (a written slot, a contribution) and run."""
         made = numbers.made
-        packed: Any = self._numbers.get(npu_emit.wide_dtype(part.group.formula), [])
+        call: tuple[Any, ...] = ()
+        if target is device_dedicated and part.dedicated is not None:
+            call = (part.dedicated.call, list(part.dedicated.written))
+        packed = self._unpack(npu_emit.wide_dtype(part.group.formula), one_dim=bool(call))
         found: list[tuple[tuple[int, Run], fx.Node]] = []
         for begin in range(0, len(part.plan.runs) if kinds else 0, _MEMBERS):
             runs = part.plan.runs[begin : begin + _MEMBERS]
@@ -120,12 +151,22 @@ class _Build:
             tensors = [self._tensor(part, run, s) for s in made.tensor_slots for run in runs]
             positions = [p for at in numbers.positions for p in at[begin : begin + _MEMBERS]]
             sums = [totals[self._leaves[member[s]].index] for s in made.device_slots for member in firsts]
-            args = (tensors, packed, sums, positions, len(runs), made.device.text)
+            args = (tensors, packed, sums, positions, len(runs), made.device.text, *call)
             node = self._graph.call_function(target, args)
             node.name = f"{part.group.name}_{target.name().split('_')[-1]}"
             for i, (kind, run) in enumerate((kind, run) for kind in kinds for run in runs):
                 found.append(((kind, run), self._graph.call_function(operator.getitem, (node, i))))
         return found
+
+    def _unpack(self, dtype: torch.dtype, one_dim: bool) -> Any:
+        """The numbers as 0-dim tensors, or as tensors of shape (1,)."""
+        packed = self._packed.get(dtype)
+        if packed is not None and (dtype, one_dim) not in self._unpacked:
+            aten = torch.ops.aten
+            if one_dim:
+                packed = self._graph.call_function(aten.view.default, (packed, [self._binder.number_inputs[dtype], 1]))
+            self._unpacked[dtype, one_dim] = self._graph.call_function(aten.unbind.int, (packed,))
+        return self._unpacked.get((dtype, one_dim), [])
 
     def _tensor(self, part: Part, run: Run, slot: int) -> fx.Node:
         """A run's tensor; for one that the step creates, another of the member, which has its size."""

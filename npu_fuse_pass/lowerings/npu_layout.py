@@ -22,7 +22,7 @@ from ..ir import Formula, Leaf
 from .memory import in_order, memory_order
 
 if TYPE_CHECKING:
-    from .npu import Part
+    from .npu_part import Part
 
 LAYOUTS = ("auto", "flat", "list")
 

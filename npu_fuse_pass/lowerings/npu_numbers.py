@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..expr import Expr
 from ..ir import Group, Leaf
 from .npu_layout import Run, Values
 from .npu_split import Split, slots_of
@@ -17,9 +18,7 @@ class HostValues:
 
     def __init__(self, group: Group, made: Split, leaves: Sequence[Leaf]) -> None:
         self.made = made
-        self._columns = {
-            s: _Column([m[s] for m in group.members], leaves) for e in made.host.roots for s in slots_of(e)
-        }
+        self._columns = {s: _Column([m[s] for m in group.members], leaves) for s in _slots(made, made.host.roots)}
 
     def __call__(self, values: Values) -> tuple[list[Tensor], list[Tensor]]:
         """`made.values` and the new values of `made.advanced`: float64, 0-dim or one per member."""
@@ -40,14 +39,14 @@ class Packed:
             rows: list[int] = []
             self.positions.append([])
             for run in runs:
-                key = tuple(group.members[run.members[0]][s] for s in slots_of(e))
+                key = tuple(group.members[run.members[0]][s] for s in _slots(made, [e]))
                 if key not in keys:
                     keys[key] = offset + self.count + len(rows)
                     rows.append(run.members[0])
                 self.positions[-1].append(keys[key])
             self._rows.append(torch.tensor(rows, dtype=torch.int64))
             self.count += len(rows)
-        self._flags = [run.members[0] for run in runs] if made.device.contributions else []
+        self._flags = [run.members[0] for run in runs] if made.flagged else []
         if self._flags:
             self.positions.append([offset + self.count + k for k in range(len(self._flags))])
         self.count += len(self._flags)
@@ -56,6 +55,11 @@ class Packed:
         """The pieces of the packed vector, from what `HostValues` found and which members take part."""
         chosen = [v.expand(len(rows)) if v.ndim == 0 else v[rows] for v, rows in zip(found, self._rows, strict=True)]
         return [*chosen, torch.tensor([float(active[m]) for m in self._flags], dtype=torch.float64)]
+
+
+def _slots(made: Split, exprs: Sequence[Expr]) -> list[int]:
+    """The slots of members that expressions read."""
+    return sorted({s for e in exprs for s in slots_of(e)} - made.constants.keys())
 
 
 class _Column:

@@ -15,7 +15,7 @@ from ..same_tensors import SameTensors
 from .npu_layout import Plan, Planner, Run, Values, gaps
 
 if TYPE_CHECKING:
-    from .npu import Part
+    from .npu_part import Part
 
 _LOOKS = 4  # steps after which nobody looks for a better plan any more: DDP settles its buckets after the first step
 _PLANS = 8  # how many are made, each is a compile; after that every member is updated alone, which fits whatever moves

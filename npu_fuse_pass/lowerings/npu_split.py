@@ -8,7 +8,7 @@ reads. So the graph has neither float64 nor a mutated host input, and a changed 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -26,8 +26,9 @@ class Split:
 
     The device formula has the tensor slots that it reads or writes (`tensor_slots` are the numbers that they
     have in the whole formula), then one scalar slot for each of `values`, then one for each of `device_slots`,
-    and last, if it contributes to a total, whether the member takes part in this step. `advanced` are the
-    scalar slots that the host writes (step counters).
+    and last, if it contributes to a total (`flagged`), whether the member takes part in this step. `advanced` are the
+    scalar slots that the host writes (step counters). `written` are the slots of the whole formula that the device
+    writes, `constants` the values of slots that the whole formula does not have.
     """
 
     device: Formula
@@ -36,10 +37,14 @@ class Split:
     device_slots: tuple[int, ...]
     advanced: tuple[tuple[int, Expr], ...]
     host: Formula
+    written: tuple[int, ...] = ()
+    constants: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    flagged: bool = False
 
     def host_values(self, scalars: dict[int, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """`values` and the new values of `advanced`, of all members at once: scalars are 0-dim or one per member."""
-        found = evaluate(self.host, {}, scalars)
+        constants = {s: torch.tensor(x, dtype=torch.float64) for s, x in self.constants.items()}
+        found = evaluate(self.host, {}, {**scalars, **constants})
         return [found[id(e)] for e in self.values], [found[id(e)] for _, e in self.advanced]
 
 
@@ -52,11 +57,9 @@ def split(formula: Formula, device_slots: Collection[int], contribute: bool) -> 
         Unsupported: a 0-dim state depends on a tensor, so that the host cannot advance it.
     """
     tensor_writes = [] if contribute else [(s, e) for s, e in formula.writes if formula.slots[s].tensor]
-    advanced = [] if contribute else [(s, e) for s, e in formula.writes if not formula.slots[s].tensor]
+    advanced = [] if contribute else _advanced(formula)
     roots = [*(e for _, e in tensor_writes), *(formula.contributions if contribute else ())]
-    on_host = _on_host([*roots, *(e for _, e in advanced)], device_slots)
-    if any(id(e) not in on_host for _, e in advanced):
-        raise Unsupported("copy_", "a 0-dim state is computed from a tensor; the NPU path advances those on the host")
+    on_host = _on_host(roots, advanced, device_slots)
     read = {e.value for e in postorder(roots) if e.op == "leaf"}
     used = [s for s in formula.tensor_slots if s in read or any(s == written for written, _ in tensor_writes)]
     build = _Device(formula, used, on_host, [s for s in device_slots if s in read])
@@ -67,12 +70,42 @@ def split(formula: Formula, device_slots: Collection[int], contribute: bool) -> 
         zero = Expr("zero", (), 0, torch.float64, False)
         taking_part = Expr("ne", (build.scalar(), zero), None, torch.bool, False)
         contributions = [Expr("where", (taking_part, e, zero), None, e.dtype, False) for e in contributions]
-    text = serialise(build.slots, writes, contributions)
-    device = Formula(tuple(build.slots), tuple(writes), tuple(contributions), text)
-    host_roots = (*build.values, *(e for _, e in advanced))
-    host = Formula(formula.slots, (), host_roots, "")
-    slots = tuple(build.tensor_slot)
-    return Split(device, slots, tuple(build.values), tuple(build.totals), tuple(advanced), host)
+    return build.split(writes, contributions, advanced, tuple(s for s, _ in tensor_writes), flagged=contribute)
+
+
+def split_operands(
+    formula: Formula,
+    operands: Sequence[Expr],
+    written: Sequence[int],
+    constants: Mapping[int, float],
+    device_slots: Collection[int],
+) -> Split:
+    """Split the operands of an operation that stands for the formula's writes to tensors.
+
+    The operands become the contributions of the device formula, those that are numbers as scalar slots.
+
+    Args:
+        formula: of the group; its writes to 0-dim states stay with the host.
+        operands: over the formula's slots and those in `constants`.
+        written: the tensor slots that the operation writes.
+        constants: values of the slots behind the formula's.
+        device_slots: scalar slots whose value exists on the device only: totals.
+
+    Raises:
+        Unsupported: a 0-dim state depends on a tensor, so that the host cannot advance it.
+    """
+    advanced = _advanced(formula)
+    on_host = _on_host(operands, advanced, device_slots)
+    read = {e.value for e in postorder(operands) if e.op == "leaf"}
+    used = [s for s in formula.tensor_slots if s in read or s in written]
+    build = _Device(formula, used, on_host, [s for s in device_slots if s in read])
+    made = [build.visit(e) for e in operands]
+    build.finish()
+    return build.split([], made, advanced, tuple(written), constants)
+
+
+def _advanced(formula: Formula) -> list[tuple[int, Expr]]:
+    return [(s, e) for s, e in formula.writes if not formula.slots[s].tensor]
 
 
 def slots_of(expr: Expr) -> list[int]:
@@ -80,12 +113,14 @@ def slots_of(expr: Expr) -> list[int]:
     return sorted({e.value for e in postorder([expr]) if e.op == "leaf" and isinstance(e.value, int)})
 
 
-def _on_host(roots: Sequence[Expr], device_slots: Collection[int]) -> set[int]:
+def _on_host(roots: Sequence[Expr], advanced: Sequence[tuple[int, Expr]], device_slots: Collection[int]) -> set[int]:
     found: set[int] = set()
-    for e in postorder(roots):
+    for e in postorder([*roots, *(e for _, e in advanced)]):
         inner = e.op != "leaf" and e.op not in REDUCTIONS and all(id(a) in found for a in e.args)
         if not e.tensor and (inner or (e.op == "leaf" and e.value not in device_slots)):
             found.add(id(e))
+    if any(id(e) not in found for _, e in advanced):
+        raise Unsupported("copy_", "a 0-dim state is computed from a tensor; the NPU path advances those on the host")
     return found
 
 
@@ -113,6 +148,22 @@ class _Device:
         for s in self.totals:
             self._total_leaves[s].value = len(self.slots)
             self.slots.append(Slot(False, torch.float64))
+
+    def split(
+        self,
+        writes: Sequence[tuple[int, Expr]],
+        contributions: Sequence[Expr],
+        advanced: Sequence[tuple[int, Expr]],
+        written: tuple[int, ...],
+        constants: Mapping[int, float] | None = None,
+        flagged: bool = False,
+    ) -> Split:
+        """What was built, after `finish`."""
+        text = serialise(self.slots, writes, contributions)
+        device = Formula(tuple(self.slots), tuple(writes), tuple(contributions), text)
+        host = Formula((), (), (*self.values, *(e for _, e in advanced)), "")
+        found = (tuple(self.tensor_slot), tuple(self.values), tuple(self.totals), tuple(advanced))
+        return Split(device, *found, host, written, constants or {}, flagged)
 
     def scalar(self) -> Expr:
         self.slots.append(Slot(False, torch.float64))

@@ -54,7 +54,16 @@ def int32(value: int) -> Any:
 
 
 ADAM_W = [X, X / 3, V / 2, B1**2, B2**2, LR, DECAY, B1, B2, EPS, Y]
-AMSGRAD = [X, X / 3, V / 2, V.flip(0) / 3, B1**3, B2**3, LR, B1, B2, EPS * torch.sqrt(1 - B2**3), Y]
+AMSGRAD = [
+    X,
+    X / 3,
+    V / 2,
+    V.flip(0) / 3,
+    *(t.view(1) for t in (B1**3, B2**3, LR, B1, B2, EPS * (1 - B2**3) ** 0.5)),
+    Y,
+]
+CORRECTION = torch.sqrt(1 - B2**3)
+ADAM_ONE = [Y, V / 2, X / 3, X, LR * CORRECTION / (1 - B1**3), B1, 1 - B1, B2, 1 - B2, EPS * CORRECTION]
 
 # GE operation -> how to emit it, on what, and what torch says that it is.
 CASES: dict[str, Case] = {
@@ -133,6 +142,10 @@ CASES: dict[str, Case] = {
     "SliceD": (lambda x: ge.SliceD(x, offsets=[1, 0], size=[1, 2]), [X], X[1:, :2]),
     "ApplyAdamW": (lambda *x: ge.ApplyAdamW(*x, None), ADAM_W, adam(0.02, amsgrad=False)),
     "ApplyMomentumD": (lambda *x: ge.ApplyMomentumD(*x, use_nesterov=True), [X, X / 3, LR, Y, B1], sgd(nesterov=True)),
+    "AdamApplyOneAssign": (ge.AdamApplyOneAssign, ADAM_ONE, [adam(0.0, amsgrad=False)[i] for i in (2, 1, 0)]),
+    "FusedMulApplyMomentum": (
+        lambda *x: ge.FusedMulApplyMomentum(*x, use_nesterov=True), [X, X / 3, LR, Y / 4, B1, LR / LR * 4], sgd(True)
+    ),
     "ApplyAdamWithAmsgradV2": (ge.ApplyAdamWithAmsgradV2, AMSGRAD, adam(0.0, amsgrad=True)),
 }  # fmt: skip
 

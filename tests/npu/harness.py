@@ -54,10 +54,12 @@ class Recording:
     """What happened inside one `record()`; `failing` makes a leaf raise: {"load": RuntimeError("...")}.
 
     Leaves are "load", "compile", "run", and "write": run raises after it has written its in-place outputs.
+    `only`: it raises for graphs with one of these operations, and for no others.
     """
 
     graphs: list[GeGraph] = field(default_factory=list)
     failing: dict[str, Exception] = field(default_factory=dict)
+    only: frozenset[str] = frozenset()
 
     def __getitem__(self, index: int) -> GeGraph:
         return self.graphs[index]
@@ -70,30 +72,30 @@ _recordings: list[Recording] = []
 _prepared = False
 
 
-def _raise_if_failing(leaf: str) -> None:
+def _raise_if_failing(leaf: str, graph: Any) -> None:
     for recording in _recordings:
-        if leaf in recording.failing:
+        if leaf in recording.failing and (not recording.only or {op.type for op in graph.op} & recording.only):
             raise recording.failing[leaf]
 
 
 def _load(self: Any, graph: Any, options: Mapping[str, str] | None = None) -> None:
-    _raise_if_failing("load")
+    _raise_if_failing("load", graph)
     self.recorded = GeGraph(graph, dict(options or {}))
     for recording in _recordings:
         recording.graphs.append(self.recorded)
 
 
 def _compile(self: Any) -> None:
-    _raise_if_failing("compile")
+    _raise_if_failing("compile", self.recorded.proto)
 
 
 def _run(
     self: Any, inputs: Sequence[Tensor], assigned_outputs: Sequence[Tensor | None] = (), stream: object = None
 ) -> list[Tensor]:
-    _raise_if_failing("run")
+    _raise_if_failing("run", self.recorded.proto)
     self.recorded.runs += 1
     results = interpreter.run(self.recorded.proto, inputs, assigned_outputs)
-    _raise_if_failing("write")
+    _raise_if_failing("write", self.recorded.proto)
     return results
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from npu_fuse_pass.group import group
 from npu_fuse_pass.ir import Captured
 from npu_fuse_pass.lowerings import npu
+from npu_fuse_pass.match import match
 from npu_fuse_pass.storage import inputs_of
 from npu_fuse_pass.trace import capture_batches
 from tests.cases import Case
@@ -46,12 +47,14 @@ def captured_step(optimizer: Any) -> Captured:
 
 
 class OnNpu:
-    """Runs an optimizer's steps through the lowering, as the backend does."""
+    """Runs an optimizer's steps through the lowering, as the backend does; `kernels`: with dedicated operations."""
 
-    def __init__(self, optimizer: Any) -> None:
+    def __init__(self, optimizer: Any, kernels: str = "elementwise") -> None:
         self.optimizer = optimizer
         captured = captured_step(optimizer)
-        self.program = npu.Program(captured.leaves, group(captured))
+        groups = group(captured)
+        found = {g.name: m for g, m in zip(groups, match(groups, captured.leaves), strict=True)}
+        self.program = npu.Program(captured.leaves, groups, matches=found, kernels=kernels)
 
     def step(self) -> None:
         self.optimizer._prelude.prepare()

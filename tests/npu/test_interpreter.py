@@ -26,6 +26,8 @@ def test_operation(name: str) -> None:
 def test_other_forms() -> None:
     nesterov_off = (ge.ApplyMomentumD, [X, X / 3, LR, Y, B1], sgd(nesterov=False))
     assert_as_torch(emit(nesterov_off), nesterov_off)
+    plain = (ge.FusedMulApplyMomentum, [X, X / 3, LR, Y, B1, LR / LR], sgd(nesterov=False))
+    assert_as_torch(emit(plain), plain)
     base_two = (lambda x: ge.Exp(x, base=2.0, scale=3.0, shift=1.0), [X], 2 ** (3 * X + 1))
     assert_as_torch(emit(base_two), base_two)
     maximize = (lambda *x: ge.ApplyAdamW(*x, None, maximize=True), [*ADAM_W[:10], -Y], adam(0.02, amsgrad=False))
@@ -48,7 +50,7 @@ SIBLINGS = {
 EXCHANGED = [
     "Sub", "Div", "RealDiv", "Pow", "AxpyV2", "FusedMulAdd", "Lerp", "Addcmul", "Addcdiv", "ClipByValue", "Greater",
     "GreaterEqual", "Less", "LessEqual", "Select", "SelectV2", "Concat", "ConcatV2", "ConcatD", "ConcatV2D", "Pack",
-    "ApplyAdamW", "ApplyMomentumD", "ApplyAdamWithAmsgradV2",
+    "ApplyAdamW", "ApplyMomentumD", "ApplyAdamWithAmsgradV2", "AdamApplyOneAssign", "FusedMulApplyMomentum",
 ]  # fmt: skip
 CHANGED: dict[str, Callable[[Any], None]] = {
     "Muls": lambda op: setattr(op.attr["value"], "f", -2.5),
@@ -65,6 +67,7 @@ CHANGED: dict[str, Callable[[Any], None]] = {
     "SliceD": lambda op: op.attr["offsets"].list.i.__setitem__(slice(None), [0, 0]),
     "ApplyMomentumD": lambda op: setattr(op.attr["use_nesterov"], "b", False),
     "ApplyAdamW": lambda op: setattr(op.attr["maximize"], "b", True),
+    "FusedMulApplyMomentum": lambda op: setattr(op.attr["use_nesterov"], "b", False),
 }
 CONSTANTS = [
     "ReduceSum",

@@ -1,4 +1,7 @@
-"""What happens when GE refuses a step's graph: the original runs, from values that the failed try did not change."""
+"""What happens when GE refuses a step's graph: the elementwise form runs, and where GE refuses that too, the original.
+
+Each starts from values that the failed try did not change.
+"""
 
 from __future__ import annotations
 
@@ -51,6 +54,8 @@ STEPS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Callable[[], None]]
     "stock_foreach": (lambda p: torch.optim.AdamW(p, lr=0.02, foreach=True), lambda opt: opt.step),
 }
 
+DEDICATED = [name for name in STEPS if name != "ours_in_a_function"]  # that one writes the clipped gradients, too
+
 
 def compiled(function: Callable[[], None], **options: Any) -> Callable[[], None]:
     return torch.compile(function, backend=npu_fuse_pass.npu_fused, options={"platform": "npu", **options})
@@ -92,7 +97,41 @@ def test_training_continues_with_the_original(name: str, leaf: str, ge: harness.
         }
         assert GE_SAYS.splitlines()[0] in str(report)
         assert report.to_json()["fallback"] == report.fallback
-    assert sum(g.runs for g in ge.graphs) == (len(refused) if leaf == "write" else 0)  # each tried once
+        assert all(GE_SAYS in g.note for g in report.groups) or name not in DEDICATED
+    forms = 2 if name in DEDICATED else 1
+    assert sum(g.runs for g in ge.graphs) == (forms * len(refused) if leaf == "write" else 0)  # each tried once
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+@pytest.mark.parametrize("name", DEDICATED)
+def test_the_elementwise_form_is_tried_first(name: str, leaf: str, ge: harness.Recording) -> None:
+    """GE refuses what has a dedicated operation, and takes the rest."""
+    build, function = STEPS[name]
+    ours, eager = build(parameters()), build(parameters())
+    step, eager_step = compiled(function(ours), strict=True), function(eager)
+    ge.failing[leaf], ge.only = fails(), frozenset({"AdamApplyOneAssign"})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for k in range(3):
+            for optimizer in (ours, eager):
+                set_gradients(optimizer.param_groups[0]["params"], k)
+            step()
+            eager_step()
+    assert_same(ours, eager, 2e-6)
+    tried = [r for r in npu_fuse_pass.reports() if r.groups]
+    says = [str(w.message) for w in caught if "npu_fused" in str(w.message)]
+    assert len(says) == len(tried) >= 1
+    assert all("without dedicated operations" in text and GE_SAYS in text for text in says)
+    for report in tried:
+        assert report.fallback is None
+        assert {(g.lowering, g.kernel) for g in report.groups} == {("npu", "GE elementwise")}
+        for g in report.groups:
+            assert GE_SAYS in g.note and "Please report it" in g.note and f"chip {harness.SOC}" in g.note
+        after = sum(g.bytes_per_element * g.elements for g in report.groups) / sum(g.elements for g in report.groups)
+        assert report.bytes_per_element["after"] == pytest.approx(after)
+    kinds = [("AdamApplyOneAssign" in g.counts(), g.runs) for g in ge.graphs]
+    assert sum(runs for dedicated, runs in kinds if not dedicated) == 3
+    assert sum(runs for dedicated, runs in kinds if dedicated) == (len(tried) if leaf == "write" else 0)
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
@@ -145,7 +184,7 @@ def test_torchair_that_does_not_convert(ge: harness.Recording, monkeypatch: pyte
     def unknown(*args: Any) -> Any:
         raise NotImplementedError("npu_fused.device_update.default ge_converter is not implemented!")
 
-    monkeypatch.setattr(npu, "_convert", unknown)
+    monkeypatch.setattr(npu, "_members", unknown)
     ours, eager = twins(BY_NAME["adam"])
     for optimizer in (ours, eager):
         set_gradients(optimizer.param_groups[0]["params"], 0)
@@ -178,7 +217,7 @@ def test_a_new_plan_is_tried_again(ge: harness.Recording) -> None:
         eager.step()
     assert_same(ours, eager, 1e-6)
     assert_close(ours.param_groups[1]["params"][0], eager.param_groups[1]["params"][0], 1e-6)
-    assert [g.runs for g in ge.graphs] == [0, 2]
+    assert [g.runs for g in ge.graphs] == [0, 0, 2]  # of the first two, both forms are refused
     first, second = npu_fuse_pass.reports()
     assert "EZ9999" in str(first.fallback)
     assert second.fallback is None
