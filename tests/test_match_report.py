@@ -128,7 +128,7 @@ def test_a_cpu_compile_does_not_pay() -> None:
 def test_the_npu_knows_before_it_lowers(monkeypatch: pytest.MonkeyPatch) -> None:
     decided: list[int] = []
 
-    def lower(leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport, options: Any) -> Any:
+    def lower(leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport, options: Any, values: Any) -> Any:
         decided.append(stage._decide.cache_info().misses)
         assert list(report.seconds) == ["capture", "group", "match"]
         report.groups += [rows.group_report(g, leaves, "npu", "", 0, 0) for g in groups]
