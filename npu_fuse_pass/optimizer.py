@@ -8,7 +8,7 @@ nothing that a training loop does between two steps can make it recompile, and i
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -17,13 +17,23 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from . import step_op
 from .errors import OptionError
+from .flatten import Homes, check_option
 from .meta import check_rule
 from .prelude import Prelude
 from .rules import Rule
 from .storage import States
 
 Settings = Mapping[str, Any]
-_TRANSIENT = ("_prelude", "_ticket", "_surface", "_core", "_call", "step", "found_inf")  # what no copy takes along
+_TRANSIENT = (
+    "_prelude",
+    "_ticket",
+    "_surface",
+    "_core",
+    "_call",
+    "_homes",
+    "step",
+    "found_inf",
+)  # what no copy takes along
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -48,6 +58,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         defaults: hyperparameters of the groups; plain Python numbers, which schedulers may change at any time.
         state_dtype: dtype of the states; None means each parameter's own, as in torch.optim. `torch.float32` is
             advisable for half-precision parameters.
+        flatten: "params" re-homes the parameters in one buffer per group and dtype, which gives an NPU one tensor to
+            update instead of one for each parameter. They become views: `torch.save` of one stores the whole buffer,
+            and who holds a parameter's old memory (`p.data`, `p.detach()`) no longer sees updates.
+
+    Raises:
+        OptionError: an option has another value than these, or a parameter cannot be re-homed: it is tied to another
+            one, a view of another tensor, a tensor subclass (DTensor) or in a private NPU format. Nothing is changed.
 
     Groups hold plain numbers; `opt.state[p][name]` are views of flat buffers, and assigning to them copies in.
     """
@@ -55,21 +72,31 @@ class RuleOptimizer(torch.optim.Optimizer):
     rule: Rule
     found_inf: Tensor | None = None
 
-    def __init__(self, params: Any, defaults: dict[str, Any], *, state_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        state_dtype: torch.dtype | None = None,
+        flatten: str | None = None,
+    ) -> None:
+        check_option(flatten)
         if state_dtype is not None and not (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point):
             raise OptionError(f"state_dtype={state_dtype!r}: allowed are None and floating-point torch dtypes")
         self.state_dtype = state_dtype
+        self.flatten = flatten
         super().__init__(params, defaults)
         self.state = States()
         self._start()
         for group in self.param_groups:
             for _, settings in self.settings(group):
                 check_rule(self.rule_for(group), settings)
+        self._settle_groups(self.param_groups)
 
     @classmethod
     def from_rule(cls, rule: Rule, params: Iterable[Any], hyperparameters: Settings) -> RuleOptimizer:
         """An optimizer for a bare rule; used by calling the rule."""
-        options = {k: hyperparameters[k] for k in ("state_dtype",) if k in hyperparameters}
+        options = {k: hyperparameters[k] for k in ("state_dtype", "flatten") if k in hyperparameters}
         unknown = sorted(hyperparameters.keys() - rule.defaults.keys() - options.keys())
         if unknown:
             raise TypeError(f"{rule.name}() has no hyperparameter {unknown[0]!r}; allowed are {sorted(rule.defaults)}")
@@ -180,16 +207,38 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._ticket = torch.zeros(1, dtype=torch.int64)
         self._surface = step_op.Surface([], step_op.register(self))
         self._core = step_op.make_core(self._surface.handle)
+        self._homes = Homes()
         self._list_params()
 
     def _list_params(self) -> None:
         self._surface.params = [p for group in self.param_groups for p in group["params"]]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with options of their own, as in torch.optim; they may already have gradients."""
+        """Add parameters with options of their own, as in torch.optim; they may already have gradients.
+
+        Raises:
+            OptionError: flatten="params", and one of them cannot be re-homed. Nothing is changed then.
+        """
         super().add_param_group(param_group)
         if "_surface" in self.__dict__:
+            try:
+                self._settle_groups(self.param_groups[-1:])
+            except OptionError:
+                self.param_groups.pop()
+                raise
             self._list_params()
+
+    def _settle_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        if self.flatten is not None:
+            self.settle([params for group in groups for params, _ in self.settings(group)])
+
+    def settle(self, lists: Iterable[Sequence[Tensor]]) -> None:
+        """Re-home parameters, in one buffer for each list of them (and dtype) where they are not adjacent already.
+
+        Raises:
+            OptionError: one of them cannot be re-homed; nothing is changed.
+        """
+        self._homes.settle(lists, [p for group in self.param_groups for p in group["params"]])
 
     # Saving and loading ----------------------------------------------------------------------------------------------
 

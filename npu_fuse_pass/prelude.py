@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import weakref
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .errors import OptionError
 from .storage import Batch, States, adopt, batch_key, check_gradient, expose, fill_hyper, make_batch
 
 if TYPE_CHECKING:
@@ -94,6 +96,9 @@ class Prelude:
                 old = next((b for b in self.batches if _serves(b, rule, index, settings, members)), None)
                 if old is not None:
                     adopt(old, optimizer.state)
+                elif optimizer.flatten is not None:
+                    with contextlib.suppress(OptionError):  # then they stay where they are; the report says the layout
+                        optimizer.settle([members])
                 batches.append(old or make_batch(rule, group, index, settings, members, optimizer))
         optimizer.state.changed = False
         if batches != self.batches:  # a loaded checkpoint alone changes values, not the plan

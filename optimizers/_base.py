@@ -31,8 +31,15 @@ _FLAGS = ("amsgrad", "nesterov", "centered", "decoupled_decay", "lr_in_momentum"
 class NpuFusedOptimizer(RuleOptimizer):
     """Base of the drop-in classes: every group's hyperparameters are checked before anything is changed."""
 
-    def __init__(self, params: Any, defaults: dict[str, Any], *, state_dtype: torch.dtype | None = None) -> None:
-        super().__init__(params, {**defaults, **self.checked(defaults)}, state_dtype=state_dtype)
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        state_dtype: torch.dtype | None = None,
+        flatten: str | None = None,
+    ) -> None:
+        super().__init__(params, {**defaults, **self.checked(defaults)}, state_dtype=state_dtype, flatten=flatten)
 
     def checked(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The hyperparameters among `values`, in the form that groups hold; a ValueError for a wrong one."""

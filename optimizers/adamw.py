@@ -51,6 +51,7 @@ class NpuFusedAdamW(NpuFusedOptimizer):
         weight_decay: decoupled weight decay, >= 0.
         amsgrad: divide by the largest second moment so far.
         state_dtype: dtype of the states; None means each parameter's own.
+        flatten: "params" re-homes the parameters in one buffer per group and dtype (`RuleOptimizer` says more).
 
     Raises:
         ValueError: a value is not allowed.
@@ -68,6 +69,7 @@ class NpuFusedAdamW(NpuFusedOptimizer):
         amsgrad: bool = False,
         *,
         state_dtype: torch.dtype | None = None,
+        flatten: str | None = None,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
-        super().__init__(params, defaults, state_dtype=state_dtype)
+        super().__init__(params, defaults, state_dtype=state_dtype, flatten=flatten)

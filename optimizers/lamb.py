@@ -74,6 +74,7 @@ class NpuFusedLamb(NpuFusedOptimizer):
         adam: take 1 for the ratio of norms. An attribute of the optimizer, not an option of a group.
         use_global_grad_norm: divide gradients by their common norm if it exceeds 1. An attribute, likewise.
         state_dtype: dtype of the states; None means each parameter's own.
+        flatten: "params" re-homes the parameters in one buffer per group and dtype (`RuleOptimizer` says more).
 
     Raises:
         ValueError: a value is not allowed.
@@ -92,11 +93,12 @@ class NpuFusedLamb(NpuFusedOptimizer):
         use_global_grad_norm: bool = False,
         *,
         state_dtype: torch.dtype | None = None,
+        flatten: str | None = None,
     ) -> None:
         self.checked({"adam": adam, "use_global_grad_norm": use_global_grad_norm})
         self.adam, self.use_global_grad_norm = adam, use_global_grad_norm
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults, state_dtype=state_dtype)
+        super().__init__(params, defaults, state_dtype=state_dtype, flatten=flatten)
 
     def hyperparameters(self, group: dict[str, Any]) -> Mapping[str, Any]:
         """The group's options and the attributes."""

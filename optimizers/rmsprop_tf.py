@@ -76,6 +76,7 @@ class NpuFusedRMSpropTF(NpuFusedOptimizer):
         decoupled_decay: weight decay acts on the parameter only.
         lr_in_momentum: the learning rate enters the buffer, as in TensorFlow, not the update.
         state_dtype: dtype of the states; None means each parameter's own.
+        flatten: "params" re-homes the parameters in one buffer per group and dtype (`RuleOptimizer` says more).
 
     Raises:
         ValueError: a value is not allowed.
@@ -96,7 +97,8 @@ class NpuFusedRMSpropTF(NpuFusedOptimizer):
         lr_in_momentum: bool = True,
         *,
         state_dtype: torch.dtype | None = None,
+        flatten: str | None = None,
     ) -> None:
         defaults = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
         defaults |= {"centered": centered, "decoupled_decay": decoupled_decay, "lr_in_momentum": lr_in_momentum}
-        super().__init__(params, defaults, state_dtype=state_dtype)
+        super().__init__(params, defaults, state_dtype=state_dtype, flatten=flatten)

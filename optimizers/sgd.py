@@ -63,6 +63,7 @@ class NpuFusedSGD(NpuFusedOptimizer):
         weight_decay: L2 penalty, >= 0.
         nesterov: look ahead along the buffer; needs momentum > 0 and dampening 0.
         state_dtype: dtype of the states; None means each parameter's own.
+        flatten: "params" re-homes the parameters in one buffer per group and dtype (`RuleOptimizer` says more).
 
     Raises:
         ValueError: lr is missing, or a value is not allowed.
@@ -80,10 +81,11 @@ class NpuFusedSGD(NpuFusedOptimizer):
         nesterov: bool = False,
         *,
         state_dtype: torch.dtype | None = None,
+        flatten: str | None = None,
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "dampening": dampening}
         defaults |= {"weight_decay": weight_decay, "nesterov": nesterov}
-        super().__init__(params, defaults, state_dtype=state_dtype)
+        super().__init__(params, defaults, state_dtype=state_dtype, flatten=flatten)
 
     def checked(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """As in the base class; also refuses nesterov without what it needs."""

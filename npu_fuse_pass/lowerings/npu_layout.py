@@ -111,7 +111,7 @@ class Planner:
         runs = [run for stretch in self._stretches(places, keys, reasons) for run in self._cut(stretch, places)]
         found = {m for run in runs for m in run.members}
         runs += [Run((m,)) for m in self._part.on_device if m not in found]
-        alone = [run.members[0] for run in runs if len(run.members) == 1]
+        alone = sorted((run.members[0] for run in runs if len(run.members) == 1), key=lambda m: m not in self.apart)
         why = next((reasons[m] for m in alone if m in reasons), "tensors too large to be worth moving") if alone else ""
         return Plan(tuple(sorted(runs, key=lambda run: min(run.members))), why if len(self._part.on_device) > 1 else "")
 

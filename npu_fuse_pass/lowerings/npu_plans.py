@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,7 @@ class Plans:
     def __init__(self, leaves: Sequence[Leaf], parts: Sequence[Part], layout: str) -> None:
         members = [(part, part.group.members[m]) for part in parts for m in part.on_device]
         uses = collections.Counter(m[s] for part, m in members for s in part.group.formula.tensor_slots)
-        self._parts = parts
+        self._leaves, self._parts = leaves, parts
         self._planners = [Planner(part, leaves, uses, layout) for part in parts]
         self._looks, self._left, self._made = _LOOKS, _PLANS, False
         self._use([planner.alone("its tensors were not seen yet") for planner in self._planners])
@@ -44,7 +45,7 @@ class Plans:
             numbers: per group: what its members get, 0-dim or one per member, float64.
             active: per group and member: whether it takes part.
         """
-        fits = self._equal(numbers) and self._in_place(values, active)
+        fits = self._together(active) and self._equal(numbers) and self._in_place(values, active)
         if (fits and self._made and not self._worth_a_look(active)) or not any(map(any, active)):
             return False
         for planner, part, taking_part in zip(self._planners, self._parts, active, strict=True):
@@ -67,12 +68,15 @@ class Plans:
         self.plans = plans
         self._same, self._addresses = SameTensors(), list[int]()
         self._fixed: list[int] = []  # the leaves that have to stay where they are
+        self._spans: list[tuple[int, int]] = []  # of these, the first of each run; how many elements follow from there
         self._mates: list[tuple[Tensor, Tensor]] = []  # per group: members of runs, and the first one of each one's run
         for planner, part, plan in zip(self._planners, self._parts, plans, strict=True):
             runs = [run for run in plan.runs if len(run.members) > 1]
             for run in runs:
                 slots = [s for s in planner.slots if s not in run.gathered]
-                self._fixed += [part.group.members[m][s] for s in slots for m in run.members]
+                for leaves in ([part.group.members[m][s] for m in run.members] for s in slots):
+                    self._fixed += leaves
+                    self._spans.append((leaves[0], sum(math.prod(self._leaves[i].shape) for i in leaves)))
             mates = [(m, run.members[0]) for run in runs for m in run.members]
             pairs = torch.tensor(mates, dtype=torch.int64).reshape(-1, 2)
             self._mates.append((pairs[:, 0], pairs[:, 1]))
@@ -87,6 +91,19 @@ class Plans:
         self._looks -= complete
         return complete and self._looks >= 0
 
+    def _one_storage(self, values: Values) -> bool:
+        """Whether runs still are in one storage: memory that was freed may hold separate tensors now."""
+        firsts = [(values[i], elements) for i, elements in self._spans]
+        return all(t is not None and _holds(t, elements) for t, elements in firsts)
+
+    def _together(self, active: Sequence[Sequence[bool]]) -> bool:
+        """Whether of every run all members take part, or none."""
+        return all(map(all, active)) or all(
+            len({taking_part[m] for m in run.members}) == 1
+            for plan, taking_part in zip(self.plans, active, strict=True)
+            for run in plan.runs
+        )
+
     def _equal(self, numbers: Sequence[Sequence[Tensor]]) -> bool:
         """Whether all members of each run get the same numbers, bit by bit."""
         return all(
@@ -97,17 +114,17 @@ class Plans:
         )
 
     def _in_place(self, values: Values, active: Sequence[Sequence[bool]]) -> bool:
-        """Whether the tensors of every run still are adjacent, and all of its members take part or none does."""
+        """Whether the tensors of every run that takes part still are adjacent."""
         tensors = [values[i] for i in self._fixed]
         addresses = [0 if t is None else t.data_ptr() for t in tensors]
-        if addresses == self._addresses and self._same.match(tensors):
+        if addresses == self._addresses and self._same.match(tensors) and self._one_storage(values):
             return True
         runs = zip(self._planners, self.plans, active, strict=True)
         if not all(
-            _adjacent(planner, run, values, taking_part)
+            _adjacent(planner, run, values)
             for planner, plan, taking_part in runs
             for run in plan.runs
-            if len(run.members) > 1
+            if len(run.members) > 1 and taking_part[run.members[0]]
         ):
             return False
         present = [t for t in tensors if t is not None]
@@ -117,16 +134,16 @@ class Plans:
         return True
 
 
-def _adjacent(planner: Planner, run: Run, values: Values, active: Sequence[bool]) -> bool:
-    if not any(active[m] for m in run.members):
-        return True
-    places = [planner.place(m, values) if active[m] else None for m in run.members]
-    if any(place is None for place in places):
-        return False
+def _holds(first: Tensor, elements: int) -> bool:
+    """Whether the storage goes on for that many elements from where a tensor begins."""
+    return (first.storage_offset() + elements) * first.element_size() <= first.untyped_storage().nbytes()
+
+
+def _adjacent(planner: Planner, run: Run, values: Values) -> bool:
+    places = [planner.place(m, values) for m in run.members]
     slots = [s for s in planner.slots if s not in run.gathered]
-    return not any(
-        True for a, b in itertools.pairwise(places) if a is not None and b is not None for _ in gaps(a, b, slots)
-    )
+    pairs = itertools.pairwise(places)
+    return all(a is not None and b is not None and not any(True for _ in gaps(a, b, slots)) for a, b in pairs)
 
 
 def _keys(numbers: Sequence[Tensor], members: int) -> list[tuple[int, ...]]:

@@ -32,6 +32,7 @@ class PaddleOptimizer(RuleOptimizer):
         options: the other hyperparameters of the groups, with weight_decay and grad_clip among them.
         name: kept as an attribute without effect.
         state_dtype: dtype of the states; None means each parameter's own.
+        flatten: "params" re-homes the parameters in one buffer per group and dtype (`RuleOptimizer` says more).
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class PaddleOptimizer(RuleOptimizer):
         name: str | None = None,
         *,
         state_dtype: torch.dtype | None = None,
+        flatten: str | None = None,
     ) -> None:
         if not isinstance(learning_rate, (float, LRScheduler, TorchLRScheduler)):
             raise TypeError(f"learning rate should be float or LRScheduler, got {type(learning_rate)} here")
@@ -52,7 +54,9 @@ class PaddleOptimizer(RuleOptimizer):
         self.name = name
         self._scheduler = None if isinstance(learning_rate, float) else learning_rate
         lr = learning_rate if isinstance(learning_rate, float) else _current(learning_rate)
-        super().__init__(parameters, {"lr": lr, "learning_rate": 1.0, **options}, state_dtype=state_dtype)
+        super().__init__(
+            parameters, {"lr": lr, "learning_rate": 1.0, **options}, state_dtype=state_dtype, flatten=flatten
+        )
 
     # Parameter groups ---------------------------------------------------------------------------------------
 

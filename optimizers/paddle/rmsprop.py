@@ -147,6 +147,7 @@ class RMSProp(PaddleOptimizer):
         grad_clip: None, ClipGradByGlobalNorm (over each parameter group), ClipGradByNorm or ClipGradByValue.
         name: kept as an attribute without effect.
         state_dtype: dtype of the states; None means each parameter's own.
+        flatten: "params" re-homes the parameters in one buffer per group and dtype (`RuleOptimizer` says more).
 
     Raises:
         ValueError: learning_rate, rho, epsilon or momentum is None, or one of the last three is negative.
@@ -169,13 +170,14 @@ class RMSProp(PaddleOptimizer):
         name: str | None = None,
         *,
         state_dtype: torch.dtype | None = None,
+        flatten: str | None = None,
     ) -> None:
         if learning_rate is None:
             raise ValueError("learning_rate is not set.")
         options: dict[str, Any] = {"rho": rho, "epsilon": epsilon, "momentum": momentum, "centered": centered}
         options |= {"weight_decay": weight_decay, "grad_clip": grad_clip}
         _check_numbers(options)
-        super().__init__(learning_rate, parameters, options, name, state_dtype=state_dtype)
+        super().__init__(learning_rate, parameters, options, name, state_dtype=state_dtype, flatten=flatten)
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuse a group with options that are not allowed."""
