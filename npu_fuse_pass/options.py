@@ -14,6 +14,7 @@ class Options:
     Attributes:
         platform: "auto" (by the tensors' device), "cpu", "npu" or "eager" (the original graph).
         strict: raise UnfusedError if anything is left unfused.
+        check_numerics: run every step fused and as the original, and raise NumericsError at the first difference.
         torchair_config: a torchair.CompilerConfig, which torchair's compiler gets as it is; None is its default.
         layout: how an NPU graph takes a group's tensors: "auto" (flat where they are adjacent in memory), "flat" (the
             same, even where concatenating large gradients takes longer) or "list" (one by one).
@@ -22,6 +23,7 @@ class Options:
 
     platform: str = "auto"
     strict: bool = False
+    check_numerics: bool = False
     torchair_config: Any = None
     layout: str = "auto"
     dump: str | os.PathLike[str] | None = None
