@@ -36,12 +36,13 @@ def npu_fused(
         example_inputs: its example arguments.
         mode: must be None; modes belong to other backends.
         options: `platform`: "auto" (by the tensors' device), "cpu", "npu" or "eager" (the original graph);
-            `strict`: raise UnfusedError if anything is left unfused; `torchair_config`: a torchair.CompilerConfig,
-            which torchair's compiler gets as it is; `layout`: how an NPU graph takes a group's tensors: "auto" (flat
-            where they are adjacent in memory), "flat" or "list" (one by one); `kernels`: on an NPU "auto" (dedicated
-            operations as exact as eager), "dedicated" (the fewest operations) or "elementwise"; `dump`: a folder in
-            which every compile leaves files to read (otherwise NPU_FUSE_DUMP, or torch's debug folder under
-            TORCH_COMPILE_DEBUG=1).
+            `strict`: raise UnfusedError if anything is left unfused; `check_numerics`: run every step fused and as
+            the original, whose values count, and raise NumericsError at the first difference (slow; otherwise
+            NPU_FUSE_CHECK_NUMERICS=1); `torchair_config`: a torchair.CompilerConfig, which torchair's compiler gets
+            as it is; `layout`: how an NPU graph takes a group's tensors: "auto" (flat where they are adjacent in
+            memory), "flat" or "list" (one by one); `kernels`: on an NPU "auto" (dedicated operations as exact as
+            eager), "dedicated" (the fewest operations) or "elementwise"; `dump`: a folder in which every compile
+            leaves files to read (otherwise NPU_FUSE_DUMP, or torch's debug folder under TORCH_COMPILE_DEBUG=1).
 
     Raises:
         OptionError: an unknown option or value; the message names the allowed ones.
@@ -123,11 +124,13 @@ def _checked_options(mode: str | None, options: Mapping[str, Any] | None) -> dic
     unknown = sorted((options or {}).keys() - _OPTIONS.keys())
     if unknown:
         raise OptionError(f"unknown option {unknown[0]!r}; allowed are {sorted(_OPTIONS)}")
-    chosen = {**_OPTIONS, **(options or {})}
+    asked = {"check_numerics": True} if os.environ.get("NPU_FUSE_CHECK_NUMERICS") == "1" else {}
+    chosen = {**_OPTIONS, **asked, **(options or {})}
     if chosen["platform"] not in pipeline.PLATFORMS:
         raise OptionError(f"platform={chosen['platform']!r}; allowed are {list(pipeline.PLATFORMS)}")
-    if not isinstance(chosen["strict"], bool):
-        raise OptionError(f"strict={chosen['strict']!r}; allowed are True and False")
+    for name in ("strict", "check_numerics"):
+        if not isinstance(chosen[name], bool):
+            raise OptionError(f"{name}={chosen[name]!r}; allowed are True and False")
     if chosen["layout"] not in pipeline.LAYOUTS:
         raise OptionError(f"layout={chosen['layout']!r}; allowed are {list(pipeline.LAYOUTS)}")
     if chosen["layout"] != "auto" and chosen["platform"] not in ("auto", "npu"):

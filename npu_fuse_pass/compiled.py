@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import weakref
 from collections.abc import Callable, Sequence
@@ -12,9 +13,10 @@ from torch import Tensor, fx
 
 from . import pipeline, step_op
 from .causes import FIRST, Cause, Planned
-from .errors import GraphRefused, Mismatch, UnfusedError
+from .errors import GraphRefused, Mismatch, NumericsError, UnfusedError
 from .ir import Captured, Output
 from .logs import trace, warn_unfused
+from .numerics import SideBySide
 from .optimizer import RuleOptimizer
 from .options import Options
 from .report import CompileReport
@@ -41,20 +43,28 @@ class RuleStep:
         self._version = prelude.version
         fused = pipeline.fuse_batches(prelude.batches, self._options, cause)
         self._program, self._report = fused.program, fused.report
+        self._check = _check(fused, self._options)
 
     def __call__(self, *args: Tensor) -> tuple[()]:
         optimizer = self._optimizer()
         assert optimizer is not None
         if optimizer._prelude.version != self._version:
             self._plan()
-        if self._program is None or not self._run(inputs_of(optimizer._prelude.batches), optimizer._prelude.kinds):
+        if self._program is None or not self._run(optimizer, self._program):
             step_op.run_eager(optimizer)
         return ()
 
-    def _run(self, values: list[Tensor | None], kinds: object) -> bool:
-        assert self._program is not None
+    def _run(self, optimizer: RuleOptimizer, program: pipeline.Program) -> bool:
+        values, kinds = inputs_of(optimizer._prelude.batches), optimizer._prelude.kinds
         try:
-            self._program(values, kinds=kinds)
+            if self._check is None:
+                program(values, kinds=kinds)
+            else:
+                fused = functools.partial(program, values, kinds=kinds)
+                self._check(values, fused, functools.partial(step_op.run_eager, optimizer), [optimizer])
+        except NumericsError:
+            optimizer._after()  # the step is done, as the original does it
+            raise
         except Mismatch as e:
             refused(self._report, str(e), self._options.strict)
             return False
@@ -96,6 +106,7 @@ class GraphStep:
         made = pipeline.fuse_graph(self._gm, self._options, cause, _graph_break(self._gm))
         self._program, self._report, self._returned = made.program, made.report, made.captured.returned
         self._arguments = _Arguments(self._gm, made.captured)
+        self._check = _check(made, self._options)
 
     def _stepped(self) -> list[RuleOptimizer]:
         found = [optimizer() for optimizer in self._optimizers.values()]
@@ -119,7 +130,11 @@ class GraphStep:
             return self._gm.forward(*args)
         values = self._arguments(args, {h: inputs_of(o()._prelude.batches) for h, o in self._optimizers.items()})  # type: ignore[union-attr]
         try:
-            self._program(values, complete=True)
+            if self._check is None:
+                self._program(values, complete=True)
+            else:
+                fused = functools.partial(self._program, values, complete=True)
+                self._check(values, fused, functools.partial(self._gm.forward, *args), optimizers)
         except Mismatch as e:
             return self._unfused(str(e), args)
         except GraphRefused as e:
@@ -133,6 +148,12 @@ class GraphStep:
     def _unfused(self, reason: str, args: Sequence[Any]) -> Any:
         refused(self._report, reason, self._options.strict)
         return self._gm.forward(*args)
+
+
+def _check(made: pipeline.Fused, options: Options) -> SideBySide | None:
+    if not options.check_numerics or made.program is None:
+        return None
+    return SideBySide(made.captured, made.groups, made.report)
 
 
 def _graph_break(gm: fx.GraphModule) -> str | None:

@@ -21,7 +21,7 @@ def compile_step(opt: torch.optim.Optimizer, **options: Any) -> CompiledStep:
 
     Args:
         opt: any torch.optim.Optimizer.
-        options: those of the backend: `platform`, `strict`, `torchair_config`, `layout`.
+        options: those of the backend: `platform`, `strict`, `check_numerics`, `torchair_config`, `layout`.
 
     Raises:
         OptionError: an unknown option or value.
@@ -36,6 +36,7 @@ class CompiledStep:
 
     Raises:
         UnfusedError: `strict`, and something is left unfused; nothing was changed.
+        NumericsError: `check_numerics`, and a fused update differs; the original's values are in place.
         NotCapturedError: when called for the second time, if no update reached the backend; names reason and remedy.
             Both steps were done, eagerly.
     """

@@ -25,7 +25,7 @@ def explain(opt: torch.optim.Optimizer, **options: Any) -> CompileReport:
 
     Args:
         opt: any torch.optim.Optimizer.
-        options: those of the backend: `platform`, `strict`, `torchair_config`, `layout`.
+        options: those of the backend: `platform`, `strict`, `check_numerics`, `torchair_config`, `layout`.
 
     Returns:
         The report. Where torch never shows the step to a backend, its `fallback` names the reason and the remedy.
@@ -33,6 +33,7 @@ def explain(opt: torch.optim.Optimizer, **options: Any) -> CompileReport:
     Raises:
         OptionError: an unknown option or value.
         UnfusedError: `strict`, and something is left unfused.
+        NumericsError: `check_numerics`, and a fused update of the copy differs from the original's.
         FuseError: a step of the copy fails; the message says why.
     """
     watched = backend.Watched(options)

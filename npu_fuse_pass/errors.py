@@ -35,6 +35,26 @@ class StepFailedError(FuseError, RuntimeError):
     """A step failed on the device after it may have begun to write: parameters and states may be partly updated."""
 
 
+class NumericsError(FuseError, RuntimeError):
+    """`check_numerics` found a fused update that differs from the original's; tensors hold the original's values.
+
+    Attributes:
+        group: the group's name, as in reports and profiles.
+        parameter: the parameter's name or place in the optimizer, and its shape.
+        tensor: what of the update differs ("param", "exp_avg", ...).
+        error: the largest relative error of an element.
+        step: how many steps had been checked, this one included.
+    """
+
+    def __init__(self, text: str, group: str, parameter: str, tensor: str, error: float, step: int) -> None:
+        super().__init__(text)
+        self.group = group
+        self.parameter = parameter
+        self.tensor = tensor
+        self.error = error
+        self.step = step
+
+
 class GraphRefused(FuseError):  # noqa: N818 - raised by a lowering for its caller, not for the user
     """The device's graph compiler refused a step's graph, or its first run failed; nothing was changed."""
 

@@ -16,6 +16,7 @@ class Options:
         strict: raise UnfusedError if anything is left unfused.
         kernels: on an NPU: "auto" (dedicated operations as exact as eager), "dedicated" (the fewest operations; the
             report says what is less exact) or "elementwise".
+        check_numerics: run every step fused and as the original, and raise NumericsError at the first difference.
         torchair_config: a torchair.CompilerConfig, which torchair's compiler gets as it is; None is its default.
         layout: how an NPU graph takes a group's tensors: "auto" (flat where they are adjacent in memory), "flat" (the
             same, even where concatenating large gradients takes longer) or "list" (one by one).
@@ -25,6 +26,7 @@ class Options:
     platform: str = "auto"
     strict: bool = False
     kernels: str = "auto"
+    check_numerics: bool = False
     torchair_config: Any = None
     layout: str = "auto"
     dump: str | os.PathLike[str] | None = None

@@ -58,6 +58,7 @@ class Fused:
     """What the stages made; without a program the original has to run, and the report says why."""
 
     captured: Captured
+    groups: Sequence[Group]
     program: Program | None
     report: CompileReport
 
@@ -158,7 +159,7 @@ def _fuse(
         raise UnfusedError("\n  ".join(["strict=True and not everything was fused:", *report.reasons]))
     if report.fallback:
         warn_unfused(report.fallback, stacklevel=2)
-    return Fused(captured, program, report)
+    return Fused(captured, groups, program, report)
 
 
 def _dump(options: Options, contents: Callable[[], Contents]) -> None:

@@ -113,6 +113,7 @@ class CompileReport:
         cause_remedy: what keeps that from happening again; None for what happens once.
         bytes_per_element: memory that a step reads and writes for each parameter element: "before", if every operation
             of the original went over memory by itself, and "after".
+        checked_steps: how many steps `check_numerics` has compared with the original's.
         graph_break: why and where Dynamo ended this graph, if the function goes on after it; nothing fuses across.
     """
 
@@ -126,6 +127,7 @@ class CompileReport:
     cause_remedy: str | None = None
     bytes_per_element: dict[str, float] = dataclasses.field(default_factory=dict)
     graph_break: str | None = None
+    checked_steps: int = 0
     _graph: Callable[[], fx.GraphModule] | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
