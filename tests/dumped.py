@@ -12,7 +12,6 @@ from torch import Tensor, fx
 from npu_fuse_pass import pipeline
 from npu_fuse_pass.dump.contents import Contents
 from npu_fuse_pass.group import group, group_updates
-from npu_fuse_pass.ir import Captured
 from npu_fuse_pass.options import Options
 
 
@@ -46,8 +45,6 @@ def contents_of_rule(opt: Any) -> Contents:
 
 
 def _contents(gm: fx.GraphModule | None, fused: pipeline.Fused) -> Contents:
-    captured: Captured = fused.captured
+    captured = fused.captured
     stages = [(group_updates(s.updates, captured.leaves), s.calls) for s in captured.stages]
-    kernels = getattr(fused.program, "kernels", [])
-    sources = {k.group.name: k.source.text for k in kernels}
-    return Contents(gm, captured, stages, group(captured), fused.report, sources, {})
+    return pipeline._contents(gm, captured, stages, group(captured), fused.report, fused.program)

@@ -24,6 +24,7 @@ from .after import Box, after
 from .contents import Contents
 from .drawing import Before, Drawing, Node
 from .graphs import all_groups, before
+from .kernel_text import annotated
 
 # in this order; the last one starts the page
 _SCRIPTS = (*("text", "layout", "graph", "keys", "details"), *("totals", "search", "before", "after", "page"))
@@ -129,7 +130,8 @@ def _groups(contents: Contents) -> list[dict[str, Any]]:
         row = rows.get((g.name, writes)) or _not_lowered(g, contents)
         facts = {name: getattr(row, name) for name in _ROW}
         match = str(row.match) if row.match is not None else ""
-        found.append({**facts, "match": match, "no_match": row.no_match, "source": contents.sources.get(g.name, "")})
+        source = annotated(g, contents, contents.sources[g.name]) if g.name in contents.sources else ""
+        found.append({**facts, "match": match, "no_match": row.no_match, "source": source})
     return found
 
 

@@ -78,6 +78,8 @@ function showMember(f, i, reveal = false) {
     card.scrollIntoView({ block: "start" });
     card.querySelector(".list").children[i].firstChild.focus();
   }
-  for (const list of document.querySelectorAll(`[data-family="${f}"] .member`)) list.setAttribute("aria-pressed", "false");
-  if (state.selected) showDetails();
+  for (const list of document.querySelectorAll(`.list[data-family="${f}"]`)) {
+    [...list.children].forEach((row, k) => row.firstChild.setAttribute("aria-pressed", String(k === i)));
+  }
+  if (state.selected && state.selected[0] === "f") showDetails();
 }

@@ -96,7 +96,7 @@ function memberList(f) {
   const row = (i) => html("div", {}, html("button", {
     type: "button", class: "member", "aria-pressed": String(state.member[f] === i), onclick: () => showMember(f, i),
   }, html("span", {}, family.members[i]), html("span", { class: "muted" }, family.shapes[family.shape[i]])));
-  return longList(family.members.length, row, `${family.members.length} parameters`);
+  return filled(longList(family.members.length, row, `${family.members.length} parameters`), { "data-family": f }, []);
 }
 
 function operationDetails(node, f) {
