@@ -30,7 +30,7 @@ from .kernel_text import annotated
 _SCRIPTS = (*("text", "layout", "graph", "keys", "details"), *("totals", "search", "before", "after", "page"))
 # Memory bandwidth that times are modelled with until a reader enters another, in GB/s, and where it comes from.
 _BANDWIDTH = {
-    "npu": (1600, "HBM of an Ascend 910B as its data sheet states it"),
+    "npu": (1600, "an Atlas A2's HBM, as CANN's guide states it"),
     "": (20, "a guess for one CPU socket"),
 }
 
