@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ..disjoint import Disjoint
 from ..ir import Call, Group, Leaf, LeafRef
 
 Stages = Sequence[tuple[Sequence[Group], Sequence[Call]]]
@@ -21,7 +22,7 @@ class Owners:
     def __init__(self, leaves: Sequence[Leaf], groups: Sequence[Group], stages: Stages) -> None:
         """`groups`: those of all stages and of the last."""
         self._leaves = leaves
-        self._parent = list(range(len(leaves)))
+        self._sets = Disjoint()
         places = [(g, m, member) for g, group in enumerate(groups) for m, member in enumerate(group.members)]
         for _, _, member in places:
             self._join([i for i in member if leaves[i].shape])
@@ -37,28 +38,22 @@ class Owners:
             if number == len(self.members):
                 self.members.append([])
             self.members[number].append((g, m))
-        roots = ((i, self._find(i)) for i in range(len(leaves)))
+        roots = ((i, self._sets.find(i)) for i in range(len(leaves)))
         self.of_leaf = {i: numbers[root] for i, root in roots if root in numbers}
 
     def _root(self, member: Sequence[int]) -> int:
         tensor = next((i for i in member if self._leaves[i].shape), None)
         own = next((i for i in member if self._leaves[i].kind not in ("constant", "total")), member[0])
-        return self._find(own if tensor is None else tensor)
-
-    def _find(self, x: int) -> int:
-        while self._parent[x] != x:
-            self._parent[x] = self._parent[self._parent[x]]
-            x = self._parent[x]
-        return x
+        return self._sets.find(own if tensor is None else tensor)
 
     def _join(self, leaves: Sequence[int]) -> None:
         for i in leaves[1:]:
-            self._parent[self._find(i)] = self._find(leaves[0])
+            self._sets.join(i, leaves[0])
 
     def _join_results(self, call: Call) -> None:
         """What an operation makes of one parameter's tensors is that parameter's."""
         read = [ref.index for ref in references((call.args, call.kwargs)) if self._leaves[ref.index].shape]
-        if read and len({self._find(i) for i in read}) == 1:
+        if read and len({self._sets.find(i) for i in read}) == 1:
             self._join([read[0], *(i for i in call.results if self._leaves[i].shape)])
 
     def _join_counters(self, members: Sequence[Sequence[int]]) -> None:
@@ -69,10 +64,10 @@ class Owners:
             if tensor is not None:
                 for i in member:
                     if not self._leaves[i].shape and self._leaves[i].kind in ("input", "attribute"):
-                        users.setdefault(i, set()).add(self._find(tensor))
+                        users.setdefault(i, set()).add(self._sets.find(tensor))
         for leaf, found in users.items():
             if len(found) == 1:
-                self._parent[self._find(leaf)] = found.pop()
+                self._sets.join(leaf, found.pop())
 
 
 def references(value: Any) -> Iterator[LeafRef]:

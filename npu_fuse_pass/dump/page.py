@@ -29,10 +29,7 @@ from .kernel_text import annotated
 # in this order; the last one starts the page
 _SCRIPTS = (*("text", "layout", "graph", "keys", "details"), *("totals", "search", "before", "after", "page"))
 # Memory bandwidth that times are modelled with until a reader enters another, in GB/s, and where it comes from.
-_BANDWIDTH = {
-    "npu": (1600, "an Atlas A2's HBM, as CANN's guide states it"),
-    "": (20, "a guess for one CPU socket"),
-}
+_BANDWIDTH = {"npu": (1600, "an Atlas A2's HBM, as CANN's guide states it"), "": (20, "a guess for one CPU socket")}
 
 
 def page(contents: Contents, measured: Mapping[str, float] | None = None) -> str:
