@@ -140,7 +140,7 @@ class Interpreter:
         self.moved, self.moved_by_calls = self.moved + traffic, self.moved_by_calls + traffic
         several = isinstance(meta, (list, tuple))
         results = list(range(first, len(self.leaves)))
-        self.stages[level].calls.append(Call(target or node.target, given[0], given[1], results, several))
+        self.stages[level].calls.append(Call(target or node.target, given[0], given[1], results, several, node.name))
         self.kept[name, reason] = None
         return made if several else made[0]
 

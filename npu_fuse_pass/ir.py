@@ -118,13 +118,17 @@ class LeafRef:
 
 @dataclasses.dataclass
 class Call:
-    """An operation that stays as it is, between fused kernels: what is called, on which leaves, giving which."""
+    """An operation that stays as it is, between fused kernels: what is called, on which leaves, giving which.
+
+    `node` is its name in the captured graph.
+    """
 
     target: Callable[..., Any] | str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     results: list[int]
     several: bool  # the operation returns a list of tensors
+    node: str = ""
 
 
 @dataclasses.dataclass

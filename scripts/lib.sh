@@ -37,6 +37,21 @@ environment() {
     echo "$want" >"$stamp"
 }
 
+# no_browser: why there is no Chromium with its driver and none can be installed; nothing where there is one.
+# Debian's packages are installed where that is possible.
+no_browser() {
+    local log
+    command -v chromium >/dev/null && command -v chromedriver >/dev/null && return
+    if ! command -v apt-get >/dev/null; then
+        echo "chromium and chromedriver are not installed, and there is no apt-get"
+    elif [ "$(id -u)" -ne 0 ]; then
+        echo "chromium and chromedriver are not installed; as root: apt-get install chromium chromium-driver"
+    elif ! log="$({ apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+        chromium chromium-driver; } 2>&1)"; then
+        echo "apt-get cannot install chromium and chromium-driver: $(tail -n 1 <<<"$log")"
+    fi
+}
+
 STAGE=0
 STAGES=0 # how many there will be; set it before the first
 SUMMARY=()

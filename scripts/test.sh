@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Every check and test of the project, on a fresh machine with Python, git and gcc: makes the environments that are
-# missing, then runs style and types, the tests, the NPU lane, and the README from the built wheel.
+# missing, then runs style and types, the tests, the page of a dump in a browser (as root on Debian it installs
+# Chromium; elsewhere it has to be there), the NPU lane, and the README from the built wheel.
 # Arguments go to pytest, for example: bash scripts/test.sh -k lamb
 # Environment: PYTHON (which interpreter makes .venv), TEST_WORKERS (pytest processes; default: cores, at most 4),
 # NPU_FUSE_FULL=1 (all cases of torch's database of optimizers instead of every sixth, about 20 minutes more).
@@ -12,11 +13,17 @@ workers="${TEST_WORKERS:-$((cores < 4 ? cores : 4))}"
 # Several processes share the cores: OpenMP's threads must not spin while they wait (up to 40 times slower otherwise).
 export OMP_WAIT_POLICY=PASSIVE
 
-STAGES=5
+STAGES=6
 stage "environment (.venv)" environment test
 if [ "$FAILED" -ne 0 ]; then finish scripts/test.sh; fi
 stage "style and types" bash scripts/check.sh
-stage "tests ($workers at a time)" "$PY" -m pytest -n "$workers" -m "not npu" --durations=10 "$@"
+stage "tests ($workers at a time)" "$PY" -m pytest -n "$workers" -m "not npu and not browser" --durations=10 "$@"
+lacking="$(no_browser)"
+if [ -z "$lacking" ]; then
+    stage "the page of a dump in Chromium" env NPU_FUSE_BROWSER=1 "$PY" -m pytest -m browser tests/test_page_browser.py
+else
+    not_run "the page of a dump in Chromium" "$lacking"
+fi
 if [ -f scripts/npu_lane.sh ]; then
     stage "NPU lane (.venv-npu)" bash scripts/npu_lane.sh
 else

@@ -1,0 +1,50 @@
+"""Contents of dumps for tests: what the stages make of a step."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from npu_fuse_pass import pipeline
+from npu_fuse_pass.dump.contents import Contents
+from npu_fuse_pass.group import group, group_updates
+from npu_fuse_pass.options import Options
+
+
+def parameters(count: int, shapes: Sequence[tuple[int, ...]] = ((3, 4), (5,))) -> list[torch.nn.Parameter]:
+    """Small parameters with gradients, shapes in turn."""
+    made = [torch.nn.Parameter(torch.randn(shapes[i % len(shapes)])) for i in range(count)]
+    for p in made:
+        p.grad = torch.randn_like(p)
+    return made
+
+
+def contents_of(step: Callable[[], Any], platform: str = "cpu") -> Contents:
+    """What there is to show of the last graph that Dynamo captures of a step."""
+    found: list[Contents] = []
+
+    def backend(gm: fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        found.append(_contents(gm, pipeline.fuse_graph(gm, Options(platform))))
+        return gm.forward
+
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.compile(step, backend=backend)()
+    return found[-1]
+
+
+def contents_of_rule(opt: Any) -> Contents:
+    """What there is to show of the step of an optimizer of ours by itself."""
+    opt._before(None)
+    return _contents(None, pipeline.fuse_batches(opt._prelude.batches, Options("cpu")))
+
+
+def _contents(gm: fx.GraphModule | None, fused: pipeline.Fused) -> Contents:
+    captured = fused.captured
+    stages = [(group_updates(s.updates, captured.leaves), s.calls) for s in captured.stages]
+    return pipeline._contents(gm, captured, stages, group(captured), fused.report, fused.program)
