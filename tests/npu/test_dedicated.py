@@ -171,6 +171,42 @@ def test_numbers_that_change_reuse_the_graph(ge: harness.Recording) -> None:
     assert_same(ours, eager, 1e-6)
 
 
+# Adjacent parameters and gradients: GE operations of a step for any number of parameters, and bytes per element.
+FLAT: list[tuple[str, str, int, int]] = [
+    ("adam", "auto", 5, 48),
+    ("adamw", "auto", 4, 36),
+    ("adamw", "dedicated", 3, 28),
+    ("sgd_momentum", "auto", 5, 40),
+]
+
+
+@pytest.mark.parametrize(("name", "chosen", "operations", "size"), FLAT)
+@pytest.mark.parametrize("count", [1, 40])
+def test_flat_layouts(name: str, chosen: str, operations: int, size: int, count: int, ge: harness.Recording) -> None:
+    def build() -> tuple[Any, torch.Tensor]:
+        memory, gradients = torch.linspace(-1, 1, 6 * count), torch.zeros(6 * count)
+        params = [torch.nn.Parameter(part.view(2, 3)) for part in memory.split(6)]
+        for p, part in zip(params, gradients.split(6), strict=True):
+            p.grad = part.view(2, 3)
+        return BY_NAME[name].build(params), gradients
+
+    (ours, given), (eager, wanted) = build(), build()
+    options = {"platform": "npu", "strict": True, "layout": "flat", "kernels": chosen}
+    step = torch.compile(ours.step, backend=npu_fused, options=options)
+    for k in range(3):
+        for gradients in (given, wanted):
+            gradients.copy_(torch.randn(gradients.shape, generator=torch.Generator().manual_seed(k)))
+        step()
+        eager.step()
+    assert [g.runs for g in ge.graphs] == [3]
+    assert len(ge.graphs[0].compute_ops()) == operations
+    [row] = npu_fuse_pass.reports()[-1].groups
+    assert row.bytes_per_element == npu_fuse_pass.reports()[-1].bytes_per_element["after"] == size
+    assert row.layout == ("flat" if count > 1 else "list")
+    assert row.launches == operations - 2  # without Reshape and Unpack of the numbers
+    assert_same(ours, eager, 2e-5 if chosen == "dedicated" else 1e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "family"),
     [
