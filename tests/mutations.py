@@ -109,7 +109,7 @@ MUTATIONS = [
     Mutation(
         "writes of one parameter are updates of their own",
         "capture_updates.py",
-        "                    self._join(other, first)",
+        "                    self._sets.join(other, first)",
         "                    pass",
         ONE_GROUP,
     ),
