@@ -96,8 +96,8 @@ def own_error(error: Exception) -> FuseError | None:
 
 
 def compiling() -> bool:
-    """Whether torch.compile compiles at all; TORCHDYNAMO_DISABLE=1 switches it off."""
-    return not torch._dynamo.config.disable
+    """Whether torch.compile compiles at all; TORCHDYNAMO_DISABLE=1 and torch.compiler.set_stance switch it off."""
+    return not torch._dynamo.config.disable and torch._dynamo.eval_frame._stance.stance != "force_eager"
 
 
 def last_break() -> str | None:

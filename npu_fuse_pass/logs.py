@@ -66,5 +66,5 @@ def warn_unfused(reason: str, stacklevel: int) -> None:
     """The one warning of a compile, or of a kind of step, that runs unfused: why, and what to do."""
     remedy = fallback_remedy(reason)
     advice = f". What to do: {remedy}" if remedy else ""
-    text = f"npu_fused: this step runs unfused, results stay right: {reason}{advice}"
+    text = f"npu_fused: not fused, results stay right: {reason}{advice}"
     warnings.warn(text, stacklevel=stacklevel + 1)
