@@ -10,7 +10,8 @@ from typing import Protocol
 
 # command -> what it does, in a line; the module of that name in `commands` does it, loaded when it is asked for
 COMMANDS: dict[str, str] = {
-    "selftest": "check this machine: environment, numbers and times, into one report to attach to an issue"
+    "doctor": "what fusing would gain for the optimizers of a training script, and what stands in the way",
+    "selftest": "check this machine: environment, numbers and times, into one report to attach to an issue",
 }
 
 

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,10 +37,23 @@ def explain(opt: torch.optim.Optimizer, **options: Any) -> CompileReport:
         NumericsError: `check_numerics`, and a fused update of the copy differs from the original's.
         FuseError: a step of the copy fails; the message says why.
     """
+    return try_on_copy(opt, options).report
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """What came of two compiled steps of a copy; `step` does another one, if the copy could be compiled."""
+
+    report: CompileReport
+    step: Callable[[], Any] | None = None
+
+
+def try_on_copy(opt: torch.optim.Optimizer, options: dict[str, Any]) -> Trial:
+    """As `explain`, with the copy's compiled step."""
     watched = backend.Watched(options)
     reason = hidden(opt)
     if reason is not None:
-        return CompileReport(watched.options["platform"], fallback=reason)
+        return Trial(CompileReport(watched.options["platform"], fallback=reason))
     twin = _twin(opt)
     step = backend.isolated(twin.step, watched)
     try:
@@ -56,8 +70,9 @@ def explain(opt: torch.optim.Optimizer, **options: Any) -> CompileReport:
         raise own or FuseError(f"explain cannot run a step of {name}: {type(e).__name__}: {e}") from e
     if not watched.ran:
         broken = backend.last_break() or "it has no parameters that require gradients"
-        return CompileReport(watched.options["platform"], fallback=f"no update reached the backend: {broken}")
-    return _joined(watched.ran)
+        missed = f"no update reached the backend: {broken}"
+        return Trial(CompileReport(watched.options["platform"], fallback=missed))
+    return Trial(_joined(watched.ran), step)
 
 
 def _joined(reports: list[CompileReport]) -> CompileReport:

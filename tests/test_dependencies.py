@@ -60,6 +60,7 @@ PRIVATE_TORCH_EXCEPTIONS = {
     "npu_fuse_pass.dump.folder": {"torch._dynamo.utils.get_debug_dir": "where TORCH_COMPILE_DEBUG=1 puts files"},
     "npu_fuse_pass.meta": {"torch.utils._python_dispatch.TorchDispatchMode": "sees what a rule reads"},
     "npu_fuse_pass.same_tensors": {"torch._C._dynamo.guards.TensorGuards": "compares a list of tensors in one call"},
+    "npu_fuse_pass.observe": {"torch.autograd._profiler_enabled": "a script may have a profiler of its own"},
     "npu_fuse_pass.logs": {"torch._logging._internal": "writes to the trace log that tlparse reads"},
     "npu_fuse_pass.hook": {"torch._inductor.custom_graph_pass": "the class of passes that Inductor can cache"},
 }

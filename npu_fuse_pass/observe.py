@@ -1,0 +1,155 @@
+"""Running a training script for a few steps while looking at the optimizers that it builds."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import runpy
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.profiler import ProfilerActivity, profile
+
+# operations that make a tensor or another view of one: no kernel runs for them
+_NO_KERNEL = {
+    *("alias", "as_strided", "detach", "empty", "empty_like", "empty_strided", "expand", "item"),
+    *(
+        "lift_fresh",
+        "_local_scalar_dense",
+        "narrow",
+        "_reshape_alias",
+        "resize_",
+        "resolve_conj",
+        "resolve_neg",
+        "result_type",
+    ),
+    *("select", "set_", "slice", "split", "t", "to", "transpose", "unbind"),
+    *("unsqueeze", "view"),
+}
+
+
+@dataclasses.dataclass
+class Measured:
+    """What one step does: operations that ran a kernel, and bytes allocated beyond what lived before, at their peak."""
+
+    calls: int
+    peak_bytes: int
+
+
+@dataclasses.dataclass
+class Observed:
+    """An optimizer of the script, and what its steps showed.
+
+    Attributes:
+        steps: how many were seen.
+        closures: whether a step was given a closure.
+        changed: Python numbers of its groups that had several values.
+        gradients: which parameters had gradients, one row for each distinct step.
+        measured: the last step, as the script runs it; None where a profiler of the script was active.
+    """
+
+    optimizer: torch.optim.Optimizer
+    steps: int = 0
+    closures: bool = False
+    changed: set[str] = dataclasses.field(default_factory=set)
+    gradients: set[tuple[bool, ...]] = dataclasses.field(default_factory=set)
+    measured: Measured | None = None
+    _numbers: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def look(self, closure: bool) -> None:
+        """What can be seen right before a step."""
+        self.steps += 1
+        self.closures |= closure
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.gradients.add(tuple(p.grad is not None for p in params))
+        for i, group in enumerate(self.optimizer.param_groups):
+            for name, value in group.items():
+                numbers = value if isinstance(value, tuple) else (value,)
+                if name == "params" or not all(type(n) in (int, float) for n in numbers):
+                    continue
+                if self._numbers.setdefault(f"{i}.{name}", value) != value:
+                    self.changed.add(name)
+
+
+class _Enough(BaseException):
+    """Ends a script from inside a step; scripts that catch every Exception let it pass."""
+
+
+def observe(path: str, arguments: Sequence[str], steps: int) -> list[Observed]:
+    """Run a script, eagerly, until one of its optimizers has made `steps` steps; nothing after that runs.
+
+    Returns:
+        The optimizers that stepped, in the order of their first steps. They keep parameters, states and gradients.
+    """
+    seen: dict[int, Observed] = {}
+    record: list[profile] = []
+
+    def before(opt: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found = seen.setdefault(id(opt), Observed(opt))
+        given = [value for value in (*args, *kwargs.values()) if value is not opt and value is not None]
+        found.look(closure=bool(given))
+        if found.steps == steps and not torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+            record.append(_memory_profile())
+            record[-1].__enter__()
+
+    def after(opt: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found = seen[id(opt)]
+        if found.steps == steps:
+            if record:
+                record[-1].__exit__(None, None, None)
+                found.measured = _read(record.pop())
+            raise _Enough
+
+    hooks = (register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after))
+    try:
+        with _as_main(path, arguments), torch.compiler.set_stance("force_eager"), contextlib.suppress(_Enough):
+            runpy.run_path(path, run_name="__main__")
+    except SystemExit as e:
+        if e.code not in (None, 0) and not seen:
+            raise
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(seen.values())
+
+
+def measure(step: Callable[[], Any]) -> Measured:
+    """One call of a step."""
+    with _memory_profile() as record:
+        step()
+    return _read(record)
+
+
+def _memory_profile() -> profile:
+    return profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+
+
+def _read(record: profile) -> Measured:
+    calls = 0
+    for event in record.events() or ():
+        name = event.name.removeprefix("aten::")
+        inner = any(child.name.startswith("aten::") for child in event.cpu_children)
+        calls += event.name.startswith("update_") or (name != event.name and name not in _NO_KERNEL and not inner)
+    live = peak = 0
+    results: Any = record.profiler.kineto_results if record.profiler is not None else None
+    for raw in results.events() if results is not None else ():
+        if raw.name() == "[memory]":
+            live += raw.nbytes()
+            peak = max(peak, live)
+    return Measured(calls, peak)
+
+
+@contextlib.contextmanager
+def _as_main(path: str, arguments: Sequence[str]) -> Iterator[None]:
+    """What a script sees when it is called by `python path arguments`."""
+    argv, search = sys.argv, sys.path.copy()
+    sys.argv = [path, *arguments]
+    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
+    try:
+        yield
+    finally:
+        sys.argv, sys.path[:] = argv, search
