@@ -90,6 +90,6 @@ def test_the_times_are_of_whole_conversions(capsys: pytest.CaptureFixture[str]) 
     for line in lines:
         total, within, fx, ge = map(float, re.findall(r"[\d.]+(?= s| FX| GE)", line))
         assert total > within > 0
-        assert ge > fx > 3 or "foreach" in line
+        assert fx > 3 < ge
     assert torch.ops.aten._foreach_sqrt.default._ge_converter is lacking
     assert not hasattr(torch.ops.prims.fma.default, "_ge_converter")
