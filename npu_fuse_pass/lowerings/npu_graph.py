@@ -70,14 +70,31 @@ def _dedicated(
     return [row[k] for k in range(len(written)) for row in rows]
 
 
-_KERNELS: dict[str, Callable[..., list[Tensor]]] = {
-    "device_update": _update,
-    "device_contribute": _contribute,
-    "device_dedicated": _dedicated,
+def _fake_dedicated(
+    tensors: list[Tensor],
+    numbers: list[Tensor],
+    totals: list[Tensor],
+    positions: list[int],
+    members: int,
+    formula: str,
+    call: str,
+    written: list[int],
+) -> list[Tensor]:
+    """What is written, without the arithmetic: torchair asks for it, and it would be most of a conversion's time."""
+    made = parsed(formula)
+    rank = {s: i for i, s in enumerate(made.tensor_slots)}
+    of_slot = [(made.slots[s].dtype, tensors[rank[s] * members : (rank[s] + 1) * members]) for s in written]
+    return [torch.empty_like(t, dtype=dtype) for dtype, each in of_slot for t in each]
+
+
+_KERNELS: dict[str, tuple[Callable[..., list[Tensor]], Callable[..., list[Tensor]]]] = {
+    "device_update": (_update, _update),  # theirs have fakes of their own
+    "device_contribute": (_contribute, _contribute),
+    "device_dedicated": (_dedicated, _fake_dedicated),
 }
-for _name, _kernel in _KERNELS.items():
+for _name, (_kernel, _fake) in _KERNELS.items():
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"npu_fused::{_name}", _kernel, lib=_library)
+    torch.library.register_fake(f"npu_fused::{_name}", _fake, lib=_library)
 
 
 def build(leaves: Sequence[Leaf], parts: Sequence[Part], binder: Binder) -> fx.GraphModule:
