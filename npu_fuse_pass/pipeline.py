@@ -79,7 +79,7 @@ def fuse_graph(gm: fx.GraphModule, options: Options, cause: Cause = FIRST, graph
 def fuse_functional(gm: fx.GraphModule, strict: bool, kernels: bool) -> Fused | None:
     """Fuse a functional graph with `copy_` roots for another compiler: the result is the report's `fused_graph`.
 
-    `kernels`: fused nodes on a CPU become operations that run generated kernels.
+    `kernels`: fused nodes on a CPU become operations that run generated kernels; otherwise torchair is the compiler.
 
     None where the graph is not a step: it writes to none of its arguments, or returns what original operations give,
     or has arguments with symbolic sizes, as models have.
@@ -100,7 +100,15 @@ def fuse_functional(gm: fx.GraphModule, strict: bool, kernels: bool) -> Fused | 
     fused = _fuse(lambda: captured, options, FIRST, original=gm)
     if fused.report.platform == "graph cpu" and fused.report.fused_graph is not None:
         node.use_kernels(fused.report.fused_graph)
+    if not kernels:
+        _serve_torchair()
     return fused
+
+
+def _serve_torchair() -> None:
+    from .lowerings import npu
+
+    npu.serve()
 
 
 def _symbolic(placeholder: fx.Node) -> bool:

@@ -7,7 +7,7 @@ import dataclasses
 import importlib
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from conversion_cases import Make
 
 import npu_fuse_pass
 from npu_fuse_pass.backend import npu_fused
+from npu_fuse_pass.lowerings import npu, npu_converters
 
 harness: Any = importlib.import_module("harness")  # tests/npu/harness.py
 
@@ -38,13 +39,30 @@ class Conversion:
     seconds: tuple[float, float] = (0.0, 0.0)
 
 
+@contextlib.contextmanager
+def as_shipped() -> Iterator[None]:
+    """Torchair without the converters that this package adds to it."""
+    npu.require()
+    added = {op: op._ge_converter for op in npu_converters.REPLACED}
+    put(npu_converters.REPLACED)
+    try:
+        yield
+    finally:
+        put(added)
+
+
+def put(converters: Mapping[Any, Any]) -> None:
+    """Make these the operations' converters; None: there is none."""
+    for op, converter in converters.items():
+        if converter is not None:
+            op._ge_converter = converter
+        elif hasattr(op, "_ge_converter"):
+            del op._ge_converter
+
+
 def lacks_converter(node: torch.fx.Node) -> bool:
-    """Whether torchair has none for an operation, or one that only raises NotImplementedError."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    converter = getattr(node.target, "_ge_converter", None)
-    code = getattr(getattr(converter, "__wrapped__", None), "__code__", None)
-    return converter is None or any("is not implemented" in str(c) for c in getattr(code, "co_consts", ()))
+    """Whether torchair cannot convert an operation."""
+    return isinstance(node.target, torch._ops.OpOverload) and npu_converters.lacks(node.target)
 
 
 class Watch:

@@ -26,14 +26,17 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests" / "npu")]
 
 import torch  # noqa: E402
 from conversion_cases import ROWS, Make, Row  # noqa: E402
-from conversion_measure import Conversion, convert, harness  # noqa: E402
+from conversion_measure import Conversion, as_shipped, convert, harness, put  # noqa: E402
 
 import optimizers  # noqa: E402
 
 
 def stock(row: Row, n: int) -> Conversion | None:
     """What torchair does on its own; None for rules, which Dynamo shows to it as one unknown operation."""
-    return convert(row.make, n, ours=False) if row.stock else None
+    if not row.stock:
+        return None
+    with as_shipped():
+        return convert(row.make, n, ours=False)
 
 
 def without_decompositions(row: Row, n: int) -> Conversion | None:
@@ -96,16 +99,14 @@ def missing_converters() -> Iterator[None]:
         aten._foreach_neg.default: functools.partial(one_node, "ForeachNeg"),
         aten._foreach_reciprocal.default: functools.partial(one_node, "ForeachReciprocal"),
     }
-    before = {op: op._ge_converter for op in added if hasattr(op, "_ge_converter")}
-    for op, converter in added.items():
-        torchair.register_fx_node_ge_converter(op)(converter)
-    try:
-        yield
-    finally:
-        for op in added:
-            del op._ge_converter
-        for op, converter in before.items():
-            op._ge_converter = converter
+    with as_shipped():
+        before = {op: getattr(op, "_ge_converter", None) for op in added}
+        for op, converter in added.items():
+            torchair.register_fx_node_ge_converter(op)(converter)
+        try:
+            yield
+        finally:
+            put(before)
 
 
 TIMED: dict[str, tuple[Make, bool]] = {

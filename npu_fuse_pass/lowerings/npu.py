@@ -22,7 +22,7 @@ from ..errors import FuseError, GraphRefused, PlatformError
 from ..ir import Formula, Group, Leaf
 from ..match_result import Match, NoMatch
 from ..ops import multi_tensor_contribute, multi_tensor_update, parsed
-from . import npu_emit, npu_operands
+from . import npu_converters, npu_emit, npu_operands
 from .npu_bind import Binder, Host
 from .npu_graph import build, device_contribute, device_dedicated, device_update
 from .npu_part import Part
@@ -56,7 +56,16 @@ def require() -> Any:
     for op, converter in converters.items():
         if not hasattr(op, "_ge_converter"):
             torchair.register_fx_node_ge_converter(op)(converter)
+    from torchair._ge_concrete_graph import ge_apis
+
+    npu_converters.register(torchair, ge_apis)
     return torchair
+
+
+def serve() -> None:
+    """Register the converters where torchair runs already: it has called `fuse_pass`, and will meet the fused nodes."""
+    if "torchair" in sys.modules:
+        require()
 
 
 def is_config(value: object) -> bool:

@@ -80,12 +80,15 @@ def _fake_dedicated(
     call: str,
     written: list[int],
 ) -> list[Tensor]:
-    rank = {s: i for i, s in enumerate(parsed(formula).tensor_slots)}
-    return [torch.empty_like(tensors[rank[s] * members + m]) for s in written for m in range(members)]
+    """What is written, without the arithmetic: torchair asks for it, and it would be most of a conversion's time."""
+    made = parsed(formula)
+    rank = {s: i for i, s in enumerate(made.tensor_slots)}
+    of_slot = [(made.slots[s].dtype, tensors[rank[s] * members : (rank[s] + 1) * members]) for s in written]
+    return [torch.empty_like(t, dtype=dtype) for dtype, each in of_slot for t in each]
 
 
-_KERNELS: dict[str, tuple[Callable[..., list[Tensor]], Callable[..., list[Tensor]]]] = {  # real, fake
-    "device_update": (_update, _update),
+_KERNELS: dict[str, tuple[Callable[..., list[Tensor]], Callable[..., list[Tensor]]]] = {
+    "device_update": (_update, _update),  # theirs have fakes of their own
     "device_contribute": (_contribute, _contribute),
     "device_dedicated": (_dedicated, _fake_dedicated),
 }

@@ -181,11 +181,11 @@ def test_muon_falls_back_with_a_reason(ge_graphs: harness.Recording) -> None:
     for k in range(3):
         for each in (params, eager):
             set_gradients(each, k)
-        with pytest.warns(UserWarning, match="not fused, results stay right") if k == 0 else contextlib.nullcontext():
+        with pytest.warns(UserWarning, match="results stay right") if k == 0 else contextlib.nullcontext():
             step()
         theirs.step()
     (report,) = npu_fuse_pass.reports()
-    assert report.fallback == "npu: original operations between fused updates"
+    assert str(report.fallback).startswith("npu: original operations between fused updates")
     assert {"matmul", "addmm"} <= {u.op for u in report.unfused}
     assert not ge_graphs.graphs
     for p, q in zip(params, eager, strict=True):
