@@ -1,4 +1,4 @@
-"""What scripts/bench.py --model npu counts: the operations of torch_npu.optim's code, the nodes of emitted GE graphs."""
+"""What scripts/bench.py --model npu counts: operations of torch_npu.optim's code, nodes of emitted GE graphs."""
 
 from __future__ import annotations
 
