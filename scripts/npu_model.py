@@ -139,14 +139,17 @@ def compare(ours: Work, peers: Mapping[str, Work]) -> Verdict:
 
 
 def _why(ours: Work, peer: Work, c: Values) -> str:
-    """What of our own time is longer than all of the peer's."""
+    """What alone takes us longer than the peer's whole step."""
     limit = seconds(peer, c)
     shortest = ours.nodes * c["task"]
     memory = ours.moved / (c["share"] * c["bandwidth"])
     reasons: Sequence[tuple[bool, str]] = [
         (ours.host > limit, f"Python before the launch takes {1e6 * ours.host:.0f} us"),
         (shortest > limit, f"{ours.nodes} nodes of at least {1e6 * c['task']:.0f} us each"),
-        (memory > limit, f"{ours.moved / 1e6:.0f} MB, the peer moves {peer.moved / 1e6:.0f} MB"),
+        (
+            memory > limit and ours.moved > 1.01 * peer.moved,
+            f"{ours.moved / 1e6:.0f} MB, the peer moves {peer.moved / 1e6:.0f} MB",
+        ),
     ]
     found = [text for holds, text in reasons if holds]
     return "; ".join(found) or f"the graph's head of {1e6 * c['head']:.0f} us decides"
