@@ -3,6 +3,9 @@
 Every contestant has its own parameters and gets fresh gradient tensors before every step; steps take turns and medians
 are compared. "ours" is the compiled call with everything in it: prelude, guards, pointers, kernels. Tables go to the
 terminal, numbers to bench-output/bench.json and a picture to bench-output/bench.png.
+
+--model npu measures nothing: it prints launches, bytes and modelled times of steps on an NPU (bench_model.py). It needs
+the environment of the NPU lane, so run it as: bash scripts/bench.sh --model npu [--only adamw]
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import datetime
 import gc
 import json
 import pathlib
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -20,8 +24,6 @@ import torch
 from bench_call import call_cost
 from bench_cases import FAMILIES, WORKLOADS, Family, Workload, peers
 from bench_measure import bandwidth, compile_cost, extra_memory, inductor_cost, machine, medians
-from bench_picture import draw
-from tqdm import tqdm
 
 import optimizers
 
@@ -33,6 +35,13 @@ QUICK = {
 STAGE_COUNTS = (10, 100, 300, 1000, 3000)
 INDUCTOR_COUNT = 300
 GROWTH_COUNTS = (1, 3, 10, 30, 100, 300, 1000, 3000)
+
+
+def progress(items: Sequence[Any], **text: str) -> Any:
+    """A progress bar over items."""
+    from tqdm import tqdm  # the NPU lane's environment has none
+
+    return tqdm(items, **text)
 
 
 def chosen(quick: bool, only: str) -> list[tuple[Workload, Family]]:
@@ -87,7 +96,7 @@ def growth(counts: Sequence[int], seconds: float) -> list[dict[str, Any]]:
     """Step times of Adam on 1 to 3000 tensors of 1024 elements."""
     adam = next(f for f in FAMILIES if f.name == "Adam")
     found = []
-    for n in tqdm(counts, desc="step time against N", unit="N"):
+    for n in progress(counts, desc="step time against N", unit="N"):
         torch._dynamo.reset()
         steps, _ = medians(peers(adam, Workload(f"{n} x 1024", [(1024,)] * n, large=False), inductor=False), seconds)
         found.append({"parameters": n, "milliseconds": {name: 1e3 * s for name, s in steps.items()}})
@@ -105,7 +114,7 @@ def stages(counts: Sequence[int], inductor: bool) -> list[dict[str, Any]]:
     """Cost of compiling our Adam and stock Adam at several numbers of parameters; at one of them with Inductor too."""
     found = []
     makers = [("NpuFusedAdam", optimizers.NpuFusedAdam), ("torch.optim.Adam, foreach", torch.optim.Adam)]
-    bar = tqdm([(n, name, make) for n in counts for name, make in makers], desc="compile time", unit="compile")
+    bar = progress([(n, name, make) for n in counts for name, make in makers], desc="compile time", unit="compile")
     for n, name, make in bar:
         bar.set_postfix_str(f"{name}, {n}")
         found.append({"parameters": n, "optimizer": name, **compile_cost(make, n)})
@@ -131,8 +140,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="of timed steps for each cell (default 4, quick 1)")
     parser.add_argument("--inductor", action="store_true", help="torch.compile with Inductor as a peer (an hour)")
     parser.add_argument("--stages", type=int, nargs="*", help="numbers of parameters to measure compile time at")
+    parser.add_argument("--model", choices=["npu"], help="no measurement: launches, bytes and modelled times on an NPU")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("bench-output"))
     given = parser.parse_args()
+    if given.model:
+        import bench_model
+
+        sys.exit(bench_model.main(given.only, given.out))
     warnings.filterwarnings("ignore", module="torch")
     counts = given.stages if given.stages is not None else (10, 100) if given.quick else STAGE_COUNTS
     rows = stages(counts, given.inductor)
@@ -140,7 +154,7 @@ def main() -> None:
     grown = growth(GROWTH_COUNTS[:-1:2] if given.quick else GROWTH_COUNTS, 0.3 if given.quick else 2)
     gigabytes = bandwidth()
     cells = []
-    bar = tqdm(chosen(given.quick, given.only), desc="step time", unit="cell")
+    bar = progress(chosen(given.quick, given.only), desc="step time", unit="cell")
     for workload, family in bar:
         bar.set_postfix_str(f"{family.name}, {workload.name}")
         cells.append(measure(workload, family, given.seconds or (1 if given.quick else 4), given.inductor, gigabytes))
@@ -154,6 +168,8 @@ def main() -> None:
     given.out.mkdir(exist_ok=True)
     measured = {"steps": cells, "compile": rows, "call": parts, "growth": grown}
     (given.out / "bench.json").write_text(json.dumps({**found, **measured}, indent=2))
+    from bench_picture import draw  # matplotlib, which the NPU lane's environment lacks
+
     draw(cells, rows, grown, given.out / "bench.png")
     print(f"\nwrote {given.out / 'bench.json'} and {given.out / 'bench.png'}")
 
