@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from torch import fx
 
 from .expr import DTYPE_NAMES, Expr
 
@@ -48,12 +49,30 @@ class Slot:
         return DTYPE_NAMES[self.dtype] if self.tensor else "scalar"
 
 
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """A rule as it was traced for one parameter.
+
+    Attributes:
+        rule: its name.
+        update: a graph that gives the new values of the first positions in `Update.writes`.
+        contributions: graphs, each of what the parameter adds to a total.
+        arguments: of all these graphs; a position in a member, or "step" (the count after this step), or
+            "total <number>", which only `update` has.
+    """
+
+    rule: str
+    update: fx.GraphModule
+    contributions: tuple[fx.GraphModule, ...]
+    arguments: tuple[int | str, ...]
+
+
 @dataclasses.dataclass
 class Update:
     """All writes of one parameter as a template, and the members (one or more) that it holds for.
 
     Leaf expressions of the template hold positions in a member; a member names leaves of the program by index.
-    `labels` are readable names of the positions, `slots` what lies there.
+    `labels` are readable names of the positions, `slots` what lies there. `traced` is the rule that it was read from.
     """
 
     writes: list[tuple[int, Expr]]
@@ -61,6 +80,7 @@ class Update:
     members: list[tuple[int, ...]]
     labels: list[str]
     slots: list[Slot]
+    traced: Traced | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

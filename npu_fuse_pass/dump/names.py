@@ -6,6 +6,9 @@ import itertools
 import re
 from collections.abc import Iterable, Sequence
 
+import torch
+from torch import Tensor
+
 from ..expr import DTYPE_NAMES
 from ..ir import Group, Leaf
 
@@ -32,10 +35,14 @@ def parameter_name(leaf: Leaf) -> str:
     return f"param_groups[{place[1]}].params[{place[2]}]" if place else leaf.name
 
 
-def kind(leaf: Leaf) -> str:
+def typed(value: Leaf | Tensor) -> str:
     """Dtype and shape, as in f32[64, 3]."""
-    dtype = DTYPE_NAMES.get(leaf.dtype, str(leaf.dtype).removeprefix("torch."))
-    return f"{dtype}[{', '.join(map(str, leaf.shape))}]"
+    return f"{dtype_name(value.dtype)}[{', '.join(map(str, value.shape))}]"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As in f32, or torch's name."""
+    return DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
 
 
 def parameters(count: int) -> str:
