@@ -170,6 +170,21 @@ class Output:
     literal: object = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Expanded:
+    """What a node stands for that is the step of an optimizer of ours.
+
+    Attributes:
+        updates: its own; members name leaves of its own.
+        given: leaves that the node gets, and where: its argument, and the position there.
+        kept: the other leaves as leaves of the captured graph.
+    """
+
+    updates: tuple[Update, ...]
+    given: dict[int, tuple[int, int]]
+    kept: dict[int, int]
+
+
 @dataclasses.dataclass
 class Captured:
     """The result of capture: leaves, stages before the last, the updates that write, and what is not fused."""
@@ -182,3 +197,4 @@ class Captured:
     returned: list[Output] = dataclasses.field(default_factory=list)
     moved: int = 0  # bytes that the original operations read and write, one after the other
     moved_by_calls: int = 0  # of these, those of operations that stay as they are
+    expanded: dict[str, Expanded] = dataclasses.field(default_factory=dict)  # by the node's name

@@ -16,6 +16,7 @@ from .values import Values
 
 INDENT = "    "
 _WIDTH = 110
+_FIXED = "\0"  # a space at which no line is broken
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)')
 
 
@@ -162,19 +163,19 @@ class Code:
 
 
 def wrapped(line: str) -> list[str]:
-    """A long line in several, broken inside its brackets."""
+    """A long line in several, broken after commas."""
     if len(line) <= _WIDTH or '"' in line or "'" in line:
         return [line]
     begin = line[: len(line) - len(line.lstrip())]
-    inner = begin + 2 * INDENT
-    return textwrap.wrap(
-        line.strip(),
-        _WIDTH,
+    parts = line.strip().replace(" ", _FIXED).replace(f",{_FIXED}", ", ")
+    lines = textwrap.wrap(
+        *(parts, _WIDTH),
         initial_indent=begin,
-        subsequent_indent=inner,
+        subsequent_indent=begin + 2 * INDENT,
         break_long_words=False,
         break_on_hyphens=False,
     )
+    return [part.replace(_FIXED, " ") for part in lines]
 
 
 def _idle(node: fx.Node) -> bool:

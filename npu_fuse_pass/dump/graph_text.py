@@ -8,7 +8,7 @@ from .code import INDENT, Code, wrapped
 from .contents import Contents
 from .inputs import Inputs, inputs_of, original_places
 from .names import counted, typed
-from .reference import RuleStep
+from .reference import reference
 
 _LONG = 100
 
@@ -18,7 +18,7 @@ def original(contents: Contents) -> str | None:
     inputs = inputs_of(contents)
     lines = list(_described(contents, inputs))
     if contents.original is None:
-        made = RuleStep(contents.captured, inputs)
+        made = reference(contents, inputs)
         code = Code(made.graph, made.places, inputs.lengths, made.functions)
         lines = [
             "# Dynamo's graph is one operation, torch.ops.npu_fused.rule_step; this is what it stands for, as traced:",

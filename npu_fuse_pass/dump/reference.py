@@ -1,55 +1,110 @@
-"""The original step as a graph that can be written down: the captured one, or a rule for parameter after parameter."""
+"""The original step as a graph that can be written down: the captured one, with the rules of optimizers of ours."""
 
 from __future__ import annotations
 
+import dataclasses
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from ..ir import Captured, Update
+from ..ir import Expanded, Update
 from .code import INDENT, Code, wrapped
-from .inputs import Inputs, identifier
+from .contents import Contents
+from .inputs import Inputs, identifier, original_places
 from .loops import Place
 
 
-class RuleStep:
-    """A step that consists of rules.
+@dataclasses.dataclass
+class Reference:
+    """A graph, where its inputs are, and the functions that it calls: their names, and lines that define them."""
 
-    Attributes:
-        graph: calls them.
-        places: of its inputs.
-        functions: their names.
-        definitions: lines that define them.
-    """
+    graph: fx.Graph
+    places: dict[fx.Node, Place]
+    functions: dict[Any, str]
+    definitions: list[str]
 
-    def __init__(self, captured: Captured, inputs: Inputs) -> None:
-        self.graph = fx.Graph()
+
+def reference(contents: Contents, inputs: Inputs) -> Reference:
+    """What a step computed before anything was fused."""
+    original = None if contents.original is None else contents.original.graph
+    if original is not None and not contents.captured.expanded:
+        return Reference(original, original_places(contents, original, inputs), {}, [])
+    graph = fx.Graph()
+    nodes = {i: graph.placeholder(f"leaf_{i}") for i in inputs.places}
+    places = {node: inputs.places[i] for i, node in nodes.items()}
+    rules = _Rules(graph)
+    if original is None:
+        rules.add(contents.captured.updates, nodes)
+    else:
+        by_place = {place: places_node for places_node, place in places.items()}
+        known = {n: by_place[place] for n, place in original_places(contents, original, inputs).items()}
+        for node in original.nodes:
+            if node.name in contents.captured.expanded:
+                _expand(rules, node, contents.captured.expanded[node.name], nodes, known)
+            elif node not in known:
+                known[node] = graph.node_copy(node, known.__getitem__)
+    return Reference(graph, places, rules.functions, rules.definitions)
+
+
+def _expand(
+    rules: _Rules, node: fx.Node, made: Expanded, nodes: Mapping[int, fx.Node], known: Mapping[fx.Node, fx.Node]
+) -> None:
+    """An optimizer's step inside a graph: `rule_update(params, grads, found_inf, optimizer)`."""
+    arguments: Any = node.args
+    own = {leaf: nodes[i] for leaf, i in made.kept.items()}
+    own |= {leaf: known[arguments[which][position]] for leaf, (which, position) in made.given.items()}
+    rules.add(made.updates, own, None if arguments[2] is None else known[arguments[2]])
+
+
+class _Rules:
+    """Calls rules in a graph, for parameter after parameter."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
         self.functions: dict[Any, str] = {}
         self.definitions: list[str] = []
         self._made: dict[tuple[str, ...], Callable[..., Any]] = {}
-        self._nodes = {i: self.graph.placeholder(f"leaf_{i}") for i in inputs.places}
-        self.places = {node: inputs.places[i] for i, node in self._nodes.items()}
-        updates = [u for u in captured.updates if u.traced is not None]
-        called = [self._functions_of(u) for u in updates]
-        totals = self._totals([(u, parts) for u, (_, parts) in zip(updates, called, strict=True)])
-        for update, (function, _) in zip(updates, called, strict=True):
+        self._nodes: Mapping[int, fx.Node] = {}
+
+    def add(self, updates: Sequence[Update], nodes: Mapping[int, fx.Node], found_inf: fx.Node | None = None) -> None:
+        """A step.
+
+        Args:
+            updates: of an optimizer.
+            nodes: by leaf.
+            found_inf: where this is not zero nothing is written.
+        """
+        self._nodes = nodes
+        traced = [u for u in updates if u.traced is not None]
+        called = [self._functions_of(u) for u in traced]
+        totals = self._totals([(u, parts) for u, (_, parts) in zip(traced, called, strict=True)])
+        skip = None if found_inf is None else self.graph.call_function(operator.ne, (found_inf, 0))
+        for update, (function, _) in zip(traced, called, strict=True):
             for member in update.members:
-                self._step(update, member, function, totals)
+                self._step(update, member, function, totals, skip)
 
     def _step(
-        self, update: Update, member: tuple[int, ...], function: Callable[..., Any], totals: dict[str, fx.Node]
+        self,
+        update: Update,
+        member: tuple[int, ...],
+        function: Callable[..., Any],
+        totals: dict[str, fx.Node],
+        skip: fx.Node | None,
     ) -> None:
         assert update.traced is not None
         count = self._count(update, member)
         made = self.graph.call_function(function, tuple(self._arguments(update, member, count, totals)))
         returned = len(update.traced.update.graph.output_node().args[0])  # type: ignore[arg-type]
         for k, (position, _) in enumerate(update.writes):
+            target = self._nodes[member[position]]
             value = self.graph.call_function(operator.getitem, (made, k)) if k < returned else count
             assert value is not None
-            self.graph.call_method("copy_", (self._nodes[member[position]], value))
+            if skip is not None:
+                value = self.graph.call_function(torch.where, (skip, target, value))
+            self.graph.call_method("copy_", (target, value))
 
     def _totals(self, updates: list[tuple[Update, list[Callable[..., Any]]]]) -> dict[str, fx.Node]:
         """What the parameters add up to."""

@@ -13,9 +13,9 @@ from ..ir import Leaf
 from ..symbols import readable
 from .code import INDENT, Code, wrapped
 from .contents import Contents
-from .inputs import Inputs, fused_places, inputs_of, original_places
+from .inputs import Inputs, fused_places, inputs_of
 from .names import labels_of, parameters
-from .reference import RuleStep
+from .reference import reference
 
 _LARGE = 2**22  # elements; above that the script works on smaller tensors
 _SMALL = 16
@@ -61,13 +61,9 @@ def _formulas(contents: Contents) -> Iterator[str]:
 
 def _captured(contents: Contents, inputs: Inputs) -> Iterator[str]:
     """The captured graph as a function that gives what the graph returns as new tensors."""
-    if contents.original is None:
-        made = RuleStep(contents.captured, inputs)
-        yield from made.definitions
-        code = Code(made.graph, made.places, inputs.lengths, made.functions)
-    else:
-        graph = contents.original.graph
-        code = Code(graph, original_places(contents, graph, inputs), inputs.lengths)
+    made = reference(contents, inputs)
+    yield from made.definitions
+    code = Code(made.graph, made.places, inputs.lengths, made.functions)
     yield from wrapped(f"def captured({', '.join(inputs.names)}):")
     yield from _numbers(contents, inputs)
     yield from code.lines()

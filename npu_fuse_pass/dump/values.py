@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import itertools
 import math
 import operator
@@ -15,13 +16,14 @@ from torch import fx
 from .loops import Place, element_of
 
 _MODULES: tuple[tuple[Any, str], ...] = (
-    (torch, "torch"),
-    (operator, "operator"),
-    (math, "math"),
-    (torch.nn.functional, "torch.nn.functional"),
-    (torch.linalg, "torch.linalg"),
-    (torch.special, "torch.special"),
-    (torch.Tensor, "torch.Tensor"),
+    (torch, "torch."),
+    (operator, "operator."),
+    (math, "math."),
+    (builtins, ""),
+    (torch.nn.functional, "torch.nn.functional."),
+    (torch.linalg, "torch.linalg."),
+    (torch.special, "torch.special."),
+    (torch.Tensor, "torch.Tensor."),
 )
 _INFIX: dict[Any, str] = {
     operator.add: "+", operator.sub: "-", operator.mul: "*", operator.truediv: "/", operator.pow: "**",
@@ -116,8 +118,9 @@ class Values:
             return f"torch.ops.{target}"
         name = getattr(target, "__name__", "")
         for module, text in _MODULES:
-            if getattr(module, name, None) is target:
-                return f"{text}.{name}"
+            for short in (name, name.partition("_")[2]):  # torch.linalg.vector_norm is named linalg_vector_norm
+                if short and getattr(module, short, None) is target:
+                    return f"{text}{short}"
         module = target.__module__ if isinstance(target, (types.FunctionType, type)) else "torch._C"
         return f"{module}.{getattr(target, '__qualname__', name)}"
 
