@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -150,7 +151,8 @@ class Code:
         frames = _FRAME.findall(node.stack_trace or "") if self._sources else []
         if frames:
             path, line, function, text = frames[-1]
-            said = f"# {path.rpartition('site-packages/')[2]}:{line} in {function}: {text}".rstrip()
+            path = path.rpartition("site-packages/")[2].removeprefix(f"{os.getcwd()}/")
+            said = f"# {path}:{line} in {function}: {text}".rstrip()
             if said != self._said:
                 self._lines += ["", INDENT + said]
                 self._said = said

@@ -81,9 +81,11 @@ def _columns(contents: Contents) -> Iterator[tuple[str, list[int]]]:
             seen.update(new)
             if new:
                 yield label, new
+    alike: dict[str, list[int]] = {}
     for i, leaf in enumerate(leaves):
         if leaf.kind in _GIVEN and i not in seen:
-            yield leaf.name, [i]
+            alike.setdefault(re.sub(r"_?\d+", "", leaf.name), []).append(i)
+    yield from alike.items()
 
 
 def identifier(label: str) -> str:

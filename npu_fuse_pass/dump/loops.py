@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, fx
 
 _LONGEST = 64  # nodes of a block
+_PLENTY = 4 * _LONGEST
 _FEWEST = 3  # repetitions that are worth a loop
 
 
@@ -68,6 +69,8 @@ class Loops:
             found = self._repeated(start, length)
             if found.count >= _FEWEST and found.length * found.count > best.length * best.count:
                 best = found
+            if best.length * best.count > _PLENTY:  # a multiple of this length would be found again and again
+                break
         return best
 
     def _repeated(self, start: int, length: int) -> Block:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from ..expr import DTYPE_NAMES
 from ..ir import Group, Leaf
 
 _PLACE = re.compile(r"param_groups_+(\d+)_+params_+(\d+)_*$")
+_PATTERN = 16  # values that may be repeated together
 _SHOWN = 4  # of a list; the rest is counted
 
 
@@ -58,6 +58,27 @@ def few(names: Sequence[str]) -> str:
 
 
 def counted(values: Iterable[str]) -> str:
-    """Values in order, equal neighbours once with how many there are."""
-    runs = [(value, len(list(same))) for value, same in itertools.groupby(values)]
-    return ", ".join(f"{value} × {count}" if count > 1 else value for value, count in runs)
+    """Values in order, what is repeated once with how many times."""
+    return ", ".join(_times(", ".join(pattern), len(pattern), count) for pattern, count in runs(list(values)))
+
+
+def _times(text: str, length: int, count: int) -> str:
+    if count == 1:
+        return text
+    return f"{text} × {count}" if length == 1 else f"({text}) × {count}"
+
+
+def runs(values: Sequence[str]) -> Iterator[tuple[Sequence[str], int]]:
+    """A list as patterns and how often each of them is repeated."""
+    start = 0
+    while start < len(values):
+        best = 1, 1
+        for length in range(1, min(_PATTERN, (len(values) - start) // 2) + 1):
+            pattern = values[start : start + length]
+            count = 1
+            while values[start + count * length : start + (count + 1) * length] == pattern:
+                count += 1
+            if count > 1 and count * length > best[0] * best[1]:
+                best = length, count
+        yield values[start : start + best[0]], best[1]
+        start += best[0] * best[1]

@@ -19,6 +19,7 @@ import npu_fuse_pass.ops  # noqa: F401  (what a fused node computes)
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 # what follows differs from step to step
+SWITCHES: list[str] = []
 INPUTS: dict[str, Any] = {}
 
 
@@ -43,18 +44,23 @@ def value(kind: Any, signed: bool) -> torch.Tensor:
     return torch.mul(made, signs).to(dtype)
 
 
-def inputs(signed: bool) -> dict[str, Any]:
-    """Arguments for both graphs."""
+def inputs(signed: bool, on: bool) -> dict[str, Any]:
+    """Arguments for both graphs; `on`: switches are not zero."""
     torch.manual_seed(0)
-    return {
+    made: dict[str, Any] = {
         name: [value(k, signed) for k in kinds] if isinstance(kinds, list) else value(kinds, signed)
         for name, kinds in INPUTS.items()
     }
+    switched: dict[str, Any] = {} if on else {name: made[name] for name in SWITCHES}
+    for tensors in switched.values():
+        for tensor in tensors if isinstance(tensors, list) else [tensors]:
+            tensor.zero_()
+    return made
 
 
-def differences(signed: bool) -> Iterator[str]:
+def differences(signed: bool, on: bool) -> Iterator[str]:
     """What differs between the two graphs, in words."""
-    theirs = inputs(signed)
+    theirs = inputs(signed, on)
     ours = copy.deepcopy(theirs)
     theirs["returned"] = list(captured(**theirs))
     ours["returned"] = list(fused(**ours))
@@ -71,8 +77,8 @@ def differences(signed: bool) -> Iterator[str]:
 def main() -> int:
     """The exit status."""
     with torch.no_grad():
-        found = [*differences(False), *differences(True)]
-    print(*(found or ["the fused graph computes what the captured one does"]), sep="\n")
+        found = [text for signed in (False, True) for on in (True, False) for text in differences(signed, on)]
+    print(*(dict.fromkeys(found) or ["the fused graph computes what the captured one does"]), sep="\n")
     return 1 if found else 0
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
+from ..expr import postorder
 from ..ir import Leaf
 from ..symbols import readable
 from .code import INDENT, Code, wrapped
 from .contents import Contents
 from .inputs import Inputs, fused_places, inputs_of
-from .names import labels_of, parameters
+from .names import labels_of, parameters, runs
 from .reference import reference
 
 _LARGE = 2**22  # elements; above that the script works on smaller tensors
@@ -93,10 +93,14 @@ def _inputs(contents: Contents, inputs: Inputs) -> Iterator[str]:
     yield "# dtype and shape of every argument"
     if large:
         yield f"# (the model's are larger: here no dimension has more than {_SMALL} elements)"
+    switches = ", ".join(f'"{name}"' for name in _switches(contents, inputs))
+    yield f"SWITCHES = [{switches}]  # numbers that the step compares with zero"
     yield "INPUTS = {"
     for name, indices in inputs.lists.items():
         yield f'{INDENT}"{name}": ['
-        yield from wrapped(f"{2 * INDENT}{', '.join(_runs(_kind(leaves[i], limit) for i in indices))},")
+        kinds = runs([_kind(leaves[i], limit) for i in indices])
+        texts = [", ".join(pattern) if count == 1 else f"*[{', '.join(pattern)}] * {count}" for pattern, count in kinds]
+        yield from wrapped(f"{2 * INDENT}{', '.join(texts)},")
         yield f"{INDENT}],"
     for name, index in inputs.single.items():
         yield f'{INDENT}"{name}": {_kind(leaves[index], limit)},'
@@ -108,7 +112,12 @@ def _kind(leaf: Leaf, limit: int | None) -> str:
     return f"({leaf.dtype}, {tuple(shape)})"
 
 
-def _runs(kinds: Iterable[str]) -> Iterator[str]:
-    for kind, same in itertools.groupby(kinds):
-        count = len(list(same))
-        yield kind if count == 1 else f"*[{kind}] * {count}"
+def _switches(contents: Contents, inputs: Inputs) -> list[str]:
+    """Arguments that are compared with zero: a weight decay, or whether a gradient is infinite."""
+    found: dict[str, None] = {}
+    for g in contents.all_groups:
+        for e in postorder(g.formula.roots):
+            for leaf in e.args if e.op in ("eq", "ne") else ():
+                members = [m[leaf.value] for m in g.members] if leaf.op == "leaf" else []  # type: ignore[index]
+                found |= {inputs.places[i].name: None for i in members if i in inputs.places and not leaf.tensor}
+    return list(found)
