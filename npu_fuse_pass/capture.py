@@ -53,7 +53,7 @@ def capture(gm: fx.GraphModule) -> Captured:
             stages.append(Stage(made, s.calls))
         updates, totals = updates_of(interpreter.leaves, interpreter.written, b, totals)
         moved = (interpreter.moved, interpreter.moved_by_calls)
-        return Captured(interpreter.leaves, updates, unfused, totals, stages, outputs, *moved)
+        return Captured(interpreter.leaves, updates, unfused, totals, stages, outputs, *moved, interpreter.expanded)
     except Recorded:
         return Captured(interpreter.leaves, [], [])  # a forward pass: nothing here is an update
     except Unsupported as e:

@@ -19,7 +19,7 @@ from .cells import Cell
 from .errors import Unsupported
 from .expr import REDUCTIONS, Expr, postorder
 from .interpreter import Interpreter
-from .ir import Leaf, Update
+from .ir import Expanded, Leaf, Update
 from .storage import inputs_of
 from .trace import capture_batches
 
@@ -45,7 +45,11 @@ def expand_rule(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], 
     held = enumerate(inputs_of(optimizer._prelude.batches))
     found = {i: None if t is None else cells[id(t)] for i, t in held if t is None or id(t) in cells}
     step = _Step(interpreter, handle, captured.leaves, found)
-    step.run(captured.updates, found_inf)
+    updates = [step.present(update) for update in captured.updates]
+    step.run(updates, found_inf)
+    at = {id(t): divmod(i, len(own)) for i, t in enumerate(given)}
+    places = {i: at[id(t)] for i, t in enumerate(inputs_of(optimizer._prelude.batches)) if id(t) in at}
+    interpreter.expanded[node.name] = Expanded(tuple(updates), places, step.kept)
 
 
 class _Step:
@@ -59,11 +63,16 @@ class _Step:
         self._handle = handle
         self._leaves = leaves
         self._cells = cells
+        self.kept: dict[int, int] = {}  # leaves that the optimizer fills, as leaves of the graph
+
+    def present(self, update: Update) -> Update:
+        """An update without the members that have no gradient."""
+        missing = {leaf for leaf, cell in self._cells.items() if cell is None}
+        return dataclasses.replace(update, members=[m for m in update.members if missing.isdisjoint(m)])
 
     def run(self, updates: Sequence[Update], found_inf: Cell | None) -> None:
         """All members of all updates; totals first, because every member may read them."""
-        missing = {leaf for leaf, cell in self._cells.items() if cell is None}
-        members = [(update, member) for update in updates for member in update.members if missing.isdisjoint(member)]
+        members = [(update, member) for update in updates for member in update.members]
         sums: dict[int, list[Expr]] = {}
         for update, member in members:
             made = self._rebuilt([e for _, e in update.contributions], update, member, {})
@@ -82,6 +91,7 @@ class _Step:
         """The cell of a leaf; states, counters and numbers become leaves of the graph that the optimizer fills."""
         if leaf not in self._cells:
             own = dataclasses.replace(self._leaves[leaf], index=leaf, optimizer=self._handle)
+            self.kept[leaf] = len(self._interpreter.leaves)
             self._cells[leaf] = self._interpreter.add_leaf(own, tensor=bool(own.shape))
         return self._cells[leaf]
 

@@ -20,7 +20,7 @@ from .cells import Cell
 from .effects import Effects, recorded
 from .errors import Unsupported
 from .expr import DTYPE_NAMES, Builder, Expr, postorder
-from .ir import Call, Leaf, LeafRef
+from .ir import Call, Expanded, Leaf, LeafRef
 
 _ALIASES = {"detach", "alias", "_get_data_attr", "to", "type_as", "float", "double", "half", "bfloat16", "lift_fresh"}
 
@@ -49,6 +49,7 @@ class Interpreter:
         self.moved = 0  # bytes that the operations read and write so far, each by itself
         self.moved_by_calls = 0  # of these, those of operations that stay as they are
         self.expansions: dict[str, Expansion] = dict(LISTS)
+        self.expanded: dict[str, Expanded] = {}  # by the node's name
         self._levels: dict[int, int] = {}
         self._temporaries: dict[tuple[int, torch.dtype], int] = {}
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from torch import fx
 
 from .expr import DTYPE_NAMES, Expr
 
@@ -48,12 +49,30 @@ class Slot:
         return DTYPE_NAMES[self.dtype] if self.tensor else "scalar"
 
 
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """A rule as it was traced for one parameter.
+
+    Attributes:
+        rule: its name.
+        update: a graph that gives the new values of the first positions in `Update.writes`.
+        contributions: graphs, each of what the parameter adds to a total.
+        arguments: of all these graphs; a position in a member, or "step" (the count after this step), or
+            "total <number>", which only `update` has.
+    """
+
+    rule: str
+    update: fx.GraphModule
+    contributions: tuple[fx.GraphModule, ...]
+    arguments: tuple[int | str, ...]
+
+
 @dataclasses.dataclass
 class Update:
     """All writes of one parameter as a template, and the members (one or more) that it holds for.
 
     Leaf expressions of the template hold positions in a member; a member names leaves of the program by index.
-    `labels` are readable names of the positions, `slots` what lies there.
+    `labels` are readable names of the positions, `slots` what lies there. `traced` is the rule that it was read from.
     """
 
     writes: list[tuple[int, Expr]]
@@ -61,6 +80,7 @@ class Update:
     members: list[tuple[int, ...]]
     labels: list[str]
     slots: list[Slot]
+    traced: Traced | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -150,6 +170,21 @@ class Output:
     literal: object = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Expanded:
+    """What a node stands for that is the step of an optimizer of ours.
+
+    Attributes:
+        updates: its own; members name leaves of its own.
+        given: leaves that the node gets, and where: its argument, and the position there.
+        kept: the other leaves as leaves of the captured graph.
+    """
+
+    updates: tuple[Update, ...]
+    given: dict[int, tuple[int, int]]
+    kept: dict[int, int]
+
+
 @dataclasses.dataclass
 class Captured:
     """The result of capture: leaves, stages before the last, the updates that write, and what is not fused."""
@@ -162,3 +197,4 @@ class Captured:
     returned: list[Output] = dataclasses.field(default_factory=list)
     moved: int = 0  # bytes that the original operations read and write, one after the other
     moved_by_calls: int = 0  # of these, those of operations that stay as they are
+    expanded: dict[str, Expanded] = dataclasses.field(default_factory=dict)  # by the node's name

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
@@ -20,7 +20,7 @@ from .cells import Cell
 from .errors import Unsupported
 from .expr import Expr
 from .interpreter import Interpreter
-from .ir import Captured, Leaf, Slot, Unfused, Update
+from .ir import Captured, Leaf, Slot, Traced, Unfused, Update
 from .meta import meta_keywords, results
 from .names import operation_name
 from .reading import is_known, run_graph
@@ -147,7 +147,7 @@ def _trace(
     one = b.const(1)
     step = Cell(scalars["step"].val if not batch.counts else _plus(interpreter, scalars["step"], one))
     numbers = _group_numbers(batch, scalars)
-    contributions = []
+    contributions, graphs = [], []
     sums = {}
     for name in batch.totals:
         number = totals.setdefault(_total_key(batch, name), len(totals))
@@ -157,7 +157,8 @@ def _trace(
             states = {n: t[n] for n in batch.flat}
             return batch.rule.contribution(name, t["param"], t["grad"], states, k)
 
-        cell = _run(interpreter, batch, contribution, shape, cells, {**numbers, "step": step})
+        cell, graph = _run(interpreter, batch, contribution, shape, cells, {**numbers, "step": step})
+        graphs.append(graph)
         if cell.val.expr.tensor:
             raise Unsupported(name, "a total over 0-dim parameters of their own values")
         contributions.append((number, cell.val.expr))
@@ -166,7 +167,7 @@ def _trace(
         new, grad, states = batch.rule.apply(t["param"], t["grad"], {n: t[n] for n in batch.flat}, k)
         return [new, *([grad] if grad is not None else []), *states.values()]
 
-    results = _run(interpreter, batch, update, shape, cells, {**numbers, **sums, "step": step})
+    results, graph = _run(interpreter, batch, update, shape, cells, {**numbers, "step": step, **sums})
     targets = ["param", *(["grad"] if batch.rule.writes_grad else []), *batch.flat]
     position = {n: i for i, n in enumerate(roles.labels)}
     writes = []
@@ -176,7 +177,11 @@ def _trace(
         writes.append((position["step"], step.val.expr))
     slots = [Slot(True, dtypes[n]) for n in roles.tensors] + [Slot(False, torch.float64) for _ in roles.scalars]
     stored = sum(2 * slots[p].dtype.itemsize for p, _ in writes if slots[p].tensor)  # copying the results
-    return Update(writes, contributions, [], roles.labels, slots), interpreter.moved / max(1, math.prod(shape)) + stored
+    keywords = [*tree_leaves(_group_numbers(batch, position)), "step", *(f"total {n}" for n, _ in contributions)]
+    arguments = (*(position[n] for n in cells), *keywords)
+    traced = Traced(batch.rule.name, graph, tuple(graphs), arguments)
+    update_of_one = Update(writes, contributions, [], roles.labels, slots, traced)
+    return update_of_one, interpreter.moved / max(1, math.prod(shape)) + stored
 
 
 def _plus(interpreter: Interpreter, cell: Cell, one: Expr) -> Any:
@@ -188,8 +193,8 @@ def _total_key(batch: Batch, name: str) -> tuple[object, ...]:
     return (id(batch.rule), name, batch.group if over == "group" else None)
 
 
-def _group_numbers(batch: Batch, scalars: dict[str, Cell]) -> dict[str, Any]:
-    """The rule's number keywords as cells; tuples of numbers as tuples of cells."""
+def _group_numbers(batch: Batch, scalars: Mapping[str, Any]) -> dict[str, Any]:
+    """The rule's number keywords as what stands for them (cells, positions); tuples of numbers as tuples of these."""
     left = iter([scalars[n] for n in batch.hyper_names])
     return {
         name: tuple(next(left) for _ in view) if isinstance(view, tuple) else next(left)
@@ -204,8 +209,8 @@ def _run(
     shape: tuple[int, ...],
     cells: dict[str, Cell],
     keywords: dict[str, Any],
-) -> Any:
-    """Trace `function` on fake tensors with make_fx, then interpret the trace on cells."""
+) -> tuple[Any, fx.GraphModule]:
+    """Trace `function` on fake tensors with make_fx, then interpret the trace on cells; gives the trace, too."""
     from torch._guards import tracing
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -235,7 +240,8 @@ def _run(
         raise Unsupported("constant", "a rule uses a tensor constant that is not 0-dim")
 
     try:
-        return run_graph(interpreter, graph.graph, [*(cells[n] for n in names), *flat_keywords], attribute)
+        made = run_graph(interpreter, graph.graph, [*(cells[n] for n in names), *flat_keywords], attribute)
+        return made, graph
     except Unsupported as e:  # name the other operations without a row, too
         calls = [operation_name(node) for node in graph.graph.nodes if node.op == "call_function"]
         others = [name for name in calls if not is_known(name)]

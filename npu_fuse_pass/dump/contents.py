@@ -34,3 +34,8 @@ class Contents:
     report: CompileReport
     sources: Mapping[str, str]
     ge_graphs: Mapping[str, str]
+
+    @property
+    def all_groups(self) -> list[Group]:
+        """Those of all stages, in the order in which they run."""
+        return [*(g for made, _ in self.stages for g in made), *self.groups]

@@ -1,17 +1,43 @@
-"""00_dynamo_graph.py: the graph as Dynamo captured it."""
+"""00_dynamo_graph.py: the graph as Dynamo captured it, lists and repetitions in short."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterator
 
+from .code import INDENT, Code, wrapped
 from .contents import Contents
+from .inputs import Inputs, inputs_of, original_places
+from .names import counted, typed
+from .reference import reference
 
-_PACKAGES = re.compile(r"# File: \S*/site-packages/")
+_LONG = 100
 
 
-def original(contents: Contents) -> str:
-    """The captured graph."""
+def original(contents: Contents) -> str | None:
+    """The captured graph; of an optimizer of ours by itself its rules, which Dynamo's graph only names."""
+    inputs = inputs_of(contents)
+    lines = list(_described(contents, inputs))
     if contents.original is None:
-        return "# the step of an optimizer of ours by itself\n"
-    text: str = contents.original.print_readable(print_output=False)
-    return _PACKAGES.sub("# File: ", text)
+        made = reference(contents, inputs)
+        code = Code(made.graph, made.places, inputs.lengths, made.functions)
+        lines = [
+            "# Dynamo's graph is one operation, torch.ops.npu_fused.rule_step; this is what it stands for, as traced:",
+            "",
+            *made.definitions,
+            *lines,
+        ]
+    else:
+        graph = contents.original.graph
+        code = Code(graph, original_places(contents, graph, inputs), inputs.lengths, sources=True)
+    lines += [*wrapped(f"def step({', '.join(inputs.names)}):"), *code.lines(), f"{INDENT}return {code.returned()}", ""]
+    return "\n".join(lines)
+
+
+def _described(contents: Contents, inputs: Inputs) -> Iterator[str]:
+    """What every argument is."""
+    leaves = contents.captured.leaves
+    for name, indices in inputs.lists.items():
+        text = counted(typed(leaves[i]) for i in indices)
+        yield f"# {name}, {len(indices)} of them: {text if len(text) < _LONG else text[:_LONG] + '…'}"
+    for name, index in inputs.single.items():
+        yield f"# {name}: {typed(leaves[index])}, {leaves[index].name}"

@@ -9,7 +9,7 @@ from ..ir import Call, Formula, Group, Leaf
 from ..symbols import readable
 from .contents import Contents
 from .difference import difference
-from .names import counted, few, kind, labels_of, parameter_name, parameters, written_leaf
+from .names import counted, few, labels_of, parameter_name, parameters, typed, written_leaf
 from .table import columns
 
 _KINDS = {
@@ -26,7 +26,7 @@ def updates(contents: Contents) -> str:
     """Every update as mathematics with its numbers: one formula for all parameters that have the same."""
     leaves = contents.captured.leaves
     lines = [f"{_count(contents.groups)} parameters are updated; a prime marks the new value"]
-    for group in _all_groups(contents):
+    for group in contents.all_groups:
         by_numbers: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
         for member in group.members:
             by_numbers.setdefault(tuple(labels_of(group, leaves, member)), []).append(member)
@@ -42,7 +42,7 @@ def updates(contents: Contents) -> str:
 def groups(contents: Contents) -> str:
     """Groups with slots, numbers and members; for each the difference from those before."""
     leaves = contents.captured.leaves
-    every = list(_all_groups(contents))
+    every = contents.all_groups
     lines = [f"{len(every)} group{'s' if len(every) != 1 else ''}, one kernel each"]
     rows = {row.name: row for row in contents.report.groups}
     for i, group in enumerate(every):
@@ -62,12 +62,6 @@ def groups(contents: Contents) -> str:
     return "\n".join([*lines, ""])
 
 
-def _all_groups(contents: Contents) -> Iterator[Group]:
-    for made, _ in contents.stages:
-        yield from made
-    yield from contents.groups
-
-
 def _count(made: Sequence[Group]) -> int:
     return sum(len(g.members) for g in made)
 
@@ -81,7 +75,7 @@ def _by_shape(group: Group, leaves: Sequence[Leaf], members: Sequence[tuple[int,
     by_shape: dict[str, list[str]] = {}
     for member in members:
         leaf = written_leaf(group, leaves, member)
-        by_shape.setdefault(kind(leaf), []).append(parameter_name(leaf))
+        by_shape.setdefault(typed(leaf), []).append(parameter_name(leaf))
     rows = [(f"× {len(names)}", shape, few(names)) for shape, names in by_shape.items()]
     return columns(rows, "    ")
 

@@ -19,7 +19,7 @@ _FUNCTION = re.compile(r"^(?:static inline void|static void|extern \"C\" void) (
 
 def kernels(contents: Contents) -> str | None:
     """The kernels of all groups; None where no C++ is generated."""
-    made = {g.name: g for stage, _ in contents.stages for g in stage} | {g.name: g for g in contents.groups}
+    made = {g.name: g for g in contents.all_groups}
     parts = [annotated(made[name], contents, text) for name, text in contents.sources.items() if name in made]
     return "\n\n".join(parts) + "\n" if parts else None
 

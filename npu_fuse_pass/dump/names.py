@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
 
 from ..expr import DTYPE_NAMES
 from ..ir import Group, Leaf
 
 _PLACE = re.compile(r"param_groups_+(\d+)_+params_+(\d+)_*$")
+_PATTERN = 16  # values that may be repeated together
 _SHOWN = 4  # of a list; the rest is counted
 
 
@@ -32,10 +35,14 @@ def parameter_name(leaf: Leaf) -> str:
     return f"param_groups[{place[1]}].params[{place[2]}]" if place else leaf.name
 
 
-def kind(leaf: Leaf) -> str:
+def typed(value: Leaf | Tensor) -> str:
     """Dtype and shape, as in f32[64, 3]."""
-    dtype = DTYPE_NAMES.get(leaf.dtype, str(leaf.dtype).removeprefix("torch."))
-    return f"{dtype}[{', '.join(map(str, leaf.shape))}]"
+    return f"{dtype_name(value.dtype)}[{', '.join(map(str, value.shape))}]"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As in f32, or torch's name."""
+    return DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
 
 
 def parameters(count: int) -> str:
@@ -51,6 +58,27 @@ def few(names: Sequence[str]) -> str:
 
 
 def counted(values: Iterable[str]) -> str:
-    """Values in order, equal neighbours once with how many there are."""
-    runs = [(value, len(list(same))) for value, same in itertools.groupby(values)]
-    return ", ".join(f"{value} × {count}" if count > 1 else value for value, count in runs)
+    """Values in order, what is repeated once with how many times."""
+    return ", ".join(_times(", ".join(pattern), len(pattern), count) for pattern, count in runs(list(values)))
+
+
+def _times(text: str, length: int, count: int) -> str:
+    if count == 1:
+        return text
+    return f"{text} × {count}" if length == 1 else f"({text}) × {count}"
+
+
+def runs(values: Sequence[str]) -> Iterator[tuple[Sequence[str], int]]:
+    """A list as patterns and how often each of them is repeated."""
+    start = 0
+    while start < len(values):
+        best = 1, 1
+        for length in range(1, min(_PATTERN, (len(values) - start) // 2) + 1):
+            pattern = values[start : start + length]
+            count = 1
+            while values[start + count * length : start + (count + 1) * length] == pattern:
+                count += 1
+            if count > 1 and count * length > best[0] * best[1]:
+                best = length, count
+        yield values[start : start + best[0]], best[1]
+        start += best[0] * best[1]

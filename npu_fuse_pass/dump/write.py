@@ -10,7 +10,7 @@ import pathlib
 import warnings
 from collections.abc import Callable
 
-from . import folder, ge_text, graph_text, group_text, kernel_text, table
+from . import folder, ge_text, graph_text, group_text, kernel_text, script_text, table
 from .contents import Contents
 
 log = logging.getLogger(__name__)
@@ -20,6 +20,7 @@ _FILES: dict[str, Callable[[Contents], str | None]] = {
     "00_dynamo_graph.py": graph_text.original,
     "01_updates.txt": group_text.updates,
     "02_groups.txt": group_text.groups,
+    "03_fused_graph.py": script_text.script,
     "04_kernel.cpp": kernel_text.kernels,
     "05_ge_original.pbtxt": lambda c: c.ge_graphs.get("original"),
     "05_ge_optimized.pbtxt": lambda c: c.ge_graphs.get("optimized"),
