@@ -12,7 +12,7 @@ import torch
 import torch._dynamo
 from torch import fx
 
-from . import pipeline, step_op
+from . import platforms, step_op
 from .causes import FIRST, Cause, recompile
 from .compiled import RuleStep, graph_step
 from .errors import FuseError, OptionError
@@ -126,19 +126,19 @@ def _checked_options(mode: str | None, options: Mapping[str, Any] | None) -> dic
         raise OptionError(f"unknown option {unknown[0]!r}; allowed are {sorted(_OPTIONS)}")
     asked = {"check_numerics": True} if os.environ.get("NPU_FUSE_CHECK_NUMERICS") == "1" else {}
     chosen = {**_OPTIONS, **asked, **(options or {})}
-    if chosen["platform"] not in pipeline.PLATFORMS:
-        raise OptionError(f"platform={chosen['platform']!r}; allowed are {list(pipeline.PLATFORMS)}")
+    if chosen["platform"] not in platforms.PLATFORMS:
+        raise OptionError(f"platform={chosen['platform']!r}; allowed are {list(platforms.PLATFORMS)}")
     for name in ("strict", "check_numerics"):
         if not isinstance(chosen[name], bool):
             raise OptionError(f"{name}={chosen[name]!r}; allowed are True and False")
-    if chosen["layout"] not in pipeline.LAYOUTS:
-        raise OptionError(f"layout={chosen['layout']!r}; allowed are {list(pipeline.LAYOUTS)}")
+    if chosen["layout"] not in platforms.LAYOUTS:
+        raise OptionError(f"layout={chosen['layout']!r}; allowed are {list(platforms.LAYOUTS)}")
     if chosen["layout"] != "auto" and chosen["platform"] not in ("auto", "npu"):
         raise OptionError(f"layout with platform={chosen['platform']!r}; it is allowed with 'auto' and 'npu'")
     if not (chosen["dump"] is None or (chosen["dump"] and isinstance(chosen["dump"], (str, os.PathLike)))):
         raise OptionError(f"dump={chosen['dump']!r}; allowed are None and the path of a folder")
-    if chosen["kernels"] not in pipeline.KERNELS:
-        raise OptionError(f"kernels={chosen['kernels']!r}; allowed are {list(pipeline.KERNELS)}")
+    if chosen["kernels"] not in platforms.KERNELS:
+        raise OptionError(f"kernels={chosen['kernels']!r}; allowed are {list(platforms.KERNELS)}")
     _check_torchair_config(chosen["torchair_config"], chosen["platform"])
     return chosen
 
@@ -148,7 +148,7 @@ def _check_torchair_config(config: object, platform: str) -> None:
         return
     if platform not in ("auto", "npu"):
         raise OptionError(f"torchair_config with platform={platform!r}; it is allowed with 'auto' and 'npu'")
-    if not pipeline.is_torchair_config(config):
+    if not platforms.is_torchair_config(config):
         raise OptionError(f"torchair_config={config!r}; allowed are None and a torchair.CompilerConfig")
 
 

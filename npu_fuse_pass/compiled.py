@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from . import pipeline, step_op
+from . import pipeline, platforms, step_op
 from .causes import FIRST, Cause, Planned
 from .errors import GraphRefused, Mismatch, NumericsError, UnfusedError
 from .ir import Captured, Output
@@ -29,7 +29,7 @@ class RuleStep:
     def __init__(self, handle: int, options: Options, cause: Cause) -> None:
         self._optimizer = weakref.ref(step_op.optimizer_of(handle))
         self._options = options
-        self._program: pipeline.Program | None = None
+        self._program: platforms.Program | None = None
         self._planned: Planned | None = None
         self._plan(cause)
 
@@ -54,7 +54,7 @@ class RuleStep:
             step_op.run_eager(optimizer)
         return ()
 
-    def _run(self, optimizer: RuleOptimizer, program: pipeline.Program) -> bool:
+    def _run(self, optimizer: RuleOptimizer, program: platforms.Program) -> bool:
         values, kinds = inputs_of(optimizer._prelude.batches), optimizer._prelude.kinds
         try:
             if self._check is None:

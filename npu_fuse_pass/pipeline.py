@@ -8,49 +8,31 @@ import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 from torch import Tensor, fx
 
+from . import platforms
 from .capture import capture
 from .causes import FIRST, Cause
 from .dump.contents import Contents
 from .dump.folder import wanted
 from .effects import recorded
-from .errors import GraphRefused, PlatformError, UnfusedError, Unsupported
+from .errors import UnfusedError
 from .group import group, group_updates
 from .ir import Call, Captured, Group, Leaf
 from .logs import announce, timed, warn_unfused
-from .lowerings import eager, node, staged
+from .lowerings import node
 from .match import match
 from .match_result import NoMatch
-from .ops import multi_tensor_update
 from .options import Options
-from .report import CompileReport, GroupReport, record
+from .report import CompileReport, record
 from .rewrite import rewrite
-from .rows import Matches, group_report, show_matches, show_plans, traffic
+from .rows import Matches, show_matches, traffic
 from .storage import Batch, inputs_of
 from .trace import capture_batches
 
 log = logging.getLogger(__name__)
-
-PLATFORMS = ("auto", "cpu", "npu", "eager")
-LAYOUTS = ("auto", "flat", "list")
-KERNELS = ("auto", "dedicated", "elementwise")
-# Platforms with dedicated operations need to know before they lower which kernel computes a group. Elsewhere a match is
-# something to read: it is decided when the report is, and no compile takes longer for it.
-_MATCHED_BEFORE = ("npu",)
-
-
-Stages = Sequence[tuple[Sequence[Group], Sequence[Call]]]
-Values = list[Tensor | None] | None  # of the leaves, where they are known before the step is called
-
-
-class Program(Protocol):
-    """What a lowering gives: runs one step on the values of all leaves; what `kinds` is, see the CPU's."""
-
-    def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +41,7 @@ class Fused:
 
     captured: Captured
     groups: Sequence[Group]
-    program: Program | None
+    program: platforms.Program | None
     report: CompileReport
 
 
@@ -101,14 +83,8 @@ def fuse_functional(gm: fx.GraphModule, strict: bool, kernels: bool) -> Fused | 
     if fused.report.platform == "graph cpu" and fused.report.fused_graph is not None:
         node.use_kernels(fused.report.fused_graph)
     if not kernels:
-        _serve_torchair()
+        platforms.serve_torchair()
     return fused
-
-
-def _serve_torchair() -> None:
-    from .lowerings import npu
-
-    npu.serve()
 
 
 def _symbolic(placeholder: fx.Node) -> bool:
@@ -130,7 +106,7 @@ def _fuse(
     options: Options,
     cause: Cause,
     graph_break: str | None = None,
-    values: Values = None,
+    values: platforms.Values = None,
     original: fx.GraphModule | None = None,
 ) -> Fused:
     report = CompileReport(options.platform, cause=cause.text, cause_remedy=cause.remedy, graph_break=graph_break)
@@ -139,7 +115,7 @@ def _fuse(
         members, unfused = sum(len(u.members) for u in captured.updates), len(captured.unfused)
         said.append(f"{members} updates of {len(captured.leaves)} leaves; {unfused} operations unfused")
     report.unfused = list(captured.unfused)
-    program: Program | None = None
+    program: platforms.Program | None = None
     stages: list[tuple[list[Group], list[Call]]] = []
     groups: list[Group] = []
     if captured.unfused and not captured.updates:
@@ -149,12 +125,12 @@ def _fuse(
             stages = [(group_updates(stage.updates, captured.leaves), stage.calls) for stage in captured.stages]
             groups = group(captured)
             said += [f"{g.name} x {len(g.members)}" for g in groups]
-        _choose_platform(report, captured.leaves)
+        platforms.choose(report, captured.leaves)
         matches = functools.cache(lambda: _match(groups, captured.leaves, report))
-        if report.platform in _MATCHED_BEFORE:
+        if report.platform in platforms.MATCHED_BEFORE:
             matches()
         with timed(report.seconds, "lower") as said:
-            program = _lower(captured.leaves, stages, groups, report, options, values, matches)
+            program = platforms.lower(captured.leaves, stages, groups, report, options, values, matches)
             said += [f"{g.lowering}: {g.launches} x {g.kernel}" for g in report.groups] or [str(report.fallback)]
         report.bytes_per_element = traffic(captured, report)
         show_matches(report, groups, captured.leaves, matches)
@@ -182,10 +158,10 @@ def _dump(options: Options, contents: Callable[[], Contents]) -> None:
 def _contents(
     original: fx.GraphModule | None,
     captured: Captured,
-    stages: Stages,
+    stages: platforms.Stages,
     groups: Sequence[Group],
     report: CompileReport,
-    program: Program | None,
+    program: platforms.Program | None,
 ) -> Contents:
     from .lowerings import cpu_codegen
 
@@ -204,19 +180,6 @@ def fused_graph(captured: Captured) -> fx.GraphModule:
     return rewrite(captured.leaves, group(captured), stages)
 
 
-def is_torchair_config(value: object) -> bool:
-    """Whether a value can be the option `torchair_config`."""
-    from .lowerings import npu
-
-    return npu.is_config(value)
-
-
-def _choose_platform(report: CompileReport, leaves: Sequence[Leaf]) -> None:
-    devices = {leaf.device.type for leaf in leaves if leaf.kind != "constant" and leaf.shape}
-    if report.platform == "auto":
-        report.platform = "npu" if "npu" in devices else "cpu"
-
-
 def _match(groups: Sequence[Group], leaves: Sequence[Leaf], report: CompileReport) -> Matches:
     """Which known kernel computes each group, by the group's name."""
     with timed(report.seconds, "match") as said:
@@ -225,124 +188,12 @@ def _match(groups: Sequence[Group], leaves: Sequence[Leaf], report: CompileRepor
         return found
 
 
-def _rewrite(leaves: Sequence[Leaf], groups: Sequence[Group], stages: Stages) -> fx.GraphModule:
+def _rewrite(leaves: Sequence[Leaf], groups: Sequence[Group], stages: platforms.Stages) -> fx.GraphModule:
     """The fused graph; its time is in nobody's way, so it is logged and not in the report."""
     with timed({}, "rewrite") as said:
         made = rewrite(leaves, groups, stages)
         said.append(f"{len(made.graph.nodes)} nodes")
         return made
-
-
-def _lower(
-    leaves: Sequence[Leaf],
-    stages: Stages,
-    groups: Sequence[Group],
-    report: CompileReport,
-    options: Options,
-    values: Values,
-    matches: Callable[[], Matches],
-) -> Program | None:
-    lower = _LOWERINGS[report.platform]
-    if report.platform in _MATCHED_BEFORE:
-        lower = functools.partial(lower, matches=matches())
-    try:
-        before = [(lower(leaves, made, report, options, None), calls) for made, calls in stages]
-        for row in report.groups:
-            row.writes = "temporaries"
-        last = lower(leaves, groups, report, options, values)
-    except (Unsupported, GraphRefused) as e:
-        report.fallback = str(e)
-        report.groups = []
-        return None
-    if last is None or not before:
-        return last
-    return staged.Program([(program, calls) for program, calls in before if program is not None], last)
-
-
-def _lower_cpu(
-    leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport, options: Options, values: Values
-) -> Program:
-    from .lowerings import cpu
-
-    try:
-        program = cpu.Program(leaves, groups)
-    except PlatformError as e:
-        report.fallback = f"the fused graph is interpreted: {e}"
-        report.groups += [group_report(g, leaves, "interpreter", "interpreter", 0, 0) for g in groups]
-        return eager.Program(leaves, groups)
-    report.groups += [group_report(k.group, leaves, "cpu", k.group.name, *program.cost(k)) for k in program.kernels]
-    return program
-
-
-def _lower_eager(
-    leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport, options: Options, values: Values
-) -> None:
-    """The original graph, on request; the report still shows what would be fused."""
-    report.groups += [group_report(g, leaves, "eager", "original graph", 0, 0) for g in groups]
-
-
-def _lower_graph(
-    leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport, options: Options, values: Values
-) -> None:
-    """The fused nodes themselves, which another compiler takes over; `copy_` reads and writes every new value again."""
-    kernels = report.platform == "graph cpu"
-    operation = str(node.multi_tensor_kernel if kernels else multi_tensor_update).removesuffix(".default")
-    for g in groups:
-        for slot in g.formula.written:
-            if len({m[slot] for m in g.members}) != len(g.members):
-                raise Unsupported(g.name, "several members write the same 0-dim tensor")
-        tensors = [slot.dtype.itemsize for slot in g.formula.slots if slot.tensor]
-        written = [g.formula.slots[s].dtype.itemsize for s in g.formula.written if g.formula.slots[s].tensor]
-        passes = 2 if g.formula.contributions else 1
-        size = passes * sum(tensors) + (5 if kernels else 3) * sum(written)  # kernels work on copies
-        report.groups.append(group_report(g, leaves, "graph", operation, size, passes))
-
-
-def _lower_npu(
-    leaves: Sequence[Leaf],
-    groups: Sequence[Group],
-    report: CompileReport,
-    options: Options,
-    values: Values,
-    matches: Matches | None = None,
-) -> Program:
-    from .lowerings import npu, npu_retry
-
-    if any(leaf.kind == "result" for leaf in leaves):
-        raise Unsupported("npu", "original operations between fused updates")
-
-    rows: list[GroupReport] = []
-
-    def show(program: npu.Program, refused: str | None = None) -> None:
-        if not rows:
-            rows.extend(group_report(p.group, leaves, "npu", p.kernel, 0, 0) for p in program.parts)
-            report.groups += rows
-        for row, part in zip(rows, program.parts, strict=True):
-            row.kernel, row.note = part.kernel, refused or row.note or part.note
-        show_plans(report, rows, [part.layout for part in program.parts])
-
-    def planned(program: npu.Program) -> None:
-        show(program)
-        in_part = [row.layout_reason for row in rows if "list" in row.layout and row.layout_reason]
-        if options.strict and options.layout == "flat" and in_part:
-            raise UnfusedError(f'strict=True and layout="flat" is not possible: {in_part[0]}')
-
-    def build(kernels: str, given: Values) -> npu.Program:
-        return npu.Program(leaves, groups, options.torchair_config, options.layout, given, planned, matches, kernels)
-
-    program = npu_retry.Retried(build, options.kernels, values, show)
-    if values is not None:
-        planned(program.chosen)
-    return program
-
-
-_LOWERINGS: dict[str, Callable[..., Program | None]] = {
-    "cpu": _lower_cpu,
-    "npu": _lower_npu,
-    "eager": _lower_eager,
-    "graph": _lower_graph,
-    "graph cpu": _lower_graph,
-}
 
 
 @contextmanager

@@ -33,6 +33,7 @@ STAGES = {
 }
 MAY_IMPORT_STAGES = {
     "npu_fuse_pass.pipeline": tuple(STAGES),
+    "npu_fuse_pass.platforms": ("lower",),
     "npu_fuse_pass.backend": ("capture",),  # it hands the pipeline the capture that fits what Dynamo gave it
     "npu_fuse_pass.selftest.environment": ("lower",),  # it asks whether a lowering can be used here
 }

@@ -14,7 +14,7 @@ import torch
 import npu_fuse_pass
 import optimizers
 from npu_fuse_pass import match as stage
-from npu_fuse_pass import pipeline, rows
+from npu_fuse_pass import platforms, rows
 from npu_fuse_pass.ir import Group, Leaf
 from npu_fuse_pass.report import CompileReport, KernelMatch
 
@@ -133,7 +133,7 @@ def test_the_npu_knows_before_it_lowers(monkeypatch: pytest.MonkeyPatch) -> None
         assert list(report.seconds) == ["capture", "group", "match"]
         report.groups += [rows.group_report(g, leaves, "npu", "", 0, 0) for g in groups]
 
-    monkeypatch.setitem(pipeline._LOWERINGS, "npu", lower)
+    monkeypatch.setitem(platforms.LOWERINGS, "npu", lower)
     report = report_of(optimizers.NpuFusedAdam, dict(lr=0.02), platform="npu")
     assert decided == [1] and report.platform == "npu"
     assert report.groups[0].match.operation == "ApplyAdamW"
