@@ -152,9 +152,9 @@ def _check_torchair_config(config: object, platform: str) -> None:
         raise OptionError(f"torchair_config={config!r}; allowed are None and a torchair.CompilerConfig")
 
 
-def _rule_step(gm: fx.GraphModule) -> int | None:
+def _rule_step(gm: fx.GraphModule) -> str | None:
     """The handle of the optimizer, if the graph is the core of one of ours."""
     calls = [n for n in gm.graph.nodes if n.op not in ("placeholder", "output")]
     if len(calls) == 1 and calls[0].target is step_op.rule_step:
-        return int(calls[0].args[1])
+        return str(calls[0].args[1])
     return None

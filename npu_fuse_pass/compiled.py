@@ -26,7 +26,7 @@ from .storage import inputs_of
 class RuleStep:
     """The compiled core of an optimizer of ours: plans kernels for its batches, and again when they change."""
 
-    def __init__(self, handle: int, options: Options, cause: Cause) -> None:
+    def __init__(self, handle: str, options: Options, cause: Cause) -> None:
         self._optimizer = weakref.ref(step_op.optimizer_of(handle))
         self._options = options
         self._program: platforms.Program | None = None
@@ -77,7 +77,7 @@ class RuleStep:
 
 def graph_step(gm: fx.GraphModule, options: Options, cause: Cause) -> Callable[..., Any]:
     """Compile any other graph: a stock optimizer's step, or a larger function in which optimizers of ours step."""
-    handles = [int(n.args[3]) for n in gm.graph.nodes if n.target is step_op.rule_update]
+    handles = [str(n.args[3]) for n in gm.graph.nodes if n.target is step_op.rule_update]
     step = GraphStep(gm, options, handles, cause)
     return step if step.fused else gm.forward
 
@@ -85,7 +85,7 @@ def graph_step(gm: fx.GraphModule, options: Options, cause: Cause) -> Callable[.
 class GraphStep:
     """A captured graph: its leaves are the graph's arguments and attributes, and what optimizers of ours keep."""
 
-    def __init__(self, gm: fx.GraphModule, options: Options, handles: Sequence[int], cause: Cause) -> None:
+    def __init__(self, gm: fx.GraphModule, options: Options, handles: Sequence[str], cause: Cause) -> None:
         self._gm = gm
         self._options = options
         self._optimizers = {h: weakref.ref(step_op.optimizer_of(h)) for h in handles}
@@ -172,7 +172,7 @@ class _Arguments:
     def __init__(self, gm: fx.GraphModule, captured: Captured) -> None:
         self._template: list[Any] = [None] * len(captured.leaves)
         self._inputs: list[tuple[int, int]] = []
-        self._kept: list[tuple[int, int, int]] = []
+        self._kept: list[tuple[int, str, int]] = []
         for i, leaf in enumerate(captured.leaves):
             if leaf.kind == "attribute":
                 self._template[i] = operator.attrgetter(leaf.name)(gm)
@@ -181,7 +181,7 @@ class _Arguments:
             elif leaf.kind == "input":
                 self._inputs.append((i, leaf.index))
 
-    def __call__(self, args: Sequence[Any], kept: dict[int, list[Tensor | None]]) -> list[Any]:
+    def __call__(self, args: Sequence[Any], kept: dict[str, list[Tensor | None]]) -> list[Any]:
         values = self._template.copy()
         for i, index in self._inputs:
             value = args[index]

@@ -56,7 +56,7 @@ class _Step:
     """Puts the updates of one optimizer over the cells of a graph."""
 
     def __init__(
-        self, interpreter: Interpreter, handle: int, leaves: Sequence[Leaf], cells: dict[int, Cell | None]
+        self, interpreter: Interpreter, handle: str, leaves: Sequence[Leaf], cells: dict[int, Cell | None]
     ) -> None:
         self._interpreter = interpreter
         self._b = interpreter.builder

@@ -35,7 +35,7 @@ class Leaf:
     shape: tuple[int, ...] = ()
     device: torch.device = torch.device("cpu")
     fixed: bool = False
-    optimizer: int | None = None
+    optimizer: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -175,6 +175,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _after(self) -> None:
         """Everything behind the core."""
         self._prelude.expose_states()
+        self._prelude.release_gradients()
         self.after_step()
         for hook in itertools.chain(self._optimizer_step_post_hooks.values(), _global_optimizer_post_hooks.values()):
             hook(self, *self._call)

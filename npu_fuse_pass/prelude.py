@@ -65,6 +65,11 @@ class Prelude:
         for batch in self.batches:
             expose(batch, optimizer.state)
 
+    def release_gradients(self) -> None:
+        """Let go of this step's gradients: the next forward pass needs the memory that zero_grad frees."""
+        for batch in self.batches:
+            batch.grads = [None] * len(batch.params)
+
     def _fit(self, optimizer: RuleOptimizer, parts: list[tuple[int, Rule, list[Tensor], Mapping[str, Any]]]) -> bool:
         state = optimizer.state
         if not isinstance(state, States) or state.changed or any(p.grad is not None for p in self._outside):

@@ -1,10 +1,10 @@
 """The operations that a captured step consists of, and their eager kernel: the rule, parameter by parameter.
 
-`npu_fused::rule_step(Tensor(a!) ticket, int optimizer) -> ()` names the optimizer instead of taking its tensors: what
+`npu_fused::rule_step(Tensor(a!) ticket, str optimizer) -> ()` names the optimizer instead of taking its tensors: what
 Dynamo wraps is what costs compile time and guards (about 3.4 ms and 1.1 us per tensor). The ticket is a counter that
 the operation writes, so that no compiler drops or reorders it.
 
-`npu_fused::rule_update(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor? found_inf, int optimizer) -> ()` is the step as
+`npu_fused::rule_update(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor? found_inf, str optimizer) -> ()` is the step as
 part of a larger graph (clipping before it, an average of the parameters after it): that graph has to see which tensors
 it reads and writes. States stay behind the handle; nothing else touches them.
 
@@ -28,22 +28,22 @@ from .storage import Batch
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
 
-_optimizers: weakref.WeakValueDictionary[int, RuleOptimizer] = weakref.WeakValueDictionary()
-_handles = itertools.count()
+_optimizers: weakref.WeakValueDictionary[str, RuleOptimizer] = weakref.WeakValueDictionary()
+_handles = map(str, itertools.count())  # strings: Dynamo makes a number that differs at a second compile symbolic
 
 _library = torch.library.Library("npu_fused", "FRAGMENT")
-_library.define("rule_step(Tensor(a!) ticket, int optimizer) -> ()")
-_library.define("rule_update(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor? found_inf, int optimizer) -> ()")
+_library.define("rule_step(Tensor(a!) ticket, str optimizer) -> ()")
+_library.define("rule_update(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor? found_inf, str optimizer) -> ()")
 rule_step = torch.ops.npu_fused.rule_step.default
 rule_update = torch.ops.npu_fused.rule_update.default
 
 
-def optimizer_of(handle: int) -> RuleOptimizer:
+def optimizer_of(handle: str) -> RuleOptimizer:
     """The optimizer that a `rule_step` node names."""
     return _optimizers[handle]
 
 
-def register(optimizer: RuleOptimizer) -> int:
+def register(optimizer: RuleOptimizer) -> str:
     """A new handle for an optimizer."""
     handle = next(_handles)
     _optimizers[handle] = optimizer
@@ -58,7 +58,7 @@ class Surface:
     """
 
     params: list[Tensor]
-    handle: int
+    handle: str
 
     def update(self, found_inf: Tensor | None) -> None:
         """The step as an operation on tensors; parameters without a gradient are left out, as a guard of the graph."""
@@ -67,7 +67,7 @@ class Surface:
             rule_update(params, [p.grad for p in params], found_inf, self.handle)
 
 
-def make_core(handle: int) -> Callable[[Tensor], None]:
+def make_core(handle: str) -> Callable[[Tensor], None]:
     """The function that Dynamo captures: one operation.
 
     Every optimizer gets a code object of its own, because instances that share one share torch's limit of 8 compiles.
@@ -132,13 +132,13 @@ def _total(name: str, batch: Batch, batches: list[Batch]) -> Tensor:
     return result
 
 
-def _step(ticket: Tensor, optimizer: int) -> None:
+def _step(ticket: Tensor, optimizer: str) -> None:
     run_eager(optimizer_of(optimizer))
     ticket.add_(1)
 
 
 @torch.no_grad()
-def _update(params: list[Tensor], grads: list[Tensor], found_inf: Tensor | None, handle: int) -> None:
+def _update(params: list[Tensor], grads: list[Tensor], found_inf: Tensor | None, handle: str) -> None:
     """A whole step on the given tensors, which stand for the optimizer's own (a compiler may have cloned them)."""
     optimizer = optimizer_of(handle)
     optimizer._before(None)

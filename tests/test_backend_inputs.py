@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -156,3 +157,20 @@ def test_dtype_of_a_parameter_changes() -> None:
             oracle.step(grads)
         assert_close(params, oracle.values, 3e-2 if dtype is BF16 or seed == 4 else 2e-4)
         step.check(2)
+
+
+def test_numbers_whose_memory_holds_something_else() -> None:
+    """A negated lr (what `-lr` may be a view of) is not read from memory with the wrong sign; a plain one is fused."""
+    params, copies = parameters([(3,)]), parameters([(3,)])
+    lr = torch.tensor(-0.5)
+    step = torch.compile(torch.optim.SGD(params, lr=torch._neg_view(lr)).step, backend="npu_fused")
+    oracle = torch.optim.SGD(copies, lr=0.5)
+    for said in (pytest.warns(UserWarning, match="does not hold its value"), contextlib.nullcontext()):
+        for p in (*params, *copies):
+            p.grad = torch.ones(3)
+        with said:
+            step()
+        oracle.step()
+    assert torch.equal(params[0], copies[0])
+    report = npu_fuse_pass.reports()[-1]
+    assert report.groups and report.fallback is not None and "does not hold its value" in report.fallback

@@ -32,6 +32,33 @@ def test_versions_are_counted() -> None:
             first.backward()
 
 
+@pytest.mark.parametrize("case", ONE_EACH, ids=lambda c: c.name)
+@pytest.mark.parametrize("form", ["eager", "compiled", "within a graph"])
+def test_gradients_are_gone_after_zero_grad(case: Case, form: str) -> None:
+    """Their memory is what the next forward pass uses; an optimizer that kept them would double it."""
+    params = parameters([(3, 4), (5,)])
+    opt = case.build(params)
+
+    def tail() -> None:
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        opt.step()
+
+    steps = {
+        "eager": lambda: opt.step,
+        "compiled": lambda: compiled(opt),
+        "within a graph": lambda: torch.compile(tail, backend="npu_fused", fullgraph=True),
+    }
+    step = steps[form]()
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        gradients = [weakref.ref(p.grad) for p in params]
+        step()
+        opt.zero_grad()
+        assert [g() for g in gradients] == [None, None]
+    assert form == "eager" or not npu_fuse_pass.reports()[-1].reasons
+
+
 def test_two_threads() -> None:
     """Two optimizers in two threads at once, compiled and stepped there."""
     made = []

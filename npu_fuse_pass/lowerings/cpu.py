@@ -17,7 +17,8 @@ from torch import Tensor
 from ..errors import Mismatch, Unsupported
 from ..ir import Group, Leaf
 from ..rounds import rounds
-from .cpu_kernel import Kernel, Values
+from .cpu_kernel import Kernel
+from .cpu_tables import Values
 from .memory import check_apart
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import array
 import ctypes
 import math
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from ..ir import Group, Leaf
 from ..same_tensors import SameTensors
 from . import cpu_build
 from .cpu_codegen import CHUNK, generate
+from .cpu_tables import Args, Column, Values
 from .memory import in_order, materialised, memory_order
 
 _TAGS = {
@@ -30,32 +30,6 @@ _TAGS = {
 }
 _SERIAL = 32768  # elements below which waking other threads costs more than it saves
 _GRAIN = 32768  # elements that a thread takes at once
-
-Values = list[Tensor | None]
-
-
-class Args(ctypes.Structure):
-    """Mirrors `struct Args` of the generated source."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("members", "chunks", "threads", "grain")),
-        *(
-            (name, ctypes.c_void_p)
-            for name in [
-                "numel",
-                "active",
-                "tensors",
-                "scalars",
-                "tags",
-                "chunk_member",
-                "chunk_start",
-                "first_chunk",
-                "scratch",
-                "partial",
-                "contributions",
-            ]
-        ),
-    ]
 
 
 class Kernel:
@@ -81,9 +55,13 @@ class Kernel:
         self._tensors = array.array("q", [0]) * max(1, self._n * len(formula.tensor_slots))
         self._scalars = array.array("q", [0]) * max(1, self._n * len(formula.scalar_slots))
         self._tags = array.array("B", [0]) * max(1, self._n * len(formula.scalar_slots))
-        self._columns = [_Column(rank, slot, group, leaves) for rank, slot in enumerate(formula.tensor_slots)]
-        self._scalar_columns = [_Column(rank, slot, group, leaves) for rank, slot in enumerate(formula.scalar_slots)]
+        self._columns = [Column(rank, slot, group, leaves) for rank, slot in enumerate(formula.tensor_slots)]
+        self._scalar_columns = [Column(rank, slot, group, leaves) for rank, slot in enumerate(formula.scalar_slots)]
         self._varying = [c for c in self._columns if not c.fixed]
+        elsewhere = own.keys() | snapshots.keys()  # 0-dim leaves whose addresses are not their tensors'
+        of_tensors = {c.rank for c in self._scalar_columns if not c.fixed and elsewhere.isdisjoint(c.indices)}
+        self._counters = [c for c in self._scalar_columns if c.rank in of_tensors]
+        self._one_by_one = [c for c in self._scalar_columns if not c.fixed and c.rank not in of_tensors]
         self._same = SameTensors()
         self._kinds: object = None
         self._own = own
@@ -128,7 +106,7 @@ class Kernel:
     def bind(self, values: Values, complete: bool, kinds: object) -> None:
         """Fill the tables with this call's addresses."""
         self._keep, self._copy_back = [], []
-        varying = [tensors for column in self._varying for tensors in column.of(values)]
+        varying = [t for column in (*self._varying, *self._counters) for t in column.of(values)]
         if self._bound and self._all_active and (kinds == self._kinds is not None or self._same.match(varying)):
             self._bind_same(values, varying)
             return
@@ -154,13 +132,13 @@ class Kernel:
 
     def _bind_same(self, values: Values, varying: Sequence[Tensor | None]) -> None:
         """Every tensor is of the kind that it was at the last call: only addresses are new."""
-        for column in self._scalar_columns:
-            if not column.fixed:
-                self._bind_scalars(column, values)
+        for column in self._one_by_one:
+            self._bind_scalars(column, values)
         pointers = array.array("q", list(map(Tensor.data_ptr, varying)))  # type: ignore[arg-type]
-        for k, column in enumerate(self._varying):
+        tables = [(self._tensors, c) for c in self._varying] + [(self._scalars, c) for c in self._counters]
+        for k, (table, column) in enumerate(tables):
             begin = column.rank * self._n
-            self._tensors[begin : begin + self._n] = pointers[k * self._n : (k + 1) * self._n]
+            table[begin : begin + self._n] = pointers[k * self._n : (k + 1) * self._n]
 
     def _mark_active(self, values: Values) -> bool:
         """Set which members take part; True if all do."""
@@ -174,7 +152,7 @@ class Kernel:
 
     _all_active = True
 
-    def _fits(self, column: _Column, tensors: Sequence[Tensor], complete: bool) -> bool:
+    def _fits(self, column: Column, tensors: Sequence[Tensor], complete: bool) -> bool:
         """Whether all have the dtype and size that the kernel was made for, and their values lie in memory in order."""
         if complete and {t.dtype for t in tensors} != {column.dtype}:
             found = next(t for t in tensors if t.dtype != column.dtype)
@@ -183,7 +161,7 @@ class Kernel:
             raise Mismatch("a tensor has another size than when the step was compiled")
         return all([t.is_contiguous() and materialised(t) for t in tensors])  # noqa: C419 - a list is faster here
 
-    def _bind_scalars(self, column: _Column, values: Values) -> None:
+    def _bind_scalars(self, column: Column, values: Values) -> None:
         begin = column.rank * self._n
         for m, i in enumerate(column.indices):
             value = values[i] if i < len(values) else None
@@ -196,6 +174,8 @@ class Kernel:
             else:
                 if value.device.type != "cpu" or value.dtype not in _TAGS:
                     raise Mismatch(f"a 0-dim {value.dtype} tensor on {value.device}")
+                if not materialised(value):
+                    raise Mismatch("a 0-dim tensor whose memory does not hold its value (a negated or zero tensor)")
                 address, tag = value.data_ptr(), _TAGS[value.dtype]
             self._scalars[begin + m] = address
             self._tags[begin + m] = tag
@@ -288,31 +268,6 @@ class Kernel:
                 if not self._all_active:
                     tensors = [t for t, active in zip(tensors, self._active, strict=True) if active]
                 torch.autograd.graph.increment_version(tensors)
-
-
-class _Column:
-    """One slot over all members: where in a call's values its tensors are."""
-
-    def __init__(self, rank: int, slot: int, group: Group, leaves: Sequence[Leaf]) -> None:
-        self.rank = rank
-        self.slot = slot
-        self.indices = [m[slot] for m in group.members]
-        self.fixed = all(leaves[i].fixed for i in self.indices)
-        self.written = slot in group.formula.written
-        self.dtype = group.formula.slots[slot].dtype
-        self._bytes: array.array[int] | None = None
-        self._get: Any = operator.itemgetter(*self.indices) if len(self.indices) > 1 else None
-
-    def bytes_of(self, numels: list[int], active: array.array[int], all_active: bool) -> array.array[int]:
-        """Bytes of every member's tensor; 0 where it does not take part."""
-        if self._bytes is None:
-            self._bytes = array.array("q", [n * self.dtype.itemsize for n in numels])
-        if all_active:
-            return self._bytes
-        return array.array("q", [n if a else 0 for n, a in zip(self._bytes, active, strict=True)])
-
-    def of(self, values: Values) -> Sequence[Tensor]:
-        return self._get(values) if self._get is not None else (values[self.indices[0]],)  # type: ignore[return-value]
 
 
 def _numel(leaves: Sequence[Leaf], slots: Sequence[int], member: tuple[int, ...]) -> int:
