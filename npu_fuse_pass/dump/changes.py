@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import OptionError
+from .same_formula import ordered
 
 Summary = Mapping[str, Any]
 
@@ -146,7 +147,7 @@ def _formula(old: Sequence[str], new: Sequence[str]) -> Iterator[str]:
             yield f"  {name} = {before[name]} is gone"
         elif name not in before:
             yield f"  {name} = {after[name]} is new"
-        elif before[name] != after[name]:
+        elif ordered(before[name]) != ordered(after[name]):
             yield f"  {name} is {after[name]} instead of {before[name]}"
 
 

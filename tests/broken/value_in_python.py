@@ -1,6 +1,13 @@
-"""Why is my optimizer not fused? Its step looks at the value of a tensor in Python, for every parameter."""
+"""Broken on purpose: the step of this optimizer reads the value of a tensor in Python, for every parameter.
+
+With --fixed: it decides with torch.where.
+"""
+
+import sys
 
 import torch
+
+fixed = "--fixed" in sys.argv
 
 
 class Cautious(torch.optim.Optimizer):
@@ -13,7 +20,10 @@ class Cautious(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad.norm().item() < 1.0:
+                size = p.grad.square().sum()
+                if fixed:
+                    p.sub_(group["lr"] * torch.where(size < 1, p.grad, torch.zeros_like(p.grad)))
+                elif size.item() < 1:
                     p.sub_(group["lr"] * p.grad)
 
 
