@@ -9,6 +9,7 @@ import json
 import pathlib
 import runpy
 import sys
+import types
 
 import pytest
 import torch
@@ -38,10 +39,10 @@ def ask(monkeypatch, capsys):
 
     def run(out: pathlib.Path, *given: str) -> tuple[int, str]:
         torch._dynamo.reset()
-        for name in ("torch.optim.optimizer", "torch.utils._contextlib"):
-            vars(sys.modules[name]).pop(
-                "__import___main__", None
-            )  # Dynamo leaves there the __main__ of the example before
+        # Dynamo keeps the __main__ of the example before, in a cache and in the modules that it has compiled
+        torch._dynamo.symbolic_convert._import_module.cache_clear()
+        for module in [m for m in sys.modules.values() if isinstance(m, types.ModuleType)]:
+            vars(module).pop("__import___main__", None)
         monkeypatch.setattr(sys, "argv", ["dump_graph.py", "--out", str(out), *given])
         with pytest.raises(SystemExit) as ended:
             runpy.run_path("scripts/dump_graph.py", run_name="__main__")
