@@ -13,6 +13,8 @@ import torch
 
 from npu_fuse_pass.__main__ import main
 
+from .support import forget_scripts
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SMALL = "--params 3 --shape 4x4 --shape 5"
 FINE, WANTING, USAGE = 0, 1, 2
@@ -28,7 +30,7 @@ gradients()
 
 @pytest.fixture(autouse=True)
 def _compile_afresh() -> None:
-    torch._dynamo.reset()
+    forget_scripts()
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ import json
 import pathlib
 import runpy
 import sys
-import types
 
 import pytest
-import torch
 
 from npu_fuse_pass.lowerings import cpu_kernel
+
+from .support import forget_scripts
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BROKEN = "tests/broken"
@@ -38,11 +38,7 @@ def ask(monkeypatch, capsys):
     monkeypatch.setattr(cpu_kernel, "generate", cpu_kernel.generate)  # what an example does to it is undone
 
     def run(out: pathlib.Path, *given: str) -> tuple[int, str]:
-        torch._dynamo.reset()
-        # Dynamo keeps the __main__ of the example before, in a cache and in the modules that it has compiled
-        torch._dynamo.symbolic_convert._import_module.cache_clear()
-        for module in [m for m in sys.modules.values() if isinstance(m, types.ModuleType)]:
-            vars(module).pop("__import___main__", None)
+        forget_scripts()
         monkeypatch.setattr(sys, "argv", ["dump_graph.py", "--out", str(out), *given])
         with pytest.raises(SystemExit) as ended:
             runpy.run_path("scripts/dump_graph.py", run_name="__main__")
