@@ -11,6 +11,7 @@ from typing import Protocol
 # command -> what it does, in a line; the module of that name in `commands` does it, loaded when it is asked for
 COMMANDS: dict[str, str] = {
     "doctor": "what fusing would gain for the optimizers of a training script, and what stands in the way",
+    "dump": "what a step becomes, as files and a page; why it is not fused; what changed between two dumps",
     "selftest": "check this machine: environment, numbers and times, into one report to attach to an issue",
 }
 

@@ -14,7 +14,7 @@ from torch import fx
 
 from . import platforms, step_op
 from .causes import FIRST, Cause, recompile
-from .compiled import RuleStep, graph_step
+from .compiled import RuleStep, graph_step, told
 from .errors import FuseError, OptionError
 from .options import Options
 from .report import CompileReport, reports
@@ -104,6 +104,11 @@ def last_break() -> str | None:
     """Why Dynamo broke a graph in this process, the latest reason."""
     counted = torch._dynamo.utils.counters["graph_break"]
     return next((reason.splitlines()[0] for reason in reversed(counted)), None)
+
+
+def breaks() -> list[str]:
+    """Why and where Dynamo broke graphs in this process, each once, oldest first."""
+    return list(dict.fromkeys(told(reason) for reason in torch._dynamo.utils.graph_break_reasons))
 
 
 def _cause() -> Cause:

@@ -103,7 +103,7 @@ class GraphStep:
         self._state, self._planned = self._look(), Planned.of([b for o in self._stepped() for b in o._prelude.batches])
         if before is not None:
             cause = before.changed(self._planned)
-        made = pipeline.fuse_graph(self._gm, self._options, cause, _graph_break(self._gm))
+        made = pipeline.fuse_graph(self._gm, self._options, cause, graph_break_of(self._gm))
         self._program, self._report, self._returned = made.program, made.report, made.captured.returned
         self._arguments = _Arguments(self._gm, made.captured)
         self._check = _check(made, self._options)
@@ -156,11 +156,14 @@ def _check(made: pipeline.Fused, options: Options) -> SideBySide | None:
     return SideBySide(made.captured, made.groups, made.report)
 
 
-def _graph_break(gm: fx.GraphModule) -> str | None:
+def graph_break_of(gm: fx.GraphModule) -> str | None:
     """Why and where Dynamo ended a graph before the end of the function."""
     reason = getattr(gm, "compile_subgraph_reason", None)
-    if reason is None or not reason.graph_break:
-        return None
+    return told(reason) if reason is not None and reason.graph_break else None
+
+
+def told(reason: Any) -> str:
+    """A break of Dynamo's in a line: why and where."""
     frame = reason.user_stack[-1] if reason.user_stack else None
     place = f" ({frame.filename}:{frame.lineno}, in {frame.name})" if frame is not None else ""
     return f"{str(reason.reason).splitlines()[0]}{place}"

@@ -8,14 +8,13 @@ not depend on names: by structural hash, refined once by how each leaf is writte
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 
 import torch
 
 from .expr import COMMUTATIVE, DTYPE_NAMES, Expr, postorder
 from .formula_text import serialise
-from .ir import Captured, Formula, Group, Leaf, Slot, Update
+from .ir import Captured, Formula, Group, Leaf, Slot, Update, group_name
 
 _DTYPE_INDEX = {dtype: i for i, dtype in enumerate(DTYPE_NAMES)}
 
@@ -50,9 +49,8 @@ def group_updates(updates: Sequence[Update], leaves: list[Leaf]) -> list[Group]:
         canonical = _canonicalise(update)
         text = canonical.formula.text
         if text not in found:
-            name = "update_" + hashlib.sha256(text.encode()).hexdigest()[:8]
             labels = tuple(_label(update, e) for e in canonical.sources)
-            found[text] = Group(name, canonical.formula, [], [], labels)
+            found[text] = Group(group_name(text), canonical.formula, [], [], labels)
         found[text].labels = tuple(map(_better, found[text].labels, (_label(update, e) for e in canonical.sources)))
         fixed = {}
         for slot, source in enumerate(canonical.sources):

@@ -6,6 +6,7 @@ Writes to leaves are the roots of expressions (expr.py).
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -81,6 +82,11 @@ class Update:
     labels: list[str]
     slots: list[Slot]
     traced: Traced | None = None
+
+
+def group_name(text: str) -> str:
+    """The name of the group with a formula: report, dump, kernel, profiler's range, FX node and GE node have it."""
+    return f"update_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -106,7 +106,7 @@ def observe(path: str, arguments: Sequence[str], steps: int) -> list[Observed]:
 
     hooks = (register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after))
     try:
-        with _as_main(path, arguments), torch.compiler.set_stance("force_eager"), contextlib.suppress(_Enough):
+        with as_main(path, arguments), torch.compiler.set_stance("force_eager"), contextlib.suppress(_Enough):
             runpy.run_path(path, run_name="__main__")
     except SystemExit as e:
         if e.code not in (None, 0) and not seen:
@@ -144,7 +144,7 @@ def _read(record: profile) -> Measured:
 
 
 @contextlib.contextmanager
-def _as_main(path: str, arguments: Sequence[str]) -> Iterator[None]:
+def as_main(path: str, arguments: Sequence[str]) -> Iterator[None]:
     """What a script sees when it is called by `python path arguments`."""
     argv, search = sys.argv, sys.path.copy()
     sys.argv = [path, *arguments]

@@ -137,7 +137,7 @@ def _fuse(
     report._graph = functools.cache(lambda: _rewrite(captured.leaves, groups, stages))
     record(report)
     if report.groups or report.unfused or report.fallback:
-        _dump(options, lambda: _contents(original, captured, stages, groups, report, program))
+        _dump(options, lambda: _contents(original, captured, stages, groups, report, program), program)
     announce(report)
     if options.strict and (report.unfused or report.fallback):
         raise UnfusedError("\n  ".join(["strict=True and not everything was fused:", *report.reasons]))
@@ -146,13 +146,15 @@ def _fuse(
     return Fused(captured, groups, program, report)
 
 
-def _dump(options: Options, contents: Callable[[], Contents]) -> None:
+def _dump(options: Options, contents: Callable[[], Contents], program: platforms.Program | None) -> None:
     """Leave files to read, where that is asked for."""
     root = wanted(options.dump)
     if root is not None:
-        from .dump.write import write
+        from .dump.write import write, write_graphs
 
-        write(root, contents)
+        path, texts = write(root, contents), getattr(program, "texts", None)
+        if path is not None and texts is not None:
+            texts.follow(functools.partial(write_graphs, path))  # GE graphs are made, or made again, at the first run
 
 
 def _contents(
@@ -171,7 +173,8 @@ def _contents(
         begin = '#include "cpu_kernel.h"  // npu_fuse_pass/lowerings/cpu_kernel.h\n'
         texts = {g.name: cpu_codegen.generate(g.name, g.formula).text for g in every}
         sources = {name: text.replace(cpu_codegen.PRELUDE, begin) for name, text in texts.items()}
-    return Contents(original, captured, stages, groups, report, sources, getattr(program, "ge_graphs", {}))
+    ge = getattr(program, "texts", None)
+    return Contents(original, captured, stages, groups, report, sources, ge.graphs if ge is not None else {})
 
 
 def fused_graph(captured: Captured) -> fx.GraphModule:

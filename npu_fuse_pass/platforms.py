@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from .dump.folder import wanted
 from .errors import GraphRefused, PlatformError, UnfusedError, Unsupported
 from .ir import Call, Group, Leaf
 from .lowerings import eager, node, staged
@@ -126,7 +127,7 @@ def _lower_npu(
     values: Values,
     matches: Matches | None = None,
 ) -> Program:
-    from .lowerings import npu, npu_retry
+    from .lowerings import npu, npu_retry, npu_texts
 
     if any(leaf.kind == "result" for leaf in leaves):
         raise Unsupported("npu", "original operations between fused updates")
@@ -147,10 +148,13 @@ def _lower_npu(
         if options.strict and options.layout == "flat" and in_part:
             raise UnfusedError(f'strict=True and layout="flat" is not possible: {in_part[0]}')
 
-    def build(kernels: str, given: Values) -> npu.Program:
-        return npu.Program(leaves, groups, options.torchair_config, options.layout, given, planned, matches, kernels)
+    texts = npu_texts.Texts() if wanted(options.dump) is not None else None
 
-    program = npu_retry.Retried(build, options.kernels, values, show)
+    def build(kernels: str, given: Values) -> npu.Program:
+        config = options.torchair_config
+        return npu.Program(leaves, groups, config, options.layout, given, planned, matches, kernels, texts)
+
+    program = npu_retry.Retried(build, options.kernels, values, show, texts)
     if values is not None:
         planned(program.chosen)
     return program

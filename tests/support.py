@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
+import types
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -154,3 +156,14 @@ def assert_one_fused_step(call: Callable[[], Any], copies: bool = False) -> None
 
 
 COPYING = ("aten::copy_", "aten::detach", "aten::empty_strided", "aten::empty_like", "detach", "aten::as_strided")
+
+
+def forget_scripts() -> None:
+    """Dynamo as in a new process, for scripts that run in this one.
+
+    It keeps the `__main__` of the script before, in a cache and in the modules whose code it has compiled.
+    """
+    torch._dynamo.reset()
+    torch._dynamo.symbolic_convert._import_module.cache_clear()
+    for module in [m for m in sys.modules.values() if isinstance(m, types.ModuleType)]:
+        vars(module).pop("__import___main__", None)

@@ -1,10 +1,85 @@
-"""05_ge.txt: GE graphs as lists of operations."""
+"""05_ge*: GE graphs as torchair writes them, and as lists of operations to read."""
 
 from __future__ import annotations
 
-from .contents import Contents
+import ast
+import collections
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+_WHAT = {
+    "original": "the GE graph that torchair's converters made, before torchair's own passes",
+    "optimized": "the GE graph after torchair's own passes, as GE got it at the first run. What GE makes of that "
+    "exists on the device only: DUMP_GE_GRAPH=2 writes it",
+}
+_LONGEST = 64  # operations that repeat together, at most
+_INPUTS = 12  # of an operation that are told
+_NODE = re.compile(r"^node \{\n(.*?)^\}\n", re.MULTILINE | re.DOTALL)
+_FIELD = re.compile(r'^    (name|op|input): "(.*)"$', re.MULTILINE)
+_ATTRIBUTE = re.compile(r'^        key: "(.*)"\n        value \{\n            s: (.*)$', re.MULTILINE)
+_DIMENSION = re.compile(r"^  dim: (-?\d+)$", re.MULTILINE)
+_VALUE = re.compile(r'^s: "(.*)"$', re.MULTILINE)
+_TYPE = re.compile(r"dtype: DT_(\w+)")
 
 
-def listing(contents: Contents) -> str | None:
-    """None without GE graphs."""
-    return "\n".join(contents.ge_graphs.values()) or None
+@dataclasses.dataclass(frozen=True)
+class _Operation:
+    """One GE operation: its line, and what it has in common with others that do the same to other tensors."""
+
+    line: str
+    kind: tuple[str, str, int]
+    type: str
+
+
+def file(kind: str, graphs: Mapping[str, str]) -> str | None:
+    """A graph as torchair writes it, under a line that says what it is; None if there is none."""
+    return f"# {_WHAT[kind]}\n{graphs[kind]}" if kind in graphs else None
+
+
+def listing(graphs: Mapping[str, str]) -> str | None:
+    """Every operation in a line, repeated ones once; None without GE graphs."""
+    lines: list[str] = []
+    for kind in (k for k in _WHAT if k in graphs):
+        operations = list(map(_operation, _NODE.findall(graphs[kind])))
+        counts = collections.Counter(o.type for o in operations)
+        total = ", ".join(f"{name} × {count}" for name, count in sorted(counts.items()))
+        lines += [f"{kind}: {_WHAT[kind]}", f"  {len(operations)} operations: {total}", *_collapsed(operations), ""]
+    return "\n".join(lines) or None
+
+
+def _operation(node: str) -> _Operation:
+    fields = _FIELD.findall(node)
+    attributes = {key: ast.literal_eval(f"b{text}").decode() for key, text in _ATTRIBUTE.findall(node)}
+    name, op = (next(value for field, value in fields if field == wanted) for wanted in ("name", "op"))
+    inputs = [value.removesuffix(":0") for field, value in fields if field == "input"]
+    constant = _VALUE.search(attributes.get("_readable_value", ""))
+    given = constant[1] if constant else ", ".join(inputs[:_INPUTS])
+    given += f", and {len(inputs) - _INPUTS} more" if len(inputs) > _INPUTS else ""
+    made = next((text for key, text in attributes.items() if key.startswith("[o]")), "")
+    dtype = found[1].lower() if (found := _TYPE.search(made)) and found[1] != "UNDEFINED" else ""
+    shape = f"[{', '.join(_DIMENSION.findall(made))}]" if "shape {" in made else ""
+    line = f"{name} = {op}({given})  {dtype}{shape}".rstrip()
+    return _Operation(line, (name.partition("/")[0] if "/" in name else "", op, len(inputs)), op)
+
+
+def _collapsed(operations: Sequence[_Operation]) -> Iterator[str]:
+    """Lines; of sequences that repeat with other tensors, the first."""
+    kinds = [o.kind for o in operations]
+    at = 0
+    while at < len(kinds):
+        length, times = max((_repeats(kinds, at, n) for n in range(1, _LONGEST + 1)), key=lambda r: r[0] * r[1])
+        indent = "  "
+        if times > 1:
+            yield f"  × {times}, of which the first:"
+            indent = "    "
+        yield from (f"{indent}{o.line}" for o in operations[at : at + length])
+        at += length * times
+
+
+def _repeats(kinds: Sequence[object], at: int, length: int) -> tuple[int, int]:
+    """How often the next `length` operations come one after another; a single operation if they come once."""
+    times = 1
+    while kinds[at : at + length] == kinds[at + times * length : at + (times + 1) * length]:
+        times += 1
+    return (length, times) if times > 1 else (1, 1)

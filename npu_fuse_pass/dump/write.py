@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import json
 import logging
 import pathlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from . import folder, ge_text, graph_text, group_text, kernel_text, script_text, table
 from .contents import Contents
@@ -22,11 +24,14 @@ _FILES: dict[str, Callable[[Contents], str | None]] = {
     "02_groups.txt": group_text.groups,
     "03_fused_graph.py": script_text.script,
     "04_kernel.cpp": kernel_text.kernels,
-    "05_ge_original.pbtxt": lambda c: c.ge_graphs.get("original"),
-    "05_ge_optimized.pbtxt": lambda c: c.ge_graphs.get("optimized"),
-    "05_ge.txt": ge_text.listing,
     "summary.json": lambda c: json.dumps(c.report.to_json(), indent=1, ensure_ascii=False) + "\n",
     "table.txt": lambda c: table.table(c.report),
+}
+# the same for GE graphs, which are made again where tensors move
+_GE_FILES: dict[str, Callable[[Mapping[str, str]], str | None]] = {
+    "05_ge_original.pbtxt": functools.partial(ge_text.file, "original"),
+    "05_ge_optimized.pbtxt": functools.partial(ge_text.file, "optimized"),
+    "05_ge.txt": ge_text.listing,
 }
 
 
@@ -42,10 +47,27 @@ def write(root: pathlib.Path, make: Callable[[], Contents]) -> pathlib.Path | No
     except Exception as e:  # a dump is something to read; training goes on without it
         _warn(f"no dump in {root}", [f"{type(e).__name__}: {e}"])
         return None
+    _fill(path, {**_FILES, **_page()}, contents)
+    write_graphs(path, contents.ge_graphs)
+    log.info("dumped to %s", path)
+    return path
+
+
+def write_graphs(path: pathlib.Path, graphs: Mapping[str, str]) -> None:
+    """Write a compile's GE graphs, over those that are there.
+
+    Args:
+        path: the folder of the compile.
+        graphs: as in `Contents`.
+    """
+    _fill(path, _GE_FILES, graphs)
+
+
+def _fill(path: pathlib.Path, files: Mapping[str, Callable[[Any], str | None]], what: object) -> None:
     failed = []
-    for name, text_of in {**_FILES, **_page()}.items():
+    for name, text_of in files.items():
         try:
-            text = text_of(contents)
+            text = text_of(what)
             if text is not None:
                 (path / name).write_text(text, encoding="utf-8")
         except Exception as e:
@@ -53,8 +75,6 @@ def write(root: pathlib.Path, make: Callable[[], Contents]) -> pathlib.Path | No
             log.debug("%s", name, exc_info=True)
     if failed:
         _warn(f"the dump in {path} is not complete", failed)
-    log.info("dumped to %s", path)
-    return path
 
 
 def _page() -> dict[str, Callable[[Contents], str | None]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -17,7 +16,7 @@ from torch import Tensor, fx
 
 from ..errors import PlatformError
 from ..formula_text import serialise
-from ..ir import Group, Leaf
+from ..ir import Group, Leaf, group_name
 from ..ops import fake_update, multi_tensor_update, parsed
 from . import cpu
 
@@ -66,13 +65,7 @@ def _program(text: str, members: int, shapes: _Shapes) -> Callable[..., None] | 
         leaves.append(Leaf("input", f"slot_{slot}", i, dtype=formula.slots[slot].dtype, shape=shape))
     rank = {slot: r for r, slot in enumerate(order)}
     places = [tuple(rank[s] * members + m for s in range(len(order))) for m in range(members)]
-    group = Group(
-        f"update_{hashlib.sha256(text.encode()).hexdigest()[:8]}",
-        formula,
-        places,
-        [()] * members,
-        tuple("" for _ in order),
-    )
+    group = Group(group_name(text), formula, places, [()] * members, tuple("" for _ in order))
     try:
         return cpu.Program(leaves, [group])
     except PlatformError as e:

@@ -19,15 +19,16 @@ import torch
 from torch import Tensor
 
 from ..errors import FuseError, GraphRefused, PlatformError
-from ..ir import Formula, Group, Leaf
+from ..ir import Formula, Group, Leaf, group_name
 from ..match_result import Match, NoMatch
 from ..ops import multi_tensor_contribute, multi_tensor_update, parsed
-from . import npu_converters, npu_emit, npu_operands
+from . import npu_converters, npu_emit, npu_names, npu_operands
 from .npu_bind import Binder, Host
 from .npu_graph import build, device_contribute, device_dedicated, device_update
 from .npu_part import Part
 from .npu_plans import Plans
 from .npu_run import Run, refusal
+from .npu_texts import Texts
 
 _INSTALL = (
     'platform "npu" needs torch_npu, which carries torchair, and CANN: pip install "npu-fuse-pass[npu]" '
@@ -46,16 +47,20 @@ def require() -> Any:
         import torchair
     except (ImportError, OSError, RuntimeError) as e:
         raise PlatformError(f"{_INSTALL}. Here: {type(e).__name__}: {e}") from e
-    converters = {
+    converters: dict[Any, Callable[..., list[Any]]] = {
         device_update: functools.partial(_convert_device, False),
         device_contribute: functools.partial(_convert_device, True),
         device_dedicated: _convert_dedicated,
         multi_tensor_update: functools.partial(_convert_whole, False),
         multi_tensor_contribute: functools.partial(_convert_whole, True),
     }
+    from torchair.ge._ge_graph import get_default_ge_graph
+
+    whole = (multi_tensor_update, multi_tensor_contribute)
     for op, converter in converters.items():
         if not hasattr(op, "_ge_converter"):
-            torchair.register_fx_node_ge_converter(op)(converter)
+            named = npu_names.naming(converter, get_default_ge_graph, group_name if op in whole else None)
+            torchair.register_fx_node_ge_converter(op)(named)
     from torchair._ge_concrete_graph import ge_apis
 
     npu_converters.register(torchair, ge_apis)
@@ -186,6 +191,7 @@ class Program:
             changed.
         matches: by group name, which known kernel computes it; without them everything is elementwise.
         kernels: the option, "auto", "dedicated" or "elementwise".
+        texts: gets the GE graphs in text form, where a dump is asked for.
 
     Raises:
         PlatformError: torchair cannot be used here.
@@ -203,9 +209,10 @@ class Program:
         planned: Callable[[Program], None] | None = None,
         matches: Mapping[str, Match | NoMatch] | None = None,
         kernels: str = "auto",
+        texts: Texts | None = None,
     ) -> None:
         self._torchair = require()
-        self._leaves, self._config, self._planned = leaves, config, planned
+        self._leaves, self._config, self._planned, self._texts = leaves, config, planned, texts
         chip = _chip() if matches else ""
         self.parts = [Part(group, leaves, (matches or {}).get(group.name), chip, kernels) for group in groups]
         self._host = Host(leaves, self.parts)
@@ -230,14 +237,17 @@ class Program:
         fakes = [n.meta["val"] for n in self.graph.graph.find_nodes(op="placeholder")]
         self._run = Run(lambda *_: (), versions)
         if fakes:
-            with torch._guards.tracing(torch._guards.TracingContext(fakes[0].fake_mode)):
-                compiler = self._torchair.get_compiler(self._config or self._torchair.CompilerConfig())
+            with torch._guards.tracing(torch._guards.TracingContext(fakes[0].fake_mode)), npu_names.kept():
+                config = self._config or self._torchair.CompilerConfig()
+                compiler = self._torchair.get_compiler(self._texts.config(config) if self._texts else config)
                 try:
                     self._run = Run(compiler(self.graph, fakes), versions)
                 except FuseError:
                     raise
                 except Exception as e:
                     raise GraphRefused(refusal("torchair does not convert this step's graph", e, versions())) from e
+            if self._texts is not None:
+                self._texts.collect()
 
     def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None:
         """Run the step; fills in the values of "output" leaves.
@@ -260,5 +270,9 @@ class Program:
                 if self._planned is not None:
                     self._planned(self)
             self._binder.bind(step, values)
-            results = self._run(step.inputs, self._binder.written)
+            try:
+                results = self._run(step.inputs, self._binder.written)
+            finally:
+                if self._texts is not None:
+                    self._texts.collect(ran=True)
             self._binder.finish(step, values, results)

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from ..errors import Unsupported
 from ..ir import Leaf
 from ..ops import multi_tensor_contribute, multi_tensor_update, parsed
-from . import npu_emit, npu_operands
+from . import npu_emit, npu_names, npu_operands
 
 if TYPE_CHECKING:
     from .npu_bind import Binder, Leaves
@@ -171,6 +171,7 @@ class _Build:
             args = (tensors, packed, sums, positions, len(runs), made.device.text, *call)
             node = self._graph.call_function(target, args)
             node.name = f"{part.group.name}_{target.name().split('_')[-1]}"
+            npu_names.mark(node, part.group.name)
             for i, (kind, run) in enumerate((kind, run) for kind in kinds for run in runs):
                 found.append(((kind, run), self._graph.call_function(operator.getitem, (node, i))))
         return found

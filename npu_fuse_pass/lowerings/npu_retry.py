@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import GraphRefused, Unsupported
 from .npu import Program
+from .npu_texts import Texts
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ class Retried:
         kernels: the option.
         values: of all leaves, if they are known; not kept.
         show: brings the report up to date: the program that runs now, and why the one before it does not.
+        texts: GE graphs of the program that runs now, where a dump is asked for.
 
     Raises:
         GraphRefused: torchair converts neither form.
@@ -37,8 +39,9 @@ class Retried:
         kernels: str,
         values: list[Tensor | None] | None,
         show: Callable[[Program, str | None], None],
+        texts: Texts | None = None,
     ) -> None:
-        self._build, self._show = build, show
+        self._build, self._show, self.texts = build, show, texts
         try:
             self.chosen = build(kernels, values)
         except GraphRefused as e:

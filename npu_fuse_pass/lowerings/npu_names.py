@@ -1,0 +1,55 @@
+"""Names of GE operations: each begins with the name of the group that it computes, `update_1a2b3c4d/Mul_7`.
+
+A profile of a device shows GE's names; the group's name leads from there to its formula in reports and dumps.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import fx
+from torch.fx import traceback
+
+_GROUP = "npu_fused_group"
+
+
+def mark(node: fx.Node, group: str) -> None:
+    """Say which group a fused node computes."""
+    node.meta[_GROUP] = group
+
+
+def kept() -> AbstractContextManager[None]:
+    """While torchair converts a graph inside the block, its converters see what `mark` has said."""
+    return traceback.preserve_node_meta()
+
+
+def naming(
+    converter: Callable[..., list[Any]], graph_of: Callable[[], Any], group_of: Callable[[str], str] | None = None
+) -> Callable[..., list[Any]]:
+    """The converter of a fused node, so that the operations that it emits are named after the group.
+
+    Args:
+        converter: its first argument that is text is a formula.
+        graph_of: gives torchair's graph that is being made.
+        group_of: the name for a formula, where nobody has marked the node; None: it is not a group's whole formula.
+    """
+
+    @functools.wraps(converter)
+    def named(tensors: list[Any], *args: Any, **given: Any) -> list[Any]:
+        group = traceback.get_current_meta().get(_GROUP)
+        if group is None and group_of is not None:
+            group = group_of(next(a for a in args if isinstance(a, str)))
+        if group is None:
+            return converter(tensors, *args, **given)
+        graph = graph_of()
+        plain = graph.next_unique_name
+        graph.next_unique_name = lambda name, op: plain(name, f"{group}/{op}")
+        try:
+            return converter(tensors, *args, **given)
+        finally:
+            del graph.next_unique_name
+
+    return named

@@ -1,0 +1,82 @@
+"""GE graphs in text form for a dump: as converted, and as GE gets them at the first run.
+
+torchair writes both itself where its configuration asks for it (`debug.graph_dump`), so that is what is used.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pathlib
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+class Texts:
+    """The graphs of the program that was converted last.
+
+    Attributes:
+        graphs: in protobuf's text form: "original", and "optimized" once it has run.
+    """
+
+    def __init__(self) -> None:
+        self.graphs: dict[str, str] = {}
+        self._folder = tempfile.TemporaryDirectory(prefix="npu_fuse_ge_")
+        self._show: Callable[[Mapping[str, str]], None] | None = None
+        self._waits = False
+
+    def follow(self, show: Callable[[Mapping[str, str]], None]) -> None:
+        """`show` is called with the graphs whenever they have changed."""
+        self._show = show
+
+    def config(self, config: Any) -> Any:
+        """A copy of torchair's configuration that makes it write its graphs.
+
+        The same one where torchair writes them for the user already, or makes no GE graph.
+        """
+        self._waits = False
+        try:
+            if config.debug.graph_dump.enabled or config.mode.value != "max-autotune":
+                return config
+            made = copy.deepcopy(config)
+            made.debug.graph_dump.type = "pbtxt"
+            made.debug.graph_dump.path = self._folder.name
+        except Exception:  # a dump is something to read; training goes on without it
+            log.debug("torchair writes no graphs", exc_info=True)
+            return config
+        self.graphs.clear()
+        self._waits = True
+        return made
+
+    def collect(self, ran: bool = False) -> None:
+        """Take what torchair has written. `ran`: after the first run; nothing comes later."""
+        if not self._waits:
+            return
+        self._waits = not ran
+        found = sorted(pathlib.Path(self._folder.name).glob("dynamo_*.pbtxt"))
+        for path in found:
+            kind = "optimized" if path.name.startswith("dynamo_optimized") else "original"
+            self.graphs[kind] = _ordered(path.read_text(encoding="utf-8"))
+            path.unlink()
+        if found and self._show is not None:
+            self._show(self.graphs)
+
+
+def _ordered(text: str) -> str:
+    """With the attributes of every node in the order of their names: in protobuf's maps they have none."""
+    lines: list[str] = []
+    attributes: list[str] = []
+    for line in text.splitlines():
+        if line == "    attr {":
+            attributes.append(line)
+        elif line == "}":
+            lines += [*sorted(attributes), line]
+            attributes = []
+        elif attributes:
+            attributes[-1] += f"\n{line}"
+        else:
+            lines.append(line)
+    return "".join(f"{line}\n" for line in lines)
