@@ -69,7 +69,7 @@ def test_what_does_not_convert_is_named() -> None:
     assert rows["Adam, for-loop"][1].startswith("OK ")
     assert rows["ASGD, foreach"][:2] == ["`aten._foreach_reciprocal.default`, `aten._foreach_copy.default`"] * 2
     assert rows["Adagrad, for-loop"][1].startswith("Dynamo breaks the graph")
-    assert rows["Muon"][2] == "npu: original operations between fused updates"
+    assert all(cell.startswith("OK ") for cell in rows["Muon"])
     assert all(cell.startswith("Dynamo breaks the graph") for cell in rows["Adafactor"])
     assert rows["rule lars"][:2] == ["–", "–"]
 
