@@ -159,15 +159,14 @@ def _lower_npu_whole(
     leaves: Sequence[Leaf], stages: Stages, groups: Sequence[Group], report: CompileReport, options: Options
 ) -> Program:
     """Groups and the original operations between them as one graph."""
-    from .lowerings import npu_emit, npu_whole
+    from .lowerings import npu_whole
 
     before = [g for made, _ in stages for g in made]
     calls = [call for _, made in stages for call in made]
     assert report.fused_graph is not None
     program = npu_whole.Program(leaves, [*before, *groups], calls, report.fused_graph, options.torchair_config)
     for g in (*before, *groups):
-        operations, size = npu_emit.cost(g.formula)
-        row = group_report(g, leaves, "npu", "GE elementwise", size, operations * len(g.members))
+        row = group_report(g, leaves, "npu", "GE elementwise", *program.cost(g))
         row.writes = "temporaries" if g in before else "leaves"
         report.groups.append(row)
     return program

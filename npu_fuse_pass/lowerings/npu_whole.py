@@ -2,12 +2,13 @@
 
 The rewritten graph is traced to ATen and goes into torchair's public compiler as it is: fused nodes through our
 converters, everything between them through torchair's own. Every tensor keeps its shape, because the operations in
-between read it; numbers enter one by one, and nothing advances on the host.
+between read it; numbers are constants or enter one by one, and nothing advances on the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +16,15 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from ..errors import FuseError, GraphRefused, Mismatch, Unsupported
-from ..ir import Call, Group, Leaf, LeafRef
+from ..ir import Call, Formula, Group, Leaf, LeafRef
+from ..ops import multi_tensor_update, parsed
 from . import npu, npu_emit
 from .memory import check_apart
+from .npu_graph import device_update
 from .npu_run import Run, refusal
+from .npu_split import Split, split
+
+_NUMBER = torch.ops.aten.scalar_tensor.default  # what `rewrite` makes of a constant
 
 
 class Program:
@@ -48,25 +54,33 @@ class Program:
         written = {m[s] for g in groups for m in g.members for s in g.formula.written}
         self._written = [place for place, i in enumerate(self._inputs) if i in written]
         _check(leaves, groups, calls, written)
-        traced, mode = self._traced(graph)
-        fakes = [n.meta["val"] for n in traced.graph.find_nodes(op="placeholder")]
-        with torch._guards.tracing(torch._guards.TracingContext(mode)):
-            try:
-                compiled = torchair.get_compiler(config or torchair.CompilerConfig())(traced, fakes)
-            except FuseError:
-                raise
-            except Exception as e:
-                raise GraphRefused(refusal("torchair does not convert this step's graph", e, npu.versions())) from e
-        self._run = Run(compiled, npu.versions)
+        self._run = Run(self._compiled(torchair, _with_constants(graph), config), npu.versions)
 
-    def _traced(self, graph: fx.GraphModule) -> tuple[fx.GraphModule, Any]:
+    @staticmethod
+    def cost(g: Group) -> tuple[int, int]:
+        """Bytes per element, and GE operations on tensors."""
+        made = _split(g.formula)
+        operations, size = npu_emit.cost(g.formula if made is None else made.device)
+        return size, operations * len(g.members)
+
+    def _compiled(self, torchair: Any, graph: fx.GraphModule, config: Any) -> Callable[..., Sequence[Tensor]]:
         from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.fx.experimental.proxy_tensor import make_fx
 
-        with FakeTensorMode() as mode:
-            chosen = [self._leaves[i] for i in self._inputs]
-            fakes = [torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device) for leaf in chosen]
-            return make_fx(graph)(*fakes), mode
+        chosen = [self._leaves[i] for i in self._inputs]
+        try:
+            with FakeTensorMode() as mode:
+                fakes = [torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device) for leaf in chosen]
+                traced = make_fx(graph)(*fakes)
+            with torch._guards.tracing(torch._guards.TracingContext(mode)):
+                compiled: Callable[..., Sequence[Tensor]] = torchair.get_compiler(config or torchair.CompilerConfig())(
+                    traced, fakes
+                )
+                return compiled
+        except FuseError:
+            raise
+        except Exception as e:
+            raise GraphRefused(refusal("torchair does not convert this step's graph", e, npu.versions())) from e
 
     def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None:
         """Run the step; as `npu.Program`."""
@@ -96,3 +110,40 @@ def _check(leaves: Sequence[Leaf], groups: Sequence[Group], calls: Sequence[Call
         raise Unsupported("npu", "original operations between fused updates, and a 0-dim state that the host advances")
     for g in groups:
         npu_emit.check(g.formula)
+
+
+def _split(formula: Formula) -> Split | None:
+    """A formula without the arithmetic on numbers; None where a number comes from a tensor."""
+    try:
+        return split(formula, (), contribute=False)
+    except Unsupported:
+        return None
+
+
+def _with_constants(rewritten: fx.GraphModule) -> fx.GraphModule:
+    """The graph with fused nodes whose numbers are constants, where they follow from constants."""
+    graph = copy.deepcopy(rewritten.graph)
+    constants: dict[tuple[float, torch.dtype], fx.Node] = {}
+    for node in graph.find_nodes(op="call_function", target=multi_tensor_update):
+        tensors, scalars, members, text = node.args
+        formula = parsed(text)
+        made = _split(formula)
+        given = {s: scalars[k * members : (k + 1) * members] for k, s in enumerate(formula.scalar_slots)}
+        if made is None or not all(n.target is _NUMBER for row in given.values() for n in row):
+            continue
+        columns = {s: torch.tensor([n.args[0] for n in row], dtype=torch.float64) for s, row in given.items()}
+        dtype = npu_emit.wide_dtype(formula)
+        keys = [(x, dtype) for v in made.host_values(columns)[0] for x in v.double().expand(members).tolist()]
+        with graph.inserting_before(node):
+            for key in keys:
+                if key not in constants:
+                    constants[key] = graph.call_function(_NUMBER, key[:1], {"dtype": dtype})
+            numbers = list(dict.fromkeys(constants[key] for key in keys))
+            positions = [numbers.index(constants[key]) for key in keys]
+            kept = [
+                tensors[formula.tensor_slots.index(s) * members + m] for s in made.tensor_slots for m in range(members)
+            ]
+            args: Any = (kept, numbers, [], positions, members, made.device.text)
+            node.replace_all_uses_with(graph.call_function(device_update, args))
+        graph.erase_node(node)
+    return fx.GraphModule(torch.nn.Module(), graph)
