@@ -134,6 +134,7 @@ def _fuse(
     program: platforms.Program | None = None
     stages: list[tuple[list[Group], list[Call]]] = []
     groups: list[Group] = []
+    report._graph = functools.cache(lambda: _rewrite(captured.leaves, groups, stages))  # when it is asked for
     if captured.unfused and not captured.updates:
         report.fallback = f"{captured.unfused[0].op}: {captured.unfused[0].reason}"
     elif captured.updates:
@@ -153,7 +154,6 @@ def _fuse(
             said += [f"{g.lowering}: {g.launches} x {g.kernel}" for g in report.groups] or [str(report.fallback)]
         report.bytes_per_element = traffic(captured, report)
         show_matches(report, groups, captured.leaves, matches)
-    report._graph = functools.cache(lambda: _rewrite(captured.leaves, groups, stages))
     record(report)
     if report.groups or report.unfused or report.fallback:
         _dump(options, lambda: _contents(original, captured, stages, groups, report, program), program)

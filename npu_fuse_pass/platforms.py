@@ -70,6 +70,8 @@ def lower(
     if report.platform in MATCHED_BEFORE:
         made_by = functools.partial(made_by, matches=matches())
     try:
+        if report.platform == "npu" and any(calls for _, calls in stages):
+            return _lower_npu_whole(leaves, stages, groups, report, options)
         before = [(made_by(leaves, made, report, options, None), calls) for made, calls in stages]
         for row in report.groups:
             row.writes = "temporaries"
@@ -132,9 +134,6 @@ def _lower_npu(
 ) -> Program:
     from .lowerings import npu, npu_retry, npu_texts
 
-    if any(leaf.kind == "result" for leaf in leaves):
-        raise Unsupported("npu", "original operations between fused updates")
-
     rows: list[GroupReport] = []
 
     def show(program: npu.Program, refused: str | None = None) -> None:
@@ -160,6 +159,23 @@ def _lower_npu(
     program = npu_retry.Retried(build, options.kernels, values, show, texts)
     if values is not None:
         planned(program.chosen)
+    return program
+
+
+def _lower_npu_whole(
+    leaves: Sequence[Leaf], stages: Stages, groups: Sequence[Group], report: CompileReport, options: Options
+) -> Program:
+    """Groups and the original operations between them as one graph."""
+    from .lowerings import npu_whole
+
+    before = [g for made, _ in stages for g in made]
+    calls = [call for _, made in stages for call in made]
+    assert report.fused_graph is not None
+    program = npu_whole.Program(leaves, [*before, *groups], calls, report.fused_graph, options.torchair_config)
+    for g in (*before, *groups):
+        row = group_report(g, leaves, "npu", "GE elementwise", *program.cost(g))
+        row.writes = "temporaries" if g in before else "leaves"
+        report.groups.append(row)
     return program
 
 

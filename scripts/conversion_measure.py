@@ -7,7 +7,7 @@ import dataclasses
 import importlib
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,12 +31,13 @@ class Conversion:
     Attributes:
         blockers: why there is no GE graph, or not only GE graphs; empty if all went well.
         nodes: of the graphs that reached GE, together: FX, GE, and GE's compute nodes.
-        seconds: processor time of the first compiled step, and of torchair's part in it.
+        seconds: processor time of the first compiled step; of that, from the graph that Dynamo captured to the graph
+            that GE gets; and of that, torchair's part.
     """
 
     blockers: list[str]
     nodes: tuple[int, int, int] = (0, 0, 0)
-    seconds: tuple[float, float] = (0.0, 0.0)
+    seconds: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
 @contextlib.contextmanager
@@ -66,7 +67,7 @@ def lacks_converter(node: torch.fx.Node) -> bool:
 
 
 class Watch:
-    """torchair's configuration that looks at the graphs which torchair gets, and when it gets them and is done."""
+    """torchair's configuration that looks at the graphs which torchair gets; when they are captured, given, done."""
 
     def __init__(self) -> None:
         import torchair
@@ -76,6 +77,7 @@ class Watch:
         self.fx_nodes = 0
         self.written = 0
         self.missing: dict[str, None] = {}
+        self.captured: list[float] = []
         self.started: list[float] = []
         self.loaded: list[float] = []
 
@@ -85,6 +87,15 @@ class Watch:
         self.written += sum(node.target is torch.ops.aten.copy_.default for node in calls)
         self.missing |= dict.fromkeys(str(node.target) for node in calls if lacks_converter(node))
         self.started.append(time.process_time())
+
+    def backend(self, inner: Callable[..., Any]) -> Callable[..., Any]:
+        """A Dynamo backend that takes the time when Dynamo calls it."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self.captured.append(time.process_time())
+            return inner(*args, **kwargs)
+
+        return timed
 
     @contextlib.contextmanager
     def loads(self) -> Iterator[None]:
@@ -119,7 +130,7 @@ def convert(make: Make, n: int, ours: bool) -> Conversion:
     watch = Watch()
     backend: Any = npu_fused if ours else torchair.get_npu_backend(compiler_config=watch.config)
     options: Any = {"options": {"platform": "npu", "torchair_config": watch.config}} if ours else {}
-    step = torch.compile(optimizer.step, backend=backend, dynamic=False, **options)
+    step = torch.compile(optimizer.step, backend=watch.backend(backend), dynamic=False, **options)
     raised: list[str] = []
     with warnings.catch_warnings(), harness.record() as graphs, watch.loads():
         warnings.simplefilter("ignore")
@@ -133,11 +144,12 @@ def convert(make: Make, n: int, ours: bool) -> Conversion:
             raised = [] if isinstance(inner, NotRunError) else [f"{type(inner).__name__}: {inner}".splitlines()[0][:80]]
         total = time.process_time() - begin
     ge_nodes, compute = (sum(len(nodes) for nodes in found) for found in _ge_nodes(graphs))
-    within = watch.loaded[-1] - watch.started[0] if watch.loaded and watch.started else 0.0
+    begun = [(times or [0.0])[0] for times in (watch.captured, watch.started)] if watch.loaded else []
+    converting, within = (watch.loaded[-1] - at for at in begun) if begun else (0.0, 0.0)
     found = _not_ours() if ours else (list(watch.missing) or raised if raised else [])
     if not found and watch.written < n:  # every parameter and state that a graph updates ends in a copy_
         found = ["Dynamo breaks the graph: no graph of the whole update reaches torchair"]
-    return Conversion(found, (watch.fx_nodes, ge_nodes, compute), (total, within))
+    return Conversion(found, (watch.fx_nodes, ge_nodes, compute), (total, converting, within))
 
 
 def _ge_nodes(graphs: Any) -> tuple[list[Any], list[Any]]:

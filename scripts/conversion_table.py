@@ -134,10 +134,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--time", type=int, metavar="N", help="time the conversion of Adam with N parameters instead")
     chosen = parser.parse_args(arguments)
     if chosen.time is not None:
-        print(f"Adam, {chosen.time} parameters: processor time of the first compiled step, and torchair's part of it")
+        print(
+            f"Adam, {chosen.time} parameters. Processor time of the first compiled step; of that, from the graph that"
+        )
+        print("Dynamo captured to the graph that GE gets; and of that, torchair's part:")
         for name, found in times(chosen.time).items():
             counted = f"{found.nodes[0]} FX nodes, {found.nodes[1]} GE nodes"
-            print(f"{name:38s} {found.seconds[0]:8.2f} s {found.seconds[1]:8.2f} s   {counted}", flush=True)
+            seconds = "".join(f"{part:8.2f} s" for part in found.seconds)
+            print(f"{name:38s} {seconds}   {counted}", flush=True)
         return 0
     for line in table([row for row in ROWS if chosen.only in row.name], chosen.sizes):
         print(line, flush=True)

@@ -152,4 +152,8 @@ def _why(ours: Work, peer: Work, c: Values) -> str:
         ),
     ]
     found = [text for holds, text in reasons if holds]
+    if not found and seconds(ours, c) - c["head"] > limit:
+        found = [
+            f"{ours.nodes} nodes with {ours.moved / 1e6:.0f} MB, the peer has {peer.nodes} with {peer.moved / 1e6:.0f}"
+        ]
     return "; ".join(found) or f"the graph's head of {1e6 * c['head']:.0f} us decides"

@@ -63,6 +63,7 @@ def test_a_comparison_holds_or_says_what_decides() -> None:
         (static_graph([100_000_000]), "100 MB, the peer moves 29 MB"),
         (static_graph([28_672_000], host=1e-3), "Python before the launch takes 1000 us"),
         (static_graph([28_672_000]), "the graph's head of 30 us decides"),
+        (static_graph([28_000_000, *[100] * 8]), "9 nodes with 28 MB, the peer has 1 with 29"),
     ]:
         lost = compare(ours, {"peer": small})
         assert lost.ratio < 1 and lost.worst < 1

@@ -191,16 +191,34 @@ class _Device:
 
 
 def _lerp(e: Expr) -> tuple[Expr, Expr, Expr] | None:
-    """(start, end, weight) of where(|w| < 1/2, w*(end-start)+start, -(end-start)*(1-w)+end): torch's lerp.
+    """(start, end, weight) of torch's lerp: where(|w| < 1/2, w*(end-start)+start, -(end-start)*(1-w)+end).
 
-    Both branches are one function, rounded differently; an NPU's Lerp rounds in its own way.
+    Both branches are one function, rounded differently; an NPU's Lerp rounds in its own way. Where the weight was known
+    when the step was captured, there is one of them.
     """
-    if e.op != "where" or not e.tensor or e.args[1].op != "fma" or e.args[2].op != "fma":
+    if e.op != "where":
+        return _interpolation(e)
+    low, high = _interpolation(e.args[1]), _interpolation(e.args[2])
+    if low is None or high is None or low[:2] != (high[1], high[0]):
         return None
-    low, high = e.args[1].args, e.args[2].args
-    weight, distance = low[0], low[1]
-    if weight.tensor or distance.op != "sub" or distance.args != (high[2], low[2]):
+    rest = _uncast(high[2])
+    return low if rest.op == "sub" and _uncast(rest.args[1]) is _uncast(low[2]) else None
+
+
+def _uncast(e: Expr) -> Expr:
+    return _uncast(e.args[0]) if e.op == "cast" else e
+
+
+def _interpolation(e: Expr) -> tuple[Expr, Expr, Expr] | None:
+    """(start, end, weight) of weight*(end-start)+start, in which the product may be (start-end) with the other sign."""
+    if e.op != "fma":
         return None
-    if high[0].op != "neg" or high[0].args != (distance,):
-        return None
-    return low[2], high[2], weight
+    (first, second, start) = e.args
+    for weight, distance in ((first, second), (second, first)):
+        signs = (distance.args[0], 1) if distance.op == "neg" else (distance, 0)
+        if weight.tensor or signs[0].op != "sub" or not signs[0].tensor:
+            continue
+        end, away = signs[0].args[signs[1]], signs[0].args[1 - signs[1]]
+        if away is start and end.tensor:
+            return start, end, weight
+    return None

@@ -173,6 +173,11 @@ CASES: dict[str, Case] = {
     "ReduceMin": (lambda x: ge.ReduceMin(x, [0, 1]), [X], X.min()),
     "LpNormV2": (lambda x: ge.LpNormV2(x, p=2.0, axes=[], epsilon=0.0), [X], X.square().sum().sqrt()),
     "Reshape": (lambda x: ge.Reshape(x, [3, -1]), [X], X.view(3, 2)),
+    "Transpose": (lambda x: ge.Transpose(x, [1, 0]), [X], torch.stack([X[0], X[1]], 1)),
+    "MatMul": (lambda x, y: ge.MatMul(x, y, None, transpose_x2=True), [X, Y], torch.einsum("ik,jk->ij", X, Y)),
+    "MatMulV2": (
+        lambda x, y: ge.MatMulV2(x, y, None, None, transpose_x1=True), [X, Y], torch.einsum("ki,kj->ij", X, Y)
+    ),
     "BroadcastTo": (lambda x: ge.BroadcastTo(x, [2, 3]), [X[0]], torch.stack([X[0], X[0]])),
     "Fill": (lambda x: ge.Fill([2, 2], x), [LR], torch.full((2, 2), 0.1)),
     "Concat": (lambda x, y: ge.Concat(1, [x, y], N=2), [X, Y], torch.cat([X, Y], 1)),

@@ -112,6 +112,18 @@ def lp_norm_v2(node: Node) -> list[Tensor]:
     ]
 
 
+def matmul(node: Node) -> list[Tensor]:
+    """x1 @ x2, either of them transposed first; MatMulV2 has an offset for quantised inputs, which is absent."""
+    x1, x2, *rest = node.inputs
+    if x1 is None or x2 is None or any(t is not None for t in rest):
+        raise ValueError("only two matrices are interpreted, without a bias")
+    one_dtype([x1, x2])
+    if x1.dim() != 2 or x2.dim() != 2:
+        raise ValueError("takes matrices; BatchMatMul takes more dimensions")
+    left, right = (x.t() if node.flag(f"transpose_x{i}", False) else x for i, x in ((1, x1), (2, x2)))
+    return [left @ right]
+
+
 KERNELS: dict[str, Kernel] = {
     # elewise_calculation_ops.h, one input
     "Abs": elementwise(torch.abs, 1),
@@ -174,6 +186,9 @@ KERNELS: dict[str, Kernel] = {
     "ReduceMax": reduction(torch.amax),
     "ReduceMin": reduction(torch.amin),
     "LpNormV2": lp_norm_v2,
+    # matrix_calculation_ops.h
+    "MatMul": matmul,
+    "MatMulV2": matmul,
     **shape_kernels.KERNELS,
     **training_kernels.KERNELS,
     **list_kernels.KERNELS,

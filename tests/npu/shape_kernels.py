@@ -74,6 +74,7 @@ def reshape(node: Node) -> list[Tensor]:
 
 KERNELS: dict[str, Callable[[Node], Sequence[Tensor]]] = {
     "Reshape": reshape,
+    "Transpose": lambda node: [node.tensors()[0].permute(axes_of(node.tensors()[1])).contiguous()],
     "BroadcastTo": lambda node: [node.tensors()[0].expand(axes_of(node.tensors()[1])).contiguous()],
     "Fill": lambda node: [node.tensors()[1].expand(axes_of(node.tensors()[0])).contiguous()],
     "Concat": lambda node: concat(node, node.tensors()[1:], axes_of(node.tensors()[0])[0]),

@@ -6,7 +6,6 @@ float16 and bfloat16 parameters, in one step. That everything was fused is read 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -170,26 +169,6 @@ def test_the_pairs_of_options_are_all_there() -> None:
                 {first: a[i], second: b[j]} in REFUSED or {second: b[j], first: a[i]} in REFUSED for i, j in absent
             ]
             assert all(refused), (name, first, second, absent)
-
-
-def test_muon_falls_back_with_a_reason(ge_graphs: harness.Recording) -> None:
-    """Its matrix products stay original operations between fused updates, which one GE graph does not hold yet."""
-    params = [torch.nn.Parameter(torch.randn(4, 5)), torch.nn.Parameter(torch.randn(6, 3))]
-    eager = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    ours, theirs = (conversion_cases.MUON.make(p) for p in (params, eager))
-    step = torch.compile(ours.step, backend=npu_fused, options={"platform": "npu"})
-    for k in range(3):
-        for each in (params, eager):
-            set_gradients(each, k)
-        with pytest.warns(UserWarning, match="results stay right") if k == 0 else contextlib.nullcontext():
-            step()
-        theirs.step()
-    (report,) = npu_fuse_pass.reports()
-    assert str(report.fallback).startswith("npu: original operations between fused updates")
-    assert {"matmul", "addmm"} <= {u.op for u in report.unfused}
-    assert not ge_graphs.graphs
-    for p, q in zip(params, eager, strict=True):
-        assert_close(p.detach(), q.detach(), 1e-6)
 
 
 def test_adafactor_is_never_shown_to_a_backend() -> None:

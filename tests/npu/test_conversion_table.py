@@ -69,7 +69,7 @@ def test_what_does_not_convert_is_named() -> None:
     assert rows["Adam, for-loop"][1].startswith("OK ")
     assert rows["ASGD, foreach"][:2] == ["`aten._foreach_reciprocal.default`, `aten._foreach_copy.default`"] * 2
     assert rows["Adagrad, for-loop"][1].startswith("Dynamo breaks the graph")
-    assert rows["Muon"][2] == "npu: original operations between fused updates"
+    assert all(cell.startswith("OK ") for cell in rows["Muon"])
     assert all(cell.startswith("Dynamo breaks the graph") for cell in rows["Adafactor"])
     assert rows["rule lars"][:2] == ["–", "–"]
 
@@ -87,10 +87,10 @@ def test_the_times_are_of_whole_conversions(capsys: pytest.CaptureFixture[str]) 
     ops = (torch.ops.aten._foreach_sqrt.default, torch.ops.prims.fma.default)
     before = [op._ge_converter for op in ops]
     assert conversion_table.main(["--time", "3"]) == 0
-    lines = capsys.readouterr().out.splitlines()[1:]
+    lines = capsys.readouterr().out.splitlines()[2:]
     assert [line.split("  ")[0] for line in lines] == list(conversion_table.TIMED)
     for line in lines:
-        total, within, fx, ge = map(float, re.findall(r"[\d.]+(?= s| FX| GE)", line))
-        assert total > within > 0
+        total, converting, within, fx, ge = map(float, re.findall(r"[\d.]+(?= s| FX| GE)", line))
+        assert total > converting > within > 0
         assert fx > 3 < ge
     assert [op._ge_converter for op in ops] == before

@@ -100,6 +100,29 @@ def test_float64_where_the_ge_operation_has_none() -> None:
         on_graph(lambda x, y, w: x.copy_(x.trunc()), torch.float64)
 
 
+LERPS: dict[str, tuple[Callable[..., Tensor], dict[str, int]]] = {
+    "weight at run time": (lambda x, y, w: torch.lerp(x, y, w), {"Lerp": 1}),
+    "small weight": (lambda x, y, w: torch.lerp(x, y, 0.3), {"Lerp": 1}),
+    "large weight": (lambda x, y, w: torch.lerp(x, y, 0.7), {"Lerp": 1}),
+    "the other sign": (lambda x, y, w: torch.add(x, -(x - y), alpha=0.1), {"Lerp": 1}),
+    "no lerp": (lambda x, y, w: torch.add(x, y - x.abs(), alpha=0.1), {"Abs": 1, "Sub": 1, "Mul": 1, "Add": 1}),
+    "from the other end": (lambda x, y, w: torch.add(x, x - y, alpha=0.1), {"Sub": 1, "Mul": 1, "Add": 1}),
+    "two of them, by a condition": (
+        lambda x, y, w: torch.where(w > 0.5, torch.add(x, y - x, alpha=0.25), torch.add(y, -(y - x), alpha=0.1)),
+        {"Lerp": 2, "SelectV2": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LERPS)
+def test_interpolations_are_one_operation(name: str) -> None:
+    function, emitted = LERPS[name]
+    got, graph = on_graph(lambda x, y, w: x.copy_(function(x, y, w)))
+    torch.testing.assert_close(got, function(X, Y, W), rtol=1e-6, atol=1e-6)
+    on_numbers = {*harness.NOT_COMPUTE, "Unpack", "NotEqual"}
+    assert {k: v for k, v in graph.counts().items() if k not in on_numbers} == emitted
+
+
 # An error planted in the table of the lowering: another operation with as many operands.
 PLANTED = {
     "add": "Sub", "sub": "Add", "mul": "RealDiv", "div": "Mul", "neg": "Abs", "abs": "Neg", "sqrt": "Rsqrt",

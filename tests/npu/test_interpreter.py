@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +16,18 @@ from ge_cases import ADAM_W, B1, CASES, LR, X, Y, adam, assert_as_torch, emit, g
 
 def test_every_operation_has_a_case() -> None:
     assert set(CASES) == set(kernels.KERNELS)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_operation_is_used_as_its_prototype_says(name: str) -> None:
+    """CANN's prototype, in the docstring of torchair's wrapper, names inputs, outputs and attributes."""
+    prototype = inspect.getdoc(getattr(ge, name)) or ""
+    assert f"REG_OP({name})" in prototype
+    op = the(name, emit(CASES[name]))
+    kinds, names = zip(*re.findall(r"\.(\w+)\((\w+),", prototype), strict=True)
+    assert {d.name.rstrip("0123456789") for d in op.input_desc} <= {n.rstrip("0123456789") for n in names}
+    assert "DYNAMIC_OUTPUT" in kinds or len(op.output_desc) == kinds.count("OUTPUT")
+    assert {a for a in op.attr if not a.startswith("_")} <= set(names)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -58,6 +72,7 @@ SIBLINGS = {
 EXCHANGED = [
     "Sub", "Div", "RealDiv", "Pow", "AxpyV2", "FusedMulAdd", "Lerp", "Addcmul", "Addcdiv", "ClipByValue", "Greater",
     "GreaterEqual", "Less", "LessEqual", "Select", "SelectV2", "Concat", "ConcatV2", "ConcatD", "ConcatV2D", "Pack",
+    "MatMul", "MatMulV2",
     "ApplyAdamW", "ApplyMomentumD", "ApplyAdamWithAmsgradV2", "AdamApplyOneAssign", "FusedMulApplyMomentum",
 ]  # fmt: skip
 CHANGED: dict[str, Callable[[Any], None]] = {
@@ -66,6 +81,8 @@ CHANGED: dict[str, Callable[[Any], None]] = {
     "Cast": lambda op: setattr(op.attr["dst_type"], "i", torch_type_to_ge_type(torch.float16)),
     "ReduceSumD": lambda op: setattr(op.attr["keep_dims"], "b", False),
     "LpNormV2": lambda op: setattr(op.attr["p"], "f", 1.0),
+    "MatMul": lambda op: setattr(op.attr["transpose_x2"], "b", False),
+    "MatMulV2": lambda op: setattr(op.attr["transpose_x1"], "b", False),
     "ConcatD": lambda op: setattr(op.attr["N"], "i", 3),
     "ConcatV2D": lambda op: setattr(op.attr["concat_dim"], "i", 0),
     "Pack": lambda op: setattr(op.attr["axis"], "i", 0),
@@ -81,6 +98,7 @@ CONSTANTS = [
     "ReduceSum",
     "ReduceMax",
     "Reshape",
+    "Transpose",
     "BroadcastTo",
     "Fill",
     "Concat",

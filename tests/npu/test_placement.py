@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 
 import harness
 import placement
@@ -13,25 +14,27 @@ from placement import Memory, Placed
 from steps import assert_close, set_gradients
 from torch import Tensor
 
+import npu_fuse_pass
 from npu_fuse_pass.backend import npu_fused
 from scripts import conversion_cases
 from scripts.conversion_cases import OURS, RULES, Make
 
 SHAPES = [(4, 5), (7,), (2, 1, 3)]
 STOCK = {row.name: row.make for row in conversion_cases.STOCK}
-CASES: dict[str, Make] = {
-    **OURS,
-    **{name: STOCK[name] for name in ("Adam, foreach", "AdamW, for-loop", "SGD momentum, foreach")},
-    **{f"rule {name}": RULES[name] for name in ("adan", "lars")},
-}
+CASES: dict[str, Make] = {**OURS, **STOCK, **{f"rule {name}": make for name, make in RULES.items()}}
 Tensors = dict[str, Tensor]
+
+
+def parameters(shapes: Sequence[tuple[int, ...]]) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
 
 
 class Ran:
     """One optimizer after two steps, the second one compiled for NPUs; its eager twin says what had to happen."""
 
-    def __init__(self, make: Make) -> None:
-        self.params, eager = self._parameters(), self._parameters()
+    def __init__(self, make: Make, shapes: Sequence[tuple[int, ...]] = SHAPES) -> None:
+        self.params, eager = parameters(shapes), parameters(shapes)
         self.optimizer, other = make(self.params), make(eager)
         for k, step in enumerate((self.optimizer.step, self._compiled)):
             for params in (self.params, eager):
@@ -42,15 +45,11 @@ class Ran:
         self.after = tensors(other, eager)
         self.mutated = [name for name, t in self.after.items() if not torch.equal(before[name], t)]
 
-    def _parameters(self) -> list[torch.nn.Parameter]:
-        generator = torch.Generator().manual_seed(0)
-        return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
-
     def _compiled(self) -> None:
         torch._dynamo.reset()
         with placement.watched() as seen, harness.record() as graphs:
-            torch.compile(self.optimizer.step, backend=npu_fused, options={"platform": "npu", "strict": True})()
-        assert [g.runs for g in graphs] == [1]
+            torch.compile(self.optimizer.step, backend=npu_fused, options={"platform": "npu"})()
+        assert [g.runs for g in graphs] == [1] and npu_fuse_pass.reports()[-1].fallback is None
         (self.given,) = seen
 
     def tensors(self) -> Tensors:
@@ -72,21 +71,21 @@ def placed(ran: Ran, leave_out: str = "") -> Placed:
     return placement.placed(ran.given, on_device)
 
 
-def check(ran: Ran, found: Placed) -> None:
-    """What an NPU needs of a graph, from the memory of its inputs."""
+def check(ran: Ran, found: Placed, tolerance: float = 1e-6) -> None:
+    """What an NPU needs of a graph, from the memory of its inputs. `tolerance`: of what it computes."""
     assert not found.in_place & found.host, "a host input is written"
     written = found.written()
     for name, t in ran.tensors().items():
         memory = Memory.of(t)
-        if name.startswith("step"):
-            assert name in ran.mutated
+        if not t.ndim:  # step counters, and what else a step computes from them
+            assert name in ran.mutated or not name.startswith("step")
             assert not memory.touches(found.inputs[i] for i in set(range(len(found.inputs))) - found.host), name
             assert not memory.touches(written), f"{name} is written by the graph"
         elif name in ran.mutated:
             assert memory.within(written), f"{name} is not written in place"
         else:
             assert not memory.touches(written), f"{name} is written"
-        assert_close(t, ran.after[name], 1e-6)
+        assert_close(t, ran.after[name], tolerance)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -96,6 +95,13 @@ def test_what_is_written_in_place(name: str) -> None:
     found = placed(ran)
     check(ran, found)
     assert len(found.host) == 1  # all numbers of the step, packed
+
+
+def test_what_is_written_in_place_around_original_operations() -> None:
+    ran = Ran(conversion_cases.MUON.make, [(4, 5), (6, 3)])
+    found = placed(ran)
+    check(ran, found, tolerance=1e-2)  # test_muon.py says why
+    assert not found.host  # its numbers are constants
 
 
 @pytest.fixture(scope="module")
