@@ -92,6 +92,21 @@ def print_cells(cells: Sequence[dict[str, Any]]) -> None:
     table("workload | optimizer | ours, ms | best peer, ms | as fast | GB/s | of in-place | extra memory", rows)
 
 
+def print_overview(cells: Sequence[dict[str, Any]]) -> None:
+    """Workloads beside each other: ours in ms, how much faster than the best peer, share of the in-place bandwidth."""
+    workloads = list(dict.fromkeys(c["workload"] for c in cells))
+    found = {(c["optimizer"], c["workload"]): c for c in cells}
+    rows = []
+    for name in dict.fromkeys(c["optimizer"] for c in cells):
+        here = [found.get((name, w)) for w in workloads]
+        texts = (
+            f"{c['milliseconds']['ours']:.1f} ms, {c['ratio']:.1f}x, {c['share of bandwidth']:.0%}" if c else "–"
+            for c in here
+        )
+        rows.append([name, *texts])
+    table(" | ".join(["optimizer", *workloads]), rows)
+
+
 def growth(counts: Sequence[int], seconds: float) -> list[dict[str, Any]]:
     """Step times of Adam on 1 to 3000 tensors of 1024 elements."""
     adam = next(f for f in FAMILIES if f.name == "Adam")
@@ -165,6 +180,7 @@ def main() -> None:
     table("NpuFusedAdam on 1000 x 1024 | us for each parameter", [[name, f"{us:.2f}"] for name, us in parts.items()])
     print_growth(grown)
     print_cells(cells)
+    print_overview(cells)
     given.out.mkdir(exist_ok=True)
     measured = {"steps": cells, "compile": rows, "call": parts, "growth": grown}
     (given.out / "bench.json").write_text(json.dumps({**found, **measured}, indent=2))
