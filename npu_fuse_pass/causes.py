@@ -68,6 +68,12 @@ def recompile(reason: str) -> Cause:
     return Cause(f"no longer true: {guard}", None)
 
 
+def decided_otherwise(numbers: Sequence[tuple[str, bool]]) -> Cause:
+    """Numbers that a step treats differently where they are 0: names, whether they are 0 now."""
+    told = dict.fromkeys(f"{name} is {'0 now' if zero else 'no longer 0'}" for name, zero in numbers)
+    return Cause(f"{', '.join(told)}; the rule tests for that, and each case is a program that is kept")
+
+
 @dataclasses.dataclass(frozen=True)
 class Planned:
     """What a plan for an optimizer of ours was made for, to tell later what changed."""

@@ -11,16 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from . import pipeline, platforms, step_op
+from . import pipeline, step_op
 from .causes import FIRST, Cause, Planned
 from .errors import GraphRefused, Mismatch, NumericsError, UnfusedError
-from .ir import Captured, Output
+from .ir import Captured, Leaf, Output
 from .logs import trace, warn_unfused
-from .numerics import SideBySide
 from .optimizer import RuleOptimizer
 from .options import Options
 from .report import CompileReport
 from .storage import inputs_of
+from .variants import Variant, Variants
+
+Kept = dict[str, list[Tensor | None]]
+"""What optimizers of ours keep, by their handles."""
 
 
 class RuleStep:
@@ -29,7 +32,6 @@ class RuleStep:
     def __init__(self, handle: str, options: Options, cause: Cause) -> None:
         self._optimizer = weakref.ref(step_op.optimizer_of(handle))
         self._options = options
-        self._program: platforms.Program | None = None
         self._planned: Planned | None = None
         self._plan(cause)
 
@@ -41,36 +43,44 @@ class RuleStep:
         if before is not None:
             cause = before.changed(self._planned)
         self._version = prelude.version
-        fused = pipeline.fuse_batches(prelude.batches, self._options, cause)
-        self._program, self._report = fused.program, fused.report
-        self._check = _check(fused, self._options)
+        values = inputs_of(prelude.batches)
+        self._variants = Variants(self._variant(cause, lambda leaf: values[leaf.index]))
+
+    def _variant(self, cause: Cause, number: pipeline.Number | None) -> Variant:
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        return Variant(pipeline.fuse_batches(optimizer._prelude.batches, self._options, cause, number), self._options)
 
     def __call__(self, *args: Tensor) -> tuple[()]:
         optimizer = self._optimizer()
         assert optimizer is not None
         if optimizer._prelude.version != self._version:
             self._plan()
-        if self._program is None or not self._run(optimizer, self._program):
+        values = inputs_of(optimizer._prelude.batches)
+        variant = self._variants.of(lambda leaf: values[leaf.index], self._variant)
+        if not self._run(optimizer, variant, values):
             step_op.run_eager(optimizer)
         return ()
 
-    def _run(self, optimizer: RuleOptimizer, program: platforms.Program) -> bool:
-        values, kinds = inputs_of(optimizer._prelude.batches), optimizer._prelude.kinds
+    def _run(self, optimizer: RuleOptimizer, variant: Variant, values: list[Tensor | None]) -> bool:
+        if variant.program is None:
+            return False
+        kinds = optimizer._prelude.kinds
         try:
-            if self._check is None:
-                program(values, kinds=kinds)
+            if variant.check is None:
+                variant.program(values, kinds=kinds)
             else:
-                fused = functools.partial(program, values, kinds=kinds)
-                self._check(values, fused, functools.partial(step_op.run_eager, optimizer), [optimizer])
+                fused = functools.partial(variant.program, values, kinds=kinds)
+                variant.check(values, fused, functools.partial(step_op.run_eager, optimizer), [optimizer])
         except NumericsError:
             optimizer._after()  # the step is done, as the original does it
             raise
         except Mismatch as e:
-            refused(self._report, str(e), self._options.strict)
+            refused(variant.report, str(e), self._options.strict)
             return False
         except GraphRefused as e:
-            falls_back(self._report, e, self._options.strict)
-            self._program = None
+            falls_back(variant.report, e, self._options.strict)
+            variant.program = None
             return False
         return True
 
@@ -96,17 +106,21 @@ class GraphStep:
 
     @property
     def fused(self) -> bool:
-        return self._program is not None
+        return self._variants.newest.program is not None
 
     def _plan(self, cause: Cause = FIRST) -> None:
         before = self._planned
         self._state, self._planned = self._look(), Planned.of([b for o in self._stepped() for b in o._prelude.batches])
         if before is not None:
             cause = before.changed(self._planned)
-        made = pipeline.fuse_graph(self._gm, self._options, cause, graph_break_of(self._gm))
-        self._program, self._report, self._returned = made.program, made.report, made.captured.returned
-        self._arguments = _Arguments(self._gm, made.captured)
-        self._check = _check(made, self._options)
+        self._variants = Variants(self._variant(cause, functools.partial(_number, self._kept())))
+
+    def _variant(self, cause: Cause, number: pipeline.Number | None) -> _GraphVariant:
+        made = pipeline.fuse_graph(self._gm, self._options, cause, graph_break_of(self._gm), number)
+        return _GraphVariant(self._gm, made, self._options)
+
+    def _kept(self) -> Kept:
+        return {h: inputs_of(o._prelude.batches) for h, o in zip(self._optimizers, self._stepped(), strict=True)}
 
     def _stepped(self) -> list[RuleOptimizer]:
         found = [optimizer() for optimizer in self._optimizers.values()]
@@ -126,34 +140,40 @@ class GraphStep:
             o._before(None)
         if optimizers and self._look() != self._state:
             self._plan()
-        if self._program is None:
+        kept = self._kept()
+        variant = self._variants.of(functools.partial(_number, kept), self._variant)
+        if variant.program is None:
             return self._gm.forward(*args)
-        values = self._arguments(args, {h: inputs_of(o()._prelude.batches) for h, o in self._optimizers.items()})  # type: ignore[union-attr]
+        values = variant.arguments(args, kept)
         try:
-            if self._check is None:
-                self._program(values, complete=True)
+            if variant.check is None:
+                variant.program(values, complete=True)
             else:
-                fused = functools.partial(self._program, values, complete=True)
-                self._check(values, fused, functools.partial(self._gm.forward, *args), optimizers)
+                fused = functools.partial(variant.program, values, complete=True)
+                variant.check(values, fused, functools.partial(self._gm.forward, *args), optimizers)
         except Mismatch as e:
             return self._unfused(str(e), args)
         except GraphRefused as e:
-            falls_back(self._report, e, self._options.strict)
-            self._program = None
+            falls_back(variant.report, e, self._options.strict)
+            variant.program = None
             return self._gm.forward(*args)
         for o in optimizers:
             o._after()
-        return tuple(_returned(output, values) for output in self._returned)
+        return tuple(_returned(output, values) for output in variant.captured.returned)
 
     def _unfused(self, reason: str, args: Sequence[Any]) -> Any:
-        refused(self._report, reason, self._options.strict)
+        refused(self._variants.newest.report, reason, self._options.strict)
         return self._gm.forward(*args)
 
 
-def _check(made: pipeline.Fused, options: Options) -> SideBySide | None:
-    if not options.check_numerics or made.program is None:
-        return None
-    return SideBySide(made.captured, made.groups, made.report)
+def _number(kept: Kept, leaf: Leaf) -> Tensor | None:
+    return None if leaf.optimizer is None else kept[leaf.optimizer][leaf.index]
+
+
+class _GraphVariant(Variant):
+    def __init__(self, gm: fx.GraphModule, made: pipeline.Fused, options: Options) -> None:
+        super().__init__(made, options)
+        self.arguments = _Arguments(gm, made.captured)
 
 
 def graph_break_of(gm: fx.GraphModule) -> str | None:
@@ -184,7 +204,7 @@ class _Arguments:
             elif leaf.kind == "input":
                 self._inputs.append((i, leaf.index))
 
-    def __call__(self, args: Sequence[Any], kept: dict[str, list[Tensor | None]]) -> list[Any]:
+    def __call__(self, args: Sequence[Any], kept: Kept) -> list[Any]:
         values = self._template.copy()
         for i, index in self._inputs:
             value = args[index]

@@ -191,9 +191,24 @@ class Expanded:
     kept: dict[int, int]
 
 
+@dataclasses.dataclass(frozen=True)
+class Decided:
+    """What a step computes depends on whether a number is 0; `zero`: the updates are for where it is."""
+
+    leaf: Leaf
+    label: str
+    zero: bool
+
+    def __str__(self) -> str:
+        return f"{self.label} {'==' if self.zero else '!='} 0"
+
+
 @dataclasses.dataclass
 class Captured:
-    """The result of capture: leaves, stages before the last, the updates that write, and what is not fused."""
+    """The result of capture: leaves, stages before the last, the updates that write, and what is not fused.
+
+    `decided`: the numbers for which the updates hold, see `decide`.
+    """
 
     leaves: list[Leaf]
     updates: list[Update]
@@ -204,3 +219,4 @@ class Captured:
     moved: int = 0  # bytes that the original operations read and write, one after the other
     moved_by_calls: int = 0  # of these, those of operations that stay as they are
     expanded: dict[str, Expanded] = dataclasses.field(default_factory=dict)  # by the node's name
+    decided: tuple[Decided, ...] = ()

@@ -1,4 +1,7 @@
-"""The stages in order: captured updates -> groups -> matches -> a program, and the report of what was done."""
+"""The stages in order: captured updates -> groups -> matches -> a program, and the report of what was done.
+
+On some platforms tests of numbers are decided (`decide`) before updates are grouped.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from torch import Tensor, fx
 from . import platforms
 from .capture import capture
 from .causes import FIRST, Cause
+from .decide import decide
 from .dump.contents import Contents
 from .dump.folder import wanted
 from .effects import recorded
@@ -34,6 +38,8 @@ from .trace import capture_batches
 
 log = logging.getLogger(__name__)
 
+Number = Callable[[Leaf], Tensor | None]
+
 
 @dataclasses.dataclass(frozen=True)
 class Fused:
@@ -45,17 +51,24 @@ class Fused:
     report: CompileReport
 
 
-def fuse_graph(gm: fx.GraphModule, options: Options, cause: Cause = FIRST, graph_break: str | None = None) -> Fused:
+def fuse_graph(
+    gm: fx.GraphModule,
+    options: Options,
+    cause: Cause = FIRST,
+    graph_break: str | None = None,
+    number: Number | None = None,
+) -> Fused:
     """Fuse a captured graph.
 
     Args:
         cause: why it is compiled, for the report.
         graph_break: why Dynamo ended the graph, for the report.
+        number: the value of a leaf, None where it is not known: the program may be for such numbers only.
 
     Raises:
         UnfusedError: `strict`, and something was left unfused.
     """
-    return _fuse(lambda: capture(gm), options, cause, graph_break, original=gm)
+    return _fuse(lambda: capture(gm), options, cause, graph_break, original=gm, number=number)
 
 
 def fuse_functional(gm: fx.GraphModule, strict: bool, kernels: bool) -> Fused | None:
@@ -96,9 +109,11 @@ def _symbolic(placeholder: fx.Node) -> bool:
     return symbolic > len(list(fixed))  # Dynamo fixes some sizes itself; they stay of the symbolic type
 
 
-def fuse_batches(batches: Sequence[Batch], options: Options, cause: Cause = FIRST) -> Fused:
+def fuse_batches(
+    batches: Sequence[Batch], options: Options, cause: Cause = FIRST, number: Number | None = None
+) -> Fused:
     """Fuse the step of an optimizer with update rules; as `fuse_graph`."""
-    return _fuse(lambda: capture_batches(batches), options, cause, values=inputs_of(batches))
+    return _fuse(lambda: capture_batches(batches), options, cause, values=inputs_of(batches), number=number)
 
 
 def _fuse(
@@ -108,6 +123,7 @@ def _fuse(
     graph_break: str | None = None,
     values: platforms.Values = None,
     original: fx.GraphModule | None = None,
+    number: Number | None = None,
 ) -> Fused:
     report = CompileReport(options.platform, cause=cause.text, cause_remedy=cause.remedy, graph_break=graph_break)
     with _without_collection(), timed(report.seconds, "capture") as said:
@@ -121,11 +137,14 @@ def _fuse(
     if captured.unfused and not captured.updates:
         report.fallback = f"{captured.unfused[0].op}: {captured.unfused[0].reason}"
     elif captured.updates:
+        platforms.choose(report, captured.leaves)
+        if number is not None and report.platform in platforms.DECIDED_BEFORE:
+            captured = decide(captured, number)
+            report.decided = list(dict.fromkeys(map(str, captured.decided)))
         with timed(report.seconds, "group") as said:
             stages = [(group_updates(stage.updates, captured.leaves), stage.calls) for stage in captured.stages]
             groups = group(captured)
             said += [f"{g.name} x {len(g.members)}" for g in groups]
-        platforms.choose(report, captured.leaves)
         matches = functools.cache(lambda: _match(groups, captured.leaves, report))
         if report.platform in platforms.MATCHED_BEFORE:
             matches()

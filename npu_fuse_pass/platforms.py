@@ -23,6 +23,9 @@ KERNELS = ("auto", "dedicated", "elementwise")
 # Platforms with dedicated operations need to know before they lower which kernel computes a group. Elsewhere a match is
 # something to read: it is decided when the report is, and no compile takes longer for it.
 MATCHED_BEFORE = ("npu",)
+# Platforms where a test of a number against 0 costs a pass over memory, so that it is decided beforehand. In a kernel
+# that is generated it costs nothing, and one kernel serves all numbers.
+DECIDED_BEFORE = ("npu",)
 
 
 Stages = Sequence[tuple[Sequence[Group], Sequence[Call]]]

@@ -115,6 +115,7 @@ class CompileReport:
             of the original went over memory by itself, and "after".
         checked_steps: how many steps `check_numerics` has compared with the original's.
         graph_break: why and where Dynamo ended this graph, if the function goes on after it; nothing fuses across.
+        decided: "weight_decay == 0": what is compiled holds for such numbers; another outcome is another compile.
     """
 
     platform: str
@@ -128,6 +129,7 @@ class CompileReport:
     bytes_per_element: dict[str, float] = dataclasses.field(default_factory=dict)
     graph_break: str | None = None
     checked_steps: int = 0
+    decided: list[str] = dataclasses.field(default_factory=list)
     _graph: Callable[[], fx.GraphModule] | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @property

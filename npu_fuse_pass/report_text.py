@@ -87,6 +87,8 @@ def remarks(report: CompileReport) -> list[str]:
     lines += [f"unfused {u.op}: {u.reason}" for u in report.unfused]
     if report.graph_break:
         lines.append(f"the graph ends at a break: {report.graph_break}")
+    if report.decided:
+        lines.append(f"compiled for {', '.join(report.decided)}")
     if report.checked_steps:
         lines.append(f"check_numerics: {report.checked_steps} steps were compared with the original")
     if report.fallback:

@@ -23,6 +23,7 @@ STAGES = {
         *("npu_fuse_pass.capture", "npu_fuse_pass.capture_totals", "npu_fuse_pass.capture_updates"),
         *("npu_fuse_pass.trace", "npu_fuse_pass.inline"),
     ),
+    "decide": ("npu_fuse_pass.decide",),
     "group": ("npu_fuse_pass.group",),
     "match": (
         *("npu_fuse_pass.match", "npu_fuse_pass.match_check", "npu_fuse_pass.match_poly", "npu_fuse_pass.match_solve"),

@@ -20,6 +20,7 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-4, torch.float16: 4e-3, tor
 
 # what follows differs from step to step
 SWITCHES: list[str] = []
+ZEROS: list[str] = []
 INPUTS: dict[str, Any] = {}
 
 
@@ -51,7 +52,7 @@ def inputs(signed: bool, on: bool) -> dict[str, Any]:
         name: [value(k, signed) for k in kinds] if isinstance(kinds, list) else value(kinds, signed)
         for name, kinds in INPUTS.items()
     }
-    switched: dict[str, Any] = {} if on else {name: made[name] for name in SWITCHES}
+    switched = {name: made[name] for name in [*ZEROS, *([] if on else SWITCHES)]}
     for tensors in switched.values():
         for tensor in tensors if isinstance(tensors, list) else [tensors]:
             tensor.zero_()

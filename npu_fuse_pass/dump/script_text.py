@@ -95,6 +95,7 @@ def _inputs(contents: Contents, inputs: Inputs) -> Iterator[str]:
         yield f"# (the model's are larger: here no dimension has more than {_SMALL} elements)"
     switches = ", ".join(f'"{name}"' for name in _switches(contents, inputs))
     yield f"SWITCHES = [{switches}]  # numbers that the step compares with zero"
+    yield f"ZEROS = {_zeros(contents, inputs)}  # numbers that have to be zero, as they were when this was compiled"
     yield "INPUTS = {"
     for name, indices in inputs.lists.items():
         yield f'{INDENT}"{name}": ['
@@ -110,6 +111,11 @@ def _inputs(contents: Contents, inputs: Inputs) -> Iterator[str]:
 def _kind(leaf: Leaf, limit: int | None) -> str:
     shape: Sequence[int] = leaf.shape if limit is None else [min(d, limit) for d in leaf.shape]
     return f"({leaf.dtype}, {tuple(shape)})"
+
+
+def _zeros(contents: Contents, inputs: Inputs) -> str:
+    zeros = [contents.captured.leaves.index(d.leaf) for d in contents.captured.decided if d.zero]
+    return f"[{', '.join(f'{chr(34)}{name}{chr(34)}' for name in dict.fromkeys(inputs.places[i].name for i in zeros))}]"
 
 
 def _switches(contents: Contents, inputs: Inputs) -> list[str]:
