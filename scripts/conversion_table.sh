@@ -1,14 +1,5 @@
 #!/usr/bin/env bash
 # Prints which optimizer steps become GE graphs, or with --time how long that takes, in the environment of the NPU lane
 # (which bash scripts/npu_lane.sh makes). Arguments go to scripts/conversion_table.py, for example: 10 100 --only Adam
-set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
-
-VENV="$ROOT/.venv-npu"
-if [ ! -x "$VENV/bin/python" ] || [ ! -d "$VENV/cann-stubs" ]; then
-    echo "there is no .venv-npu with CANN's stand-ins; run first: bash scripts/npu_lane.sh" >&2
-    exit 1
-fi
-# Without the first, `import torch` would load torch_npu; the second is where the loader finds "CANN".
-TORCH_DEVICE_BACKEND_AUTOLOAD=0 LD_LIBRARY_PATH="$VENV/cann-stubs${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" \
-    exec "$VENV/bin/python" "$ROOT/scripts/conversion_table.py" "$@"
+scripts="$(dirname "${BASH_SOURCE[0]}")"
+exec bash "$scripts/npu_python.sh" "$scripts/conversion_table.py" "$@"

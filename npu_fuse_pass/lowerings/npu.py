@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,9 +22,9 @@ from ..errors import FuseError, GraphRefused, PlatformError
 from ..ir import Formula, Group, Leaf, group_name
 from ..match_result import Match, NoMatch
 from ..ops import multi_tensor_contribute, multi_tensor_update, parsed
-from . import npu_converters, npu_emit, npu_names, npu_operands
+from . import npu_converters, npu_emit, npu_foreach, npu_names, npu_operands
 from .npu_bind import Binder, Host
-from .npu_graph import build, device_contribute, device_dedicated, device_update
+from .npu_graph import build, device_contribute, device_dedicated, device_lists, device_update
 from .npu_part import Part
 from .npu_plans import Plans
 from .npu_run import Run, refusal
@@ -51,6 +51,7 @@ def require() -> Any:
         device_update: functools.partial(_convert_device, False),
         device_contribute: functools.partial(_convert_device, True),
         device_dedicated: _convert_dedicated,
+        device_lists: _convert_lists,
         multi_tensor_update: functools.partial(_convert_whole, False),
         multi_tensor_contribute: functools.partial(_convert_whole, True),
     }
@@ -130,6 +131,27 @@ def _convert_whole(
     return _convert(contribute, tensors, scalars, members, formula, torch.float64)
 
 
+def _convert_lists(
+    tensors: list[Any],
+    numbers: list[Any],
+    totals: list[Any],
+    positions: list[int],
+    members: int,
+    formula: str,
+    meta_outputs: Any = None,
+) -> list[Any]:
+    """`npu_fused::device_lists`."""
+    from torchair._ge_concrete_graph import compat_ir, ge_apis
+    from torchair.ge._ge_graph import torch_type_to_ge_type
+
+    made = parsed(formula)
+    npu_emit.check(made)
+    emitter = npu_foreach.Emitter(ge_apis, torch_type_to_ge_type, made, compat_ir.ge_op)
+    given = list(_slots(made, tensors, [*(numbers[p] for p in positions), *totals], members))
+    results = emitter.members(given, [list(t.symsize) for t in tensors[:members]])
+    return [row[k] for k in range(len(results[0])) for row in results]
+
+
 def _convert_dedicated(
     tensors: list[Any],
     numbers: list[Any],
@@ -170,12 +192,18 @@ def _members(
     scalars: list[Any],
     members: int,
 ) -> list[Any]:
-    results = []
+    results = [
+        emitter.member(given, list(tensors[m].symsize) if tensors else [])
+        for m, given in enumerate(_slots(made, tensors, scalars, members))
+    ]
+    return [row[k] for k in range(len(results[0])) for row in results]
+
+
+def _slots(made: Formula, tensors: list[Any], scalars: list[Any], members: int) -> Iterator[dict[int, Any]]:
+    """For every member what its slots hold."""
     for m in range(members):
         given = dict(zip(made.tensor_slots, tensors[m::members], strict=True))
-        given |= zip(made.scalar_slots, scalars[m::members], strict=True)
-        results.append(emitter.member(given, list(tensors[m].symsize) if tensors else []))
-    return [row[k] for k in range(len(results[0])) for row in results]
+        yield given | dict(zip(made.scalar_slots, scalars[m::members], strict=True))
 
 
 class Program:

@@ -15,6 +15,7 @@ import torch
 from ..errors import Unsupported
 from ..expr import REDUCTIONS, Expr, postorder
 from ..ir import Formula
+from . import npu_lists
 from .npu_dedicated import OPERATIONS
 
 # IR operation -> GE operation with the same operands in the same order
@@ -41,6 +42,7 @@ DOCUMENTS: dict[str, str] = {
         )
     },
     **{o.name: o.document for o in OPERATIONS},
+    **npu_lists.DOCUMENTS,
 }
 """The whitelist: GE operation type -> the document that defines it. Nothing else may appear in a graph of ours."""
 
@@ -54,7 +56,7 @@ def check(formula: Formula) -> None:
     for e in postorder(formula.roots):
         if e.op not in _DIRECT and e.op not in _REDUCE and e.op not in _OTHER:
             raise Unsupported(e.op, "has no GE operation in the whitelist")
-        if e.op == "trunc" and e.tensor and _stored(formula, e) == torch.float64:
+        if e.op == "trunc" and e.tensor and stored(formula, e) == torch.float64:
             raise Unsupported(e.op, "GE's Trunc has no float64")
 
 
@@ -66,19 +68,24 @@ def wide_dtype(formula: Formula) -> torch.dtype:
 
 def cost(formula: Formula) -> tuple[int, int]:
     """GE operations on tensors per member, and the bytes that they read and write per element."""
-    operations = size = 0
-    for e in postorder(formula.roots):
-        tensors = [a for a in (*e.args, e) if a.tensor]
-        same = e.op == "cast" and _stored(formula, e) == _stored(formula, e.args[0])
-        if e.op == "leaf" or same or not tensors:
-            continue
-        operations += 2 if e.op == "fma" else 1
-        size += sum(_stored(formula, a).itemsize for a in tensors)
-        size += 2 * _stored(formula, e).itemsize if e.op == "fma" else 0  # the product in between
-    return operations, size
+    costs = [cost_of(formula, e) for e in postorder(formula.roots)]
+    return sum(operations for operations, _ in costs), sum(size for _, size in costs)
 
 
-def _stored(formula: Formula, e: Expr) -> torch.dtype:
+def cost_of(formula: Formula, e: Expr) -> tuple[int, int]:
+    """What one expression adds to `cost`."""
+    tensors = [a for a in (*e.args, e) if a.tensor]
+    same = e.op == "cast" and stored(formula, e) == stored(formula, e.args[0])
+    if e.op == "leaf" or same or not tensors:
+        return 0, 0
+    size = sum(stored(formula, a).itemsize for a in tensors)
+    if e.op == "fma":
+        return 2, size + 2 * stored(formula, e).itemsize  # the product in between
+    return 1, size
+
+
+def stored(formula: Formula, e: Expr) -> torch.dtype:
+    """The dtype that an expression has on the device."""
     return wide_dtype(formula) if e.dtype == torch.float64 else e.dtype
 
 
@@ -87,7 +94,7 @@ class Emitter:
 
     Numbers that members share are computed once. `ge` is torchair's module of GE operations and `ge_dtype` gives
     GE's number of a dtype. `number_dtype` is that of numbers on the device: `wide_dtype` for a device formula,
-    float64 for a whole one.
+    float64 for a whole one. `keep_dims`: reductions give tensors with one element, not with no dimension.
     """
 
     def __init__(
@@ -97,6 +104,7 @@ class Emitter:
         formula: Formula,
         contribute: bool,
         number_dtype: torch.dtype,
+        keep_dims: bool = False,
     ) -> None:
         self._ge = ge
         self._ge_dtype = ge_dtype
@@ -105,7 +113,8 @@ class Emitter:
         self._number_dtype = number_dtype
         self._writes = () if contribute else formula.writes
         self._contributions = formula.contributions if contribute else ()
-        self._order = list(postorder([*(e for _, e in self._writes), *self._contributions]))
+        self._keep_dims = keep_dims
+        self.order = postorder([*(e for _, e in self._writes), *self._contributions])
         self._numbers: dict[tuple[object, ...], Any] = {}
 
     def member(self, slots: Mapping[int, Any], shape: list[int]) -> list[Any]:
@@ -114,17 +123,26 @@ class Emitter:
         `slots` are GE's tensors, those of scalar slots 0-dim; `shape` is that of the member's tensors.
         """
         values: dict[int, Any] = {}
-        for e in self._order:
-            if e.op == "leaf":
-                values[id(e)] = self._cast(slots[e.value], slots[e.value].dtype, self._dtype(e))  # type: ignore[index]
-            elif e.tensor or e.op in REDUCTIONS:
-                values[id(e)] = self._emit(e, [values[id(a)] for a in e.args], shape)
-            else:
-                given = [values[id(a)] for a in e.args]
-                key = (e.op, e.dtype, *(g.tensor for g in given))
-                if key not in self._numbers:
-                    self._numbers[key] = self._emit(e, given, shape)
-                values[id(e)] = self._numbers[key]
+        for e in self.order:
+            values[id(e)] = self.value(e, [values[id(a)] for a in e.args], slots, shape)
+        return self.results(values, shape)
+
+    def value(self, e: Expr, args: list[Any], slots: Mapping[int, Any], shape: list[int]) -> Any:
+        """One expression of a member, from its arguments."""
+        if e.op == "leaf":
+            return self._cast(slots[e.value], slots[e.value].dtype, self._dtype(e))  # type: ignore[index]
+        if e.tensor or e.op in REDUCTIONS:
+            return self._emit(e, args, shape)
+        return self.once((e.op, e.dtype, *(a.tensor for a in args)), lambda: self._emit(e, args, shape))
+
+    def once(self, key: tuple[object, ...], emit: Callable[[], Any]) -> Any:
+        """What members share."""
+        if key not in self._numbers:
+            self._numbers[key] = emit()
+        return self._numbers[key]
+
+    def results(self, values: Mapping[int, Any], shape: list[int]) -> list[Any]:
+        """What a member gives, of all values by `id`."""
         results = []
         for slot, e in self._writes:
             spread = self._formula.slots[slot].tensor and not e.tensor
@@ -137,9 +155,7 @@ class Emitter:
         return self._wide if e.tensor else self._number_dtype
 
     def _axes(self, rank: int) -> Any:
-        if ("axes", rank) not in self._numbers:
-            self._numbers["axes", rank] = self._ge.Const(list(range(rank)), self._ge_dtype(torch.int64))
-        return self._numbers["axes", rank]
+        return self.once(("axes", rank), lambda: self._ge.Const(list(range(rank)), self._ge_dtype(torch.int64)))
 
     def _cast(self, value: Any, have: int, want: torch.dtype) -> Any:
         wanted = self._ge_dtype(want)
@@ -156,6 +172,8 @@ class Emitter:
         if e.op == "fma":
             return ge.Add(ge.Mul(args[0], args[1]), args[2])
         if e.op in REDUCTIONS:
-            reduced = getattr(ge, _REDUCE[e.op])(args[0], self._axes(len(shape))) if shape else args[0]
+            reduced = args[0]
+            if shape:
+                reduced = getattr(ge, _REDUCE[e.op])(args[0], self._axes(len(shape)), keep_dims=self._keep_dims)
             return self._cast(reduced, self._ge_dtype(self._dtype(e.args[0])), self._dtype(e))
         return getattr(ge, _DIRECT[e.op])(*args)

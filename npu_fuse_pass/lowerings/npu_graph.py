@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from torch import Tensor, fx
 from ..errors import Unsupported
 from ..ir import Leaf
 from ..ops import multi_tensor_contribute, multi_tensor_update, parsed
-from . import npu_emit, npu_names, npu_operands
+from . import npu_emit, npu_lists, npu_names, npu_operands
 
 if TYPE_CHECKING:
     from .npu_bind import Binder, Leaves
@@ -20,17 +21,20 @@ if TYPE_CHECKING:
     from .npu_numbers import Packed
     from .npu_part import Part
 
-_MEMBERS = 32  # per fused node: torchair formats a node's whole list for every element that is taken from it
+_RUNS = 32  # per fused node: torchair formats a node's whole list for every element that is taken from it
 _SCHEMA = "(Tensor[] tensors, Tensor[] numbers, Tensor[] totals, int[] positions, int members, str formula) -> Tensor[]"
 
 _library = torch.library.Library("npu_fused", "FRAGMENT")
 _library.define(f"device_update{_SCHEMA}")
 _library.define(f"device_contribute{_SCHEMA}")
+_library.define(f"device_lists{_SCHEMA}")
 _library.define(f"device_dedicated{_SCHEMA.replace('str formula', 'str formula, str call, int[] written')}")
 device_update = torch.ops.npu_fused.device_update.default
 """`multi_tensor_update` whose scalars are `numbers[p] for p in positions`, then `totals`."""
 device_contribute = torch.ops.npu_fused.device_contribute.default
 """`multi_tensor_contribute` likewise, with results of the dtype that the device adds up in."""
+device_lists = torch.ops.npu_fused.device_lists.default
+"""`device_update` by operations on lists; numbers have shape (1,)."""
 device_dedicated = torch.ops.npu_fused.device_dedicated.default
 """`device_update` by one operation: the formula's contributions are its operands, numbers have shape (1,). `call` and
 `written` as in `npu_operands.Emitter`.
@@ -42,6 +46,12 @@ def _update(
 ) -> list[Tensor]:
     scalars = [*(numbers[p] for p in positions), *totals]
     return multi_tensor_update(tensors, scalars, members, formula)  # type: ignore[no-any-return]
+
+
+def _lists(
+    tensors: list[Tensor], numbers: list[Tensor], totals: list[Tensor], positions: list[int], members: int, formula: str
+) -> list[Tensor]:
+    return _update(tensors, [n.reshape(()) for n in numbers], totals, positions, members, formula)
 
 
 def _contribute(
@@ -89,6 +99,7 @@ def _fake_dedicated(
 
 _KERNELS: dict[str, tuple[Callable[..., list[Tensor]], Callable[..., list[Tensor]]]] = {
     "device_update": (_update, _update),  # theirs have fakes of their own
+    "device_lists": (_lists, _lists),
     "device_contribute": (_contribute, _contribute),
     "device_dedicated": (_dedicated, _fake_dedicated),
 }
@@ -127,7 +138,8 @@ class _Build:
         outputs: dict[int, fx.Node] = {}
         for part, numbers in zip(self._parts, self._binder.numbers, strict=True):
             made = part.splits[0]
-            target: Any = device_update if part.dedicated is None else device_dedicated
+            target: Any = device_lists if part.in_lists else device_update
+            target = target if part.dedicated is None else device_dedicated
             for (slot, run), value in self._fused(target, part, numbers[0], made.written, totals):
                 (key,) = self._binder.inputs_of(part, run, slot)
                 if key in self._nodes:
@@ -160,14 +172,19 @@ class _Build:
         call: tuple[Any, ...] = ()
         if target is device_dedicated and part.dedicated is not None:
             call = (part.dedicated.call, list(part.dedicated.written))
-        packed = self._unpack(npu_emit.wide_dtype(part.group.formula), one_dim=bool(call))
+        one_dim = target in (device_dedicated, device_lists)
+        packed = self._unpack(npu_emit.wide_dtype(part.group.formula), one_dim)
         found: list[tuple[tuple[int, Run], fx.Node]] = []
-        for begin in range(0, len(part.plan.runs) if kinds else 0, _MEMBERS):
-            runs = part.plan.runs[begin : begin + _MEMBERS]
+        size = npu_lists.LONGEST if target is device_lists else _RUNS
+        for begin in range(0, len(part.plan.runs) if kinds else 0, size):
+            runs = part.plan.runs[begin : begin + size]
             firsts = [part.group.members[run.members[0]] for run in runs]
             tensors = [self._tensor(part, run, s) for s in made.tensor_slots for run in runs]
-            positions = [p for at in numbers.positions for p in at[begin : begin + _MEMBERS]]
+            positions = [p for at in numbers.positions for p in at[begin : begin + size]]
             sums = [totals[self._leaves[member[s]].index] for s in made.device_slots for member in firsts]
+            if target is device_lists:
+                view = functools.cache(lambda n: self._graph.call_function(torch.ops.aten.view.default, (n, [1])))
+                sums = list(map(view, sums))
             args = (tensors, packed, sums, positions, len(runs), made.device.text, *call)
             node = self._graph.call_function(target, args)
             node.name = f"{part.group.name}_{target.name().split('_')[-1]}"

@@ -9,16 +9,17 @@ from collections.abc import Sequence
 from ..errors import Unsupported
 from ..ir import Group, Leaf
 from ..match_result import Match, NoMatch
-from . import npu_emit, npu_operands
-from .npu_layout import Plan
-from .npu_split import split
+from . import npu_emit, npu_foreach, npu_lists, npu_operands
+from .npu_dedicated import series
+from .npu_layout import Plan, Run
+from .npu_split import slots_of, split
 
 
 class Part:
     """One group, how its formula is split and which members the graph updates as one.
 
-    Members without elements have nothing to do on the device. `plan` says which are updated as one. `kernel` is what
-    computes the group, `note` why. `dedicated`: the writes to tensors are one operation per run.
+    Members without elements have nothing to do on the device. `plan` says which are updated as one; `note` why what
+    computes the group does. `dedicated`: the writes to tensors are one operation per run.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class Part:
         totals = [s for s in formula.scalar_slots if leaves[group.members[0][s]].kind == "total"]
         chosen = npu_operands.choose(group, found, totals, chip, kernels)
         self.dedicated = None if isinstance(chosen, str) else chosen
-        self.kernel = "GE elementwise" if isinstance(chosen, str) else chosen.operation.name
+        self._lists = kernels != "elementwise" and self.dedicated is None and series(chip) in npu_lists.SERIES
         self.note = chosen if isinstance(chosen, str) else chosen.note
         self.splits = [split(formula, totals, contribute=False) if self.dedicated is None else self.dedicated.split]
         if formula.contributions:
@@ -44,6 +45,7 @@ class Part:
                 raise Unsupported(group.name, "a total depends on another total")
         for made in self.splits:
             npu_emit.check(made.device)
+        self._lists = self._lists and npu_foreach.usable(self.splits[0].device)
         first = formula.tensor_slots[:1]
         self.on_device = [
             i for i, member in enumerate(group.members) if all(0 not in leaves[member[s]].shape for s in first)
@@ -56,6 +58,44 @@ class Part:
                 raise Unsupported(group.name, "several members write the same 0-dim tensor")
 
     @property
+    def in_lists(self) -> bool:
+        """Whether operations on lists update several runs at once."""
+        return self._lists and len(self.plan.runs) > 1
+
+    @property
+    def kernel(self) -> str:
+        """What computes the group."""
+        if self.dedicated is not None:
+            return self.dedicated.operation.name
+        return npu_lists.KERNEL if self.in_lists else "GE elementwise"
+
+    @property
+    def plain(self) -> bool:
+        """Whether there is nothing that kernels="elementwise" would leave out."""
+        return self.dedicated is None and not self._lists
+
+    def _cost_of_writes(self) -> tuple[int, int]:
+        """GE operations, and bytes per element."""
+        runs = self.plan.runs
+        if not self.in_lists:
+            each, size = npu_emit.cost(self.splits[0].device) if self.dedicated is None else self.dedicated.cost
+            return each * len(runs), size
+        operations = size = 0
+        for begin in range(0, len(runs), npu_lists.LONGEST):
+            chunk = runs[begin : begin + npu_lists.LONGEST]
+            added, size = npu_foreach.cost(self.splits[0].device, len(chunk), self._shared(chunk))
+            operations += added
+        return operations, size
+
+    def _shared(self, runs: Sequence[Run]) -> list[int]:
+        """The scalar slots of the device formula that get one number for all of these runs."""
+        made, members = self.splits[0], [self.group.members[run.members[0]] for run in runs]
+        numbers = [slots_of(e) for e in made.values]
+        alike = [len({tuple(m[s] for s in slots if s < len(m)) for m in members}) == 1 for slots in numbers]
+        found = [*alike, *(True for _ in made.device_slots)]
+        return [s for s, same in zip(made.device.scalar_slots, found, strict=True) if same]
+
+    @property
     def layout(self) -> Layout:
         """For the report: the plan, and what it costs."""
         first, slots = self.group.formula.tensor_slots[:1], self.group.formula.slots
@@ -64,11 +104,11 @@ class Part:
             size = sum(math.prod(self._leaves[self.group.members[m][s]].shape) for m in run.members for s in first)
             elements += size
             moved += size * sum(2 * slots[s].dtype.itemsize for s in run.gathered)
-        costs = [npu_emit.cost(made.device) for made in self.splits]
-        costs[:1] = [self.dedicated.cost] if self.dedicated is not None else costs[:1]
-        gathered = sum(len(run.gathered) for run in self.plan.runs)
-        operations = sum(c[0] for c in costs) * len(self.plan.runs) + gathered
-        size = sum(c[1] for c in costs) + round(moved / max(1, elements))
+        operations, size = self._cost_of_writes()
+        for launches, each in (npu_emit.cost(made.device) for made in self.splits[1:]):
+            operations, size = operations + launches * len(self.plan.runs), size + each
+        operations += sum(len(run.gathered) for run in self.plan.runs)
+        size += round(moved / max(1, elements))
         return Layout(self.plan.name, self.plan.reason, operations, size)
 
 

@@ -56,7 +56,7 @@ class Retried:
         try:
             self.chosen(values, complete)
         except GraphRefused as e:
-            if all(part.dedicated is None for part in self.chosen.parts):
+            if all(part.plain for part in self.chosen.parts):
                 raise
             self.chosen = self._elementwise(e, values)
             self.chosen(values, complete)

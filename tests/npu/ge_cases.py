@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 harness.prepare()
+from torchair._ge_concrete_graph import compat_ir  # noqa: E402
 from torchair._ge_concrete_graph import ge_apis as ge  # noqa: E402
 from torchair.ge._ge_graph import GeGraph, default_ge_graph, torch_type_to_ge_type  # noqa: E402
 
@@ -64,6 +65,52 @@ AMSGRAD = [
 ]
 CORRECTION = torch.sqrt(1 - B2**3)
 ADAM_ONE = [Y, V / 2, X / 3, X, LR * CORRECTION / (1 - B1**3), B1, 1 - B1, B2, 1 - B2, EPS * CORRECTION]
+
+ONE = torch.ones(1)
+
+
+def lists(name: str, tensors: int, number: Tensor | None = None) -> tuple[Build, Sequence[Tensor]]:
+    """A list operation on so many lists, by torchair's wrapper where it has one."""
+    given = [[X, 2 * Y], [Y, X], [P, P]][:tensors] if tensors > 1 else [[P, Y * Y + 1]]
+
+    def build(*flat: Any) -> Any:
+        args = [list(flat[2 * i : 2 * i + 2]) for i in range(tensors)]
+        if hasattr(ge, name):
+            return getattr(ge, name)(*args, *flat[2 * tensors :])
+        return compat_ir.ge_op(name, inputs={"x": args[0]}, outputs=[("y", 2)])
+
+    return build, [*(t for pair in given for t in pair), *([] if number is None else [number])]
+
+
+EACH = torch.tensor([0.5, -3.0])
+POSITIVE = (P, Y * Y + 1)
+LISTS: dict[str, Case] = {
+    "ForeachAddScalar": (*lists("ForeachAddScalar", 1, LR.view(1)), [x + 0.1 for x in POSITIVE]),
+    "ForeachSubScalar": (*lists("ForeachSubScalar", 1, LR.view(1)), [x - 0.1 for x in POSITIVE]),
+    "ForeachMulScalar": (*lists("ForeachMulScalar", 1, LR.view(1)), [x * 0.1 for x in POSITIVE]),
+    "ForeachDivScalar": (*lists("ForeachDivScalar", 1, LR.view(1)), [x / 0.1 for x in POSITIVE]),
+    "ForeachAddScalarList": (*lists("ForeachAddScalarList", 1, EACH), [P + 0.5, Y * Y - 2]),
+    "ForeachSubScalarList": (*lists("ForeachSubScalarList", 1, EACH), [P - 0.5, Y * Y + 4]),
+    "ForeachMulScalarList": (*lists("ForeachMulScalarList", 1, EACH), [P / 2, -3 * (Y * Y + 1)]),
+    "ForeachDivScalarList": (*lists("ForeachDivScalarList", 1, EACH), [P * 2, (Y * Y + 1) / -3]),
+    "ForeachAddList": (*lists("ForeachAddList", 2, 2 * ONE), [X + 2 * Y, 2 * Y + 2 * X]),
+    "ForeachSubList": (*lists("ForeachSubList", 2, 3 * ONE), [X - 3 * Y, 2 * Y - 3 * X]),
+    "ForeachMulList": (*lists("ForeachMulList", 2), [X * Y, 2 * Y * X]),
+    "ForeachDivList": (*lists("ForeachDivList", 2), [X / Y, 2 * Y / X]),
+    "ForeachMaximumList": (*lists("ForeachMaximumList", 2), [X + (Y - X).relu(), X + (2 * Y - X).relu()]),
+    "ForeachMinimumList": (*lists("ForeachMinimumList", 2), [X - (X - Y).relu(), X - (X - 2 * Y).relu()]),
+    "ForeachAddcmulScalar": (
+        *lists("ForeachAddcmulScalar", 3, 2 * ONE),
+        [torch.addcmul(X, Y, P, value=2), torch.addcmul(2 * Y, X, P, value=2)],
+    ),
+    "ForeachLerpScalar": (
+        *lists("ForeachLerpScalar", 2, LR.view(1)), [torch.lerp(X, Y, 0.1), torch.lerp(2 * Y, X, 0.1)]
+    ),
+    "ForeachSqrt": (*lists("ForeachSqrt", 1), [x**0.5 for x in POSITIVE]),
+    "ForeachNeg": (*lists("ForeachNeg", 1), [0 - x for x in POSITIVE]),
+    "ForeachAbs": (*lists("ForeachAbs", 1), [x.clone() for x in POSITIVE]),
+    "ForeachReciprocal": (*lists("ForeachReciprocal", 1), [1 / x for x in POSITIVE]),
+}  # fmt: skip
 
 # GE operation -> how to emit it, on what, and what torch says that it is.
 CASES: dict[str, Case] = {
@@ -147,6 +194,7 @@ CASES: dict[str, Case] = {
         lambda *x: ge.FusedMulApplyMomentum(*x, use_nesterov=True), [X, X / 3, LR, Y / 4, B1, LR / LR * 4], sgd(True)
     ),
     "ApplyAdamWithAmsgradV2": (ge.ApplyAdamWithAmsgradV2, AMSGRAD, adam(0.0, amsgrad=True)),
+    **LISTS,
 }  # fmt: skip
 
 

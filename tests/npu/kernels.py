@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import list_kernels
 import shape_kernels
 import torch
 import training_kernels
@@ -175,4 +176,5 @@ KERNELS: dict[str, Kernel] = {
     "LpNormV2": lp_norm_v2,
     **shape_kernels.KERNELS,
     **training_kernels.KERNELS,
+    **list_kernels.KERNELS,
 }

@@ -45,7 +45,15 @@ SIBLINGS = {
     "LessEqual": "Less", "Equal": "NotEqual", "NotEqual": "Equal", "ReduceSum": "ReduceMax", "ReduceMax": "ReduceSum",
     "Ceil": "Floor", "Cos": "Sin", "Erf": "Tanh", "Rint": "Floor", "Sin": "Cos", "Tan": "Tanh", "Trunc": "Floor",
     "IsNan": "IsInf", "IsInf": "IsNan", "ReduceMin": "ReduceMax", "LogicalNot": "Identity",
-    "IsFinite": "LogicalNot", "ConcatD": "Pack", "SplitD": "Unpack",
+    "IsFinite": "LogicalNot", "ConcatD": "Pack", "SplitD": "Unpack", "ForeachAddScalar": "ForeachMulScalar",
+    "ForeachSubScalar": "ForeachAddScalar", "ForeachMulScalar": "ForeachDivScalar",
+    "ForeachDivScalar": "ForeachSubScalar", "ForeachAddScalarList": "ForeachMulScalarList",
+    "ForeachSubScalarList": "ForeachAddScalarList", "ForeachMulScalarList": "ForeachDivScalarList",
+    "ForeachDivScalarList": "ForeachSubScalarList", "ForeachAddList": "ForeachSubList",
+    "ForeachSubList": "ForeachAddList", "ForeachMulList": "ForeachDivList", "ForeachDivList": "ForeachMulList",
+    "ForeachMaximumList": "ForeachMinimumList", "ForeachMinimumList": "ForeachMaximumList",
+    "ForeachAddcmulScalar": "ForeachLerpScalar", "ForeachLerpScalar": "ForeachAddList", "ForeachSqrt": "ForeachAbs",
+    "ForeachNeg": "ForeachAbs", "ForeachAbs": "ForeachNeg", "ForeachReciprocal": "ForeachSqrt",
 }  # fmt: skip
 EXCHANGED = [
     "Sub", "Div", "RealDiv", "Pow", "AxpyV2", "FusedMulAdd", "Lerp", "Addcmul", "Addcdiv", "ClipByValue", "Greater",
