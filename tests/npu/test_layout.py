@@ -15,6 +15,7 @@ import optimizers
 from npu_fuse_pass import errors
 from npu_fuse_pass.lowerings import npu_layout, npu_lists, npu_plans
 from optimizers.paddle import RMSProp
+from scripts import npu_layouts
 
 Make = Callable[[Parameters], Any]
 IN_ORDER = tuple(range(len(SHAPES)))
@@ -410,3 +411,9 @@ def test_a_planted_error_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(owner, attribute, wrong)
     with pytest.raises((AssertionError, RuntimeError, errors.FuseError)):
         test()
+
+
+def test_the_table_of_layouts() -> None:
+    """scripts/npu_layouts.py, for one optimizer and as many parameters as can be seen at a glance."""
+    _, _, line = npu_layouts.table(["SGD, momentum"], [2])
+    assert line == "| SGD, momentum | 2, 20 B | 3, 28 B | 3, 20 B | 15, 60 B |"

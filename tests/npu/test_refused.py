@@ -98,7 +98,7 @@ def test_training_continues_with_the_original(name: str, leaf: str, ge: harness.
         assert GE_SAYS.splitlines()[0] in str(report)
         assert report.to_json()["fallback"] == report.fallback
         assert all(GE_SAYS in g.note for g in report.groups) or name not in DEDICATED
-    forms = 2 if name in DEDICATED else 1
+    forms = 2  # dedicated operations, or on lists, and elementwise
     assert sum(g.runs for g in ge.graphs) == (forms * len(refused) if leaf == "write" else 0)  # each tried once
 
 
