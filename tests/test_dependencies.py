@@ -44,7 +44,7 @@ RULE_SIDE = ("npu_fuse_pass.rules", "npu_fuse_pass.optimizer", "npu_fuse_pass.er
 THIRD_PARTY = {
     "sympy": ("npu_fuse_pass.match", "npu_fuse_pass.symbolic"),
     "torch_npu": ("npu_fuse_pass.lowerings.npu", "npu_fuse_pass.selftest"),  # the selftest times its optimizers
-    "torchair": ("npu_fuse_pass.lowerings.npu",),
+    "torchair": ("npu_fuse_pass.lowerings.npu", "npu_fuse_pass.lowerings.npu_convert"),
 }
 # What is slow to import: only the backend, which torch.compile loads, and Inductor's hook may do so while loading.
 COMPILER = ("torch._dynamo", "torch._inductor", "torch._functorch")
