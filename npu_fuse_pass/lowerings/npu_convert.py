@@ -12,6 +12,7 @@ from ..ir import Formula, group_name
 from ..ops import multi_tensor_contribute, multi_tensor_update, parsed
 from . import npu_emit, npu_foreach, npu_names, npu_operands
 from .npu_graph import device_contribute, device_dedicated, device_lists, device_update
+from .npu_lists import LISTS
 
 
 def register(torchair: Any) -> None:
@@ -26,11 +27,25 @@ def register(torchair: Any) -> None:
     }
     from torchair.ge._ge_graph import get_default_ge_graph
 
+    _name_lists()
     whole = (multi_tensor_update, multi_tensor_contribute)
     for op, converter in converters.items():
         if not hasattr(op, "_ge_converter"):
             named = npu_names.naming(converter, get_default_ge_graph, group_name if op in whole else None)
             torchair.register_fx_node_ge_converter(op)(named)
+
+
+def _name_lists() -> None:
+    """Put operations on lists that torchair's module of GE operations lacks (sqrt, reciprocal) into it.
+
+    For an operation that is not there torchair infers shapes by running the whole fused node on new tensors of the
+    arguments' sizes, on their device: memory for a second copy of parameters, gradients and states.
+    """
+    from torchair._ge_concrete_graph import compat_ir, ge_apis
+
+    for row in LISTS.values():
+        if not hasattr(ge_apis, row.name):
+            setattr(ge_apis, row.name, functools.partial(compat_ir.ge_op, row.name))
 
 
 def _convert_device(
