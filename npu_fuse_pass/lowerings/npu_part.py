@@ -12,7 +12,7 @@ from ..match_result import Match, NoMatch
 from . import npu_emit, npu_foreach, npu_lists, npu_operands
 from .npu_dedicated import series
 from .npu_layout import Plan, Run
-from .npu_split import slots_of, split
+from .npu_split import constants_of, slots_of, split
 
 
 class Part:
@@ -38,9 +38,11 @@ class Part:
         self.dedicated = None if isinstance(chosen, str) else chosen
         self._lists = kernels != "elementwise" and self.dedicated is None and series(chip) in npu_lists.SERIES
         self.note = chosen if isinstance(chosen, str) else chosen.note
-        self.splits = [split(formula, totals, contribute=False) if self.dedicated is None else self.dedicated.split]
+        constants = constants_of(group, leaves)
+        chosen_split = None if self.dedicated is None else self.dedicated.split
+        self.splits = [chosen_split or split(formula, totals, False, constants)]
         if formula.contributions:
-            self.splits.append(split(formula, totals, contribute=True))
+            self.splits.append(split(formula, totals, True, constants))
             if self.splits[1].device_slots:
                 raise Unsupported(group.name, "a total depends on another total")
         for made in self.splits:
