@@ -23,11 +23,12 @@ from ..ir import Formula, Group, Leaf, group_name
 from ..match_result import Match, NoMatch
 from ..ops import multi_tensor_contribute, multi_tensor_update, parsed
 from . import npu_converters, npu_emit, npu_foreach, npu_names, npu_operands
-from .npu_bind import Binder, Host
+from .npu_bind import Binder
 from .npu_graph import build, device_contribute, device_dedicated, device_lists, device_update
 from .npu_part import Part
 from .npu_plans import Plans
 from .npu_run import Run, refusal
+from .npu_step import Host
 from .npu_texts import Texts
 
 _INSTALL = (

@@ -14,6 +14,8 @@ from .npu_dedicated import series
 from .npu_layout import Plan, Run
 from .npu_split import constants_of, slots_of, split
 
+_GIVEN = ("input", "attribute")
+
 
 class Part:
     """One group, how its formula is split and which members the graph updates as one.
@@ -37,7 +39,6 @@ class Part:
         chosen = npu_operands.choose(group, found, totals, chip, kernels)
         self.dedicated = None if isinstance(chosen, str) else chosen
         self._lists = kernels != "elementwise" and self.dedicated is None and series(chip) in npu_lists.SERIES
-        self.note = chosen if isinstance(chosen, str) else chosen.note
         constants = constants_of(group, leaves)
         chosen_split = None if self.dedicated is None else self.dedicated.split
         self.splits = [chosen_split or split(formula, totals, False, constants)]
@@ -54,6 +55,10 @@ class Part:
         ]
         if not first:
             self.on_device = []
+        inputs = {m[s] for s in formula.scalar_slots for m in group.members}
+        self.on_the_device = {i for i in inputs if leaves[i].kind in _GIVEN and leaves[i].device.type != "cpu"}
+        """0-dim leaves that the host has to read from there."""
+        self.note = "; ".join(filter(None, (chosen if isinstance(chosen, str) else chosen.note, self.waits)))
         for slot in formula.written:
             targets = [member[slot] for member in group.members]
             if len(set(targets)) != len(targets):
@@ -70,6 +75,16 @@ class Part:
         if self.dedicated is not None:
             return self.dedicated.operation.name
         return npu_lists.KERNEL if self.in_lists else "GE elementwise"
+
+    @property
+    def waits(self) -> str:
+        """For the report: that the host waits for the device at every step, "" if it does not."""
+        if not self.on_the_device:
+            return ""
+        return (
+            f"every step waits for the device to read {len(self.on_the_device)} of its 0-dim tensors: keep them on the "
+            "CPU (capturable=False), or use an optimizer of npu_fuse_pass.optim"
+        )
 
     @property
     def plain(self) -> bool:
