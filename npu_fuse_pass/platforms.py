@@ -141,7 +141,8 @@ def _lower_npu(
             rows.extend(group_report(p.group, leaves, "npu", p.kernel, 0, 0) for p in program.parts)
             report.groups += rows
         for row, part in zip(rows, program.parts, strict=True):
-            row.kernel, row.note = part.kernel, refused or row.note or part.note
+            why = refused and "; ".join(filter(None, (refused, part.waits)))
+            row.kernel, row.note = part.kernel, why or row.note or part.note
         show_plans(report, rows, [part.layout for part in program.parts])
 
     def planned(program: npu.Program) -> None:

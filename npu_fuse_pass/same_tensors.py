@@ -29,11 +29,13 @@ class SameTensors:
         self.matched = self._learned if same else None
         return same
 
-    def learn(self, tensors: Sequence[Tensor]) -> None:
-        """Remember these; whoever calls has found them to be right."""
-        if self._learned < _LEARNED_AT_MOST:
-            self._learned += 1
-            sizes: Any = [list(t.shape) for t in tensors]
-            strides: Any = [list(t.stride()) for t in tensors]
-            self._guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-            self.matched = self._learned
+    def learn(self, tensors: Sequence[Tensor]) -> bool:
+        """Remember these, unless that was done too often; whether it is done. Whoever calls has found them right."""
+        if self._learned == _LEARNED_AT_MOST:
+            return False
+        self._learned += 1
+        sizes: Any = [list(t.shape) for t in tensors]
+        strides: Any = [list(t.stride()) for t in tensors]
+        self._guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        self.matched = self._learned
+        return True

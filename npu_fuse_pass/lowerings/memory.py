@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..errors import Mismatch
 
+SHARED = "two tensors of the step share memory, and one of them is written"
+
 
 def check_apart(written: Sequence[Tensor], read: Sequence[Tensor]) -> None:
     """Refuse tensors that share memory where at least one of them is written.
@@ -16,14 +18,27 @@ def check_apart(written: Sequence[Tensor], read: Sequence[Tensor]) -> None:
     Raises:
         Mismatch: two of them overlap.
     """
-    blocks = sorted((t.data_ptr(), t.data_ptr() + _extent(t), 1) for t in written if t.numel())
-    blocks += [(t.data_ptr(), t.data_ptr() + _extent(t), 0) for t in read if t.numel()]
-    end = end_written = 0
-    for start, stop, is_written in sorted(blocks):
-        if start < end_written or (is_written and start < end):
-            raise Mismatch("two tensors of the step share memory, and one of them is written")
-        end = max(end, stop)
-        end_written = max(end_written, stop) if is_written else end_written
+    tensors = [*written, *read]
+    starts = torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64, device="cpu")
+    sizes = torch.tensor([_extent(t) if t.numel() else 0 for t in tensors], dtype=torch.int64, device="cpu")
+    if not apart(starts, sizes, torch.arange(len(tensors), device="cpu") < len(written)):
+        raise Mismatch(SHARED)
+
+
+def apart(starts: Tensor, sizes: Tensor, written: Tensor) -> bool:
+    """Whether no block of memory that is written overlaps another one.
+
+    Args:
+        starts: where the blocks begin, int64.
+        sizes: of the blocks in bytes, int64; blocks of none are nowhere.
+        written: which of them are written, bool.
+    """
+    order = starts.argsort()
+    order = order[sizes[order] > 0]
+    begin, end, is_written = starts[order], starts[order] + sizes[order], written[order]
+    reached, reached_by_written = end.cummax(0).values[:-1], (end * is_written).cummax(0).values[:-1]
+    overlaps = (begin[1:] < reached_by_written) | (is_written[1:] & (begin[1:] < reached))
+    return not bool(overlaps.any())
 
 
 def _extent(t: Tensor) -> int:

@@ -21,11 +21,12 @@ from ..errors import FuseError, GraphRefused, PlatformError
 from ..ir import Group, Leaf
 from ..match_result import Match, NoMatch
 from . import npu_convert, npu_converters, npu_names
-from .npu_bind import Binder, Host
+from .npu_bind import Binder
 from .npu_graph import build
 from .npu_part import Part
 from .npu_plans import Plans
 from .npu_run import Run, refusal
+from .npu_step import Host
 from .npu_texts import Texts
 
 _INSTALL = (

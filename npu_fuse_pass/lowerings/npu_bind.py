@@ -6,8 +6,9 @@ pattern of missing gradients and nothing of that member changes.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,8 +18,11 @@ from ..errors import Mismatch
 from ..ir import Leaf
 from . import npu_emit
 from .memory import check_apart, in_order, memory_order
+from .npu_alike import Alike
 from .npu_layout import Run, Values
-from .npu_numbers import HostValues, Packed
+from .npu_numbers import Advanced, Packed
+from .npu_rows import picked
+from .npu_step import Step
 
 if TYPE_CHECKING:
     from .npu_part import Part
@@ -26,29 +30,6 @@ if TYPE_CHECKING:
 Key = tuple[int, torch.dtype, torch.device]
 Leaves = tuple[int, ...]
 """The leaves behind one input of the graph: one, or those of a run, which lie one behind the other."""
-
-
-class Host:
-    """What is known of a step before the graph runs: the numbers of all members, and who takes part."""
-
-    def __init__(self, leaves: Sequence[Leaf], parts: Sequence[Part]) -> None:
-        self._leaves, self._parts = leaves, parts
-        self._evaluate = [[HostValues(part.group, made, leaves) for made in part.splits] for part in parts]
-
-    def look(self, values: Values, complete: bool) -> Step:
-        """A step as far as it is known before it is bound. `complete`: dtypes are to be checked."""
-        step = Step(complete)
-        for part, evaluate in zip(self._parts, self._evaluate, strict=True):
-            step.active.append([self._takes_part(member, values) for member in part.group.members])
-            found = [e(values) for e in evaluate]
-            step.numbers.append([n for n, _ in found])
-            for made, (_, new) in zip(part.splits, found, strict=True):
-                written = zip(made.advanced, new, strict=True)
-                step.advanced += [(part, s, value, step.active[-1]) for (s, _), value in written]
-        return step
-
-    def _takes_part(self, member: tuple[int, ...], values: Values) -> bool:
-        return all(values[i] is not None for i in member if self._leaves[i].kind in ("input", "attribute"))
 
 
 class Binder:
@@ -84,7 +65,8 @@ class Binder:
         self.written = [place for place, key in enumerate(self.tensor_inputs) if key in self._written]
         self._bound = {i for key in self.tensor_inputs for i in key}
         self._scratch: dict[Key, Tensor] = {}
-        self._apart: dict[Leaves, int] = {}  # where the tensors lay when they were last found to share no memory
+        self._alike = Alike(self.tensor_inputs, self._written)
+        self._changes = [self._changes_of(part, part.group.members) for part in parts]
 
     def inputs_of(self, part: Part, run: Run, slot: int) -> list[Leaves]:
         """What the graph reads for a slot of a run: one input, or where they are gathered, one of each member."""
@@ -108,30 +90,28 @@ class Binder:
         Raises:
             Mismatch: a tensor is not what the graph was made for; nothing was changed.
         """
+        if not self._alike.bind(step, values):
+            self._bind_one_by_one(step, values)
+            self._alike.learn(step, values)
         packed: dict[torch.dtype, list[Tensor]] = {dtype: [] for dtype in self.number_inputs}
         groups = zip(self._parts, self.numbers, step.numbers, step.active, strict=True)
         for part, places, found, active in groups:
-            for run in part.plan.runs:
-                self._bind_run(part, run, values, step, active)
             for numbers, given in zip(places, found, strict=True):
                 if numbers.count:
                     packed[npu_emit.wide_dtype(part.group.formula)] += numbers.pieces(given, active)
-        self._check_memory(step)
-        step.inputs = [step.flat[key] for key in self.tensor_inputs] + [
-            torch.cat(p).to(dtype) for dtype, p in packed.items()
-        ]
+        step.inputs += [torch.cat(p).to(dtype) for dtype, p in packed.items()]
 
-    def _check_memory(self, step: Step) -> None:
-        """Refuse memory that is written and used a second time: GE reads everything as it is before the step.
+    def _bind_one_by_one(self, step: Step, values: Values) -> None:
+        """The general way, with a look at every tensor.
 
-        Raises:
-            Mismatch: two tensors share memory and at least one of them is written.
+        GE reads everything as it is before the step: memory that is written must not be used a second time.
         """
-        addresses = {i: t.data_ptr() for i, t in step.used.items()}
-        if step.copies or addresses != self._apart:  # copies do not show where the originals lie, and how far they go
-            written = [t for i, t in step.used.items() if i in self._written]
-            check_apart(written, [t for i, t in step.used.items() if i not in self._written])
-            self._apart = {} if step.copies else addresses
+        for part, active in zip(self._parts, step.active, strict=True):
+            for run in part.plan.runs:
+                self._bind_run(part, run, values, step, active)
+        written = [t for i, t in step.used.items() if i in self._written]
+        check_apart(written, [t for i, t in step.used.items() if i not in self._written])
+        step.inputs = [step.flat[key] for key in self.tensor_inputs]
 
     def _bind_run(self, part: Part, run: Run, values: Values, step: Step, active: Sequence[bool]) -> None:
         """The inputs of a run. `Plans` has seen to it that what is not gathered is adjacent."""
@@ -188,45 +168,42 @@ class Binder:
             target.detach().copy_(dense)
         for i, result in zip(self.outputs, results, strict=True):
             values[i] = result.as_strided(self._leaves[i].shape, step.orders[i][1])
-        for part, slot, value, active in step.advanced:
-            self._write(part, slot, value, active, values)
-        for part, active in zip(self._parts, step.active, strict=True):
-            members = [m for m, a in zip(part.group.members, active, strict=True) if a]
-            for i in (m[s] for s in part.group.formula.written for m in members):
-                if self._leaves[i].kind == "output" and values[i] is None:
-                    values[i] = torch.empty(self._leaves[i].shape, dtype=self._leaves[i].dtype)
-            changed = [m[s] for s in part.group.formula.written for m in members if m[s] in self._bound]
-            torch.autograd.graph.increment_version([t for i in changed if (t := values[i]) is not None])
+        for part, advanced, active in step.advanced:
+            self._write(part, advanced, active, values)
+        for part, active, changes in zip(self._parts, step.active, self._changes, strict=True):
+            if not all(active):
+                changes = self._changes_of(part, [m for m, a in zip(part.group.members, active, strict=True) if a])
+            for i in (i for i in changes.made if values[i] is None):
+                leaf = self._leaves[i]
+                values[i] = torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device)
+            torch.autograd.graph.increment_version([t for t in changes.bound(values) if t is not None])
 
-    def _write(self, part: Part, slot: int, value: Tensor, active: Sequence[bool], values: Values) -> None:
+    def _changes_of(self, part: Part, members: Sequence[tuple[int, ...]]) -> _Changes:
+        written = [m[s] for s in part.group.formula.written for m in members]
+        made = [i for i in written if self._leaves[i].kind == "output"]
+        return _Changes(made, picked([i for i in written if i in self._bound]))
+
+    def _write(self, part: Part, advanced: Advanced, active: Sequence[bool], values: Values) -> None:
         """New values of a 0-dim state of all active members."""
+        if advanced.row is not None and all(active):
+            advanced.row.copy_(advanced.value)
+            return
         targets, sources = [], []
-        for member, new, a in zip(part.group.members, value.expand(len(active)).unbind(), active, strict=True):
-            if self._leaves[member[slot]].kind == "output":
-                values[member[slot]] = new.to(self._leaves[member[slot]].dtype).clone()
-            elif a and (target := values[member[slot]]) is not None:
+        indices = [member[advanced.slot] for member in part.group.members]
+        new = advanced.moved_to({(self._leaves[i].dtype, self._leaves[i].device) for i in indices})
+        for i, value, a in zip(indices, new.expand(len(active)).unbind(), active, strict=True):
+            if self._leaves[i].kind == "output":
+                values[i] = value.to(self._leaves[i].dtype).clone()
+            elif a and (target := values[i]) is not None:
                 targets.append(target)
-                sources.append(new)
+                sources.append(value)
         if targets:
             torch._foreach_copy_(targets, sources)
 
 
-class Step:
-    """One call: its numbers, the graph's inputs, and what is left to do after it ran."""
+@dataclasses.dataclass(frozen=True)
+class _Changes:
+    """What an update of some members writes: the leaves that the step makes, and the graph's inputs."""
 
-    def __init__(self, complete: bool) -> None:
-        self.complete = complete
-        self.active: list[list[bool]] = []  # per group and member: takes part
-        self.numbers: list[list[list[Tensor]]] = []  # per group, split and value: 0-dim or one per member
-        self.advanced: list[tuple[Part, int, Tensor, list[bool]]] = []
-        self.inputs: list[Tensor] = []
-        self.flat: dict[Leaves, Tensor] = {}
-        self.used: dict[Leaves, Tensor] = {}  # the tensors behind the inputs, of members that take part
-        self.copies = 0
-        self.orders: dict[int, tuple[bool, tuple[int, ...]]] = {}  # per tensor: takes part, strides it is read in
-        self.copy_back: list[tuple[Tensor, Tensor]] = []
-
-    @property
-    def all_numbers(self) -> list[list[Tensor]]:
-        """Per group: the numbers of its members."""
-        return [[v for found in group for v in found] for group in self.numbers]
+    made: list[int]
+    bound: Callable[[Values], Sequence[Tensor | None]]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from ..expr import Expr
 from ..ir import Group, Leaf
 from .npu_layout import Run, Values
+from .npu_rows import Row
 from .npu_split import Split, slots_of
 
 
@@ -20,10 +22,47 @@ class HostValues:
         self.made = made
         self._columns = {s: _Column([m[s] for m in group.members], leaves) for s in _slots(made, made.host.roots)}
 
-    def __call__(self, values: Values) -> tuple[list[Tensor], list[Tensor]]:
-        """`made.values` and the new values of `made.advanced`: float64, 0-dim or one per member."""
-        found, advanced = self.made.host_values({s: c.of(values) for s, c in self._columns.items()})
+    def __call__(self, values: Values) -> tuple[list[Tensor], list[Advanced]]:
+        """`made.values` (float64, 0-dim or one per member), and what is written to 0-dim states."""
+        given = {s: c.of(values) for s, c in self._columns.items()}
+        found, new = self.made.host_values({s: column for s, (column, _) in given.items()})
+        rows = {s: row for s, (_, row) in given.items()}
+        advanced = [Advanced(s, x, rows.get(s)) for (s, _), x in zip(self.made.advanced, new, strict=True)]
         return [v.double() for v in found], advanced
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Advanced:
+    """The new values of a 0-dim state, 0-dim or one per member; `row`: one vector over all members' memory for it."""
+
+    slot: int
+    value: Tensor
+    row: Tensor | None
+
+    def moved_to(self, kinds: Collection[tuple[torch.dtype, torch.device]]) -> Tensor:
+        """The values where the states are: at once, if all are on one device."""
+        (dtype, device), *others = kinds
+        return self.value if others or device.type == "cpu" else self.value.to(dtype).to(device)
+
+
+class OnDevice:
+    """0-dim leaves that lie on a device, read all at once: reading any of them waits for the device."""
+
+    def __init__(self, indices: Sequence[int], leaves: Sequence[Leaf]) -> None:
+        self._kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        for i in indices:
+            self._kinds.setdefault((leaves[i].dtype, leaves[i].device), []).append(i)
+
+    def fetched(self, values: Values) -> Values:
+        """The values of all leaves, with these in the host's memory: one transfer for each dtype."""
+        if not self._kinds:
+            return values
+        found = list(values)
+        for indices in self._kinds.values():
+            given = [(i, t) for i in indices if (t := values[i]) is not None]
+            for (i, _), t in zip(given, torch.stack([t for _, t in given]).cpu().unbind(), strict=True):
+                found[i] = t
+        return found
 
 
 class Packed:
@@ -70,7 +109,15 @@ class _Column:
         numbers = [leaves[i].value if leaves[i].kind == "constant" else None for i in self._indices]
         self._numbers = [None if n is None else torch.tensor(n, dtype=torch.float64) for n in numbers]
 
-    def of(self, values: Values) -> Tensor:
-        given = [values[i] if n is None else n for i, n in zip(self._indices, self._numbers, strict=True)]
-        column = torch.stack([t.detach() for t in given if t is not None]).double().cpu()
-        return column[0] if len(self._indices) == 1 else column
+        here = all(leaves[i].device.type == "cpu" and leaves[i].kind != "constant" for i in self._indices)
+        self._row = Row(self._indices) if here else None
+
+    def of(self, values: Values) -> tuple[Tensor, Tensor | None]:
+        """The values in float64, and one vector over the memory of all where there is one."""
+        row = None if self._row is None else self._row.of(values)
+        if row is not None:
+            column = row.to("cpu", torch.float64, copy=True)  # the step writes there, too
+        else:
+            given = [values[i] if n is None else n for i, n in zip(self._indices, self._numbers, strict=True)]
+            column = torch.stack([t for t in given if t is not None]).cpu().double()
+        return column[0] if len(self._indices) == 1 else column, row

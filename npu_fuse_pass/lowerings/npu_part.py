@@ -12,7 +12,9 @@ from ..match_result import Match, NoMatch
 from . import npu_emit, npu_foreach, npu_lists, npu_operands
 from .npu_dedicated import series
 from .npu_layout import Plan, Run
-from .npu_split import slots_of, split
+from .npu_split import constants_of, slots_of, split
+
+_GIVEN = ("input", "attribute")
 
 
 class Part:
@@ -37,10 +39,11 @@ class Part:
         chosen = npu_operands.choose(group, found, totals, chip, kernels)
         self.dedicated = None if isinstance(chosen, str) else chosen
         self._lists = kernels != "elementwise" and self.dedicated is None and series(chip) in npu_lists.SERIES
-        self.note = chosen if isinstance(chosen, str) else chosen.note
-        self.splits = [split(formula, totals, contribute=False) if self.dedicated is None else self.dedicated.split]
+        constants = constants_of(group, leaves)
+        chosen_split = None if self.dedicated is None else self.dedicated.split
+        self.splits = [chosen_split or split(formula, totals, False, constants)]
         if formula.contributions:
-            self.splits.append(split(formula, totals, contribute=True))
+            self.splits.append(split(formula, totals, True, constants))
             if self.splits[1].device_slots:
                 raise Unsupported(group.name, "a total depends on another total")
         for made in self.splits:
@@ -52,6 +55,10 @@ class Part:
         ]
         if not first:
             self.on_device = []
+        inputs = {m[s] for s in formula.scalar_slots for m in group.members}
+        self.on_the_device = {i for i in inputs if leaves[i].kind in _GIVEN and leaves[i].device.type != "cpu"}
+        """0-dim leaves that the host has to read from there."""
+        self.note = "; ".join(filter(None, (chosen if isinstance(chosen, str) else chosen.note, self.waits)))
         for slot in formula.written:
             targets = [member[slot] for member in group.members]
             if len(set(targets)) != len(targets):
@@ -68,6 +75,16 @@ class Part:
         if self.dedicated is not None:
             return self.dedicated.operation.name
         return npu_lists.KERNEL if self.in_lists else "GE elementwise"
+
+    @property
+    def waits(self) -> str:
+        """For the report: that the host waits for the device at every step, "" if it does not."""
+        if not self.on_the_device:
+            return ""
+        return (
+            f"every step waits for the device to read {len(self.on_the_device)} of its 0-dim tensors: keep them on the "
+            "CPU (capturable=False), or use an optimizer of npu_fuse_pass.optim"
+        )
 
     @property
     def plain(self) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..ir import Leaf
 from ..same_tensors import SameTensors
 from .npu_layout import Plan, Planner, Run, Values, gaps
+from .npu_rows import holds, picked
 
 if TYPE_CHECKING:
     from .npu_part import Part
@@ -67,7 +68,7 @@ class Plans:
     def _use(self, plans: list[Plan]) -> None:
         self.plans = plans
         self._same, self._addresses = SameTensors(), list[int]()
-        self._fixed: list[int] = []  # the leaves that have to stay where they are
+        fixed: list[int] = []  # the leaves that have to stay where they are
         self._spans: list[tuple[int, int]] = []  # of these, the first of each run; how many elements follow from there
         self._mates: list[tuple[Tensor, Tensor]] = []  # per group: members of runs, and the first one of each one's run
         for planner, part, plan in zip(self._planners, self._parts, plans, strict=True):
@@ -75,11 +76,12 @@ class Plans:
             for run in runs:
                 slots = [s for s in planner.slots if s not in run.gathered]
                 for leaves in ([part.group.members[m][s] for m in run.members] for s in slots):
-                    self._fixed += leaves
+                    fixed += leaves
                     self._spans.append((leaves[0], sum(math.prod(self._leaves[i].shape) for i in leaves)))
             mates = [(m, run.members[0]) for run in runs for m in run.members]
             pairs = torch.tensor(mates, dtype=torch.int64).reshape(-1, 2)
             self._mates.append((pairs[:, 0], pairs[:, 1]))
+        self._fixed = picked(fixed)
 
     def _worth_a_look(self, active: Sequence[Sequence[bool]]) -> bool:
         complete = all(
@@ -94,7 +96,7 @@ class Plans:
     def _one_storage(self, values: Values) -> bool:
         """Whether runs still are in one storage: memory that was freed may hold separate tensors now."""
         firsts = [(values[i], elements) for i, elements in self._spans]
-        return all(t is not None and _holds(t, elements) for t, elements in firsts)
+        return all(t is not None and holds(t, elements) for t, elements in firsts)
 
     def _together(self, active: Sequence[Sequence[bool]]) -> bool:
         """Whether of every run all members take part, or none."""
@@ -115,9 +117,9 @@ class Plans:
 
     def _in_place(self, values: Values, active: Sequence[Sequence[bool]]) -> bool:
         """Whether the tensors of every run that takes part still are adjacent."""
-        tensors = [values[i] for i in self._fixed]
-        addresses = [0 if t is None else t.data_ptr() for t in tensors]
-        if addresses == self._addresses and self._same.match(tensors) and self._one_storage(values):
+        tensors = self._fixed(values)
+        same = self._same.match(tensors)
+        if same and self._addresses == list(map(Tensor.data_ptr, tensors)) and self._one_storage(values):
             return True
         runs = zip(self._planners, self.plans, active, strict=True)
         if not all(
@@ -127,16 +129,9 @@ class Plans:
             if len(run.members) > 1 and taking_part[run.members[0]]
         ):
             return False
-        present = [t for t in tensors if t is not None]
-        if len(present) == len(tensors):
-            self._same.learn(present)
-            self._addresses = addresses
+        if same or (all(t is not None for t in tensors) and self._same.learn(tensors)):
+            self._addresses = list(map(Tensor.data_ptr, tensors))
         return True
-
-
-def _holds(first: Tensor, elements: int) -> bool:
-    """Whether the storage goes on for that many elements from where a tensor begins."""
-    return (first.storage_offset() + elements) * first.element_size() <= first.untyped_storage().nbytes()
 
 
 def _adjacent(planner: Planner, run: Run, values: Values) -> bool:

@@ -16,8 +16,9 @@ from torch import Tensor
 from ..errors import Unsupported
 from ..expr import REDUCTIONS, Expr, postorder
 from ..formula_text import serialise
-from ..ir import Formula, Slot
+from ..ir import Formula, Group, Leaf, Slot
 from ..ops import evaluate
+from .npu_lerp import interpolation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +49,13 @@ class Split:
         return [found[id(e)] for e in self.values], [found[id(e)] for _, e in self.advanced]
 
 
-def split(formula: Formula, device_slots: Collection[int], contribute: bool) -> Split:
+def split(
+    formula: Formula, device_slots: Collection[int], contribute: bool, constants: Mapping[int, float] | None = None
+) -> Split:
     """Split the writes of a formula, or its contributions to totals.
 
-    `device_slots` are scalar slots whose value exists on the device only: totals.
+    `device_slots` are scalar slots whose value exists on the device only: totals. `constants` are the values of scalar
+    slots that have one for all members and at all steps, as far as they are known.
 
     Raises:
         Unsupported: a 0-dim state depends on a tensor, so that the host cannot advance it.
@@ -62,7 +66,7 @@ def split(formula: Formula, device_slots: Collection[int], contribute: bool) -> 
     on_host = _on_host(roots, advanced, device_slots)
     read = {e.value for e in postorder(roots) if e.op == "leaf"}
     used = [s for s in formula.tensor_slots if s in read or any(s == written for written, _ in tensor_writes)]
-    build = _Device(formula, used, on_host, [s for s in device_slots if s in read])
+    build = _Device(formula, used, on_host, [s for s in device_slots if s in read], constants or {})
     writes = [(build.tensor_slot[s], build.visit(e)) for s, e in tensor_writes]
     contributions = [build.visit(e) for e in formula.contributions] if contribute else []
     build.finish()
@@ -98,10 +102,16 @@ def split_operands(
     on_host = _on_host(operands, advanced, device_slots)
     read = {e.value for e in postorder(operands) if e.op == "leaf"}
     used = [s for s in formula.tensor_slots if s in read or s in written]
-    build = _Device(formula, used, on_host, [s for s in device_slots if s in read])
+    build = _Device(formula, used, on_host, [s for s in device_slots if s in read], constants)
     made = [build.visit(e) for e in operands]
     build.finish()
     return build.split([], made, advanced, tuple(written), constants)
+
+
+def constants_of(group: Group, leaves: Sequence[Leaf]) -> dict[int, float]:
+    """The scalar slots of a group that hold one constant for all members, and its value."""
+    held = {s: {member[s] for member in group.members} for s in group.formula.scalar_slots}
+    return {s: leaves[i].value for s, (i, *others) in held.items() if leaves[i].kind == "constant" and not others}
 
 
 def _advanced(formula: Formula) -> list[tuple[int, Expr]]:
@@ -128,9 +138,14 @@ class _Device:
     """Copies expressions into the device formula."""
 
     def __init__(
-        self, formula: Formula, tensor_slots: Sequence[int], on_host: set[int], device_slots: Sequence[int]
+        self,
+        formula: Formula,
+        tensor_slots: Sequence[int],
+        on_host: set[int],
+        device_slots: Sequence[int],
+        constants: Mapping[int, float],
     ) -> None:
-        self._on_host = on_host
+        self._on_host, self._constants = on_host, constants
         self._made: dict[int, Expr] = {}
         self.tensor_slot = {s: i for i, s in enumerate(tensor_slots)}
         self.slots = [formula.slots[s] for s in tensor_slots]
@@ -184,41 +199,7 @@ class _Device:
             if not e.tensor:
                 return self._total_leaves[e.value]
             return Expr("leaf", (), self.tensor_slot[e.value], e.dtype, True)
-        lerp = _lerp(e)
+        lerp = interpolation(e, self._constants)
         if lerp is not None:
             return Expr("lerp", tuple(map(self.visit, lerp)), None, e.dtype, True)
         return Expr(e.op, tuple(map(self.visit, e.args)), e.value, e.dtype, e.tensor)
-
-
-def _lerp(e: Expr) -> tuple[Expr, Expr, Expr] | None:
-    """(start, end, weight) of torch's lerp: where(|w| < 1/2, w*(end-start)+start, -(end-start)*(1-w)+end).
-
-    Both branches are one function, rounded differently; an NPU's Lerp rounds in its own way. Where the weight was known
-    when the step was captured, there is one of them.
-    """
-    if e.op != "where":
-        return _interpolation(e)
-    low, high = _interpolation(e.args[1]), _interpolation(e.args[2])
-    if low is None or high is None or low[:2] != (high[1], high[0]):
-        return None
-    rest = _uncast(high[2])
-    return low if rest.op == "sub" and _uncast(rest.args[1]) is _uncast(low[2]) else None
-
-
-def _uncast(e: Expr) -> Expr:
-    return _uncast(e.args[0]) if e.op == "cast" else e
-
-
-def _interpolation(e: Expr) -> tuple[Expr, Expr, Expr] | None:
-    """(start, end, weight) of weight*(end-start)+start, in which the product may be (start-end) with the other sign."""
-    if e.op != "fma":
-        return None
-    (first, second, start) = e.args
-    for weight, distance in ((first, second), (second, first)):
-        signs = (distance.args[0], 1) if distance.op == "neg" else (distance, 0)
-        if weight.tensor or signs[0].op != "sub" or not signs[0].tensor:
-            continue
-        end, away = signs[0].args[signs[1]], signs[0].args[1 - signs[1]]
-        if away is start and end.tensor:
-            return start, end, weight
-    return None

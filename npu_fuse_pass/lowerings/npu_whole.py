@@ -8,7 +8,7 @@ between read it; numbers are constants or enter one by one, and nothing advances
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from . import npu, npu_emit
 from .memory import check_apart
 from .npu_graph import device_update
 from .npu_run import Run, refusal
-from .npu_split import Split, split
+from .npu_split import Split, constants_of, split
 
 _NUMBER = torch.ops.aten.scalar_tensor.default  # what `rewrite` makes of a constant
 
@@ -56,10 +56,9 @@ class Program:
         _check(leaves, groups, calls, written)
         self._run = Run(self._compiled(torchair, _with_constants(graph), config), npu.versions)
 
-    @staticmethod
-    def cost(g: Group) -> tuple[int, int]:
+    def cost(self, g: Group) -> tuple[int, int]:
         """Bytes per element, and GE operations on tensors."""
-        made = _split(g.formula)
+        made = _split(g.formula, constants_of(g, self._leaves))
         operations, size = npu_emit.cost(g.formula if made is None else made.device)
         return size, operations * len(g.members)
 
@@ -112,10 +111,10 @@ def _check(leaves: Sequence[Leaf], groups: Sequence[Group], calls: Sequence[Call
         npu_emit.check(g.formula)
 
 
-def _split(formula: Formula) -> Split | None:
+def _split(formula: Formula, constants: Mapping[int, float]) -> Split | None:
     """A formula without the arithmetic on numbers; None where a number comes from a tensor."""
     try:
-        return split(formula, (), contribute=False)
+        return split(formula, (), False, constants)
     except Unsupported:
         return None
 
@@ -127,11 +126,14 @@ def _with_constants(rewritten: fx.GraphModule) -> fx.GraphModule:
     for node in graph.find_nodes(op="call_function", target=multi_tensor_update):
         tensors, scalars, members, text = node.args
         formula = parsed(text)
-        made = _split(formula)
         given = {s: scalars[k * members : (k + 1) * members] for k, s in enumerate(formula.scalar_slots)}
-        if made is None or not all(n.target is _NUMBER for row in given.values() for n in row):
+        if not all(n.target is _NUMBER for row in given.values() for n in row):
             continue
-        columns = {s: torch.tensor([n.args[0] for n in row], dtype=torch.float64) for s, row in given.items()}
+        values = {s: [n.args[0] for n in row] for s, row in given.items()}
+        made = _split(formula, {s: row[0] for s, row in values.items() if len(set(row)) == 1})
+        if made is None:
+            continue
+        columns = {s: torch.tensor(row, dtype=torch.float64) for s, row in values.items()}
         dtype = npu_emit.wide_dtype(formula)
         keys = [(x, dtype) for v in made.host_values(columns)[0] for x in v.double().expand(members).tolist()]
         with graph.inserting_before(node):

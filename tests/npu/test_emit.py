@@ -70,9 +70,11 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def on_graph(function: Callable[..., Any], dtype: torch.dtype = torch.float32) -> tuple[Tensor, harness.GeGraph]:
-    """What a graph that writes its first argument makes of X, Y and W."""
-    examples = [X.to(dtype, copy=True), Y.to(dtype, copy=True), W.clone()]
+def on_graph(
+    function: Callable[..., Any], dtype: torch.dtype = torch.float32, w: Tensor = W
+) -> tuple[Tensor, harness.GeGraph]:
+    """What a graph that writes its first argument makes of X, Y and w."""
+    examples = [X.to(dtype, copy=True), Y.to(dtype, copy=True), w.clone()]
     captured, groups = fused(lambda x, y, w: [function(x, y, w)][1:] or None, *examples)
     values = [examples[leaf.index] if leaf.kind == "input" else None for leaf in captured.leaves]
     with harness.record() as graphs:
@@ -100,6 +102,19 @@ def test_float64_where_the_ge_operation_has_none() -> None:
         on_graph(lambda x, y, w: x.copy_(x.trunc()), torch.float64)
 
 
+def branches(
+    weight: float | None = None, rest: float = 1.0, limit: float = 0.5, rounded: bool = False
+) -> Callable[..., Tensor]:
+    """Torch's lerp, spelled out, and others that look like it; `weight` instead of the one of the low branch."""
+
+    def function(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+        given = w if weight is None else w * weight
+        low = torch.addcmul(x, y - x, given.half().double() if rounded else given)
+        return torch.where(w.abs() < limit, low, torch.addcmul(y, -(y - x), rest - w))
+
+    return function
+
+
 LERPS: dict[str, tuple[Callable[..., Tensor], dict[str, int]]] = {
     "weight at run time": (lambda x, y, w: torch.lerp(x, y, w), {"Lerp": 1}),
     "small weight": (lambda x, y, w: torch.lerp(x, y, 0.3), {"Lerp": 1}),
@@ -111,16 +126,43 @@ LERPS: dict[str, tuple[Callable[..., Tensor], dict[str, int]]] = {
         lambda x, y, w: torch.where(w > 0.5, torch.add(x, y - x, alpha=0.25), torch.add(y, -(y - x), alpha=0.1)),
         {"Lerp": 2, "SelectV2": 1},
     ),
+    "spelled out": (branches(), {"Lerp": 1}),
+    "2 - w": (branches(rest=2.0), {"Lerp": 2, "SelectV2": 1}),
+    "another limit": (branches(limit=0.75), {"Lerp": 2, "SelectV2": 1}),
+    "another weight below": (branches(weight=0.5), {"Lerp": 2, "SelectV2": 1}),
+    "a weight rounded below": (branches(rounded=True), {"Lerp": 2, "SelectV2": 1}),
 }
 
 
+@pytest.mark.parametrize("weight", [0.3, 0.7])
 @pytest.mark.parametrize("name", LERPS)
-def test_interpolations_are_one_operation(name: str) -> None:
+def test_interpolations_are_one_operation(name: str, weight: float) -> None:
     function, emitted = LERPS[name]
-    got, graph = on_graph(lambda x, y, w: x.copy_(function(x, y, w)))
-    torch.testing.assert_close(got, function(X, Y, W), rtol=1e-6, atol=1e-6)
+    w = torch.tensor(weight, dtype=torch.float64)
+    got, graph = on_graph(lambda x, y, w: x.copy_(function(x, y, w)), w=w)
+    torch.testing.assert_close(got, function(X, Y, w), rtol=1e-6, atol=1e-6)
     on_numbers = {*harness.NOT_COMPUTE, "Unpack", "NotEqual"}
     assert {k: v for k, v in graph.counts().items() if k not in on_numbers} == emitted
+
+
+@pytest.mark.parametrize("rest", [1.0, 2.0])
+def test_an_interpolation_of_one_parameter_is_not_taken_for_all(rest: float) -> None:
+    """Two parameters of one group, whose constants differ unless `rest` is 1."""
+
+    def step(a: Tensor, b: Tensor, c: Tensor, d: Tensor, w: Tensor) -> None:
+        a.copy_(branches()(a, b, w))
+        c.copy_(branches(rest=rest)(c, d, w))
+
+    examples = [X.clone(), Y.clone(), X + 1, Y + 1, torch.tensor(0.7, dtype=torch.float64)]
+    wanted = [t.clone() for t in examples]
+    step(*wanted)
+    captured, groups = fused(step, *examples)
+    assert [len(g.members) for g in groups] == [2]
+    with harness.record() as graphs:
+        values = [examples[leaf.index] if leaf.kind == "input" else None for leaf in captured.leaves]
+        npu.Program(captured.leaves, groups)(values, complete=True)
+    torch.testing.assert_close(examples, wanted, rtol=1e-6, atol=1e-6)
+    assert graphs[0].counts()["Lerp"] == (2 if rest == 1 else 4)
 
 
 # An error planted in the table of the lowering: another operation with as many operands.

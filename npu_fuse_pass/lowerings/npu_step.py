@@ -1,0 +1,69 @@
+"""What is known of a step before it is bound: the numbers of all members, and who takes part."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from itertools import repeat
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..ir import Leaf
+from .npu_layout import Values
+from .npu_numbers import Advanced, HostValues, OnDevice
+from .npu_rows import picked
+
+if TYPE_CHECKING:
+    from .npu_bind import Leaves
+    from .npu_part import Part
+
+
+class Host:
+    """The host's part of a step."""
+
+    def __init__(self, leaves: Sequence[Leaf], parts: Sequence[Part]) -> None:
+        self._leaves, self._parts = leaves, parts
+        self._on_device = OnDevice(sorted({i for part in parts for i in part.on_the_device}), leaves)
+        self._evaluate = [[HostValues(part.group, made, leaves) for made in part.splits] for part in parts]
+        self._given = [[self._given_to(m) for m in part.group.members] for part in parts]
+        self._all_given = [picked(sorted({i for given in each for i in given})) for each in self._given]
+
+    @torch.no_grad()
+    def look(self, values: Values, complete: bool) -> Step:
+        """A step as far as it is known before it is bound. `complete`: dtypes are to be checked."""
+        step = Step(complete)
+        numbers = self._on_device.fetched(values)
+        for part, evaluate, given, whole in zip(self._parts, self._evaluate, self._given, self._all_given, strict=True):
+            all_given = all(map(operator.is_not, whole(values), repeat(None)))
+            step.active.append([all_given or all(values[i] is not None for i in leaves) for leaves in given])
+            found = [e(numbers) for e in evaluate]
+            step.numbers.append([n for n, _ in found])
+            step.advanced += [(part, new, step.active[-1]) for _, advanced in found for new in advanced]
+        return step
+
+    def _given_to(self, member: tuple[int, ...]) -> list[int]:
+        """The leaves that a member cannot do without."""
+        return [i for i in member if self._leaves[i].kind in ("input", "attribute")]
+
+
+class Step:
+    """One call: its numbers, the graph's inputs, and what is left to do after it ran."""
+
+    def __init__(self, complete: bool) -> None:
+        self.complete = complete
+        self.active: list[list[bool]] = []  # per group and member: takes part
+        self.numbers: list[list[list[Tensor]]] = []  # per group, split and value: 0-dim or one per member
+        self.advanced: list[tuple[Part, Advanced, list[bool]]] = []
+        self.inputs: list[Tensor] = []
+        self.flat: dict[Leaves, Tensor] = {}
+        self.used: dict[Leaves, Tensor] = {}  # the tensors behind the inputs, of members that take part
+        self.copies = 0
+        self.orders: dict[int, tuple[bool, tuple[int, ...]]] = {}  # per tensor: takes part, strides it is read in
+        self.copy_back: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def all_numbers(self) -> list[list[Tensor]]:
+        """Per group: the numbers of its members."""
+        return [[v for found in group for v in found] for group in self.numbers]
