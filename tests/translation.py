@@ -26,7 +26,7 @@ STARTS = {
 FACTS = {
     "code": re.compile(r"`[^`]+`"),
     "link": re.compile(r"\]\([^)]*\)"),
-    "number": re.compile(r"\d+(?:[.,]\d+)*(?:e-?\d+)?(?:\s?(?:%|x|s|ms|µs|GB/s)(?![A-Za-z0-9]))?"),
+    "number": re.compile(r"\d+(?:[.,]\d+)*(?:e-?\d+)?(?:\s?(?:%|x|s|ms|µs|ns|GB/s)(?![A-Za-z0-9]))?"),
     "tick": re.compile(r"[✓✔✗✘×]"),
     "bold": re.compile(r"\*\*"),
     "name": re.compile(r"[A-Za-z_][\w.]*[A-Z_]\w*(?:\.\w+)*", re.ASCII),
