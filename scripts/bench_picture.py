@@ -23,7 +23,7 @@ def draw(
         for k, name in enumerate(peers):
             places = [i + k * width for i, c in enumerate(own) if name in c["milliseconds"]]
             axis.bar(places, [c["milliseconds"][name] for c in own if name in c["milliseconds"]], width, label=name)
-        axis.set_xticks([i + 0.4 - width / 2 for i in range(len(own))], [c["optimizer"] for c in own])
+        axis.set_xticks([i + 0.4 - width / 2 for i in range(len(own))], [c["optimizer"] for c in own], rotation=15)
         axis.set_title(workload)
         axis.set_ylabel("ms per step")
         axis.set_yscale("log")
