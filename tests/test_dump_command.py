@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import shlex
 import subprocess
 import sys
@@ -224,3 +225,20 @@ step()
     status, said = dump(f"--check --script {script(tmp_path, text)}")
     assert status == WANTING and "Half.step: compiled graphs updated 1 of 3 parameters" in said, said
     assert "graph_break()` (" in said and "train.py:16, in step" in said
+
+
+def test_steps_are_measured_on_request(dump, tmp_path):
+    """The page of the last compile then shows them; nothing else of the dump changes, and --diff does not care."""
+    status, out = dump("NpuFusedAdam --params 2 --shape 8 --time", "timed")
+    assert status == 0 and "ms compiled" in out
+    page = (tmp_path / "timed/rank_0/compile_000/index.html").read_text()
+    found = json.loads(re.search(r'"measured":({[^}]*})', page)[1])
+    assert found.keys() == {"before", "after"} and min(found.values()) > 0
+    assert dump("NpuFusedAdam --params 2 --shape 8", "untimed")[0] == 0
+    assert '"measured":{}' in (tmp_path / "untimed/rank_0/compile_000/index.html").read_text()
+    assert dump(f"--diff {tmp_path / 'timed'} {tmp_path / 'untimed'}")[0] == FINE
+
+
+@pytest.mark.parametrize("line", ["--time --script train.py", "NpuFusedAdam --time --platform npu"])
+def test_what_cannot_be_measured(dump, line):
+    assert dump(line)[0] == USAGE

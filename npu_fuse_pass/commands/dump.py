@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import pathlib
 import sys
 import traceback
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
+
     from ..dump.session import Session
 
 _FINE, _WANTING, _USAGE = 0, 1, 2
@@ -36,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check-numerics", action="store_true", help="compare every step with the original's; fail at a difference"
     )
+    parser.add_argument("--time", action="store_true", help="measure the optimizer's step, eager and compiled, too")
     parser.add_argument("--diff", nargs=2, type=pathlib.Path, metavar=("A", "B"), help="compare two dumps")
     parser.add_argument(
         "--script", nargs=argparse.REMAINDER, metavar="train.py ...", help="comes last: a script and its arguments"
@@ -47,6 +52,8 @@ def run(given: argparse.Namespace) -> int:
     asked = [what for what in ("optimizer", "script", "diff") if getattr(given, what)]
     if len(asked) != 1:
         return _refuse("give one of: the name of an optimizer, --script train.py, --diff A B")
+    if given.time and not given.optimizer:
+        return _refuse("--time measures the step of an optimizer that is given by its name")
     from ..errors import FuseError
 
     try:
@@ -71,7 +78,10 @@ def _dump(given: argparse.Namespace) -> int:
     failure = _script(session, given) if given.script else _named(session, given)
     problems = session.problems(ended=failure is None and not session.wrong)
     unchecked = given.check_numerics and not session.checked_steps
-    for folder in sorted(set(given.out.glob("rank_*/compile_*")) - before):
+    folders = sorted(set(given.out.glob("rank_*/compile_*")) - before)
+    if given.time and folders and not failure:
+        _time(given, folders[-1] / "index.html")
+    for folder in folders:
         print(f"{folder}\n{_indented((folder / 'table.txt').read_text(encoding='utf-8'))}")
     _list("wrong numbers", session.wrong)
     _list("not fused", problems)
@@ -91,15 +101,36 @@ def _list(head: str, lines: list[str]) -> None:
 
 def _named(session: Session, given: argparse.Namespace) -> str | None:
     """An optimizer by its name; gives why its step failed."""
+    from ..dump.session import run_optimizer
+    from ..errors import OptionError
+
+    make, device = _maker(given)
+    if given.time and given.platform == "npu" and device != "npu":
+        raise OptionError("--time --platform npu: there is no NPU here, and a CPU's time would say nothing about one")
+    return run_optimizer(session, make())
+
+
+def _maker(given: argparse.Namespace) -> tuple[Callable[[], torch.optim.Optimizer], str]:
+    """Makes the optimizer, with parameters of its own, and where they are."""
     import torch
 
     from ..dump import named
-    from ..dump.session import run_optimizer
 
     shapes = named.shapes_of(given.model, given.params, given.shape or ["256x256"])
     options = dict(map(named.option, given.option))
     on_npu = given.platform == "npu" and hasattr(torch, "npu") and torch.npu.is_available()
-    return run_optimizer(session, named.make(given.optimizer, shapes, options, "npu" if on_npu else "cpu"))
+    device = "npu" if on_npu else "cpu"
+    return functools.partial(named.make, given.optimizer, shapes, options, device), device
+
+
+def _time(given: argparse.Namespace, page: pathlib.Path) -> None:
+    """Measure steps, say so, and show it on the page of the last compile."""
+    from ..dump.page import with_times
+    from ..dump.session import times
+
+    found = times(_maker(given)[0], {"platform": given.platform or "cpu"})
+    page.write_text(with_times(page.read_text(encoding="utf-8"), found), encoding="utf-8")
+    print(f"a step takes {1e3 * found['before']:.3f} ms eager, {1e3 * found['after']:.3f} ms compiled (medians of 20)")
 
 
 def _script(session: Session, given: argparse.Namespace) -> str | None:

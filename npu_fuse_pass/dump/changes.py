@@ -15,6 +15,7 @@ from .same_formula import ordered
 Summary = Mapping[str, Any]
 
 _SHARED = re.compile(r"\bx\d+\b")
+_MEASURED = re.compile(r'"measured":{[^}]*}')  # on the page
 _LINES = 6  # of a file that are told one by one
 _ALIKE = 0.4  # formulas that have this much in common are one that changed
 
@@ -77,13 +78,18 @@ def _compile(one: pathlib.Path, two: pathlib.Path) -> Iterator[str]:
     yield from told
     names = sorted({p.name for p in (*one.iterdir(), *two.iterdir())} - {"summary.json", "table.txt"})
     for name in names:
-        texts = [
-            p.read_text(encoding="utf-8").splitlines() if (p := path / name).is_file() else None for path in (one, two)
-        ]
+        texts = [_lines(path / name) for path in (one, two)]
         if texts[0] is None or texts[1] is None:
             yield f"{name} is only in {one if texts[1] is None else two}"
         elif texts[0] != texts[1]:
             yield from _file(name, texts[0], texts[1], in_detail=name in _TOLD and not told)
+
+
+def _lines(path: pathlib.Path) -> list[str] | None:
+    """A file's lines, measured times left out; None where there is no such file."""
+    if not path.is_file():
+        return None
+    return _MEASURED.sub("", path.read_text(encoding="utf-8")).splitlines()
 
 
 def _step(mine: Summary, yours: Summary) -> Iterator[str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import runpy
+import statistics
+import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -108,6 +110,21 @@ def run_optimizer(session: Session, opt: torch.optim.Optimizer, steps: int = 2) 
             own = backend.own_error(e)
             return str(own) if isinstance(own, FuseError) else f"{type(e).__name__}: {e}"
     return None
+
+
+def times(make: Callable[[], torch.optim.Optimizer], options: Mapping[str, Any], steps: int = 20) -> dict[str, float]:
+    """Median seconds of a step, eager ("before") and compiled ("after"), each of an optimizer of its own."""
+    found = {}
+    for when in ("before", "after"):
+        opt = make()
+        step = opt.step if when == "before" else torch.compile(opt.step, backend="npu_fused", options=dict(options))
+        taken = []
+        for _ in range(2 + steps):  # the first two make states and compile
+            start = time.perf_counter()
+            step()
+            taken.append(time.perf_counter() - start)
+        found[when] = statistics.median(taken[2:])
+    return found
 
 
 def run_script(session: Session, path: str, arguments: Sequence[str]) -> int:

@@ -30,7 +30,6 @@ def cost(formula: Formula, members: int, shared: Collection[int]) -> tuple[int, 
     """
     kinds: dict[int, str] = {}
     operations = size = 0
-    gathered: set[int] = set()
     for e in postorder([e for _, e in formula.writes]):
         below = [kinds[id(a)] for a in e.args]
         own = e.value in shared if e.op == "leaf" else "n" not in below
@@ -41,9 +40,7 @@ def cost(formula: Formula, members: int, shared: Collection[int]) -> tuple[int, 
             launches, moved = npu_emit.cost_of(formula, e)
             operations, size = operations + launches * members, size + moved
             continue
-        lists = {id(a) for a in e.args if kinds[id(a)] == "n"}
-        operations += 1 + len(lists - gathered)
-        gathered |= lists
+        operations += 1
         size += 4 + 4 * sum(a.tensor for a in e.args)
     return operations, size
 
@@ -94,16 +91,9 @@ class Emitter(npu_emit.Emitter):
                 inputs[name] = self._one()
             else:
                 given = operands[order[what]]
-                inputs[name] = given if tensors[order[what]] else self._number(given)
+                inputs[name] = given if tensors[order[what]] else given[0]
         found: list[Any] = self._operation(row.name, inputs=inputs, outputs=[("y", len(operands[0]))])
         return found
-
-    def _number(self, given: list[Any]) -> Any:
-        """One number for all, or one for each in one tensor."""
-        names = [x.tensor for x in given]
-        if len(set(names)) == 1:
-            return given[0]
-        return self.once(("list", *names), lambda: self._ge.ConcatV2(given, concat_dim=0, N=len(given)))
 
     def _one(self) -> Any:
         return self.once(("one",), lambda: self._ge.Const([1.0], self._ge_dtype(torch.float32)))

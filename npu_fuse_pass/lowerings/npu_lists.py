@@ -6,11 +6,12 @@ takes some microseconds however little it does.
 
 Documents are foreach/<operation>/README.md and op_graph/<operation>_proto.h in https://gitcode.com/cann/ops-nn. They
 agree in what matters here: Atlas A2 and A3, never the Atlas training series; float32; at most 50 tensors in a list (the
-prototypes); numbers are inputs, tensors with one element for all of a list, or with one for each tensor. Their kernels'
-definitions (op_host/<operation>_def.cpp) name ascend910b and ascend910_93. There is no list operation for casts,
-comparisons, `where` and reductions: these stay one for each tensor. Half precision has as many casts as there are
-tensors, and torchair's shape inference stumbles over a cast behind a list operation, so groups with other dtypes than
-float32 have no lists.
+prototypes); numbers are inputs, tensors with one element for all of a list. Their kernels' definitions
+(op_host/<operation>_def.cpp) name ascend910b and ascend910_93. The forms with a number for each tensor (ScalarList) are
+not used: the prototypes in torch_npu's wheel contradict their documents. There is no list operation for casts,
+comparisons, `where` and reductions. All of these stay one for each tensor. Half precision has as many casts as there
+are tensors, and torchair's shape inference stumbles over a cast behind a list operation, so groups with other dtypes
+than float32 have no lists.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def _binary(name: str, *given: tuple[str, int | str]) -> ListOperation:
 
 _PAIR: tuple[tuple[str, int | str], ...] = (("x1", 0), ("x2", 1))
 
-# An operation of the IR, and what its operands are: t a list of tensors, s a number for all of them, n one for each.
+# An operation of the IR, and what its operands are: t a list of tensors, s a number for all of them.
 # Operands that commute are ordered so.
 LISTS: dict[tuple[str, str], ListOperation] = {
     ("add", "tt"): _binary("ForeachAddList", *_PAIR, ("alpha", "one")),
@@ -57,9 +58,8 @@ LISTS: dict[tuple[str, str], ListOperation] = {
     ("fma", "ttt"): _binary("ForeachAddcmulScalar", ("x1", 2), ("x2", 0), ("x3", 1), ("scalar", "one")),
     ("lerp", "tts"): _binary("ForeachLerpScalar", *_PAIR, ("weight", 2)),
     **{
-        (op, kinds): _binary(f"Foreach{name}{form}", ("x", 0), (number, 1))
+        (op, "ts"): _binary(f"Foreach{name}Scalar", ("x", 0), ("scalar", 1))
         for op, name in {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div"}.items()
-        for kinds, form, number in (("ts", "Scalar", "scalar"), ("tn", "ScalarList", "scalars"))
     },
     **{
         (op, "t"): _binary(f"Foreach{name}", ("x", 0))

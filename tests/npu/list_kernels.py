@@ -49,7 +49,6 @@ _BINARY: dict[str, Callable[..., Tensor]] = {"Add": torch.add, "Sub": torch.sub,
 
 KERNELS: dict[str, Callable[[Node], Sequence[Tensor]]] = {
     **{f"Foreach{name}Scalar": on_lists(function, "x", "scalar") for name, function in _BINARY.items()},
-    **{f"Foreach{name}ScalarList": on_lists(function, "x", "scalars") for name, function in _BINARY.items()},
     "ForeachAddList": on_lists(lambda x1, x2, alpha: x1 + x2 * alpha, "x1 x2", "alpha"),
     "ForeachSubList": on_lists(lambda x1, x2, alpha: x1 - x2 * alpha, "x1 x2", "alpha"),
     "ForeachMulList": on_lists(torch.mul, "x1 x2"),

@@ -16,7 +16,7 @@ from steps import SHAPES, assert_close, assert_same, parameters, set_gradients, 
 
 import npu_fuse_pass
 from npu_fuse_pass import errors
-from npu_fuse_pass.lowerings import npu, npu_run
+from npu_fuse_pass.lowerings import npu, npu_convert, npu_run
 from tests.cases import BY_NAME
 
 LEAVES = ["load", "compile", "run", "write"]
@@ -184,7 +184,7 @@ def test_torchair_that_does_not_convert(ge: harness.Recording, monkeypatch: pyte
     def unknown(*args: Any) -> Any:
         raise NotImplementedError("npu_fused.device_update.default ge_converter is not implemented!")
 
-    monkeypatch.setattr(npu, "_members", unknown)
+    monkeypatch.setattr(npu_convert, "_members", unknown)
     ours, eager = twins(BY_NAME["adam"])
     for optimizer in (ours, eager):
         set_gradients(optimizer.param_groups[0]["params"], 0)
