@@ -18,15 +18,18 @@ def check_apart(written: Sequence[Tensor], read: Sequence[Tensor]) -> None:
     Raises:
         Mismatch: two of them overlap.
     """
-    tensors = [*written, *read]
-    starts = torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64, device="cpu")
-    sizes = torch.tensor([_extent(t) if t.numel() else 0 for t in tensors], dtype=torch.int64, device="cpu")
-    if not apart(starts, sizes, torch.arange(len(tensors), device="cpu") < len(written)):
-        raise Mismatch(SHARED)
+    blocks = sorted((t.data_ptr(), t.data_ptr() + _extent(t), 1) for t in written if t.numel())
+    blocks += [(t.data_ptr(), t.data_ptr() + _extent(t), 0) for t in read if t.numel()]
+    end = end_written = 0
+    for start, stop, is_written in sorted(blocks):
+        if start < end_written or (is_written and start < end):
+            raise Mismatch(SHARED)
+        end = max(end, stop)
+        end_written = max(end_written, stop) if is_written else end_written
 
 
 def apart(starts: Tensor, sizes: Tensor, written: Tensor) -> bool:
-    """Whether no block of memory that is written overlaps another one.
+    """The same for blocks that stand in tensors: whether none that is written overlaps another one.
 
     Args:
         starts: where the blocks begin, int64.
