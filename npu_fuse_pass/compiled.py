@@ -18,6 +18,7 @@ from .ir import Captured, Leaf, Output
 from .logs import trace, warn_unfused
 from .optimizer import RuleOptimizer
 from .options import Options
+from .platforms import Looking
 from .report import CompileReport
 from .storage import inputs_of
 from .variants import Variant, Variants
@@ -43,6 +44,7 @@ class RuleStep:
         if before is not None:
             cause = before.changed(self._planned)
         self._version = prelude.version
+        self._params = {id(p) for b in prelude.batches for p in b.params}
         values = inputs_of(prelude.batches)
         self._variants = Variants(self._variant(cause, lambda leaf: values[leaf.index]))
 
@@ -54,24 +56,37 @@ class RuleStep:
     def __call__(self, *args: Tensor) -> tuple[()]:
         optimizer = self._optimizer()
         assert optimizer is not None
-        if optimizer._prelude.version != self._version:
+        prelude = optimizer._prelude
+        if prelude.version != self._version:
             self._plan()
-        values = inputs_of(optimizer._prelude.batches)
-        variant = self._variants.of(lambda leaf: values[leaf.index], self._variant)
-        if not self._run(optimizer, variant, values):
+        newest = self._variants.newest
+        if prelude.watched and isinstance(newest.program, Looking) and newest.program is prelude.watch:
+            done = self._try(optimizer, newest, newest.program.again)
+        else:
+            done = self._run(optimizer, inputs_of(prelude.batches))
+        if not done:
             step_op.run_eager(optimizer)
         return ()
 
-    def _run(self, optimizer: RuleOptimizer, variant: Variant, values: list[Tensor | None]) -> bool:
+    def _run(self, optimizer: RuleOptimizer, values: list[Tensor | None]) -> bool:
+        """A step on all tensors as Python objects; whether it is done."""
+        variant = self._variants.of(lambda leaf: values[leaf.index], self._variant)
         if variant.program is None:
             return False
-        kinds = optimizer._prelude.kinds
+        prelude = optimizer._prelude
+        step = functools.partial(variant.program, values, kinds=prelude.kinds)
+        if variant.check is not None:
+            original = functools.partial(step_op.run_eager, optimizer)
+            return self._try(optimizer, variant, functools.partial(variant.check, values, step, original, [optimizer]))
+        done = self._try(optimizer, variant, step)
+        if done and isinstance(variant.program, Looking):
+            prelude.watch = variant.program if variant.program.looks(self._params) else None
+        return done
+
+    def _try(self, optimizer: RuleOptimizer, variant: Variant, step: Callable[[], None]) -> bool:
+        """Run a step that may be refused before it has changed anything; whether it ran."""
         try:
-            if variant.check is None:
-                variant.program(values, kinds=kinds)
-            else:
-                fused = functools.partial(variant.program, values, kinds=kinds)
-                variant.check(values, fused, functools.partial(step_op.run_eager, optimizer), [optimizer])
+            step()
         except NumericsError:
             optimizer._after()  # the step is done, as the original does it
             raise

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence, Set
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -36,6 +36,16 @@ class Program(Protocol):
     """What a lowering gives: runs one step on the values of all leaves; what `kinds` is, see the CPU's."""
 
     def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None: ...
+
+
+@runtime_checkable
+class Looking(Protocol):
+    """A program that can look at a step's tensors itself, with no Python object for each of them: the CPU's."""
+
+    def looks(self, params: Set[int]) -> bool: ...
+    def same(self) -> bool: ...
+    def again(self) -> None: ...
+    def release(self) -> None: ...
 
 
 def choose(report: CompileReport, leaves: Sequence[Leaf]) -> None:
@@ -90,13 +100,20 @@ def _lower_cpu(
 ) -> Program:
     from .lowerings import cpu
 
+    rows: list[GroupReport] = []
+
+    def slower(why: str) -> None:
+        for row in rows:
+            row.note = why
+
     try:
-        program = cpu.Program(leaves, groups)
+        program = cpu.Program(leaves, groups, slower)
     except PlatformError as e:
         report.fallback = f"the fused graph is interpreted: {e}"
         report.groups += [group_report(g, leaves, "interpreter", "interpreter", 0, 0) for g in groups]
         return eager.Program(leaves, groups)
-    report.groups += [group_report(k.group, leaves, "cpu", k.group.name, *program.cost(k)) for k in program.kernels]
+    rows += [group_report(k.group, leaves, "cpu", k.group.name, *program.cost(k)) for k in program.kernels]
+    report.groups += rows
     return program
 
 

@@ -6,7 +6,7 @@ import contextlib
 import operator
 import weakref
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
@@ -18,13 +18,21 @@ if TYPE_CHECKING:
     from .rules import Rule
 
 
-_grad = operator.attrgetter("grad")
+class Watch(Protocol):
+    """What looks at parameters and gradients itself, once it has seen them; see `lowerings.cpu.Program`."""
+
+    def same(self) -> bool: ...
+    def release(self) -> None: ...
 
 
 class Prelude:
     """The batches of an optimizer, made when first needed and again whenever they no longer fit.
 
     `version` counts how often they were made: whoever derives something from the batches compares it.
+
+    Attributes:
+        watch: has seen the tensors of these batches, and can tell whether they are as they were.
+        watched: that it is so at this step, so that `watch` has bound them already.
     """
 
     def __init__(self, optimizer: RuleOptimizer) -> None:
@@ -33,6 +41,8 @@ class Prelude:
         self.version = 0
         self._parts: list[tuple[Rule, list[Tensor]]] = []
         self._outside: list[Tensor] = []
+        self.watch: Watch | None = None
+        self.watched = False
 
     def prepare(self) -> None:
         """Bring the batches up to date with this step's gradients, numbers and parameters.
@@ -56,7 +66,7 @@ class Prelude:
     def kinds(self) -> object:
         """Equal at two steps if every parameter and gradient was of the same kind at both (dtype, sizes, strides)."""
         learned = [b.same.matched for b in self.batches]
-        return None if None in learned else (self.version, learned)
+        return None if self.watched or None in learned else (self.version, learned)
 
     def expose_states(self) -> None:
         """Show the states of parameters that were updated for the first time in `opt.state`."""
@@ -69,6 +79,8 @@ class Prelude:
         """Let go of this step's gradients: the next forward pass needs the memory that zero_grad frees."""
         for batch in self.batches:
             batch.grads = [None] * len(batch.params)
+        if self.watch is not None:
+            self.watch.release()
 
     def _fit(self, optimizer: RuleOptimizer, parts: list[tuple[int, Rule, list[Tensor], Mapping[str, Any]]]) -> bool:
         state = optimizer.state
@@ -79,9 +91,14 @@ class Prelude:
         for (_, rule, params, _), (known_rule, known) in zip(parts, self._parts, strict=True):
             if rule is not known_rule or len(params) != len(known) or not all(map(operator.is_, params, known)):
                 return False
-        return all(_read_gradients(b) and fill_hyper(b, parts[b.part][3]) for b in self.batches)
+        self.watched = self.watch is not None and self.watch.same()
+        if self.watched:
+            for batch in self.batches:
+                batch.grads = None  # nobody has read them
+        return all((self.watched or _read_gradients(b)) and fill_hyper(b, parts[b.part][3]) for b in self.batches)
 
     def _make(self, optimizer: RuleOptimizer, parts: list[tuple[int, Rule, list[Tensor], Mapping[str, Any]]]) -> None:
+        self.watch, self.watched = None, False
         for _, _, params, _ in parts:
             for p in params:
                 if p.grad is not None:
@@ -121,7 +138,8 @@ def _serves(batch: Batch, rule: Rule, part: int, settings: Mapping[str, Any], me
 def _read_gradients(batch: Batch) -> bool:
     """Take this step's gradients into the batch; False where a parameter or gradient is no longer what it was."""
     params = batch.params
-    grads = batch.grads = list(map(_grad, params))
+    batch.grads = None
+    grads = batch.grads
     if batch.same.match([*params, *grads]):
         return True
     dtypes = {None if g is None else g.dtype for g in grads} - {None, batch.grad_dtype}

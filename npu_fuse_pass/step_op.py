@@ -151,7 +151,9 @@ def _update(params: list[Tensor], grads: list[Tensor], found_inf: Tensor | None,
 
 def _on_given(batch: Batch, given: Mapping[int, tuple[Tensor, Tensor]]) -> Batch:
     pairs = [given.get(id(p), (p, g)) for p, g in zip(batch.params, batch.grads, strict=True)]
-    return dataclasses.replace(batch, params=[p for p, _ in pairs], grads=[g for _, g in pairs])
+    made = dataclasses.replace(batch, params=[p for p, _ in pairs])
+    made.grads = [g for _, g in pairs]
+    return made
 
 
 _library.impl("rule_step", _step, "CompositeExplicitAutograd")

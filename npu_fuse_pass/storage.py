@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import array
 import dataclasses
+import operator
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,9 @@ from .same_tensors import SameTensors
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
+
+
+_grad = operator.attrgetter("grad")
 
 
 class ParamState(dict[str, Any]):
@@ -97,7 +101,19 @@ class Batch:
     counts: bool  # whether its parameters have a step counter: those with a state do, and those whose rule reads it
     all_seen: bool = False
     same: SameTensors = dataclasses.field(default_factory=SameTensors)
-    grads: list[Tensor | None] = dataclasses.field(default_factory=list)
+    _grads: list[Tensor | None] | None = dataclasses.field(default_factory=list)
+
+    @property
+    def grads(self) -> list[Tensor | None]:
+        """This step's gradients; None for a parameter that is left out."""
+        if self._grads is None:
+            self._grads = list(map(_grad, self.params))
+        return self._grads
+
+    @grads.setter
+    def grads(self, grads: list[Tensor | None] | None) -> None:
+        """None: they are read when somebody asks for them."""
+        self._grads = grads
 
     def keywords(self, step: Tensor) -> dict[str, Any]:
         """The keywords of the rule at one step count, totals excepted."""

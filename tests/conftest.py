@@ -1,8 +1,21 @@
-"""The last lines of a run: how much of torch's database of optimizers was met."""
+"""Every test steps with the native look at tensors, however few there are; and the last lines of a run: how much of
+torch's database of optimizers was met.
+"""
 
 from __future__ import annotations
 
 from typing import Any
+
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="session")
+def native_look() -> None:
+    """Without it, most tests have too few parameters for the native look."""
+    from npu_fuse_pass.lowerings import cpu_look
+
+    cpu_look.WORTH = 1
+    cpu_look.wait()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

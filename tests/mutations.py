@@ -33,6 +33,10 @@ def _small(name: str) -> tuple[str, ...]:
     return (f"tests/test_small_steps.py::test_{name}",)
 
 
+def _look(name: str) -> tuple[str, ...]:
+    return (f"tests/test_look.py::test_{name}",)
+
+
 ORDER = ("tests/test_capture.py::test_what_is_read_is_the_value_of_that_moment",)
 ROUNDING = ("tests/test_safety_half.py::test_rounds_after_every_operation[torch.bfloat16]",)
 ONE_GROUP = ("tests/test_group.py::test_parameters_are_one_group_in_any_order",)
@@ -217,8 +221,8 @@ MUTATIONS = [
     Mutation(
         "shared memory is not looked for",
         "lowerings/cpu.py",
-        "        self._check_memory(values)",
-        "        pass",
+        "            self._check_memory(values)",
+        "            pass",
         ("tests/test_safety_memory.py::test_gradients_that_share_memory[own_values-AdamW foreach]",),
     ),
     Mutation(
@@ -227,6 +231,42 @@ MUTATIONS = [
         "= math.fsum(part)",
         "= math.fsum(part[:1])",
         _small("a_rule_counts_from_one_and_sums_over_all_parameters"),
+    ),
+    # the native look at a step's tensors
+    Mutation(
+        "negated tensors look the same",
+        "lowerings/cpu_look.cpp",
+        "t.key_set() == keys && ",
+        "",
+        _look("what_changes_between_steps_is_noticed[gradient_negated]"),
+    ),
+    Mutation(
+        "a transposed parameter looks the same",
+        "lowerings/cpu_look.cpp",
+        "t.strides().equals(strides) && t.has_storage()",
+        "t.has_storage()",
+        _look("what_changes_between_steps_is_noticed[laid_out_otherwise]"),
+    ),
+    Mutation(
+        "memory that was given back looks the same",
+        "lowerings/cpu_look.cpp",
+        "t.has_storage() &&\n        t.storage().nbytes() >= (t.storage_offset() + t.numel()) * t.itemsize()",
+        "t.has_storage()",
+        _look("memory_given_back_under_a_tensor_is_not_touched"),
+    ),
+    Mutation(
+        "every gradient looks the same",
+        "lowerings/cpu_look.cpp",
+        "t.defined() && k.fits(t)",
+        "t.defined()",
+        _look("what_changes_between_steps_is_noticed[gradient_apart]"),
+    ),
+    Mutation(
+        "autograd is not told what was written",
+        "lowerings/cpu_look.cpp",
+        "table.now[i]->bump_version();",
+        ";",
+        _look("every_optimizer_is_looked_at[adam]"),
     ),
     # rules and the rewritten graph
     Mutation(

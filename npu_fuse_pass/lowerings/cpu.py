@@ -9,7 +9,7 @@ from __future__ import annotations
 import array
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Set
 
 import torch
 from torch import Tensor
@@ -23,9 +23,17 @@ from .memory import check_apart
 
 
 class Program:
-    """All kernels of one captured step. `values` of a call are the tensors behind the leaves, by leaf index."""
+    """All kernels of one captured step. `values` of a call are the tensors behind the leaves, by leaf index.
 
-    def __init__(self, leaves: Sequence[Leaf], groups: Sequence[Group]) -> None:
+    Args:
+        leaves: of the captured step.
+        groups: over them.
+        slower: called when a step turns out to be slower than it could be, with the reason.
+    """
+
+    def __init__(
+        self, leaves: Sequence[Leaf], groups: Sequence[Group], slower: Callable[[str], None] | None = None
+    ) -> None:
         for group in groups:
             _check(group, leaves)
         self._leaves = leaves
@@ -48,6 +56,7 @@ class Program:
         snapshots = {i: base + 8 * (self._snapshots_at + k) for k, i in enumerate(self._snapshots)}
         self._rounds = rounds(groups, leaves)
         self.kernels = [Kernel(group, leaves, addresses, snapshots) for group in groups]
+        self._slower = slower
         written = {m[s] for g in groups for s in g.formula.written for m in g.members}
         self._outputs = [(i, leaves[i]) for i in sorted(written) if leaves[i].kind in ("output", "temporary")]
 
@@ -62,14 +71,58 @@ class Program:
         Raises:
             Mismatch: nothing was changed; the caller runs the original instead.
         """
-        threads = torch.get_num_threads()
         for i, leaf in self._outputs:
             values[i] = self._new(i, leaf, values)
         for k, i in enumerate(self._snapshots):
             self._table[self._snapshots_at + k] = float(values[i])  # type: ignore[arg-type]
+        try:
+            for kernel in self.kernels:
+                kernel.bind(values, complete, kinds)
+            self._check_memory(values)
+            self._compute()
+            for kernel in self.kernels:
+                kernel.finish(values)
+        finally:
+            self.release()
+        missing = next((kernel.looking.missing for kernel in self.kernels if kernel.looking.missing), None)
+        if missing and self._slower is not None:
+            self._slower(missing)
+
+    def looks(self, params: Set[int]) -> bool:
+        """Whether `same` can be asked instead of collecting a step's tensors.
+
+        Args:
+            params: ids of the parameters; beside them and their gradients no tensor may be another one at a next step.
+        """
+        return not self._outputs and not self._snapshots and all(kernel.looks(params) for kernel in self.kernels)
+
+    def same(self) -> bool:
+        """Whether the parameters of the last call and their present gradients are all as they were; then `again` or
+        `release` has to follow. Whoever asks knows that nobody put other parameters in their place.
+        """
+        return all(kernel.same() for kernel in self.kernels)
+
+    def again(self) -> None:
+        """Run the step on what `same` has found.
+
+        Raises:
+            Mismatch: nothing was changed; the caller runs the original instead.
+        """
+        try:
+            self._check_memory([])
+            self._compute()
+            for kernel in self.kernels:
+                kernel.finish([])
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Let go of the tensors of a step."""
         for kernel in self.kernels:
-            kernel.bind(values, complete, kinds)
-        self._check_memory(values)
+            kernel.release()
+
+    def _compute(self) -> None:
+        threads = torch.get_num_threads()
         for _ in range(self._rounds):
             for kernel in self.kernels:
                 if kernel.contribute is not None:
@@ -77,8 +130,6 @@ class Program:
             self._add_totals()
         for kernel in self.kernels:
             kernel.call(kernel.update, threads)
-        for kernel in self.kernels:
-            kernel.finish(values)
 
     def cost(self, kernel: Kernel) -> tuple[int, int]:
         """Bytes for each element and kernel calls of a step."""

@@ -38,15 +38,19 @@ _NATIVE = {"x86_64": "-march=native", "AMD64": "-march=native", "aarch64": "-mcp
 _loaded: dict[str, ctypes.CDLL] = {}
 
 
-def load(source: str) -> ctypes.CDLL:
+def load(source: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     """The shared library of this C++ source, from memory, from the cache, or compiled now.
 
+    Args:
+        source: C++.
+        flags: for the compiler, after those that all have.
+
     Raises:
-        PlatformError: there is no working C++ compiler.
+        PlatformError: there is no working C++ compiler, or it refuses the source.
     """
-    key = hashlib.sha256("\0".join([source, *_identity()]).encode()).hexdigest()[:32]
+    key = hashlib.sha256("\0".join([source, *flags, *_identity()]).encode()).hexdigest()[:32]
     if key not in _loaded:
-        _loaded[key] = _load(key, source)
+        _loaded[key] = _load(key, source, flags)
     return _loaded[key]
 
 
@@ -121,22 +125,22 @@ def _private(folder: pathlib.Path) -> bool:
     return status.st_uid == os.getuid() and not stat.S_IMODE(status.st_mode) & 0o077
 
 
-def _load(key: str, source: str) -> ctypes.CDLL:
+def _load(key: str, source: str, flags: tuple[str, ...]) -> ctypes.CDLL:
     folder = _folder()
     if folder is not None:
         try:
             cached = _trusted(folder, key)
-            return _open(cached) if cached else _build(source, folder, key)
+            return _open(cached) if cached else _build(source, flags, folder, key)
         except OSError as e:
             warnings.warn(f"npu_fused: cannot use the kernel cache {folder}: {e}", stacklevel=2)
     with tempfile.TemporaryDirectory() as temporary:
-        return _open(_compile(source, pathlib.Path(temporary) / f"{key}.so"))
+        return _open(_compile(source, flags, pathlib.Path(temporary) / f"{key}.so"))
 
 
-def _build(source: str, folder: pathlib.Path, key: str) -> ctypes.CDLL:
+def _build(source: str, flags: tuple[str, ...], folder: pathlib.Path, key: str) -> ctypes.CDLL:
     """Compile aside, load, and move into place under the content's hash; the note that points there comes last."""
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        made = _compile(source, pathlib.Path(temporary) / "kernel.so")
+        made = _compile(source, flags, pathlib.Path(temporary) / "kernel.so")
         library = _open(made)
         digest = _digest(made)
         os.replace(made, folder / f"{key}-{digest[:16]}.so")
@@ -172,13 +176,13 @@ def _digest(path: pathlib.Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _compile(source: str, library: pathlib.Path) -> pathlib.Path:
+def _compile(source: str, flags: tuple[str, ...], library: pathlib.Path) -> pathlib.Path:
     cxx = compiler()
     if cxx is None:
         raise PlatformError("no C++ compiler found: install g++ or clang++, or set CXX")
     text = library.with_suffix(".cpp")
     text.write_text(source)
-    command = [*cxx.split(), *_flags(), str(text), "-o", str(library)]
+    command = [*cxx.split(), *_flags(), str(text), *flags, "-o", str(library)]
     done = _call(command)
     if done.returncode or not library.is_file():
         raise PlatformError(f"the C++ compiler failed ({' '.join(command)}):\n{done.stderr[-2000:]}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import array
 import ctypes
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ..ir import Group, Leaf
 from ..same_tensors import SameTensors
 from . import cpu_build
 from .cpu_codegen import CHUNK, generate
+from .cpu_look import Looking
 from .cpu_tables import Args, Column, Values
 from .memory import in_order, materialised, memory_order
 
@@ -61,8 +62,11 @@ class Kernel:
         elsewhere = own.keys() | snapshots.keys()  # 0-dim leaves whose addresses are not their tensors'
         of_tensors = {c.rank for c in self._scalar_columns if not c.fixed and elsewhere.isdisjoint(c.indices)}
         self._counters = [c for c in self._scalar_columns if c.rank in of_tensors]
-        self._one_by_one = [c for c in self._scalar_columns if not c.fixed and c.rank not in of_tensors]
+        moving = [c for c in self._scalar_columns if not c.fixed and not own.keys() >= set(c.indices)]
+        self._one_by_one = [c for c in moving if c.rank not in of_tensors]
         self._same = SameTensors()
+        columns = (*self._varying, *self._counters)
+        self.looking = Looking(array.array("B", [c.written for c in columns for _ in members]))
         self._kinds: object = None
         self._own = own
         self._snapshots = snapshots
@@ -105,11 +109,12 @@ class Kernel:
 
     def bind(self, values: Values, complete: bool, kinds: object) -> None:
         """Fill the tables with this call's addresses."""
-        self._keep, self._copy_back = [], []
         varying = [t for column in (*self._varying, *self._counters) for t in column.of(values)]
-        if self._bound and self._all_active and (kinds == self._kinds is not None or self._same.match(varying)):
-            self._bind_same(values, varying)
-            return
+        if self._bound and self._all_active:
+            addresses = self.looking.same(varying)
+            if addresses is not None or kinds == self._kinds is not None or self._same.match(varying):
+                self._bind_same(values, varying, addresses)
+                return
         self._kinds = None
         plain = self._mark_active(values)
         for column in self._scalar_columns:
@@ -130,15 +135,31 @@ class Kernel:
             if kinds is None:
                 self._same.learn(varying)
 
-    def _bind_same(self, values: Values, varying: Sequence[Tensor | None]) -> None:
+    def _bind_same(self, values: Values, varying: list[Tensor], addresses: array.array[int] | None) -> None:
         """Every tensor is of the kind that it was at the last call: only addresses are new."""
         for column in self._one_by_one:
             self._bind_scalars(column, values)
-        pointers = array.array("q", list(map(Tensor.data_ptr, varying)))  # type: ignore[arg-type]
+        if addresses is None:
+            addresses = array.array("q", list(map(Tensor.data_ptr, varying)))
+            self.looking.learn(varying)
+        self._enter(addresses)
+
+    def _enter(self, addresses: array.array[int]) -> None:
         tables = [(self._tensors, c) for c in self._varying] + [(self._scalars, c) for c in self._counters]
         for k, (table, column) in enumerate(tables):
             begin = column.rank * self._n
-            table[begin : begin + self._n] = pointers[k * self._n : (k + 1) * self._n]
+            table[begin : begin + self._n] = addresses[k * self._n : (k + 1) * self._n]
+
+    def looks(self, ids: Set[int]) -> bool:
+        """Whether `same` can find all that changes between steps: these objects and their gradients."""
+        return self._bound and self._all_active and not self._one_by_one and self.looking.holds(ids)
+
+    def same(self) -> bool:
+        """Bind the tensors of the last call and their present gradients, if they are as they were; see `looks`."""
+        addresses = self.looking.same()
+        if addresses is not None:
+            self._enter(addresses)
+        return addresses is not None
 
     def _mark_active(self, values: Values) -> bool:
         """Set which members take part; True if all do."""
@@ -261,13 +282,19 @@ class Kernel:
         with torch.no_grad():
             for target, dense in self._copy_back:
                 target.detach().copy_(dense)
-        self._keep, self._copy_back = [], []
+        if self.looking.wrote():
+            return
         for column in (*self._columns, *self._scalar_columns):
             if column.written and not column.fixed:
                 tensors = column.of(values)
                 if not self._all_active:
                     tensors = [t for t, active in zip(tensors, self._active, strict=True) if active]
                 torch.autograd.graph.increment_version(tensors)
+
+    def release(self) -> None:
+        """Let go of the call's tensors."""
+        self._keep, self._copy_back = [], []
+        self.looking.release()
 
 
 def _numel(leaves: Sequence[Leaf], slots: Sequence[int], member: tuple[int, ...]) -> int:

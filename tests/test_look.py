@@ -1,0 +1,264 @@
+"""The native look at a step's tensors: it is used, it notices what changes between steps, it keeps nothing alive."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import npu_fuse_pass
+import optimizers
+from npu_fuse_pass.lowerings import cpu_build, cpu_look
+from npu_fuse_pass.prelude import Prelude
+
+from .cases import CASES
+from .support import assert_close, assert_fused, clones, compiled, gradients, last_report, parameters, set_gradients
+
+Params = list[torch.nn.Parameter]
+SHAPES = ((3, 4), (5,), (2, 3), (), (1,))
+
+
+def watched(opt: Any) -> bool:
+    prelude: Prelude = opt._prelude
+    return prelude.watched
+
+
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """What every look from here on finds."""
+    found: list[bool] = []
+    same = cpu_look.Look.same
+
+    def noting(self: cpu_look.Look, given: Any) -> bool:
+        found.append(same(self, given))
+        return found[-1]
+
+    monkeypatch.setattr(cpu_look.Look, "same", noting)
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_every_optimizer_is_looked_at(case: Any) -> None:
+    params = parameters(SHAPES)
+    oracle, opt = case.oracle(params), case.build(params)
+    step = compiled(opt)
+    for seed in range(6):
+        grads = gradients(params, seed)
+        set_gradients(params, grads)
+        versions = [p._version for p in params]
+        step()
+        assert [p._version > v for p, v in zip(params, versions, strict=True)] == [True] * len(params)
+        oracle.step(grads)
+        assert watched(opt) or seed < 3
+    assert_close(params, oracle.values)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_stock_optimizers_are_looked_at(foreach: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = parameters(SHAPES)
+    twins = clones(params)
+    opt, eager = (torch.optim.Adam(ps, lr=1e-2, foreach=foreach) for ps in (params, twins))
+    step, found = compiled(opt, fullgraph=False), looks(monkeypatch)
+    for seed in range(6):
+        for ps in (params, twins):
+            set_gradients(ps, gradients(ps, seed))
+        step()
+        eager.step()
+    assert found[-2:] == [True, True]
+    assert_close(params, twins, 1e-6)
+    assert_fused(last_report(), parameters=len(params))
+
+
+def replaced(params: Params) -> None:
+    params[0].data = params[0].detach().clone()
+
+
+def laid_out_otherwise(params: Params) -> None:
+    params[0].data = params[0].detach().t().contiguous().t()
+
+
+def swapped(params: Params) -> None:
+    """The object stays, the tensor behind it is another one."""
+    other = torch.nn.Parameter(params[0].detach() + 1)
+    other.grad = params[0].grad
+    torch.utils.swap_tensors(params[0], other)
+
+
+def gradient_missing(params: Params) -> None:
+    params[1].grad = None
+
+
+def gradient_apart(params: Params) -> None:
+    g = params[0].grad
+    assert g is not None
+    params[0].grad = torch.stack([g, g], -1)[..., 0]
+
+
+def gradient_negated(params: Params) -> None:
+    for p in params:
+        assert p.grad is not None
+        p.grad = torch._neg_view(p.grad.neg())
+
+
+def gradient_expanded(params: Params) -> None:
+    params[0].grad = torch.ones(()).expand_as(params[0])
+
+
+def gradient_zero(params: Params) -> None:
+    params[0].grad = torch._efficientzerotensor(params[0].shape)
+
+
+def memory_written(params: Params) -> None:
+    with torch.no_grad():
+        params[0].mul_(2)
+
+
+def moved(params: Params) -> None:
+    """The tensor stays, its memory is elsewhere."""
+    params[0].detach().set_(params[0].detach().clone().untyped_storage(), 0, params[0].shape, params[0].stride())
+    with torch.no_grad():
+        params[1].set_(params[1].detach().clone())
+
+
+def frozen(params: Params) -> None:
+    params[0].requires_grad_(False)
+
+
+BETWEEN: list[tuple[Callable[[Params], None], bool]] = [  # and whether the look sees tensors of the same kind
+    (replaced, True),
+    (memory_written, True),
+    (moved, True),
+    (frozen, True),
+    (swapped, True),
+    (laid_out_otherwise, False),
+    (gradient_missing, False),
+    (gradient_apart, False),
+    (gradient_negated, False),
+    (gradient_expanded, False),
+    (gradient_zero, False),
+]
+
+
+@pytest.mark.parametrize(("change", "same"), BETWEEN, ids=[f.__name__ for f, _ in BETWEEN])
+def test_what_changes_between_steps_is_noticed(change: Callable[[Params], None], same: bool) -> None:
+    params = parameters(SHAPES)
+    twins = clones(params)
+    opt, eager = optimizers.NpuFusedAdam(params, lr=0.1), torch.optim.Adam(twins, lr=0.1)
+    step = compiled(opt)
+    for seed in range(10):
+        for ps in (params, twins):
+            set_gradients(ps, gradients(ps, seed))
+            if seed == 5:
+                change(ps)
+        step()
+        eager.step()
+        if seed == 4:
+            assert watched(opt)
+        if seed == 5:
+            assert watched(opt) == same
+    assert_close(params, twins, 1e-5)
+
+
+@pytest.mark.parametrize("change", [f for f, _ in BETWEEN if f is not swapped], ids=lambda f: f.__name__)
+def test_what_changes_between_steps_of_stock_optimizers(change: Callable[[Params], None]) -> None:
+    params = parameters(SHAPES)
+    twins = clones(params)
+    opt, eager = (torch.optim.SGD(ps, lr=0.1, momentum=0.9) for ps in (params, twins))
+    step = compiled(opt, fullgraph=False)
+    for seed in range(10):
+        for ps in (params, twins):
+            set_gradients(ps, gradients(ps, seed))
+            if seed == 5:
+                change(ps)
+        step()
+        eager.step()
+    assert_close(params, twins, 1e-5)
+
+
+def test_memory_given_back_under_a_tensor_is_not_touched() -> None:
+    params = parameters(((4, 4), (5,)))
+    step = compiled(optimizers.NpuFusedSGD(params, lr=0.1))
+    for seed in range(4):
+        set_gradients(params, gradients(params, seed))
+        step()
+    grad = params[0].grad
+    assert grad is not None
+    look = cpu_look.Look([*params], cpu_look._library["native"])
+    assert look.same(None)
+    params[0].untyped_storage().resize_(0)
+    assert not look.same(None)
+
+
+def test_a_gradient_lives_no_longer_than_without() -> None:
+    params = parameters(SHAPES)
+    opt = optimizers.NpuFusedAdam(params)
+    step = compiled(opt)
+    for seed in range(5):
+        grads = [g.clone() for g in gradients(params, seed)]
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        storages = [weakref.ref(g.untyped_storage()) for g in grads]
+        step()
+        opt.zero_grad()
+        del grads, p, g
+        assert [s() for s in storages] == [None] * len(params), seed
+    assert watched(opt)
+
+
+def test_no_tensor_is_kept_alive() -> None:
+    """Dynamo keeps what it compiled; the parameters of an optimizer that is gone must not stay with it."""
+    params = parameters(SHAPES)
+    opt = torch.optim.Adam(params)
+    step = compiled(opt, fullgraph=False)
+    for seed in range(4):
+        set_gradients(params, gradients(params, seed))
+        step()
+    gone = [weakref.ref(p) for p in params]
+    del params, opt, step
+    gc.collect()
+    assert [p() for p in gone] == [None] * len(gone)
+
+
+def test_only_tensors_of_the_same_kind_are_the_same() -> None:
+    x = torch.ones(4)
+    look = cpu_look.Look([x], cpu_look._library["native"])
+    others: list[Any] = [torch.ones(5), torch.ones(4).double(), torch.ones(4, 1), torch._neg_view(x), x.to("meta")]
+    others += [None, 1.0, torch.nn.Parameter(x), torch.ones(8)[::2], torch.ones(4).to_sparse()]
+    assert look.same([x]) and look.same([torch.ones(4)]) and look.same(None)
+    assert [look.same([other]) for other in others] == [False] * len(others)
+
+
+def test_without_the_library_python_looks_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> Any:
+        raise npu_fuse_pass.PlatformError("no headers here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu_build, "load", refuse)
+        patch.setattr(cpu_look, "_library", {})
+        cpu_look._load()
+        missing = cpu_look._library
+    monkeypatch.setattr(cpu_look, "_library", missing)
+    params = parameters(SHAPES)
+    twins = clones(params)
+    opt, eager = optimizers.NpuFusedAdam(params), torch.optim.Adam(twins)
+    step = compiled(opt)
+    for seed in range(4):
+        for ps in (params, twins):
+            set_gradients(ps, gradients(ps, seed))
+        step()
+        eager.step()
+    assert not watched(opt)
+    assert_close(params, twins, 1e-5)
+    assert_fused(last_report(), parameters=len(params))
+    assert "no headers here" in str(last_report())
+
+
+def test_a_gradient_of_a_gradient_is_an_object_of_its_own() -> None:
+    p, g = parameters(((3,),))[0], torch.ones(3)
+    p.grad, g.grad = g, torch.ones(3)
+    tensors: list[Tensor] = [p, g, g.grad]
+    assert cpu_look._owners(tensors) == [-1, 0, -1]
