@@ -79,7 +79,7 @@ class RuleStep:
             original = functools.partial(step_op.run_eager, optimizer)
             return self._try(optimizer, variant, functools.partial(variant.check, values, step, original, [optimizer]))
         done = self._try(optimizer, variant, step)
-        if done and isinstance(variant.program, Looking):
+        if done and isinstance(variant.program, Looking) and not variant.captured.decided:  # numbers choose a variant
             prelude.watch = variant.program if variant.program.looks(self._params) else None
         return done
 

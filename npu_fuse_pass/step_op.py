@@ -83,10 +83,11 @@ def make_core(handle: str) -> Callable[[Tensor], None]:
 @torch.no_grad()
 def run_eager(optimizer: RuleOptimizer) -> None:
     """One step without a compiler: totals first, then every parameter's rule."""
-    _run_batches(optimizer._prelude.batches)
+    run_rules(optimizer._prelude.batches)
 
 
-def _run_batches(batches: list[Batch]) -> None:
+def run_rules(batches: list[Batch]) -> None:
+    """Totals, then every parameter's rule."""
     totals = [_totals(batch, batches) for batch in batches]
     for batch, sums in zip(batches, totals, strict=True):
         for i, (param, grad) in enumerate(zip(batch.params, batch.grads, strict=True)):
@@ -145,7 +146,7 @@ def _update(params: list[Tensor], grads: list[Tensor], found_inf: Tensor | None,
     if found_inf is None or not bool(found_inf):
         own = [p for p in optimizer._surface.params if p.grad is not None]
         given = dict(zip(map(id, own), zip(params, grads, strict=True), strict=True))
-        _run_batches([_on_given(batch, given) for batch in optimizer._prelude.batches])
+        run_rules([_on_given(batch, given) for batch in optimizer._prelude.batches])
     optimizer._after()
 
 

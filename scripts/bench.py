@@ -26,6 +26,7 @@ from bench_cases import FAMILIES, WORKLOADS, Family, Workload, peers
 from bench_measure import bandwidth, compile_cost, extra_memory, inductor_cost, machine, medians
 
 import optimizers
+from npu_fuse_pass.lowerings import cpu_look
 
 QUICK = {
     "1000 x 1024": ("Adam", "AdamW", "SGD momentum", "RMSpropTF", "LAMB", "own rule"),
@@ -156,7 +157,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a selection, within two minutes")
     parser.add_argument("--only", default="", help="cells whose workload or optimizer contains this")
     parser.add_argument("--seconds", type=float, help="of timed steps for each cell (default 4, quick 1)")
-    parser.add_argument("--inductor", action="store_true", help="torch.compile with Inductor as a peer (an hour)")
+    parser.add_argument(
+        "--inductor",
+        action="store_true",
+        help="torch.compile with Inductor as a peer (half a minute more for each cell; up to 200 parameters)",
+    )
     parser.add_argument("--stages", type=int, nargs="*", help="numbers of parameters to measure compile time at")
     parser.add_argument("--model", choices=["npu"], help="no measurement: launches, bytes and modelled times on an NPU")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("bench-output"))
@@ -168,6 +173,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="torch")
     counts = given.stages if given.stages is not None else (10, 100) if given.quick else STAGE_COUNTS
     rows = stages(counts, given.inductor)
+    if not cpu_look.wait():
+        print("the native look at tensors cannot be compiled here: steps of many tensors are slower than they could be")
     parts = call_cost(1000)
     grown = growth(GROWTH_COUNTS[:-1:2] if given.quick else GROWTH_COUNTS, 0.3 if given.quick else 2)
     cells = []

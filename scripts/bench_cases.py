@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 import optimizers
+from npu_fuse_pass import step_op
+from npu_fuse_pass.optimizer import RuleOptimizer
 from npu_fuse_pass.rules import rule, zeros
 from npu_fuse_pass.shapes import Shape, gpt2, resnet50
 from optimizers.paddle import RMSProp
 
+INDUCTOR_AT_MOST = 200  # parameters; with 1000 it compiles for many minutes
 Params = list[torch.nn.Parameter]
 Step = Callable[[], Any]
 
@@ -59,6 +62,7 @@ class Family:
         ours: makes the optimizer whose step is compiled with npu_fused.
         stock: torch.optim's class with the same update and state; its for-loop, foreach and (if there) fused forms are
             the peers. Without one the peer is our own rule, run eagerly for every parameter.
+            With --inductor each has one more peer: torch's foreach form, or our rule, through Inductor.
         bytes_per_element: what a step must move at least, in float32.
     """
 
@@ -96,9 +100,23 @@ def parameters(workload: Workload) -> Params:
     return [torch.nn.Parameter(p) for p in made]
 
 
+def rule_through_inductor(opt: RuleOptimizer) -> Step:
+    """The step of an optimizer of ours with Inductor as the compiler of its loop over parameters."""
+    run = torch.compile(step_op.run_rules, backend="inductor", fullgraph=True)
+
+    def step() -> None:
+        opt._before(None)
+        with torch.no_grad():
+            run(opt._prelude.batches)
+        opt._after()
+
+    return step
+
+
 def peers(family: Family, workload: Workload, inductor: bool) -> dict[str, tuple[Params, Step]]:
     """Every contestant with parameters of its own: name -> (parameters, step)."""
     found: dict[str, tuple[Params, Step]] = {}
+    inductor = inductor and len(workload.shapes) <= INDUCTOR_AT_MOST
 
     def enter(name: str, make: Callable[[Params], Any], backend: str | None = None) -> None:
         params = parameters(workload)
@@ -109,6 +127,9 @@ def peers(family: Family, workload: Workload, inductor: bool) -> dict[str, tuple
     stock, options = family.stock, family.options
     if stock is None:
         enter("eager rule", family.ours)
+        if inductor:
+            params = parameters(workload)
+            found["inductor"] = params, rule_through_inductor(family.ours(params))
     else:
         for form in ("for-loop", "foreach", *(["fused"] if family.fused else [])):
             given = {"foreach": False} if form == "for-loop" else {form: True}

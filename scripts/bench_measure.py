@@ -16,7 +16,7 @@ from bench_cases import Params, Step
 from torch import Tensor
 
 import npu_fuse_pass
-from npu_fuse_pass.lowerings import cpu_build
+from npu_fuse_pass.lowerings import cpu_build, cpu_look
 
 _BANDWIDTH_ELEMENTS = 64 * 1024 * 1024
 
@@ -80,14 +80,16 @@ def medians(contestants: dict[str, tuple[Params, Step]], seconds: float) -> tupl
 
 @contextmanager
 def cold_kernels() -> Iterator[None]:
-    """No kernel on disk or loaded, so that C++ is compiled."""
+    """No kernel on disk or loaded, so that C++ is compiled; the library for `cpu_look` too, in the background."""
     cpu_build._loaded.clear()
+    cpu_look.forget()
     before = os.environ.get("NPU_FUSE_CACHE_DIR")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["NPU_FUSE_CACHE_DIR"] = folder
         try:
             yield
         finally:
+            cpu_look.wait()  # it may be compiling into this folder
             os.environ.pop("NPU_FUSE_CACHE_DIR")
             if before is not None:
                 os.environ["NPU_FUSE_CACHE_DIR"] = before

@@ -24,8 +24,8 @@ from torch import Tensor
 from ..errors import PlatformError, Unsupported
 from . import cpu_build
 
-WORTH = 64
-"""Tensors below which Python is fast enough for nobody to wait."""
+WORTH = 16
+"""Tensors below which Python is as fast."""
 _MADE_AT_MOST = 8  # tables for tensors that keep changing
 
 _log = logging.getLogger(__name__)
@@ -148,6 +148,12 @@ def wait() -> bool:
     """Wait until the library is there or cannot be had; whether it is there."""
     _start().join()
     return "native" in _library
+
+
+def forget() -> None:
+    """As in a new process: the library is loaded or compiled anew."""
+    _library.clear()
+    _start.cache_clear()
 
 
 def _load() -> None:
