@@ -32,6 +32,7 @@ from .match_result import NoMatch
 from .options import Options
 from .report import CompileReport, record
 from .rewrite import rewrite
+from .rounds import total_slots
 from .rows import Matches, show_matches, traffic
 from .storage import Batch, inputs_of
 from .trace import capture_batches
@@ -188,10 +189,11 @@ def _contents(
 
     sources: dict[str, str] = {}
     if report.platform in ("cpu", "graph cpu"):
-        every = [*(g for made, _ in stages for g in made), *groups]
         begin = '#include "cpu_kernel.h"  // npu_fuse_pass/lowerings/cpu_kernel.h\n'
-        texts = {g.name: cpu_codegen.generate(g.name, g.formula).text for g in every}
-        sources = {name: text.replace(cpu_codegen.PRELUDE, begin) for name, text in texts.items()}
+        for made in [*(made for made, _ in stages), groups]:
+            for g, totals in zip(made, total_slots(made, captured.leaves), strict=True):
+                text = cpu_codegen.generate(g.name, g.formula, totals).text
+                sources[g.name] = text.replace(cpu_codegen.PRELUDE, begin)
     ge = getattr(program, "texts", None)
     return Contents(original, captured, stages, groups, report, sources, ge.graphs if ge is not None else {})
 

@@ -88,7 +88,7 @@ FAMILIES = [
     Family("NAdam, stock", lambda p: torch.optim.NAdam(p, **_ADAM), torch.optim.NAdam, _ADAM, False, 28),
     Family("RMSpropTF", lambda p: optimizers.NpuFusedRMSpropTF(p, **_RMS), None, {}, False, 28),
     Family("paddle RMSProp", lambda p: RMSProp(1e-3, momentum=0.9, parameters=p), None, {}, False, 28),
-    Family("LAMB", lambda p: optimizers.NpuFusedLamb(p, lr=1e-3), None, {}, False, 44),
+    Family("LAMB", lambda p: optimizers.NpuFusedLamb(p, lr=1e-3), None, {}, False, 40),
     Family("own rule", lambda p: own_rule(p, lr=1e-4), None, {}, False, 20),
 ]
 

@@ -1,4 +1,4 @@
-"""Planted bugs (mutations.py) are noticed: a copy of the package with one bug in it fails the tests named there."""
+"""Planted bugs (mutations*.py) are noticed: a copy of the package with one bug in it fails the tests named there."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import pathlib
 import pytest
 
 from .mutations import MUTATIONS, Mutation
+from .mutations_passes import PASSES
 from .planted import copy_of_the_project, run_tests
 
+EVERY = [*MUTATIONS, *PASSES]
 FAILED, PASSED = 1, 0  # pytest's exit codes; others are errors of the run itself
 
 pytestmark = pytest.mark.slow
@@ -22,7 +24,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"NPU_FUSE_CACHE_DIR": str(folder), "OMP_WAIT_POLICY": "PASSIVE", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name.replace(" ", "_"))
+@pytest.mark.parametrize("mutation", EVERY, ids=lambda m: m.name.replace(" ", "_"))
 def test_a_planted_bug_is_noticed(mutation: Mutation, tmp_path: pathlib.Path, environment: dict[str, str]) -> None:
     path = copy_of_the_project(tmp_path) / "npu_fuse_pass" / mutation.file
     text = path.read_text()
@@ -36,18 +38,13 @@ def test_a_planted_bug_is_noticed(mutation: Mutation, tmp_path: pathlib.Path, en
 
 def test_without_a_bug_the_same_tests_pass(tmp_path: pathlib.Path, environment: dict[str, str]) -> None:
     """Otherwise their failures above would mean nothing."""
-    tests = sorted({test for mutation in MUTATIONS for test in mutation.tests})
+    tests = sorted({test for mutation in EVERY for test in mutation.tests})
     code, output = run_tests(copy_of_the_project(tmp_path), tests, environment)
     assert code == PASSED, output[-3000:]
     assert "skipped" not in output.splitlines()[-1], output[-3000:]
 
 
 def test_there_are_enough() -> None:
-    assert len(MUTATIONS) >= 20
-    assert len({m.name for m in MUTATIONS}) == len(MUTATIONS)
-    assert {m.file.partition("/")[0] for m in MUTATIONS} >= {
-        "aten_rows.py",
-        "capture_updates.py",
-        "group.py",
-        "lowerings",
-    }
+    assert len(EVERY) >= 20
+    assert len({m.name for m in EVERY}) == len(EVERY)
+    assert {m.file.partition("/")[0] for m in EVERY} >= {"aten_rows.py", "capture_updates.py", "group.py", "lowerings"}

@@ -6,7 +6,7 @@ import itertools
 import re
 
 from ..expr import postorder
-from ..ir import Formula, Group
+from ..ir import Group
 from ..symbols import named_values, readable
 from .contents import Contents
 from .names import labels_of
@@ -14,7 +14,6 @@ from .names import labels_of
 _VALUE = re.compile(r"^\s*const \w+ v(\d+) = .*;$")
 _TENSOR = re.compile(r"^\s*(?:const )?\w+\* __restrict__ t(\d+) = .*;$")
 _LONG = 150
-_FUNCTION = re.compile(r"^(?:static inline void|static void|extern \"C\" void) (update_[0-9a-f]{8}\w*)\(")
 
 
 def kernels(contents: Contents) -> str | None:
@@ -27,18 +26,13 @@ def kernels(contents: Contents) -> str | None:
 def annotated(group: Group, contents: Contents, source: str) -> str:
     """A kernel's source with comments; the formula stands above it."""
     labels = labels_of(group, contents.captured.leaves, group.members[0])
-    names = {
-        "": _values(group.formula, labels, contribute=False),
-        "_contribute": _values(group.formula, labels, contribute=True),
-    }
-    lines, stage = [f"// {group.name}", *(f"//   {line}" for line in readable(group.formula, labels).splitlines())], ""
+    names = named_values(group.formula, labels)
+    values = [names[id(e)] for e in postorder(group.formula.roots)]  # what the generator calls v0, v1, …
+    lines = [f"// {group.name}", *(f"//   {line}" for line in readable(group.formula, labels).splitlines())]
     for line in itertools.dropwhile(lambda x: x.startswith("// "), source.splitlines()):  # its identity: 02_groups.txt
-        function = _FUNCTION.match(line)
-        if function:
-            stage = "_contribute" if "_contribute" in function[1] else ""
         value, tensor = _VALUE.match(line), _TENSOR.match(line)
         if value:
-            line += f"  // {_cut(names[stage][int(value[1])])}"
+            line += f"  // {_cut(values[int(value[1])])}"
         elif tensor:
             line += f"  // {labels[int(tensor[1])]}"
         lines.append(line)
@@ -47,10 +41,3 @@ def annotated(group: Group, contents: Contents, source: str) -> str:
 
 def _cut(text: str) -> str:
     return text if len(text) <= _LONG else text[:_LONG] + "…"
-
-
-def _values(formula: Formula, labels: list[str], contribute: bool) -> list[str]:
-    """What the generator calls v0, v1, …: every expression below the roots of a stage."""
-    texts = named_values(formula, labels)
-    roots = list(formula.contributions) if contribute else [e for _, e in formula.writes]
-    return [texts[id(e)] for e in postorder(roots)]

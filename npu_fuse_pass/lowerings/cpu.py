@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import Mismatch, Unsupported
 from ..ir import Group, Leaf
-from ..rounds import rounds
+from ..rounds import rounds, total_slots
 from .cpu_kernel import Kernel
 from .cpu_tables import Values
 from .memory import check_apart
@@ -55,7 +55,8 @@ class Program:
         addresses = {i: base + 8 * position for i, position in places.items()}
         snapshots = {i: base + 8 * (self._snapshots_at + k) for k, i in enumerate(self._snapshots)}
         self._rounds = rounds(groups, leaves)
-        self.kernels = [Kernel(group, leaves, addresses, snapshots) for group in groups]
+        totals = total_slots(groups, leaves)
+        self.kernels = [Kernel(g, leaves, addresses, snapshots, t) for g, t in zip(groups, totals, strict=True)]
         self._slower = slower
         written = {m[s] for g in groups for s in g.formula.written for m in g.members}
         self._outputs = [(i, leaves[i]) for i in sorted(written) if leaves[i].kind in ("output", "temporary")]

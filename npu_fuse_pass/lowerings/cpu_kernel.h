@@ -4,7 +4,7 @@
 #include <cstring>
 
 struct Args {
-  int64_t members, chunks, threads, grain;
+  int64_t members, chunks, threads, grain, elements;
   const int64_t* numel;
   const uint8_t* active;         // per member: has a gradient at this step
   char* const* tensors;          // [tensor slot][member]
@@ -17,6 +17,13 @@ struct Args {
   double* partial;               // [chunk][PARTIAL]
   double* contributions;         // [contribution][member]
 };
+
+// Members of so many elements or fewer are left to one thread each: a core's cache holds them from pass to pass, and
+// there are enough of them to keep all threads busy.
+static inline int64_t fits_a_cache(const Args& a, int64_t bytes_per_element) {
+  const int64_t fits = (1 << 20) / bytes_per_element, fair = a.elements / (4 * a.threads);
+  return a.threads > 1 && fair < fits ? fair : fits;
+}
 
 struct bfloat { uint16_t bits; };
 static inline float widen(bfloat x) { uint32_t u = uint32_t(x.bits) << 16; float f; memcpy(&f, &u, 4); return f; }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import array
 import ctypes
 import math
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Collection, Sequence, Set
 from typing import Any
 
 import torch
@@ -36,8 +36,15 @@ _GRAIN = 32768  # elements that a thread takes at once
 class Kernel:
     """One group: its functions, its tables, and the tensors of the current call."""
 
-    def __init__(self, group: Group, leaves: Sequence[Leaf], own: dict[int, int], snapshots: dict[int, int]) -> None:
-        source = generate(group.name, group.formula)
+    def __init__(
+        self,
+        group: Group,
+        leaves: Sequence[Leaf],
+        own: dict[int, int],
+        snapshots: dict[int, int],
+        totals: Collection[int] | None,
+    ) -> None:
+        source = generate(group.name, group.formula, totals)
         library = cpu_build.load(source.text)
         functions = [getattr(library, name) for name in source.stages]
         for f in functions:
@@ -101,9 +108,10 @@ class Kernel:
             "contributions": self._contributions,
         }
         pointers = {name: a.buffer_info()[0] for name, a in self._arrays.items()}
-        self.args = Args(members=self._n, chunks=chunks, grain=max(1, _GRAIN // average), **pointers)
+        elements, grain = sum(self._numels), max(1, _GRAIN // average)
+        self.args = Args(members=self._n, chunks=chunks, grain=grain, elements=elements, **pointers)
         self._pointer = ctypes.byref(self.args)
-        self._parallel = sum(self._numels) > _SERIAL
+        self._parallel = elements > _SERIAL
 
     # One call --------------------------------------------------------------------------------------------------------
 

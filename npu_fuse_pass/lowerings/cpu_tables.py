@@ -19,7 +19,7 @@ class Args(ctypes.Structure):
     """Mirrors `struct Args` of the generated source."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("members", "chunks", "threads", "grain")),
+        *((name, ctypes.c_int64) for name in ("members", "chunks", "threads", "grain", "elements")),
         *(
             (name, ctypes.c_void_p)
             for name in [
