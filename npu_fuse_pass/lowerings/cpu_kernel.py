@@ -6,7 +6,6 @@ import array
 import ctypes
 import math
 from collections.abc import Callable, Collection, Sequence, Set
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +14,9 @@ from ..errors import Mismatch
 from ..ir import Group, Leaf
 from ..same_tensors import SameTensors
 from . import cpu_build
-from .cpu_codegen import CHUNK, generate
+from .cpu_codegen import generate
 from .cpu_look import Looking
-from .cpu_tables import Args, Column, Values
+from .cpu_tables import Args, Column, Tables, Values
 from .memory import in_order, materialised, memory_order
 
 _TAGS = {
@@ -29,8 +28,6 @@ _TAGS = {
     torch.int32: 5,
     torch.bool: 6,
 }
-_SERIAL = 32768  # elements below which waking other threads costs more than it saves
-_GRAIN = 32768  # elements that a thread takes at once
 
 
 class Kernel:
@@ -60,9 +57,7 @@ class Kernel:
         self._find_overlap.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64] * 2
         self._find_overlap.restype = ctypes.c_int64
         self._numels = [_numel(leaves, formula.tensor_slots, m) for m in members]
-        self._tensors = array.array("q", [0]) * max(1, self._n * len(formula.tensor_slots))
-        self._scalars = array.array("q", [0]) * max(1, self._n * len(formula.scalar_slots))
-        self._tags = array.array("B", [0]) * max(1, self._n * len(formula.scalar_slots))
+        self._tables = Tables(formula, self._numels, source.scratch, source.partial)
         self._columns = [Column(rank, slot, group, leaves) for rank, slot in enumerate(formula.tensor_slots)]
         self._scalar_columns = [Column(rank, slot, group, leaves) for rank, slot in enumerate(formula.scalar_slots)]
         self._varying = [c for c in self._columns if not c.fixed]
@@ -77,41 +72,9 @@ class Kernel:
         self._kinds: object = None
         self._own = own
         self._snapshots = snapshots
-        self._active = array.array("B", [1]) * self._n
         self._keep: list[Tensor] = []
         self._copy_back: list[tuple[Tensor, Tensor]] = []
         self._bound = False
-        self._make_args(source.scratch, source.partial)
-
-    def _make_args(self, scratch: int, partial: int) -> None:
-        member, start, first = array.array("i"), array.array("q"), array.array("q", [0])
-        for m, numel in enumerate(self._numels):
-            if self._columns:
-                starts = range(0, numel, CHUNK)
-                member.extend([m] * len(starts))
-                start.extend(starts)
-            first.append(len(start))
-        chunks = len(start)
-        average = max(1, sum(self._numels) // max(1, chunks))
-        self._contributions = array.array("d", [0.0]) * max(1, self._n * len(self.group.formula.contributions))
-        self._arrays: dict[str, array.array[Any]] = {
-            "numel": array.array("q", self._numels),
-            "active": self._active,
-            "tensors": self._tensors,
-            "scalars": self._scalars,
-            "tags": self._tags,
-            "chunk_member": member,
-            "chunk_start": start,
-            "first_chunk": first,
-            "scratch": array.array("d", [0.0]) * (self._n * scratch),
-            "partial": array.array("d", [0.0]) * max(1, chunks * partial),
-            "contributions": self._contributions,
-        }
-        pointers = {name: a.buffer_info()[0] for name, a in self._arrays.items()}
-        elements, grain = sum(self._numels), max(1, _GRAIN // average)
-        self.args = Args(members=self._n, chunks=chunks, grain=grain, elements=elements, **pointers)
-        self._pointer = ctypes.byref(self.args)
-        self._parallel = elements > _SERIAL
 
     # One call --------------------------------------------------------------------------------------------------------
 
@@ -136,7 +99,7 @@ class Kernel:
                 self._bind_by_member(values, complete)
                 return
             begin = column.rank * self._n
-            self._tensors[begin : begin + self._n] = array.array("q", [t.data_ptr() for t in tensors])
+            self._tables.tensors[begin : begin + self._n] = array.array("q", [t.data_ptr() for t in tensors])
         self._bound = True
         if plain:
             self._kinds = kinds
@@ -153,8 +116,9 @@ class Kernel:
         self._enter(addresses)
 
     def _enter(self, addresses: array.array[int]) -> None:
-        tables = [(self._tensors, c) for c in self._varying] + [(self._scalars, c) for c in self._counters]
-        for k, (table, column) in enumerate(tables):
+        tensors = [(self._tables.tensors, column) for column in self._varying]
+        scalars = [(self._tables.scalars, column) for column in self._counters]
+        for k, (table, column) in enumerate(tensors + scalars):
             begin = column.rank * self._n
             table[begin : begin + self._n] = addresses[k * self._n : (k + 1) * self._n]
 
@@ -175,7 +139,7 @@ class Kernel:
         if not missing and self._all_active:
             return True
         for m, member in enumerate(self.group.members):
-            self._active[m] = all(values[i] is not None for i in member if i not in self._own)
+            self._tables.active[m] = all(values[i] is not None for i in member if i not in self._own)
         self._all_active = not missing
         return not missing
 
@@ -206,13 +170,13 @@ class Kernel:
                 if not materialised(value):
                     raise Mismatch("a 0-dim tensor whose memory does not hold its value (a negated or zero tensor)")
                 address, tag = value.data_ptr(), _TAGS[value.dtype]
-            self._scalars[begin + m] = address
-            self._tags[begin + m] = tag
+            self._tables.scalars[begin + m] = address
+            self._tables.tags[begin + m] = tag
 
     def _bind_by_member(self, values: Values, complete: bool) -> None:
         """The general way: some member is left out, or its tensors are not all contiguous."""
         for m, member in enumerate(self.group.members):
-            if not self._active[m]:
+            if not self._tables.active[m]:
                 continue
             tensors = [values[member[c.slot]] for c in self._columns]
             strides = memory_order([t for t in tensors if t is not None])
@@ -228,7 +192,7 @@ class Kernel:
                         self._copy_back.append((t, dense))
                     self._keep.append(dense)
                     t = dense
-                self._tensors[column.rank * self._n + m] = t.data_ptr()
+                self._tables.tensors[column.rank * self._n + m] = t.data_ptr()
         self._bound = False
 
     @property
@@ -238,7 +202,7 @@ class Kernel:
 
     def tensors(self, values: Values) -> list[tuple[Tensor, bool]]:
         """Every tensor that takes part, and whether it is written."""
-        members = [m for m, active in zip(self.group.members, self._active, strict=True) if active]
+        members = [m for m, active in zip(self.group.members, self._tables.active, strict=True) if active]
         found = ((values[m[c.slot]], c.written) for c in self._columns for m in members)
         return [(t, written) for t, written in found if t is not None]
 
@@ -248,41 +212,42 @@ class Kernel:
         for column in self._columns:
             if column.written:
                 begin, size = column.rank * self._n, column.dtype.itemsize
-                pointers = self._tensors[begin : begin + self._n]
-                for start, numel, active in zip(pointers, self._numels, self._active, strict=True):
+                pointers = self._tables.tensors[begin : begin + self._n]
+                for start, numel, active in zip(pointers, self._numels, self._tables.active, strict=True):
                     if active and numel:
                         found.append((start, start + numel * size))
         return found
 
     def pointers_written(self) -> bytes:
         """Changes when what this call writes is elsewhere than at the last one."""
-        rows = [self._tensors[c.rank * self._n : (c.rank + 1) * self._n].tobytes() for c in self._columns if c.written]
-        return b"".join([*rows, self._active.tobytes()])
+        table, begins = self._tables.tensors, [c.rank * self._n for c in self._columns if c.written]
+        rows = [table[begin : begin + self._n].tobytes() for begin in begins]
+        return b"".join([*rows, self._tables.active.tobytes()])
 
     def reads_overlap(self, starts: array.array[int], ends: array.array[int]) -> bool:
         """Whether a tensor that is only read shares memory with one that is written."""
         for column in self._columns:
             if column.written:
                 continue
-            sizes = column.bytes_of(self._numels, self._active, self._all_active)
-            begin = self._tensors.buffer_info()[0] + 8 * column.rank * self._n
+            sizes = column.bytes_of(self._numels, self._tables.active, self._all_active)
+            begin = self._tables.tensors.buffer_info()[0] + 8 * column.rank * self._n
             written = (starts.buffer_info()[0], ends.buffer_info()[0], len(starts))
             if self._find_overlap(begin, sizes.buffer_info()[0], self._n, *written) >= 0:
                 return True
         return False
 
     def call(self, function: Callable[..., None], threads: int) -> None:
-        self.args.threads = threads if self._parallel else 1
+        self._tables.args.threads = threads if self._tables.parallel else 1
         with torch._C._profiler._RecordFunctionFast(function.__name__):
-            function(self._pointer)
+            function(self._tables.pointer)
 
     def contributed(self) -> list[tuple[int, float]]:
         """(total, value) of every member that takes part."""
         found = []
         for k in range(len(self.group.formula.contributions)):
             for m, totals in enumerate(self.group.totals):
-                if self._active[m]:
-                    found.append((totals[k], self._contributions[k * self._n + m]))
+                if self._tables.active[m]:
+                    found.append((totals[k], self._tables.contributions[k * self._n + m]))
         return found
 
     def finish(self, values: Values) -> None:
@@ -296,7 +261,7 @@ class Kernel:
             if column.written and not column.fixed:
                 tensors = column.of(values)
                 if not self._all_active:
-                    tensors = [t for t, active in zip(tensors, self._active, strict=True) if active]
+                    tensors = [t for t, active in zip(tensors, self._tables.active, strict=True) if active]
                 torch.autograd.graph.increment_version(tensors)
 
     def release(self) -> None:

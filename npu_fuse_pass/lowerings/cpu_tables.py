@@ -10,9 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..ir import Group, Leaf
+from ..ir import Formula, Group, Leaf
+from .cpu_codegen import CHUNK
 
 Values = list[Tensor | None]
+_SERIAL = 32768  # elements below which waking other threads costs more than it saves
+_GRAIN = 32768  # elements that a thread takes at once
 
 
 class Args(ctypes.Structure):
@@ -37,6 +40,52 @@ class Args(ctypes.Structure):
             ]
         ),
     ]
+
+
+class Tables:
+    """The memory of a kernel beside its tensors; what a call finds and changes are attributes.
+
+    Attributes:
+        tensors, scalars: addresses, [slot][member]; tags: the scalars' dtypes.
+        active: per member, 1 if it takes part.
+        contributions: what the kernel adds to totals, [contribution][member].
+        args: all of it, as the kernel gets it, at `pointer`.
+        parallel: whether waking other threads costs less than it saves.
+    """
+
+    def __init__(self, formula: Formula, numels: Sequence[int], scratch: int, partial: int) -> None:
+        n = len(numels)
+        self.tensors = array.array("q", [0]) * max(1, n * len(formula.tensor_slots))
+        self.scalars = array.array("q", [0]) * max(1, n * len(formula.scalar_slots))
+        self.tags = array.array("B", [0]) * max(1, n * len(formula.scalar_slots))
+        self.active = array.array("B", [1]) * n
+        self.contributions = array.array("d", [0.0]) * max(1, n * len(formula.contributions))
+        member, start, first = array.array("i"), array.array("q"), array.array("q", [0])
+        for m, numel in enumerate(numels):
+            if formula.tensor_slots:
+                starts = range(0, numel, CHUNK)
+                member.extend([m] * len(starts))
+                start.extend(starts)
+            first.append(len(start))
+        chunks, elements = len(start), sum(numels)
+        self._arrays: dict[str, array.array[Any]] = {
+            "numel": array.array("q", numels),
+            "active": self.active,
+            "tensors": self.tensors,
+            "scalars": self.scalars,
+            "tags": self.tags,
+            "chunk_member": member,
+            "chunk_start": start,
+            "first_chunk": first,
+            "scratch": array.array("d", [0.0]) * (n * scratch),
+            "partial": array.array("d", [0.0]) * max(1, chunks * partial),
+            "contributions": self.contributions,
+        }
+        average = max(1, elements // max(1, chunks))
+        pointers = {name: a.buffer_info()[0] for name, a in self._arrays.items()}
+        self.args = Args(members=n, chunks=chunks, grain=max(1, _GRAIN // average), elements=elements, **pointers)
+        self.pointer = ctypes.byref(self.args)
+        self.parallel = elements > _SERIAL
 
 
 class Column:
