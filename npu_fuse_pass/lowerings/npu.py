@@ -191,4 +191,5 @@ class Program:
             finally:
                 if self._texts is not None:
                     self._texts.collect(ran=True)
+            self._host.finish(step, values)
             self._binder.finish(step, values, results)

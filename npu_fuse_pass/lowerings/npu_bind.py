@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +20,7 @@ from . import npu_emit
 from .memory import check_apart, in_order, memory_order
 from .npu_alike import Alike
 from .npu_layout import Run, Values
-from .npu_numbers import Advanced, Packed
+from .npu_numbers import Packed
 from .npu_rows import picked
 from .npu_step import Step
 
@@ -38,6 +38,8 @@ class Binder:
     Attributes:
         tensor_inputs: for each, the leaves behind it; size, dtype and device.
         number_inputs: how many numbers of a dtype there are.
+        numbers_on: the device that they are on; the host, from where GE fetches them, or where states are that the
+            host advances, so that everything of a step gets there in one transfer.
         numbers: per group and split: where they lie.
         outputs: the leaves that the graph creates.
         written: which inputs the graph writes to.
@@ -64,6 +66,7 @@ class Binder:
         self._written = {key for key in self.tensor_inputs if written & set(key)}
         self.written = [place for place, key in enumerate(self.tensor_inputs) if key in self._written]
         self._bound = {i for key in self.tensor_inputs for i in key}
+        self.numbers_on = numbers_on(leaves, parts, {device for _, _, device in self.tensor_inputs.values()})
         self._scratch: dict[Key, Tensor] = {}
         self._alike = Alike(self.tensor_inputs, self._written)
         self._changes = [self._changes_of(part, part.group.members) for part in parts]
@@ -99,7 +102,9 @@ class Binder:
             for numbers, given in zip(places, found, strict=True):
                 if numbers.count:
                     packed[npu_emit.wide_dtype(part.group.formula)] += numbers.pieces(given, active)
-        step.inputs += [torch.cat(p).to(dtype) for dtype, p in packed.items()]
+        vectors = [torch.cat(p).to(dtype) for dtype, p in packed.items()]
+        on_host = self.numbers_on.type == "cpu"
+        step.inputs += vectors if on_host else [step.send(v, self.numbers_on) for v in vectors]
 
     def _bind_one_by_one(self, step: Step, values: Values) -> None:
         """The general way, with a look at every tensor.
@@ -163,13 +168,11 @@ class Binder:
         return self._scratch[key]
 
     def finish(self, step: Step, values: Values, results: Sequence[Tensor]) -> None:
-        """Write what the host writes, give new tensors their shape, and tell autograd what changed."""
+        """Give new tensors their shape, and tell autograd what changed."""
         for target, dense in step.copy_back:
             target.detach().copy_(dense)
         for i, result in zip(self.outputs, results, strict=True):
             values[i] = result.as_strided(self._leaves[i].shape, step.orders[i][1])
-        for part, advanced, active in step.advanced:
-            self._write(part, advanced, active, values)
         for part, active, changes in zip(self._parts, step.active, self._changes, strict=True):
             if not all(active):
                 changes = self._changes_of(part, [m for m, a in zip(part.group.members, active, strict=True) if a])
@@ -183,22 +186,12 @@ class Binder:
         made = [i for i in written if self._leaves[i].kind == "output"]
         return _Changes(made, picked([i for i in written if i in self._bound]))
 
-    def _write(self, part: Part, advanced: Advanced, active: Sequence[bool], values: Values) -> None:
-        """New values of a 0-dim state of all active members."""
-        if advanced.row is not None and all(active):
-            advanced.row.copy_(advanced.value)
-            return
-        targets, sources = [], []
-        indices = [member[advanced.slot] for member in part.group.members]
-        new = advanced.moved_to({(self._leaves[i].dtype, self._leaves[i].device) for i in indices})
-        for i, value, a in zip(indices, new.expand(len(active)).unbind(), active, strict=True):
-            if self._leaves[i].kind == "output":
-                values[i] = value.to(self._leaves[i].dtype).clone()
-            elif a and (target := values[i]) is not None:
-                targets.append(target)
-                sources.append(value)
-        if targets:
-            torch._foreach_copy_(targets, sources)
+
+def numbers_on(leaves: Sequence[Leaf], parts: Sequence[Part], devices: Collection[torch.device]) -> torch.device:
+    """Where the numbers of a step enter. `devices`: of the graph's other inputs."""
+    advanced = {m[s] for part in parts for m in part.group.members for made in part.splits for s, _ in made.advanced}
+    found = {leaves[i].device for i in advanced if leaves[i].device.type != "cpu"}
+    return found.pop() if found and found == set(devices) and len(found) == 1 else torch.device("cpu")
 
 
 @dataclasses.dataclass(frozen=True)

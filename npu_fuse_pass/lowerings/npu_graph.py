@@ -128,7 +128,8 @@ class _Build:
                 self._nodes[key].meta["val"] = torch.empty(numel, dtype=dtype, device=device)
             packed = {dtype: self._graph.placeholder("numbers") for dtype in binder.number_inputs}
             for dtype, node in packed.items():
-                node.meta["val"] = torch.empty(binder.number_inputs[dtype], dtype=dtype)
+                size, device = binder.number_inputs[dtype], binder.numbers_on
+                node.meta["val"] = torch.empty(size, dtype=dtype, device=device)
         self._packed = packed
         self._unpacked: dict[tuple[torch.dtype, bool], fx.Node] = {}
 

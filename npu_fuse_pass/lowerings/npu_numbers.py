@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,16 +10,19 @@ from torch import Tensor
 from ..expr import Expr
 from ..ir import Group, Leaf
 from .npu_layout import Run, Values
+from .npu_mirror import Mirror
 from .npu_rows import Row
 from .npu_split import Split, slots_of
+from .npu_states import Advanced
 
 
 class HostValues:
     """The host's part of one split, for all members at once."""
 
-    def __init__(self, group: Group, made: Split, leaves: Sequence[Leaf]) -> None:
+    def __init__(self, group: Group, made: Split, leaves: Sequence[Leaf], mirror: Mirror) -> None:
         self.made = made
-        self._columns = {s: _Column([m[s] for m in group.members], leaves) for s in _slots(made, made.host.roots)}
+        slots = _slots(made, made.host.roots)
+        self._columns = {s: _Column([m[s] for m in group.members], leaves, mirror) for s in slots}
 
     def __call__(self, values: Values) -> tuple[list[Tensor], list[Advanced]]:
         """`made.values` (float64, 0-dim or one per member), and what is written to 0-dim states."""
@@ -29,40 +31,6 @@ class HostValues:
         rows = {s: row for s, (_, row) in given.items()}
         advanced = [Advanced(s, x, rows.get(s)) for (s, _), x in zip(self.made.advanced, new, strict=True)]
         return [v.double() for v in found], advanced
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Advanced:
-    """The new values of a 0-dim state, 0-dim or one per member; `row`: one vector over all members' memory for it."""
-
-    slot: int
-    value: Tensor
-    row: Tensor | None
-
-    def moved_to(self, kinds: Collection[tuple[torch.dtype, torch.device]]) -> Tensor:
-        """The values where the states are: at once, if all are on one device."""
-        (dtype, device), *others = kinds
-        return self.value if others or device.type == "cpu" else self.value.to(dtype).to(device)
-
-
-class OnDevice:
-    """0-dim leaves that lie on a device, read all at once: reading any of them waits for the device."""
-
-    def __init__(self, indices: Sequence[int], leaves: Sequence[Leaf]) -> None:
-        self._kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-        for i in indices:
-            self._kinds.setdefault((leaves[i].dtype, leaves[i].device), []).append(i)
-
-    def fetched(self, values: Values) -> Values:
-        """The values of all leaves, with these in the host's memory: one transfer for each dtype."""
-        if not self._kinds:
-            return values
-        found = list(values)
-        for indices in self._kinds.values():
-            given = [(i, t) for i in indices if (t := values[i]) is not None]
-            for (i, _), t in zip(given, torch.stack([t for _, t in given]).cpu().unbind(), strict=True):
-                found[i] = t
-        return found
 
 
 class Packed:
@@ -104,11 +72,13 @@ def _slots(made: Split, exprs: Sequence[Expr]) -> list[int]:
 class _Column:
     """A scalar slot over all members: one 0-dim tensor where they share it, else one value per member."""
 
-    def __init__(self, indices: list[int], leaves: Sequence[Leaf]) -> None:
+    def __init__(self, indices: list[int], leaves: Sequence[Leaf], mirror: Mirror) -> None:
         self._indices = indices[:1] if len(set(indices)) == 1 else indices
         numbers = [leaves[i].value if leaves[i].kind == "constant" else None for i in self._indices]
-        self._numbers = [None if n is None else torch.tensor(n, dtype=torch.float64) for n in numbers]
-
+        self._numbers = [None if n is None else torch.tensor(n, dtype=torch.float64, device="cpu") for n in numbers]
+        self._mirror = mirror
+        places = [mirror.places[i] for i in self._indices if i in mirror.places]
+        self._mirrored = torch.tensor(places, dtype=torch.int64, device="cpu") if len(places) == len(numbers) else None
         here = all(leaves[i].device.type == "cpu" and leaves[i].kind != "constant" for i in self._indices)
         self._row = Row(self._indices) if here else None
 
@@ -117,7 +87,14 @@ class _Column:
         row = None if self._row is None else self._row.of(values)
         if row is not None:
             column = row.to("cpu", torch.float64, copy=True)  # the step writes there, too
+        elif self._mirrored is not None:
+            column = self._mirror.values[self._mirrored]
         else:
-            given = [values[i] if n is None else n for i, n in zip(self._indices, self._numbers, strict=True)]
+            given = [self._value(i, n, values) for i, n in zip(self._indices, self._numbers, strict=True)]
             column = torch.stack([t for t in given if t is not None]).cpu().double()
         return column[0] if len(self._indices) == 1 else column, row
+
+    def _value(self, index: int, number: Tensor | None, values: Values) -> Tensor | None:
+        if index in self._mirror.places:
+            return self._mirror.values[self._mirror.places[index]]
+        return values[index] if number is None else number

@@ -57,7 +57,7 @@ class Part:
             self.on_device = []
         inputs = {m[s] for s in formula.scalar_slots for m in group.members}
         self.on_the_device = {i for i in inputs if leaves[i].kind in _GIVEN and leaves[i].device.type != "cpu"}
-        """0-dim leaves that the host has to read from there."""
+        """0-dim leaves that the host reads from there, see `npu_mirror`."""
         self.note = "; ".join(filter(None, (chosen if isinstance(chosen, str) else chosen.note, self.waits)))
         for slot in formula.written:
             targets = [member[slot] for member in group.members]
@@ -78,12 +78,13 @@ class Part:
 
     @property
     def waits(self) -> str:
-        """For the report: that the host waits for the device at every step, "" if it does not."""
+        """For the report: when the host waits for the device, "" if it never does."""
         if not self.on_the_device:
             return ""
         return (
-            f"every step waits for the device to read {len(self.on_the_device)} of its 0-dim tensors: keep them on the "
-            "CPU (capturable=False), or use an optimizer of npu_fuse_pass.optim"
+            f"{len(self.on_the_device)} of its 0-dim tensors are on the device: the host knows what steps write there, "
+            "and waits to read them where something else has written one. Writes that torch does not count (to t.data, "
+            "collectives, raw kernels) need torch.autograd.graph.increment_version(t)"
         )
 
     @property

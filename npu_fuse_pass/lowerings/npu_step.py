@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from ..ir import Leaf
+from . import npu_mirror
 from .npu_layout import Values
-from .npu_numbers import Advanced, HostValues, OnDevice
+from .npu_mirror import Kind, Mirror
+from .npu_numbers import HostValues
 from .npu_rows import picked
+from .npu_states import Advanced, Outgoing, States
 
 if TYPE_CHECKING:
     from .npu_bind import Leaves
@@ -25,8 +28,13 @@ class Host:
 
     def __init__(self, leaves: Sequence[Leaf], parts: Sequence[Part]) -> None:
         self._leaves, self._parts = leaves, parts
-        self._on_device = OnDevice(sorted({i for part in parts for i in part.on_the_device}), leaves)
-        self._evaluate = [[HostValues(part.group, made, leaves) for made in part.splits] for part in parts]
+        self._mirror = Mirror(sorted({i for part in parts for i in part.on_the_device}), leaves)
+        self._evaluate = [
+            [HostValues(part.group, made, leaves, self._mirror) for made in part.splits] for part in parts
+        ]
+        self._states = [
+            {s: States(part.group, leaves, s) for made in part.splits for s, _ in made.advanced} for part in parts
+        ]
         self._given = [[self._given_to(m) for m in part.group.members] for part in parts]
         self._all_given = [picked(sorted({i for given in each for i in given})) for each in self._given]
 
@@ -34,14 +42,28 @@ class Host:
     def look(self, values: Values, complete: bool) -> Step:
         """A step as far as it is known before it is bound. `complete`: dtypes are to be checked."""
         step = Step(complete)
-        numbers = self._on_device.fetched(values)
-        for part, evaluate, given, whole in zip(self._parts, self._evaluate, self._given, self._all_given, strict=True):
+        self._mirror.look(values)
+        each = zip(self._evaluate, self._given, self._all_given, self._states, strict=True)
+        for evaluate, given, whole, states in each:
             all_given = all(map(operator.is_not, whole(values), repeat(None)))
-            step.active.append([all_given or all(values[i] is not None for i in leaves) for leaves in given])
-            found = [e(numbers) for e in evaluate]
+            active = [all_given or all(values[i] is not None for i in leaves) for leaves in given]
+            found = [e(values) for e in evaluate]
+            step.active.append(active)
             step.numbers.append([n for n, _ in found])
-            step.advanced += [(part, new, step.active[-1]) for _, advanced in found for new in advanced]
+            step.advanced += [(states[new.slot], new, active) for _, advanced in found for new in advanced]
+        written: dict[Kind, list[tuple[list[int], Tensor]]] = {}
+        for state, new, active in step.advanced:
+            for kind, indices, x in state.outgoing(new, active):
+                written.setdefault(kind, []).append((indices, x))
+        step.outgoing = [Outgoing(kind, found) for kind, found in written.items()]
         return step
+
+    def finish(self, step: Step, values: Values) -> None:
+        """Write the new values of 0-dim states, wherever they are."""
+        for state, new, active in step.advanced:
+            state.write(new, active, values)
+        for outgoing in step.outgoing:
+            outgoing.write(values, self._mirror)
 
     def _given_to(self, member: tuple[int, ...]) -> list[int]:
         """The leaves that a member cannot do without."""
@@ -55,13 +77,21 @@ class Step:
         self.complete = complete
         self.active: list[list[bool]] = []  # per group and member: takes part
         self.numbers: list[list[list[Tensor]]] = []  # per group, split and value: 0-dim or one per member
-        self.advanced: list[tuple[Part, Advanced, list[bool]]] = []
+        self.advanced: list[tuple[States, Advanced, list[bool]]] = []
+        self.outgoing: list[Outgoing] = []
         self.inputs: list[Tensor] = []
         self.flat: dict[Leaves, Tensor] = {}
         self.used: dict[Leaves, Tensor] = {}  # the tensors behind the inputs, of members that take part
         self.copies = 0
         self.orders: dict[int, tuple[bool, tuple[int, ...]]] = {}  # per tensor: takes part, strides it is read in
         self.copy_back: list[tuple[Tensor, Tensor]] = []
+
+    def send(self, numbers: Tensor, device: torch.device) -> Tensor:
+        """Numbers on a device, together with the new values of states there where those have the same dtype."""
+        for outgoing in self.outgoing:
+            if (outgoing.dtype, outgoing.device) == (numbers.dtype, device):
+                return outgoing.send_with(numbers)
+        return npu_mirror.to_device(numbers, device)
 
     @property
     def all_numbers(self) -> list[list[Tensor]]:
