@@ -60,9 +60,10 @@ def _value(e: Expr, values: dict[int, Tensor], tensors: dict[int, Tensor], scala
     if e.op == "cast":
         return args[0].to(e.dtype)
     if e.op == "numel":
-        return torch.tensor(float(next(iter(tensors.values())).numel() if tensors else 1), dtype=torch.float64)
+        count = next(iter(tensors.values())).numel() if tensors else 1
+        return torch.tensor(float(count), dtype=torch.float64, device="cpu")
     if e.op == "zero":
-        return torch.zeros((), dtype=e.dtype)
+        return torch.zeros((), dtype=e.dtype, device="cpu")
     function = _TORCH.get(e.op) or getattr(torch, e.op)
     result: Tensor = function(*args)
     # a 0-dim parameter would otherwise be promoted by a float64 scalar

@@ -51,7 +51,7 @@ class Packed:
                     keys[key] = offset + self.count + len(rows)
                     rows.append(run.members[0])
                 self.positions[-1].append(keys[key])
-            self._rows.append(torch.tensor(rows, dtype=torch.int64))
+            self._rows.append(torch.tensor(rows, dtype=torch.int64, device="cpu"))
             self.count += len(rows)
         self._flags = [run.members[0] for run in runs] if made.flagged else []
         if self._flags:
@@ -61,7 +61,7 @@ class Packed:
     def pieces(self, found: Sequence[Tensor], active: Sequence[bool]) -> list[Tensor]:
         """The pieces of the packed vector, from what `HostValues` found and which members take part."""
         chosen = [v.expand(len(rows)) if v.ndim == 0 else v[rows] for v, rows in zip(found, self._rows, strict=True)]
-        return [*chosen, torch.tensor([float(active[m]) for m in self._flags], dtype=torch.float64)]
+        return [*chosen, torch.tensor([float(active[m]) for m in self._flags], dtype=torch.float64, device="cpu")]
 
 
 def _slots(made: Split, exprs: Sequence[Expr]) -> list[int]:

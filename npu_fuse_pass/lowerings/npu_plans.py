@@ -79,7 +79,7 @@ class Plans:
                     fixed += leaves
                     self._spans.append((leaves[0], sum(math.prod(self._leaves[i].shape) for i in leaves)))
             mates = [(m, run.members[0]) for run in runs for m in run.members]
-            pairs = torch.tensor(mates, dtype=torch.int64).reshape(-1, 2)
+            pairs = torch.tensor(mates, dtype=torch.int64, device="cpu").reshape(-1, 2)
             self._mates.append((pairs[:, 0], pairs[:, 1]))
         self._fixed = picked(fixed)
 

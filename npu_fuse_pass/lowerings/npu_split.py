@@ -44,7 +44,7 @@ class Split:
 
     def host_values(self, scalars: dict[int, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """`values` and the new values of `advanced`, of all members at once: scalars are 0-dim or one per member."""
-        constants = {s: torch.tensor(x, dtype=torch.float64) for s, x in self.constants.items()}
+        constants = {s: torch.tensor(x, dtype=torch.float64, device="cpu") for s, x in self.constants.items()}
         found = evaluate(self.host, {}, {**scalars, **constants})
         return [found[id(e)] for e in self.values], [found[id(e)] for _, e in self.advanced]
 

@@ -133,7 +133,7 @@ def _with_constants(rewritten: fx.GraphModule) -> fx.GraphModule:
         made = _split(formula, {s: row[0] for s, row in values.items() if len(set(row)) == 1})
         if made is None:
             continue
-        columns = {s: torch.tensor(row, dtype=torch.float64) for s, row in values.items()}
+        columns = {s: torch.tensor(row, dtype=torch.float64, device="cpu") for s, row in values.items()}
         dtype = npu_emit.wide_dtype(formula)
         keys = [(x, dtype) for v in made.host_values(columns)[0] for x in v.double().expand(members).tolist()]
         with graph.inserting_before(node):
