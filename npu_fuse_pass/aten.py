@@ -61,7 +61,7 @@ def evaluate(b: Builder, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
                 return b.cast(b.cast(x.expr, dtype), torch.float64)
             return x.expr
         if isinstance(x, (int, float)) and not isinstance(x, bool):
-            return b.const(float(torch.tensor(x, dtype=dtype)) if narrow else x)
+            return b.const(float(torch.tensor(x, dtype=dtype, device="cpu")) if narrow else x)
         return x
 
     if dtype in HALF and dimmed and name in _NOT_IN_HALF:

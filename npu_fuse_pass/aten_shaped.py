@@ -61,7 +61,7 @@ def _scalar(b: Builder, value: Any, dtype: torch.dtype | None = None, **_: Any) 
         made = dataclasses.replace(value, number=False)
         return cast(b, made, dtype or torch.get_default_dtype()) if value.number else made
     dtype = dtype or (torch.get_default_dtype() if isinstance(value, float) else torch.int64)
-    return Val(b.const(float(torch.tensor(value, dtype=dtype))), dtype, ())
+    return Val(b.const(float(torch.tensor(value, dtype=dtype, device="cpu"))), dtype, ())
 
 
 def _full(b: Builder, size: Any, value: Any, dtype: torch.dtype | None = None, **_: Any) -> Val:

@@ -223,7 +223,7 @@ class _Arguments:
         values = self._template.copy()
         for i, index in self._inputs:
             value = args[index]
-            values[i] = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+            values[i] = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
         for i, handle, index in self._kept:
             values[i] = kept[handle][index]
         return values

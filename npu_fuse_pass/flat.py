@@ -24,7 +24,7 @@ def flat_buffer(numel: int, dtype: torch.dtype, device: torch.device, others: Se
         return torch.empty((numel,), dtype=dtype, device=device)
     page = _PAGE // dtype.itemsize
     choices = 1 + 4 * len(others)
-    memory = torch.empty((numel + (choices - 1) * page,), dtype=dtype)
+    memory = torch.empty((numel + (choices - 1) * page,), dtype=dtype, device=device)
     starts = [memory[k * page :][:numel] for k in range(choices)]
     return min(starts, key=lambda start: sum(conflicts(start, other) for other in others))
 

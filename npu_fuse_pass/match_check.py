@@ -66,7 +66,9 @@ def disagreement(formula: Formula, match: Match, relations: Mapping[int, Relatio
     for draw in range(_DRAWS):
         scalars = _scalars(match, relations, generator)
         if draw == 0:
-            scalars.update((s, torch.zeros((), dtype=torch.float64)) for s in compared if s not in relations)
+            scalars.update(
+                (s, torch.zeros((), dtype=torch.float64, device="cpu")) for s in compared if s not in relations
+            )
         found = evaluate(whole, _tensors(match, generator), scalars)
         arguments = {name: found[id(given[name])] for name in names}
         for name in match.kernel.scalars:
@@ -88,7 +90,7 @@ def _tensors(match: Match, generator: torch.Generator) -> dict[int, Tensor]:
     squares = [slot for name, slot in match.outputs.items() if name in match.kernel.nonnegative]
     for slot, kind in enumerate(match.slots):
         if kind.tensor:
-            drawn = torch.rand(_ELEMENTS, dtype=torch.float64, generator=generator)
+            drawn = torch.rand(_ELEMENTS, dtype=torch.float64, generator=generator, device="cpu")
             tensors[slot] = drawn + 1 if slot in squares else 2 * drawn - 1
     return tensors
 
@@ -99,10 +101,10 @@ def _scalars(match: Match, relations: Mapping[int, Relation], generator: torch.G
     for slot, kind in enumerate(match.slots):
         if kind.tensor:
             continue
-        drawn = 0.1 + 0.8 * torch.rand((), dtype=torch.float64, generator=generator)
+        drawn = 0.1 + 0.8 * torch.rand((), dtype=torch.float64, generator=generator, device="cpu")
         how, value = relations.get(slot, ("free", 0.5))
         if slot in match.constants or how == "number":
-            drawn = torch.tensor(match.constants.get(slot, value), dtype=torch.float64)
+            drawn = torch.tensor(match.constants.get(slot, value), dtype=torch.float64, device="cpu")
         elif how in RELATIONS:
             drawn = RELATIONS[how](scalars[int(value)])
         elif value:

@@ -111,7 +111,9 @@ class Match:
     def arguments(self, tensors: Mapping[int, Tensor], scalars: Mapping[int, Tensor]) -> dict[str, Tensor]:
         """The values of the scalars for one member; with its tensors those of the inputs, too."""
         chosen = {**(self.inputs if tensors else {}), **self.scalars}
-        numbers = {slot: torch.tensor(value, dtype=torch.float64) for slot, value in self.constants.items()}
+        numbers = {
+            slot: torch.tensor(value, dtype=torch.float64, device="cpu") for slot, value in self.constants.items()
+        }
         formula = Formula(self.slots, (), tuple(chosen.values()), "")
         found = evaluate(formula, dict(tensors), {**scalars, **numbers})
         return {name: found[id(e)] for name, e in chosen.items()}

@@ -205,7 +205,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _start(self) -> None:
         """Fields that are made anew in every process and in every copy."""
         self._prelude = Prelude(self)
-        self._ticket = torch.zeros(1, dtype=torch.int64)
+        self._ticket = torch.zeros(1, dtype=torch.int64, device="cpu")
         self._surface = step_op.Surface([], step_op.register(self))
         self._core = step_op.make_core(self._surface.handle)
         self._homes = Homes()

@@ -121,7 +121,7 @@ def _total(name: str, batch: Batch, batches: list[Batch]) -> Tensor:
     within = [
         b for b in batches if b.rule is rule and (rule.totals[name].over == "optimizer" or b.group == batch.group)
     ]
-    result = torch.zeros((), dtype=torch.float64)
+    result = torch.zeros((), dtype=torch.float64, device="cpu")
     for b in within:
         if name not in b.totals:
             continue

@@ -142,7 +142,7 @@ def make_batch(
     for name in names:
         flat[name] = flat_buffer(total, stored, device, list(flat.values()))
         views[name] = list(_views(flat[name], params))
-    steps = torch.zeros(len(params), dtype=torch.float64)
+    steps = torch.zeros(len(params), dtype=torch.float64, device="cpu")
     order = list(_flat_names(numbers))
     values = array.array("d", [0.0] * max(1, len(order)))
     hyper = torch.frombuffer(values, dtype=torch.float64)

@@ -222,8 +222,9 @@ def _run(
         given = tree_unflatten(list(args[len(names) :]), spec)
         return function(dict(zip(names, args, strict=False)), {**batch.static, **given})
 
-    # a mode of our own: Dynamo's, which is active while a backend runs, would make sizes symbolic
-    with tracing(None), FakeTensorMode(allow_non_fake_inputs=True, static_shapes=True):
+    # a mode of our own: Dynamo's, which is active while a backend runs, would make sizes symbolic; and tensors that the
+    # rule makes are numbers here, wherever torch.set_default_device puts them
+    with torch.device("cpu"), tracing(None), FakeTensorMode(allow_non_fake_inputs=True, static_shapes=True):
         tensors = [torch.empty(shape, dtype=cells[n].val.dtype) for n in names]
         scalars = [torch.ones((), dtype=torch.float64) for _ in flat_keywords]
         try:

@@ -167,7 +167,7 @@ class Program:
                     like = next((v for v in known if v.shape == leaf.shape), None)
                     if like is not None:
                         return torch.empty_like(like, dtype=leaf.dtype, requires_grad=False)
-        return torch.empty(leaf.shape, dtype=leaf.dtype)
+        return torch.empty(leaf.shape, dtype=leaf.dtype, device="cpu")
 
     def _add_totals(self) -> None:
         """Add up contributions exactly (fsum), so that no order of members changes a bit."""

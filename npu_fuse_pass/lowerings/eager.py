@@ -27,7 +27,7 @@ class Program:
         known: dict[int, Tensor] = {i: v for i, v in enumerate(values) if v is not None}
         for i, leaf in enumerate(self._leaves):
             if leaf.kind == "constant":
-                known[i] = torch.tensor(leaf.value, dtype=torch.float64)
+                known[i] = torch.tensor(leaf.value, dtype=torch.float64, device="cpu")
         for _ in range(max(1, rounds(self._groups, self._leaves))):
             known |= self._totals(known)
         results: list[tuple[int, Tensor]] = []
@@ -61,17 +61,17 @@ class Program:
         self, group: Group, member: tuple[int, ...], known: dict[int, Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
         formula = group.formula
-        like = next((known[member[s]] for s in formula.tensor_slots if member[s] in known), torch.zeros(()))
+        like = next((known[member[s]] for s in formula.tensor_slots if member[s] in known), _zero())
         tensors = [
             known[member[s]] if member[s] in known else self._made(member[s], like) for s in formula.tensor_slots
         ]
-        scalars = [known.get(member[s], torch.zeros((), dtype=torch.float64)) for s in formula.scalar_slots]
+        scalars = [known.get(member[s], _zero()) for s in formula.scalar_slots]
         return tensors, scalars
 
     def _made(self, index: int, like: Tensor) -> Tensor:
         """Stands for a tensor that the step creates: only its shape is looked at."""
         leaf = self._leaves[index]
-        return torch.empty_like(like) if like.shape == leaf.shape else torch.empty(leaf.shape, dtype=leaf.dtype)
+        return torch.empty_like(like) if like.shape == leaf.shape else like.new_empty(leaf.shape, dtype=leaf.dtype)
 
     def _totals(self, known: dict[int, Tensor]) -> dict[int, Tensor]:
         sums: dict[int, Tensor] = {}
@@ -81,9 +81,9 @@ class Program:
                     continue
                 made = member_values(group.formula, *self._given(group, member, known))
                 for number, e in zip(numbers, group.formula.contributions, strict=True):
-                    sums[number] = sums.get(number, torch.zeros((), dtype=torch.float64)) + made[id(e)].cpu()
-        return {
-            i: sums.get(leaf.index, torch.zeros((), dtype=torch.float64))
-            for i, leaf in enumerate(self._leaves)
-            if leaf.kind == "total"
-        }
+                    sums[number] = sums.get(number, _zero()) + made[id(e)].cpu()
+        return {i: sums.get(leaf.index, _zero()) for i, leaf in enumerate(self._leaves) if leaf.kind == "total"}
+
+
+def _zero() -> Tensor:
+    return torch.zeros((), dtype=torch.float64, device="cpu")
