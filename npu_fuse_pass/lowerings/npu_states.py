@@ -83,16 +83,16 @@ class Outgoing:
     def write(self, values: Values, mirror: Mirror) -> None:
         """Write the states; those that the step makes come to be."""
         sent = npu_mirror.to_device(self.values, self.device) if self.sent is None else self.sent
-        places: list[int] = []
+        kept: list[tuple[int, int]] = []  # where among these values, and in the mirror
         targets: list[Tensor] = []
-        sources: list[Tensor] = []
-        for i, value in zip(self._indices, sent.unbind(), strict=True):
+        each = sent.unbind()
+        for k, i in enumerate(self._indices):
             if i not in mirror.places:
-                values[i] = value.clone()
+                values[i] = each[k].clone()
             elif (target := values[i]) is not None:
-                places.append(mirror.places[i])
+                kept.append((k, mirror.places[i]))
                 targets.append(target)
-                sources.append(value)
         if targets:
-            torch._foreach_copy_(targets, sources)
-            mirror.wrote(values, places, self.values)
+            torch._foreach_copy_(targets, [each[k] for k, _ in kept])
+            written = torch.tensor([k for k, _ in kept], dtype=torch.int64, device="cpu")
+            mirror.wrote(values, [place for _, place in kept], self.values[written])

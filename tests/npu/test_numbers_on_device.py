@@ -27,7 +27,8 @@ import npu_fuse_pass
 from npu_fuse_pass import capture as stage
 from npu_fuse_pass import pipeline
 from npu_fuse_pass.backend import npu_fused
-from npu_fuse_pass.lowerings import npu_alike, npu_bind, npu_mirror, npu_run
+from npu_fuse_pass.lowerings import npu, npu_alike, npu_bind, npu_mirror, npu_run
+from tests import graphs
 from tests.cases import BY_NAME
 
 SHAPES = [(4, 5), (3,), (2, 2)]
@@ -330,6 +331,37 @@ def test_members_that_are_left_out(name: str, monkeypatch: pytest.MonkeyPatch) -
     assert found == [(1, 1), (0, 1), (1, 1), (1, 1), (0, 1), (1, 1)]
 
 
+def test_a_state_that_the_step_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Next to one that it writes: both are sent at once."""
+
+    def step(p: Any, q: Any, g: Any, h: Any, count: Any, other: Any) -> Any:
+        other.add_(1)
+        p.sub_(g / other)
+        made = count + 1
+        q.sub_(h / made)
+        return made
+
+    transfers = Transfers(monkeypatch)
+    given = [torch.rand(n) for n in (5, 7, 5, 7)] + [torch.tensor(3.0), torch.tensor(8.0)]
+    captured, groups = graphs.fused(step, *given)
+    leaves = [x if x.shape or x.kind == "constant" else dataclasses.replace(x, device=NPU) for x in captured.leaves]
+    (made,) = [i for i, leaf in enumerate(leaves) if leaf.kind == "output"]
+    wanted = [t.clone() for t in given]
+    with harness.record():
+        program = npu.Program(leaves, groups)
+        for k in range(3):
+            values: list[Tensor | None] = [None] * len(leaves)
+            for i, leaf in enumerate(leaves):
+                if leaf.kind == "input":
+                    values[i] = given[leaf.index]
+            program(values, complete=True)
+            result = step(*wanted)
+            for got, want in zip([*given, values[made]], [*wanted, result], strict=True):
+                assert got is not None
+                assert_close(got, want, 1e-6)
+            assert transfers.taken() == (k == 0, 1)
+
+
 def test_each_dtype_is_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     transfers = Transfers(monkeypatch)
     leaf = npu_fuse_pass.ir.Leaf("input", "step", device=NPU)
@@ -391,9 +423,9 @@ def test_nothing_else_reads_them(make: Any, monkeypatch: pytest.MonkeyPatch) -> 
     for k in range(4):
         for p in params:
             p.grad = torch.empty_like(p)
-        with harness.record() as graphs:
+        with harness.record() as recorded:
             step()
-        assert len(graphs) == (k == 0)
+        assert len(recorded) == (k == 0)
         assert len(read) == 1
         assert len(sent) == k + 1  # with the numbers of the graph: there is no other input from the host
         assert k + 1 in sent[-1]  # the counters
