@@ -38,11 +38,12 @@ def npu_fused(
         options: `platform`: "auto" (by the tensors' device), "cpu", "npu" or "eager" (the original graph);
             `strict`: raise UnfusedError if anything is left unfused; `check_numerics`: run every step fused and as
             the original, whose values count, and raise NumericsError at the first difference (slow; otherwise
-            NPU_FUSE_CHECK_NUMERICS=1); `torchair_config`: a torchair.CompilerConfig, which torchair's compiler gets
-            as it is; `layout`: how an NPU graph takes a group's tensors: "auto" (flat where they are adjacent in
-            memory), "flat" or "list" (one by one); `kernels`: on an NPU "auto" (dedicated operations as exact as
-            eager), "dedicated" (the fewest operations) or "elementwise"; `dump`: a folder in which every compile
-            leaves files to read (otherwise NPU_FUSE_DUMP, or torch's debug folder under TORCH_COMPILE_DEBUG=1).
+            NPU_FUSE_CHECK_NUMERICS=1); `torchair_config`: a torchair.CompilerConfig of mode "max-autotune", which
+            torchair's compiler gets as it is; `layout`: how an NPU graph takes a group's tensors: "auto" (flat where
+            they are adjacent in memory), "flat" or "list" (one by one); `kernels`: on an NPU "auto" (dedicated
+            operations as exact as eager), "dedicated" (the fewest operations) or "elementwise"; `dump`: a folder in
+            which every compile leaves files to read (otherwise NPU_FUSE_DUMP, or torch's debug folder under
+            TORCH_COMPILE_DEBUG=1).
 
     Raises:
         OptionError: an unknown option or value; the message names the allowed ones.
@@ -148,13 +149,16 @@ def _checked_options(mode: str | None, options: Mapping[str, Any] | None) -> dic
     return chosen
 
 
-def _check_torchair_config(config: object, platform: str) -> None:
+def _check_torchair_config(config: Any, platform: str) -> None:
     if config is None:
         return
     if platform not in ("auto", "npu"):
         raise OptionError(f"torchair_config with platform={platform!r}; it is allowed with 'auto' and 'npu'")
     if not platforms.is_torchair_config(config):
         raise OptionError(f"torchair_config={config!r}; allowed are None and a torchair.CompilerConfig")
+    if (mode := config.mode.value) != "max-autotune":
+        why = "other modes capture kernels, and would repeat the numbers of the step that was captured"
+        raise OptionError(f"torchair_config.mode={mode!r}; allowed is 'max-autotune', which makes GE graphs: {why}")
 
 
 def _rule_step(gm: fx.GraphModule) -> str | None:

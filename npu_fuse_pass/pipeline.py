@@ -150,7 +150,7 @@ def _fuse(
         matches = functools.cache(lambda: _match(groups, captured.leaves, report))
         if report.platform in platforms.MATCHED_BEFORE:
             matches()
-        with timed(report.seconds, "lower") as said:
+        with _without_collection(), timed(report.seconds, "lower") as said:
             program = platforms.lower(captured.leaves, stages, groups, report, options, values, matches)
             said += [f"{g.lowering}: {g.launches} x {g.kernel}" for g in report.groups] or [str(report.fallback)]
         report.bytes_per_element = traffic(captured, report)

@@ -15,7 +15,7 @@ from conversion_cases import Make
 
 import npu_fuse_pass
 from npu_fuse_pass.backend import npu_fused
-from npu_fuse_pass.lowerings import npu, npu_converters
+from npu_fuse_pass.lowerings import npu, npu_converters, npu_graph
 
 harness: Any = importlib.import_module("harness")  # tests/npu/harness.py
 
@@ -66,6 +66,13 @@ def lacks_converter(node: torch.fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and npu_converters.lacks(node.target)
 
 
+def written_by(node: torch.fx.Node) -> int:
+    """How many tensors an operation writes."""
+    if node.target is npu_graph.device_write:
+        return len(node.args[0])  # type: ignore[arg-type]
+    return int(node.target is torch.ops.aten.copy_.default)
+
+
 class Watch:
     """torchair's configuration that looks at the graphs which torchair gets; when they are captured, given, done."""
 
@@ -84,7 +91,7 @@ class Watch:
     def _look(self, gm: torch.fx.GraphModule, *given: object) -> None:
         calls = [node for node in gm.graph.nodes if node.op == "call_function"]
         self.fx_nodes += len(calls)
-        self.written += sum(node.target is torch.ops.aten.copy_.default for node in calls)
+        self.written += sum(map(written_by, calls))
         self.missing |= dict.fromkeys(str(node.target) for node in calls if lacks_converter(node))
         self.started.append(time.process_time())
 
@@ -147,7 +154,7 @@ def convert(make: Make, n: int, ours: bool) -> Conversion:
     begun = [(times or [0.0])[0] for times in (watch.captured, watch.started)] if watch.loaded else []
     converting, within = (watch.loaded[-1] - at for at in begun) if begun else (0.0, 0.0)
     found = _not_ours() if ours else (list(watch.missing) or raised if raised else [])
-    if not found and watch.written < n:  # every parameter and state that a graph updates ends in a copy_
+    if not found and watch.written < n:  # every parameter and state that a graph updates is written at its end
         found = ["Dynamo breaks the graph: no graph of the whole update reaches torchair"]
     return Conversion(found, (watch.fx_nodes, ge_nodes, compute), (total, converting, within))
 

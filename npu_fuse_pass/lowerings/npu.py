@@ -2,8 +2,8 @@
 
 The graph that torchair gets is functional already, so it does not go through AOTAutograd again. Tensors enter as one
 dimension of contiguous elements (one tensor, or all of a group that are adjacent), every number of the step in one
-packed host vector; written tensors leave through `copy_`, which torchair turns into in-place outputs. Step counters
-advance on the host.
+packed host vector; what is written leaves through a `copy_` of lists, which torchair turns into in-place outputs. Step
+counters advance on the host.
 
 torch_npu and torchair are imported when a `Program` is made.
 """

@@ -11,28 +11,39 @@ import torch
 from ..ir import Formula, group_name
 from ..ops import multi_tensor_contribute, multi_tensor_update, parsed
 from . import npu_emit, npu_foreach, npu_names, npu_operands
-from .npu_graph import device_contribute, device_dedicated, device_lists, device_update
+from .npu_graph import device_contribute, device_dedicated, device_lists, device_update, device_write
 from .npu_lists import LISTS
+
+Emitter = npu_emit.Emitter | npu_foreach.Emitter | npu_operands.Emitter
+Make = Callable[..., Emitter]
+"""An emitter from torchair's GE operations, GE's number of a dtype, the formula, and what else a node has."""
 
 
 def register(torchair: Any) -> None:
-    """Give torchair a converter for every fused node that has none yet."""
-    converters: dict[Any, Callable[..., list[Any]]] = {
-        device_update: functools.partial(_convert_device, False),
-        device_contribute: functools.partial(_convert_device, True),
-        device_dedicated: _convert_dedicated,
-        device_lists: _convert_lists,
-        multi_tensor_update: functools.partial(_convert_whole, False),
-        multi_tensor_contribute: functools.partial(_convert_whole, True),
-    }
+    """Give torchair a converter for every node of ours that has none yet."""
+    from torchair._ge_concrete_graph import compat_ir
     from torchair.ge._ge_graph import get_default_ge_graph
 
     _name_lists()
-    whole = (multi_tensor_update, multi_tensor_contribute)
+    device: dict[Any, Make] = {
+        device_update: lambda ge, dtypes, made: npu_emit.Emitter(ge, dtypes, made, False, npu_emit.wide_dtype(made)),
+        device_contribute: lambda ge, dtypes, made: npu_emit.Emitter(ge, dtypes, made, True, npu_emit.wide_dtype(made)),
+        device_lists: lambda ge, dtypes, made: npu_foreach.Emitter(ge, dtypes, made, compat_ir.ge_op),
+        device_dedicated: npu_operands.Emitter,
+    }
+    # as `rewrite` makes them: numbers are float64 and stay so
+    whole: dict[Any, Make] = {
+        multi_tensor_update: lambda ge, dtypes, made: npu_emit.Emitter(ge, dtypes, made, False, torch.float64),
+        multi_tensor_contribute: lambda ge, dtypes, made: npu_emit.Emitter(ge, dtypes, made, True, torch.float64),
+    }
+    converters: dict[Any, Callable[..., Any]] = {device_write: _convert_write}
+    for op, make in device.items():
+        converters[op] = npu_names.naming(functools.partial(_convert_device, make), get_default_ge_graph)
+    for op, make in whole.items():
+        converters[op] = npu_names.naming(functools.partial(_convert, make), get_default_ge_graph, group_name)
     for op, converter in converters.items():
         if not hasattr(op, "_ge_converter"):
-            named = npu_names.naming(converter, get_default_ge_graph, group_name if op in whole else None)
-            torchair.register_fx_node_ge_converter(op)(named)
+            torchair.register_fx_node_ge_converter(op)(converter)
 
 
 def _name_lists() -> None:
@@ -49,93 +60,30 @@ def _name_lists() -> None:
 
 
 def _convert_device(
-    contribute: bool,
+    make: Make,
     tensors: list[Any],
     numbers: list[Any],
     totals: list[Any],
     positions: list[int],
     members: int,
     formula: str,
-    meta_outputs: Any = None,
+    *own: Any,
 ) -> list[Any]:
-    """`npu_fused::device_update` and `device_contribute`: numbers are float32, or float64 in a float64 group."""
-    scalars = [*(numbers[p] for p in positions), *totals]
-    return _convert(contribute, tensors, scalars, members, formula, npu_emit.wide_dtype(parsed(formula)))
+    """A fused node whose numbers are packed: `npu_graph` says what its arguments are."""
+    return _convert(make, tensors, [*(numbers[p] for p in positions), *totals], members, formula, *own)
 
 
-def _convert_whole(
-    contribute: bool, tensors: list[Any], scalars: list[Any], members: int, formula: str, meta_outputs: Any = None
-) -> list[Any]:
-    """`npu_fused::multi_tensor_update` and `_contribute`, as `rewrite` makes them: numbers are float64 and stay so."""
-    return _convert(contribute, tensors, scalars, members, formula, torch.float64)
-
-
-def _convert_lists(
-    tensors: list[Any],
-    numbers: list[Any],
-    totals: list[Any],
-    positions: list[int],
-    members: int,
-    formula: str,
-    meta_outputs: Any = None,
-) -> list[Any]:
-    """`npu_fused::device_lists`."""
-    from torchair._ge_concrete_graph import compat_ir, ge_apis
-    from torchair.ge._ge_graph import torch_type_to_ge_type
-
-    made = parsed(formula)
-    npu_emit.check(made)
-    emitter = npu_foreach.Emitter(ge_apis, torch_type_to_ge_type, made, compat_ir.ge_op)
-    given = list(_slots(made, tensors, [*(numbers[p] for p in positions), *totals], members))
-    results = emitter.members(given, [list(t.symsize) for t in tensors[:members]])
-    return [row[k] for k in range(len(results[0])) for row in results]
-
-
-def _convert_dedicated(
-    tensors: list[Any],
-    numbers: list[Any],
-    totals: list[Any],
-    positions: list[int],
-    members: int,
-    formula: str,
-    call: str,
-    written: list[int],
-    meta_outputs: Any = None,
-) -> list[Any]:
-    """`npu_fused::device_dedicated`."""
+def _convert(make: Make, tensors: list[Any], scalars: list[Any], members: int, formula: str, *own: Any) -> list[Any]:
+    """A fused node: what the emitter gives for each member, one kind of result after another."""
     from torchair._ge_concrete_graph import ge_apis
     from torchair.ge._ge_graph import torch_type_to_ge_type
 
     made = parsed(formula)
     npu_emit.check(made)
-    emitter = npu_operands.Emitter(ge_apis, torch_type_to_ge_type, made, call, written)
-    return _members(emitter, made, tensors, [*(numbers[p] for p in positions), *totals], members)
-
-
-def _convert(
-    contribute: bool, tensors: list[Any], scalars: list[Any], members: int, formula: str, numbers: torch.dtype
-) -> list[Any]:
-    from torchair._ge_concrete_graph import ge_apis
-    from torchair.ge._ge_graph import torch_type_to_ge_type
-
-    made = parsed(formula)
-    npu_emit.check(made)
-    emitter = npu_emit.Emitter(ge_apis, torch_type_to_ge_type, made, contribute, numbers)
-    return _members(emitter, made, tensors, scalars, members)
-
-
-def _members(
-    emitter: npu_emit.Emitter | npu_operands.Emitter,
-    made: Formula,
-    tensors: list[Any],
-    scalars: list[Any],
-    members: int,
-) -> list[Any]:
-    results = [
-        emitter.member(given, list(tensors[m].symsize) if tensors else [])
-        for m, given in enumerate(_slots(made, tensors, scalars, members))
-    ]
-    return [row[k] for k in range(len(results[0])) for row in results]
+    emitter = make(ge_apis, torch_type_to_ge_type, made, *own)
+    shapes = [list(t.symsize) for t in tensors[:members]] or [[]] * members
+    rows = emitter.members(list(_slots(made, tensors, scalars, members)), shapes)
+    return [row[k] for k in range(len(rows[0])) for row in rows]
 
 
 def _slots(made: Formula, tensors: list[Any], scalars: list[Any], members: int) -> Iterator[dict[int, Any]]:
@@ -143,3 +91,11 @@ def _slots(made: Formula, tensors: list[Any], scalars: list[Any], members: int) 
     for m in range(members):
         given = dict(zip(made.tensor_slots, tensors[m::members], strict=True))
         yield given | dict(zip(made.scalar_slots, scalars[m::members], strict=True))
+
+
+def _convert_write(targets: list[Any], values: list[Any]) -> None:
+    """What torchair's converter of `copy_` emits; torchair makes outputs of it that reuse the targets' memory."""
+    from torchair._ge_concrete_graph import ge_apis
+
+    for target, value in zip(targets, values, strict=True):
+        ge_apis.Assign(target, value).set_meta(target.meta)

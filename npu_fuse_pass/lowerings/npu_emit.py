@@ -7,7 +7,7 @@ float64: the NPU's vector unit has no float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -116,6 +116,10 @@ class Emitter:
         self._keep_dims = keep_dims
         self.order = postorder([*(e for _, e in self._writes), *self._contributions])
         self._numbers: dict[tuple[object, ...], Any] = {}
+
+    def members(self, slots: Sequence[Mapping[int, Any]], shapes: Sequence[list[int]]) -> list[list[Any]]:
+        """For each member what `member` gives."""
+        return [self.member(*given) for given in zip(slots, shapes, strict=True)]
 
     def member(self, slots: Mapping[int, Any], shape: list[int]) -> list[Any]:
         """New values of the written slots, or the contributions.

@@ -1,4 +1,4 @@
-"""A chunk of members as GE's Foreach operations: the interface of `npu_emit.Emitter`, for all of them at once.
+"""Members as GE's Foreach operations, a chunk of them at a time: the interface of `npu_emit.Emitter`.
 
 An expression that no list operation computes (`npu_lists`) is an elementwise operation for each member.
 """
@@ -12,7 +12,7 @@ import torch
 
 from ..expr import REDUCTIONS, Expr, postorder
 from ..ir import Formula
-from . import npu_emit
+from . import npu_emit, npu_lists
 from .npu_lists import COMMUTING, LISTS, ListOperation
 
 
@@ -67,7 +67,12 @@ class Emitter(npu_emit.Emitter):
         self._operation = operation
 
     def members(self, slots: Sequence[Mapping[int, Any]], shapes: Sequence[list[int]]) -> list[list[Any]]:
-        """For each member of a chunk what `member` gives."""
+        """For each member what `member` gives."""
+        size = npu_lists.LONGEST
+        chunks = [slice(begin, begin + size) for begin in range(0, len(slots), size)]
+        return [row for chunk in chunks for row in self._chunk(slots[chunk], shapes[chunk])]
+
+    def _chunk(self, slots: Sequence[Mapping[int, Any]], shapes: Sequence[list[int]]) -> list[list[Any]]:
         values: list[dict[int, Any]] = [{} for _ in slots]
         for e in self.order:
             operands = [[v[id(a)] for v in values] for a in e.args]

@@ -1,10 +1,14 @@
-"""The graph that the NPU program gives to torchair: 1-D tensors and packed numbers, fused nodes, `copy_` at the end."""
+"""The graph that the NPU program gives to torchair: 1-D tensors and packed numbers, fused nodes, writes at the end.
+
+It has few nodes, because torchair takes most of a millisecond for each (fake tensors, patterns, texts for a log that
+nobody may read): a group is one fused node, whose list of new values goes as it is to one that writes it.
+"""
 
 from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +25,7 @@ if TYPE_CHECKING:
     from .npu_numbers import Packed
     from .npu_part import Part
 
-_RUNS = 32  # per fused node: torchair formats a node's whole list for every element that is taken from it
+_TAKEN = npu_lists.LONGEST  # results that are taken one by one: torchair formats the whole list for each
 _SCHEMA = "(Tensor[] tensors, Tensor[] numbers, Tensor[] totals, int[] positions, int members, str formula) -> Tensor[]"
 
 _library = torch.library.Library("npu_fused", "FRAGMENT")
@@ -29,6 +33,7 @@ _library.define(f"device_update{_SCHEMA}")
 _library.define(f"device_contribute{_SCHEMA}")
 _library.define(f"device_lists{_SCHEMA}")
 _library.define(f"device_dedicated{_SCHEMA.replace('str formula', 'str formula, str call, int[] written')}")
+_library.define("device_write(Tensor(a!)[] targets, Tensor[] values) -> ()")
 device_update = torch.ops.npu_fused.device_update.default
 """`multi_tensor_update` whose scalars are `numbers[p] for p in positions`, then `totals`."""
 device_contribute = torch.ops.npu_fused.device_contribute.default
@@ -38,6 +43,10 @@ device_lists = torch.ops.npu_fused.device_lists.default
 device_dedicated = torch.ops.npu_fused.device_dedicated.default
 """`device_update` by one operation: the formula's contributions are its operands, numbers have shape (1,). `call` and
 `written` as in `npu_operands.Emitter`.
+"""
+device_write = torch.ops.npu_fused.device_write.default
+"""`copy_` of every value to its target: `_foreach_copy_` by a name that does not end in "_", since torchair takes the
+first argument of such operations for one tensor.
 """
 
 
@@ -97,11 +106,20 @@ def _fake_dedicated(
     return [torch.empty_like(t, dtype=dtype) for dtype, each in of_slot for t in each]
 
 
-_KERNELS: dict[str, tuple[Callable[..., list[Tensor]], Callable[..., list[Tensor]]]] = {
+def _write(targets: list[Tensor], values: list[Tensor]) -> None:
+    torch._foreach_copy_(targets, values)
+
+
+def _fake_write(targets: list[Tensor], values: list[Tensor]) -> None:
+    """Nothing: what is written keeps its size and dtype."""
+
+
+_KERNELS: dict[str, tuple[Callable[..., list[Tensor] | None], Callable[..., list[Tensor] | None]]] = {
     "device_update": (_update, _update),  # theirs have fakes of their own
     "device_lists": (_lists, _lists),
     "device_contribute": (_contribute, _contribute),
     "device_dedicated": (_dedicated, _fake_dedicated),
+    "device_write": (_write, _fake_write),
 }
 for _name, (_kernel, _fake) in _KERNELS.items():
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
@@ -135,20 +153,20 @@ class _Build:
 
     def module(self) -> fx.GraphModule:
         totals = self._totals()
-        copies: list[tuple[fx.Node, fx.Node]] = []
+        writes: list[tuple[list[fx.Node], Any]] = []
         outputs: dict[int, fx.Node] = {}
         for part, numbers in zip(self._parts, self._binder.numbers, strict=True):
             made = part.splits[0]
             target: Any = device_lists if part.in_lists else device_update
             target = target if part.dedicated is None else device_dedicated
-            for (slot, run), value in self._fused(target, part, numbers[0], made.written, totals):
-                (key,) = self._binder.inputs_of(part, run, slot)
-                if key in self._nodes:
-                    copies.append((self._nodes[key], value))
-                else:
-                    outputs[key[0]] = value
-        for target, value in copies:
-            self._graph.call_function(torch.ops.aten.copy_.default, (target, value))
+            for node, results in self._fused(target, part, numbers[0], made.written, totals):
+                keys = [key for slot, run in results for key in self._binder.inputs_of(part, run, slot)]
+                outputs |= {key[0]: _taken(node, i) for i, key in enumerate(keys) if key not in self._nodes}
+                written = [i for i, key in enumerate(keys) if key in self._nodes]
+                values = node if len(written) == len(keys) else [_taken(node, i) for i in written]
+                writes.append(([self._nodes[keys[i]] for i in written], values))
+        for write in writes:
+            self._graph.call_function(device_write, write)
         self._graph.output(tuple(outputs[i] for i in self._binder.outputs))
         return fx.GraphModule(torch.nn.Module(), self._graph, "NpuStep")
 
@@ -158,8 +176,9 @@ class _Build:
         for part, numbers in zip(self._parts, self._binder.numbers, strict=True):
             if len(part.splits) > 1:
                 kinds = list(range(len(part.group.formula.contributions)))
-                for (kind, run), value in self._fused(device_contribute, part, numbers[1], kinds, {}):
-                    terms.setdefault(part.group.totals[run.members[0]][kind], []).append(value)
+                for node, results in self._fused(device_contribute, part, numbers[1], kinds, {}):
+                    for i, (kind, run) in enumerate(results):
+                        terms.setdefault(part.group.totals[run.members[0]][kind], []).append(_taken(node, i))
         if terms and len({npu_emit.wide_dtype(p.group.formula) for p in self._parts}) > 1:
             raise Unsupported("total", "adds up over float64 and other parameters")
         stacked = {n: self._graph.call_function(torch.ops.aten.stack.default, (t,)) for n, t in terms.items()}
@@ -167,16 +186,16 @@ class _Build:
 
     def _fused(
         self, target: Any, part: Part, numbers: Packed, kinds: Sequence[int], totals: dict[int, fx.Node]
-    ) -> list[tuple[tuple[int, Run], fx.Node]]:
-        """Fused nodes of a group; every result with its kind (a written slot, a contribution) and run."""
+    ) -> Iterator[tuple[fx.Node, list[tuple[int, Run]]]]:
+        """Fused nodes of a group; of each, the kind of every result (a written slot, a contribution) and its run."""
         made = numbers.made
         call: tuple[Any, ...] = ()
         if target is device_dedicated and part.dedicated is not None:
             call = (part.dedicated.call, list(part.dedicated.written))
         one_dim = target in (device_dedicated, device_lists)
         packed = self._unpack(npu_emit.wide_dtype(part.group.formula), one_dim)
-        found: list[tuple[tuple[int, Run], fx.Node]] = []
-        size = npu_lists.LONGEST if target is device_lists else _RUNS
+        one_by_one = target is device_contribute or self._binder.outputs
+        size = _TAKEN if one_by_one else max(1, len(part.plan.runs))
         for begin in range(0, len(part.plan.runs) if kinds else 0, size):
             runs = part.plan.runs[begin : begin + size]
             firsts = [part.group.members[run.members[0]] for run in runs]
@@ -190,9 +209,7 @@ class _Build:
             node = self._graph.call_function(target, args)
             node.name = f"{part.group.name}_{target.name().split('_')[-1]}"
             npu_names.mark(node, part.group.name)
-            for i, (kind, run) in enumerate((kind, run) for kind in kinds for run in runs):
-                found.append(((kind, run), self._graph.call_function(operator.getitem, (node, i))))
-        return found
+            yield node, [(kind, run) for kind in kinds for run in runs]
 
     def _unpack(self, dtype: torch.dtype, one_dim: bool) -> Any:
         """The numbers as 0-dim tensors, or as tensors of shape (1,)."""
@@ -217,3 +234,7 @@ class _Build:
         member = part.group.members[run.members[0]]
         found = ((member[s],) for s in part.group.formula.tensor_slots)
         return next(self._nodes[key] for key in found if key in self._nodes)
+
+
+def _taken(node: fx.Node, i: int) -> fx.Node:
+    return node.graph.call_function(operator.getitem, (node, i))

@@ -161,6 +161,10 @@ class Emitter:
         self._dtypes = [formula.slots[s].dtype for s in written]
         self._operands = npu_emit.Emitter(ge, ge_dtype, formula, True, torch.float32)
 
+    def members(self, slots: Sequence[Mapping[int, Any]], shapes: Sequence[list[int]]) -> list[list[Any]]:
+        """For each member what `member` gives."""
+        return [self.member(*given) for given in zip(slots, shapes, strict=True)]
+
     def member(self, slots: Mapping[int, Any], shape: list[int]) -> list[Any]:
         """New values of the written slots. `slots` are GE's tensors, those of scalar slots of shape (1,)."""
         inputs = dict(zip(self._operation.inputs, self._operands.member(slots, shape), strict=True))

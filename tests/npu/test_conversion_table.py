@@ -63,6 +63,15 @@ def test_the_cells_of_ours_are_true(monkeypatch: pytest.MonkeyPatch) -> None:
         assert cells[2] == "OK " + ", ".join(found(name, n, monkeypatch) for n in SIZES), name
 
 
+@pytest.mark.parametrize("name", ["NpuFusedAdam", "NpuFusedRMSpropTF", "NpuFusedLamb"])
+def test_torchair_gets_as_many_nodes_for_many_parameters_as_for_few(name: str) -> None:
+    """Dedicated, in lists, elementwise: what a node costs torchair is most of a conversion."""
+    few, many = (conversion_table.convert(ROWS[name].make, n, ours=True) for n in (2, 60))
+    assert not few.blockers + many.blockers
+    assert few.nodes[0] == many.nodes[0] <= 4  # numbers: view, unbind; one fused node; one that writes
+    assert many.nodes[2] > few.nodes[2]
+
+
 def test_what_does_not_convert_is_named() -> None:
     rows = printed("Adam, for-loop", "ASGD, foreach", "Adagrad, for-loop", "Muon", "Adafactor", "rule lars")
     assert rows["Adam, for-loop"][0] == "`prims.fma.default`"

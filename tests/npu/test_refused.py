@@ -184,7 +184,7 @@ def test_torchair_that_does_not_convert(ge: harness.Recording, monkeypatch: pyte
     def unknown(*args: Any) -> Any:
         raise NotImplementedError("npu_fused.device_update.default ge_converter is not implemented!")
 
-    monkeypatch.setattr(npu_convert, "_members", unknown)
+    monkeypatch.setattr(npu_convert, "_slots", unknown)
     ours, eager = twins(BY_NAME["adam"])
     for optimizer in (ours, eager):
         set_gradients(optimizer.param_groups[0]["params"], 0)

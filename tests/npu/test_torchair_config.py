@@ -58,6 +58,17 @@ def test_a_configuration_of_the_wrong_type_or_platform(ge: harness.Recording) ->
         npu_fuse_pass.npu_fused(empty, [], options={"platform": platform, "torchair_config": config})
 
 
+@pytest.mark.parametrize("mode", ["reduce-overhead", "npugraph_ex"])
+def test_a_mode_that_makes_no_ge_graph(mode: str, ge: harness.Recording) -> None:
+    """What torchair captures there reads numbers that lie on the host once, and writes to clones of the inputs."""
+    config = npu.require().CompilerConfig()
+    config.mode = mode
+    ours = STEPS["ours"][0](parameters())
+    set_gradients(ours.param_groups[0]["params"], 0)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"torchair_config\.mode='.*'max-autotune'"):
+        compiled(ours.step, torchair_config=config)()
+
+
 def test_graphs_are_dumped_where_the_configuration_says(ge: harness.Recording, tmp_path: pathlib.Path) -> None:
     config = npu.require().CompilerConfig()
     config.debug.graph_dump.type = "pbtxt"
