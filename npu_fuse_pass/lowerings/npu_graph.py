@@ -163,8 +163,9 @@ class _Build:
                 keys = [key for slot, run in results for key in self._binder.inputs_of(part, run, slot)]
                 outputs |= {key[0]: _taken(node, i) for i, key in enumerate(keys) if key not in self._nodes}
                 written = [i for i, key in enumerate(keys) if key in self._nodes]
-                values = node if len(written) == len(keys) else [_taken(node, i) for i in written]
-                writes.append(([self._nodes[keys[i]] for i in written], values))
+                if written:
+                    values = node if len(written) == len(keys) else [_taken(node, i) for i in written]
+                    writes.append(([self._nodes[keys[i]] for i in written], values))
         for write in writes:
             self._graph.call_function(device_write, write)
         self._graph.output(tuple(outputs[i] for i in self._binder.outputs))
