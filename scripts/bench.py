@@ -80,7 +80,9 @@ def measure(workload: Workload, family: Family, seconds: float, inductor: bool) 
 
 
 def table(header: str, rows: Sequence[Sequence[object]]) -> None:
-    """Print a Markdown table."""
+    """Print a Markdown table, unless it is empty."""
+    if not rows:
+        return
     print(f"\n| {header} |\n|{'---|' * (header.count('|') + 1)}")
     for row in rows:
         print(f"| {' | '.join(map(str, row))} |")
@@ -155,7 +157,7 @@ def main() -> None:
     """Parse arguments, measure, print, write files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a selection, within two minutes")
-    parser.add_argument("--only", default="", help="cells whose workload or optimizer contains this")
+    parser.add_argument("--only", default="", help="nothing but the cells whose workload or optimizer contains this")
     parser.add_argument("--seconds", type=float, help="of timed steps for each cell (default 4, quick 1)")
     parser.add_argument(
         "--inductor",
@@ -171,12 +173,14 @@ def main() -> None:
 
         sys.exit(bench_model.main(given.only, given.out))
     warnings.filterwarnings("ignore", module="torch")
+    whole = not given.only
     counts = given.stages if given.stages is not None else (10, 100) if given.quick else STAGE_COUNTS
-    rows = stages(counts, given.inductor)
+    rows = stages(counts, given.inductor) if whole or given.stages else []
     if not cpu_look.wait():
         print("the native look at tensors cannot be compiled here: steps of many tensors are slower than they could be")
-    parts = call_cost(1000)
-    grown = growth(GROWTH_COUNTS[:-1:2] if given.quick else GROWTH_COUNTS, 0.3 if given.quick else 2)
+    parts = call_cost(1000) if whole else {}
+    sizes = GROWTH_COUNTS[:-1:2] if given.quick else GROWTH_COUNTS
+    grown = growth(sizes, 0.3 if given.quick else 2) if whole else []
     cells = []
     bar = progress(chosen(given.quick, given.only), desc="step time", unit="cell")
     for workload, family in bar:
@@ -195,10 +199,12 @@ def main() -> None:
     given.out.mkdir(exist_ok=True)
     measured = {"steps": cells, "compile": rows, "call": parts, "growth": grown}
     (given.out / "bench.json").write_text(json.dumps({**found, **measured}, indent=2))
-    from bench_picture import draw  # matplotlib, which the NPU lane's environment lacks
+    print(f"\nwrote {given.out / 'bench.json'}")
+    if whole:
+        from bench_picture import draw  # matplotlib, which the NPU lane's environment lacks
 
-    draw(cells, rows, grown, given.out / "bench.png")
-    print(f"\nwrote {given.out / 'bench.json'} and {given.out / 'bench.png'}")
+        draw(cells, rows, grown, given.out / "bench.png")
+        print(f"wrote {given.out / 'bench.png'}")
 
 
 if __name__ == "__main__":

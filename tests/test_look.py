@@ -63,14 +63,23 @@ def test_stock_optimizers_are_looked_at(foreach: bool, monkeypatch: pytest.Monke
     twins = clones(params)
     opt, eager = (torch.optim.Adam(ps, lr=1e-2, foreach=foreach) for ps in (params, twins))
     step, found = compiled(opt, fullgraph=False), looks(monkeypatch)
-    for seed in range(6):
-        for ps in (params, twins):
-            set_gradients(ps, gradients(ps, seed))
-        step()
-        eager.step()
+    side_by_side(params, step, twins, eager, 6)
     assert found[-2:] == [True, True]
     assert_close(params, twins, 1e-6)
     assert_fused(last_report(), parameters=len(params))
+
+
+def side_by_side(
+    params: Params, step: Any, twins: Params, eager: Any, steps: int, at_five: Callable[[Params], Any] = len
+) -> None:
+    """Both train on the same gradients; something happens to the parameters or gradients of both before step 5."""
+    for seed in range(steps):
+        for ps in (params, twins):
+            set_gradients(ps, gradients(ps, seed))
+            if seed == 5:
+                at_five(ps)
+        step()
+        eager.step()
 
 
 def replaced(params: Params) -> None:
@@ -148,18 +157,14 @@ def test_what_changes_between_steps_is_noticed(change: Callable[[Params], None],
     params = parameters(SHAPES)
     twins = clones(params)
     opt, eager = optimizers.NpuFusedAdam(params, lr=0.1), torch.optim.Adam(twins, lr=0.1)
-    step = compiled(opt)
-    for seed in range(10):
-        for ps in (params, twins):
-            set_gradients(ps, gradients(ps, seed))
-            if seed == 5:
-                change(ps)
+    step, found = compiled(opt), list[bool]()
+
+    def noting() -> None:
         step()
-        eager.step()
-        if seed == 4:
-            assert watched(opt)
-        if seed == 5:
-            assert watched(opt) == same
+        found.append(watched(opt))
+
+    side_by_side(params, noting, twins, eager, 10, change)
+    assert found[4:6] == [True, same]
     assert_close(params, twins, 1e-5)
 
 
@@ -168,14 +173,7 @@ def test_what_changes_between_steps_of_stock_optimizers(change: Callable[[Params
     params = parameters(SHAPES)
     twins = clones(params)
     opt, eager = (torch.optim.SGD(ps, lr=0.1, momentum=0.9) for ps in (params, twins))
-    step = compiled(opt, fullgraph=False)
-    for seed in range(10):
-        for ps in (params, twins):
-            set_gradients(ps, gradients(ps, seed))
-            if seed == 5:
-                change(ps)
-        step()
-        eager.step()
+    side_by_side(params, compiled(opt, fullgraph=False), twins, eager, 10, change)
     assert_close(params, twins, 1e-5)
 
 
@@ -245,12 +243,7 @@ def test_without_the_library_python_looks_and_the_report_says_so(monkeypatch: py
     params = parameters(SHAPES)
     twins = clones(params)
     opt, eager = optimizers.NpuFusedAdam(params), torch.optim.Adam(twins)
-    step = compiled(opt)
-    for seed in range(4):
-        for ps in (params, twins):
-            set_gradients(ps, gradients(ps, seed))
-        step()
-        eager.step()
+    side_by_side(params, compiled(opt), twins, eager, 4)
     assert not watched(opt)
     assert_close(params, twins, 1e-5)
     assert_fused(last_report(), parameters=len(params))
