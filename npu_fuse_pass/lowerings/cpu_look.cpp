@@ -56,6 +56,21 @@ struct Table {
   const at::Tensor& in(PyObject* object) const {
     return *reinterpret_cast<at::Tensor*>(reinterpret_cast<char*>(object) + place);
   }
+
+  // Tensor i of this step, if `now` has its owner; torch's undefined tensor where there is no gradient.
+  const at::Tensor& present(int64_t i) const {
+    return known[i].owner < 0 ? in(objects[i]) : now[known[i].owner]->grad();
+  }
+
+  // Asks for the memory of tensors whose turn comes soon: most of a look is waiting for it.
+  void fetch_behind(size_t turn) const {
+    const size_t near = turn + 4, far = turn + 8;
+    if (far >= order.size() || (known[order[turn]].owner < 0 && known[order[far]].owner >= 0)) return;
+    const auto* impl = reinterpret_cast<const char*>(present(order[far]).unsafeGetTensorImpl());
+    for (size_t at = 0; at < sizeof(c10::TensorImpl); at += 64) __builtin_prefetch(impl + at);
+    const at::Tensor& t = present(order[near]);
+    if (t.has_storage()) __builtin_prefetch(t.storage().unsafeGetStorageImpl());
+  }
 };
 
 // Where an object of `size` bytes holds this tensor, or -1.
@@ -123,20 +138,21 @@ int look_same(void* table_, PyObject* given, int64_t* addresses) {
   auto& table = *static_cast<Table*>(table_);
   bool same = true;
   try {
-    for (int64_t i : table.order) {
+    for (size_t turn = 0; turn < table.order.size(); turn++) {
+      const int64_t i = table.order[turn];
       const Known& k = table.known[i];
-      PyObject* object = given != nullptr ? PyList_GetItem(given, i) : table.objects[i];
-      if (given != nullptr && type_of(object) != k.type) {
+      PyObject* object = given != nullptr ? PyList_GetItem(given, i) : nullptr;
+      if (object == nullptr) table.fetch_behind(turn);
+      if (object != nullptr && type_of(object) != k.type) {
         same = false;
         break;
       }
-      const bool gradient = given == nullptr && k.owner >= 0;
-      const at::Tensor& t = gradient ? table.now[k.owner]->grad() : table.in(object);
+      const at::Tensor& t = object != nullptr ? table.in(object) : table.present(i);
       same = t.defined() && k.fits(t);
       if (!same) break;
       addresses[i] = reinterpret_cast<int64_t>(t.mutable_data_ptr());
       table.now[i] = t.unsafeGetTensorImpl();
-      if (gradient) table.held.push_back(t);
+      if (object == nullptr && k.owner >= 0) table.held.push_back(t);
     }
   } catch (...) {
     same = false;
