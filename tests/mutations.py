@@ -248,6 +248,13 @@ MUTATIONS = [
         _look("what_changes_between_steps_is_noticed[laid_out_otherwise]"),
     ),
     Mutation(
+        "who was left out of a refused step stays out",
+        "lowerings/cpu_kernel.py",
+        "self._bound and self._all_active  #",
+        "True  #",
+        _look("what_changes_between_steps_is_noticed[refused]"),
+    ),
+    Mutation(
         "memory that was given back looks the same",
         "lowerings/cpu_look.cpp",
         "t.has_storage() &&\n        t.storage().nbytes() >= (t.storage_offset() + t.numel()) * t.itemsize()",

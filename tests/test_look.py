@@ -121,6 +121,12 @@ def gradient_zero(params: Params) -> None:
     params[0].grad = torch._efficientzerotensor(params[0].shape)
 
 
+def refused(params: Params) -> None:
+    """Unfused this time, and without one of the parameters."""
+    params[0].grad = params[0].detach()
+    params[1].grad = None
+
+
 def memory_written(params: Params) -> None:
     with torch.no_grad():
         params[0].mul_(2)
@@ -149,6 +155,7 @@ BETWEEN: list[tuple[Callable[[Params], None], bool]] = [  # and whether the look
     (gradient_negated, False),
     (gradient_expanded, False),
     (gradient_zero, False),
+    (refused, False),
 ]
 
 

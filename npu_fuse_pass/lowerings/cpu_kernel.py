@@ -128,7 +128,8 @@ class Kernel:
 
     def same(self) -> bool:
         """Bind the tensors of the last call and their present gradients, if they are as they were; see `looks`."""
-        addresses = self.looking.same()
+        ready = self._bound and self._all_active  # not if the last call, which may have been refused, left members out
+        addresses = self.looking.same() if ready else None
         if addresses is not None:
             self._enter(addresses)
         return addresses is not None
