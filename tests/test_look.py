@@ -17,6 +17,7 @@ from npu_fuse_pass.lowerings import cpu_build, cpu_look
 from npu_fuse_pass.prelude import Prelude
 
 from .cases import CASES
+from .kernel_cache import Path, counting_compiler, forget, own_cache
 from .support import assert_close, assert_fused, clones, compiled, gradients, last_report, parameters, set_gradients
 
 Params = list[torch.nn.Parameter]
@@ -255,6 +256,19 @@ def test_without_the_library_python_looks_and_the_report_says_so(monkeypatch: py
     assert_close(params, twins, 1e-5)
     assert_fused(last_report(), parameters=len(params))
     assert "no headers here" in str(last_report())
+
+
+def test_a_second_process_compiles_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler, compiled_often = counting_compiler(tmp_path / "compiler")
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setattr(cpu_look, "_library", {})
+    with own_cache(tmp_path):
+        for _ in range(2):
+            forget()
+            cpu_look._library.clear()
+            cpu_look._load()
+            assert list(cpu_look._library) == ["native"]
+    assert compiled_often() == 1
 
 
 def test_a_gradient_of_a_gradient_is_an_object_of_its_own() -> None:

@@ -100,6 +100,6 @@ def test_the_times_are_of_whole_conversions(capsys: pytest.CaptureFixture[str]) 
     assert [line.split("  ")[0] for line in lines] == list(conversion_table.TIMED)
     for line in lines:
         total, converting, within, fx, ge = map(float, re.findall(r"[\d.]+(?= s| FX| GE)", line))
-        assert total > converting > within > 0
+        assert total >= converting >= within > 0  # as printed, in hundredths of a second
         assert fx > 3 < ge
     assert [op._ge_converter for op in ops] == before
