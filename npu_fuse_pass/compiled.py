@@ -18,7 +18,7 @@ from .ir import Captured, Leaf, Output
 from .logs import trace, warn_unfused
 from .optimizer import RuleOptimizer
 from .options import Options
-from .platforms import Looking
+from .platforms import Watching
 from .report import CompileReport
 from .storage import inputs_of
 from .variants import Variant, Variants
@@ -60,7 +60,7 @@ class RuleStep:
         if prelude.version != self._version:
             self._plan()
         newest = self._variants.newest
-        if prelude.watched and isinstance(newest.program, Looking) and newest.program is prelude.watch:
+        if prelude.watched and isinstance(newest.program, Watching) and newest.program is prelude.watch:
             done = self._try(optimizer, newest, newest.program.again)
         else:
             done = self._run(optimizer, inputs_of(prelude.batches))
@@ -79,7 +79,7 @@ class RuleStep:
             original = functools.partial(step_op.run_eager, optimizer)
             return self._try(optimizer, variant, functools.partial(variant.check, values, step, original, [optimizer]))
         done = self._try(optimizer, variant, step)
-        if done and isinstance(variant.program, Looking) and not variant.captured.decided:  # numbers choose a variant
+        if done and isinstance(variant.program, Watching) and not variant.captured.decided:  # numbers choose a variant
             prelude.watch = variant.program if variant.program.looks(self._params) else None
         return done
 

@@ -14,6 +14,7 @@ from .ir import Call, Group, Leaf
 from .lowerings import eager, node, staged
 from .ops import multi_tensor_update
 from .options import Options
+from .prelude import Watch
 from .report import CompileReport, GroupReport
 from .rows import Matches, group_report, show_plans
 
@@ -39,13 +40,11 @@ class Program(Protocol):
 
 
 @runtime_checkable
-class Looking(Protocol):
+class Watching(Watch, Protocol):
     """A program that can look at a step's tensors itself, with no Python object for each of them: the CPU's."""
 
     def looks(self, params: Set[int]) -> bool: ...
-    def same(self) -> bool: ...
     def again(self) -> None: ...
-    def release(self) -> None: ...
 
 
 def choose(report: CompileReport, leaves: Sequence[Leaf]) -> None:

@@ -94,7 +94,7 @@ class Prelude:
         self.watched = self.watch is not None and self.watch.same()
         if self.watched:
             for batch in self.batches:
-                batch.grads = None  # nobody has read them
+                batch.forget_gradients()
         return all((self.watched or _read_gradients(b)) and fill_hyper(b, parts[b.part][3]) for b in self.batches)
 
     def _make(self, optimizer: RuleOptimizer, parts: list[tuple[int, Rule, list[Tensor], Mapping[str, Any]]]) -> None:
@@ -138,7 +138,7 @@ def _serves(batch: Batch, rule: Rule, part: int, settings: Mapping[str, Any], me
 def _read_gradients(batch: Batch) -> bool:
     """Take this step's gradients into the batch; False where a parameter or gradient is no longer what it was."""
     params = batch.params
-    batch.grads = None
+    batch.forget_gradients()
     grads = batch.grads
     if batch.same.match([*params, *grads]):
         return True

@@ -101,7 +101,7 @@ class Batch:
     counts: bool  # whether its parameters have a step counter: those with a state do, and those whose rule reads it
     all_seen: bool = False
     same: SameTensors = dataclasses.field(default_factory=SameTensors)
-    _grads: list[Tensor | None] | None = dataclasses.field(default_factory=list)
+    _grads: list[Tensor | None] | None = dataclasses.field(default_factory=list)  # None: not read yet
 
     @property
     def grads(self) -> list[Tensor | None]:
@@ -111,9 +111,12 @@ class Batch:
         return self._grads
 
     @grads.setter
-    def grads(self, grads: list[Tensor | None] | None) -> None:
-        """None: they are read when somebody asks for them."""
+    def grads(self, grads: list[Tensor | None]) -> None:
         self._grads = grads
+
+    def forget_gradients(self) -> None:
+        """Read them anew when somebody asks for them."""
+        self._grads = None
 
     def keywords(self, step: Tensor) -> dict[str, Any]:
         """The keywords of the rule at one step count, totals excepted."""

@@ -4,6 +4,7 @@ torch's database of optimizers was met.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +17,17 @@ def native_look() -> None:
 
     cpu_look.WORTH = 1
     cpu_look.wait()
+
+
+@pytest.fixture
+def on_meta() -> Iterator[None]:
+    """Another default device than the CPU, under which a tensor that nobody places has no values."""
+    import torch
+
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+    torch._dynamo.reset()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -75,22 +75,17 @@ def two_norms(param: Tensor, grad: Tensor, m: Tensor, *, lr: Tensor, beta: Tenso
     return param - lr * m / (1 + m.norm()), m
 
 
-@rule(
-    states={"m": zeros},
-    defaults=dict(lr=LR, beta=BETA),
-    totals={"square": total(lambda grad, m, beta: (beta * m + (1 - beta) * grad).square().sum())},
-)
+NORM_OF_ALL = {"square": total(lambda grad, m, beta: (beta * m + (1 - beta) * grad).square().sum())}
+
+
+@rule(states={"m": zeros}, defaults=dict(lr=LR, beta=BETA), totals=NORM_OF_ALL)
 def common_norm(param: Tensor, grad: Tensor, m: Tensor, *, square: Tensor, lr: Tensor, beta: Tensor) -> Any:
     """The norm of all new states: what adds it up writes them."""
     m = beta * m + (1 - beta) * grad
     return param - lr * m / (1 + square.sqrt()), m
 
 
-@rule(
-    states={"m": zeros},
-    defaults=dict(lr=LR, beta=BETA),
-    totals={"square": total(lambda grad, m, beta: (beta * m + (1 - beta) * grad).square().sum())},
-)
+@rule(states={"m": zeros}, defaults=dict(lr=LR, beta=BETA), totals=NORM_OF_ALL)
 def waits_for_all(param: Tensor, grad: Tensor, m: Tensor, *, square: Tensor, lr: Tensor, beta: Tensor) -> Any:
     """The state itself waits for the norm of all."""
     m = beta * m + (1 - beta) * grad / (1 + square.sqrt())

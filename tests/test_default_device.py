@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -38,14 +38,6 @@ CASES: dict[str, tuple[Callable[[Any], Any], torch.dtype]] = {
     "stock Adam": (lambda params: torch.optim.Adam(params, lr=0.02, weight_decay=0.1), torch.float32),
     "stock Adam, half precision": (lambda params: torch.optim.Adam(params, lr=0.02), torch.bfloat16),
 }
-
-
-@pytest.fixture
-def on_meta() -> Iterator[None]:
-    torch.set_default_device("meta")
-    yield
-    torch.set_default_device(None)
-    torch._dynamo.reset()
 
 
 def train(name: str, step_of: Callable[[Any], Callable[[], Any]], missing: int | None) -> list[Tensor]:

@@ -85,9 +85,10 @@ class Program:
                 kernel.finish(values)
         finally:
             self.release()
-        missing = next((kernel.looking.missing for kernel in self.kernels if kernel.looking.missing), None)
+        missing = [why for kernel in self.kernels if (why := kernel.looking.missing)]
         if missing and self._slower is not None:
-            self._slower(missing)
+            self._slower(missing[0])
+            self._slower = None  # said once
 
     def looks(self, params: Set[int]) -> bool:
         """Whether `same` can be asked instead of collecting a step's tensors.

@@ -62,10 +62,9 @@ class Kernel:
         self._scalar_columns = [Column(rank, slot, group, leaves) for rank, slot in enumerate(formula.scalar_slots)]
         self._varying = [c for c in self._columns if not c.fixed]
         elsewhere = own.keys() | snapshots.keys()  # 0-dim leaves whose addresses are not their tensors'
-        of_tensors = {c.rank for c in self._scalar_columns if not c.fixed and elsewhere.isdisjoint(c.indices)}
-        self._counters = [c for c in self._scalar_columns if c.rank in of_tensors]
         moving = [c for c in self._scalar_columns if not c.fixed and not own.keys() >= set(c.indices)]
-        self._one_by_one = [c for c in moving if c.rank not in of_tensors]
+        self._counters = [c for c in moving if elsewhere.isdisjoint(c.indices)]
+        self._one_by_one = [c for c in moving if not elsewhere.isdisjoint(c.indices)]
         self._same = SameTensors()
         columns = (*self._varying, *self._counters)
         self.looking = Looking(array.array("B", [c.written for c in columns for _ in members]))

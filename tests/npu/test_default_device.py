@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import harness
@@ -25,14 +25,6 @@ CASES: dict[str, Callable[[Any], Any]] = {
 def with_global_norm(optimizer: Any) -> Any:
     optimizer.use_global_grad_norm = True
     return optimizer
-
-
-@pytest.fixture
-def on_meta() -> Iterator[None]:
-    torch.set_default_device("meta")
-    yield
-    torch.set_default_device(None)
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("kernels", ["auto", "elementwise"])
