@@ -9,7 +9,6 @@ group.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Collection, Sequence
 
@@ -17,11 +16,14 @@ import torch
 
 from ..expr import DTYPE_NAMES, REDUCTIONS, Expr, postorder
 from ..ir import Formula
-from .cpu_operations import CPP, CPP_TYPES, STORED
+from .cpu_operations import CPP, CPP_TYPES, STORED, cast, cpp_type, rounded
 from .cpu_passes import Pass, Stage, plan
 
 CHUNK = 16384
 LANES = 16
+BLOCK = 8
+"""Values that a lane adds before it keeps track of what rounding loses, which is most of a sum's work; only where no
+tensor is float64, as then every use rounds those last bits away."""
 
 PRELUDE = (pathlib.Path(__file__).parent / "cpu_kernel.h").read_text()
 
@@ -70,6 +72,8 @@ class _Stage:
         self.slot_rank |= {s: i for i, s in enumerate(formula.scalar_slots)}
         self.reductions = [p.sums for p in self.passes[: self.last]]
         self.stored = self._stored()
+        self.wide = any(s.tensor and s.dtype == torch.float64 for s in formula.slots)
+        self.rounds = torch.bfloat16 in {s.dtype for s in formula.slots} | {e.dtype for e in self.order}
 
     def _stored(self) -> dict[int, int]:
         """Scalars that leave their section: read by a pass, by a later section, or made by a reduction."""
@@ -102,9 +106,9 @@ class _Stage:
                 continue
             for a in e.args:
                 if id(a) not in defined and (self.phase[id(a)] != k or a.op in REDUCTIONS):
-                    lines.append(f"  const {_type(a)} {self.var[id(a)]} = {self._unstore(a)};")
+                    lines.append(f"  const {cpp_type(a)} {self.var[id(a)]} = {self._unstore(a)};")
                     defined.add(id(a))
-            lines.append(f"  const {_type(e)} {self.var[id(e)]} = {self._value(e)};")
+            lines.append(f"  const {cpp_type(e)} {self.var[id(e)]} = {self._value(e)};")
             defined.add(id(e))
             if id(e) in self.stored:
                 lines.append(f"  s[{self.stored[id(e)]}] = {self.var[id(e)]};")
@@ -129,9 +133,9 @@ class _Stage:
         lines.append("  const double* s = a.scratch + m * SCRATCH;")
         written = {slot for slot, _ in work.writes}
         lines += [self._pointer(slot, slot in written) for slot in sorted({*work.places.values(), *written})]
-        lines += [f"  const {_type(e)} {self.var[id(e)]} = {self._unstore(e)};" for e in scalars]
-        inner = [f"const {_type(e)} {self.var[id(e)]} = widen(t{work.places[id(e)]}[i]);" for e in loads]
-        inner += [f"const {_type(e)} {self.var[id(e)]} = {self._value(e)};" for e in body]
+        lines += [f"  const {cpp_type(e)} {self.var[id(e)]} = {self._unstore(e)};" for e in scalars]
+        inner = [f"const {cpp_type(e)} {self.var[id(e)]} = {self._loaded(work.places[id(e)])};" for e in loads]
+        inner += [f"const {cpp_type(e)} {self.var[id(e)]} = {self._value(e)};" for e in body]
         inner += [f"t{slot}[i] = {self._narrow(slot, e)};" for slot, e in work.writes]
         if not work.sums:
             lines += ["  for (int64_t i = 0; i < n; ++i) {", *(f"    {x}" for x in inner), "  }"]
@@ -141,15 +145,22 @@ class _Stage:
 
     def _lanes(self, sums: Sequence[Expr], inner: list[str]) -> list[str]:
         """LANES running values per reduction: element i goes to lane i % LANES whatever the vector width."""
-        lines = [f"  double r{j}[{LANES}], e{j}[{LANES}];" for j in range(len(sums))]
-        start = [f"r{j}[l] = {_NEUTRAL[e.op]}; e{j}[l] = 0;" for j, e in enumerate(sums)]
+        lines = [f"  double r{j}[{LANES}], e{j}[{LANES}], b{j}[{LANES}];" for j in range(len(sums))]
+        start = [f"r{j}[l] = {_NEUTRAL[e.op]}; e{j}[l] = b{j}[l] = 0;" for j, e in enumerate(sums)]
         lines.append(f"  for (int l = 0; l < {LANES}; ++l) {{ {' '.join(start)} }}")
-        step = [*inner, *(_take(e, f"r{j}[l]", f"e{j}[l]", self.var[id(e.args[0])]) for j, e in enumerate(sums))]
-        body = [f"      {x}" for x in ["const int64_t i = base + l;", *step]]
-        lines += ["  int64_t base = 0;", f"  for (; base + {LANES} <= n; base += {LANES})"]
+        values = [self.var[id(e.args[0])] for e in sums]
+        exact = [_take(e, f"r{j}[l]", f"e{j}[l]", values[j]) for j, e in enumerate(sums)]
+        blocks = [j for j, e in enumerate(sums) if e.op == "sum" and not self.wide]
+        taken = [f"b{j}[l] += {values[j]};" if j in blocks else take for j, take in enumerate(exact)]
+        flush = [f"add_exact(r{j}[l], e{j}[l], b{j}[l]); b{j}[l] = 0;" for j in blocks]
+        flushed = f"for (int l = 0; l < {LANES}; ++l) {{ {' '.join(flush)} }}"
+        body = ["const int64_t i = base + l;", *inner]
+        lines += ["  int64_t base = 0;", f"  for (; base + {LANES} <= n; base += {LANES}) {{"]
         # that tensors do not overlap is known; the compiler would check it again for every few elements
-        lines += ["    #pragma GCC ivdep", f"    for (int l = 0; l < {LANES}; ++l) {{", *body, "    }"]
-        lines += ["  for (int l = 0; base + l < n; ++l) {", *body, "  }"]
+        lines += ["    #pragma GCC ivdep", f"    for (int l = 0; l < {LANES}; ++l) {{"]
+        lines += [*(f"      {x}" for x in (*body, *taken)), "    }"]
+        lines += [f"    if (base % {BLOCK * LANES} == {(BLOCK - 1) * LANES}) {flushed}", "  }", f"  {flushed}"]
+        lines += ["  for (int l = 0; base + l < n; ++l) {", *(f"      {x}" for x in (*body, *exact)), "  }"]
         for j, e in enumerate(sums):
             lines.append(f"  double x{j} = {_NEUTRAL[e.op]}, y{j} = 0;")
             take = _take(e, f"x{j}", f"y{j}", f"r{j}[l]")
@@ -205,23 +216,28 @@ class _Stage:
         source = f"a.tensors[{self.slot_rank[slot]} * a.members + m]"
         return f"  {const}{stored}* __restrict__ t{slot} = ({stored}*){source} + start;"
 
+    def _loaded(self, slot: int) -> str:
+        dtype, value = self.formula.slots[slot].dtype, f"widen(t{slot}[i])"
+        return f"plain({value})" if self.rounds and dtype not in (torch.bfloat16, torch.bool) else value
+
     def _unstore(self, e: Expr) -> str:
         source = f"s[{self.stored[id(e)]}]"
-        return f"{source} != 0" if e.dtype == torch.bool else f"({_type(e)}){source}"
+        return f"{source} != 0" if e.dtype == torch.bool else f"({cpp_type(e)}){source}"
 
     def _value(self, e: Expr) -> str:
         if e.op == "leaf":
             return f"load(a, {self.slot_rank[e.value]}, m)"  # type: ignore[index]
         args = [self.var[id(a)] for a in e.args]
         if e.op == "cast":
-            return _cast(e, args[0])
+            return cast(e, args[0])
         return CPP[e.op].format(*args)
 
     def _narrow(self, slot: int, e: Expr) -> str:
         dtype = DTYPE_NAMES[self.formula.slots[slot].dtype]
         value = self.var[id(e)]
         if dtype in ("f16", "bf16"):
-            return f"narrow_{STORED[dtype]}({value})"
+            held = value if DTYPE_NAMES[e.dtype] == dtype else rounded(dtype, value)
+            return f"cut_{STORED[dtype]}({held})"
         return f"({CPP_TYPES[dtype]}){value}"
 
 
@@ -233,20 +249,3 @@ def _take(e: Expr, running: str, rest: str, value: str) -> str:
     if e.op == "sum":
         return f"add_exact({running}, {rest}, {value});"
     return f"{running} = {'maximum' if e.op == 'amax' else 'minimum'}({running}, {value});"
-
-
-@functools.cache
-def _cpp_type(name: str) -> str:
-    return CPP_TYPES.get(name, "float")  # half-precision values are held widened
-
-
-def _type(e: Expr) -> str:
-    return _cpp_type(DTYPE_NAMES[e.dtype])
-
-
-def _cast(e: Expr, value: str) -> str:
-    """A cast; half precision is held as the float that it rounds to."""
-    name = DTYPE_NAMES[e.dtype]
-    if name in ("f16", "bf16"):
-        return f"widen(narrow_{STORED[name]}((float){value}))"
-    return f"({CPP_TYPES[name]}){value}"

@@ -25,16 +25,23 @@ static inline int64_t fits_a_cache(const Args& a, int64_t bytes_per_element) {
   return a.threads > 1 && fair < fits ? fair : fits;
 }
 
+// Half precision is held as the float that it rounds to: `round_` gives that, `cut_` stores it. In 32 bits all the way,
+// as compilers vectorise a way through 16 bits badly. Rounding to bfloat asks for no NaN; one whose lowest bits are set
+// would carry into its sign, so those from memory are made `plain` (arithmetic makes no such).
+template <class T> static inline T plain(T x) { return x != x ? T(NAN) : x; }
 struct bfloat { uint16_t bits; };
 static inline float widen(bfloat x) { uint32_t u = uint32_t(x.bits) << 16; float f; memcpy(&f, &u, 4); return f; }
-static inline bfloat narrow_bfloat(float f) {
+static inline float round_bfloat(float f) {
   uint32_t u; memcpy(&u, &f, 4);
-  uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;  // to nearest, ties to even
-  return {uint16_t(f != f ? 0x7fc0 : rounded)};
+  u = (u + 0x7fff + ((u >> 16) & 1)) & 0xffff0000;  // to nearest, ties to even
+  memcpy(&f, &u, 4);
+  return f;
 }
+static inline bfloat cut_bfloat(float f) { uint32_t u; memcpy(&u, &f, 4); return {uint16_t(u >> 16)}; }
 typedef _Float16 half;
 static inline float widen(half x) { return float(x); }
-static inline half narrow_half(float f) { return half(f); }
+static inline float round_half(float f) { return float(half(f)); }
+static inline half cut_half(float f) { return half(f); }
 static inline float widen(float x) { return x; }
 static inline double widen(double x) { return x; }
 static inline bool widen(bool x) { return x; }
@@ -43,9 +50,9 @@ static inline bool widen(bool x) { return x; }
 static inline double load(const Args& a, int64_t slot, int64_t m) {
   const char* p = a.scalars[slot * a.members + m];
   switch (a.tags[slot * a.members + m]) {
-    case 0: return *(const double*)p;
-    case 1: return *(const float*)p;
-    case 2: return widen(*(const half*)p);
+    case 0: return plain(*(const double*)p);
+    case 1: return plain(*(const float*)p);
+    case 2: return plain(widen(*(const half*)p));
     case 3: return widen(*(const bfloat*)p);
     case 4: return double(*(const int64_t*)p);
     case 5: return *(const int32_t*)p;
@@ -57,8 +64,8 @@ static inline void store(const Args& a, int64_t slot, int64_t m, double x) {
   switch (a.tags[slot * a.members + m]) {
     case 0: *(double*)p = x; break;
     case 1: *(float*)p = float(x); break;
-    case 2: *(half*)p = narrow_half(float(x)); break;
-    case 3: *(bfloat*)p = narrow_bfloat(float(x)); break;
+    case 2: *(half*)p = cut_half(float(x)); break;
+    case 3: *(bfloat*)p = cut_bfloat(round_bfloat(plain(float(x)))); break;
     case 4: *(int64_t*)p = int64_t(x); break;
     case 5: *(int32_t*)p = int32_t(x); break;
     default: *(bool*)p = x != 0;

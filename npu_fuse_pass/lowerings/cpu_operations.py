@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ..expr import C_FUNCTIONS
+import functools
+
+from ..expr import C_FUNCTIONS, DTYPE_NAMES, Expr
 
 CPP_TYPES = {"f64": "double", "f32": "float", "bool": "bool"}
 STORED = {"f64": "double", "f32": "float", "f16": "half", "bf16": "bfloat", "bool": "bool"}
@@ -41,3 +43,24 @@ CPP = {
     **{n: f"std::{n}({{0}}, {{1}})" for n in ["pow", "fmax", "fmin", "atan2", "copysign", "hypot", "fmod"]},
     "abs": "std::fabs({0})",
 }
+
+
+@functools.cache
+def _held(name: str) -> str:
+    return CPP_TYPES.get(name, "float")  # half-precision values are held widened
+
+
+def cpp_type(e: Expr) -> str:
+    """The type of the variable that holds a value."""
+    return _held(DTYPE_NAMES[e.dtype])
+
+
+def cast(e: Expr, value: str) -> str:
+    """A cast; half precision is held as the float that it rounds to."""
+    name = DTYPE_NAMES[e.dtype]
+    return rounded(name, value) if name in ("f16", "bf16") else f"({CPP_TYPES[name]}){value}"
+
+
+def rounded(name: str, value: str) -> str:
+    """A value as half precision holds it, as a float."""
+    return f"round_{STORED[name]}((float){value})"
