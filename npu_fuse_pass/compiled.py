@@ -18,7 +18,6 @@ from .ir import Captured, Leaf, Output
 from .logs import trace, warn_unfused
 from .optimizer import RuleOptimizer
 from .options import Options
-from .platforms import Watching
 from .report import CompileReport
 from .storage import inputs_of
 from .variants import Variant, Variants
@@ -60,8 +59,8 @@ class RuleStep:
         if prelude.version != self._version:
             self._plan()
         newest = self._variants.newest
-        if prelude.watched and isinstance(newest.program, Watching) and newest.program is prelude.watch:
-            done = self._try(optimizer, newest, newest.program.again)
+        if prelude.watched and newest.watching is not None and newest.watching is prelude.watch:
+            done = self._try(optimizer, newest, newest.watching.again)
         else:
             done = self._run(optimizer, inputs_of(prelude.batches))
         if not done:
@@ -79,8 +78,8 @@ class RuleStep:
             original = functools.partial(step_op.run_eager, optimizer)
             return self._try(optimizer, variant, functools.partial(variant.check, values, step, original, [optimizer]))
         done = self._try(optimizer, variant, step)
-        if done and isinstance(variant.program, Watching) and not variant.captured.decided:  # numbers choose a variant
-            prelude.watch = variant.program if variant.program.looks(self._params) else None
+        if done and variant.watching is not None and not variant.captured.decided:  # numbers choose a variant
+            prelude.watch = variant.watching if variant.watching.looks(self._params) else None
         return done
 
     def _try(self, optimizer: RuleOptimizer, variant: Variant, step: Callable[[], None]) -> bool:

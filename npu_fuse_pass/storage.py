@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 
 _grad = operator.attrgetter("grad")
+_PLAIN = (float, int, bool, str, type(None))
 
 
 class ParamState(dict[str, Any]):
@@ -94,12 +95,14 @@ class Batch:
     hyper_scalars: list[Tensor]
     numels: list[int]
     hyper_values: array.array[float]
+    wanted: list[str]
     seen: list[bool]
     totals: tuple[str, ...]
     strides: list[tuple[int, ...]]
     pointers: list[int]
     counts: bool  # whether its parameters have a step counter: those with a state do, and those whose rule reads it
     all_seen: bool = False
+    given: list[Any] | None = None  # what hyper_values was filled with, of `wanted`; None: it may change in place
     same: SameTensors = dataclasses.field(default_factory=SameTensors)
     _grads: list[Tensor | None] | None = dataclasses.field(default_factory=list)  # None: not read yet
 
@@ -135,7 +138,8 @@ def make_batch(
     rule: Rule, group: int, part: int, settings: Mapping[str, Any], params: list[Tensor], optimizer: RuleOptimizer
 ) -> Batch:
     """Allocate flat buffers for `params` and copy in what the optimizer's state holds for them."""
-    static, numbers = split_keywords(wanted_keywords(rule), settings)
+    wanted = wanted_keywords(rule)
+    static, numbers = split_keywords(wanted, settings)
     names = rule.states_of(settings)
     dtype, grad_dtype, device = batch_key(params[0], next((p.grad for p in params if p.grad is not None), None))
     stored = optimizer.state_dtype or dtype
@@ -168,6 +172,7 @@ def make_batch(
         hyper_scalars=list(hyper.unbind())[: len(order)],
         numels=[p.numel() for p in params],
         hyper_values=values,
+        wanted=wanted,
         seen=[False] * len(params),
         totals=rule.totals_of(settings),
         strides=[p.stride() for p in params],
@@ -188,14 +193,22 @@ def reference_strides(param: Tensor) -> tuple[int, ...]:
 
 def fill_hyper(batch: Batch, settings: Mapping[str, Any]) -> bool:
     """Write this step's numbers into the batch; False where the settings no longer fit its structure."""
-    static, numbers = split_keywords(wanted_keywords(batch.rule), settings)
-    if dict(static) != batch.static or list(_flat_names(numbers)) != batch.hyper_names:
-        return False
     if tuple(batch.flat) != batch.rule.states_of(settings) or batch.totals != batch.rule.totals_of(settings):
+        return False
+    given = list(map(settings.get, batch.wanted))
+    if batch.given is not None and all(map(operator.is_, given, batch.given)):
+        return True
+    static, numbers = split_keywords(batch.wanted, settings)
+    if dict(static) != batch.static or list(_flat_names(numbers)) != batch.hyper_names:
         return False
     for i, value in enumerate(_flat_values(numbers)):
         batch.hyper_values[i] = value
+    batch.given = given if all(map(_immutable, given)) else None
     return True
+
+
+def _immutable(value: Any) -> bool:
+    return all(map(_immutable, value)) if type(value) is tuple else type(value) in _PLAIN
 
 
 def expose(batch: Batch, state: States) -> None:

@@ -13,6 +13,7 @@ from .causes import Cause, decided_otherwise
 from .numerics import SideBySide
 from .options import Options
 from .pipeline import Fused, Number
+from .platforms import Watching
 
 _MOST = 8
 
@@ -22,6 +23,7 @@ class Variant:
 
     Attributes:
         program: None where the original runs.
+        watching: the program, if it can look at tensors itself.
         report: of its compile.
         captured: the step.
         check: compares it with the original, if that was asked for.
@@ -29,6 +31,7 @@ class Variant:
 
     def __init__(self, fused: Fused, options: Options) -> None:
         self.program, self.report, self.captured = fused.program, fused.report, fused.captured
+        self.watching = fused.program if isinstance(fused.program, Watching) else None
         checked = options.check_numerics and fused.program is not None
         self.check = SideBySide(fused.captured, fused.groups, fused.report) if checked else None
 

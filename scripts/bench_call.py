@@ -25,7 +25,7 @@ _PARTS: dict[str, tuple[Any, str]] = {
     _PRELUDE: (Prelude, "prepare"),
     "memory that is written and shared": (cpu.Program, "_check_memory"),
     "kernels": (cpu_kernel.Kernel, "call"),
-    "version counters for autograd": (cpu_kernel.Kernel, "finish"),
+    "version counters for autograd": (cpu_kernel.Kernel, "write"),
 }
 
 

@@ -80,9 +80,7 @@ class Program:
             for kernel in self.kernels:
                 kernel.bind(values, complete, kinds)
             self._check_memory(values)
-            self._compute()
-            for kernel in self.kernels:
-                kernel.finish(values)
+            self._compute(values)
         finally:
             self.release()
         missing = [why for kernel in self.kernels if (why := kernel.looking.missing)]
@@ -112,9 +110,7 @@ class Program:
         """
         try:
             self._check_memory([])
-            self._compute()
-            for kernel in self.kernels:
-                kernel.finish([])
+            self._compute([])
         finally:
             self.release()
 
@@ -123,8 +119,10 @@ class Program:
         for kernel in self.kernels:
             kernel.release()
 
-    def _compute(self) -> None:
+    def _compute(self, values: Values) -> None:
         threads = torch.get_num_threads()
+        for kernel in self.kernels:
+            kernel.write(values)
         for _ in range(self._rounds):
             for kernel in self.kernels:
                 if kernel.contribute is not None:
@@ -132,6 +130,7 @@ class Program:
             self._add_totals()
         for kernel in self.kernels:
             kernel.call(kernel.update, threads)
+            kernel.finish()
 
     def cost(self, kernel: Kernel) -> tuple[int, int]:
         """Bytes for each element and kernel calls of a step."""
@@ -148,14 +147,16 @@ class Program:
         if any(kernel.copies for kernel in self.kernels):  # the tables do not hold where the originals lie
             tensors = [pair for kernel in self.kernels for pair in kernel.tensors(values)]
             check_apart([t for t, written in tensors if written], [t for t, written in tensors if not written])
-        key = b"".join(kernel.pointers_written() for kernel in self.kernels)
-        if key != self._memory_key:
+        moved = any(kernel.moved for kernel in self.kernels)
+        if moved and (key := b"".join(kernel.pointers_written() for kernel in self.kernels)) != self._memory_key:
             intervals = sorted(interval for kernel in self.kernels for interval in kernel.written_memory())
             if any(end > start for (_, end), (start, _) in itertools.pairwise(intervals)):
                 raise Mismatch("two tensors that the step writes overlap: they share memory")
             self._starts = array.array("q", [start for start, _ in intervals])
             self._ends = array.array("q", [end for _, end in intervals])
             self._memory_key = key
+        for kernel in self.kernels:
+            kernel.moved = False
         if any(kernel.reads_overlap(self._starts, self._ends) for kernel in self.kernels):
             raise Mismatch("a tensor that the step reads overlaps one that it writes: they share memory")
 

@@ -108,7 +108,11 @@ class _Stage:
                 if id(a) not in defined and (self.phase[id(a)] != k or a.op in REDUCTIONS):
                     lines.append(f"  const {cpp_type(a)} {self.var[id(a)]} = {self._unstore(a)};")
                     defined.add(id(a))
-            lines.append(f"  const {cpp_type(e)} {self.var[id(e)]} = {self._value(e)};")
+            value = self._value(e)
+            if e.op == "pow" and e.dtype == torch.float64:
+                lines.append(f"  static thread_local Power p{self.var[id(e)]};")
+                value = value.replace(CPP["pow"].partition("(")[0], f"p{self.var[id(e)]}")
+            lines.append(f"  const {cpp_type(e)} {self.var[id(e)]} = {value};")
             defined.add(id(e))
             if id(e) in self.stored:
                 lines.append(f"  s[{self.stored[id(e)]}] = {self.var[id(e)]};")

@@ -71,6 +71,17 @@ static inline void store(const Args& a, int64_t slot, int64_t m, double x) {
     default: *(bool*)p = x != 0;
   }
 }
+// std::pow that remembers: members that have been updated equally often have the same powers.
+struct Power {
+  double args[2], value;
+  bool known;
+  double operator()(double x, double y) {
+    const double given[2] = {x, y};
+    if (!known || memcmp(given, args, sizeof(args))) { memcpy(args, given, sizeof(args)); value = std::pow(x, y); }
+    known = true;
+    return value;
+  }
+};
 template <class T> static inline T sign(T x) { return T((x > 0) - (x < 0)); }
 template <class T> static inline T maximum(T a, T b) { return (a > b || a != a) ? a : b; }  // NaN wins, as in torch
 template <class T> static inline T minimum(T a, T b) { return (a < b || a != a) ? a : b; }
@@ -85,12 +96,16 @@ static inline void add_exact(double& sum, double& rest, double value) {
 // The first of n blocks of memory that overlaps one of m disjoint intervals, sorted by their starts; -1 if none does.
 extern "C" int64_t find_overlap(
     const int64_t* begin, const int64_t* bytes, int64_t n, const int64_t* starts, const int64_t* ends, int64_t m) {
+  int64_t low = 0;  // the number of intervals that start before a block ends; blocks near each other have the same
   for (int64_t i = 0; i < n; ++i) {
     if (!bytes[i]) continue;
-    int64_t low = 0, high = m;  // the number of intervals that start before this block ends
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (starts[middle] < begin[i] + bytes[i]) low = middle + 1; else high = middle;
+    const int64_t end = begin[i] + bytes[i];
+    if ((low && starts[low - 1] >= end) || (low < m && starts[low] < end)) {
+      low = 0;
+      for (int64_t high = m; low < high;) {
+        const int64_t middle = (low + high) / 2;
+        if (starts[middle] < end) low = middle + 1; else high = middle;
+      }
     }
     if (low && ends[low - 1] > begin[i]) return i;
   }

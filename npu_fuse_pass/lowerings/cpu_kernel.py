@@ -31,7 +31,13 @@ _TAGS = {
 
 
 class Kernel:
-    """One group: its functions, its tables, and the tensors of the current call."""
+    """One group: its functions, its tables, and the tensors of the current call.
+
+    Attributes:
+        moved: what it writes may lie elsewhere than when somebody last set this to False.
+    """
+
+    moved = True
 
     def __init__(
         self,
@@ -86,6 +92,7 @@ class Kernel:
                 self._bind_same(values, varying, addresses)
                 return
         self._kinds = None
+        self.moved = True
         plain = self._mark_active(values)
         for column in self._scalar_columns:
             if not self._bound or not column.fixed:
@@ -119,7 +126,10 @@ class Kernel:
         scalars = [(self._tables.scalars, column) for column in self._counters]
         for k, (table, column) in enumerate(tensors + scalars):
             begin = column.rank * self._n
-            table[begin : begin + self._n] = addresses[k * self._n : (k + 1) * self._n]
+            here = addresses[k * self._n : (k + 1) * self._n]
+            if here != table[begin : begin + self._n]:
+                table[begin : begin + self._n] = here
+                self.moved |= column.written
 
     def looks(self, ids: Set[int]) -> bool:
         """Whether `same` can find all that changes between steps: these objects and their gradients."""
@@ -250,12 +260,9 @@ class Kernel:
                     found.append((totals[k], self._tables.contributions[k * self._n + m]))
         return found
 
-    def finish(self, values: Values) -> None:
-        """Write back what was copied, and tell autograd what changed."""
-        with torch.no_grad():
-            for target, dense in self._copy_back:
-                target.detach().copy_(dense)
-        if self.looking.wrote():
+    def write(self, values: Values) -> None:
+        """Tell autograd what changes: ahead of the kernel, while all that knows the tensors is still in a cache."""
+        if self.looking.write():
             return
         for column in (*self._columns, *self._scalar_columns):
             if column.written and not column.fixed:
@@ -263,6 +270,12 @@ class Kernel:
                 if not self._all_active:
                     tensors = [t for t, active in zip(tensors, self._tables.active, strict=True) if active]
                 torch.autograd.graph.increment_version(tensors)
+
+    def finish(self) -> None:
+        """Write back what was copied."""
+        for target, dense in self._copy_back:
+            with torch.no_grad():
+                target.detach().copy_(dense)
 
     def release(self) -> None:
         """Let go of the call's tensors."""

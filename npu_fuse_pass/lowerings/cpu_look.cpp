@@ -7,8 +7,10 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <vector>
 
@@ -20,22 +22,14 @@ void Py_DecRef(PyObject*);
 
 namespace {
 
-struct Known {
-  PyObject* type;             // of the object
-  int64_t owner;              // which tensor it is the gradient of, or -1
-  c10::DispatchKeySet keys;   // the kind of memory, and whether it holds the values or their negatives
+struct Kind {
+  c10::DispatchKeySet keys;  // the kind of memory, and whether it holds the values or their negatives
   caffe2::TypeMeta dtype;
   c10::Device device;
   std::vector<int64_t> sizes, strides;
 
-  Known(const at::Tensor& t, PyObject* type_, int64_t owner_)
-      : type(type_),
-        owner(owner_),
-        keys(t.key_set()),
-        dtype(t.dtype()),
-        device(t.device()),
-        sizes(t.sizes().vec()),
-        strides(t.strides().vec()) {}
+  explicit Kind(const at::Tensor& t)
+      : keys(t.key_set()), dtype(t.dtype()), device(t.device()), sizes(t.sizes().vec()), strides(t.strides().vec()) {}
 
   // Elements are contiguous here; a storage may have been given back (resize_(0)) under a tensor that stays.
   bool fits(const at::Tensor& t) const {
@@ -45,37 +39,91 @@ struct Known {
   }
 };
 
+struct Known {
+  const Kind* kind;  // shared: most tensors of a step are of few kinds
+  PyObject* type;    // of the object
+  int64_t owner;     // which tensor it is the gradient of, or -1
+};
+
 struct Table {
-  int64_t place;                    // of the tensor in its object, in bytes
-  std::vector<PyObject*> objects;   // those learned
+  int64_t place, type_place;          // of the tensor and of its type in its object, in bytes
+  std::deque<Kind> kinds;
+  std::vector<PyObject*> objects;     // those learned
   std::vector<Known> known;
-  std::vector<int64_t> order;       // of looking: those that are no gradients come first
+  std::vector<int64_t> order;         // of looking: those that are no gradients come first
+  int64_t gradients;                  // the turn of the first one
   std::vector<c10::TensorImpl*> now;  // of the last look
-  std::vector<at::Tensor> held;     // gradients: another thread may set p.grad while a kernel runs
+  std::vector<at::Tensor> held;       // gradients: another thread may set p.grad while a kernel runs
 
   const at::Tensor& in(PyObject* object) const {
     return *reinterpret_cast<at::Tensor*>(reinterpret_cast<char*>(object) + place);
   }
 
-  // Tensor i of this step, if `now` has its owner; torch's undefined tensor where there is no gradient.
-  const at::Tensor& present(int64_t i) const {
-    return known[i].owner < 0 ? in(objects[i]) : now[known[i].owner]->grad();
+  PyObject* type_of(PyObject* object) const {
+    return *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + type_place);
   }
 
-  // Asks for the memory of tensors whose turn comes soon: most of a look is waiting for it.
-  void fetch_behind(size_t turn) const {
-    const size_t near = turn + 4, far = turn + 8;
-    if (far >= order.size() || (known[order[turn]].owner < 0 && known[order[far]].owner >= 0)) return;
-    const auto* impl = reinterpret_cast<const char*>(present(order[far]).unsafeGetTensorImpl());
-    for (size_t at = 0; at < sizeof(c10::TensorImpl); at += 64) __builtin_prefetch(impl + at);
-    const at::Tensor& t = present(order[near]);
-    if (t.has_storage()) __builtin_prefetch(t.storage().unsafeGetStorageImpl());
+  const Kind* kind_of(const at::Tensor& t) {
+    auto found = std::find_if(kinds.begin(), kinds.end(), [&](const Kind& k) { return k.fits(t); });
+    return found != kinds.end() ? &*found : &kinds.emplace_back(t);
   }
 };
 
-// Where an object of `size` bytes holds this tensor, or -1.
-int64_t place_in(PyObject* object, int64_t size, const at::Tensor& t) {
-  const void* wanted = t.unsafeGetTensorImpl();
+// One look. Most of it is waiting for memory, so every tensor is taken up in stages, each of them some turns ahead of
+// the next, that ask for the memory which the next one needs.
+struct Look {
+  static constexpr int64_t AHEAD = 6;
+  Table& table;
+  PyObject* given;  // a list of tensors, or null
+  int64_t* addresses;
+  std::vector<const at::Tensor*> tensors = std::vector<const at::Tensor*>(table.order.size());
+
+  // The object of a turn; null: the gradient of a tensor that is known by then.
+  PyObject* object(int64_t turn) const {
+    const int64_t i = table.order[turn];
+    return given != nullptr ? PyList_GetItem(given, i) : turn < table.gradients ? table.objects[i] : nullptr;
+  }
+
+  // The tensor of a turn, or null if its object is of another type; torch's undefined tensor where there is none.
+  const at::Tensor* tensor(int64_t turn) const {
+    const Known& k = table.known[table.order[turn]];
+    PyObject* o = object(turn);
+    if (o == nullptr) return &table.now[k.owner]->grad();
+    return table.type_of(o) == k.type ? &table.in(o) : nullptr;
+  }
+
+  bool fits(int64_t turn) {
+    const int64_t i = table.order[turn];
+    const at::Tensor* t = tensors[turn];
+    if (t == nullptr || !t->defined() || !table.known[i].kind->fits(*t)) return false;
+    addresses[i] = reinterpret_cast<int64_t>(t->mutable_data_ptr());
+    table.now[i] = t->unsafeGetTensorImpl();
+    if (given == nullptr && turn >= table.gradients) table.held.push_back(*t);
+    return true;
+  }
+
+  bool fit(int64_t first, int64_t last) {
+    for (int64_t turn = first - 3 * AHEAD; turn < last; turn++) {
+      if (const int64_t t = turn + 3 * AHEAD; t < last) __builtin_prefetch(object(t));
+      if (const int64_t t = turn + 2 * AHEAD; t >= first && t < last) {
+        tensors[t] = tensor(t);
+        const auto* impl = tensors[t] ? reinterpret_cast<const char*>(tensors[t]->unsafeGetTensorImpl()) : nullptr;
+        for (size_t at = 0; at < sizeof(c10::TensorImpl); at += 64) __builtin_prefetch(impl + at);
+      }
+      if (const int64_t t = turn + AHEAD; t >= first && t < last && tensors[t] != nullptr && tensors[t]->defined()) {
+        const c10::TensorImpl* impl = tensors[t]->unsafeGetTensorImpl();
+        if (impl->has_storage()) __builtin_prefetch(impl->unsafe_storage().unsafeGetStorageImpl());
+        __builtin_prefetch(impl->autograd_meta());  // which has the gradient
+        __builtin_prefetch(*reinterpret_cast<void* const*>(&impl->version_counter()));
+      }
+      if (turn >= first && !fits(turn)) return false;
+    }
+    return true;
+  }
+};
+
+// Where an object of `size` bytes holds a pointer, or -1.
+int64_t place_in(PyObject* object, int64_t size, const void* wanted) {
   for (int64_t at = 0; at + static_cast<int64_t>(sizeof(wanted)) <= size; at += sizeof(wanted)) {
     if (std::memcmp(reinterpret_cast<char*>(object) + at, &wanted, sizeof(wanted)) == 0) return at;
   }
@@ -98,17 +146,20 @@ void* look_make(at::Tensor* const* tensors, PyObject* const* objects, const int6
   auto table = std::make_unique<Table>();
   bool good = n > 0;
   try {
-    table->place = good ? place_in(objects[0], size, *tensors[0]) : -1;
-    good = table->place >= 0;
+    table->place = good ? place_in(objects[0], size, tensors[0]->unsafeGetTensorImpl()) : -1;
+    table->type_place = good ? place_in(objects[0], size, type_of(objects[0])) : -1;
+    good = table->place >= 0 && table->type_place >= 0;
     table->now.resize(n);
     for (int64_t i = 0; good && i < n; i++) {
       const at::Tensor& t = *tensors[i];
-      table->known.emplace_back(t, type_of(objects[i]), owners[i]);
+      table->known.push_back({table->kind_of(t), type_of(objects[i]), owners[i]});
       table->objects.push_back(objects[i]);
       if (owners[i] < 0) table->order.push_back(i);
-      good = table->in(objects[i]).is_same(t) && t.is_contiguous() && table->known[i].fits(t) &&
+      good = table->in(objects[i]).is_same(t) && table->type_of(objects[i]) == table->known[i].type &&
+          t.is_contiguous() && table->known[i].kind->fits(t) &&
           (owners[i] < 0 || tensors[owners[i]]->unsafeGetTensorImpl()->grad().is_same(t));
     }
+    table->gradients = table->order.size();
     for (int64_t i = 0; i < n; i++) {
       if (owners[i] >= 0) table->order.push_back(i);
     }
@@ -123,41 +174,30 @@ void look_free(void* table) {
   delete static_cast<Table*>(table);
 }
 
-// Lets go of gradients; tells autograd which tensors were written since the last look (null: none).
-void look_done(void* table_, const uint8_t* written) {
-  auto& table = *static_cast<Table*>(table_);
+// Tells autograd which of the tensors that `look_same` found are written.
+void look_write(void* table_, const uint8_t* written) {
+  const auto& table = *static_cast<Table*>(table_);
   for (size_t i = 0; i < table.now.size(); i++) {
-    if (written != nullptr && written[i] && !table.now[i]->is_inference()) table.now[i]->bump_version();
+    if (written[i] && !table.now[i]->is_inference()) table.now[i]->bump_version();
   }
-  table.held.clear();
+}
+
+// Lets go of gradients.
+void look_done(void* table) {
+  static_cast<Table*>(table)->held.clear();
 }
 
 // Whether tensors are as those learned; writes their addresses. look_done has to follow. given: a list of them; null:
 // those of the objects learned, which must exist, and their present gradients.
 int look_same(void* table_, PyObject* given, int64_t* addresses) {
   auto& table = *static_cast<Table*>(table_);
-  bool same = true;
+  bool same = false;
   try {
-    for (size_t turn = 0; turn < table.order.size(); turn++) {
-      const int64_t i = table.order[turn];
-      const Known& k = table.known[i];
-      PyObject* object = given != nullptr ? PyList_GetItem(given, i) : nullptr;
-      if (object == nullptr) table.fetch_behind(turn);
-      if (object != nullptr && type_of(object) != k.type) {
-        same = false;
-        break;
-      }
-      const at::Tensor& t = object != nullptr ? table.in(object) : table.present(i);
-      same = t.defined() && k.fits(t);
-      if (!same) break;
-      addresses[i] = reinterpret_cast<int64_t>(t.mutable_data_ptr());
-      table.now[i] = t.unsafeGetTensorImpl();
-      if (object == nullptr && k.owner >= 0) table.held.push_back(t);
-    }
+    Look look{table, given, addresses};
+    same = look.fit(0, table.gradients) && look.fit(table.gradients, table.order.size());
   } catch (...) {
-    same = false;
   }
-  if (!same) look_done(table_, nullptr);
+  if (!same) look_done(table_);
   return same;
 }
 

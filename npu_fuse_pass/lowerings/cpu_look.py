@@ -63,9 +63,13 @@ class Look:
         listed = None if given is None else id(given)
         return bool(self._library.look_same(self._table, listed, _at(self.addresses)))
 
-    def done(self, written: array.array[int] | None) -> None:
-        """Let go of the tensors, and tell autograd which (1 or 0 for each) were written since the last look."""
-        self._library.look_done(self._table, None if written is None else _at(written))
+    def write(self, written: array.array[int]) -> None:
+        """Tell autograd which of the tensors that were found (1 or 0 for each) are written."""
+        self._library.look_write(self._table, _at(written))
+
+    def done(self) -> None:
+        """Let go of the tensors."""
+        self._library.look_done(self._table)
 
 
 class Looking:
@@ -104,18 +108,16 @@ class Looking:
         """Whether it knows tensors, and those that are not gradients are among these."""
         return self._look is not None and self._look.held <= ids
 
-    def wrote(self) -> bool:
-        """Tell autograd what the kernel wrote, if it was `same` that found the tensors."""
+    def write(self) -> bool:
+        """Tell autograd what the kernel writes, if it was `same` that found the tensors."""
         if self._look is not None and self._found:
-            self._look.done(self._written)
-            self._found = False
-            return True
-        return False
+            self._look.write(self._written)
+        return self._found
 
     def release(self) -> None:
-        """Let go of the tensors where nothing was written."""
+        """Let go of the tensors."""
         if self._look is not None and self._found:
-            self._look.done(None)
+            self._look.done()
             self._found = False
 
 
@@ -169,7 +171,8 @@ def _load() -> None:
     library.look_make.argtypes, library.look_make.restype = [pointer] * 3 + [integer] * 2, pointer
     library.look_free.argtypes, library.look_free.restype = [pointer], None
     library.look_same.argtypes, library.look_same.restype = [pointer] * 3, ctypes.c_int
-    library.look_done.argtypes, library.look_done.restype = [pointer, pointer], None
+    library.look_write.argtypes, library.look_write.restype = [pointer, pointer], None
+    library.look_done.argtypes, library.look_done.restype = [pointer], None
     _library["native"] = library
 
 
