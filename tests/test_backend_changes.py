@@ -173,3 +173,15 @@ def test_added_groups() -> None:
     assert torch.equal(half[0], want)
     assert_fused(last_report(), parameters=len(params) + 1)
     assert {g.dtype for g in last_report().groups} == {"f64", "bf16"}
+
+
+@pytest.mark.parametrize("name", ["lr", "betas"])
+def test_numbers_that_change_in_place(name: str) -> None:
+    """The same object, a tensor or a tuple that holds one, has another value at every step."""
+    params, opt, step, others, stock = twins()
+    number = torch.tensor(0.1, dtype=F64)
+    opt.param_groups[0][name] = number if name == "lr" else (number, 0.999)
+    for seed in range(6):
+        number.fill_(0.1 + 0.1 * seed)
+        stock.param_groups[0][name] = float(number) if name == "lr" else (float(number), 0.999)
+        both(params, step, others, stock, seed)

@@ -140,6 +140,11 @@ def moved(params: Params) -> None:
         params[1].set_(params[1].detach().clone())
 
 
+def overlapping(params: Params) -> None:
+    """Two parameters share memory from now on: the step cannot run fused."""
+    params[2].data = params[0].detach().flatten()[:6].view(2, 3)
+
+
 def frozen(params: Params) -> None:
     params[0].requires_grad_(False)
 
@@ -148,6 +153,7 @@ BETWEEN: list[tuple[Callable[[Params], None], bool]] = [  # and whether the look
     (replaced, True),
     (memory_written, True),
     (moved, True),
+    (overlapping, True),
     (frozen, True),
     (swapped, True),
     (laid_out_otherwise, False),

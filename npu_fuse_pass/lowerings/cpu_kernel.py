@@ -6,6 +6,7 @@ import array
 import ctypes
 import math
 from collections.abc import Callable, Collection, Sequence, Set
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +86,9 @@ class Kernel:
 
     def bind(self, values: Values, complete: bool, kinds: object) -> None:
         """Fill the tables with this call's addresses."""
-        varying = [t for column in (*self._varying, *self._counters) for t in column.of(values)]
+        varying: list[Any] = []
+        for column in (*self._varying, *self._counters):
+            varying += column.of(values)
         if self._bound and self._all_active:
             addresses = self.looking.same(varying)
             if addresses is not None or kinds == self._kinds is not None or self._same.match(varying):

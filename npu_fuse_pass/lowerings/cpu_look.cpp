@@ -70,26 +70,21 @@ struct Table {
 };
 
 // One look. Most of it is waiting for memory, so every tensor is taken up in stages, each of them some turns ahead of
-// the next, that ask for the memory which the next one needs.
+// the next, that ask for the memory which the next one needs; and threads share the turns. They touch no Python objects
+// but to read them, which the caller's lock allows.
 struct Look {
-  static constexpr int64_t AHEAD = 6;
+  static constexpr int64_t AHEAD = 6, SHARE = 256;  // turns that are worth another thread
   Table& table;
-  PyObject* given;  // a list of tensors, or null
+  const std::vector<PyObject*>& objects;
+  int64_t alone;  // the first turn of a gradient that is looked up through its tensor
   int64_t* addresses;
-  std::vector<const at::Tensor*> tensors = std::vector<const at::Tensor*>(table.order.size());
-
-  // The object of a turn; null: the gradient of a tensor that is known by then.
-  PyObject* object(int64_t turn) const {
-    const int64_t i = table.order[turn];
-    return given != nullptr ? PyList_GetItem(given, i) : turn < table.gradients ? table.objects[i] : nullptr;
-  }
+  std::vector<const at::Tensor*> tensors = std::vector<const at::Tensor*>(objects.size());
 
   // The tensor of a turn, or null if its object is of another type; torch's undefined tensor where there is none.
   const at::Tensor* tensor(int64_t turn) const {
-    const Known& k = table.known[table.order[turn]];
-    PyObject* o = object(turn);
-    if (o == nullptr) return &table.now[k.owner]->grad();
-    return table.type_of(o) == k.type ? &table.in(o) : nullptr;
+    const int64_t i = table.order[turn];
+    if (turn >= alone) return &table.now[table.known[i].owner]->grad();
+    return table.type_of(objects[i]) == table.known[i].type ? &table.in(objects[i]) : nullptr;
   }
 
   bool fits(int64_t turn) {
@@ -98,27 +93,45 @@ struct Look {
     if (t == nullptr || !t->defined() || !table.known[i].kind->fits(*t)) return false;
     addresses[i] = reinterpret_cast<int64_t>(t->mutable_data_ptr());
     table.now[i] = t->unsafeGetTensorImpl();
-    if (given == nullptr && turn >= table.gradients) table.held.push_back(*t);
     return true;
   }
 
-  bool fit(int64_t first, int64_t last) {
+  void ask(int64_t turn) const {
+    const auto* impl = reinterpret_cast<const char*>(tensors[turn]->unsafeGetTensorImpl());
+    for (size_t at = 0; at < sizeof(c10::TensorImpl); at += 64) __builtin_prefetch(impl + at);
+  }
+
+  void ask_behind(int64_t turn) const {
+    const c10::TensorImpl* impl = tensors[turn]->unsafeGetTensorImpl();
+    if (impl->has_storage()) __builtin_prefetch(impl->unsafe_storage().unsafeGetStorageImpl());
+    __builtin_prefetch(impl->autograd_meta());  // which has the gradient
+    __builtin_prefetch(*reinterpret_cast<void* const*>(&impl->version_counter()));
+  }
+
+  bool fit_in_turn(int64_t first, int64_t last) {
+    const auto among = [&](int64_t turn) { return turn >= first && turn < last; };
     for (int64_t turn = first - 3 * AHEAD; turn < last; turn++) {
-      if (const int64_t t = turn + 3 * AHEAD; t < last) __builtin_prefetch(object(t));
-      if (const int64_t t = turn + 2 * AHEAD; t >= first && t < last) {
-        tensors[t] = tensor(t);
-        const auto* impl = tensors[t] ? reinterpret_cast<const char*>(tensors[t]->unsafeGetTensorImpl()) : nullptr;
-        for (size_t at = 0; at < sizeof(c10::TensorImpl); at += 64) __builtin_prefetch(impl + at);
-      }
-      if (const int64_t t = turn + AHEAD; t >= first && t < last && tensors[t] != nullptr && tensors[t]->defined()) {
-        const c10::TensorImpl* impl = tensors[t]->unsafeGetTensorImpl();
-        if (impl->has_storage()) __builtin_prefetch(impl->unsafe_storage().unsafeGetStorageImpl());
-        __builtin_prefetch(impl->autograd_meta());  // which has the gradient
-        __builtin_prefetch(*reinterpret_cast<void* const*>(&impl->version_counter()));
-      }
-      if (turn >= first && !fits(turn)) return false;
+      const int64_t next = turn + AHEAD, third = next + AHEAD, fourth = third + AHEAD;
+      if (fourth < std::min(last, alone)) __builtin_prefetch(objects[table.order[fourth]]);
+      if (among(third) && (tensors[third] = tensor(third)) != nullptr) ask(third);
+      if (among(next) && tensors[next] != nullptr && tensors[next]->defined()) ask_behind(next);
+      if (among(turn) && !fits(turn)) return false;
     }
     return true;
+  }
+
+  bool fit(int64_t first, int64_t last, int64_t threads) {
+    const int64_t parts = std::max<int64_t>(1, std::min(threads, (last - first) / SHARE));
+    bool good = true;
+    #pragma omp parallel for num_threads(parts) if (parts > 1) reduction(&& : good)
+    for (int64_t k = 0; k < parts; k++) {
+      try {
+        good = fit_in_turn(first + (last - first) * k / parts, first + (last - first) * (k + 1) / parts);
+      } catch (...) {
+        good = false;
+      }
+    }
+    return good;
   }
 };
 
@@ -189,16 +202,20 @@ void look_done(void* table) {
 
 // Whether tensors are as those learned; writes their addresses. look_done has to follow. given: a list of them; null:
 // those of the objects learned, which must exist, and their present gradients.
-int look_same(void* table_, PyObject* given, int64_t* addresses) {
+int look_same(void* table_, PyObject* given, int64_t* addresses, int64_t threads) {
   auto& table = *static_cast<Table*>(table_);
-  bool same = false;
   try {
-    Look look{table, given, addresses};
-    same = look.fit(0, table.gradients) && look.fit(table.gradients, table.order.size());
+    const int64_t n = table.order.size();
+    std::vector<PyObject*> listed;
+    for (int64_t i = 0; given != nullptr && i < n; i++) listed.push_back(PyList_GetItem(given, i));
+    Look look{table, given != nullptr ? listed : table.objects, given != nullptr ? n : table.gradients, addresses};
+    if (!look.fit(0, look.alone, threads) || !look.fit(look.alone, n, threads)) return false;
+    for (int64_t turn = look.alone; turn < n; turn++) table.held.push_back(*look.tensors[turn]);
+    return true;
   } catch (...) {
+    look_done(table_);
+    return false;
   }
-  if (!same) look_done(table_);
-  return same;
 }
 
 }  // extern "C"

@@ -61,7 +61,7 @@ class Look:
             given: those of this step; None: those known and their present gradients. Whoever asks keeps them alive.
         """
         listed = None if given is None else id(given)
-        return bool(self._library.look_same(self._table, listed, _at(self.addresses)))
+        return bool(self._library.look_same(self._table, listed, _at(self.addresses), torch.get_num_threads()))
 
     def write(self, written: array.array[int]) -> None:
         """Tell autograd which of the tensors that were found (1 or 0 for each) are written."""
@@ -170,7 +170,7 @@ def _load() -> None:
     integer, pointer = ctypes.c_int64, ctypes.c_void_p
     library.look_make.argtypes, library.look_make.restype = [pointer] * 3 + [integer] * 2, pointer
     library.look_free.argtypes, library.look_free.restype = [pointer], None
-    library.look_same.argtypes, library.look_same.restype = [pointer] * 3, ctypes.c_int
+    library.look_same.argtypes, library.look_same.restype = [*[pointer] * 3, integer], ctypes.c_int
     library.look_write.argtypes, library.look_write.restype = [pointer, pointer], None
     library.look_done.argtypes, library.look_done.restype = [pointer], None
     _library["native"] = library
