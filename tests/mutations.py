@@ -41,6 +41,7 @@ ORDER = ("tests/test_capture.py::test_what_is_read_is_the_value_of_that_moment",
 ROUNDING = ("tests/test_safety_half.py::test_rounds_after_every_operation[torch.bfloat16]",)
 ONE_GROUP = ("tests/test_group.py::test_parameters_are_one_group_in_any_order",)
 REDUCED = ("tests/test_ops_shaped.py::test_reductions_are_those_of_float64[torch.float32]",)
+CHANGES = "tests/test_backend_changes.py"
 BETWEEN_STEPS = "tests/test_safety_graphs.py::test_what_a_training_loop_does_between_steps"
 
 MUTATIONS = [
@@ -185,9 +186,30 @@ MUTATIONS = [
     Mutation(
         "ties of bfloat16 are rounded up",
         "lowerings/cpu_kernel.h",
-        "(u + 0x7fff + ((u >> 16) & 1)) >> 16",
-        "(u + 0x8000) >> 16",
+        "u = (u + 0x7fff + ((u >> 16) & 1)) &",
+        "u = (u + 0x8000) &",
         ROUNDING,
+    ),
+    Mutation(
+        "rounding carries into the sign of a NaN",
+        "lowerings/cpu_kernel.h",
+        "return x != x ? T(NAN) : x;",
+        "return x;",
+        ("tests/test_ops_shaped.py::test_casts_round_as_torchs_do[torch.float32]",),
+    ),
+    Mutation(
+        "sums of a few values are left out",
+        "lowerings/cpu_codegen.py",
+        'f"add_exact(r{j}[l], e{j}[l], b{j}[l]); b{j}[l] = 0;"',
+        'f"b{j}[l] = 0;"',
+        REDUCED,
+    ),
+    Mutation(
+        "a power is that of the member before",
+        "lowerings/cpu_kernel.h",
+        "if (!known || memcmp(given, args, sizeof(args))) {",
+        "if (!known) {",
+        _look("what_changes_between_steps_is_noticed[gradient_missing]"),
     ),
     Mutation(
         "a NaN loses against a number",
@@ -232,6 +254,20 @@ MUTATIONS = [
         "= math.fsum(part[:1])",
         _small("a_rule_counts_from_one_and_sums_over_all_parameters"),
     ),
+    Mutation(
+        "memory that has moved is not checked again",
+        "lowerings/cpu_kernel.py",
+        "self.moved |= column.written",
+        "pass",
+        (f"{CHANGES}::test_data_is_moved[into one buffer]",),
+    ),
+    Mutation(
+        "a number that changes in place stays as it was",
+        "storage.py",
+        "given if all(map(_immutable, given)) else None",
+        "given",
+        (f"{CHANGES}::test_numbers_that_change_in_place[lr]",),
+    ),
     # the native look at a step's tensors
     Mutation(
         "negated tensors look the same",
@@ -264,8 +300,8 @@ MUTATIONS = [
     Mutation(
         "every gradient looks the same",
         "lowerings/cpu_look.cpp",
-        "t.defined() && k.fits(t)",
-        "t.defined()",
+        " || !table.known[i].kind->fits(*t)) return false;",
+        ") return false;",
         _look("what_changes_between_steps_is_noticed[gradient_apart]"),
     ),
     Mutation(
