@@ -130,6 +130,7 @@ class Program:
             self._add_totals()
         for kernel in self.kernels:
             kernel.call(kernel.update, threads)
+        for kernel in self.kernels:
             kernel.finish()
 
     def cost(self, kernel: Kernel) -> tuple[int, int]:
