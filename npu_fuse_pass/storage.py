@@ -7,7 +7,6 @@ one float64 vector; that is why a step touches few Python objects and a changed 
 
 from __future__ import annotations
 
-import array
 import dataclasses
 import operator
 from collections import defaultdict
@@ -19,8 +18,9 @@ from torch import Tensor
 
 from .errors import GradientError
 from .flat import flat_buffer
-from .meta import reads_step, wanted_keywords
-from .rules import Rule, split_keywords
+from .hyper import Hyper
+from .meta import reads_step
+from .rules import Rule
 from .same_tensors import SameTensors
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 
 _grad = operator.attrgetter("grad")
-_PLAIN = (float, int, bool, str, type(None))
 
 
 class ParamState(dict[str, Any]):
@@ -80,7 +79,6 @@ class Batch:
     rule: Rule
     group: int
     part: int
-    static: dict[str, Any]
     params: list[Tensor]
     dtype: torch.dtype
     grad_dtype: torch.dtype
@@ -89,20 +87,14 @@ class Batch:
     views: dict[str, list[Tensor]]
     steps: Tensor
     step_views: list[Tensor]
-    hyper: Tensor
-    hyper_names: list[str]
-    hyper_views: dict[str, Tensor | tuple[Tensor, ...]]
-    hyper_scalars: list[Tensor]
+    hyper: Hyper
     numels: list[int]
-    hyper_values: array.array[float]
-    wanted: list[str]
     seen: list[bool]
     totals: tuple[str, ...]
     strides: list[tuple[int, ...]]
     pointers: list[int]
     counts: bool  # whether its parameters have a step counter: those with a state do, and those whose rule reads it
     all_seen: bool = False
-    given: list[Any] | None = None  # what hyper_values was filled with, of `wanted`; None: it may change in place
     same: SameTensors = dataclasses.field(default_factory=SameTensors)
     _grads: list[Tensor | None] | None = dataclasses.field(default_factory=list)  # None: not read yet
 
@@ -123,7 +115,7 @@ class Batch:
 
     def keywords(self, step: Tensor) -> dict[str, Any]:
         """The keywords of the rule at one step count, totals excepted."""
-        return {**self.static, **self.hyper_views, "step": step}
+        return {**self.hyper.static, **self.hyper.views, "step": step}
 
     def states(self, index: int) -> dict[str, Tensor]:
         return {name: views[index] for name, views in self.views.items()}
@@ -138,8 +130,7 @@ def make_batch(
     rule: Rule, group: int, part: int, settings: Mapping[str, Any], params: list[Tensor], optimizer: RuleOptimizer
 ) -> Batch:
     """Allocate flat buffers for `params` and copy in what the optimizer's state holds for them."""
-    wanted = wanted_keywords(rule)
-    static, numbers = split_keywords(wanted, settings)
+    hyper = Hyper(rule, settings)
     names = rule.states_of(settings)
     dtype, grad_dtype, device = batch_key(params[0], next((p.grad for p in params if p.grad is not None), None))
     stored = optimizer.state_dtype or dtype
@@ -150,14 +141,10 @@ def make_batch(
         flat[name] = flat_buffer(total, stored, device, list(flat.values()))
         views[name] = list(_views(flat[name], params))
     steps = torch.zeros(len(params), dtype=torch.float64, device="cpu")
-    order = list(_flat_names(numbers))
-    values = array.array("d", [0.0] * max(1, len(order)))
-    hyper = torch.frombuffer(values, dtype=torch.float64)
     batch = Batch(
         rule=rule,
         group=group,
         part=part,
-        static=dict(static),
         params=params,
         dtype=dtype,
         grad_dtype=grad_dtype,
@@ -167,17 +154,12 @@ def make_batch(
         steps=steps,
         step_views=list(steps.unbind()),
         hyper=hyper,
-        hyper_names=order,
-        hyper_views=_hyper_views(numbers, hyper),
-        hyper_scalars=list(hyper.unbind())[: len(order)],
         numels=[p.numel() for p in params],
-        hyper_values=values,
-        wanted=wanted,
         seen=[False] * len(params),
         totals=rule.totals_of(settings),
         strides=[p.stride() for p in params],
         pointers=[],
-        counts=bool(flat) or reads_step(rule, dict(static), numbers, rule.totals_of(settings)),
+        counts=bool(flat) or reads_step(rule, hyper.static, hyper.views, rule.totals_of(settings)),
     )
     assert isinstance(optimizer.state, States)
     adopt(batch, optimizer.state)
@@ -195,20 +177,7 @@ def fill_hyper(batch: Batch, settings: Mapping[str, Any]) -> bool:
     """Write this step's numbers into the batch; False where the settings no longer fit its structure."""
     if tuple(batch.flat) != batch.rule.states_of(settings) or batch.totals != batch.rule.totals_of(settings):
         return False
-    given = list(map(settings.get, batch.wanted))
-    if batch.given is not None and all(map(operator.is_, given, batch.given)):
-        return True
-    static, numbers = split_keywords(batch.wanted, settings)
-    if dict(static) != batch.static or list(_flat_names(numbers)) != batch.hyper_names:
-        return False
-    for i, value in enumerate(_flat_values(numbers)):
-        batch.hyper_values[i] = value
-    batch.given = given if all(map(_immutable, given)) else None
-    return True
-
-
-def _immutable(value: Any) -> bool:
-    return all(map(_immutable, value)) if type(value) is tuple else type(value) in _PLAIN
+    return batch.hyper.fill(settings)
 
 
 def expose(batch: Batch, state: States) -> None:
@@ -245,7 +214,7 @@ def inputs_of(batches: Sequence[Batch]) -> list[Tensor | None]:
         for views in b.views.values():
             found += views
         found += b.step_views
-        found += b.hyper_scalars
+        found += b.hyper.scalars
     return found
 
 
@@ -273,26 +242,3 @@ def adopt(batch: Batch, existing: States) -> None:
             existing[param] = ParamState({**entry, "step": batch.step_views[i], **batch.states(i)})
     existing.changed = changed
     batch.all_seen = all(batch.seen)
-
-
-def _flat_names(numbers: Mapping[str, float | tuple[float, ...]]) -> Iterator[str]:
-    for name, value in numbers.items():
-        if isinstance(value, tuple):
-            yield from (f"{name}[{i}]" for i in range(len(value)))
-        else:
-            yield name
-
-
-def _flat_values(numbers: Mapping[str, float | tuple[float, ...]]) -> Iterator[float]:
-    for value in numbers.values():
-        if isinstance(value, tuple):
-            yield from value
-        else:
-            yield value
-
-
-def _hyper_views(
-    numbers: Mapping[str, float | tuple[float, ...]], hyper: Tensor
-) -> dict[str, Tensor | tuple[Tensor, ...]]:
-    left = iter(hyper.unbind())
-    return {n: tuple(next(left) for _ in v) if isinstance(v, tuple) else next(left) for n, v in numbers.items()}

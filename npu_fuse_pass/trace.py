@@ -44,7 +44,7 @@ def capture_batches(batches: Sequence[Batch]) -> Captured:
     captured = Captured([], [], [])
     totals: dict[tuple[object, ...], int] = {}
     for batch in batches:
-        roles = _Roles(["param", "grad", *batch.flat], ["step", *batch.hyper_names])
+        roles = _Roles(["param", "grad", *batch.flat], ["step", *batch.hyper.names])
         members = _add_leaves(captured.leaves, batch, roles)
         try:
             updates, moved = _updates_of(batch, roles, members, totals)
@@ -66,7 +66,7 @@ def _add_leaves(leaves: list[Leaf], batch: Batch, roles: _Roles) -> list[tuple[i
             shape = tuple(p.shape) if role != "step" else ()
             dtype, fixed = dtypes.get(role, torch.float64), role not in ("param", "grad")
             leaves.append(Leaf("input", name, index, 0.0, dtype, shape, batch.device, fixed))
-    for name in batch.hyper_names:
+    for name in batch.hyper.names:
         leaves.append(Leaf("input", f"{name}_{len(leaves)}", len(leaves), fixed=True))
     per_member = len(roles.tensors) + 1
     shared = range(first + per_member * n, len(leaves))
@@ -98,7 +98,7 @@ def _calls(batch: Batch, shape: tuple[int, ...]) -> object:
     tensors = {"param": torch.empty(shape, dtype=batch.dtype, device=device)}
     tensors["grad"] = torch.empty(shape, dtype=batch.grad_dtype, device=device)
     tensors |= {n: torch.empty(shape, dtype=f.dtype, device=device) for n, f in batch.flat.items()}
-    keywords = meta_keywords(batch.static, batch.hyper_views, batch.totals)
+    keywords = meta_keywords(batch.hyper.static, batch.hyper.views, batch.totals)
     record = _Record([*tensors.values(), *(k for k in tree_leaves(keywords) if isinstance(k, Tensor))])
     try:
         with record:
@@ -195,10 +195,10 @@ def _total_key(batch: Batch, name: str) -> tuple[object, ...]:
 
 def _group_numbers(batch: Batch, scalars: Mapping[str, Any]) -> dict[str, Any]:
     """The rule's number keywords as what stands for them (cells, positions); tuples of numbers as tuples of these."""
-    left = iter([scalars[n] for n in batch.hyper_names])
+    left = iter([scalars[n] for n in batch.hyper.names])
     return {
         name: tuple(next(left) for _ in view) if isinstance(view, tuple) else next(left)
-        for name, view in batch.hyper_views.items()
+        for name, view in batch.hyper.views.items()
     }
 
 
@@ -220,7 +220,7 @@ def _run(
 
     def flat(*args: Tensor) -> Any:
         given = tree_unflatten(list(args[len(names) :]), spec)
-        return function(dict(zip(names, args, strict=False)), {**batch.static, **given})
+        return function(dict(zip(names, args, strict=False)), {**batch.hyper.static, **given})
 
     # a mode of our own: Dynamo's, which is active while a backend runs, would make sizes symbolic; and tensors that the
     # rule makes are numbers here, wherever torch.set_default_device puts them

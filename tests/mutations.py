@@ -259,11 +259,11 @@ MUTATIONS = [
         "lowerings/cpu_kernel.py",
         "self.moved |= column.written",
         "pass",
-        (f"{CHANGES}::test_data_is_moved[into one buffer]",),
+        _look("parameters_that_come_to_overlap_are_refused"),
     ),
     Mutation(
         "a number that changes in place stays as it was",
-        "storage.py",
+        "hyper.py",
         "given if all(map(_immutable, given)) else None",
         "given",
         (f"{CHANGES}::test_numbers_that_change_in_place[lr]",),

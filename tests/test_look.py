@@ -191,6 +191,19 @@ def test_what_changes_between_steps_of_stock_optimizers(change: Callable[[Params
     assert_close(params, twins, 1e-5)
 
 
+def test_parameters_that_come_to_overlap_are_refused() -> None:
+    params = parameters(SHAPES)
+    opt = optimizers.NpuFusedAdam(params)
+    step = compiled(opt)
+    for seed in range(5):
+        set_gradients(params, gradients(params, seed))
+        step()
+    overlapping(params)
+    with pytest.warns(UserWarning, match="share memory"):
+        step()
+    assert watched(opt)
+
+
 def test_memory_given_back_under_a_tensor_is_not_touched() -> None:
     params = parameters(((4, 4), (5,)))
     step = compiled(optimizers.NpuFusedSGD(params, lr=0.1))

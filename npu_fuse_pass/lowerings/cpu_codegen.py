@@ -108,11 +108,9 @@ class _Stage:
                 if id(a) not in defined and (self.phase[id(a)] != k or a.op in REDUCTIONS):
                     lines.append(f"  const {cpp_type(a)} {self.var[id(a)]} = {self._unstore(a)};")
                     defined.add(id(a))
-            value = self._value(e)
-            if e.op == "pow" and e.dtype == torch.float64:
+            if _remembered(e):
                 lines.append(f"  static thread_local Power p{self.var[id(e)]};")
-                value = value.replace(CPP["pow"].partition("(")[0], f"p{self.var[id(e)]}")
-            lines.append(f"  const {cpp_type(e)} {self.var[id(e)]} = {value};")
+            lines.append(f"  const {cpp_type(e)} {self.var[id(e)]} = {self._value(e)};")
             defined.add(id(e))
             if id(e) in self.stored:
                 lines.append(f"  s[{self.stored[id(e)]}] = {self.var[id(e)]};")
@@ -234,6 +232,8 @@ class _Stage:
         args = [self.var[id(a)] for a in e.args]
         if e.op == "cast":
             return cast(e, args[0])
+        if _remembered(e):
+            return f"p{self.var[id(e)]}({', '.join(args)})"
         return CPP[e.op].format(*args)
 
     def _narrow(self, slot: int, e: Expr) -> str:
@@ -246,6 +246,10 @@ class _Stage:
 
 
 _NEUTRAL = {"sum": "0.0", "amax": "-INFINITY", "amin": "INFINITY"}
+
+
+def _remembered(e: Expr) -> bool:
+    return e.op == "pow" and not e.tensor and e.dtype == torch.float64
 
 
 def _take(e: Expr, running: str, rest: str, value: str) -> str:
