@@ -305,6 +305,13 @@ MUTATIONS = [
         _look("what_changes_between_steps_is_noticed[gradient_apart]"),
     ),
     Mutation(
+        "what one share of a look sees is forgotten at the next",
+        "lowerings/cpu_look.cpp",
+        "good = good && fit_in_turn",
+        "good = fit_in_turn",
+        _look("a_look_has_fewer_threads_than_it_asks_for"),
+    ),
+    Mutation(
         "autograd is not told what was written",
         "lowerings/cpu_look.cpp",
         "table.now[i]->bump_version();",

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
+import pathlib
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -255,6 +259,44 @@ def test_only_tensors_of_the_same_kind_are_the_same() -> None:
     others += [None, 1.0, torch.nn.Parameter(x), torch.ones(8)[::2], torch.ones(4).to_sparse()]
     assert look.same([x]) and look.same([torch.ones(4)]) and look.same(None)
     assert [look.same([other]) for other in others] == [False] * len(others)
+
+
+def differing_anywhere(threads: int) -> list[bool]:
+    """What looks find where one of many tensors is of another kind: at several places, listed and as a gradient."""
+    cpu_look.wait()
+    torch.set_num_threads(threads)
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(600)]
+    set_gradients(params, [torch.ones(2) for _ in params])
+    listed = [*params, *(p.grad for p in params if p.grad is not None)]
+    look = cpu_look.Look(listed, cpu_look._library["native"])
+    assert look.same(None) and look.same(listed)
+    found = []
+    for place in (0, 299, 300, 599):
+        other = torch.ones(3)
+        found.append(look.same([*listed[:place], other, *listed[place + 1 :]]))
+        kept, params[place].grad = params[place].grad, None
+        found.append(look.same(None))
+        params[place].grad = kept
+    return found
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_that_share_a_look_notice_what_one_of_them_sees(threads: int) -> None:
+    before = torch.get_num_threads()
+    try:
+        assert not any(differing_anywhere(threads))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_look_has_fewer_threads_than_it_asks_for() -> None:
+    code = "from tests.test_look import differing_anywhere as d; assert not any(d(2))"
+    limited = {**os.environ, "OMP_THREAD_LIMIT": "1"}
+    root = pathlib.Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=limited, cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_without_the_library_python_looks_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,7 +126,7 @@ struct Look {
     #pragma omp parallel for num_threads(parts) if (parts > 1) reduction(&& : good)
     for (int64_t k = 0; k < parts; k++) {
       try {
-        good = fit_in_turn(first + (last - first) * k / parts, first + (last - first) * (k + 1) / parts);
+        good = good && fit_in_turn(first + (last - first) * k / parts, first + (last - first) * (k + 1) / parts);
       } catch (...) {
         good = false;
       }
