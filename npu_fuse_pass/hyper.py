@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import array
 import operator
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from .meta import wanted_keywords
 from .rules import Rule, split_keywords
 
+T = TypeVar("T")
 _PLAIN = (float, int, bool, str, type(None))
 
 
@@ -30,15 +31,17 @@ class Hyper:
         self._wanted = wanted_keywords(rule)
         static, numbers = split_keywords(self._wanted, settings)
         self.static = dict(static)
-        self.names = list(_names(numbers))
+        self.names = list(_flat(numbers))
+        self._sizes = {name: len(value) if isinstance(value, tuple) else None for name, value in numbers.items()}
         self._values = array.array("d", [0.0] * max(1, len(self.names)))
         self.scalars = list(torch.frombuffer(self._values, dtype=torch.float64).unbind())[: len(self.names)]
-        left = iter(self.scalars)
-        self.views: dict[str, Tensor | tuple[Tensor, ...]] = {
-            name: tuple(next(left) for _ in value) if isinstance(value, tuple) else next(left)
-            for name, value in numbers.items()
-        }
+        self.views = self.by_keyword(self.scalars)
         self._given: list[Any] | None = None  # what was taken over last; None: it may change in place
+
+    def by_keyword(self, numbers: Iterable[T]) -> dict[str, T | tuple[T, ...]]:
+        """Whatever stands for the numbers, in the order of `names`, as the rule's keywords."""
+        left = iter(numbers)
+        return {n: next(left) if size is None else tuple(islice(left, size)) for n, size in self._sizes.items()}
 
     def fill(self, settings: Mapping[str, Any]) -> bool:
         """Take this step's numbers over; False where the settings no longer have this structure."""
@@ -46,9 +49,10 @@ class Hyper:
         if self._given is not None and all(map(operator.is_, given, self._given)):
             return True
         static, numbers = split_keywords(self._wanted, settings)
-        if dict(static) != self.static or list(_names(numbers)) != self.names:
+        flat = _flat(numbers)
+        if dict(static) != self.static or list(flat) != self.names:
             return False
-        for i, value in enumerate(_values(numbers)):
+        for i, value in enumerate(flat.values()):
             self._values[i] = value
         self._given = given if all(map(_immutable, given)) else None
         return True
@@ -58,17 +62,8 @@ def _immutable(value: Any) -> bool:
     return all(map(_immutable, value)) if type(value) is tuple else type(value) in _PLAIN
 
 
-def _names(numbers: Mapping[str, float | tuple[float, ...]]) -> Iterator[str]:
+def _flat(numbers: Mapping[str, float | tuple[float, ...]]) -> dict[str, float]:
+    found: dict[str, float] = {}
     for name, value in numbers.items():
-        if isinstance(value, tuple):
-            yield from (f"{name}[{i}]" for i in range(len(value)))
-        else:
-            yield name
-
-
-def _values(numbers: Mapping[str, float | tuple[float, ...]]) -> Iterator[float]:
-    for value in numbers.values():
-        if isinstance(value, tuple):
-            yield from value
-        else:
-            yield value
+        found |= {f"{name}[{i}]": v for i, v in enumerate(value)} if isinstance(value, tuple) else {name: value}
+    return found

@@ -195,11 +195,7 @@ def _total_key(batch: Batch, name: str) -> tuple[object, ...]:
 
 def _group_numbers(batch: Batch, scalars: Mapping[str, Any]) -> dict[str, Any]:
     """The rule's number keywords as what stands for them (cells, positions); tuples of numbers as tuples of these."""
-    left = iter([scalars[n] for n in batch.hyper.names])
-    return {
-        name: tuple(next(left) for _ in view) if isinstance(view, tuple) else next(left)
-        for name, view in batch.hyper.views.items()
-    }
+    return batch.hyper.by_keyword(scalars[n] for n in batch.hyper.names)
 
 
 def _run(

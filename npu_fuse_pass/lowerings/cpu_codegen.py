@@ -22,8 +22,8 @@ from .cpu_passes import Pass, Stage, plan
 CHUNK = 16384
 LANES = 16
 BLOCK = 8
-"""Values that a lane adds before it keeps track of what rounding loses, which is most of a sum's work; only where no
-tensor is float64, as then every use rounds those last bits away."""
+"""Values that a lane adds before it keeps track of what rounding loses, which is most of a sum's work. Only where no
+tensor is float64: what is made of the sum is then rounded further than those last bits."""
 
 PRELUDE = (pathlib.Path(__file__).parent / "cpu_kernel.h").read_text()
 
@@ -161,7 +161,10 @@ class _Stage:
         # that tensors do not overlap is known; the compiler would check it again for every few elements
         lines += ["    #pragma GCC ivdep", f"    for (int l = 0; l < {LANES}; ++l) {{"]
         lines += [*(f"      {x}" for x in (*body, *taken)), "    }"]
-        lines += [f"    if (base % {BLOCK * LANES} == {(BLOCK - 1) * LANES}) {flushed}", "  }", f"  {flushed}"]
+        if blocks:
+            lines += [f"    if (base % {BLOCK * LANES} == {(BLOCK - 1) * LANES}) {flushed}", "  }", f"  {flushed}"]
+        else:
+            lines.append("  }")
         lines += ["  for (int l = 0; base + l < n; ++l) {", *(f"      {x}" for x in (*body, *exact)), "  }"]
         for j, e in enumerate(sums):
             lines.append(f"  double x{j} = {_NEUTRAL[e.op]}, y{j} = 0;")
