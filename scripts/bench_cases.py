@@ -54,6 +54,16 @@ def own_rule(
     return param - lr * update, beta2 * exp_avg + (1 - beta2) * grad
 
 
+_EVEN = 1 / 1.05
+AIMS = {  # on 1000 x 1024, on 100 x 256x256, elsewhere; 3 for what has no fused kernel in torch
+    "Adam": (5, 1.3, _EVEN),
+    "AdamW": (5, 1.3, _EVEN),
+    "SGD momentum": (3, 1.3, _EVEN),
+    "Adam, stock": (_EVEN, _EVEN, _EVEN),
+    "Adagrad, stock": (_EVEN, _EVEN, _EVEN),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """One algorithm: what we compile, and its peers.
@@ -72,6 +82,16 @@ class Family:
     options: dict[str, Any]
     fused: bool
     bytes_per_element: int
+
+    def aim(self, workload: Workload) -> float:
+        """How many times as fast as the best peer a step should be."""
+        small, medium, elsewhere = AIMS.get(self.name, (3, 3, 3))
+        return {"1000 x 1024": small, "100 x 256x256": medium}.get(workload.name, elsewhere)
+
+    @property
+    def aim_bandwidth(self) -> float:
+        """The share of the in-place bandwidth to reach on large workloads; norms make a step wait."""
+        return 0.8 if self.name == "LAMB" else 0.85
 
 
 _ADAM: dict[str, Any] = dict(lr=1e-3)

@@ -1,13 +1,14 @@
-"""How scripts/bench.py measures: medians of interleaved steps, bandwidth, cost of the stages, extra memory."""
+"""How scripts/bench.py measures: steps that take turns, bandwidth, cost of the stages, extra memory."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +20,10 @@ import npu_fuse_pass
 from npu_fuse_pass.lowerings import cpu_build, cpu_look
 
 _BANDWIDTH_ELEMENTS = 64 * 1024 * 1024
+HEAT = 5
+"""Rounds that everybody takes part in."""
+NEAR = 1.3
+"""Times of the best peer within which a peer goes on."""
 
 
 def machine() -> dict[str, Any]:
@@ -39,13 +44,6 @@ def machine() -> dict[str, Any]:
     }
 
 
-def bandwidth() -> float:
-    """GB/s that an in-place multiply of one large float32 tensor reads and writes, the median of some."""
-    x = torch.ones(_BANDWIDTH_ELEMENTS)
-    middle = statistics.median(_timed(lambda: x.mul_(1.0001)) for _ in range(12))
-    return 2 * 4 * _BANDWIDTH_ELEMENTS / middle / 1e9
-
-
 def _timed(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     call()
@@ -58,24 +56,72 @@ def fresh_gradients(params: Params, gradients: list[Tensor]) -> None:
         p.grad = g.clone()
 
 
-def medians(contestants: dict[str, tuple[Params, Step]], seconds: float) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds of a step and of the first call for every contestant; steps take turns, so that noise meets all alike."""
-    first: dict[str, float] = {}
-    times: dict[str, list[float]] = {name: [] for name in contestants}
+@dataclasses.dataclass(frozen=True)
+class Race:
+    """Seconds of steps that took turns, and what one large tensor's in-place multiply moved beside them.
+
+    Attributes:
+        first: seconds of every contestant's first call.
+        steps: seconds of every contestant's steps, in the order of the rounds; some leave after the heat.
+        inplace: GB/s of the multiply, one for each round.
+    """
+
+    first: dict[str, float]
+    steps: dict[str, list[float]]
+    inplace: list[float]
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.steps[name])
+
+    def best_peer(self) -> str:
+        return min((name for name in self.steps if name != "ours"), key=self.median)
+
+    def ratio(self, peer: str) -> float:
+        """How often ours goes into the peer's time: the median over rounds, as the machine changes between rounds."""
+        return statistics.median(
+            theirs / ours for theirs, ours in zip(self.steps[peer], self.steps["ours"], strict=False)
+        )
+
+    def share(self, moved: float) -> float:
+        """Of the in-place bandwidth, for a step that moves so many bytes; the median over rounds, too."""
+        return statistics.median(moved / t / 1e9 / b for t, b in zip(self.steps["ours"], self.inplace, strict=True))
+
+
+def race(contestants: dict[str, tuple[Params, Step]], seconds: float) -> Race:
+    """Rounds in which every contestant steps once, in changing order, so that noise meets all alike.
+
+    After the heat only ours and the peers that may yet be the best take part, which leaves them more rounds.
+    """
     params = next(iter(contestants.values()))[0]
     gradients = [torch.randn_like(p) * 0.01 for p in params]
-    for name, (own, step) in contestants.items():
+    large = torch.ones(_BANDWIDTH_ELEMENTS)
+    found = Race({}, {name: [] for name in contestants}, [])
+
+    def turn(name: str) -> float:
+        own, step = contestants[name]
         fresh_gradients(own, gradients)
-        first[name] = _timed(step)
+        return _timed(step)
+
+    for name in contestants:
+        found.first[name] = turn(name)
         for _ in range(2):
-            fresh_gradients(own, gradients)
-            step()
+            turn(name)
+
+    def round_of(running: Sequence[str]) -> None:
+        for name in running:
+            found.steps[name].append(turn(name))
+        found.inplace.append(2 * 4 * large.numel() / _timed(lambda: large.mul_(1.0001)) / 1e9)
+
+    running = list(contestants)
+    for k in range(HEAT):
+        round_of([*running[k:], *running[:k]])
+    close = NEAR * found.median(found.best_peer())
+    running = [name for name in running if name == "ours" or found.median(name) <= close]
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["ours"]) < 5:
-        for name, (own, step) in contestants.items():
-            fresh_gradients(own, gradients)
-            times[name].append(_timed(step))
-    return {name: statistics.median(t) for name, t in times.items()}, first
+    while time.perf_counter() < end:
+        round_of(running)
+        running.reverse()
+    return found
 
 
 @contextmanager

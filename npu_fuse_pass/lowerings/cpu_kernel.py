@@ -250,7 +250,7 @@ class Kernel:
         return False
 
     def call(self, function: Callable[..., None], threads: int) -> None:
-        self._tables.args.threads = threads if self._tables.parallel else 1
+        self._tables.share(threads)
         with torch._C._profiler._RecordFunctionFast(function.__name__):
             function(self._tables.pointer)
 

@@ -15,7 +15,8 @@ from .cpu_codegen import CHUNK
 
 Values = list[Tensor | None]
 _SERIAL = 32768  # elements below which waking other threads costs more than it saves
-_GRAIN = 32768  # elements that a thread takes at once
+_FEW, _MANY = 32768, 131072  # elements that a thread takes at once: long stretches are faster, short ones fairer
+_TURNS = 16  # that every thread should have, so that one which is interrupted leaves work to the others
 
 
 class Args(ctypes.Structure):
@@ -50,7 +51,6 @@ class Tables:
         active: per member, 1 if it takes part.
         contributions: what the kernel adds to totals, [contribution][member].
         args: all of it, as the kernel gets it, at `pointer`.
-        parallel: whether waking other threads costs less than it saves.
     """
 
     def __init__(self, formula: Formula, numels: Sequence[int], scratch: int, partial: int) -> None:
@@ -81,11 +81,16 @@ class Tables:
             "partial": array.array("d", [0.0]) * max(1, chunks * partial),
             "contributions": self.contributions,
         }
-        average = max(1, elements // max(1, chunks))
         pointers = {name: a.buffer_info()[0] for name, a in self._arrays.items()}
-        self.args = Args(members=n, chunks=chunks, grain=max(1, _GRAIN // average), elements=elements, **pointers)
+        self.args = Args(members=n, chunks=chunks, elements=elements, **pointers)
         self.pointer = ctypes.byref(self.args)
-        self.parallel = elements > _SERIAL
+
+    def share(self, threads: int) -> None:
+        """How many threads share the next call, and how many chunks each takes at once."""
+        elements, chunks = self.args.elements, max(1, self.args.chunks)
+        self.args.threads = threads if elements > _SERIAL else 1
+        at_once = min(max(elements // (_TURNS * threads), _FEW), _MANY)
+        self.args.grain = max(1, at_once * chunks // max(1, elements))
 
 
 class Column:
