@@ -19,16 +19,17 @@ import pathlib
 import statistics
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from bench_call import call_cost
-from bench_cases import FAMILIES, WORKLOADS, Family, Workload, peers
+from bench_cases import FAMILIES, WORKLOADS, Family, Params, Workload, peers
 from bench_measure import compile_cost, extra_memory, inductor_cost, machine, race
 
 import optimizers
 from npu_fuse_pass.lowerings import cpu_look
+from npu_fuse_pass.optimizer import RuleOptimizer
 
 QUICK = {
     "1000 x 1024": ("Adam", "AdamW", "SGD momentum", "RMSpropTF", "LAMB", "own rule"),
@@ -37,6 +38,10 @@ QUICK = {
 }
 STAGE_COUNTS = (10, 100, 300, 1000, 3000)
 INDUCTOR_COUNT = 300
+CALLS: dict[str, tuple[Callable[[Params], RuleOptimizer], int, int]] = {
+    "Adam, 1000 x 1024": (optimizers.NpuFusedAdam, 1000, 1024),
+    "SGD momentum, 100 x 256x256": (lambda p: optimizers.NpuFusedSGD(p, lr=1e-2, momentum=0.9), 100, 65536),
+}
 GROWTH_COUNTS = (1, 3, 10, 30, 100, 300, 1000, 3000)
 
 
@@ -134,9 +139,17 @@ def growth(counts: Sequence[int], seconds: float) -> list[dict[str, Any]]:
     found = []
     for n in progress(counts, desc="step time against N", unit="N"):
         torch._dynamo.reset()
-        run = race(peers(adam, Workload(f"{n} x 1024", [(1024,)] * n, large=False), inductor=False), seconds)
+        contestants = peers(adam, Workload(f"{n} x 1024", [(1024,)] * n, large=False), inductor=False)
+        run = race(contestants, seconds, inplace=False)
         found.append({"parameters": n, "milliseconds": {name: 1e3 * run.median(name) for name in run.steps}})
     return found
+
+
+def print_calls(calls: Mapping[str, Mapping[str, float]]) -> None:
+    """The parts of a call."""
+    names = next(iter(calls.values()), {})
+    rows = [[name, *(f"{parts[name]:.0f}" for parts in calls.values())] for name in names]
+    table(" | ".join(["us of a step", *calls]), rows)
 
 
 def print_growth(rows: Sequence[dict[str, Any]]) -> None:
@@ -195,7 +208,7 @@ def main() -> None:
     rows = stages(counts, given.inductor) if whole or given.stages else []
     if not cpu_look.wait():
         print("the native look at tensors cannot be compiled here: steps of many tensors are slower than they could be")
-    parts = call_cost(1000) if whole else {}
+    parts = {name: call_cost(*given) for name, given in CALLS.items()} if whole else {}
     sizes = GROWTH_COUNTS[:-1:2] if given.quick else GROWTH_COUNTS
     grown = growth(sizes, 0.3 if given.quick else 2) if whole else []
     cells = []
@@ -209,7 +222,7 @@ def main() -> None:
     if inplace:
         print(f"in-place multiply of one large tensor: {min(inplace):.1f} to {max(inplace):.1f} GB/s during this run")
     print_stages(rows)
-    table("NpuFusedAdam on 1000 x 1024 | us for each parameter", [[name, f"{us:.2f}"] for name, us in parts.items()])
+    print_calls(parts)
     print_growth(grown)
     print_cells(cells)
     print_missed(cells)

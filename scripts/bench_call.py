@@ -1,4 +1,4 @@
-"""Where the time of a compiled call goes beside its kernels, for scripts/bench.py: microseconds for each parameter."""
+"""Where the time of a compiled call goes beside its kernels, for scripts/bench.py."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from typing import Any
 from unittest import mock
 
 import torch
+from bench_cases import Params
 from bench_measure import fresh_gradients
 
-import optimizers
 from npu_fuse_pass.lowerings import cpu, cpu_kernel
+from npu_fuse_pass.optimizer import RuleOptimizer
 from npu_fuse_pass.prelude import Prelude
 
 _STEPS = 100
 _LOOK = "look: gradients, whether all tensors are as they were, addresses"
 _PRELUDE = "prelude: parameter groups, hyperparameters"
+_REST = "the rest: Dynamo's wrapper and guards, Python code that is no longer in a cache"
 # Parts of a call: what it is, and the function that does it. The look is a part of the prelude.
 _PARTS: dict[str, tuple[Any, str]] = {
     _LOOK: (cpu.Program, "same"),
@@ -29,11 +31,11 @@ _PARTS: dict[str, tuple[Any, str]] = {
 }
 
 
-def call_cost(n: int) -> dict[str, float]:
-    """Median microseconds for each parameter of a step of NpuFusedAdam on `n` tensors of 1024, by part; "all" too."""
-    params = [torch.nn.Parameter(torch.randn(1024)) for _ in range(n)]
+def call_cost(make: Callable[[Params], RuleOptimizer], n: int, size: int) -> dict[str, float]:
+    """Median microseconds of a step of an optimizer of ours on `n` tensors of `size` elements: parts, rest, all."""
+    params = [torch.nn.Parameter(torch.randn(size)) for _ in range(n)]
     gradients = [torch.randn_like(p) for p in params]
-    step = torch.compile(optimizers.NpuFusedAdam(params).step, backend="npu_fused")
+    step = torch.compile(make(params).step, backend="npu_fused")
     times: dict[str, list[float]] = {}
     with _timed(times):
         for _ in range(_STEPS):
@@ -41,9 +43,10 @@ def call_cost(n: int) -> dict[str, float]:
             start = time.perf_counter()
             step()
             times.setdefault("all", []).append(time.perf_counter() - start)
-    medians = {name: 1e6 * statistics.median(t[3:]) / n for name, t in times.items()}
+    medians = {name: 1e6 * statistics.median(t[3:]) for name, t in times.items()}
     medians[_PRELUDE] -= medians[_LOOK]
-    return {name: medians[name] for name in (*_PARTS, "all")}
+    rest = medians["all"] - sum(medians[name] for name in _PARTS)
+    return {**{name: medians[name] for name in _PARTS}, _REST: rest, "all": medians["all"]}
 
 
 @contextmanager

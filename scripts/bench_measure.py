@@ -87,14 +87,15 @@ class Race:
         return statistics.median(moved / t / 1e9 / b for t, b in zip(self.steps["ours"], self.inplace, strict=True))
 
 
-def race(contestants: dict[str, tuple[Params, Step]], seconds: float) -> Race:
+def race(contestants: dict[str, tuple[Params, Step]], seconds: float, inplace: bool = True) -> Race:
     """Rounds in which every contestant steps once, in changing order, so that noise meets all alike.
 
     After the heat only ours and the peers that may yet be the best take part, which leaves them more rounds.
+    The multiply of every round empties the caches, as a forward and backward pass do; `inplace=False` leaves it out.
     """
     params = next(iter(contestants.values()))[0]
     gradients = [torch.randn_like(p) * 0.01 for p in params]
-    large = torch.ones(_BANDWIDTH_ELEMENTS)
+    large = torch.ones(_BANDWIDTH_ELEMENTS if inplace else 1)
     found = Race({}, {name: [] for name in contestants}, [])
 
     def turn(name: str) -> float:
