@@ -51,8 +51,7 @@ def progress(items: Sequence[Any], **text: str) -> Any:
 def chosen(quick: bool, only: str) -> list[tuple[Workload, Family]]:
     """The cells of the table. Stock classes take Dynamo a minute at 1000 parameters, so --quick leaves them out."""
     cells = [(w, f) for w in WORKLOADS for f in FAMILIES if only.lower() in f"{w.name} {f.name}".lower()]
-    cells = [(w, f) for w, f in cells if not quick or f.name in QUICK.get(w.name, ())]
-    return [(w, f) for w, f in cells if w.dtype == torch.float32 or f.stock is not None]
+    return [(w, f) for w, f in cells if not quick or f.name in QUICK.get(w.name, ())]
 
 
 def measure(workload: Workload, family: Family, seconds: float, inductor: bool) -> dict[str, Any]:
