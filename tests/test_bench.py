@@ -69,14 +69,15 @@ def test_cells_below_their_aims_are_listed(capsys: pytest.CaptureFixture[str]) -
     ]
 
 
-def test_a_cell_is_measured_fused() -> None:
+@pytest.mark.parametrize("name", ["Adam", "clip, Adam, average"])
+def test_a_cell_is_measured_fused(name: str) -> None:
     """What the table compares is the compiled step, not the original that a refused one would run."""
     npu_fuse_pass.clear_reports()
-    adam = next(f for f in FAMILIES if f.name == "Adam")
-    cell = bench.measure(Workload("2 x 8", [(8,)] * 2, large=False), adam, seconds=0.0, inductor=False)
+    family = next(f for f in FAMILIES if f.name == name)
+    cell = bench.measure(Workload("2 x 8", [(8,)] * 2, large=False), family, seconds=0.0, inductor=False)
     report = npu_fuse_pass.reports()[-1]
     report.raise_if_unfused()
-    assert len(report.groups) == 1
+    assert len(report.groups) == 1 and report.groups[0].bytes_per_element == family.bytes_per_element
     assert set(cell["milliseconds"]) == {"ours", "for-loop", "foreach", "fused"} and cell["rounds"] == HEAT
 
 
