@@ -14,8 +14,8 @@ sys.path.append(str(ROOT / "scripts"))  # its modules import each other as scrip
 
 import bench  # noqa: E402
 import bench_measure  # noqa: E402
-from bench_cases import FAMILIES, WORKLOADS, Workload, peers  # noqa: E402
-from bench_measure import HEAT, Race, race  # noqa: E402
+from bench_cases import FAMILIES, WORKLOADS, Family, Workload, peers  # noqa: E402
+from bench_measure import HEAT, Race, extra_memory, race  # noqa: E402
 
 import npu_fuse_pass  # noqa: E402
 
@@ -83,6 +83,23 @@ def test_a_cell_is_measured_fused(name: str) -> None:
     report.raise_if_unfused()
     assert len(report.groups) == 1 and report.groups[0].bytes_per_element == family.bytes_per_element
     assert set(cell["milliseconds"]) == {"ours", "for-loop", "foreach", "fused"} and cell["rounds"] == HEAT
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_a_step_needs_no_memory_of_the_parameters_size(family: Family) -> None:
+    """The allocator's own count, as the table prints it."""
+    torch._dynamo.reset()
+    npu_fuse_pass.clear_reports()
+    params, step = peers(family, Workload("4 x 65536", [(65536,)] * 4, large=False), inductor=False)["ours"]
+    extra_memory(params, step)  # the first step makes states
+    assert extra_memory(params, step) < 0.01
+    npu_fuse_pass.reports()[-1].raise_if_unfused()
+
+
+def test_a_temporary_is_counted() -> None:
+    params = [torch.nn.Parameter(torch.randn(65536)) for _ in range(4)]
+    assert extra_memory(params, lambda: [p + p for p in params]) == 1.0
+    assert extra_memory(params, lambda: [None for p in params if (p + p).isnan().all()]) > 0.25  # one at a time
 
 
 def test_every_optimizer_has_peers_and_an_aim() -> None:
