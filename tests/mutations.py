@@ -1,6 +1,7 @@
 """Planted bugs: each is one replacement in the package, and the tests that have to notice it.
 
-Texts are those of the code as it is: a mutation whose old text is gone fails, and is written anew for the new code.
+A place is named by its function, so that files can move. Texts are those of the code as it is: a mutation whose old
+text is gone fails, and is written anew for the new code.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ class Mutation:
     """A planted bug.
 
     Args:
-        file: in npu_fuse_pass.
-        old, new: what is replaced (it occurs once) and by what.
+        place: the function, method or module-level name that holds it ("Kernel.write"), or "C++".
+        old, new: what is replaced (it occurs once there) and by what.
         tests: ids of tests, of which the first that fails is enough; all pass without the bug.
     """
 
     name: str
-    file: str
+    place: str
     old: str
     new: str
     tests: tuple[str, ...]
@@ -48,79 +49,79 @@ MUTATIONS = [
     # what operations compute
     Mutation(
         "add forgets alpha",
-        "aten_rows.py",
+        "_add",
         'return b.op("add", x, y) if _is(alpha, 1) else b.op("fma", y, alpha, x)',
         'return b.op("add", x, y)',
         _operation("add alpha"),
     ),
     Mutation(
         "sub adds alpha times",
-        "aten_rows.py",
+        "_sub",
         'b.op("fma", y, b.op("neg", alpha), x)',
         'b.op("fma", y, alpha, x)',
         _operation("sub alpha"),
     ),
     Mutation(
         "lerp goes the other way",
-        "aten_rows.py",
+        "_lerp",
         'distance = b.op("sub", end, start)',
         'distance = b.op("sub", start, end)',
         _operation("lerp"),
     ),
     Mutation(
         "a square is a double",
-        "aten_rows.py",
+        "_POWERS",
         '    2.0: lambda b, x: b.op("mul", x, x),',
         '    2.0: lambda b, x: b.op("add", x, x),',
         _operation("pow 2"),
     ),
     Mutation(
         "half precision rounds once at the end",
-        "aten.py",
+        "evaluate",
         "return Val(b.cast(result, dtype) if dimmed else result, dtype, shape)",
         "return Val(result, dtype, shape)",
         ROUNDING,
     ),
-    Mutation("a mean is a sum", "aten_shaped.py", "b.numel() if x.shape else b.const(1)", "b.const(1)", REDUCED),
+    Mutation("a mean is a sum", "_mean", "b.numel() if x.shape else b.const(1)", "b.const(1)", REDUCED),
     # capture
     Mutation(
         "a list operation takes the first entry of a list",
-        "interpreter.py",
+        "Interpreter._foreach",
         "return x[i] if isinstance(x, (list, tuple)) else x",
         "return x[0] if isinstance(x, (list, tuple)) else x",
         ("tests/test_group.py::test_members_that_interleave_their_operations",),
     ),
     Mutation(
         "an alias is a copy",
-        "interpreter.py",
+        "Interpreter.call",
         "return args[0]  # torch returns the tensor itself: what is written through it reaches the leaf",
         "return Cell(result)",
         ORDER,
     ),
     Mutation(
         "what is written is not rounded to the tensor's dtype",
-        "interpreter.py",
+        "Interpreter._write",
         "expr = self.builder.cast(result.expr, cell.val.dtype)",
         "expr = result.expr",
         ROUNDING,
     ),
     Mutation(
         "equal operations on different leaves are one",
-        "expr.py",
+        "Builder.make",
         "key = (op, tuple(sorted(ids) if op in COMMUTATIVE else ids), value, dtype, tensor)",
         "key = (op, tuple(sorted(ids) if op in COMMUTATIVE else ids), dtype, tensor)",
         ORDER,
     ),
     Mutation(
         "writes of one parameter are updates of their own",
-        "capture_updates.py",
+        "_Together._join_tensors",
         "                    self._sets.join(other, first)",
         "                    pass",
         ONE_GROUP,
     ),
     Mutation(
         "parameters that share a counter are one update",
-        "capture_updates.py",
+        "_Together._join_scalars",
         "                if len(others) == 1 and (other",
         "                if others and (other",
         _small("a_counter_that_several_parameters_read_joins_none_of_them"),
@@ -128,28 +129,28 @@ MUTATIONS = [
     # grouping
     Mutation(
         "all constants are the first one",
-        "group.py",
+        "group_updates.extra_leaf",
         "key = (leaf.kind, leaf.name)",
         "key = (leaf.kind, '')",
         ("tests/test_group.py::test_numbers_are_kept_apart_and_dtypes_are_groups",),
     ),
     Mutation(
         "the order of arguments matters",
-        "group.py",
+        "_structure",
         "            below.sort()",
         "            below.reverse()",
         _small("operands_of_sums_and_products_may_be_swapped_everywhere"),
     ),
     Mutation(
         "differences commute",
-        "expr.py",
+        "COMMUTATIVE",
         'COMMUTATIVE = ("add",',
         'COMMUTATIVE = ("sub", "add",',
         _small("operands_of_differences_and_quotients_may_not"),
     ),
     Mutation(
         "the order of writes is that of the program",
-        "group.py",
+        "_canonicalise",
         "writes = sorted(update.writes, key=lambda w: keys[id(w[1])])",
         "writes = list(update.writes)",
         _small("states_may_be_written_in_any_order"),
@@ -157,63 +158,63 @@ MUTATIONS = [
     # code generation
     Mutation(
         "the last element of every chunk is left out",
-        "lowerings/cpu_codegen.py",
+        "_Stage._pass",
         "n = left < {CHUNK} ? left : {CHUNK};",
         "n = (left < {CHUNK} ? left : {CHUNK}) - 1;",
         _small("every_element_is_written_whatever_the_size"),
     ),
     Mutation(
         "a maximum starts at zero",
-        "lowerings/cpu_codegen.py",
+        "_NEUTRAL",
         '"amax": "-INFINITY"',
         '"amax": "0.0"',
         _small("extremes_of_one_sign"),
     ),
     Mutation(
         "a reduction leaves out what fills no lane",
-        "lowerings/cpu_codegen.py",
+        "_Stage._lanes",
         "for (int l = 0; base + l < n; ++l) {",
         "for (int l = 0; base + l + 1 < n; ++l) {",
         REDUCED,
     ),
     Mutation(
         "fma is a product",
-        "lowerings/cpu_operations.py",
+        "CPP",
         '"fma": "std::fma({0}, {1}, {2})"',
         '"fma": "{0} * {1}"',
         _operation("addcmul"),
     ),
     Mutation(
         "ties of bfloat16 are rounded up",
-        "lowerings/cpu_kernel.h",
+        "C++",
         "u = (u + 0x7fff + ((u >> 16) & 1)) &",
         "u = (u + 0x8000) &",
         ROUNDING,
     ),
     Mutation(
         "rounding carries into the sign of a NaN",
-        "lowerings/cpu_kernel.h",
+        "C++",
         "return x != x ? T(NAN) : x;",
         "return x;",
         ("tests/test_ops_shaped.py::test_casts_round_as_torchs_do[torch.float32]",),
     ),
     Mutation(
         "sums of a few values are left out",
-        "lowerings/cpu_codegen.py",
+        "_Stage._lanes",
         'f"add_exact(r{j}[l], e{j}[l], b{j}[l]); b{j}[l] = 0;"',
         'f"b{j}[l] = 0;"',
         REDUCED,
     ),
     Mutation(
         "a power is that of the member before",
-        "lowerings/cpu_kernel.h",
+        "C++",
         "if (!known || memcmp(given, args, sizeof(args))) {",
         "if (!known) {",
         _look("what_changes_between_steps_is_noticed[gradient_missing]"),
     ),
     Mutation(
         "a NaN loses against a number",
-        "lowerings/cpu_kernel.h",
+        "C++",
         "return (a < b || a != a) ? a : b;",
         "return a < b ? a : b;",
         _operation("minimum"),
@@ -221,49 +222,49 @@ MUTATIONS = [
     # running
     Mutation(
         "tensors of another layout are not written back",
-        "lowerings/cpu_kernel.py",
+        "Kernel.finish",
         "                target.detach().copy_(dense)",
         "                pass",
         (f"{BETWEEN_STEPS}[another_layout-SGD]",),
     ),
     Mutation(
         "autograd is not told",
-        "lowerings/cpu_kernel.py",
+        "Kernel.write",
         "torch.autograd.graph.increment_version(tensors)",
         "tensors = None",
         ("tests/test_safety_graphs.py::test_autograd_notices_that_a_parameter_was_written[Lion-(5,)]",),
     ),
     Mutation(
         "shared scalars are read after they were written",
-        "lowerings/cpu.py",
+        "Program.__init__",
         "sorted(_written_scalars(groups) & _scalars_read_elsewhere(groups))",
         "[]",
         _small("a_counter_that_several_parameters_read_joins_none_of_them"),
     ),
     Mutation(
         "shared memory is not looked for",
-        "lowerings/cpu.py",
+        "Program.__call__",
         "            self._check_memory(values)",
         "            pass",
         ("tests/test_safety_memory.py::test_gradients_that_share_memory[own_values-AdamW foreach]",),
     ),
     Mutation(
         "a sum over all parameters is that of the first",
-        "lowerings/cpu.py",
+        "Program._add_totals",
         "= math.fsum(part)",
         "= math.fsum(part[:1])",
         _small("a_rule_counts_from_one_and_sums_over_all_parameters"),
     ),
     Mutation(
         "memory that has moved is not checked again",
-        "lowerings/cpu_kernel.py",
+        "Kernel._enter",
         "self.moved |= column.written",
         "pass",
         _look("parameters_that_come_to_overlap_are_refused"),
     ),
     Mutation(
         "a number that changes in place stays as it was",
-        "hyper.py",
+        "Hyper.fill",
         "given if all(map(_immutable, given)) else None",
         "given",
         (f"{CHANGES}::test_numbers_that_change_in_place[lr]",),
@@ -271,49 +272,49 @@ MUTATIONS = [
     # the native look at a step's tensors
     Mutation(
         "negated tensors look the same",
-        "lowerings/cpu_look.cpp",
+        "C++",
         "t.key_set() == keys && ",
         "",
         _look("what_changes_between_steps_is_noticed[gradient_negated]"),
     ),
     Mutation(
         "a transposed parameter looks the same",
-        "lowerings/cpu_look.cpp",
+        "C++",
         "t.strides().equals(strides) && t.has_storage()",
         "t.has_storage()",
         _look("what_changes_between_steps_is_noticed[laid_out_otherwise]"),
     ),
     Mutation(
         "who was left out of a refused step stays out",
-        "lowerings/cpu_kernel.py",
+        "Kernel.same",
         "self._bound and self._all_active  #",
         "True  #",
         _look("what_changes_between_steps_is_noticed[refused]"),
     ),
     Mutation(
         "memory that was given back looks the same",
-        "lowerings/cpu_look.cpp",
+        "C++",
         "t.has_storage() &&\n        t.storage().nbytes() >= (t.storage_offset() + t.numel()) * t.itemsize()",
         "t.has_storage()",
         _look("memory_given_back_under_a_tensor_is_not_touched"),
     ),
     Mutation(
         "every gradient looks the same",
-        "lowerings/cpu_look.cpp",
+        "C++",
         " || !table.known[i].kind->fits(*t)) return false;",
         ") return false;",
         _look("what_changes_between_steps_is_noticed[gradient_apart]"),
     ),
     Mutation(
         "what one share of a look sees is forgotten at the next",
-        "lowerings/cpu_look.cpp",
+        "C++",
         "good = good && fit_in_turn",
         "good = fit_in_turn",
         _look("a_look_has_fewer_threads_than_it_asks_for"),
     ),
     Mutation(
         "autograd is not told what was written",
-        "lowerings/cpu_look.cpp",
+        "C++",
         "table.now[i]->bump_version();",
         ";",
         _look("every_optimizer_is_looked_at[adam]"),
@@ -321,17 +322,17 @@ MUTATIONS = [
     # rules and the rewritten graph
     Mutation(
         "steps are counted one too low",
-        "trace.py",
+        "_plus",
         'expr=interpreter.builder.op("add", cell.val.expr, one)',
         "expr=cell.val.expr",
         _small("a_rule_counts_from_one_and_sums_over_all_parameters"),
     ),
     Mutation(
         "the rewritten graph copies a neighbour's value",
-        "rewrite.py",
+        "_group_nodes",
         "value = graph.call_function(operator.getitem, (node, k * len(group.members) + m))\n                leaf =",
         "value = graph.call_function(operator.getitem, (node, k * len(group.members)))\n                leaf =",
         ("tests/test_rewrite.py::test_it_runs_and_gives_what_the_step_gives",),
     ),
-    Mutation("the interpreter forgets casts", "ops.py", "return args[0].to(e.dtype)", "return args[0]", ROUNDING),
+    Mutation("the interpreter forgets casts", "_value", "return args[0].to(e.dtype)", "return args[0]", ROUNDING),
 ]

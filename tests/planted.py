@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import multiprocessing
 import os
 import pathlib
+import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 ROOT = pathlib.Path(__file__).parent.parent
 OUTPUT = "output.txt"
@@ -22,6 +24,47 @@ def copy_of_the_project(folder: pathlib.Path) -> pathlib.Path:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
     return folder
+
+
+def plant(folder: pathlib.Path, place: str, old: str, new: str) -> None:
+    """Replace the one `old` in the place of that name in a copy of the project.
+
+    Raises:
+        LookupError: there is no such text, or it is there more than once.
+    """
+    path, at = find(folder, place, old)
+    text = path.read_text()
+    path.write_text(text[:at] + new + text[at + len(old) :])
+
+
+def find(folder: pathlib.Path, place: str, old: str) -> tuple[pathlib.Path, int]:
+    """The file and the position there of a text in the place of that name; raises as `plant`."""
+    found = []
+    for path, (start, end) in _places(folder / "npu_fuse_pass", place):
+        text = path.read_text()
+        found += [(path, m.start()) for m in re.finditer(re.escape(old), text) if start <= m.start() < end]
+    if len(found) != 1:
+        raise LookupError(f"{place} holds the text {old!r} {len(found)} times: write the mutation anew")
+    return found[0]
+
+
+def _places(package: pathlib.Path, name: str) -> Iterator[tuple[pathlib.Path, tuple[int, int]]]:
+    """Files, and from where to where in them a place of this name reaches."""
+    if name == "C++":
+        yield from ((path, (0, len(path.read_text()))) for path in (*package.rglob("*.h"), *package.rglob("*.cpp")))
+    for path in package.rglob("*.py"):
+        text = path.read_text()
+        starts = [0, *(m.end() for m in re.finditer("\n", text)), len(text)]
+        for node in _named(ast.parse(text).body, name):
+            yield path, (starts[node.lineno - 1], starts[node.end_lineno or node.lineno])
+
+
+def _named(body: Sequence[ast.stmt], name: str) -> Iterator[ast.stmt]:
+    first, _, rest = name.partition(".")
+    for node in body:
+        targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
+        if first in (getattr(node, "name", None), *map(ast.unparse, targets)):
+            yield from _named(getattr(node, "body", []), rest) if rest else [node]
 
 
 def run_tests(folder: pathlib.Path, tests: Sequence[str], environment: Mapping[str, str]) -> tuple[int | None, str]:
