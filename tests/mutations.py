@@ -164,11 +164,7 @@ MUTATIONS = [
         _small("every_element_is_written_whatever_the_size"),
     ),
     Mutation(
-        "a maximum starts at zero",
-        "_NEUTRAL",
-        '"amax": "-INFINITY"',
-        '"amax": "0.0"',
-        _small("extremes_of_one_sign"),
+        "a maximum starts at zero", "_NEUTRAL", '"amax": "-INFINITY"', '"amax": "0.0"', _small("extremes_of_one_sign")
     ),
     Mutation(
         "a reduction leaves out what fills no lane",
@@ -178,18 +174,10 @@ MUTATIONS = [
         REDUCED,
     ),
     Mutation(
-        "fma is a product",
-        "CPP",
-        '"fma": "std::fma({0}, {1}, {2})"',
-        '"fma": "{0} * {1}"',
-        _operation("addcmul"),
+        "fma is a product", "CPP", '"fma": "std::fma({0}, {1}, {2})"', '"fma": "{0} * {1}"', _operation("addcmul")
     ),
     Mutation(
-        "ties of bfloat16 are rounded up",
-        "C++",
-        "u = (u + 0x7fff + ((u >> 16) & 1)) &",
-        "u = (u + 0x8000) &",
-        ROUNDING,
+        "ties of bfloat16 are rounded up", "C++", "u = (u + 0x7fff + ((u >> 16) & 1)) &", "u = (u + 0x8000) &", ROUNDING
     ),
     Mutation(
         "rounding carries into the sign of a NaN",

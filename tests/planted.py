@@ -54,6 +54,8 @@ def _places(package: pathlib.Path, name: str) -> Iterator[tuple[pathlib.Path, tu
         yield from ((path, (0, len(path.read_text()))) for path in (*package.rglob("*.h"), *package.rglob("*.cpp")))
     for path in package.rglob("*.py"):
         text = path.read_text()
+        if name.partition(".")[0] not in text:
+            continue
         starts = [0, *(m.end() for m in re.finditer("\n", text)), len(text)]
         for node in _named(ast.parse(text).body, name):
             yield path, (starts[node.lineno - 1], starts[node.end_lineno or node.lineno])
