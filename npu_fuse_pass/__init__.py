@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from .errors import (
+from npu_fuse_pass.errors import (
     FuseError,
     GradientError,
     NotCapturedError,
@@ -27,16 +27,16 @@ _LAZY = {
     "total": "rules",
     "Rule": "rules",
     "Init": "rules",
-    "RuleOptimizer": "optimizer",
+    "RuleOptimizer": "rules.optimizer",
     "npu_fused": "backend",
-    "compile_step": "compiled_step",
-    "explain": "dry_run",
+    "compile_step": "tools.compile_step",
+    "explain": "tools.explain",
     "fuse_pass": "hook",
     "FusePass": "hook",
-    "CompileReport": "report",
-    "reports": "report",
-    "clear_reports": "report",
-    "clear_cache": "lowerings.cpu_build",
+    "CompileReport": "report.report",
+    "reports": "report.report",
+    "clear_reports": "report.report",
+    "clear_cache": "lowerings.cpu.build",
 }
 
 __all__ = [

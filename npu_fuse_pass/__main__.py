@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _load(name: str) -> Command:
-    return importlib.import_module(f"npu_fuse_pass.commands.{name}")
+    return importlib.import_module(f"npu_fuse_pass.tools.commands.{name}")
 
 
 if __name__ == "__main__":

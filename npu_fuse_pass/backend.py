@@ -12,12 +12,13 @@ import torch
 import torch._dynamo
 from torch import fx
 
-from . import platforms, step_op
-from .causes import FIRST, Cause, recompile
-from .compiled import RuleStep, graph_step, told
-from .errors import FuseError, OptionError
-from .options import Options
-from .report import CompileReport, reports
+from npu_fuse_pass import lower
+from npu_fuse_pass.errors import FuseError, OptionError
+from npu_fuse_pass.options import Options
+from npu_fuse_pass.report.causes import FIRST, Cause, recompile
+from npu_fuse_pass.report.report import CompileReport, reports
+from npu_fuse_pass.rules import core_op
+from npu_fuse_pass.run.rule_step import RuleStep, graph_step, told
 
 _OPTIONS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Options)}
 
@@ -132,19 +133,19 @@ def _checked_options(mode: str | None, options: Mapping[str, Any] | None) -> dic
         raise OptionError(f"unknown option {unknown[0]!r}; allowed are {sorted(_OPTIONS)}")
     asked = {"check_numerics": True} if os.environ.get("NPU_FUSE_CHECK_NUMERICS") == "1" else {}
     chosen = {**_OPTIONS, **asked, **(options or {})}
-    if chosen["platform"] not in platforms.PLATFORMS:
-        raise OptionError(f"platform={chosen['platform']!r}; allowed are {list(platforms.PLATFORMS)}")
+    if chosen["platform"] not in lower.PLATFORMS:
+        raise OptionError(f"platform={chosen['platform']!r}; allowed are {list(lower.PLATFORMS)}")
     for name in ("strict", "check_numerics"):
         if not isinstance(chosen[name], bool):
             raise OptionError(f"{name}={chosen[name]!r}; allowed are True and False")
-    if chosen["layout"] not in platforms.LAYOUTS:
-        raise OptionError(f"layout={chosen['layout']!r}; allowed are {list(platforms.LAYOUTS)}")
+    if chosen["layout"] not in lower.LAYOUTS:
+        raise OptionError(f"layout={chosen['layout']!r}; allowed are {list(lower.LAYOUTS)}")
     if chosen["layout"] != "auto" and chosen["platform"] not in ("auto", "npu"):
         raise OptionError(f"layout with platform={chosen['platform']!r}; it is allowed with 'auto' and 'npu'")
     if not (chosen["dump"] is None or (chosen["dump"] and isinstance(chosen["dump"], (str, os.PathLike)))):
         raise OptionError(f"dump={chosen['dump']!r}; allowed are None and the path of a folder")
-    if chosen["kernels"] not in platforms.KERNELS:
-        raise OptionError(f"kernels={chosen['kernels']!r}; allowed are {list(platforms.KERNELS)}")
+    if chosen["kernels"] not in lower.KERNELS:
+        raise OptionError(f"kernels={chosen['kernels']!r}; allowed are {list(lower.KERNELS)}")
     _check_torchair_config(chosen["torchair_config"], chosen["platform"])
     return chosen
 
@@ -154,7 +155,7 @@ def _check_torchair_config(config: Any, platform: str) -> None:
         return
     if platform not in ("auto", "npu"):
         raise OptionError(f"torchair_config with platform={platform!r}; it is allowed with 'auto' and 'npu'")
-    if not platforms.is_torchair_config(config):
+    if not lower.is_torchair_config(config):
         raise OptionError(f"torchair_config={config!r}; allowed are None and a torchair.CompilerConfig")
     if (mode := config.mode.value) != "max-autotune":
         why = "other modes capture kernels, and would repeat the numbers of the step that was captured"
@@ -164,6 +165,6 @@ def _check_torchair_config(config: Any, platform: str) -> None:
 def _rule_step(gm: fx.GraphModule) -> str | None:
     """The handle of the optimizer, if the graph is the core of one of ours."""
     calls = [n for n in gm.graph.nodes if n.op not in ("placeholder", "output")]
-    if len(calls) == 1 and calls[0].target is step_op.rule_step:
+    if len(calls) == 1 and calls[0].target is core_op.rule_step:
         return str(calls[0].args[1])
     return None

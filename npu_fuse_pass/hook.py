@@ -10,8 +10,8 @@ from typing import Any
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from . import pipeline
-from .splice import splice
+from npu_fuse_pass import pipeline
+from npu_fuse_pass.passes.splice import splice
 
 
 class FusePass(CustomGraphPass):

@@ -15,27 +15,27 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, fx
 
-from . import platforms
-from .capture import capture
-from .causes import FIRST, Cause
-from .decide import decide
-from .dump.contents import Contents
-from .dump.folder import wanted
-from .effects import recorded
-from .errors import UnfusedError
-from .group import group, group_updates
-from .ir import Call, Captured, Group, Leaf
-from .logs import announce, timed, warn_unfused
-from .lowerings import node
-from .match import match
-from .match_result import NoMatch
-from .options import Options
-from .report import CompileReport, record
-from .rewrite import rewrite
-from .rounds import total_slots
-from .rows import Matches, show_matches, traffic
-from .storage import Batch, inputs_of
-from .trace import capture_batches
+from npu_fuse_pass import lower
+from npu_fuse_pass.capture.graph import capture
+from npu_fuse_pass.capture.rule import capture_batches
+from npu_fuse_pass.dump.contents import Contents
+from npu_fuse_pass.dump.folder import wanted
+from npu_fuse_pass.errors import UnfusedError
+from npu_fuse_pass.fx_nodes.effects import recorded
+from npu_fuse_pass.ir.totals import total_slots
+from npu_fuse_pass.ir.types import Call, Captured, Group, Leaf
+from npu_fuse_pass.lowerings.cpu import graph_op
+from npu_fuse_pass.match.find import match
+from npu_fuse_pass.match.result import NoMatch
+from npu_fuse_pass.options import Options
+from npu_fuse_pass.passes.group import group, group_updates
+from npu_fuse_pass.passes.rewrite import rewrite
+from npu_fuse_pass.passes.specialise import decide
+from npu_fuse_pass.report.causes import FIRST, Cause
+from npu_fuse_pass.report.logs import announce, timed, warn_unfused
+from npu_fuse_pass.report.report import CompileReport, record
+from npu_fuse_pass.report.rows import Matches, show_matches, traffic
+from npu_fuse_pass.rules.batch import Batch, inputs_of
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Fused:
 
     captured: Captured
     groups: Sequence[Group]
-    program: platforms.Program | None
+    program: lower.Program | None
     report: CompileReport
 
 
@@ -95,9 +95,9 @@ def fuse_functional(gm: fx.GraphModule, strict: bool, kernels: bool) -> Fused | 
     options = Options("graph cpu" if kernels and on_cpu else "graph", strict)
     fused = _fuse(lambda: captured, options, FIRST, original=gm)
     if fused.report.platform == "graph cpu" and fused.report.fused_graph is not None:
-        node.use_kernels(fused.report.fused_graph)
+        graph_op.use_kernels(fused.report.fused_graph)
     if not kernels:
-        platforms.serve_torchair()
+        lower.serve_torchair()
     return fused
 
 
@@ -122,7 +122,7 @@ def _fuse(
     options: Options,
     cause: Cause,
     graph_break: str | None = None,
-    values: platforms.Values = None,
+    values: lower.Values = None,
     original: fx.GraphModule | None = None,
     number: Number | None = None,
 ) -> Fused:
@@ -132,15 +132,15 @@ def _fuse(
         members, unfused = sum(len(u.members) for u in captured.updates), len(captured.unfused)
         said.append(f"{members} updates of {len(captured.leaves)} leaves; {unfused} operations unfused")
     report.unfused = list(captured.unfused)
-    program: platforms.Program | None = None
+    program: lower.Program | None = None
     stages: list[tuple[list[Group], list[Call]]] = []
     groups: list[Group] = []
     report._graph = functools.cache(lambda: _rewrite(captured.leaves, groups, stages))  # when it is asked for
     if captured.unfused and not captured.updates:
         report.fallback = f"{captured.unfused[0].op}: {captured.unfused[0].reason}"
     elif captured.updates:
-        platforms.choose(report, captured.leaves)
-        if number is not None and report.platform in platforms.DECIDED_BEFORE:
+        lower.choose(report, captured.leaves)
+        if number is not None and report.platform in lower.DECIDED_BEFORE:
             captured = decide(captured, number)
             report.decided = list(dict.fromkeys(map(str, captured.decided)))
         with timed(report.seconds, "group") as said:
@@ -148,10 +148,10 @@ def _fuse(
             groups = group(captured)
             said += [f"{g.name} x {len(g.members)}" for g in groups]
         matches = functools.cache(lambda: _match(groups, captured.leaves, report))
-        if report.platform in platforms.MATCHED_BEFORE:
+        if report.platform in lower.MATCHED_BEFORE:
             matches()
         with _without_collection(), timed(report.seconds, "lower") as said:
-            program = platforms.lower(captured.leaves, stages, groups, report, options, values, matches)
+            program = lower.lower(captured.leaves, stages, groups, report, options, values, matches)
             said += [f"{g.lowering}: {g.launches} x {g.kernel}" for g in report.groups] or [str(report.fallback)]
         report.bytes_per_element = traffic(captured, report)
         show_matches(report, groups, captured.leaves, matches)
@@ -166,11 +166,11 @@ def _fuse(
     return Fused(captured, groups, program, report)
 
 
-def _dump(options: Options, contents: Callable[[], Contents], program: platforms.Program | None) -> None:
+def _dump(options: Options, contents: Callable[[], Contents], program: lower.Program | None) -> None:
     """Leave files to read, where that is asked for."""
     root = wanted(options.dump)
     if root is not None:
-        from .dump.write import write, write_graphs
+        from npu_fuse_pass.dump.write import write, write_graphs
 
         path, texts = write(root, contents), getattr(program, "texts", None)
         if path is not None and texts is not None:
@@ -180,20 +180,20 @@ def _dump(options: Options, contents: Callable[[], Contents], program: platforms
 def _contents(
     original: fx.GraphModule | None,
     captured: Captured,
-    stages: platforms.Stages,
+    stages: lower.Stages,
     groups: Sequence[Group],
     report: CompileReport,
-    program: platforms.Program | None,
+    program: lower.Program | None,
 ) -> Contents:
-    from .lowerings import cpu_codegen
+    from npu_fuse_pass.lowerings.cpu import codegen
 
     sources: dict[str, str] = {}
     if report.platform in ("cpu", "graph cpu"):
         begin = '#include "cpu_kernel.h"  // npu_fuse_pass/lowerings/cpu_kernel.h\n'
         for made in [*(made for made, _ in stages), groups]:
             for g, totals in zip(made, total_slots(made, captured.leaves), strict=True):
-                text = cpu_codegen.generate(g.name, g.formula, totals).text
-                sources[g.name] = text.replace(cpu_codegen.PRELUDE, begin)
+                text = codegen.generate(g.name, g.formula, totals).text
+                sources[g.name] = text.replace(codegen.PRELUDE, begin)
     ge = getattr(program, "texts", None)
     return Contents(original, captured, stages, groups, report, sources, ge.graphs if ge is not None else {})
 
@@ -212,7 +212,7 @@ def _match(groups: Sequence[Group], leaves: Sequence[Leaf], report: CompileRepor
         return found
 
 
-def _rewrite(leaves: Sequence[Leaf], groups: Sequence[Group], stages: platforms.Stages) -> fx.GraphModule:
+def _rewrite(leaves: Sequence[Leaf], groups: Sequence[Group], stages: lower.Stages) -> fx.GraphModule:
     """The fused graph; its time is in nobody's way, so it is logged and not in the report."""
     with timed({}, "rewrite") as said:
         made = rewrite(leaves, groups, stages)

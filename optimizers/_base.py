@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim.optimizer import required
 
-from npu_fuse_pass.optimizer import RuleOptimizer
+from npu_fuse_pass.rules.optimizer import RuleOptimizer
 
 __all__ = ["NpuFusedOptimizer", "refuse"]
 

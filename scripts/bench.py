@@ -28,7 +28,7 @@ from bench_cases import FAMILIES, WORKLOADS, Family, Workload, peers
 from bench_measure import compile_cost, extra_memory, inductor_cost, machine, race
 
 import optimizers
-from npu_fuse_pass.lowerings import cpu_look
+from npu_fuse_pass.lowerings.cpu import native_look
 
 QUICK = {
     "1000 x 1024": ("Adam", "AdamW", "SGD momentum", "RMSpropTF", "LAMB", "own rule"),
@@ -207,7 +207,7 @@ def main() -> None:
     whole = not given.only
     counts = given.stages if given.stages is not None else (10, 100) if given.quick else STAGE_COUNTS
     rows = stages(counts, given.inductor) if whole or given.stages else []
-    if not cpu_look.wait():
+    if not native_look.wait():
         print("the native look at tensors cannot be compiled here: steps of many tensors are slower than they could be")
     parts = calls() if whole else {}
     sizes = GROWTH_COUNTS[:-1:2] if given.quick else GROWTH_COUNTS

@@ -13,8 +13,9 @@ import torch
 from bench_cases import Family, Step, Workload, parameters
 from bench_measure import fresh_gradients
 
-from npu_fuse_pass.lowerings import cpu, cpu_kernel
-from npu_fuse_pass.prelude import Prelude
+from npu_fuse_pass.lowerings.cpu import kernel as cpu_kernel
+from npu_fuse_pass.lowerings.cpu import program as cpu
+from npu_fuse_pass.rules.prelude import Prelude
 
 _STEPS = 100
 _LOOK = "look: gradients, whether all tensors are as they were, addresses"

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 import optimizers
-from npu_fuse_pass import step_op
-from npu_fuse_pass.optimizer import RuleOptimizer
-from npu_fuse_pass.rules import rule, zeros
-from npu_fuse_pass.shapes import Shape, gpt2, resnet50
+from npu_fuse_pass.rules import core_op, rule, zeros
+from npu_fuse_pass.rules.optimizer import RuleOptimizer
+from npu_fuse_pass.tools.shapes import Shape, gpt2, resnet50
 from optimizers.paddle import RMSProp
 
 INDUCTOR_AT_MOST = 200  # parameters; with 1000 it compiles for many minutes
@@ -146,7 +145,7 @@ def parameters(workload: Workload) -> Params:
 
 def rule_through_inductor(opt: RuleOptimizer) -> Step:
     """The step of an optimizer of ours with Inductor as the compiler of its loop over parameters."""
-    run = torch.compile(step_op.run_rules, backend="inductor", fullgraph=True)
+    run = torch.compile(core_op.run_rules, backend="inductor", fullgraph=True)
 
     def step() -> None:
         opt._before(None)

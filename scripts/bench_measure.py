@@ -17,7 +17,8 @@ from bench_cases import Params, Step
 from torch import Tensor
 
 import npu_fuse_pass
-from npu_fuse_pass.lowerings import cpu_build, cpu_look
+from npu_fuse_pass.lowerings.cpu import build as cpu_build
+from npu_fuse_pass.lowerings.cpu import native_look
 
 HEAT = 5
 """Rounds that everybody takes part in."""
@@ -130,14 +131,14 @@ def race(contestants: dict[str, tuple[Params, Step]], seconds: float, multiplied
 def cold_kernels() -> Iterator[None]:
     """No kernel on disk or loaded, so that C++ is compiled; the library for `cpu_look` too, in the background."""
     cpu_build._loaded.clear()
-    cpu_look.forget()
+    native_look.forget()
     before = os.environ.get("NPU_FUSE_CACHE_DIR")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["NPU_FUSE_CACHE_DIR"] = folder
         try:
             yield
         finally:
-            cpu_look.wait()  # it may be compiling into this folder
+            native_look.wait()  # it may be compiling into this folder
             os.environ.pop("NPU_FUSE_CACHE_DIR")
             if before is not None:
                 os.environ["NPU_FUSE_CACHE_DIR"] = before

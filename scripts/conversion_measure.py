@@ -15,7 +15,9 @@ from conversion_cases import Make
 
 import npu_fuse_pass
 from npu_fuse_pass.backend import npu_fused
-from npu_fuse_pass.lowerings import npu, npu_converters, npu_graph
+from npu_fuse_pass.lowerings.npu import program as npu
+from npu_fuse_pass.lowerings.npu.graph import graph as npu_graph
+from npu_fuse_pass.lowerings.npu.graph import list_converters
 
 harness: Any = importlib.import_module("harness")  # tests/npu/harness.py
 
@@ -44,8 +46,8 @@ class Conversion:
 def as_shipped() -> Iterator[None]:
     """Torchair without the converters that this package adds to it."""
     npu.require()
-    added = {op: op._ge_converter for op in npu_converters.REPLACED}
-    put(npu_converters.REPLACED)
+    added = {op: op._ge_converter for op in list_converters.REPLACED}
+    put(list_converters.REPLACED)
     try:
         yield
     finally:
@@ -63,7 +65,7 @@ def put(converters: Mapping[Any, Any]) -> None:
 
 def lacks_converter(node: torch.fx.Node) -> bool:
     """Whether torchair cannot convert an operation."""
-    return isinstance(node.target, torch._ops.OpOverload) and npu_converters.lacks(node.target)
+    return isinstance(node.target, torch._ops.OpOverload) and list_converters.lacks(node.target)
 
 
 def written_by(node: torch.fx.Node) -> int:

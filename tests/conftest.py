@@ -13,7 +13,7 @@ import pytest
 @pytest.fixture(autouse=True, scope="session")
 def native_look() -> None:
     """Without it, most tests have too few parameters for the native look."""
-    from npu_fuse_pass.lowerings import cpu_look
+    from npu_fuse_pass.lowerings.cpu import native_look as cpu_look
 
     cpu_look.WORTH = 1
     cpu_look.wait()

@@ -11,8 +11,8 @@ from torch import Tensor, fx
 
 from npu_fuse_pass import pipeline
 from npu_fuse_pass.dump.contents import Contents
-from npu_fuse_pass.group import group, group_updates
 from npu_fuse_pass.options import Options
+from npu_fuse_pass.passes.group import group, group_updates
 
 
 def parameters(count: int, shapes: Sequence[tuple[int, ...]] = ((3, 4), (5,))) -> list[torch.nn.Parameter]:

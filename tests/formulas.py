@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from npu_fuse_pass.expr import Builder, Expr
-from npu_fuse_pass.formula_text import serialise
-from npu_fuse_pass.ir import Formula, Slot
+from npu_fuse_pass.ir.expr import Builder, Expr
+from npu_fuse_pass.ir.text import serialise
+from npu_fuse_pass.ir.types import Formula, Slot
 
 SLOTS = (
     *(Slot(tensor=True, dtype=torch.float64) for _ in range(3)),

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from npu_fuse_pass.capture import capture
-from npu_fuse_pass.group import group
-from npu_fuse_pass.ir import Captured, Group
-from npu_fuse_pass.lowerings import cpu, eager
+from npu_fuse_pass.capture.graph import capture
+from npu_fuse_pass.ir.types import Captured, Group
+from npu_fuse_pass.lowerings import eager
+from npu_fuse_pass.lowerings.cpu import program as cpu
+from npu_fuse_pass.passes.group import group
 
 PROGRAMS: dict[str, Callable[..., Any]] = {"kernel": cpu.Program, "interpreter": eager.Program}
 

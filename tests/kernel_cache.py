@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from npu_fuse_pass.lowerings import cpu_build
+from npu_fuse_pass.lowerings.cpu import build as cpu_build
 from optimizers import NpuFusedAdam
 
 from .cases import BY_NAME

@@ -16,8 +16,8 @@ import torch
 import torch._inductor.inductor_prims  # defines torch.ops.prims.fma
 from torch import fx
 
-from npu_fuse_pass.ir import Captured, Group
-from npu_fuse_pass.match import match_group
+from npu_fuse_pass.ir.types import Captured, Group
+from npu_fuse_pass.match.find import match_group
 
 from .graphs import fused
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from npu_fuse_pass import expr, formula_text
-from npu_fuse_pass.capture import capture
-from npu_fuse_pass.group import group
+from npu_fuse_pass.capture.graph import capture
+from npu_fuse_pass.ir import expr
+from npu_fuse_pass.ir import text as formula_text
+from npu_fuse_pass.passes.group import group
 
 from .graphs import check, fused, run, traced
 

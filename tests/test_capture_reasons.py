@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 import npu_fuse_pass
-from npu_fuse_pass.capture import capture
+from npu_fuse_pass.capture.graph import capture
 
 from .graphs import check, traced
 from .test_capture import f64

@@ -12,8 +12,8 @@ import torch
 
 import npu_fuse_pass
 import optimizers.paddle
-from npu_fuse_pass.lowerings import cpu_kernel
-from npu_fuse_pass.numerics import relative_error
+from npu_fuse_pass.lowerings.cpu import kernel as cpu_kernel
+from npu_fuse_pass.run.check_numerics import relative_error
 
 from .support import clones, error, gradients, parameters, set_gradients
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from npu_fuse_pass import rule, total, zeros
-from npu_fuse_pass.formula_text import parse
-from npu_fuse_pass.lowerings import cpu_kernel, cpu_passes
-from npu_fuse_pass.lowerings.cpu_codegen import generate
+from npu_fuse_pass.ir.text import parse
+from npu_fuse_pass.lowerings.cpu import kernel as cpu_kernel
+from npu_fuse_pass.lowerings.cpu import sweeps
+from npu_fuse_pass.lowerings.cpu.codegen import generate
 
 from .cases import BY_NAME
 from .support import assert_close, assert_fused, compiled, gradients, last_report, parameters, set_gradients
@@ -162,7 +163,7 @@ def run(make: Callable[[Any], Any], states: Sequence[str], dtype: torch.dtype, m
 
 def late(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is written by the last pass."""
-    monkeypatch.setattr(cpu_passes._Search, "_early", lambda *_: ())
+    monkeypatch.setattr(sweeps._Search, "_early", lambda *_: ())
 
 
 def oracle(case: Early) -> list[Tensor]:
@@ -242,7 +243,7 @@ slot 3: f32
 %7: f32[] = cast(%6, f32)
 write $0 = %5
 write $1 = %7"""
-    exact, rounded = (cpu_passes.plan(parse(text.format(dtype))).bytes for dtype in ("f64", "f32"))
+    exact, rounded = (sweeps.plan(parse(text.format(dtype))).bytes for dtype in ("f64", "f32"))
     assert exact == [12 + 8 + 8 + 4] and rounded == [12 + 12 + 4 + 4]
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npu_fuse_pass.formula_text import parse
-from npu_fuse_pass.lowerings import cpu_tables
-from npu_fuse_pass.lowerings.cpu_tables import Tables
+from npu_fuse_pass.ir.text import parse
+from npu_fuse_pass.lowerings.cpu import tables as cpu_tables
+from npu_fuse_pass.lowerings.cpu.tables import Tables
 
 HALVED = parse("slot 0: f32[]\n%0: f32[] = mul($0, $0)\nwrite $0 = %0")
 

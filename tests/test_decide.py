@@ -11,11 +11,13 @@ from torch import Tensor
 
 import npu_fuse_pass
 import optimizers
-from npu_fuse_pass import compiled, ir, platforms, rule, zeros
+from npu_fuse_pass import lower, rule, zeros
 from npu_fuse_pass.backend import npu_fused
-from npu_fuse_pass.decide import decide
-from npu_fuse_pass.expr import postorder
-from npu_fuse_pass.trace import capture_batches
+from npu_fuse_pass.capture.rule import capture_batches
+from npu_fuse_pass.ir import types
+from npu_fuse_pass.ir.expr import postorder
+from npu_fuse_pass.passes.specialise import decide
+from npu_fuse_pass.run import rule_step
 from tests.dumped import parameters
 from tests.test_dump_files import run_script
 
@@ -29,11 +31,11 @@ def forget() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def decided(optimizer: Any) -> ir.Captured:
+def decided(optimizer: Any) -> types.Captured:
     """The captured step of an optimizer, decided with its numbers."""
     optimizer._before(None)
     batches = optimizer._prelude.batches
-    values = compiled.inputs_of(batches)
+    values = rule_step.inputs_of(batches)
     return decide(capture_batches(batches), lambda leaf: values[leaf.index])
 
 
@@ -51,7 +53,7 @@ def made_with(test: Callable[[Tensor], Tensor]) -> Rule:
     return tested
 
 
-def left_over(captured: ir.Captured) -> int:
+def left_over(captured: types.Captured) -> int:
     return sum(e.op == "where" for e in postorder([e for u in captured.updates for _, e in u.writes]))
 
 
@@ -98,7 +100,7 @@ def test_a_branch_that_is_one_number_for_all_elements_stays() -> None:
 def test_programs_that_are_kept_and_their_dumps(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     """On a CPU nothing is decided; here it is, to see the dump's script compare the two graphs with such numbers."""
     for place in (("cpu",), ()):
-        monkeypatch.setattr(platforms, "DECIDED_BEFORE", place)
+        monkeypatch.setattr(lower, "DECIDED_BEFORE", place)
         npu_fuse_pass.clear_reports()
         torch.manual_seed(0)
         both = [[torch.nn.Parameter(p.detach().clone()) for p in like] for like in [parameters(3)] * 2]

@@ -13,7 +13,7 @@ from torch import Tensor
 import npu_fuse_pass
 import optimizers
 from npu_fuse_pass.errors import PlatformError
-from npu_fuse_pass.lowerings import cpu
+from npu_fuse_pass.lowerings.cpu import program as cpu
 
 from .support import MODES, assert_close, gradients, parameters, set_gradients
 

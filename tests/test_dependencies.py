@@ -20,31 +20,36 @@ SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 # Stages hand typed values (ir.py) to each other and never import each other; only the pipeline imports them.
 STAGES = {
     "capture": (
-        *("npu_fuse_pass.capture", "npu_fuse_pass.capture_totals", "npu_fuse_pass.capture_updates"),
-        *("npu_fuse_pass.trace", "npu_fuse_pass.inline"),
+        *("npu_fuse_pass.capture.graph", "npu_fuse_pass.capture.totals", "npu_fuse_pass.capture.updates"),
+        *("npu_fuse_pass.capture.rule", "npu_fuse_pass.capture.inline"),
     ),
-    "decide": ("npu_fuse_pass.decide",),
-    "group": ("npu_fuse_pass.group",),
+    "decide": ("npu_fuse_pass.passes.specialise",),
+    "group": ("npu_fuse_pass.passes.group",),
     "match": (
-        *("npu_fuse_pass.match", "npu_fuse_pass.match_check", "npu_fuse_pass.match_poly", "npu_fuse_pass.match_solve"),
-        *("npu_fuse_pass.match_value", "npu_fuse_pass.match_write", "npu_fuse_pass.symbolic"),
+        *(
+            "npu_fuse_pass.match.find",
+            "npu_fuse_pass.match.verify",
+            "npu_fuse_pass.match.polynomial",
+            "npu_fuse_pass.match.solve",
+        ),
+        *("npu_fuse_pass.match.value", "npu_fuse_pass.match.write", "npu_fuse_pass.match.algebra"),
     ),
-    "rewrite": ("npu_fuse_pass.rewrite",),
+    "rewrite": ("npu_fuse_pass.passes.rewrite",),
     "lower": ("npu_fuse_pass.lowerings",),
 }
 MAY_IMPORT_STAGES = {
     "npu_fuse_pass.pipeline": tuple(STAGES),
-    "npu_fuse_pass.platforms": ("lower",),
+    "npu_fuse_pass.lower": ("lower",),
     "npu_fuse_pass.backend": ("capture",),  # it hands the pipeline the capture that fits what Dynamo gave it
-    "npu_fuse_pass.selftest.environment": ("lower",),  # it asks whether a lowering can be used here
+    "npu_fuse_pass.tools.selftest.environment": ("lower",),  # it asks whether a lowering can be used here
 }
 # What optimizers may use of npu_fuse_pass: the rule side, nothing of the compiler.
-RULE_SIDE = ("npu_fuse_pass.rules", "npu_fuse_pass.optimizer", "npu_fuse_pass.errors")
+RULE_SIDE = ("npu_fuse_pass.rules", "npu_fuse_pass.errors")
 # Packages besides the standard library and torch, and who may import them, inside functions only.
 THIRD_PARTY = {
-    "sympy": ("npu_fuse_pass.match", "npu_fuse_pass.symbolic"),
-    "torch_npu": ("npu_fuse_pass.lowerings.npu", "npu_fuse_pass.selftest"),  # the selftest times its optimizers
-    "torchair": ("npu_fuse_pass.lowerings.npu", "npu_fuse_pass.lowerings.npu_convert"),
+    "sympy": ("npu_fuse_pass.match.find", "npu_fuse_pass.match.algebra"),
+    "torch_npu": ("npu_fuse_pass.lowerings.npu.program", "npu_fuse_pass.tools.selftest"),  # times its optimizers
+    "torchair": ("npu_fuse_pass.lowerings.npu.program", "npu_fuse_pass.lowerings.npu.graph.converters"),
 }
 # What is slow to import: only the backend, which torch.compile loads, and Inductor's hook may do so while loading.
 COMPILER = ("torch._dynamo", "torch._inductor", "torch._functorch")
@@ -53,17 +58,17 @@ MAY_LOAD_COMPILER = ("npu_fuse_pass.backend", "npu_fuse_pass.hook")
 MAY_USE_PRIVATE_TORCH = ("npu_fuse_pass.backend", *STAGES["capture"], *STAGES["lower"])
 NO_PUBLIC_NAME = ("torch._ops.OpOverload",)  # the class of operations
 PRIVATE_TORCH_EXCEPTIONS = {
-    "npu_fuse_pass.optimizer": {
+    "npu_fuse_pass.rules.optimizer": {
         "torch._dynamo.eval_frame.skip_code": "marks `step` as the eager prelude",
         "torch._dynamo.disable": "keeps what must not be captured out of larger graphs",
         "torch.optim.optimizer._global_optimizer_pre_hooks": "the prelude runs these hooks itself",
         "torch.optim.optimizer._global_optimizer_post_hooks": "the prelude runs these hooks itself",
     },
     "npu_fuse_pass.dump.folder": {"torch._dynamo.utils.get_debug_dir": "where TORCH_COMPILE_DEBUG=1 puts files"},
-    "npu_fuse_pass.meta": {"torch.utils._python_dispatch.TorchDispatchMode": "sees what a rule reads"},
-    "npu_fuse_pass.same_tensors": {"torch._C._dynamo.guards.TensorGuards": "compares a list of tensors in one call"},
-    "npu_fuse_pass.observe": {"torch.autograd._profiler_enabled": "a script may have a profiler of its own"},
-    "npu_fuse_pass.logs": {"torch._logging._internal": "writes to the trace log that tlparse reads"},
+    "npu_fuse_pass.rules.checks": {"torch.utils._python_dispatch.TorchDispatchMode": "sees what a rule reads"},
+    "npu_fuse_pass.tensors.same": {"torch._C._dynamo.guards.TensorGuards": "compares a list of tensors in one call"},
+    "npu_fuse_pass.tools.observe": {"torch.autograd._profiler_enabled": "a script may have a profiler of its own"},
+    "npu_fuse_pass.report.logs": {"torch._logging._internal": "writes to the trace log that tlparse reads"},
     "npu_fuse_pass.hook": {"torch._inductor.custom_graph_pass": "the class of passes that Inductor can cache"},
 }
 
@@ -201,21 +206,21 @@ def test_exceptions_are_still_needed() -> None:
 @pytest.mark.parametrize(
     ("name", "source", "complaint"),
     [
-        ("npu_fuse_pass.ir", "import numpy", "torch is the only dependency"),
-        ("npu_fuse_pass.ir", "def f():\n    import numpy as np", "torch is the only dependency"),
-        ("npu_fuse_pass.ir", "def f():\n    import sympy", "only npu_fuse_pass.match"),
-        ("npu_fuse_pass.match", "import sympy", "while loading"),
-        ("npu_fuse_pass.lowerings.npu", "try:\n    import torchair\nfinally:\n    pass", "while loading"),
-        ("npu_fuse_pass.lowerings.cpu", "def f():\n    from torch_npu import npu", "only npu_fuse_pass.lowerings.npu"),
-        ("npu_fuse_pass.report", "import optimizers", "a user's own file"),
-        ("npu_fuse_pass.report", "import importlib\nimportlib.import_module('optimizers')", "a user's own"),
-        ("npu_fuse_pass.group", "from .capture import capture", "orders the stages"),
-        ("npu_fuse_pass.group", "from . import capture", "orders the stages"),
+        ("npu_fuse_pass.ir.types", "import numpy", "torch is the only dependency"),
+        ("npu_fuse_pass.ir.types", "def f():\n    import numpy as np", "torch is the only dependency"),
+        ("npu_fuse_pass.ir.types", "def f():\n    import sympy", "only npu_fuse_pass.match"),
+        ("npu_fuse_pass.match.find", "import sympy", "while loading"),
+        ("npu_fuse_pass.lowerings.npu.program", "try:\n    import torchair\nfinally:\n    pass", "while loading"),
+        ("npu_fuse_pass.lowerings.cpu.program", "def f():\n    from torch_npu import npu", "only npu_fuse_pass.low"),
+        ("npu_fuse_pass.report.report", "import optimizers", "a user's own file"),
+        ("npu_fuse_pass.report.report", "import importlib\nimportlib.import_module('optimizers')", "a user's own"),
+        ("npu_fuse_pass.passes.group", "from npu_fuse_pass.capture.graph import capture", "orders the stages"),
+        ("npu_fuse_pass.passes.group", "from npu_fuse_pass.capture import graph", "orders the stages"),
         ("npu_fuse_pass.backend", "def f():\n    from .lowerings.cpu import Program", "orders the stages"),
-        ("npu_fuse_pass.ir", "from npu_fuse_pass.lowerings.cpu import lower", "orders the stages"),
-        ("npu_fuse_pass.report", "import torch._dynamo", "while loading"),
-        ("npu_fuse_pass.report", "import torch\nx = torch.fx._symbolic_trace.Graph", "is private"),
-        ("npu_fuse_pass.report", "from torch.optim.optimizer import _params_doc", "is private"),
+        ("npu_fuse_pass.ir.types", "from npu_fuse_pass.lowerings.cpu import lower", "orders the stages"),
+        ("npu_fuse_pass.report.report", "import torch._dynamo", "while loading"),
+        ("npu_fuse_pass.report.report", "import torch\nx = torch.fx._symbolic_trace.Graph", "is private"),
+        ("npu_fuse_pass.report.report", "from torch.optim.optimizer import _params_doc", "is private"),
         ("optimizers.sgd", "from npu_fuse_pass import backend", "optimizers are rules"),
         ("optimizers.sgd", "def f():\n    import npu_fuse_pass.pipeline", "optimizers are rules"),
     ],
@@ -225,12 +230,14 @@ def test_a_broken_rule_is_noticed(name: str, source: str, complaint: str) -> Non
 
 
 def test_what_is_allowed_is_not_complained_about() -> None:
-    lowering = "import torch\nfrom ..ir import Group\nfrom . import cpu\ndef f():\n    import torchair\n    torch._C"
-    for_types = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .capture import Update"
+    lowering = "import torch\nfrom npu_fuse_pass.ir.types import Group\ndef f():\n    import torchair\n    torch._C"
+    for_types = (
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from npu_fuse_pass.capture.graph import Update"
+    )
     rule = "import math\nfrom npu_fuse_pass.rules import rule\nfrom ._base import NpuFusedOptimizer"
-    assert not violations("npu_fuse_pass.lowerings.npu", lowering)
+    assert not violations("npu_fuse_pass.lowerings.npu.program", lowering)
     assert not violations("npu_fuse_pass.optim", "def f():\n    import optimizers")
-    assert not violations("npu_fuse_pass.group", for_types)
+    assert not violations("npu_fuse_pass.passes.group", for_types)
     assert not violations("optimizers.sgd", rule)
 
 
@@ -251,7 +258,7 @@ def run(code: str, cwd: pathlib.Path, blocked: tuple[str, ...] = ()) -> str:
     ("module", "given"),
     [
         ("npu_fuse_pass", "torch"),
-        ("npu_fuse_pass.rules", "torch"),
+        ("npu_fuse_pass.rules.declaration", "torch"),
         ("optimizers", "torch._dynamo"),  # `step` is marked for Dynamo when the class is made
         ("optimizers.paddle", "torch._dynamo"),
     ],

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from npu_fuse_pass.__main__ import main
-from npu_fuse_pass.doctor import Diagnosis, examine
-from npu_fuse_pass.lowerings import cpu_kernel
-from npu_fuse_pass.observe import observe
+from npu_fuse_pass.lowerings.cpu import kernel as cpu_kernel
+from npu_fuse_pass.tools.doctor import Diagnosis, examine
+from npu_fuse_pass.tools.observe import observe
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BROKEN = pathlib.Path(__file__).parent / "broken"

@@ -14,9 +14,9 @@ from torch import fx
 
 import optimizers
 from npu_fuse_pass.dump.contents import Contents
-from npu_fuse_pass.dump.drawing import Drawing
-from npu_fuse_pass.dump.graphs import all_groups, before
-from npu_fuse_pass.dump.page import page
+from npu_fuse_pass.dump.page.drawing import Drawing
+from npu_fuse_pass.dump.page.graphs import all_groups, before
+from npu_fuse_pass.dump.page.page import page
 
 from .dumped import contents_of, contents_of_rule, parameters
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from npu_fuse_pass.flat import conflicts, flat_buffer
+from npu_fuse_pass.tensors.buffers import conflicts, flat_buffer
 
 CPU = torch.device("cpu")
 

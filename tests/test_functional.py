@@ -14,10 +14,10 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import npu_fuse_pass
-from npu_fuse_pass.capture import capture
-from npu_fuse_pass.group import group
-from npu_fuse_pass.lowerings.node import multi_tensor_kernel
-from npu_fuse_pass.ops import multi_tensor_update
+from npu_fuse_pass.capture.graph import capture
+from npu_fuse_pass.ir.fused_op import multi_tensor_update
+from npu_fuse_pass.lowerings.cpu.graph_op import multi_tensor_kernel
+from npu_fuse_pass.passes.group import group
 
 from .support import clones, error, gradients, parameters, profiled, set_gradients
 

@@ -14,9 +14,10 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from npu_fuse_pass import expr, formula_text, ir
-from npu_fuse_pass.capture import capture
-from npu_fuse_pass.group import group
+from npu_fuse_pass.capture.graph import capture
+from npu_fuse_pass.ir import expr, types
+from npu_fuse_pass.ir import text as formula_text
+from npu_fuse_pass.passes.group import group
 from npu_fuse_pass.rules import rule
 
 from .formulas import FORMULAS
@@ -46,7 +47,7 @@ def test_the_parsed_text_keeps_every_kind_of_expression():
     wide = b.cast(p, torch.float32)
     truth = b.op("and", b.op("lt", wide, s), wide)  # makes a "zero" to compare with
     value = b.cast(b.op("where", truth, wide, b.op("fma", wide, s, wide)), torch.bfloat16)
-    slots = (ir.Slot(True, torch.bfloat16), ir.Slot(False, torch.float64))
+    slots = (types.Slot(True, torch.bfloat16), types.Slot(False, torch.float64))
     text = formula_text.serialise(slots, [(0, value)], [b.reduce("sum", wide)])
     again = formula_text.parse(text)
     assert formula_text.serialise(again.slots, again.writes, again.contributions) == text

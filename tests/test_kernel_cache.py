@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from npu_fuse_pass import clear_cache
-from npu_fuse_pass.lowerings import cpu_build
+from npu_fuse_pass.lowerings.cpu import build as cpu_build
 
 from .kernel_cache import Path, counting_compiler, digest, fused, own_cache, put, record_loads, script, train_compiled
 

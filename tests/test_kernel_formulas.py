@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from npu_fuse_pass.ir import Formula, Group, Leaf
-from npu_fuse_pass.lowerings import cpu, eager
+from npu_fuse_pass.ir.types import Formula, Group, Leaf
+from npu_fuse_pass.lowerings import eager
+from npu_fuse_pass.lowerings.cpu import program as cpu
 
 from .formulas import EXACT_FORMULAS, LABELS
 from .graphs import ulps
@@ -66,7 +67,7 @@ slot 2: scalar
 write $0 = %8
 write $1 = %7
 write $2 = %9"""
-    from npu_fuse_pass.formula_text import parse
+    from npu_fuse_pass.ir.text import parse
 
     leaves = [Leaf("input", n, i, dtype=torch.float32, shape=(40_000,)) for i, n in enumerate("pq")]
     leaves.append(Leaf("input", "s", 2))

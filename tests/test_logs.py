@@ -20,10 +20,10 @@ from torch import Tensor
 
 import npu_fuse_pass
 import optimizers
-from npu_fuse_pass import causes
 from npu_fuse_pass.errors import GraphRefused
-from npu_fuse_pass.lowerings import cpu
-from npu_fuse_pass.remedies import fallback_remedy
+from npu_fuse_pass.lowerings.cpu import program as cpu
+from npu_fuse_pass.report import causes
+from npu_fuse_pass.report.remedies import fallback_remedy
 
 from .support import gradients, parameters, set_gradients
 

@@ -17,8 +17,9 @@ from torch import Tensor
 
 import npu_fuse_pass
 import optimizers
-from npu_fuse_pass.lowerings import cpu_build, cpu_look
-from npu_fuse_pass.prelude import Prelude
+from npu_fuse_pass.lowerings.cpu import build as cpu_build
+from npu_fuse_pass.lowerings.cpu import native_look
+from npu_fuse_pass.rules.prelude import Prelude
 
 from .cases import CASES
 from .kernel_cache import Path, counting_compiler, forget, own_cache
@@ -36,13 +37,13 @@ def watched(opt: Any) -> bool:
 def looks(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """What every look from here on finds."""
     found: list[bool] = []
-    same = cpu_look.Look.same
+    same = native_look.Look.same
 
-    def noting(self: cpu_look.Look, given: Any) -> bool:
+    def noting(self: native_look.Look, given: Any) -> bool:
         found.append(same(self, given))
         return found[-1]
 
-    monkeypatch.setattr(cpu_look.Look, "same", noting)
+    monkeypatch.setattr(native_look.Look, "same", noting)
     return found
 
 
@@ -216,7 +217,7 @@ def test_memory_given_back_under_a_tensor_is_not_touched() -> None:
         step()
     grad = params[0].grad
     assert grad is not None
-    look = cpu_look.Look([*params], cpu_look._library["native"])
+    look = native_look.Look([*params], native_look._library["native"])
     assert look.same(None)
     params[0].untyped_storage().resize_(0)
     assert not look.same(None)
@@ -254,7 +255,7 @@ def test_no_tensor_is_kept_alive() -> None:
 
 def test_only_tensors_of_the_same_kind_are_the_same() -> None:
     x = torch.ones(4)
-    look = cpu_look.Look([x], cpu_look._library["native"])
+    look = native_look.Look([x], native_look._library["native"])
     others: list[Any] = [torch.ones(5), torch.ones(4).double(), torch.ones(4, 1), torch._neg_view(x), x.to("meta")]
     others += [None, 1.0, torch.nn.Parameter(x), torch.ones(8)[::2], torch.ones(4).to_sparse()]
     assert look.same([x]) and look.same([torch.ones(4)]) and look.same(None)
@@ -263,12 +264,12 @@ def test_only_tensors_of_the_same_kind_are_the_same() -> None:
 
 def differing_anywhere(threads: int) -> list[bool]:
     """What looks find where one of many tensors is of another kind: at several places, listed and as a gradient."""
-    cpu_look.wait()
+    native_look.wait()
     torch.set_num_threads(threads)
     params = [torch.nn.Parameter(torch.ones(2)) for _ in range(600)]
     set_gradients(params, [torch.ones(2) for _ in params])
     listed = [*params, *(p.grad for p in params if p.grad is not None)]
-    look = cpu_look.Look(listed, cpu_look._library["native"])
+    look = native_look.Look(listed, native_look._library["native"])
     assert look.same(None) and look.same(listed)
     found = []
     for place in (0, 299, 300, 599):
@@ -305,10 +306,10 @@ def test_without_the_library_python_looks_and_the_report_says_so(monkeypatch: py
 
     with monkeypatch.context() as patch:
         patch.setattr(cpu_build, "load", refuse)
-        patch.setattr(cpu_look, "_library", {})
-        cpu_look._load()
-        missing = cpu_look._library
-    monkeypatch.setattr(cpu_look, "_library", missing)
+        patch.setattr(native_look, "_library", {})
+        native_look._load()
+        missing = native_look._library
+    monkeypatch.setattr(native_look, "_library", missing)
     params = parameters(SHAPES)
     twins = clones(params)
     opt, eager = optimizers.NpuFusedAdam(params), torch.optim.Adam(twins)
@@ -322,13 +323,13 @@ def test_without_the_library_python_looks_and_the_report_says_so(monkeypatch: py
 def test_a_second_process_compiles_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     compiler, compiled_often = counting_compiler(tmp_path / "compiler")
     monkeypatch.setenv("CXX", compiler)
-    monkeypatch.setattr(cpu_look, "_library", {})
+    monkeypatch.setattr(native_look, "_library", {})
     with own_cache(tmp_path):
         for _ in range(2):
             forget()
-            cpu_look._library.clear()
-            cpu_look._load()
-            assert list(cpu_look._library) == ["native"]
+            native_look._library.clear()
+            native_look._load()
+            assert list(native_look._library) == ["native"]
     assert compiled_often() == 1
 
 
@@ -336,4 +337,4 @@ def test_a_gradient_of_a_gradient_is_an_object_of_its_own() -> None:
     p, g = parameters(((3,),))[0], torch.ones(3)
     p.grad, g.grad = g, torch.ones(3)
     tensors: list[Tensor] = [p, g, g.grad]
-    assert cpu_look._owners(tensors) == [-1, 0, -1]
+    assert native_look._owners(tensors) == [-1, 0, -1]

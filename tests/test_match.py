@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 import optimizers
-from npu_fuse_pass.capture import capture
-from npu_fuse_pass.group import group
-from npu_fuse_pass.ir import Captured, Group
-from npu_fuse_pass.kernels import KERNELS
-from npu_fuse_pass.match import match_group
-from npu_fuse_pass.match_result import Match, NoMatch
-from npu_fuse_pass.trace import capture_batches
+from npu_fuse_pass.capture.graph import capture
+from npu_fuse_pass.capture.rule import capture_batches
+from npu_fuse_pass.ir.types import Captured, Group
+from npu_fuse_pass.match.find import match_group
+from npu_fuse_pass.match.kernels import KERNELS
+from npu_fuse_pass.match.result import Match, NoMatch
+from npu_fuse_pass.passes.group import group
 
 from .near_misses import NEAR_MISSES, WHOLE
 from .spellings import STEPS, VALUES, Spelling

@@ -11,13 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from npu_fuse_pass import match as stage
-from npu_fuse_pass import match_poly
 from npu_fuse_pass.errors import Unsupported
-from npu_fuse_pass.match import match_group
-from npu_fuse_pass.match_poly import Arithmetic
-from npu_fuse_pass.match_result import Match, NoMatch
-from npu_fuse_pass.symbolic import Algebra
+from npu_fuse_pass.match import find, polynomial
+from npu_fuse_pass.match.algebra import Algebra
+from npu_fuse_pass.match.find import match_group
+from npu_fuse_pass.match.polynomial import Arithmetic
+from npu_fuse_pass.match.result import Match, NoMatch
 
 from .graphs import fused
 from .near_misses import NEAR_MISSES
@@ -76,10 +75,10 @@ def test_matching_never_factors_by_search(monkeypatch: pytest.MonkeyPatch) -> No
         raise AssertionError("factor_list")
 
     monkeypatch.setattr(PolyElement, "factor_list", fail)
-    stage._decide.cache_clear()
+    find._decide.cache_clear()
     for s in SPELLINGS:
         assert s.found(s.modes[0]), s.name
-    stage._decide.cache_clear()
+    find._decide.cache_clear()
 
 
 def steep(rounds: int) -> Any:
@@ -109,10 +108,10 @@ def test_what_is_too_large_is_left(rounds: int, matches: bool) -> None:
 def test_work_is_counted_and_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     """The limit is one of operations: the same decision in every process, on every rank."""
     adam = next(s for s in SPELLINGS if s.name == "lerp")
-    monkeypatch.setattr(match_poly, "_WORK", 1000)
-    stage._decide.cache_clear()
+    monkeypatch.setattr(polynomial, "_WORK", 1000)
+    find._decide.cache_clear()
     found = adam.found("inputs")
-    stage._decide.cache_clear()
+    find._decide.cache_clear()
     assert isinstance(found, NoMatch) and "takes too long" in found.reason
     exact = Arithmetic()
     exact.spend(1000)
@@ -129,12 +128,12 @@ def test_what_decisions_take(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
             made.append(self)
             super().__init__(*args)
 
-    monkeypatch.setattr(stage, "Algebra", Counted)
+    monkeypatch.setattr(find, "Algebra", Counted)
     rows = []
     for s in (*SPELLINGS, *NEAR_MISSES):
         for mode in s.modes:
             captured, only = s.group(mode)
-            stage._decide.cache_clear()
+            find._decide.cache_clear()
             start = time.perf_counter()
             match_group(only, captured.leaves)
             rows.append((time.perf_counter() - start, made[-1].exact.spent, f"{s.name}, {mode}"))
@@ -143,6 +142,6 @@ def test_what_decisions_take(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         slow = max(rows)
         print(
             f"\nmatch: {len(rows)} decisions, median {seconds[len(rows) // 2]:.3f} s, most {slow[0]:.3f} s "
-            f"({slow[2]}); work at most {spent[-1]} of {match_poly._WORK}"
+            f"({slow[2]}); work at most {spent[-1]} of {polynomial._WORK}"
         )
-    assert spent[-1] < 0.8 * match_poly._WORK
+    assert spent[-1] < 0.8 * polynomial._WORK

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 import optimizers
-from npu_fuse_pass.formula_text import parse
-from npu_fuse_pass.group import group
-from npu_fuse_pass.ir import Captured, Group, Leaf
-from npu_fuse_pass.lowerings.npu_split import split
-from npu_fuse_pass.match import match
-from npu_fuse_pass.match_result import Match
-from npu_fuse_pass.ops import evaluate
-from npu_fuse_pass.storage import inputs_of
-from npu_fuse_pass.trace import capture_batches
+from npu_fuse_pass.capture.rule import capture_batches
+from npu_fuse_pass.ir.fused_op import evaluate
+from npu_fuse_pass.ir.text import parse
+from npu_fuse_pass.ir.types import Captured, Group, Leaf
+from npu_fuse_pass.lowerings.npu.emit.split import split
+from npu_fuse_pass.match.find import match
+from npu_fuse_pass.match.result import Match
+from npu_fuse_pass.passes.group import group
+from npu_fuse_pass.rules.batch import inputs_of
 
 from .spellings import Spelling
 from .spellings_more import SPELLINGS

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from npu_fuse_pass.match_result import Match
+from npu_fuse_pass.match.result import Match
 
 from .near_misses import ADAM_MISSES, NEAR_MISSES
 from .spellings import STEPS, VALUES, Spelling

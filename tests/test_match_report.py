@@ -13,10 +13,11 @@ import torch
 
 import npu_fuse_pass
 import optimizers
-from npu_fuse_pass import match as stage
-from npu_fuse_pass import platforms, rows
-from npu_fuse_pass.ir import Group, Leaf
-from npu_fuse_pass.report import CompileReport, KernelMatch
+from npu_fuse_pass import lower as platforms
+from npu_fuse_pass.ir.types import Group, Leaf
+from npu_fuse_pass.match import find
+from npu_fuse_pass.report import rows
+from npu_fuse_pass.report.report import CompileReport, KernelMatch
 
 from .support import assert_fused, compiled, gradients, last_report, parameters, set_gradients
 
@@ -27,9 +28,9 @@ SHAPES = [(3, 4), (5,), (2, 3)]
 def _afresh() -> Iterator[None]:
     """Instances of one class share torch's limit of 8 compiles; decisions are remembered."""
     torch._dynamo.reset()
-    stage._decide.cache_clear()
+    find._decide.cache_clear()
     yield
-    stage._decide.cache_clear()
+    find._decide.cache_clear()
 
 
 def report_of(cls: Any, options: dict[str, Any], **backend: Any) -> Any:
@@ -113,23 +114,23 @@ def test_roles_of_the_leaves() -> None:
 def test_a_cpu_compile_does_not_pay() -> None:
     """Nothing is decided before the report is read; then once, and its time is shown apart."""
     report = report_of(torch.optim.Adam, dict(lr=0.02))
-    assert "match" not in report.seconds and stage._decide.cache_info().misses == 0
+    assert "match" not in report.seconds and find._decide.cache_info().misses == 0
     assert isinstance(report.groups[0].match, KernelMatch)
-    assert stage._decide.cache_info().misses == 1
+    assert find._decide.cache_info().misses == 1
     assert list(report.seconds) == ["capture", "group", "lower", "match"]
     head = str(report).splitlines()[0]
     assert f"lower {report.seconds['lower']:.2f}), then match {report.seconds['match']:.2f}" in head
     before = sum(seconds for name, seconds in report.seconds.items() if name != "match")
     assert f"compiled in {before:.2f} s" in head
     assert report.to_json()["seconds"].keys() == report.seconds.keys()
-    assert stage._decide.cache_info().misses == 1
+    assert find._decide.cache_info().misses == 1
 
 
 def test_the_npu_knows_before_it_lowers(monkeypatch: pytest.MonkeyPatch) -> None:
     decided: list[int] = []
 
     def lower(leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport, *_: Any, **__: Any) -> Any:
-        decided.append(stage._decide.cache_info().misses)
+        decided.append(find._decide.cache_info().misses)
         assert list(report.seconds) == ["capture", "group", "match"]
         report.groups += [rows.group_report(g, leaves, "npu", "", 0, 0) for g in groups]
 
@@ -146,8 +147,8 @@ def test_a_structure_is_decided_once_in_a_process() -> None:
     for options in (dict(lr=0.02), dict(lr=0.03)):
         torch._dynamo.reset()
         assert report_of(torch.optim.Adam, options).groups[0].match.kernel == "adamw"
-    assert stage._decide.cache_info().misses == 1
-    assert stage._decide.cache_info().maxsize  # bounded
+    assert find._decide.cache_info().misses == 1
+    assert find._decide.cache_info().maxsize  # bounded
 
 
 @pytest.mark.parametrize("error", [ImportError("no sympy here"), RecursionError("too deep"), ValueError("a bug")])
@@ -155,7 +156,7 @@ def test_a_failure_is_a_reason(error: Exception, monkeypatch: pytest.MonkeyPatch
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(stage, "Algebra", fail)
+    monkeypatch.setattr(find, "Algebra", fail)
     report = report_of(torch.optim.Adam, dict(lr=0.02))
     (row,) = report.groups
     assert row.match is None
@@ -167,11 +168,11 @@ def test_sympy_is_loaded_when_something_is_matched() -> None:
     """Neither the packages nor the stage load it (torch does, for Dynamo); without it there is a reason."""
     code = """
 import sys
-import torch, npu_fuse_pass.match, npu_fuse_pass.report, npu_fuse_pass.pipeline
+import torch, npu_fuse_pass.match.find, npu_fuse_pass.report.report, npu_fuse_pass.pipeline
 print("sympy" in sys.modules)
 sys.modules["sympy"] = None
-from npu_fuse_pass.match import match_formula
-from npu_fuse_pass.formula_text import parse
+from npu_fuse_pass.match.find import match_formula
+from npu_fuse_pass.ir.text import parse
 text = '''slot 0: f32
 slot 1: f32
 slot 2: f32
@@ -185,7 +186,7 @@ write $0 = %2
 write $2 = %4'''
 print(match_formula(parse(text)).reason)
 del sys.modules["sympy"]
-npu_fuse_pass.match._decide.cache_clear()
+npu_fuse_pass.match.find._decide.cache_clear()
 print(match_formula(parse(text)).kernel.name)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

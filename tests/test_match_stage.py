@@ -13,13 +13,13 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from npu_fuse_pass import match as stage
-from npu_fuse_pass.ir import Formula
-from npu_fuse_pass.kernels import KERNELS
-from npu_fuse_pass.match import match_formula, match_group
-from npu_fuse_pass.match_check import disagreement, relations
-from npu_fuse_pass.match_result import Match, NoMatch
-from npu_fuse_pass.symbolic import Algebra
+from npu_fuse_pass.ir.types import Formula
+from npu_fuse_pass.match import find
+from npu_fuse_pass.match.algebra import Algebra
+from npu_fuse_pass.match.find import match_formula, match_group
+from npu_fuse_pass.match.kernels import KERNELS
+from npu_fuse_pass.match.result import Match, NoMatch
+from npu_fuse_pass.match.verify import disagreement, relations
 
 from .formulas import FORMULAS
 from .graphs import fused
@@ -30,12 +30,12 @@ from .test_match import leaf_values
 
 
 def decisions() -> Any:
-    return stage._decide.cache_info()
+    return find._decide.cache_info()
 
 
 def test_a_structure_is_decided_once() -> None:
     adam = next(s for s in SPELLINGS if s.name == "lerp")
-    stage._decide.cache_clear()
+    find._decide.cache_clear()
     first, second = adam.found("constants"), adam.found("constants")
     assert first.scalars is second.scalars and decisions().misses == 1
     captured, only = adam.group("constants")

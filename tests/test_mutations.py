@@ -10,7 +10,7 @@ from .mutations import MUTATIONS, Mutation
 from .mutations_passes import PASSES
 from .planted import ROOT, copy_of_the_project, find, plant, run_tests
 
-ROOMS = {"npu_fuse_pass", "lowerings"}
+ROOMS = {"aten", "capture", "passes", "cpu", "rules"}
 EVERY = [*MUTATIONS, *PASSES]
 FAILED, PASSED = 1, 0  # pytest's exit codes; others are errors of the run itself
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from npu_fuse_pass.aten_rows import ROWS
-from npu_fuse_pass.aten_shaped import SHAPED
-from npu_fuse_pass.capture import capture
-from npu_fuse_pass.group import group
+from npu_fuse_pass.capture.aten.rows import ROWS
+from npu_fuse_pass.capture.aten.shaped import SHAPED
+from npu_fuse_pass.capture.graph import capture
+from npu_fuse_pass.passes.group import group
 
 from .graphs import check, traced
 

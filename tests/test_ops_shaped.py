@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from npu_fuse_pass import npu_fused
-from npu_fuse_pass.aten_shaped import SHAPED
-from npu_fuse_pass.capture import capture
+from npu_fuse_pass.capture.aten.shaped import SHAPED
+from npu_fuse_pass.capture.graph import capture
 
 from . import test_ops_table as table
 from .graphs import PROGRAMS, check, fused, run, traced, ulps

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from npu_fuse_pass.aten_rows import ROWS
-from npu_fuse_pass.aten_shaped import SHAPED
-from npu_fuse_pass.capture import capture
+from npu_fuse_pass.capture.aten.rows import ROWS
+from npu_fuse_pass.capture.aten.shaped import SHAPED
+from npu_fuse_pass.capture.graph import capture
 
 from .graphs import PROGRAMS, fused, run, traced, ulps
 from .ops_cases import TABLE, Op

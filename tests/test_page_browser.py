@@ -16,7 +16,7 @@ import torch
 
 import optimizers
 from npu_fuse_pass.dump.contents import Contents
-from npu_fuse_pass.dump.page import page
+from npu_fuse_pass.dump.page.page import page
 
 from .dumped import contents_of, contents_of_rule, parameters
 

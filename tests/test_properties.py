@@ -14,8 +14,8 @@ from hypothesis import given
 from torch import Tensor
 
 import npu_fuse_pass
-from npu_fuse_pass.capture import capture
-from npu_fuse_pass.group import group
+from npu_fuse_pass.capture.graph import capture
+from npu_fuse_pass.passes.group import group
 
 from .graphs import run, traced
 from .rules_noise import FULL, UNIT, assert_within, narrow, runs, settled, tolerance

@@ -14,9 +14,9 @@ from hypothesis import given
 from torch import Tensor
 
 from npu_fuse_pass import Init, rule, total
-from npu_fuse_pass.group import group
-from npu_fuse_pass.storage import inputs_of
-from npu_fuse_pass.trace import capture_batches
+from npu_fuse_pass.capture.rule import capture_batches
+from npu_fuse_pass.passes.group import group
+from npu_fuse_pass.rules.batch import inputs_of
 
 from .graphs import PROGRAMS
 from .rules_noise import FULL, RUNS, UNIT, Errors, Noisy, assert_within, narrow, settled, tolerance

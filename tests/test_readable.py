@@ -12,10 +12,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from npu_fuse_pass.expr import Builder, postorder
-from npu_fuse_pass.formula_text import serialise
-from npu_fuse_pass.ir import Formula, Slot
-from npu_fuse_pass.symbols import readable
+from npu_fuse_pass.ir.expr import Builder, postorder
+from npu_fuse_pass.ir.readable import readable
+from npu_fuse_pass.ir.text import serialise
+from npu_fuse_pass.ir.types import Formula, Slot
 
 from .formulas import FORMULAS, LABELS, SLOTS
 from .graphs import fused

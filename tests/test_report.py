@@ -15,7 +15,7 @@ import torch
 
 import npu_fuse_pass
 import optimizers
-from npu_fuse_pass.report import CompileReport, GroupReport
+from npu_fuse_pass.report.report import CompileReport, GroupReport
 
 from .support import clones, gradients, parameters, set_gradients
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, fx
 
 import npu_fuse_pass
-from npu_fuse_pass.lowerings import cpu
-from npu_fuse_pass.ops import multi_tensor_contribute, multi_tensor_update
-from npu_fuse_pass.rewrite import rewrite
-from npu_fuse_pass.storage import inputs_of
+from npu_fuse_pass.ir.fused_op import multi_tensor_contribute, multi_tensor_update
+from npu_fuse_pass.lowerings.cpu import program as cpu
+from npu_fuse_pass.passes.rewrite import rewrite
+from npu_fuse_pass.rules.batch import inputs_of
 
 from .cases import CASES, over
 from .graphs import fused

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from npu_fuse_pass.__main__ import main
-from npu_fuse_pass.lowerings import cpu_operations
-from npu_fuse_pass.selftest import cases, environment, parity, private, timing
+from npu_fuse_pass.lowerings.cpu import cpp_ops
+from npu_fuse_pass.tools.selftest import cases, environment, parity, private, timing
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -95,7 +95,7 @@ def test_what_is_private_is_taken_out() -> None:
 def test_a_wrong_kernel_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     """A division that is off by 1e-4, in generated code only."""
     monkeypatch.setenv("NPU_FUSE_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setitem(cpu_operations.CPP, "div", "{0} / {1} * 1.0001f")
+    monkeypatch.setitem(cpp_ops.CPP, "div", "{0} / {1} * 1.0001f")
     only(monkeypatch, case("NpuFusedSGD"), case("NpuFusedAdam"))
     status, text = selftest(tmp_path / "report.md", "--platform", "cpu")
     sgd, adam = in_json(text)["parity"]
@@ -194,7 +194,7 @@ def test_a_torch_that_does_not_import_is_a_finding(monkeypatch: pytest.MonkeyPat
 
 
 def test_without_a_compiler_nothing_runs_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
-    from npu_fuse_pass.lowerings import cpu_build
+    from npu_fuse_pass.lowerings.cpu import build as cpu_build
 
     monkeypatch.setattr(cpu_build, "compiler", lambda: None)
     status, text = selftest(tmp_path / "report.md", "--platform", "cpu")

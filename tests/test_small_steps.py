@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from npu_fuse_pass import rule, total, zeros
-from npu_fuse_pass.group import group
-from npu_fuse_pass.storage import inputs_of
-from npu_fuse_pass.trace import capture_batches
+from npu_fuse_pass.capture.rule import capture_batches
+from npu_fuse_pass.passes.group import group
+from npu_fuse_pass.rules.batch import inputs_of
 
 from .graphs import PROGRAMS, check, fused, run
 from .support import assert_close, clones, compiled, gradients, parameters, set_gradients

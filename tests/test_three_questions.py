@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from npu_fuse_pass.lowerings import cpu_kernel
+from npu_fuse_pass.lowerings.cpu import kernel as cpu_kernel
 
 from .support import forget_scripts
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import fx
 
-from ..ir import Call, Captured, Group
-from ..report import CompileReport
+from npu_fuse_pass.ir.types import Call, Captured, Group
+from npu_fuse_pass.report.report import CompileReport
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..expr import DTYPE_NAMES
-from ..ir import Group, Leaf
+from npu_fuse_pass.ir.expr import DTYPE_NAMES
+from npu_fuse_pass.ir.types import Group, Leaf
 
 _PLACE = re.compile(r"param_groups_+(\d+)_+params_+(\d+)_*$")
 _PATTERN = 16  # values that may be repeated together

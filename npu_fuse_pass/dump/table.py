@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .. import report_text
-from ..report import CompileReport
+from npu_fuse_pass.report import text
+from npu_fuse_pass.report.report import CompileReport
 
 
 def columns(rows: Sequence[Sequence[str]], indent: str = "") -> list[str]:
@@ -17,4 +17,4 @@ def columns(rows: Sequence[Sequence[str]], indent: str = "") -> list[str]:
 def table(report: CompileReport) -> str:
     """One line for each group, then what is not fused. Times are in summary.json: they differ from run to run."""
     head = f"npu_fused on {report.platform}, torch {report.torch}"
-    return "\n".join([head, *report_text.table(report.groups), *report_text.remarks(report), ""])
+    return "\n".join([head, *text.table(report.groups), *text.remarks(report), ""])

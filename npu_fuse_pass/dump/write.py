@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import json
 import logging
 import pathlib
@@ -12,8 +10,11 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from . import folder, ge_text, graph_text, group_text, kernel_text, script_text, table
-from .contents import Contents
+from npu_fuse_pass.dump import folder, table
+from npu_fuse_pass.dump.contents import Contents
+from npu_fuse_pass.dump.page import page
+from npu_fuse_pass.dump.script import graph_text, script_text
+from npu_fuse_pass.dump.text import ge_text, group_text, kernel_text
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ _FILES: dict[str, Callable[[Contents], str | None]] = {
     "04_kernel.cpp": kernel_text.kernels,
     "summary.json": lambda c: json.dumps(c.report.to_json(), indent=1, ensure_ascii=False) + "\n",
     "table.txt": lambda c: table.table(c.report),
+    "index.html": page.page,
 }
 # the same for GE graphs, which are made again where tensors move
 _GE_FILES: dict[str, Callable[[Mapping[str, str]], str | None]] = {
@@ -47,7 +49,7 @@ def write(root: pathlib.Path, make: Callable[[], Contents]) -> pathlib.Path | No
     except Exception as e:  # a dump is something to read; training goes on without it
         _warn(f"no dump in {root}", [f"{type(e).__name__}: {e}"])
         return None
-    _fill(path, {**_FILES, **_page()}, contents)
+    _fill(path, _FILES, contents)
     write_graphs(path, contents.ge_graphs)
     log.info("dumped to %s", path)
     return path
@@ -75,12 +77,6 @@ def _fill(path: pathlib.Path, files: Mapping[str, Callable[[Any], str | None]], 
             log.debug("%s", name, exc_info=True)
     if failed:
         _warn(f"the dump in {path} is not complete", failed)
-
-
-def _page() -> dict[str, Callable[[Contents], str | None]]:
-    if importlib.util.find_spec("npu_fuse_pass.dump.page") is None:
-        return {}
-    return {"index.html": importlib.import_module("npu_fuse_pass.dump.page").page}
 
 
 def _warn(what: str, reasons: list[str]) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ir import Group, Leaf
-from ..ops import member_values, new_value
-from ..rounds import rounds
-from .memory import check_apart
+from npu_fuse_pass.ir.fused_op import member_values, new_value
+from npu_fuse_pass.ir.totals import rounds
+from npu_fuse_pass.ir.types import Group, Leaf
+from npu_fuse_pass.tensors.memory import check_apart
 
 
 class Program:

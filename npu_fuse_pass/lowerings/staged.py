@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ..ir import Call, LeafRef
+from npu_fuse_pass.ir.types import Call, LeafRef
 
 
 class _Program(Protocol):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler as TorchLRScheduler
 
-from npu_fuse_pass.optimizer import RuleOptimizer, eager_prelude
+from npu_fuse_pass.rules.optimizer import RuleOptimizer, eager_prelude
 
 from ._minimize import is_cleared, mark_cleared, minimize
 from .clip import ClipGradByGlobalNorm, GradientClipBase

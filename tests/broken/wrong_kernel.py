@@ -10,7 +10,7 @@ import sys
 import torch
 
 import npu_fuse_pass
-from npu_fuse_pass.lowerings import cpu_kernel
+from npu_fuse_pass.lowerings.cpu import kernel as cpu_kernel
 
 
 @npu_fuse_pass.rule(states={"average": npu_fuse_pass.zeros}, defaults=dict(lr=0.1, beta=0.9))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from npu_fuse_pass.lowerings import npu
+from npu_fuse_pass.lowerings.npu import program as npu
 
 IN_PLACE = "ge.exec.outputReuseInputMemIndexes"
 ON_NPU = 1  # in torchair's _input_placements; 0 is the host

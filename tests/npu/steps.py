@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_fuse_pass.group import group
-from npu_fuse_pass.ir import Captured
-from npu_fuse_pass.lowerings import npu
-from npu_fuse_pass.match import match
-from npu_fuse_pass.storage import inputs_of
-from npu_fuse_pass.trace import capture_batches
+from npu_fuse_pass.capture.rule import capture_batches
+from npu_fuse_pass.ir.types import Captured
+from npu_fuse_pass.lowerings.npu import program as npu
+from npu_fuse_pass.match.find import match
+from npu_fuse_pass.passes.group import group
+from npu_fuse_pass.rules.batch import inputs_of
 from tests.cases import Case
 
 SHAPES = [(4, 5), (3,), (1,), (2, 1, 6), (0, 3), (2, 3, 2, 2)]

@@ -16,8 +16,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import npu_fuse_pass
 import optimizers
-from npu_fuse_pass.lowerings import npu_alike, npu_bind
-from npu_fuse_pass.same_tensors import SameTensors
+from npu_fuse_pass.lowerings.npu.layout import bind, bind_alike
+from npu_fuse_pass.tensors.same import SameTensors
 
 SHAPES = [(4, 5), (3,), (2, 2), (5, 4)]
 MAKE: dict[str, Callable[[Parameters], Any]] = {
@@ -39,13 +39,13 @@ class Twins:
         self.both = [[torch.nn.Parameter(t.clone()) for t in adjacent(SHAPES, 0)] for _ in range(2)]
         self.ours, self.eager = (MAKE[name](p) for p in self.both)
         self.step = torch.compile(self.ours.step, backend=npu_fuse_pass.npu_fused, options={"platform": "npu"})
-        self.looks, one_by_one = 0, npu_bind.Binder._bind_one_by_one
+        self.looks, one_by_one = 0, bind.Binder._bind_one_by_one
 
         def counted(*args: Any) -> None:
             self.looks += 1
             one_by_one(*args)
 
-        monkeypatch.setattr(npu_bind.Binder, "_bind_one_by_one", counted)
+        monkeypatch.setattr(bind.Binder, "_bind_one_by_one", counted)
 
     def change(self, function: Callable[[Any, Parameters], object]) -> None:
         for optimizer, params in zip((self.ours, self.eager), self.both, strict=True):
@@ -206,7 +206,7 @@ def test_memory_is_free_after_a_step(name: str, monkeypatch: pytest.MonkeyPatch)
 
 PLANTED: dict[str, tuple[Any, str, Any, str]] = {
     "another kind is not noticed": (SameTensors, "match", lambda *_: True, "a negative view"),
-    "who takes part is not compared": (npu_alike.operator, "is_not", lambda *_: True, "no gradient"),
+    "who takes part is not compared": (bind_alike.operator, "is_not", lambda *_: True, "no gradient"),
 }
 
 
@@ -219,6 +219,6 @@ def test_a_planted_error_is_noticed(planted: str, monkeypatch: pytest.MonkeyPatc
 
 
 def test_shared_memory_that_is_not_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(npu_alike, "apart", lambda *_: True)
+    monkeypatch.setattr(bind_alike, "apart", lambda *_: True)
     with pytest.raises((AssertionError, pytest.fail.Exception)):
         test_shared_memory_is_noticed("ours", shared_gradient, monkeypatch)

@@ -19,7 +19,7 @@ from torch import Tensor
 import npu_fuse_pass
 import optimizers
 from npu_fuse_pass.backend import npu_fused
-from npu_fuse_pass.lowerings import npu_emit
+from npu_fuse_pass.lowerings.npu.emit import elementwise
 from optimizers import paddle
 from scripts import conversion_cases
 from scripts.conversion_cases import Make, Row
@@ -71,7 +71,7 @@ def assert_all_fused(graphs: harness.Recording, steps: int = 5) -> None:
         assert {g.lowering for g in report.groups} == {"npu"}
         assert sum(g.updates for g in report.groups) == len(TENSORS)
     for graph in graphs:
-        assert set(graph.counts()) <= set(npu_emit.DOCUMENTS)
+        assert set(graph.counts()) <= set(elementwise.DOCUMENTS)
 
 
 @pytest.mark.parametrize("row", conversion_cases.STOCK, ids=lambda row: row.name)

@@ -12,7 +12,7 @@ import torch
 from steps import assert_close
 
 from npu_fuse_pass.backend import npu_fused
-from npu_fuse_pass.lowerings import npu
+from npu_fuse_pass.lowerings.npu import program as npu
 from scripts import conversion_cases, conversion_table
 
 ROWS = {row.name: row for row in conversion_cases.ROWS}

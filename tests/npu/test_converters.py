@@ -15,7 +15,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from npu_fuse_pass.lowerings import npu, npu_converters, npu_emit
+from npu_fuse_pass.lowerings.npu import program as npu
+from npu_fuse_pass.lowerings.npu.emit import elementwise
+from npu_fuse_pass.lowerings.npu.graph import list_converters
 
 ATEN = torch.ops.aten
 X, Y, WIDE = torch.tensor([[-1.5, 0.25, 3.0]]), torch.tensor([2.0, -0.5]), torch.ones(2, 3)
@@ -46,14 +48,14 @@ def test_what_torchair_lacks(name: str) -> None:
     with harness.record() as graphs:
         got = harness.convert(gm, mode)(*tensors)
     assert {k: v for k, v in graphs[0].counts().items() if k not in harness.NOT_COMPUTE} == nodes
-    assert set(nodes) <= set(npu_emit.DOCUMENTS)
+    assert set(nodes) <= set(elementwise.DOCUMENTS)
     for g, w in zip(got, function(*tensors), strict=True):
         torch.testing.assert_close(g, w, rtol=1e-6, atol=1e-7)
 
 
 def test_every_operation_of_the_table_is_tested() -> None:
     npu.require()
-    assert len(npu_converters.REPLACED) == len({name.partition(",")[0] for name in CASES})
+    assert len(list_converters.REPLACED) == len({name.partition(",")[0] for name in CASES})
 
 
 def test_a_converter_of_torchairs_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +63,7 @@ def test_a_converter_of_torchairs_stays(monkeypatch: pytest.MonkeyPatch) -> None
     torchair = npu.require()
     from torchair._ge_concrete_graph import ge_apis
 
-    assert not npu_converters.lacks(ATEN.sqrt.default) and npu_converters.lacks(ATEN._foreach_sqrt.out)
+    assert not list_converters.lacks(ATEN.sqrt.default) and list_converters.lacks(ATEN._foreach_sqrt.out)
     op = ATEN._foreach_neg.default
     monkeypatch.setattr(op, "_ge_converter", op._ge_converter)  # put back at the end
 
@@ -69,7 +71,7 @@ def test_a_converter_of_torchairs_stays(monkeypatch: pytest.MonkeyPatch) -> None
         return self
 
     torchair.register_fx_node_ge_converter(op)(theirs)
-    npu_converters.register(torchair, ge_apis)
+    list_converters.register(torchair, ge_apis)
     assert op._ge_converter.__wrapped__ is theirs
 
 

@@ -12,8 +12,10 @@ from layouts import Parameters, Twins, flat_parameters
 
 import npu_fuse_pass
 import optimizers
-from npu_fuse_pass import decide, errors, variants
+from npu_fuse_pass import errors
 from npu_fuse_pass.backend import npu_fused
+from npu_fuse_pass.passes import specialise
+from npu_fuse_pass.run import variants
 from optimizers.paddle import RMSProp
 
 ORDER = tuple(range(5))
@@ -144,9 +146,9 @@ def test_checked_step_by_step() -> None:
 
 PLANTED: dict[str, tuple[Any, str, Any]] = {
     "the program for another number runs": (variants.Variant, "differing", lambda *_: []),
-    "the other branch is taken": (decide, "_branches", lambda order, zero: _swapped(order, zero)),
+    "the other branch is taken": (specialise, "_branches", lambda order, zero: _swapped(order, zero)),
 }
-_right = decide._branches
+_right = specialise._branches
 
 
 def _swapped(order: Any, zero: dict[int, bool]) -> Any:

@@ -13,9 +13,10 @@ import torch
 from steps import TOLERANCE, OnNpu, assert_close, assert_same, parameters, set_gradients, twins
 
 import npu_fuse_pass
-from npu_fuse_pass import kernels
 from npu_fuse_pass.backend import npu_fused
-from npu_fuse_pass.lowerings import npu, npu_dedicated, npu_emit, npu_lists
+from npu_fuse_pass.lowerings.npu import program as npu
+from npu_fuse_pass.lowerings.npu.emit import dedicated_operations, elementwise, list_operations
+from npu_fuse_pass.match import kernels
 from tests.cases import BY_NAME
 
 ADAM, ADAMW, AMSGRAD, MOMENTUM = "AdamApplyOneAssign", "ApplyAdamW", "ApplyAdamWithAmsgradV2", "FusedMulApplyMomentum"
@@ -75,7 +76,7 @@ def test_stock_optimizers(name: str, foreach: bool, kernels_option: str, ge: har
         assert row.kernel == row.note.split(",")[0] == next(reversed(counts))
         assert row.launches == sum(counts.values()) * len(SHAPES)
     else:
-        assert row.kernel == npu_lists.KERNEL
+        assert row.kernel == list_operations.KERNEL
         assert AMSGRAD in row.note and "1.3e-5" in row.note
     for p, q in zip(*both, strict=True):
         assert_close(p, q, 2e-6)  # compiled, stock Adam is capturable: another order of its bias corrections
@@ -88,7 +89,7 @@ def test_stock_optimizers(name: str, foreach: bool, kernels_option: str, ge: har
 OURS: dict[str, tuple[tuple[str, int], tuple[str, int]]] = {
     "sgd_momentum": ((MOMENTUM, 40), (MOMENTUM, 40)),
     "adam": ((ADAM, 48), (ADAM, 48)),
-    "adam_amsgrad": ((npu_lists.KERNEL, 168), (AMSGRAD, 56)),
+    "adam_amsgrad": ((list_operations.KERNEL, 168), (AMSGRAD, 56)),
     "adamw": ((ADAM, 36), (ADAMW, 28)),
 }
 
@@ -110,12 +111,12 @@ def test_five_steps(name: str, chosen: str, dtype: torch.dtype) -> None:
             eager.step()
     [part] = on_npu.program.parts
     kernel, size = OURS[name][chosen == "dedicated"]
-    in_lists = kernel == npu_lists.KERNEL and dtype != torch.float32
+    in_lists = kernel == list_operations.KERNEL and dtype != torch.float32
     kernel = "GE elementwise" if dtype == torch.float64 or in_lists else kernel
     assert part.kernel == kernel
     assert part.layout.bytes_per_element == size or dtype != torch.float32
     assert [g.runs for g in graphs] == [5]
-    assert set(graphs[0].counts()) <= set(npu_emit.DOCUMENTS)
+    assert set(graphs[0].counts()) <= set(elementwise.DOCUMENTS)
     rounds = kernel in (ADAMW, AMSGRAD) and dtype == torch.float32
     assert_same(ours, eager, 2e-5 if rounds else TOLERANCE[dtype])
 
@@ -211,11 +212,11 @@ def test_flat_layouts(name: str, chosen: str, operations: int, size: int, count:
 @pytest.mark.parametrize(
     ("name", "family"),
     [
-        ("Ascend910B2", npu_dedicated.A2),
-        ("Ascend910B4-1", npu_dedicated.A2),
-        ("Ascend910_9391", npu_dedicated.A3),
-        ("Ascend910ProB", npu_dedicated.TRAINING),
-        ("Ascend910B", npu_dedicated.TRAINING),
+        ("Ascend910B2", dedicated_operations.A2),
+        ("Ascend910B4-1", dedicated_operations.A2),
+        ("Ascend910_9391", dedicated_operations.A3),
+        ("Ascend910ProB", dedicated_operations.TRAINING),
+        ("Ascend910B", dedicated_operations.TRAINING),
         ("Ascend310P3", None),
         ("Ascend950", None),
         ("", None),
@@ -226,7 +227,7 @@ def test_chips(name: str, family: str | None, ge: harness.Recording, monkeypatch
     import torch_npu
 
     monkeypatch.setattr(torch_npu.npu, "get_device_name", lambda *_: name)
-    assert npu_dedicated.series(name) == family
+    assert dedicated_operations.series(name) == family
     ours, _ = twins(BY_NAME["adam"])
     set_gradients(ours.param_groups[0]["params"], 0)
     torch.compile(ours.step, backend=npu_fused, options={"platform": "npu", "strict": True})()
@@ -267,8 +268,8 @@ def test_running_eagerly_inside_torchair(ge: harness.Recording) -> None:
 # The table itself -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("operation", npu_dedicated.OPERATIONS, ids=lambda o: o.name)
-def test_a_row_of_the_table(operation: npu_dedicated.Operation) -> None:
+@pytest.mark.parametrize("operation", dedicated_operations.OPERATIONS, ids=lambda o: o.name)
+def test_a_row_of_the_table(operation: dedicated_operations.Operation) -> None:
     """Its inputs and outputs are those of the prototype, its function is the interpreter's, and its arguments make it
     compute the kernels that it says; in float64, so that nothing but the algebra counts.
     """
@@ -281,8 +282,8 @@ def test_a_row_of_the_table(operation: npu_dedicated.Operation) -> None:
     outputs = [line for line in prototype if ".OUTPUT(" in line]
     assert (*inputs, *optional) == (*operation.inputs, *operation.absent)
     assert len(outputs) == len(operation.outputs)
-    assert operation.name not in npu_dedicated.UNUSED
-    assert operation.name in npu_emit.DOCUMENTS and operation.name in ge_kernels.KERNELS
+    assert operation.name not in dedicated_operations.UNUSED
+    assert operation.name in elementwise.DOCUMENTS and operation.name in ge_kernels.KERNELS
     for kernel in (k for k in kernels.KERNELS if k.name in operation.arguments):
         generator = torch.Generator().manual_seed(3)
         values = {n: torch.rand(7, generator=generator, dtype=torch.float64) for n in kernel.inputs}
@@ -298,12 +299,12 @@ def test_a_row_of_the_table(operation: npu_dedicated.Operation) -> None:
 
 
 def test_deprecated_forms_are_not_used() -> None:
-    used = {o.name for o in npu_dedicated.OPERATIONS}
+    used = {o.name for o in dedicated_operations.OPERATIONS}
     assert not any(name.startswith("Apply") and name.endswith("D") for name in used)
-    assert all(npu_dedicated.UNUSED.values())
+    assert all(dedicated_operations.UNUSED.values())
     for kernel in kernels.KERNELS:
-        made = npu_dedicated.candidates(kernel.name, npu_dedicated.A2, "dedicated")
-        assert isinstance(made, list) or kernel.operation in npu_dedicated.UNUSED
+        made = dedicated_operations.candidates(kernel.name, dedicated_operations.A2, "dedicated")
+        assert isinstance(made, list) or kernel.operation in dedicated_operations.UNUSED
 
 
 # Two inputs of an operation that are exchanged: an error that the tests of this file must notice.
@@ -326,10 +327,10 @@ def test_a_planted_error_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) 
 
         return changed
 
-    row = next(o for o in npu_dedicated.OPERATIONS if o.name == name)
+    row = next(o for o in dedicated_operations.OPERATIONS if o.name == name)
     wrong = dataclasses.replace(row, arguments={k: exchanged(f) for k, f in row.arguments.items()})
-    rows = tuple(wrong if o is row else o for o in npu_dedicated.OPERATIONS)
-    monkeypatch.setattr(npu_dedicated, "OPERATIONS", rows)
+    rows = tuple(wrong if o is row else o for o in dedicated_operations.OPERATIONS)
+    monkeypatch.setattr(dedicated_operations, "OPERATIONS", rows)
     with pytest.raises(AssertionError, match="off by"):
         test_five_steps(case, "dedicated", torch.float32)
     with pytest.raises(AssertionError):

@@ -15,7 +15,7 @@ from steps import parameters, set_gradients
 import npu_fuse_pass
 import optimizers
 from npu_fuse_pass.__main__ import main
-from npu_fuse_pass.lowerings import npu
+from npu_fuse_pass.lowerings.npu import program as npu
 
 GE_FILES = ("05_ge.txt", "05_ge_optimized.pbtxt", "05_ge_original.pbtxt")
 BETWEEN = {

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from npu_fuse_pass import errors
-from npu_fuse_pass.lowerings import npu, npu_emit
+from npu_fuse_pass.lowerings.npu import program as npu
+from npu_fuse_pass.lowerings.npu.emit import elementwise
 from tests.graphs import fused
 
 
@@ -83,14 +84,14 @@ def on_graph(
 
 
 def test_every_operation_of_the_table_has_a_case() -> None:
-    assert set(OPERATIONS) == {*npu_emit._DIRECT, *npu_emit._REDUCE, "fma", "cast"}
+    assert set(OPERATIONS) == {*elementwise._DIRECT, *elementwise._REDUCE, "fma", "cast"}
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operation(name: str) -> None:
     got, graph = on_graph(lambda x, y, w: x.copy_(OPERATIONS[name](x, y, w)))
     torch.testing.assert_close(got, OPERATIONS[name](X, Y, W), rtol=1e-6, atol=1e-7, equal_nan=True)
-    emitted = {**npu_emit._DIRECT, **npu_emit._REDUCE, "fma": "Mul", "cast": "Cast"}[name]
+    emitted = {**elementwise._DIRECT, **elementwise._REDUCE, "fma": "Mul", "cast": "Cast"}[name]
     assert emitted in graph.counts()
 
 
@@ -176,15 +177,15 @@ PLANTED = {
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_error_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(npu_emit._DIRECT, name, PLANTED[name])
+    monkeypatch.setitem(elementwise._DIRECT, name, PLANTED[name])
     with pytest.raises((AssertionError, errors.GraphRefused)):
         test_operation(name)
 
 
-@pytest.mark.parametrize("name", npu_emit._REDUCE)
+@pytest.mark.parametrize("name", elementwise._REDUCE)
 def test_a_planted_error_in_a_reduction_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     other = {"sum": "ReduceMax", "amax": "ReduceMin", "amin": "ReduceSum"}
-    monkeypatch.setitem(npu_emit._REDUCE, name, other[name])
+    monkeypatch.setitem(elementwise._REDUCE, name, other[name])
     with pytest.raises((AssertionError, errors.GraphRefused)):
         test_operation(name)
 
@@ -194,4 +195,4 @@ def test_torchair_knows_every_operation() -> None:
     npu.require()
     from torchair._ge_concrete_graph import ge_apis
 
-    assert [name for name in npu_emit.DOCUMENTS if not hasattr(ge_apis, name)] == []
+    assert [name for name in elementwise.DOCUMENTS if not hasattr(ge_apis, name)] == []

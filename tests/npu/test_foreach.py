@@ -14,8 +14,9 @@ from torch import Tensor
 
 import optimizers
 from npu_fuse_pass import errors
-from npu_fuse_pass.lowerings import npu, npu_emit, npu_lists
-from npu_fuse_pass.match_result import NoMatch
+from npu_fuse_pass.lowerings.npu import program as npu
+from npu_fuse_pass.lowerings.npu.emit import elementwise, list_operations
+from npu_fuse_pass.match.result import NoMatch
 from optimizers.paddle import RMSProp
 from tests.graphs import fused
 
@@ -73,14 +74,14 @@ def run(
 
 
 def test_every_row_has_a_case() -> None:
-    assert set(ROWS) == set(npu_lists.LISTS)
-    assert set(npu_lists.DOCUMENTS) <= set(npu_emit.DOCUMENTS)
+    assert set(ROWS) == set(list_operations.LISTS)
+    assert set(list_operations.DOCUMENTS) <= set(elementwise.DOCUMENTS)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=" ".join)
 def test_row(row: tuple[str, str]) -> None:
     got, wanted, graph = run(row)
-    assert graph.counts()[npu_lists.LISTS[row].name] == 1
+    assert graph.counts()[list_operations.LISTS[row].name] == 1
     torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-7)
 
 
@@ -138,11 +139,11 @@ def test_optimizers(name: str) -> None:
             twins.step(k, missing=(3,) if k == 1 else ())
         assert [g.runs for g in twins.graphs] == [3]
         print(f"{name}, N = {count}: nodes {twins.nodes()} in lists, {plain.nodes()} elementwise; {size} bytes/element")
-        assert twins.row.kernel == npu_lists.KERNEL
+        assert twins.row.kernel == list_operations.KERNEL
         assert twins.row.launches == math.ceil(count / 50) * in_lists + count * each
         assert twins.row.bytes_per_element == alone.bytes_per_element == size
         assert twins.nodes() < 0.6 * plain.nodes() and twins.row.launches < alone.launches / 2
-        assert set(twins.graphs[0].counts()) <= set(npu_emit.DOCUMENTS)
+        assert set(twins.graphs[0].counts()) <= set(elementwise.DOCUMENTS)
 
 
 def test_on_request_elementwise() -> None:
@@ -173,7 +174,7 @@ def test_running_eagerly_inside_torchair() -> None:
     config.debug.run_eagerly = True
     twins = Twins(OPTIMIZERS["RMSpropTF"][0], separate(4), torchair_config=config)
     twins.step(0)
-    assert twins.row.kernel == npu_lists.KERNEL and not twins.graphs
+    assert twins.row.kernel == list_operations.KERNEL and not twins.graphs
 
 
 # These tests can fail -------------------------------------------------------------------------------------------------
@@ -189,12 +190,12 @@ PLANTED = {
 
 @pytest.mark.parametrize("row", PLANTED, ids=" ".join)
 def test_a_planted_error_is_noticed(row: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(npu_lists.LISTS, row, npu_lists.LISTS[PLANTED[row]])
+    monkeypatch.setitem(list_operations.LISTS, row, list_operations.LISTS[PLANTED[row]])
     with pytest.raises((AssertionError, errors.GraphRefused)):
         test_row(row)
 
 
 def test_too_long_lists_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(npu_lists, "LONGEST", 60)
+    monkeypatch.setattr(list_operations, "LONGEST", 60)
     with pytest.raises(errors.GraphRefused, match="at most 50"):
         run(("mul", "tt"), 60)

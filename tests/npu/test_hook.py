@@ -12,8 +12,8 @@ from steps import assert_close, set_gradients
 from torch import fx
 
 import npu_fuse_pass
-from npu_fuse_pass.lowerings import npu
-from npu_fuse_pass.ops import multi_tensor_update
+from npu_fuse_pass.ir.fused_op import multi_tensor_update
+from npu_fuse_pass.lowerings.npu import program as npu
 
 STOCK: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adam": lambda p: torch.optim.Adam(p, lr=0.02, weight_decay=0.1, foreach=False),

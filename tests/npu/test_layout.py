@@ -13,7 +13,9 @@ from layouts import SHAPES, Parameters, Twins, adjacent, flat_parameters, shapes
 import npu_fuse_pass
 import optimizers
 from npu_fuse_pass import errors
-from npu_fuse_pass.lowerings import npu_layout, npu_lists, npu_plans
+from npu_fuse_pass.lowerings.npu.emit import list_operations
+from npu_fuse_pass.lowerings.npu.layout import replan
+from npu_fuse_pass.lowerings.npu.layout import runs as npu_layout
 from optimizers.paddle import RMSProp
 from scripts import npu_layouts
 
@@ -86,7 +88,7 @@ def test_gathered_gradients(name: str) -> None:
         assert len(twins.graphs) == 1
         assert (twins.row.layout, twins.row.layout_reason) == ("gathered", "")
         assert twins.row.bytes_per_element == size + 8
-        in_lists = twins.row.kernel == npu_lists.KERNEL
+        in_lists = twins.row.kernel == list_operations.KERNEL
         assert in_lists == (runs > 1 and "RMS" in name)
         assert twins.row.launches == runs + launches * (1 if in_lists else runs)
         assert twins.nodes() == twins.row.launches + (2 if in_lists else unpacking)
@@ -99,7 +101,7 @@ def test_one_by_one(name: str) -> None:
     for count in (10, 100):
         twins = Twins(MAKE[name], lambda count=count: separate_parameters(count))  # type: ignore[misc]
         twins.step(0)
-        each = math.ceil(count / npu_lists.LONGEST) * launches if name == "RMSpropTF" else count * launches
+        each = math.ceil(count / list_operations.LONGEST) * launches if name == "RMSpropTF" else count * launches
         assert twins.nodes() == each + (2 if name == "RMSpropTF" else unpacking)
         assert twins.row.bytes_per_element == size
 
@@ -244,7 +246,7 @@ def test_gradients_that_come_and_go_do_not_compile_for_ever() -> None:
     twins = Twins(MAKE["SGD momentum"], flat(10))
     for k in range(20):
         twins.step(k, missing=(k % 10,))
-    assert len(twins.graphs) <= 1 + npu_plans._PLANS
+    assert len(twins.graphs) <= 1 + replan._PLANS
     assert twins.row.layout == "list"
 
 
@@ -394,12 +396,9 @@ PLANTED: dict[str, tuple[tuple[Any, str, Any], Callable[[], None]]] = {
         (npu_layout, "gaps", lambda *_: iter(())),
         test_separate_parameters_are_taken_one_by_one,
     ),
-    "moved tensors are not noticed": (
-        (npu_plans.Plans, "_in_place", lambda *_: True),
-        test_the_rebuild_of_ddps_buckets,
-    ),
+    "moved tensors are not noticed": ((replan.Plans, "_in_place", lambda *_: True), test_the_rebuild_of_ddps_buckets),
     "different numbers are not noticed": (
-        (npu_plans.Plans, "_equal", lambda *_: True),
+        (replan.Plans, "_equal", lambda *_: True),
         test_step_counters_that_come_apart,
     ),
 }

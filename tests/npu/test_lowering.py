@@ -11,8 +11,9 @@ from steps import TOLERANCE, OnNpu, assert_same, captured_step, parameters, set_
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from npu_fuse_pass import pipeline
-from npu_fuse_pass.lowerings import npu, npu_emit
-from npu_fuse_pass.storage import inputs_of
+from npu_fuse_pass.lowerings.npu import program as npu
+from npu_fuse_pass.lowerings.npu.emit import elementwise
+from npu_fuse_pass.rules.batch import inputs_of
 from tests.cases import BY_NAME, CASES, Case, over
 
 
@@ -32,7 +33,7 @@ def test_the_rewritten_graph_converts(case: Case) -> None:
         harness.convert(gm, mode)(*values)
     ours._prelude.expose_states()
     eager.step()
-    assert set(graphs[0].counts()) <= set(npu_emit.DOCUMENTS)
+    assert set(graphs[0].counts()) <= set(elementwise.DOCUMENTS)
     assert_same(ours, eager, 1e-6)
 
 
@@ -53,7 +54,7 @@ def test_five_steps(case: Case, dtype: torch.dtype) -> None:
             on_npu.step()
             eager.step()
     assert [g.runs for g in graphs] == [5]
-    assert set(graphs[0].counts()) <= set(npu_emit.DOCUMENTS)
+    assert set(graphs[0].counts()) <= set(elementwise.DOCUMENTS)
     assert_same(ours, eager, TOLERANCE[dtype])
 
 

@@ -13,10 +13,11 @@ import pytest
 import torch
 from steps import SHAPES, assert_close, assert_same, captured_step, parameters, set_gradients, twins
 
-from npu_fuse_pass import errors, report
+from npu_fuse_pass import errors
 from npu_fuse_pass.backend import npu_fused
-from npu_fuse_pass.group import group
-from npu_fuse_pass.lowerings import npu
+from npu_fuse_pass.lowerings.npu import program as npu
+from npu_fuse_pass.passes.group import group
+from npu_fuse_pass.report import report
 from tests.cases import BY_NAME
 
 

@@ -24,10 +24,13 @@ from steps import OnNpu, assert_close, assert_same, captured_step, set_gradients
 from torch import Tensor
 
 import npu_fuse_pass
-from npu_fuse_pass import capture as stage
 from npu_fuse_pass import pipeline
 from npu_fuse_pass.backend import npu_fused
-from npu_fuse_pass.lowerings import npu, npu_alike, npu_bind, npu_mirror, npu_run
+from npu_fuse_pass.capture import graph as stage
+from npu_fuse_pass.lowerings.npu import execution
+from npu_fuse_pass.lowerings.npu import program as npu
+from npu_fuse_pass.lowerings.npu.host import mirror as npu_mirror
+from npu_fuse_pass.lowerings.npu.layout import bind, bind_alike
 from tests import graphs
 from tests.cases import BY_NAME
 
@@ -137,7 +140,7 @@ def test_they_are_read_once_and_sent_at_every_step(transfers: Transfers) -> None
 
 
 def test_numbers_and_states_are_sent_together(transfers: Transfers, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(npu_bind, "numbers_on", lambda leaves, parts, devices: NPU)
+    monkeypatch.setattr(bind, "numbers_on", lambda leaves, parts, devices: NPU)
     both = Twins()
     for k in range(4):
         both.run()
@@ -414,9 +417,9 @@ def test_nothing_else_reads_them(make: Any, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(npu_mirror, "from_device", from_device)
     monkeypatch.setattr(npu_mirror, "to_device", to_device)
     monkeypatch.setattr(interpreter, "run", lambda graph, inputs, assigned=(): list(assigned))
-    monkeypatch.setattr(npu_run.Run, "_first", lambda self, inputs, written: self.compiled(*inputs))
-    monkeypatch.setattr(npu_bind, "check_apart", lambda *tensors: None)
-    monkeypatch.setattr(npu_alike, "apart", lambda *blocks: True)
+    monkeypatch.setattr(execution.Run, "_first", lambda self, inputs, written: self.compiled(*inputs))
+    monkeypatch.setattr(bind, "check_apart", lambda *tensors: None)
+    monkeypatch.setattr(bind_alike, "apart", lambda *blocks: True)
     params = [torch.nn.Parameter(torch.empty(shape, device=meta)) for shape in SHAPES]
     optimizer = make(params)
     step = torch.compile(optimizer.step, backend=npu_fused, options={"platform": "npu"})

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import npu_fuse_pass
 from npu_fuse_pass.backend import npu_fused
-from npu_fuse_pass.lowerings import npu_graph
+from npu_fuse_pass.lowerings.npu.graph import graph as npu_graph
 from scripts import conversion_cases
 from scripts.conversion_cases import OURS, RULES, Make
 

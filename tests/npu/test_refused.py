@@ -16,7 +16,9 @@ from steps import SHAPES, assert_close, assert_same, parameters, set_gradients, 
 
 import npu_fuse_pass
 from npu_fuse_pass import errors
-from npu_fuse_pass.lowerings import npu, npu_convert, npu_run
+from npu_fuse_pass.lowerings.npu import execution
+from npu_fuse_pass.lowerings.npu import program as npu
+from npu_fuse_pass.lowerings.npu.graph import converters
 from tests.cases import BY_NAME
 
 LEAVES = ["load", "compile", "run", "write"]
@@ -184,7 +186,7 @@ def test_torchair_that_does_not_convert(ge: harness.Recording, monkeypatch: pyte
     def unknown(*args: Any) -> Any:
         raise NotImplementedError("npu_fused.device_update.default ge_converter is not implemented!")
 
-    monkeypatch.setattr(npu_convert, "_slots", unknown)
+    monkeypatch.setattr(converters, "_slots", unknown)
     ours, eager = twins(BY_NAME["adam"])
     for optimizer in (ours, eager):
         set_gradients(optimizer.param_groups[0]["params"], 0)
@@ -245,8 +247,8 @@ def test_a_first_run_that_cannot_be_undone(monkeypatch: pytest.MonkeyPatch) -> N
     def gone(devices: Any) -> None:
         raise RuntimeError("507035: vector core exception")
 
-    monkeypatch.setattr(npu_run, "wait_for", gone)
-    run = npu_run.Run(lambda *_: [], lambda: "versions")
+    monkeypatch.setattr(execution, "wait_for", gone)
+    run = execution.Run(lambda *_: [], lambda: "versions")
     with pytest.raises(errors.StepFailedError, match=r"undoing it: RuntimeError: 507035.*\[versions\]"):
         run([torch.ones(2)], [0])
 
@@ -256,5 +258,5 @@ def test_an_npu_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     npu.require()
     waited: list[Any] = []
     monkeypatch.setattr(torch.npu, "synchronize", waited.append)
-    npu_run.wait_for([torch.device("cpu"), torch.device("npu:0")])
+    execution.wait_for([torch.device("cpu"), torch.device("npu:0")])
     assert waited == [torch.device("npu:0")]

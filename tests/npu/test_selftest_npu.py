@@ -10,7 +10,7 @@ import sys
 import harness
 import pytest
 
-from npu_fuse_pass.selftest import cases, parity
+from npu_fuse_pass.tools.selftest import cases, parity
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 

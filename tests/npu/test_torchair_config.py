@@ -14,7 +14,7 @@ from test_refused import STEPS, compiled
 
 import npu_fuse_pass
 from npu_fuse_pass import errors
-from npu_fuse_pass.lowerings import npu
+from npu_fuse_pass.lowerings.npu import program as npu
 from tests.cases import BY_NAME
 
 

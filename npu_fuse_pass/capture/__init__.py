@@ -1,0 +1,1 @@
+"""From a captured FX graph, or an update rule, to the updates of its leaves as expressions."""

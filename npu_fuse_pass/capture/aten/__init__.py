@@ -1,0 +1,1 @@
+"""What each operation of torch computes, as expressions."""

@@ -1,0 +1,202 @@
+"""The rows of `aten`: every pointwise operation as expressions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from npu_fuse_pass.ir.expr import C_FUNCTIONS, Builder, Expr
+
+Row = Callable[..., Expr]
+ROWS: dict[str, Row] = {}
+
+
+def row(*names: str) -> Callable[[Row], Row]:
+    """Decorator: the row of these operations."""
+
+    def add(function: Row) -> Row:
+        ROWS.update(dict.fromkeys(names, function))
+        return function
+
+    return add
+
+
+_UNARY = [*C_FUNCTIONS, "neg", "abs", "rsqrt", "reciprocal", "round", "sign", "isnan", "isinf", "isfinite"]
+_BINARY = [
+    "maximum",
+    "minimum",
+    "fmax",
+    "fmin",
+    "atan2",
+    "copysign",
+    "hypot",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "eq",
+    "ne",
+    "fmod",
+]
+
+
+def _plain(name: str) -> Row:
+    def apply(b: Builder, *args: Expr) -> Expr:
+        return b.op(name, *args)
+
+    return apply
+
+
+ROWS.update({name: _plain(name) for name in (*_UNARY, *_BINARY)})
+ROWS.update(
+    {"absolute": ROWS["abs"], "negative": ROWS["neg"], "clamp_min": ROWS["maximum"], "clamp_max": ROWS["minimum"]}
+)
+ROWS.update({"arctan": ROWS["atan"], "less": ROWS["lt"], "greater": ROWS["gt"], "not_equal": ROWS["ne"]})
+ROWS.update({f"logical_{n}": _plain(n) for n in ("and", "or", "xor", "not")})
+ROWS.update({f"bitwise_{n}": _plain(n) for n in ("and", "or", "xor", "not")})
+ROWS.update({"less_equal": ROWS["le"], "greater_equal": ROWS["ge"], "max.other": ROWS["maximum"]})
+
+
+def _is(x: object, value: float) -> bool:
+    """Whether an argument is literally this number (a default that was left alone or written out)."""
+    return (isinstance(x, Expr) and x.op == "const" and x.value == value) or (x is not None and x == value)
+
+
+def _are_masks(x: Expr, y: Expr) -> bool:
+    """Torch's sums and products of bool tensors are bool (isfinite is made of one)."""
+    return x.dtype == y.dtype == torch.bool
+
+
+@row("add")
+def _add(b: Builder, x: Expr, y: Expr, alpha: Any = 1) -> Expr:
+    if _are_masks(x, y) and _is(alpha, 1):
+        return b.op("or", x, y)
+    return b.op("add", x, y) if _is(alpha, 1) else b.op("fma", y, alpha, x)
+
+
+@row("sub", "subtract")
+def _sub(b: Builder, x: Expr, y: Expr, alpha: Any = 1) -> Expr:
+    return b.op("sub", x, y) if _is(alpha, 1) else b.op("fma", y, b.op("neg", alpha), x)
+
+
+@row("rsub")
+def _rsub(b: Builder, x: Expr, y: Expr, alpha: Any = 1) -> Expr:
+    return _sub(b, y, x, alpha)
+
+
+@row("mul", "multiply")
+def _mul(b: Builder, x: Expr, y: Expr) -> Expr:
+    return b.op("and" if _are_masks(x, y) else "mul", x, y)
+
+
+@row("div", "divide", "true_divide")
+def _div(b: Builder, x: Expr, y: Expr) -> Expr:
+    return b.op("div", x, y)
+
+
+@row("floor_divide", "floordiv")
+def _floor_divide(b: Builder, x: Expr, y: Expr) -> Expr:
+    """As ATen: from the remainder, so that 1.0 // 0.1 is 9."""
+    zero, one = b.const(0), b.const(1)
+    rest = b.op("fmod", x, y)
+    quotient = b.op("div", b.op("sub", x, rest), y)
+    signs_differ = b.op("and", b.op("ne", rest, zero), b.op("ne", b.op("lt", y, zero), b.op("lt", rest, zero)))
+    quotient = b.op("where", signs_differ, b.op("sub", quotient, one), quotient)
+    down = b.op("floor", quotient)
+    down = b.op("where", b.op("gt", b.op("sub", quotient, down), b.const(0.5)), b.op("add", down, one), down)
+    down = b.op("where", b.op("eq", quotient, zero), b.op("copysign", zero, b.op("div", x, y)), down)
+    return b.op("where", b.op("eq", y, zero), b.op("div", x, y), down)
+
+
+@row("remainder")
+def _remainder(b: Builder, x: Expr, y: Expr) -> Expr:
+    r = b.op("fmod", x, y)
+    zero = b.const(0)
+    wrong = b.op("and", b.op("ne", r, zero), b.op("ne", b.op("lt", r, zero), b.op("lt", y, zero)))
+    return b.op("where", wrong, b.op("add", r, y), r)
+
+
+@row("fma")
+def _fma(b: Builder, x: Expr, y: Expr, z: Expr) -> Expr:
+    return b.op("fma", x, y, z)
+
+
+@row("addcmul")
+def _addcmul(b: Builder, x: Expr, y: Expr, z: Expr, value: Any = 1) -> Expr:
+    return b.op("fma", y if _is(value, 1) else b.op("mul", value, y), z, x)
+
+
+@row("addcdiv")
+def _addcdiv(b: Builder, x: Expr, y: Expr, z: Expr, value: Any = 1) -> Expr:
+    return b.op("add", x, b.op("div", y if _is(value, 1) else b.op("mul", value, y), z))
+
+
+@row("lerp")
+def _lerp(b: Builder, start: Expr, end: Expr, weight: Any) -> Expr:
+    distance = b.op("sub", end, start)
+    number = weight.value if weight.op == "const" else None
+    if (not weight.tensor and number is None) or (number is not None and abs(number) >= 0.5):
+        weight = b.cast(b.cast(weight, distance.dtype), torch.float64)  # 1 - weight is taken from the rounded weight
+    low = b.op("fma", weight, distance, start)
+    high = b.op("fma", b.op("neg", distance), b.op("sub", b.const(1), weight), end)
+    if number is not None:
+        return low if abs(number) < 0.5 else high
+    return b.op("where", b.op("lt", b.op("abs", weight), b.const(0.5)), low, high)
+
+
+# exponents that ATen's pow computes without std::pow
+_POWERS: dict[float, Callable[[Builder, Expr], Expr]] = {
+    0.5: lambda b, x: b.op("sqrt", x),
+    1.0: lambda b, x: x,
+    2.0: lambda b, x: b.op("mul", x, x),
+    3.0: lambda b, x: b.op("mul", b.op("mul", x, x), x),
+    -0.5: lambda b, x: b.op("rsqrt", x),
+    -1.0: lambda b, x: b.op("reciprocal", x),
+    -2.0: lambda b, x: b.op("reciprocal", b.op("mul", x, x)),
+}
+
+
+@row("pow")
+def _pow(b: Builder, x: Expr, y: Expr) -> Expr:
+    if y.op == "const" and isinstance(y.value, float) and y.value in _POWERS:
+        return _POWERS[y.value](b, x)
+    return b.op("pow", x, y)
+
+
+@row("square")
+def _square(b: Builder, x: Expr) -> Expr:
+    return b.op("mul", x, x)
+
+
+@row("clamp", "clip")
+def _clamp(b: Builder, x: Expr, min: Expr | None = None, max: Expr | None = None) -> Expr:
+    low = x if min is None else b.op("maximum", x, min)
+    return low if max is None else b.op("minimum", low, max)
+
+
+@row("where")
+def _where(b: Builder, condition: Expr, x: Expr, y: Expr) -> Expr:
+    return b.op("where", condition, x, y)
+
+
+@row("sym_max")
+def _sym_max(b: Builder, x: Expr, y: Expr) -> Expr:
+    """Python's max of two numbers: the first one where they do not compare."""
+    return b.op("where", b.op("gt", y, x), y, x)
+
+
+@row("sym_min")
+def _sym_min(b: Builder, x: Expr, y: Expr) -> Expr:
+    return b.op("where", b.op("lt", y, x), y, x)
+
+
+@row("sigmoid")
+def _sigmoid(b: Builder, x: Expr) -> Expr:
+    return b.op("reciprocal", b.op("add", b.const(1), b.op("exp", b.op("neg", x))))
+
+
+@row("relu")
+def _relu(b: Builder, x: Expr) -> Expr:
+    return b.op("maximum", x, b.const(0))

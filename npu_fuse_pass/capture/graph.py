@@ -1,0 +1,97 @@
+"""Stage 1: read an FX graph into updates.
+
+Two forms are read: the graph that Dynamo hands to a backend (in-place and `_foreach_` operations), and functional ATen
+graphs that end in `copy_`, as AOTAutograd and `make_fx` give them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from npu_fuse_pass.capture.cells import Cell
+from npu_fuse_pass.capture.inline import expand_rule
+from npu_fuse_pass.capture.interpreter import Interpreter
+from npu_fuse_pass.capture.updates import updates_of
+from npu_fuse_pass.capture.walk import Recorded, run_graph
+from npu_fuse_pass.errors import Unsupported
+from npu_fuse_pass.ir.types import Captured, Leaf, Output, Stage, Unfused
+
+
+def capture(gm: fx.GraphModule) -> Captured:
+    """Read a graph into updates: one per set of written leaves that depend on each other's tensors."""
+    interpreter = Interpreter()
+    interpreter.grad_enabled = torch.is_grad_enabled()
+    interpreter.expansions["rule_update"] = expand_rule
+    attributes: dict[str, Cell] = {}
+
+    def attribute(name: str) -> Cell:
+        if name not in attributes:
+            tensor = operator.attrgetter(name)(gm)
+            leaf = Leaf(
+                "attribute", name, dtype=tensor.dtype, shape=tuple(map(int, tensor.shape)), device=tensor.device
+            )
+            attributes[name] = interpreter.add_leaf(leaf, tensor.ndim > 0)
+        return attributes[name]
+
+    try:
+        inputs = [_input(interpreter, n, i) for i, n in enumerate(gm.graph.find_nodes(op="placeholder"))]
+        returned = run_graph(interpreter, gm.graph, inputs, attribute)
+        returned = returned if isinstance(returned, (list, tuple)) else () if returned is None else (returned,)
+        outputs = _outputs(interpreter, gm.graph.output_node(), returned)
+        unfused = [Unfused(op, reason) for op, reason in interpreter.kept]
+        if unfused and all(interpreter.leaves[i].kind == "output" for i in interpreter.written):
+            return Captured(interpreter.leaves, [], [])  # nothing is updated: not an optimizer's graph
+        b, totals = interpreter.builder, 0
+        stages = []
+        for s in interpreter.stages:
+            made, totals = updates_of(interpreter.leaves, s.writes, b, totals)
+            stages.append(Stage(made, s.calls))
+        updates, totals = updates_of(interpreter.leaves, interpreter.written, b, totals)
+        moved = (interpreter.moved, interpreter.moved_by_calls)
+        return Captured(interpreter.leaves, updates, unfused, totals, stages, outputs, *moved, interpreter.expanded)
+    except Recorded:
+        return Captured(interpreter.leaves, [], [])  # a forward pass: nothing here is an update
+    except Unsupported as e:
+        # a graph that writes nothing but what it returns is no optimizer's: there is nothing to report
+        only_returns = interpreter.written and all(interpreter.leaves[i].kind == "output" for i in interpreter.written)
+        return Captured(interpreter.leaves, [], [] if only_returns else [Unfused(e.op, e.reason)])
+
+
+def _outputs(interpreter: Interpreter, node: fx.Node, returned: Sequence[Any]) -> list[Output]:
+    """What the graph returns; values that are no leaf become new tensors that the kernel writes."""
+    outputs: list[Output] = []
+    sources = node.args[0] if isinstance(node.args[0], (list, tuple)) else (node.args[0],)
+    for index, (source, cell) in enumerate(zip(sources, returned, strict=False)):
+        if not isinstance(cell, Cell):
+            outputs.append(Output(literal=cell))
+            continue
+        meta = source.meta.get("val", source.meta.get("example_value")) if isinstance(source, fx.Node) else None
+        number = next((t for t, kinds in _NUMBERS.items() if isinstance(meta, kinds)), None)
+        if cell.leaf is None:
+            device = next((leaf.device for leaf in interpreter.leaves if leaf.shape), torch.device("cpu"))
+            cell.leaf = len(interpreter.leaves)
+            leaf = Leaf("output", f"output_{index}", index, dtype=cell.val.dtype, shape=cell.val.shape, device=device)
+            interpreter.leaves.append(leaf)
+            interpreter.written[cell.leaf] = cell
+        outputs.append(Output(cell.leaf, number))
+    return outputs
+
+
+_NUMBERS: dict[type[int] | type[float], tuple[type, ...]] = {int: (int, torch.SymInt), float: (float, torch.SymFloat)}
+
+
+def _input(interpreter: Interpreter, node: fx.Node, index: int) -> Any:
+    example = node.meta.get("val", node.meta.get("example_value"))
+    if isinstance(example, (int, float, torch.SymInt, torch.SymFloat)):
+        return interpreter.add_leaf(Leaf("input", node.name, index), tensor=False, number=True)
+    if not isinstance(example, Tensor):
+        raise Unsupported(node.name, f"an argument of the graph is {type(example).__name__}, not a tensor or number")
+    leaf = Leaf(
+        "input", node.name, index, dtype=example.dtype, shape=tuple(map(int, example.shape)), device=example.device
+    )
+    return interpreter.add_leaf(leaf, example.ndim > 0)

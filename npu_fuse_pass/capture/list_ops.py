@@ -1,0 +1,92 @@
+"""Operations on lists of tensors that are no "x on every element": rows by name, tried before any other row.
+
+A row gets the interpreter, the node and its arguments as cells; it returns NotImplemented where the operation has to be
+treated as any other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from npu_fuse_pass.capture.aten.pointwise import Val, evaluate
+from npu_fuse_pass.capture.cells import Cell
+from npu_fuse_pass.errors import Unsupported
+from npu_fuse_pass.fx_nodes.names import operation_name
+
+if TYPE_CHECKING:
+    from npu_fuse_pass.capture.interpreter import Interpreter
+
+Expansion = Callable[["Interpreter", fx.Node, tuple[Any, ...], dict[str, Any]], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scalars:
+    """0-dim tensors stacked into one vector, of which only a norm or a sum is taken."""
+
+    entries: tuple[Val, ...]
+
+
+_OF_SCALARS = ("linalg_vector_norm", "norm", "sum", "max", "amax", "min", "amin")
+
+
+def _stack(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    cells: Sequence[Cell] = args[0]
+    if any(c.val.shape or c.val.expr.tensor for c in cells):
+        return NotImplemented
+    if any(operation_name(user) not in _OF_SCALARS or _order(user) not in (1, 2, math.inf) for user in node.users):
+        return NotImplemented
+    return Scalars(tuple(c.read() for c in cells))
+
+
+def _order(user: fx.Node) -> Any:
+    named = user.kwargs.get("ord", user.kwargs.get("p", 2))
+    return user.args[1] if "norm" in str(user.target) and len(user.args) > 1 else named
+
+
+def _of_scalars(name: str) -> Expansion:
+    def combine(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not isinstance(args[0], Scalars):
+            return NotImplemented
+        if set(kwargs) - {"ord", "p", "dtype"} or len(args) > 2:
+            raise Unsupported(name, "over some of the dimensions of stacked scalars")
+        b, entries = interpreter.builder, args[0].entries
+        order = _order(node) if "norm" in name else None
+        if order == 2:
+            entries = tuple(evaluate(b, "mul", (v, v), {}) for v in entries)
+        elif order is not None:
+            entries = tuple(evaluate(b, "abs", (v,), {}) for v in entries)
+        pairwise = {"max": "maximum", "amax": "maximum", "min": "minimum", "amin": "minimum"}.get(name, "add")
+        pairwise = "maximum" if order == math.inf else pairwise
+        whole = functools.reduce(lambda x, y: evaluate(b, pairwise, (x, y), {}), entries)
+        return Cell(evaluate(b, "sqrt", (whole,), {}) if order == 2 else whole)
+
+    return combine
+
+
+def _unscale(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`_amp_foreach_non_finite_check_and_unscale_(grads, found_inf, inv_scale)`, as torch.amp.GradScaler calls it."""
+    grads, found, scale = args
+    b = interpreter.builder
+    counts = []
+    for grad in grads:
+        bad = b.op("where", b.op("isfinite", grad.read().expr), b.const(0), b.const(1))
+        counts.append(b.reduce("sum", bad))
+        interpreter.call("mul_", (grad, scale), {})
+    if counts:
+        some = b.op("gt", functools.reduce(functools.partial(b.op, "add"), counts), b.const(0))
+        new = b.op("where", some, b.const(1), found.read().expr)
+        interpreter.call("copy_", (found, Cell(dataclasses.replace(found.read(), expr=new))), {})
+    return None
+
+
+LISTS: dict[str, Expansion] = {
+    "stack": _stack,
+    **{name: _of_scalars(name) for name in _OF_SCALARS},
+    "_amp_foreach_non_finite_check_and_unscale_": _unscale,
+}

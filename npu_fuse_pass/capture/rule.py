@@ -1,0 +1,251 @@
+"""Capture of a `rule_step` node: trace each rule once and read the trace as an update of all its parameters.
+
+A rule is traced for one parameter with make_fx and goes through the same interpreter as any other graph. Parameters of
+another shape share the trace if the rule makes the same calls with the same numbers for them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from npu_fuse_pass.capture.cells import Cell
+from npu_fuse_pass.capture.interpreter import Interpreter
+from npu_fuse_pass.capture.walk import is_known, run_graph
+from npu_fuse_pass.errors import Unsupported
+from npu_fuse_pass.fx_nodes.names import operation_name
+from npu_fuse_pass.ir.expr import Expr
+from npu_fuse_pass.ir.types import Captured, Leaf, Slot, Traced, Unfused, Update
+from npu_fuse_pass.rules.batch import Batch
+from npu_fuse_pass.rules.checks import meta_keywords, results
+
+
+@dataclasses.dataclass
+class _Roles:
+    """Positions of a member: param, grad, states, step, hyperparameters; how a rule's arguments are laid out."""
+
+    tensors: list[str]
+    scalars: list[str]
+
+    @property
+    def labels(self) -> list[str]:
+        return [*self.tensors, *self.scalars]
+
+
+def capture_batches(batches: Sequence[Batch]) -> Captured:
+    """Updates of all parameters; leaves are, batch after batch: params, grads, states, steps, numbers."""
+    captured = Captured([], [], [])
+    totals: dict[tuple[object, ...], int] = {}
+    for batch in batches:
+        roles = _Roles(["param", "grad", *batch.flat], ["step", *batch.hyper.names])
+        members = _add_leaves(captured.leaves, batch, roles)
+        try:
+            updates, moved = _updates_of(batch, roles, members, totals)
+            captured.updates += updates
+            captured.moved += moved
+        except Unsupported as e:
+            captured.unfused.append(Unfused(f"{e.op} in rule {batch.rule.name}", e.reason))
+    captured.n_totals = len(totals)
+    return captured
+
+
+def _add_leaves(leaves: list[Leaf], batch: Batch, roles: _Roles) -> list[tuple[int, ...]]:
+    first, n = len(leaves), len(batch.params)
+    stored = {name: flat.dtype for name, flat in batch.flat.items()}
+    dtypes = {"param": batch.dtype, "grad": batch.grad_dtype, **stored}
+    for role in [*roles.tensors, "step"]:
+        for p in batch.params:
+            name, index = f"{role}_{len(leaves)}", len(leaves)
+            shape = tuple(p.shape) if role != "step" else ()
+            dtype, fixed = dtypes.get(role, torch.float64), role not in ("param", "grad")
+            leaves.append(Leaf("input", name, index, 0.0, dtype, shape, batch.device, fixed))
+    for name in batch.hyper.names:
+        leaves.append(Leaf("input", f"{name}_{len(leaves)}", len(leaves), fixed=True))
+    per_member = len(roles.tensors) + 1
+    shared = range(first + per_member * n, len(leaves))
+    return [(*(first + r * n + i for r in range(per_member)), *shared) for i in range(n)]
+
+
+def _updates_of(
+    batch: Batch, roles: _Roles, members: list[tuple[int, ...]], totals: dict[tuple[object, ...], int]
+) -> tuple[list[Update], int]:
+    """Also the bytes that the rule's operations move for them, one after the other."""
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for i, p in enumerate(batch.params):
+        by_shape.setdefault(tuple(p.shape) or (1,), []).append(i)  # 0-dim as one element, as in eager steps
+    by_calls: dict[object, list[tuple[int, ...]]] = {}
+    for shape in by_shape:
+        by_calls.setdefault(_calls(batch, shape), []).append(shape)
+    updates, moved = [], 0.0
+    for shapes in by_calls.values():
+        update, per_element = _trace(batch, roles, shapes[0], totals)
+        chosen = sorted(i for shape in shapes for i in by_shape[shape])
+        moved += per_element * sum(batch.numels[i] for i in chosen)
+        updates.append(dataclasses.replace(update, members=[members[i] for i in chosen]))
+    return updates, round(moved)
+
+
+def _calls(batch: Batch, shape: tuple[int, ...]) -> object:
+    """What a rule calls, on which tensors and numbers, for a parameter of this shape: equal calls, equal formula."""
+    device = torch.device("meta")
+    tensors = {"param": torch.empty(shape, dtype=batch.dtype, device=device)}
+    tensors["grad"] = torch.empty(shape, dtype=batch.grad_dtype, device=device)
+    tensors |= {n: torch.empty(shape, dtype=f.dtype, device=device) for n, f in batch.flat.items()}
+    keywords = meta_keywords(batch.hyper.static, batch.hyper.views, batch.totals)
+    record = _Record([*tensors.values(), *(k for k in tree_leaves(keywords) if isinstance(k, Tensor))])
+    try:
+        with record:
+            given = results(batch.rule, tensors, keywords, batch.totals)
+    except Exception:  # whatever a rule cannot do on meta tensors: every shape is traced by itself
+        return shape
+    return (*record.calls, *record.describe(given))
+
+
+class _Record(TorchDispatchMode):
+    """Records calls with their numbers and with names for tensors: given ones first, then results in order."""
+
+    def __init__(self, given: list[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[object] = []
+        self._known = list(given)  # kept alive, so that no id is used twice
+        self._names = {id(t): i for i, t in enumerate(given)}
+
+    def describe(self, values: Any) -> list[object]:
+        return [self._name(v) if isinstance(v, Tensor) else repr(v) for v in tree_leaves(values)]
+
+    def _name(self, t: Tensor) -> object:
+        if id(t) not in self._names:
+            self._names[id(t)] = len(self._known)
+            self._known.append(t)
+        return (self._names[id(t)], t.ndim)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls.append((str(function), *self.describe((args, kwargs or {}))))
+        result = function(*args, **(kwargs or {}))
+        self.calls.append(tuple(self.describe(result)))
+        return result
+
+
+def _trace(
+    batch: Batch, roles: _Roles, shape: tuple[int, ...], totals: dict[tuple[object, ...], int]
+) -> tuple[Update, float]:
+    """The update of one parameter of this shape, and how many bytes its operations move for each element."""
+    interpreter = Interpreter(keeps=False)
+    dtypes = {"param": batch.dtype, "grad": batch.grad_dtype, **{n: f.dtype for n, f in batch.flat.items()}}
+    cells = {
+        n: interpreter.add_leaf(Leaf("input", n, dtype=dtypes[n], shape=shape), tensor=True) for n in roles.tensors
+    }
+    scalars = {n: interpreter.add_leaf(Leaf("input", n), tensor=False) for n in roles.scalars}
+    b = interpreter.builder
+    one = b.const(1)
+    step = Cell(scalars["step"].val if not batch.counts else _plus(interpreter, scalars["step"], one))
+    numbers = _group_numbers(batch, scalars)
+    contributions, graphs = [], []
+    sums = {}
+    for name in batch.totals:
+        number = totals.setdefault(_total_key(batch, name), len(totals))
+        sums[name] = Cell(dataclasses.replace(step.val, expr=b.total(number)))
+
+        def contribution(t: dict[str, Tensor], k: dict[str, Any], name: str = name) -> Any:
+            states = {n: t[n] for n in batch.flat}
+            return batch.rule.contribution(name, t["param"], t["grad"], states, k)
+
+        cell, graph = _run(interpreter, batch, contribution, shape, cells, {**numbers, "step": step})
+        graphs.append(graph)
+        if cell.val.expr.tensor:
+            raise Unsupported(name, "a total over 0-dim parameters of their own values")
+        contributions.append((number, cell.val.expr))
+
+    def update(t: dict[str, Tensor], k: dict[str, Any]) -> Any:
+        new, grad, states = batch.rule.apply(t["param"], t["grad"], {n: t[n] for n in batch.flat}, k)
+        return [new, *([grad] if grad is not None else []), *states.values()]
+
+    results, graph = _run(interpreter, batch, update, shape, cells, {**numbers, "step": step, **sums})
+    targets = ["param", *(["grad"] if batch.rule.writes_grad else []), *batch.flat]
+    position = {n: i for i, n in enumerate(roles.labels)}
+    writes = []
+    for name, result in zip(targets, results, strict=True):
+        writes.append((position[name], b.cast(result.val.expr, dtypes[name])))
+    if batch.counts:
+        writes.append((position["step"], step.val.expr))
+    slots = [Slot(True, dtypes[n]) for n in roles.tensors] + [Slot(False, torch.float64) for _ in roles.scalars]
+    stored = sum(2 * slots[p].dtype.itemsize for p, _ in writes if slots[p].tensor)  # copying the results
+    keywords = [*tree_leaves(_group_numbers(batch, position)), "step", *(f"total {n}" for n, _ in contributions)]
+    arguments = (*(position[n] for n in cells), *keywords)
+    traced = Traced(batch.rule.name, graph, tuple(graphs), arguments)
+    update_of_one = Update(writes, contributions, [], roles.labels, slots, traced)
+    return update_of_one, interpreter.moved / max(1, math.prod(shape)) + stored
+
+
+def _plus(interpreter: Interpreter, cell: Cell, one: Expr) -> Any:
+    return dataclasses.replace(cell.val, expr=interpreter.builder.op("add", cell.val.expr, one))
+
+
+def _total_key(batch: Batch, name: str) -> tuple[object, ...]:
+    over = batch.rule.totals[name].over
+    return (id(batch.rule), name, batch.group if over == "group" else None)
+
+
+def _group_numbers(batch: Batch, scalars: Mapping[str, Any]) -> dict[str, Any]:
+    """The rule's number keywords as what stands for them (cells, positions); tuples of numbers as tuples of these."""
+    return batch.hyper.by_keyword(scalars[n] for n in batch.hyper.names)
+
+
+def _run(
+    interpreter: Interpreter,
+    batch: Batch,
+    function: Callable[[dict[str, Tensor], dict[str, Any]], Any],
+    shape: tuple[int, ...],
+    cells: dict[str, Cell],
+    keywords: dict[str, Any],
+) -> tuple[Any, fx.GraphModule]:
+    """Trace `function` on fake tensors with make_fx, then interpret the trace on cells; gives the trace, too."""
+    from torch._guards import tracing
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    flat_keywords, spec = tree_flatten(keywords)
+    names = list(cells)
+
+    def flat(*args: Tensor) -> Any:
+        given = tree_unflatten(list(args[len(names) :]), spec)
+        return function(dict(zip(names, args, strict=False)), {**batch.hyper.static, **given})
+
+    # a mode of our own: Dynamo's, which is active while a backend runs, would make sizes symbolic; and tensors that the
+    # rule makes are numbers here, wherever torch.set_default_device puts them
+    with torch.device("cpu"), tracing(None), FakeTensorMode(allow_non_fake_inputs=True, static_shapes=True):
+        tensors = [torch.empty(shape, dtype=cells[n].val.dtype) for n in names]
+        scalars = [torch.ones((), dtype=torch.float64) for _ in flat_keywords]
+        try:
+            graph = make_fx(flat, tracing_mode="real")(*tensors, *scalars)
+        except Unsupported:
+            raise
+        except Exception as e:
+            raise Unsupported("tracing", f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else e!r}") from e
+
+    def attribute(name: str) -> Any:
+        value = getattr(graph, name)
+        if isinstance(value, Tensor) and value.ndim == 0:
+            return Cell(dataclasses.replace(_number(interpreter, float(value)), dtype=value.dtype))
+        raise Unsupported("constant", "a rule uses a tensor constant that is not 0-dim")
+
+    try:
+        made = run_graph(interpreter, graph.graph, [*(cells[n] for n in names), *flat_keywords], attribute)
+        return made, graph
+    except Unsupported as e:  # name the other operations without a row, too
+        calls = [operation_name(node) for node in graph.graph.nodes if node.op == "call_function"]
+        others = [name for name in calls if not is_known(name)]
+        raise Unsupported(", ".join(dict.fromkeys([e.op, *others])), e.reason) from e
+
+
+def _number(interpreter: Interpreter, value: float) -> Any:
+    from npu_fuse_pass.capture.aten.pointwise import Val
+
+    return Val(interpreter.builder.const(value), torch.float64, ())

@@ -1,0 +1,194 @@
+"""Sums over several parameters (a global norm, a check for infinities), found in what was captured.
+
+A scalar that adds up numbers of different parameters becomes a *total*: every parameter contributes its own number to
+it, and what is computed from the total (a root, a clip factor) stays in the formulas that use it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from npu_fuse_pass.errors import Unsupported
+from npu_fuse_pass.ir.disjoint import Disjoint
+from npu_fuse_pass.ir.expr import REDUCTIONS, Builder, Expr, postorder
+from npu_fuse_pass.ir.types import Leaf
+
+_SEVERAL = -1  # stands for "numbers of more than one parameter"
+_FEW = 8  # totals that are no sum (the larger of two norms): each is a scalar of every update, so not for N parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Contribution:
+    """What one parameter adds to a total."""
+
+    total: int
+    expr: Expr
+
+
+def separate(
+    roots: Sequence[Expr], written: Sequence[int], leaves: Sequence[Leaf], builder: Builder, first: int = 0
+) -> tuple[list[Expr], list[Contribution], int]:
+    """Replace scalars over several parameters by totals.
+
+    Args:
+        roots: what is written.
+        written: the leaf that each root goes to.
+        first: number of the first total.
+
+    Returns:
+        New roots, the contributions, and the number after the last total.
+
+    Raises:
+        Unsupported: numbers of many parameters are combined by other than adding.
+    """
+    order = postorder(roots)
+    if not any(e.op in REDUCTIONS for e in order):
+        return list(roots), [], first
+    owner = _owners(order, roots, written, leaves)
+    if _SEVERAL not in owner.values():
+        return list(roots), [], first
+    totals = _Totals(owner, builder, first)
+    return [totals.rebuilt(root) for root in roots], totals.contributions, totals.next
+
+
+def _owners(
+    order: Sequence[Expr], roots: Sequence[Expr], written: Sequence[int], leaves: Sequence[Leaf]
+) -> dict[int, int | None]:
+    """For every expression: the tensors below it as one representative leaf, None, or _SEVERAL (scalars only).
+
+    Tensors that an elementwise operation combines belong to one parameter.
+    """
+    sets = Disjoint()
+    below: dict[int, int] = {}
+    for e in order:
+        if e.tensor:
+            found = [e.value] if e.op == "leaf" else [below[id(a)] for a in e.args if a.tensor]
+            assert all(isinstance(f, int) for f in found)
+            for other in found[1:]:
+                sets.join(other, found[0])  # type: ignore[arg-type]
+            below[id(e)] = found[0]  # type: ignore[assignment]
+    for root, leaf in zip(roots, written, strict=True):
+        if root.tensor and leaves[leaf].shape:
+            sets.join(leaf, below[id(root)])
+    places = {key: sets.find(leaf) for key, leaf in below.items()}
+    for user, read in _read_by_one(order, places, roots, [sets.find(leaf) for leaf in written], leaves):
+        sets.join(read, user)
+    owner: dict[int, int | None] = {}
+    for e in order:
+        if e.tensor:
+            owner[id(e)] = sets.find(below[id(e)])
+        else:
+            several = {owner[id(a)] for a in e.args} - {None}
+            owner[id(e)] = None if not several else next(iter(several)) if len(several) == 1 else _SEVERAL
+    return owner
+
+
+def _read_by_one(
+    order: Sequence[Expr],
+    places: Mapping[int, int],
+    roots: Sequence[Expr],
+    written: Sequence[int],
+    leaves: Sequence[Leaf],
+) -> Iterator[tuple[int, int]]:
+    """Pairs of one parameter's tensors that only a scalar connects, as the norms in a trust ratio do.
+
+    A scalar over a few tensors of one shape, which the update of one tensor of that shape alone reads, is no total.
+    """
+    users: dict[int, set[int]] = {id(e): set() for e in order}
+    for root, leaf in zip(roots, written, strict=True):
+        users[id(root)].add(leaf)
+    for e in reversed(order):
+        for a in e.args:
+            if not a.tensor and len(users[id(a)]) < 2:
+                users[id(a)] |= {places[id(e)]} if e.tensor else users[id(e)]
+    read: dict[int, frozenset[int]] = {}
+    for e in order:
+        below = [frozenset([places[id(a)]]) if a.tensor else read[id(a)] for a in e.args]
+        found = frozenset(itertools.islice(frozenset().union(*below), _FEW + 1))
+        if not e.tensor and len(users[id(e)]) > 1:
+            found = frozenset()  # a total, or a part of one, is nobody's
+        elif not e.tensor and 1 < len(found) <= _FEW and len({leaves[i].shape for i in (*users[id(e)], *found)}) == 1:
+            yield from ((user, other) for user in users[id(e)] for other in found)
+            found = frozenset(users[id(e)])
+        read[id(e)] = found
+
+
+class _Totals:
+    """Rebuilds expressions with totals in them."""
+
+    def __init__(self, owner: dict[int, int | None], builder: Builder, first: int) -> None:
+        self._owner = owner
+        self._builder = builder
+        self._made: dict[int, Expr] = {}
+        self._single = 0
+        self.next = first
+        self.contributions: list[Contribution] = []
+
+    def rebuilt(self, root: Expr) -> Expr:
+        """`root` with totals; children first, without recursion (a sum over N parameters is a chain of N)."""
+        stack = [(root, False)]
+        while stack:
+            e, ready = stack.pop()
+            if id(e) in self._made:
+                continue
+            below = self._children(e)
+            if ready:
+                self._made[id(e)] = self._make(e, below)
+            else:
+                stack.append((e, True))
+                stack.extend((a, False) for a in below)
+        return self._made[id(root)]
+
+    def _several(self, e: Expr) -> bool:
+        return self._owner[id(e)] == _SEVERAL
+
+    def _children(self, e: Expr) -> list[Expr]:
+        """What has to be rebuilt before `e`: its arguments, or the terms of the sum that it is."""
+        return self._addends(e) if self._several(e) else list(e.args)
+
+    def _addends(self, e: Expr) -> list[Expr]:
+        """The terms of a sum over several parameters (Python's starts with 0 + the first); else the arguments."""
+        if e.op != "add":
+            return list(e.args)
+        found: list[Expr] = []
+        stack = [e]
+        while stack:
+            x = stack.pop()
+            if x.op == "add" and (self._several(x) or any(a.op == "const" for a in x.args)):
+                stack += reversed(x.args)
+            else:
+                found.append(x)
+        return found
+
+    def _make(self, e: Expr, below: list[Expr]) -> Expr:
+        if not self._several(e):
+            args = tuple(self._made[id(a)] for a in below)
+            same = all(new is old for new, old in zip(args, e.args, strict=True))
+            return e if same else self._builder.make(e.op, args, e.value, e.dtype, e.tensor)
+        if e.op == "add":
+            own = [self._made[id(a)] for a in below if self._owner[id(a)] not in (None, _SEVERAL)]
+            rest = [self._made[id(a)] for a in below if self._owner[id(a)] in (None, _SEVERAL)]
+            terms = [*([self._total(own)] if own else []), *rest]
+            result = terms[0]
+            for term in terms[1:]:
+                result = self._builder.op("add", result, term)
+            return result
+        args = tuple(self._made[id(a)] if self._owner[id(a)] in (None, _SEVERAL) else self._alone(e, a) for a in e.args)
+        return self._builder.make(e.op, args, e.value, e.dtype, e.tensor)
+
+    def _alone(self, e: Expr, a: Expr) -> Expr:
+        """One parameter's number in a combination that is no sum."""
+        self._single += 1
+        if self._single > _FEW:
+            raise Unsupported(e.op, "combines numbers of several parameters; a sum of them can fuse")
+        return self._total([self._made[id(a)]])
+
+    def _total(self, parts: Sequence[Expr]) -> Expr:
+        number, self.next = self.next, self.next + 1
+        for part in parts:
+            self.contributions.append(Contribution(number, self._builder.cast(part, torch.float64)))
+        return self._builder.total(number)

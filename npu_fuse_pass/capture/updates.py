@@ -1,0 +1,207 @@
+"""From the writes of a captured graph to updates: which belong together, and which are the same.
+
+Every expression is visited three times, whatever the number of parameters: to see which tensors meet in it, to see who
+reads a 0-dim leaf, and to compare it with the updates found before. Equal updates become members of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from npu_fuse_pass.capture.cells import Cell
+from npu_fuse_pass.capture.totals import Contribution, separate
+from npu_fuse_pass.errors import Unsupported
+from npu_fuse_pass.ir.disjoint import Disjoint
+from npu_fuse_pass.ir.expr import Builder, Expr, postorder
+from npu_fuse_pass.ir.types import Leaf, Slot, Update
+
+
+def updates_of(
+    leaves: Sequence[Leaf], cells: Mapping[int, Cell], builder: Builder, first_total: int
+) -> tuple[list[Update], int]:
+    """One update for every set of written leaves that depend on each other's tensors.
+
+    Returns:
+        The updates, and the number after the last total.
+
+    Raises:
+        Unsupported: one update would need tensors of different shapes.
+    """
+    roots = [cell.val.expr for cell in cells.values()]
+    roots, contributions, totals = separate(roots, list(cells), leaves, builder, first_total)
+    together = _Together(leaves, dict(zip(cells, roots, strict=True)), contributions)
+    same = _Same(leaves)
+    for written, added in together.components():
+        same.add([(leaf, together.writes[leaf]) for leaf in written], added)
+    return same.updates, totals
+
+
+class _Together:
+    """Disjoint sets of leaves: what is written and what it reads belong together if a tensor connects them."""
+
+    def __init__(self, leaves: Sequence[Leaf], writes: dict[int, Expr], contributions: Sequence[Contribution]) -> None:
+        self.writes = writes
+        self._leaves = leaves
+        self._contributions = contributions
+        self._sets = Disjoint()
+        below = self._join_tensors([*writes.values(), *(c.expr for c in contributions)])
+        self._first = [below[id(c.expr)] for c in contributions]
+        for leaf, root in writes.items():
+            if (other := below[id(root)]) is not None:
+                self._sets.join(leaf, other)
+        self._join_scalars()
+
+    def components(self) -> list[tuple[list[int], list[Contribution]]]:
+        """Leaves that are written together, and what their parameter adds to totals; in the order of the writes."""
+        found: dict[int, tuple[list[int], list[Contribution]]] = {}
+        for leaf in self.writes:
+            found.setdefault(self._sets.find(leaf), ([], []))[0].append(leaf)
+        for c, first in zip(self._contributions, self._first, strict=True):
+            assert first is not None
+            found.setdefault(self._sets.find(first), ([], []))[1].append(c)
+        return self._with_counters(list(found.values()))
+
+    def _join_tensors(self, roots: Sequence[Expr]) -> dict[int, int | None]:
+        """Join tensors that meet in an expression; gives one of the tensors below every expression."""
+        below: dict[int, int | None] = {}
+        for e in postorder(roots):
+            if e.op == "leaf":
+                assert isinstance(e.value, int)
+                below[id(e)] = e.value if self._leaves[e.value].shape else None
+                continue
+            first = None
+            for a in e.args:
+                other = below[id(a)]
+                if first is None:
+                    first = other
+                elif other is not None and other != first:
+                    self._sets.join(other, first)
+            below[id(e)] = first
+        return below
+
+    def _join_scalars(self) -> None:
+        """A 0-dim leaf that only one update reads is its own: a step counter."""
+        users: dict[int, set[int]] = {}
+        roots: dict[int, list[Expr]] = {}
+        for leaf, root in self.writes.items():
+            owner = self._sets.find(leaf)
+            roots.setdefault(owner, []).append(root)
+            if not self._leaves[leaf].shape:
+                users.setdefault(leaf, set()).add(owner)
+        for owner, several in roots.items():
+            for leaf in _leaves_of(several):
+                if not self._leaves[leaf].shape:
+                    users.setdefault(leaf, set()).add(owner)
+        changed = True
+        while changed:  # an owner may be a 0-dim leaf that finds its own owner later
+            changed = False
+            for leaf, owners in users.items():
+                own = self._sets.find(leaf)
+                others = {self._sets.find(u) for u in owners} - ({own} if leaf in self.writes else set())
+                if len(others) == 1 and (other := others.pop()) != own:
+                    self._sets.join(own, other)
+                    changed = True
+
+    def _with_counters(
+        self, components: list[tuple[list[int], list[Contribution]]]
+    ) -> list[tuple[list[int], list[Contribution]]]:
+        """Give counters that nothing reads (RMSprop's) to the parameters in whose order they are, one set for each."""
+
+        def counts(written: list[int], added: list[Contribution]) -> bool:
+            if len(written) != 1 or added or self._leaves[written[0]].shape:
+                return False
+            return set(_leaves_of([self.writes[written[0]]])) <= set(written)
+
+        counters = [c for c in components if counts(*c)]
+        others = [c for c in components if not counts(*c)]
+        parameters = [c for c in others if c[0]]  # the rest only add to a total
+        if not counters or not parameters or len(counters) % len(parameters):
+            return components
+        for i, (counter, _) in enumerate(counters):
+            parameters[i % len(parameters)][0].extend(counter)
+        return others
+
+
+class _Same:
+    """Updates that are the same up to the names of their leaves become members of one."""
+
+    def __init__(self, leaves: Sequence[Leaf]) -> None:
+        self._leaves = leaves
+        self._known: dict[object, Update] = {}
+        self.updates: list[Update] = []
+
+    def add(self, writes: Sequence[tuple[int, Expr]], contributions: Sequence[Contribution]) -> None:
+        """Add the writes of one parameter and what it adds to totals."""
+        roots = [*(root for _, root in writes), *(c.expr for c in contributions)]
+        order = postorder(roots)
+        position: dict[int, int] = {}
+        numbers: dict[int, int] = {}
+        key: list[object] = []
+        for e in order:
+            value: object = repr(e.value) if e.op == "const" else e.value  # -0.0 and NaN are what they are
+            if e.op == "leaf":
+                value = position.setdefault(e.value, len(position))  # type: ignore[arg-type]
+            key.append((e.op, value, e.dtype, e.tensor, *[numbers[id(a)] for a in e.args]))
+            numbers[id(e)] = len(numbers)
+        for leaf, root in writes:
+            key.append((position.setdefault(leaf, len(position)), numbers[id(root)]))
+        key += [(c.total, numbers[id(c.expr)]) for c in contributions]
+        key += [self._leaves[i].dtype if self._leaves[i].shape else None for i in position]
+        shapes = {self._leaves[i].shape for i in position} - {()}
+        if len(shapes) > 1:
+            reason = f"one update reads tensors of shapes {sorted(shapes)}: a sum over several parameters"
+            raise Unsupported("write", reason)
+        known = self._known.get(found := tuple(key))
+        if known is None:
+            known = self._known[found] = self._template(order, position, writes, contributions)
+            self.updates.append(known)
+        elif any(label.startswith("state") for label in known.labels):
+            # Dynamo names some leaves by their index in a list only; another member may have the real name
+            names = [label_of(self._leaves[i].name) for i in position]
+            known.labels = [n if k.startswith("state") else k for k, n in zip(known.labels, names, strict=True)]
+        known.members.append(tuple(position))
+
+    def _template(
+        self,
+        order: Iterable[Expr],
+        position: Mapping[int, int],
+        writes: Sequence[tuple[int, Expr]],
+        contributions: Sequence[Contribution],
+    ) -> Update:
+        builder = Builder()
+        made: dict[int, Expr] = {}
+        for e in order:
+            args = tuple(made[id(a)] for a in e.args)
+            if e.op == "leaf":
+                made[id(e)] = builder.make("leaf", (), position[e.value], e.dtype, e.tensor)  # type: ignore[index]
+            else:
+                made[id(e)] = builder.make(e.op, args, e.value, e.dtype, e.tensor) if args else e
+        pairs = [(position[leaf], made[id(root)]) for leaf, root in writes]
+        added = [(c.total, made[id(c.expr)]) for c in contributions]
+        given = [self._leaves[i] for i in position]
+        slots = [Slot(bool(leaf.shape), leaf.dtype if leaf.shape else torch.float64) for leaf in given]
+        return Update(pairs, added, [], [label_of(leaf.name) for leaf in given], slots)
+
+
+def _leaves_of(roots: Sequence[Expr]) -> list[int]:
+    return [e.value for e in postorder(roots) if e.op == "leaf" and isinstance(e.value, int)]
+
+
+_KNOWN = "max_exp_avg_sq exp_avg_sq exp_avg_diff exp_avg momentum_buffer square_avg grad_avg acc_delta sum step grad lr"
+
+
+def label_of(name: str) -> str:
+    """A readable name from the name that Dynamo gave a leaf."""
+    low = name.lower().rstrip("_")
+    last = low.split("_")[-1]
+    known = next((k for k in _KNOWN.split() if low.endswith(k)), None)
+    if known is not None or not low:
+        return known or "x"
+    if last.isdigit() and "state" in low:
+        return f"state{last}"
+    if "param" in low:
+        return "param"
+    named = [part for part in low.split("_") if not part.isdigit()]  # g_ema_3: an entry of a list
+    return "_".join(named[1:] if named[:1] in (["g"], ["l"]) and len(named) > 1 else named) or last

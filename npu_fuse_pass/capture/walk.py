@@ -1,0 +1,115 @@
+"""Reads the nodes of an FX graph, one after the other, with an interpreter."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from npu_fuse_pass.capture.aten.rows import ROWS
+from npu_fuse_pass.capture.aten.shaped import SHAPED
+from npu_fuse_pass.capture.cells import Cell
+from npu_fuse_pass.capture.interpreter import Interpreter, flatten
+from npu_fuse_pass.errors import Unsupported
+from npu_fuse_pass.fx_nodes.effects import recorded
+from npu_fuse_pass.fx_nodes.names import REFLECTED, operation_name
+
+_ARITHMETIC = {f for f in vars(operator).values() if callable(f)} | {math.sqrt, math.pow, max, min, float, int, abs}
+_METADATA = {"size", "stride", "dim", "numel", "sym_size", "sym_numel", "is_floating_point", "is_complex"}
+
+
+class Recorded(Exception):  # noqa: N818 - a finding about a graph, not an error
+    """Autograd records an operation of the graph: it is part of a forward pass, and no update."""
+
+
+def is_known(name: str) -> bool:
+    """Whether an operation has a row."""
+    plain = name.removeprefix("_foreach_").removesuffix("_")
+    return plain in ROWS or plain in SHAPED or plain in ("copy", "fill", "zero", "getitem")
+
+
+def run_graph(interpreter: Interpreter, graph: fx.Graph, inputs: Sequence[Any], attribute: Callable[[str], Any]) -> Any:
+    """Interpret a graph on cells; returns what its output node returns.
+
+    Raises:
+        Unsupported: at the first operation that cannot be expressed.
+    """
+    env: dict[fx.Node, Any] = {}
+    given = iter(inputs)
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            env[node] = next(given)
+        elif operation_name(node) == "_set_grad_enabled":
+            interpreter.grad_enabled = bool(node.args[0])
+        elif node.op == "get_attr":
+            env[node] = attribute(str(node.target))
+        elif node.op == "output":
+            return fx.node.map_arg(node.args[0], env.__getitem__)
+        else:
+            args = fx.node.map_aggregate(node.args, lambda x: env[x] if isinstance(x, fx.Node) else x)
+            kwargs = fx.node.map_aggregate(node.kwargs, lambda x: env[x] if isinstance(x, fx.Node) else x)
+            env[node] = _call_node(interpreter, node, args, dict(kwargs))
+            _verify(node, env[node])
+    return None
+
+
+def _call_node(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    name = operation_name(node)
+    if name in interpreter.expansions:
+        expanded = interpreter.expansions[name](interpreter, node, args, kwargs)
+        if expanded is not NotImplemented:
+            return expanded
+    if node.target is operator.getitem and not isinstance(args[0], Cell):
+        return args[0][args[1]]
+    on_numbers = not any(isinstance(a, Cell) for a in flatten((*args, *kwargs.values())))
+    if on_numbers and node.target in _ARITHMETIC:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    if interpreter.grad_enabled and any(isinstance(m, Tensor) and m.requires_grad for m in flatten([recorded(node)])):
+        raise Recorded
+    if name in _METADATA:
+        raise Unsupported(name, "reads the size of a tensor")
+    before = [(cell, cell.val, cell.base) for cell in flatten(args[:1]) if isinstance(cell, Cell)]
+    try:
+        return interpreter.call(name, args[::-1] if node.target in REFLECTED else args, kwargs)
+    except Unsupported as e:
+        if not interpreter.keeps:
+            raise
+        if not interpreter.effects.writes(node, name):
+            return interpreter.keep(node, name, args, kwargs, e.reason)
+        twin = _functional_twin(node.target)
+        if twin is None or not before:
+            raise
+        for cell, val, base in before:  # of a list, some may have been written already
+            cell.val, cell.base = val, base
+        made = interpreter.keep(node, name, args, kwargs, e.reason, twin)
+        for (cell, _, _), result in zip(before, made if isinstance(made, list) else [made], strict=True):
+            interpreter.overwrite(cell, name, result)
+        return args[0]
+
+
+def _functional_twin(target: Any) -> Callable[..., Any] | str | None:
+    """The operation that computes the same without writing in place."""
+    if isinstance(target, str) and target.endswith("_") and not target.startswith("_"):
+        return target.removesuffix("_")
+    name = getattr(target, "__name__", "")
+    return getattr(torch, name.removesuffix("_"), None) if name.endswith("_") and hasattr(torch, name) else None
+
+
+def _verify(node: fx.Node, result: Any) -> None:
+    """What was inferred must be what torch's own shape propagation recorded."""
+    meta = recorded(node)
+    pairs = (
+        zip(result, meta, strict=False)
+        if isinstance(result, list) and isinstance(meta, (list, tuple))
+        else [(result, meta)]
+    )
+    for cell, fake in pairs:
+        if not (isinstance(cell, Cell) and isinstance(fake, Tensor) and cell.val.dimmed):
+            continue
+        if (tuple(map(int, fake.shape)), fake.dtype) != (cell.val.shape, cell.val.dtype):
+            understood = f"understood as {cell.val.dtype} {cell.val.shape}"
+            raise Unsupported(operation_name(node), f"gives {fake.dtype} {tuple(fake.shape)}, {understood}")

@@ -1,0 +1,1 @@
+"""The page of a dump: one HTML file that shows the graph before and after."""

@@ -1,0 +1,134 @@
+"""The step after fusing as boxes: leaves in lists, fused nodes, totals, original operations, what is written."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from npu_fuse_pass.dump.contents import Contents
+from npu_fuse_pass.dump.page.owners import references
+from npu_fuse_pass.ir.expr import postorder
+from npu_fuse_pass.ir.types import Call, Group, Leaf
+
+
+@dataclasses.dataclass
+class Box:
+    """One box of the fused step.
+
+    Attributes:
+        kind: "leaf" (a list of leaves), "fused", "contribute", "total", "kept" or "written".
+        group: the fused node's number, for "fused" and "contribute".
+        count: how many leaves or calls it stands for.
+        origin: names of leaves or nodes.
+    """
+
+    kind: str
+    name: str
+    args: list[int] = dataclasses.field(default_factory=list)
+    group: int | None = None
+    count: int = 1
+    origin: list[str] = dataclasses.field(default_factory=list)
+    scalar: bool = False
+
+
+def after(contents: Contents) -> list[Box]:
+    """The boxes, arguments before what reads them."""
+    return _After(contents.captured.leaves).run(contents)
+
+
+class _After:
+    def __init__(self, leaves: Sequence[Leaf]) -> None:
+        self._leaves = leaves
+        self._boxes: list[Box] = []
+        self._lists: dict[tuple[int, ...], int] = {}
+        self._made: dict[int, int] = {}  # leaf that the step makes -> the box that makes it
+        self._totals: dict[int, int] = {}
+        self._number = 0
+
+    def run(self, contents: Contents) -> list[Box]:
+        for groups, calls in contents.stages:
+            self._fuse(groups)
+            self._calls(calls)
+        self._add_totals(contents.groups)
+        self._fuse(contents.groups)
+        return self._boxes
+
+    def _add(self, made: Box) -> int:
+        made.args = list(dict.fromkeys(made.args))
+        self._boxes.append(made)
+        return len(self._boxes) - 1
+
+    def _fuse(self, groups: Sequence[Group]) -> None:
+        boxes = []
+        for group in groups:
+            read = self._reads(group, range(len(group.formula.slots)))
+            boxes.append(self._add(Box("fused", group.name, read, self._number, len(group.members))))
+            self._number += 1
+        for group, box in zip(groups, boxes, strict=True):
+            for slot in group.formula.written:
+                self._write(group, slot, box)
+
+    def _write(self, group: Group, slot: int, box: int) -> None:
+        leaves = list(dict.fromkeys(m[slot] for m in group.members))
+        if self._leaves[leaves[0]].kind == "temporary":
+            self._made |= dict.fromkeys(leaves, box)
+            return
+        name, scalar = f"{group.labels[slot]}'", not group.formula.slots[slot].tensor
+        self._add(Box("written", name, [box], None, len(leaves), self._names(leaves), scalar))
+
+    def _reads(self, group: Group, slots: Sequence[int]) -> list[int]:
+        """The boxes of what a group reads in these slots."""
+        found: list[int] = []
+        for slot in slots:
+            leaves = list(dict.fromkeys(m[slot] for m in group.members))
+            kinds = {self._leaves[i].kind for i in leaves}
+            if kinds <= {"constant", "output", "temporary"} and not set(leaves) & self._made.keys():
+                continue  # numbers of the formula; tensors that the step makes
+            if kinds == {"total"}:
+                found += [self._totals[self._leaves[i].index] for i in leaves if self._leaves[i].index in self._totals]
+            elif kinds & {"temporary", "result"}:
+                found += [self._made[i] for i in leaves if i in self._made]
+            else:
+                found.append(self._list(leaves, group.labels[slot], not group.formula.slots[slot].tensor))
+        return found
+
+    def _list(self, leaves: list[int], label: str, scalar: bool) -> int:
+        key = tuple(leaves)
+        if key not in self._lists:
+            self._lists[key] = self._add(Box("leaf", label, [], None, len(leaves), self._names(leaves), scalar))
+        return self._lists[key]
+
+    def _names(self, leaves: Sequence[int]) -> list[str]:
+        return [self._leaves[i].name for i in leaves]
+
+    def _calls(self, calls: Sequence[Call]) -> None:
+        """Original operations; those of one name are one box."""
+        by_name: dict[str, list[Call]] = {}
+        for call in calls:
+            target = call.target if isinstance(call.target, str) else getattr(call.target, "__name__", str(call.target))
+            by_name.setdefault(target.removesuffix(".default"), []).append(call)
+        for name, several in by_name.items():
+            read = []
+            for call in several:
+                for ref in references((call.args, call.kwargs)):
+                    if ref.index in self._made:
+                        read.append(self._made[ref.index])
+                    elif self._leaves[ref.index].kind in ("input", "attribute"):
+                        read.append(self._list([ref.index], self._leaves[ref.index].name, False))
+            box = self._add(Box("kept", name, read, None, len(several), [call.node for call in several]))
+            self._made |= dict.fromkeys([i for call in several for i in call.results], box)
+
+    def _add_totals(self, groups: Sequence[Group]) -> None:
+        """Totals in an order in which each depends on those before it."""
+        parts: dict[int, list[tuple[int, Group, int]]] = {}
+        for offset, group in enumerate(groups):
+            for k in range(len(group.formula.contributions)):
+                for total in sorted({numbers[k] for numbers in group.totals}):
+                    parts.setdefault(total, []).append((self._number + offset, group, k))
+        for total in sorted(parts):
+            args = []
+            for number, group, k in parts[total]:
+                below = postorder([group.formula.contributions[k]])
+                read = self._reads(group, [e.value for e in below if e.op == "leaf" and isinstance(e.value, int)])
+                args.append(self._add(Box("contribute", group.name, read, number, len(group.members))))
+            self._totals[total] = self._add(Box("total", f"total_{total}", args, None, 1, scalar=True))

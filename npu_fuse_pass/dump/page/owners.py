@@ -1,0 +1,81 @@
+"""Which leaves belong to one parameter: its gradient, its states, what is computed for it between fused kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from npu_fuse_pass.ir.disjoint import Disjoint
+from npu_fuse_pass.ir.types import Call, Group, Leaf, LeafRef
+
+Stages = Sequence[tuple[Sequence[Group], Sequence[Call]]]
+
+
+class Owners:
+    """Parameters by number, in the order of the groups' members.
+
+    Attributes:
+        of_leaf: the parameter that a leaf belongs to, by index; leaves of several or of none are missing.
+        members: for every parameter, what it is in the groups: pairs of a group's and a member's number.
+    """
+
+    def __init__(self, leaves: Sequence[Leaf], groups: Sequence[Group], stages: Stages) -> None:
+        """`groups`: those of all stages and of the last."""
+        self._leaves = leaves
+        self._sets = Disjoint()
+        places = [(g, m, member) for g, group in enumerate(groups) for m, member in enumerate(group.members)]
+        for _, _, member in places:
+            self._join([i for i in member if leaves[i].shape])
+        for _ in stages:  # what a call gives may be an argument of the next stage's
+            for _, calls in stages:
+                for call in calls:
+                    self._join_results(call)
+        self._join_counters([member for _, _, member in places])
+        numbers: dict[int, int] = {}
+        self.members: list[list[tuple[int, int]]] = []
+        for g, m, member in places:
+            number = numbers.setdefault(self._root(member), len(numbers))
+            if number == len(self.members):
+                self.members.append([])
+            self.members[number].append((g, m))
+        roots = ((i, self._sets.find(i)) for i in range(len(leaves)))
+        self.of_leaf = {i: numbers[root] for i, root in roots if root in numbers}
+
+    def _root(self, member: Sequence[int]) -> int:
+        tensor = next((i for i in member if self._leaves[i].shape), None)
+        own = next((i for i in member if self._leaves[i].kind not in ("constant", "total")), member[0])
+        return self._sets.find(own if tensor is None else tensor)
+
+    def _join(self, leaves: Sequence[int]) -> None:
+        for i in leaves[1:]:
+            self._sets.join(i, leaves[0])
+
+    def _join_results(self, call: Call) -> None:
+        """What an operation makes of one parameter's tensors is that parameter's."""
+        read = [ref.index for ref in references((call.args, call.kwargs)) if self._leaves[ref.index].shape]
+        if read and len({self._sets.find(i) for i in read}) == 1:
+            self._join([read[0], *(i for i in call.results if self._leaves[i].shape)])
+
+    def _join_counters(self, members: Sequence[Sequence[int]]) -> None:
+        """A 0-dim leaf that only one parameter reads is its own: a step counter."""
+        users: dict[int, set[int]] = {}
+        for member in members:
+            tensor = next((i for i in member if self._leaves[i].shape), None)
+            if tensor is not None:
+                for i in member:
+                    if not self._leaves[i].shape and self._leaves[i].kind in ("input", "attribute"):
+                        users.setdefault(i, set()).add(self._sets.find(tensor))
+        for leaf, found in users.items():
+            if len(found) == 1:
+                self._sets.join(leaf, found.pop())
+
+
+def references(value: Any) -> Iterator[LeafRef]:
+    """The leaves among an original operation's arguments, in order."""
+    if isinstance(value, LeafRef):
+        yield value
+    elif isinstance(value, dict):
+        yield from references(tuple(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for v in value:
+            yield from references(v)

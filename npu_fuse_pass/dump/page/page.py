@@ -1,0 +1,177 @@
+"""One compile as one page: `index.html`, which needs no server, no network and nothing beside it.
+
+What the page shows travels in it as JSON: names, shapes, formulas and sources, no values of tensors.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import html
+import importlib.resources
+import json
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from npu_fuse_pass.dump.contents import Contents
+from npu_fuse_pass.dump.page.after import Box, after
+from npu_fuse_pass.dump.page.drawing import Before, Drawing, Node
+from npu_fuse_pass.dump.page.graphs import all_groups, before
+from npu_fuse_pass.dump.text.kernel_text import annotated
+from npu_fuse_pass.fx_nodes.names import operation_name
+from npu_fuse_pass.ir.types import Group
+from npu_fuse_pass.report.report import GroupReport
+from npu_fuse_pass.report.rows import group_report
+
+# in this order; the last one starts the page
+_SCRIPTS = (*("text", "layout", "graph", "keys", "details"), *("totals", "search", "before", "after", "page"))
+# Memory bandwidth that times are modelled with until a reader enters another, in GB/s, and where it comes from.
+_BANDWIDTH = {"npu": (1600, "an Atlas A2's HBM, as CANN's guide states it"), "": (20, "a guess for one CPU socket")}
+
+
+def page(contents: Contents, measured: Mapping[str, float] | None = None) -> str:
+    """The page of a compile, the same text for the same compile.
+
+    Args:
+        contents: what the stages made.
+        measured: seconds per step, where somebody measured them: "before", "after".
+
+    Returns:
+        HTML. Names are data to it, whatever they hold.
+    """
+    data = {**_facts(contents), "measured": dict(measured or {})}
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=str)
+    # the only ways in which JSON could end the element that it is in
+    text = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    scripts = "\n".join(_file(f"{name}.js") for name in _SCRIPTS)
+    parts = {"TITLE": html.escape(data["title"]), "STYLE": _file("style.css"), "DATA": text, "SCRIPT": scripts}
+    pieces = _file("template.html").split("@@")  # text, name, text, name, ..., text
+    return "".join(parts[piece] if i % 2 else piece for i, piece in enumerate(pieces))
+
+
+def with_times(text: str, measured: Mapping[str, float]) -> str:
+    """A page that has no measured times, with some: seconds per step, "before" and "after"."""
+    return text.replace('"measured":{}', f'"measured":{json.dumps(dict(measured))}')
+
+
+def _file(name: str) -> str:
+    return importlib.resources.files(__package__).joinpath("web", name).read_text(encoding="utf-8")
+
+
+def _facts(contents: Contents) -> dict[str, Any]:
+    report, names = contents.report, _Names()
+    drawn, boxes = before(contents), after(contents)
+    totals = _totals(contents, drawn, boxes)
+    bandwidth, why = _BANDWIDTH.get(report.platform, _BANDWIDTH[""])
+    several = "parameter" if totals["parameters"] == 1 else "parameters"
+    return {
+        "title": f"{totals['parameters']} {several} on {report.platform}",
+        "platform": report.platform,
+        "torch": report.torch,
+        "cause": report.cause,
+        "fallback": report.fallback,
+        "graph_break": report.graph_break,
+        "unfused": [{"op": u.op, "reason": u.reason} for u in report.unfused],
+        "bandwidth": {"value": bandwidth, "why": why},
+        "totals": totals,
+        "groups": _groups(contents),
+        "families": [_drawing(d, names) for d in drawn.families],
+        "shared": None if drawn.shared is None else _drawing(drawn.shared, names),
+        "after": [_fields(b, names) for b in boxes],
+        "captured": _captured(contents),
+        "names": names.listed,
+    }
+
+
+class _Names:
+    """Names of leaves and nodes, each once; 2000 parameters have many long ones, and several boxes list them."""
+
+    def __init__(self) -> None:
+        self.listed: list[str] = []
+        self._numbers: dict[str, int] = {}
+
+    def number(self, name: str) -> int:
+        if name not in self._numbers:
+            self._numbers[name] = len(self.listed)
+            self.listed.append(name)
+        return self._numbers[name]
+
+
+def _totals(contents: Contents, drawn: Before, boxes: Sequence[Box]) -> dict[str, Any]:
+    """Of the whole step; pairs are before and after."""
+    report = contents.report
+    kept = sum(b.count for b in boxes if b.kind == "kept")
+    if contents.original is None:
+        nodes = sum(n.kind == "op" for d in drawn.families for n in d.nodes)
+    else:
+        nodes = sum(_computes(n) for n in contents.original.graph.nodes)
+    return {
+        "parameters": sum(len(d.members) for d in drawn.families),
+        "elements": sum(g.elements for g in report.groups if g.writes == "leaves"),
+        "nodes": [nodes, sum(b.kind in ("fused", "contribute", "total") for b in boxes) + kept],
+        "of": "before: those of the rule" if contents.original is None else "",
+        "operations": drawn.operations,
+        "launches": sum(g.launches for g in report.groups) + kept,
+        "bytes": dict(report.bytes_per_element),
+    }
+
+
+def _computes(node: fx.Node) -> bool:
+    return node.op.startswith("call_") and node.target is not operator.getitem
+
+
+def _groups(contents: Contents) -> list[dict[str, Any]]:
+    """The fused nodes: the report's rows with their sources, in the order of the groups."""
+    rows = {(g.name, g.writes): g for g in contents.report.groups}
+    found = []
+    for i, g in enumerate(all_groups(contents)):
+        writes = "temporaries" if i < len(all_groups(contents)) - len(contents.groups) else "leaves"
+        row = rows.get((g.name, writes)) or _not_lowered(g, contents)
+        facts = {name: getattr(row, name) for name in _ROW}
+        match = str(row.match) if row.match is not None else ""
+        source = annotated(g, contents, contents.sources[g.name]) if g.name in contents.sources else ""
+        found.append({**facts, "match": match, "no_match": row.no_match, "source": source})
+    return found
+
+
+_ROW = (
+    *("name", "formula", "updates", "dtype", "device", "lowering", "kernel"),
+    *("bytes_per_element", "launches", "elements", "writes"),
+)
+
+
+def _not_lowered(g: Group, contents: Contents) -> GroupReport:
+    return group_report(g, contents.captured.leaves, "none", "the original operations", 0, 0)
+
+
+def _captured(contents: Contents) -> list[list[Any]]:
+    """Where nothing could be fused: which operations the graph has, and how many of each."""
+    if contents.groups or contents.original is None:
+        return []
+    found = collections.Counter(operation_name(n) for n in contents.original.graph.nodes if _computes(n))
+    return [[name, count] for name, count in found.items()]
+
+
+def _drawing(d: Drawing, names: _Names) -> dict[str, Any]:
+    shapes = list(dict.fromkeys(d.shapes))
+    numbers = {shape: i for i, shape in enumerate(shapes)}
+    return {
+        "groups": d.groups,
+        "members": d.members,
+        "shapes": ["×".join(map(str, shape)) or "scalar" for shape in shapes],
+        "shape": [numbers[shape] for shape in d.shapes],
+        "nodes": [_fields(n, names) for n in d.nodes],
+    }
+
+
+def _fields(x: Node | Box, names: _Names) -> dict[str, Any]:
+    """What is not as it is by default; lists of names by number."""
+    empty = type(x)("", "")
+    pairs = ((f.name, getattr(x, f.name)) for f in dataclasses.fields(x))
+    found = {name: value for name, value in pairs if name in ("kind", "name") or value != getattr(empty, name)}
+    if isinstance(x.origin, list) and x.origin:
+        found["origin"] = [names.number(name) for name in x.origin]
+    return found

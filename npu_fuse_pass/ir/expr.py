@@ -1,0 +1,133 @@
+"""Expressions: nodes of a DAG over one parameter's update.
+
+A *tensor* expression has one value per element, a *scalar* expression (0-dim) one per member, in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from npu_fuse_pass.errors import Unsupported
+
+Value = int | float | bool | torch.dtype | None
+
+DTYPE_NAMES = {
+    torch.float64: "f64",
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.bool: "bool",
+}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+HALF = (torch.float16, torch.bfloat16)
+REDUCTIONS = ("sum", "amax", "amin")
+
+
+class Expr:
+    """One node. `value` is the leaf's position (op "leaf"), the total's number ("total") or the constant ("const")."""
+
+    __slots__ = ("args", "dtype", "op", "tensor", "value")
+
+    def __init__(self, op: str, args: tuple[Expr, ...], value: Value, dtype: torch.dtype, tensor: bool) -> None:
+        self.op = op
+        self.args = args
+        self.value = value
+        self.dtype = dtype
+        self.tensor = tensor
+
+    def __repr__(self) -> str:
+        inner = ", ".join(map(repr, self.args)) if self.args else repr(self.value)
+        return f"{self.op}({inner})"
+
+
+class Builder:
+    """Makes expressions, equal ones once (hash-consing; a + b and b + a are equal), with every cast written out."""
+
+    def __init__(self) -> None:
+        self._made: dict[object, Expr] = {}
+
+    def make(self, op: str, args: tuple[Expr, ...], value: Value, dtype: torch.dtype, tensor: bool) -> Expr:
+        ids = map(id, args)
+        key = (op, tuple(sorted(ids) if op in COMMUTATIVE else ids), value, dtype, tensor)
+        found = self._made.get(key)
+        if found is None:
+            found = self._made[key] = Expr(op, args, value, dtype, tensor)
+        return found
+
+    def leaf(self, position: int, dtype: torch.dtype, tensor: bool) -> Expr:
+        """What a leaf holds before the step; 0-dim leaves are read as float64."""
+        if tensor and dtype not in DTYPE_NAMES:
+            raise Unsupported("leaf", f"a tensor of dtype {dtype} takes part in the update; floating-point ones can")
+        return self.make("leaf", (), position, dtype if tensor else torch.float64, tensor)
+
+    def const(self, value: float) -> Expr:
+        """A number. Never shared, so that parameter groups whose constants happen to be equal get the same formula."""
+        return Expr("const", (), float(value), torch.float64, False)
+
+    def total(self, number: int) -> Expr:
+        """The sum over all members' contributions with this number."""
+        return self.make("total", (), number, torch.float64, False)
+
+    def numel(self) -> Expr:
+        """The number of elements of the member's tensors."""
+        return self.make("numel", (), 0, torch.float64, False)
+
+    def cast(self, x: Expr, dtype: torch.dtype) -> Expr:
+        return x if x.dtype == dtype else self.make("cast", (x,), dtype, dtype, x.tensor)
+
+    def op(self, name: str, *args: Expr) -> Expr:
+        """A pointwise operation in the dtype of its tensor arguments; among scalars in float64."""
+        tensors = [a for a in args if a.tensor and a.dtype != torch.bool]
+        dtype = tensors[0].dtype if tensors else torch.float64
+        if any(t.dtype != dtype for t in tensors):
+            raise Unsupported(name, f"mixes {sorted({DTYPE_NAMES[t.dtype] for t in tensors})} without a cast")
+        if name in LOGICAL:
+            given = tuple(
+                a if a.dtype == torch.bool else self.op("ne", a, self.make("zero", (), 0, a.dtype, False)) for a in args
+            )
+        elif name == "where":
+            condition = args[0] if args[0].dtype == torch.bool else self.op("ne", args[0], self.const(0))
+            given = (condition, self.cast(args[1], dtype), self.cast(args[2], dtype))
+        else:
+            given = tuple(self.cast(a, dtype) for a in args)
+        result = torch.bool if name in COMPARISONS or name in LOGICAL else dtype
+        return self.make(name, given, None, result, any(a.tensor for a in args))
+
+    def reduce(self, name: str, x: Expr) -> Expr:
+        """`sum`, `amax` or `amin` over all elements of one member's tensor: a scalar."""
+        if not x.tensor:
+            return self.cast(x, torch.float64)
+        return self.make(name, (x,), None, torch.float64, False)
+
+
+COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne", "isnan", "isinf", "isfinite")
+LOGICAL = ("and", "or", "not", "xor")
+# named alike in ATen and in C
+C_FUNCTIONS = (
+    "sqrt", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "asin", "acos", "atan",
+    "sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "erf", "erfc", "floor", "ceil", "trunc",
+)  # fmt: skip
+COMMUTATIVE = ("add", "mul", "eq", "ne", "and", "or", "xor")
+
+
+def postorder(roots: Sequence[Expr]) -> list[Expr]:
+    """Every expression below `roots` once, arguments first."""
+    seen: set[int] = set()
+    found: list[Expr] = []
+    stack = list(reversed(roots))
+    while stack:
+        e = stack[-1]
+        if id(e) in seen:
+            stack.pop()
+            continue
+        waiting = [a for a in e.args if id(a) not in seen]
+        if waiting:
+            waiting.reverse()
+            stack += waiting
+        else:
+            seen.add(id(e))
+            found.append(e)
+            stack.pop()
+    return found

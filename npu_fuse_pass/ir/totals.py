@@ -1,0 +1,39 @@
+"""In how many rounds totals are added up: one may depend on another (a norm of gradients that were clipped before)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from npu_fuse_pass.ir.expr import postorder
+from npu_fuse_pass.ir.types import Group, Leaf
+
+
+def rounds(groups: Sequence[Group], leaves: Sequence[Leaf]) -> int:
+    """How often all contributions have to be computed and added up, until every total is right; 0 without totals."""
+    read: dict[int, set[int]] = {}
+    for group in groups:
+        for k, root in enumerate(group.formula.contributions):
+            slots = {e.value for e in postorder([root]) if e.op == "leaf" and not e.tensor}
+            for member, totals in zip(group.members, group.totals, strict=True):
+                given = (leaves[member[s]] for s in slots)  # type: ignore[index]
+                read.setdefault(totals[k], set()).update(leaf.index for leaf in given if leaf.kind == "total")
+    depth: dict[int, int] = {}
+
+    def deep(total: int) -> int:
+        if total not in depth:
+            depth[total] = 1 + max(map(deep, read.get(total, ())), default=0)
+        return depth[total]
+
+    return max(map(deep, read), default=0)
+
+
+def total_slots(groups: Sequence[Group], leaves: Sequence[Leaf]) -> list[frozenset[int] | None]:
+    """For each group the scalar slots that hold totals; None for all where contributions are computed several times."""
+    if rounds(groups, leaves) > 1:
+        return [None] * len(groups)
+    return [_holding_totals(group, leaves) if group.formula.contributions else frozenset() for group in groups]
+
+
+def _holding_totals(group: Group, leaves: Sequence[Leaf]) -> frozenset[int]:
+    slots = group.formula.scalar_slots
+    return frozenset(s for s in slots if any(leaves[member[s]].kind == "total" for member in group.members))

@@ -1,0 +1,222 @@
+"""The types that the stages hand to each other: leaves, updates, formulas, groups.
+
+Writes to leaves are the roots of expressions (expr.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from npu_fuse_pass.ir.expr import DTYPE_NAMES, Expr
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """Something that an update reads or writes.
+
+    Attributes:
+        kind: "input" (argument `index` of the graph), "attribute" (of the graph module, `name`), "constant" (`value`),
+            "total" (number `index`), "output" (a new tensor that the graph returns at `index`), "temporary" (a new
+            tensor that an original operation reads) or "result" (what an original operation gives).
+        fixed: its address does not change from step to step.
+        optimizer: the handle of an optimizer of ours that holds it, at `index` of `inputs_of`; None: an argument.
+    """
+
+    kind: Literal["input", "attribute", "constant", "total", "output", "temporary", "result"]
+    name: str
+    index: int = -1
+    value: float = 0.0
+    dtype: torch.dtype = torch.float64
+    shape: tuple[int, ...] = ()
+    device: torch.device = torch.device("cpu")
+    fixed: bool = False
+    optimizer: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """An input of a formula: a tensor of a stored dtype, or a scalar."""
+
+    tensor: bool
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return DTYPE_NAMES[self.dtype] if self.tensor else "scalar"
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """A rule as it was traced for one parameter.
+
+    Attributes:
+        rule: its name.
+        update: a graph that gives the new values of the first positions in `Update.writes`.
+        contributions: graphs, each of what the parameter adds to a total.
+        arguments: of all these graphs; a position in a member, or "step" (the count after this step), or
+            "total <number>", which only `update` has.
+    """
+
+    rule: str
+    update: fx.GraphModule
+    contributions: tuple[fx.GraphModule, ...]
+    arguments: tuple[int | str, ...]
+
+
+@dataclasses.dataclass
+class Update:
+    """All writes of one parameter as a template, and the members (one or more) that it holds for.
+
+    Leaf expressions of the template hold positions in a member; a member names leaves of the program by index.
+    `labels` are readable names of the positions, `slots` what lies there. `traced` is the rule that it was read from.
+    """
+
+    writes: list[tuple[int, Expr]]
+    contributions: list[tuple[int, Expr]]
+    members: list[tuple[int, ...]]
+    labels: list[str]
+    slots: list[Slot]
+    traced: Traced | None = None
+
+
+def group_name(text: str) -> str:
+    """The name of the group with a formula: report, dump, kernel, profiler's range, FX node and GE node have it."""
+    return f"update_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Formula:
+    """A canonical update: expressions whose leaves are slots. `text` identifies it and can be parsed back."""
+
+    slots: tuple[Slot, ...]
+    writes: tuple[tuple[int, Expr], ...]
+    contributions: tuple[Expr, ...]
+    text: str
+
+    @property
+    def roots(self) -> list[Expr]:
+        return [*(e for _, e in self.writes), *self.contributions]
+
+    @property
+    def tensor_slots(self) -> list[int]:
+        return [i for i, s in enumerate(self.slots) if s.tensor]
+
+    @property
+    def scalar_slots(self) -> list[int]:
+        return [i for i, s in enumerate(self.slots) if not s.tensor]
+
+    @property
+    def written(self) -> list[int]:
+        return [slot for slot, _ in self.writes]
+
+
+@dataclasses.dataclass
+class Group:
+    """Updates that are the same computation: one kernel. `members[k][s]` is the program leaf in slot `s`."""
+
+    name: str
+    formula: Formula
+    members: list[tuple[int, ...]]
+    totals: list[tuple[int, ...]]  # per member: the totals to which its contributions go, in the formula's order
+    labels: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Unfused:
+    """Something that stays outside fused kernels, and why."""
+
+    op: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafRef:
+    """A leaf's value among the arguments of an original operation; `number`: as a Python number."""
+
+    index: int
+    number: bool = False
+
+
+@dataclasses.dataclass
+class Call:
+    """An operation that stays as it is, between fused kernels: what is called, on which leaves, giving which.
+
+    `node` is its name in the captured graph.
+    """
+
+    target: Callable[..., Any] | str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    results: list[int]
+    several: bool  # the operation returns a list of tensors
+    node: str = ""
+
+
+@dataclasses.dataclass
+class Stage:
+    """Updates that make temporaries, then the original operations that read them."""
+
+    updates: list[Update] = dataclasses.field(default_factory=list)
+    calls: list[Call] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What the graph returns at one place: a leaf's value, as a Python number of type `number` if that is set, or
+    `literal`.
+    """
+
+    leaf: int | None = None
+    number: type[int] | type[float] | None = None
+    literal: object = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Expanded:
+    """What a node stands for that is the step of an optimizer of ours.
+
+    Attributes:
+        updates: its own; members name leaves of its own.
+        given: leaves that the node gets, and where: its argument, and the position there.
+        kept: the other leaves as leaves of the captured graph.
+    """
+
+    updates: tuple[Update, ...]
+    given: dict[int, tuple[int, int]]
+    kept: dict[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decided:
+    """What a step computes depends on whether a number is 0; `zero`: the updates are for where it is."""
+
+    leaf: Leaf
+    label: str
+    zero: bool
+
+    def __str__(self) -> str:
+        return f"{self.label} {'==' if self.zero else '!='} 0"
+
+
+@dataclasses.dataclass
+class Captured:
+    """The result of capture: leaves, stages before the last, the updates that write, and what is not fused.
+
+    `decided`: the numbers for which the updates hold, see `decide`.
+    """
+
+    leaves: list[Leaf]
+    updates: list[Update]
+    unfused: list[Unfused]
+    n_totals: int = 0
+    stages: list[Stage] = dataclasses.field(default_factory=list)
+    returned: list[Output] = dataclasses.field(default_factory=list)
+    moved: int = 0  # bytes that the original operations read and write, one after the other
+    moved_by_calls: int = 0  # of these, those of operations that stay as they are
+    expanded: dict[str, Expanded] = dataclasses.field(default_factory=dict)  # by the node's name
+    decided: tuple[Decided, ...] = ()

@@ -1,0 +1,1 @@
+"""Steps as generated C++, compiled once and kept on disk."""

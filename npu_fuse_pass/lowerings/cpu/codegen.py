@@ -1,0 +1,262 @@
+"""C++ for one formula: plain loops that the compiler vectorises, no intrinsics, no headers but the standard ones.
+
+A kernel works in passes over memory; sweeps.py says what each does. Before each pass every member's scalars are
+evaluated in double. Elements are split into chunks of CHUNK, and a reduction adds LANES partial sums per chunk and then
+the chunks in order, so that the bits of a result depend neither on the number of threads nor on what else is in the
+group.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Collection, Sequence
+
+import torch
+
+from npu_fuse_pass.ir.expr import DTYPE_NAMES, REDUCTIONS, Expr, postorder
+from npu_fuse_pass.ir.types import Formula
+from npu_fuse_pass.lowerings.cpu.cpp_ops import CPP, CPP_TYPES, STORED, cast, cpp_type, rounded
+from npu_fuse_pass.lowerings.cpu.sweeps import Pass, Stage, plan
+
+CHUNK = 16384
+LANES = 16
+BLOCK = 8
+"""Values that a lane adds before it keeps track of what rounding loses, which is most of a sum's work. Only where no
+tensor is float64: what is made of the sum is then rounded further than those last bits."""
+
+PRELUDE = (pathlib.Path(__file__).parent / "kernel.h").read_text()
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Generated C++ and what the caller must allocate for it."""
+
+    text: str
+    stages: tuple[str, ...]  # exported symbols in the order of their calls: "<name>_contribute", "<name>"
+    scratch: int  # doubles per member
+    partial: int  # doubles per chunk
+    bytes_per_element: int  # read and written over all passes
+    contribute_bytes: int  # of these, those of the contributions
+
+
+def generate(name: str, formula: Formula, totals: Collection[int] | None = ()) -> Source:
+    """C++ source of the kernel of one group; `totals`: see `sweeps.plan`."""
+    made = plan(formula, totals)
+    names = [f"{name}_contribute", name][-len(made.stages) :]
+    var = {id(e): f"v{i}" for i, e in enumerate(postorder(formula.roots))}
+    stages = [_Stage(*given, formula, var) for given in zip(names, made.stages, strict=True)]
+    scratch = max(len(s.stored) for s in stages) or 1
+    partial = 2 * max(max((len(r) for r in s.reductions), default=0) for s in stages) or 1
+    header = "\n".join(f"// {line}" for line in formula.text.splitlines())
+    sizes = f"static const int64_t SCRATCH = {scratch}, PARTIAL = {partial};\n"
+    text = "\n".join([header, PRELUDE, sizes, *(s.text() for s in stages)])
+    contribute = made.bytes[0] if formula.contributions else 0
+    return Source(text, tuple(names), scratch, partial, sum(made.bytes), contribute)
+
+
+class _Stage:
+    """One exported function: scalar sections and passes in turn."""
+
+    def __init__(self, name: str, stage: Stage, formula: Formula, var: dict[int, str]) -> None:
+        self.name = name
+        self.formula = formula
+        self.writes = stage.writes
+        self.contributions = stage.contributions
+        self.order = stage.order
+        self.phase = stage.phase
+        self.passes = stage.passes
+        self.last = stage.last
+        self.var = var
+        self.slot_rank = {s: i for i, s in enumerate(formula.tensor_slots)}
+        self.slot_rank |= {s: i for i, s in enumerate(formula.scalar_slots)}
+        self.reductions = [p.sums for p in self.passes[: self.last]]
+        self.stored = self._stored()
+        self.wide = any(s.tensor and s.dtype == torch.float64 for s in formula.slots)
+        self.rounds = torch.bfloat16 in {s.dtype for s in formula.slots} | {e.dtype for e in self.order}
+
+    def _stored(self) -> dict[int, int]:
+        """Scalars that leave their section: read by a pass, by a later section, or made by a reduction."""
+        needed: dict[int, int] = {}
+        for e in self.order:
+            for a in e.args:
+                if not a.tensor and (e.tensor or e.op in REDUCTIONS or self.phase[id(e)] != self.phase[id(a)]):
+                    needed.setdefault(id(a), len(needed))
+            if e.op in REDUCTIONS:
+                needed.setdefault(id(e), len(needed))
+        for slot, e in self.writes:
+            if not e.tensor and (self.formula.slots[slot].tensor or self.phase[id(e)] != self.last):
+                needed.setdefault(id(e), len(needed))
+        for e in self.contributions:
+            needed.setdefault(id(e), len(needed))
+        return needed
+
+    def text(self) -> str:
+        parts = [self._section(k) for k in range(self.last + 1)]
+        parts += [self._pass(k, p) for k, p in enumerate(self.passes)]
+        return "\n".join([*parts, self._driver()])
+
+    def _section(self, k: int) -> str:
+        """The scalars of phase k of one member; first the reductions of the pass before, from its chunks in order."""
+        lines = [f"static inline void {self.name}_scalars{k}(const Args& a, int64_t m) {{"]
+        lines += ["  double* s = a.scratch + m * SCRATCH;", *(self._combine(k - 1) if k else [])]
+        defined: set[int] = set()
+        for e in self.order:
+            if e.tensor or self.phase[id(e)] != k or e.op in REDUCTIONS:
+                continue
+            for a in e.args:
+                if id(a) not in defined and (self.phase[id(a)] != k or a.op in REDUCTIONS):
+                    lines.append(f"  const {cpp_type(a)} {self.var[id(a)]} = {self._unstore(a)};")
+                    defined.add(id(a))
+            if _remembered(e):
+                lines.append(f"  static thread_local Power p{self.var[id(e)]};")
+            lines.append(f"  const {cpp_type(e)} {self.var[id(e)]} = {self._value(e)};")
+            defined.add(id(e))
+            if id(e) in self.stored:
+                lines.append(f"  s[{self.stored[id(e)]}] = {self.var[id(e)]};")
+        if k == self.last:
+            for slot, e in self.writes:
+                if not self.formula.slots[slot].tensor:
+                    value = self.var[id(e)] if id(e) in defined else self._unstore(e)
+                    lines.append(f"  store(a, {self.slot_rank[slot]}, m, {value});")
+            for i, e in enumerate(self.contributions):
+                value = self.var[id(e)] if id(e) in defined else self._unstore(e)
+                lines.append(f"  a.contributions[{i} * a.members + m] = {value};")
+        return "\n".join([*lines, "}"])
+
+    def _pass(self, k: int, work: Pass) -> str:
+        """One sweep over a chunk."""
+        loads = [e for e in work.values if id(e) in work.places]
+        body = [e for e in work.values if e.tensor and id(e) not in work.places]
+        scalars = [e for e in work.values if not e.tensor]
+        lines = [f"static void {self.name}_pass{k}(const Args& a, int64_t m, int64_t c) {{"]
+        lines.append("  const int64_t start = a.chunk_start[c], left = a.numel[m] - start;")
+        lines.append(f"  const int64_t n = left < {CHUNK} ? left : {CHUNK};")
+        lines.append("  const double* s = a.scratch + m * SCRATCH;")
+        written = {slot for slot, _ in work.writes}
+        lines += [self._pointer(slot, slot in written) for slot in sorted({*work.places.values(), *written})]
+        lines += [f"  const {cpp_type(e)} {self.var[id(e)]} = {self._unstore(e)};" for e in scalars]
+        inner = [f"const {cpp_type(e)} {self.var[id(e)]} = {self._loaded(work.places[id(e)])};" for e in loads]
+        inner += [f"const {cpp_type(e)} {self.var[id(e)]} = {self._value(e)};" for e in body]
+        inner += [f"t{slot}[i] = {self._narrow(slot, e)};" for slot, e in work.writes]
+        if not work.sums:
+            lines += ["  for (int64_t i = 0; i < n; ++i) {", *(f"    {x}" for x in inner), "  }"]
+        else:
+            lines += self._lanes(work.sums, inner)
+        return "\n".join([*lines, "}"])
+
+    def _lanes(self, sums: Sequence[Expr], inner: list[str]) -> list[str]:
+        """LANES running values per reduction: element i goes to lane i % LANES whatever the vector width."""
+        lines = [f"  double r{j}[{LANES}], e{j}[{LANES}], b{j}[{LANES}];" for j in range(len(sums))]
+        start = [f"r{j}[l] = {_NEUTRAL[e.op]}; e{j}[l] = b{j}[l] = 0;" for j, e in enumerate(sums)]
+        lines.append(f"  for (int l = 0; l < {LANES}; ++l) {{ {' '.join(start)} }}")
+        values = [self.var[id(e.args[0])] for e in sums]
+        exact = [_take(e, f"r{j}[l]", f"e{j}[l]", values[j]) for j, e in enumerate(sums)]
+        blocks = [j for j, e in enumerate(sums) if e.op == "sum" and not self.wide]
+        taken = [f"b{j}[l] += {values[j]};" if j in blocks else take for j, take in enumerate(exact)]
+        flush = [f"add_exact(r{j}[l], e{j}[l], b{j}[l]); b{j}[l] = 0;" for j in blocks]
+        flushed = f"for (int l = 0; l < {LANES}; ++l) {{ {' '.join(flush)} }}"
+        body = ["const int64_t i = base + l;", *inner]
+        lines += ["  int64_t base = 0;", f"  for (; base + {LANES} <= n; base += {LANES}) {{"]
+        # that tensors do not overlap is known; the compiler would check it again for every few elements
+        lines += ["    #pragma GCC ivdep", f"    for (int l = 0; l < {LANES}; ++l) {{"]
+        lines += [*(f"      {x}" for x in (*body, *taken)), "    }"]
+        if blocks:
+            lines += [f"    if (base % {BLOCK * LANES} == {(BLOCK - 1) * LANES}) {flushed}", "  }", f"  {flushed}"]
+        else:
+            lines.append("  }")
+        lines += ["  for (int l = 0; base + l < n; ++l) {", *(f"      {x}" for x in (*body, *exact)), "  }"]
+        for j, e in enumerate(sums):
+            lines.append(f"  double x{j} = {_NEUTRAL[e.op]}, y{j} = 0;")
+            take = _take(e, f"x{j}", f"y{j}", f"r{j}[l]")
+            lines.append(f"  for (int l = 0; l < {LANES}; ++l) {{ {take} y{j} += e{j}[l]; }}")
+            partial = "a.partial[c * PARTIAL + {}]"
+            lines.append(f"  {partial.format(2 * j)} = x{j}; {partial.format(2 * j + 1)} = y{j};")
+        return lines
+
+    def _combine(self, k: int) -> list[str]:
+        lines = []
+        for j, e in enumerate(self.reductions[k]):
+            take = _take(e, "x", "y", f"a.partial[c * PARTIAL + {2 * j}]")
+            lines.append(f"  {{ double x = {_NEUTRAL[e.op]}, y = 0;")
+            lines.append("    for (int64_t c = a.first_chunk[m]; c < a.first_chunk[m + 1]; ++c) {")
+            lines.append(f"      {take} y += a.partial[c * PARTIAL + {2 * j + 1}];")
+            lines.append("    }")
+            lines.append(f"    s[{self.stored[id(e)]}] = std::isfinite(x) ? x + y : x; }}")
+        return lines
+
+    def _driver(self) -> str:
+        n, several = self.name, len(self.passes) > 1
+        lines = [f'extern "C" void {n}(const Args* args) {{', "  const Args& a = *args;"]
+        if several:
+            size = sum(self.formula.slots[slot].dtype.itemsize for slot in self.formula.tensor_slots)
+            lines.append(f"  const int64_t small = fits_a_cache(a, {size});")
+        lines += ["  #pragma omp parallel num_threads(a.threads) if (a.threads > 1)", "  {"]
+        if several:
+            lines += self._small_members()
+        here = "if (a.active[m] && a.numel[m] > small)" if several else "if (a.active[m])"
+        for k in range(self.last + 1):
+            lines += ["    #pragma omp for schedule(static)", "    for (int64_t m = 0; m < a.members; ++m)"]
+            lines.append(f"      {here} {n}_scalars{k}(a, m);")
+            if k < len(self.passes):
+                lines += ["    #pragma omp for schedule(dynamic, a.grain)"]
+                lines += ["    for (int64_t c = 0; c < a.chunks; ++c) {", "      const int64_t m = a.chunk_member[c];"]
+                lines += [f"      {here} {n}_pass{k}(a, m, c);", "    }"]
+        return "\n".join([*lines, "  }", "}"])
+
+    def _small_members(self) -> list[str]:
+        """All passes of a member in turn, while a cache holds it: only the first one reads memory."""
+        lines = ["    #pragma omp for schedule(dynamic, a.grain) nowait", "    for (int64_t m = 0; m < a.members; ++m)"]
+        lines.append("      if (a.active[m] && a.numel[m] <= small) {")
+        for k in range(self.last + 1):
+            lines.append(f"        {self.name}_scalars{k}(a, m);")
+            if k < len(self.passes):
+                chunks = "int64_t c = a.first_chunk[m]; c < a.first_chunk[m + 1]; ++c"
+                lines.append(f"        for ({chunks}) {self.name}_pass{k}(a, m, c);")
+        return [*lines, "      }"]
+
+    def _pointer(self, slot: int, written: bool) -> str:
+        stored = STORED[DTYPE_NAMES[self.formula.slots[slot].dtype]]
+        const = "" if written else "const "
+        source = f"a.tensors[{self.slot_rank[slot]} * a.members + m]"
+        return f"  {const}{stored}* __restrict__ t{slot} = ({stored}*){source} + start;"
+
+    def _loaded(self, slot: int) -> str:
+        dtype, value = self.formula.slots[slot].dtype, f"widen(t{slot}[i])"
+        return f"plain({value})" if self.rounds and dtype not in (torch.bfloat16, torch.bool) else value
+
+    def _unstore(self, e: Expr) -> str:
+        source = f"s[{self.stored[id(e)]}]"
+        return f"{source} != 0" if e.dtype == torch.bool else f"({cpp_type(e)}){source}"
+
+    def _value(self, e: Expr) -> str:
+        if e.op == "leaf":
+            return f"load(a, {self.slot_rank[e.value]}, m)"  # type: ignore[index]
+        args = [self.var[id(a)] for a in e.args]
+        if e.op == "cast":
+            return cast(e, args[0])
+        if _remembered(e):
+            return f"p{self.var[id(e)]}({', '.join(args)})"
+        return CPP[e.op].format(*args)
+
+    def _narrow(self, slot: int, e: Expr) -> str:
+        dtype = DTYPE_NAMES[self.formula.slots[slot].dtype]
+        value = self.var[id(e)]
+        if dtype in ("f16", "bf16"):
+            held = value if DTYPE_NAMES[e.dtype] == dtype else rounded(dtype, value)
+            return f"cut_{STORED[dtype]}({held})"
+        return f"({CPP_TYPES[dtype]}){value}"
+
+
+_NEUTRAL = {"sum": "0.0", "amax": "-INFINITY", "amin": "INFINITY"}
+
+
+def _remembered(e: Expr) -> bool:
+    return e.op == "pow" and not e.tensor and e.dtype == torch.float64
+
+
+def _take(e: Expr, running: str, rest: str, value: str) -> str:
+    """One more value into a reduction; a sum keeps what rounding loses, so that its bits hardly depend on an order."""
+    if e.op == "sum":
+        return f"add_exact({running}, {rest}, {value});"
+    return f"{running} = {'maximum' if e.op == 'amax' else 'minimum'}({running}, {value});"

@@ -1,0 +1,290 @@
+"""One CPU kernel at run time: tables of pointers, read anew at every call, and the checks that make them safe."""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import math
+from collections.abc import Callable, Collection, Sequence, Set
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npu_fuse_pass.errors import Mismatch
+from npu_fuse_pass.ir.types import Group, Leaf
+from npu_fuse_pass.lowerings.cpu import build as cpu_build
+from npu_fuse_pass.lowerings.cpu.codegen import generate
+from npu_fuse_pass.lowerings.cpu.native_look import Looking
+from npu_fuse_pass.lowerings.cpu.tables import Args, Column, Tables, Values
+from npu_fuse_pass.tensors.memory import in_order, materialised, memory_order
+from npu_fuse_pass.tensors.same import SameTensors
+
+_TAGS = {
+    torch.float64: 0,
+    torch.float32: 1,
+    torch.float16: 2,
+    torch.bfloat16: 3,
+    torch.int64: 4,
+    torch.int32: 5,
+    torch.bool: 6,
+}
+
+
+class Kernel:
+    """One group: its functions, its tables, and the tensors of the current call.
+
+    Attributes:
+        moved: what it writes may lie elsewhere than when somebody last set this to False.
+    """
+
+    moved = True
+
+    def __init__(
+        self,
+        group: Group,
+        leaves: Sequence[Leaf],
+        own: dict[int, int],
+        snapshots: dict[int, int],
+        totals: Collection[int] | None,
+    ) -> None:
+        source = generate(group.name, group.formula, totals)
+        library = cpu_build.load(source.text)
+        functions = [getattr(library, name) for name in source.stages]
+        for f in functions:
+            f.argtypes, f.restype = [ctypes.POINTER(Args)], None
+        self.group = group
+        self.source = source
+        self.update = functions[-1]
+        self.contribute = functions[0] if len(functions) > 1 else None
+        formula, members = group.formula, group.members
+        self._n = len(members)
+        self._leaves = leaves
+        self._find_overlap = library.find_overlap
+        self._find_overlap.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64] * 2
+        self._find_overlap.restype = ctypes.c_int64
+        self._numels = [_numel(leaves, formula.tensor_slots, m) for m in members]
+        self._tables = Tables(formula, self._numels, source.scratch, source.partial)
+        self._columns = [Column(rank, slot, group, leaves) for rank, slot in enumerate(formula.tensor_slots)]
+        self._scalar_columns = [Column(rank, slot, group, leaves) for rank, slot in enumerate(formula.scalar_slots)]
+        self._varying = [c for c in self._columns if not c.fixed]
+        elsewhere = own.keys() | snapshots.keys()  # 0-dim leaves whose addresses are not their tensors'
+        moving = [c for c in self._scalar_columns if not c.fixed and not own.keys() >= set(c.indices)]
+        self._counters = [c for c in moving if elsewhere.isdisjoint(c.indices)]
+        self._one_by_one = [c for c in moving if not elsewhere.isdisjoint(c.indices)]
+        self._same = SameTensors()
+        columns = (*self._varying, *self._counters)
+        self.looking = Looking(array.array("B", [c.written for c in columns for _ in members]))
+        self._kinds: object = None
+        self._own = own
+        self._snapshots = snapshots
+        self._keep: list[Tensor] = []
+        self._copy_back: list[tuple[Tensor, Tensor]] = []
+        self._bound = False
+
+    # One call --------------------------------------------------------------------------------------------------------
+
+    def bind(self, values: Values, complete: bool, kinds: object) -> None:
+        """Fill the tables with this call's addresses."""
+        varying: list[Any] = []
+        for column in (*self._varying, *self._counters):
+            varying += column.of(values)
+        if self._bound and self._all_active:
+            addresses = self.looking.same(varying)
+            if addresses is not None or kinds == self._kinds is not None or self._same.match(varying):
+                self._bind_same(values, varying, addresses)
+                return
+        self._kinds = None
+        self.moved = True
+        plain = self._mark_active(values)
+        for column in self._scalar_columns:
+            if not self._bound or not column.fixed:
+                self._bind_scalars(column, values)
+        for column in self._columns:
+            if self._bound and column.fixed:
+                continue
+            tensors = column.of(values)
+            if not plain or not self._fits(column, tensors, complete):
+                self._bind_by_member(values, complete)
+                return
+            begin = column.rank * self._n
+            self._tables.tensors[begin : begin + self._n] = array.array("q", [t.data_ptr() for t in tensors])
+        self._bound = True
+        if plain:
+            self._kinds = kinds
+            if kinds is None:
+                self._same.learn(varying)
+
+    def _bind_same(self, values: Values, varying: list[Tensor], addresses: array.array[int] | None) -> None:
+        """Every tensor is of the kind that it was at the last call: only addresses are new."""
+        for column in self._one_by_one:
+            self._bind_scalars(column, values)
+        if addresses is None:
+            addresses = array.array("q", list(map(Tensor.data_ptr, varying)))
+            self.looking.learn(varying)
+        self._enter(addresses)
+
+    def _enter(self, addresses: array.array[int]) -> None:
+        tensors = [(self._tables.tensors, column) for column in self._varying]
+        scalars = [(self._tables.scalars, column) for column in self._counters]
+        for k, (table, column) in enumerate(tensors + scalars):
+            begin = column.rank * self._n
+            here = addresses[k * self._n : (k + 1) * self._n]
+            if here != table[begin : begin + self._n]:
+                table[begin : begin + self._n] = here
+                self.moved |= column.written
+
+    def looks(self, ids: Set[int]) -> bool:
+        """Whether `same` can find all that changes between steps: these objects and their gradients."""
+        return self._bound and self._all_active and not self._one_by_one and self.looking.holds(ids)
+
+    def same(self) -> bool:
+        """Bind the tensors of the last call and their present gradients, if they are as they were; see `looks`."""
+        ready = self._bound and self._all_active  # not if the last call, which may have been refused, left members out
+        addresses = self.looking.same() if ready else None
+        if addresses is not None:
+            self._enter(addresses)
+        return addresses is not None
+
+    def _mark_active(self, values: Values) -> bool:
+        """Set which members take part; True if all do."""
+        missing = any(v is None for column in self._columns if not column.fixed for v in column.of(values))
+        if not missing and self._all_active:
+            return True
+        for m, member in enumerate(self.group.members):
+            self._tables.active[m] = all(values[i] is not None for i in member if i not in self._own)
+        self._all_active = not missing
+        return not missing
+
+    _all_active = True
+
+    def _fits(self, column: Column, tensors: Sequence[Tensor], complete: bool) -> bool:
+        """Whether all have the dtype and size that the kernel was made for, and their values lie in memory in order."""
+        if complete and {t.dtype for t in tensors} != {column.dtype}:
+            found = next(t for t in tensors if t.dtype != column.dtype)
+            raise Mismatch(f"a tensor is {found.dtype}; the kernel was compiled for {column.dtype}")
+        if [t.numel() for t in tensors] != self._numels:
+            raise Mismatch("a tensor has another size than when the step was compiled")
+        return all([t.is_contiguous() and materialised(t) for t in tensors])  # noqa: C419 - a list is faster here
+
+    def _bind_scalars(self, column: Column, values: Values) -> None:
+        begin = column.rank * self._n
+        for m, i in enumerate(column.indices):
+            value = values[i] if i < len(values) else None
+            if i in self._own:
+                address, tag = self._own[i], 0
+            elif i in self._snapshots and not column.written:
+                address, tag = self._snapshots[i], 0
+            elif value is None:
+                continue
+            else:
+                if value.device.type != "cpu" or value.dtype not in _TAGS:
+                    raise Mismatch(f"a 0-dim {value.dtype} tensor on {value.device}")
+                if not materialised(value):
+                    raise Mismatch("a 0-dim tensor whose memory does not hold its value (a negated or zero tensor)")
+                address, tag = value.data_ptr(), _TAGS[value.dtype]
+            self._tables.scalars[begin + m] = address
+            self._tables.tags[begin + m] = tag
+
+    def _bind_by_member(self, values: Values, complete: bool) -> None:
+        """The general way: some member is left out, or its tensors are not all contiguous."""
+        for m, member in enumerate(self.group.members):
+            if not self._tables.active[m]:
+                continue
+            tensors = [values[member[c.slot]] for c in self._columns]
+            strides = memory_order([t for t in tensors if t is not None])
+            for column, t in zip(self._columns, tensors, strict=True):
+                assert t is not None
+                if complete and t.dtype != column.dtype:
+                    raise Mismatch(f"a tensor is {t.dtype}; the kernel was compiled for {column.dtype}")
+                if t.numel() != self._numels[m] or t.layout is not torch.strided:
+                    raise Mismatch("a tensor has another size or layout than when the step was compiled")
+                if not in_order(t, strides):
+                    dense = torch.empty_strided(t.shape, strides, dtype=t.dtype).copy_(t.detach())
+                    if column.written:
+                        self._copy_back.append((t, dense))
+                    self._keep.append(dense)
+                    t = dense
+                self._tables.tensors[column.rank * self._n + m] = t.data_ptr()
+        self._bound = False
+
+    @property
+    def copies(self) -> bool:
+        """Whether this call works on copies of tensors whose elements lie in another order."""
+        return bool(self._keep)
+
+    def tensors(self, values: Values) -> list[tuple[Tensor, bool]]:
+        """Every tensor that takes part, and whether it is written."""
+        members = [m for m, active in zip(self.group.members, self._tables.active, strict=True) if active]
+        found = ((values[m[c.slot]], c.written) for c in self._columns for m in members)
+        return [(t, written) for t, written in found if t is not None]
+
+    def written_memory(self) -> list[tuple[int, int]]:
+        """Where this call writes tensors: (start, end) in bytes."""
+        found = []
+        for column in self._columns:
+            if column.written:
+                begin, size = column.rank * self._n, column.dtype.itemsize
+                pointers = self._tables.tensors[begin : begin + self._n]
+                for start, numel, active in zip(pointers, self._numels, self._tables.active, strict=True):
+                    if active and numel:
+                        found.append((start, start + numel * size))
+        return found
+
+    def pointers_written(self) -> bytes:
+        """Changes when what this call writes is elsewhere than at the last one."""
+        table, begins = self._tables.tensors, [c.rank * self._n for c in self._columns if c.written]
+        rows = [table[begin : begin + self._n].tobytes() for begin in begins]
+        return b"".join([*rows, self._tables.active.tobytes()])
+
+    def reads_overlap(self, starts: array.array[int], ends: array.array[int]) -> bool:
+        """Whether a tensor that is only read shares memory with one that is written."""
+        for column in self._columns:
+            if column.written:
+                continue
+            sizes = column.bytes_of(self._numels, self._tables.active, self._all_active)
+            begin = self._tables.tensors.buffer_info()[0] + 8 * column.rank * self._n
+            written = (starts.buffer_info()[0], ends.buffer_info()[0], len(starts))
+            if self._find_overlap(begin, sizes.buffer_info()[0], self._n, *written) >= 0:
+                return True
+        return False
+
+    def call(self, function: Callable[..., None], threads: int) -> None:
+        self._tables.share(threads)
+        with torch._C._profiler._RecordFunctionFast(function.__name__):
+            function(self._tables.pointer)
+
+    def contributed(self) -> list[tuple[int, float]]:
+        """(total, value) of every member that takes part."""
+        found = []
+        for k in range(len(self.group.formula.contributions)):
+            for m, totals in enumerate(self.group.totals):
+                if self._tables.active[m]:
+                    found.append((totals[k], self._tables.contributions[k * self._n + m]))
+        return found
+
+    def write(self, values: Values) -> None:
+        """Tell autograd what changes: ahead of the kernel, while all that knows the tensors is still in a cache."""
+        if self.looking.write():
+            return
+        for column in (*self._columns, *self._scalar_columns):
+            if column.written and not column.fixed:
+                tensors = column.of(values)
+                if not self._all_active:
+                    tensors = [t for t, active in zip(tensors, self._tables.active, strict=True) if active]
+                torch.autograd.graph.increment_version(tensors)
+
+    def finish(self) -> None:
+        """Write back what was copied."""
+        for target, dense in self._copy_back:
+            with torch.no_grad():
+                target.detach().copy_(dense)
+
+    def release(self) -> None:
+        """Let go of the call's tensors."""
+        self._keep, self._copy_back = [], []
+        self.looking.release()
+
+
+def _numel(leaves: Sequence[Leaf], slots: Sequence[int], member: tuple[int, ...]) -> int:
+    return math.prod(leaves[member[slots[0]]].shape) if slots else 1

@@ -1,0 +1,191 @@
+"""One native look at a step's tensors instead of several Python calls for each of them.
+
+`cpu_look.cpp` is compiled in the background when the first kernel with many tensors is made (two seconds, once for each
+version of torch) and kept with the kernels. Until it is there, and where it cannot be had, Python looks.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import ctypes
+import functools
+import logging
+import os
+import pathlib
+import threading
+import weakref
+from collections.abc import Sequence, Set
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npu_fuse_pass.errors import PlatformError, Unsupported
+from npu_fuse_pass.lowerings.cpu import build as cpu_build
+
+WORTH = 16
+"""Tensors below which Python is as fast."""
+_MADE_AT_MOST = 8  # tables for tensors that keep changing
+
+_log = logging.getLogger(__name__)
+
+
+class Look:
+    """Remembers the kinds of a list of tensors; also the objects, whose gradients may be other objects at every step.
+
+    Attributes:
+        addresses: of all, from the last look that found them the same.
+        held: ids of those that are not gradients of others.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], library: Any) -> None:
+        self._library = library
+        owners = array.array("q", _owners(tensors))
+        self.held = {id(t) for t, owner in zip(tensors, owners, strict=True) if owner < 0}
+        self.addresses = array.array("q", [0]) * len(tensors)
+        objects = array.array("q", map(id, tensors))
+        handles = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(list(tensors))
+        pointers = array.array("q", [_pointer(h, None) for h in handles])
+        size = torch._C.TensorBase.__basicsize__
+        table = library.look_make(_at(pointers), _at(objects), _at(owners), len(tensors), size)
+        if not table:
+            raise Unsupported("look", "a tensor is not contiguous memory of its own kind")
+        self._table = table
+        weakref.finalize(self, library.look_free, table).atexit = False
+
+    def same(self, given: list[Tensor] | None) -> bool:
+        """Whether tensors are of the same kinds, contiguous in memory of theirs; `done` has to follow.
+
+        Args:
+            given: those of this step; None: those known and their present gradients. Whoever asks keeps them alive.
+        """
+        listed = None if given is None else id(given)
+        return bool(self._library.look_same(self._table, listed, _at(self.addresses), torch.get_num_threads()))
+
+    def write(self, written: array.array[int]) -> None:
+        """Tell autograd which of the tensors that were found (1 or 0 for each) are written."""
+        self._library.look_write(self._table, _at(written))
+
+    def done(self) -> None:
+        """Let go of the tensors."""
+        self._library.look_done(self._table)
+
+
+class Looking:
+    """The `Look` of one kernel: made as soon as it can be, and again when the tensors are of other kinds.
+
+    Args:
+        written: for each tensor, 1 if the kernel writes it, else 0.
+    """
+
+    def __init__(self, written: array.array[int]) -> None:
+        self._written = written
+        self._look: Look | None = None
+        self._left = _MADE_AT_MOST if len(written) >= WORTH else 0
+        self._found = False
+        if self._left:
+            _start()
+
+    @property
+    def missing(self) -> str | None:
+        """Why there is none although there should be."""
+        return _library.get("missing") if self._left else None
+
+    def same(self, given: list[Tensor] | None = None) -> array.array[int] | None:
+        """The addresses of the tensors, if they are as those it knows; see `Look.same`."""
+        self._found = self._look is not None and self._look.same(given)
+        return self._look.addresses if self._look is not None and self._found else None
+
+    def learn(self, tensors: Sequence[Tensor]) -> None:
+        """Know these from now on. Whoever calls has found that the kernel may run on them."""
+        if self._left and (library := _library.get("native")) is not None:
+            self._left -= 1
+            with contextlib.suppress(Unsupported):
+                self._look = Look(tensors, library)
+
+    def holds(self, ids: Set[int]) -> bool:
+        """Whether it knows tensors, and those that are not gradients are among these."""
+        return self._look is not None and self._look.held <= ids
+
+    def write(self) -> bool:
+        """Tell autograd what the kernel writes, if it was `same` that found the tensors."""
+        if self._look is not None and self._found:
+            self._look.write(self._written)
+        return self._found
+
+    def release(self) -> None:
+        """Let go of the tensors."""
+        if self._look is not None and self._found:
+            self._look.done()
+            self._found = False
+
+
+def _owners(tensors: Sequence[Tensor]) -> list[int]:
+    """For each tensor: which one it is the gradient of, or -1."""
+    leaves = [(i, t) for i, t in enumerate(tensors) if type(t) in (Tensor, torch.nn.Parameter) and t.is_leaf]
+    owner = {id(t.grad): i for i, t in leaves if t.grad is not None}
+    found = [owner.get(id(t), -1) for t in tensors]
+    return [i if i < 0 or found[i] < 0 else -1 for i in found]  # a gradient of a gradient is looked at as itself
+
+
+_library: dict[str, Any] = {}  # "native", when it is there, or "missing": why it never will be
+_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer.restype, _pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+
+
+def _at(numbers: array.array[int]) -> int:
+    return numbers.buffer_info()[0]
+
+
+@functools.cache
+def _start() -> threading.Thread:
+    """Compile or load the library beside everything else; the interpreter waits for it at its end."""
+    thread = threading.Thread(target=_load, name="npu_fuse_pass: compiling cpu_look.cpp")
+    thread.start()
+    return thread
+
+
+def wait() -> bool:
+    """Wait until the library is there or cannot be had; whether it is there."""
+    _start().join()
+    return "native" in _library
+
+
+def forget() -> None:
+    """As in a new process: the library is loaded or compiled anew."""
+    _library.clear()
+    _start.cache_clear()
+
+
+def _load() -> None:
+    try:
+        if not hasattr(torch._C, "_aoti"):
+            raise PlatformError("this torch gives no handles for tensors")
+        library = ctypes.PyDLL("cpu_look", handle=cpu_build.load(_source(), _torch_flags())._handle)  # keeps the lock
+    except Exception as e:
+        _library["missing"] = f"tensors are looked at in Python, about 1 us for each parameter and step: {e}"
+        _log.warning("%s", _library["missing"])
+        return
+    integer, pointer = ctypes.c_int64, ctypes.c_void_p
+    library.look_make.argtypes, library.look_make.restype = [pointer] * 3 + [integer] * 2, pointer
+    library.look_free.argtypes, library.look_free.restype = [pointer], None
+    library.look_same.argtypes, library.look_same.restype = [*[pointer] * 3, integer], ctypes.c_int
+    library.look_write.argtypes, library.look_write.restype = [pointer, pointer], None
+    library.look_done.argtypes, library.look_done.restype = [pointer], None
+    _library["native"] = library
+
+
+def _source() -> str:
+    text = pathlib.Path(__file__).with_suffix(".cpp").read_text()
+    return f"// torch {torch.__version__}\n{text}"  # another torch has other headers
+
+
+def _torch_flags() -> tuple[str, ...]:
+    base = os.path.dirname(torch.__file__)
+    abi = int(torch.compiled_with_cxx11_abi())
+    libraries = os.path.join(base, "lib")
+    return (
+        *("-std=c++20", "-O2", f"-I{os.path.join(base, 'include')}", f"-D_GLIBCXX_USE_CXX11_ABI={abi}"),
+        *(f"-L{libraries}", "-lc10", "-ltorch_cpu"),
+    )

@@ -1,0 +1,206 @@
+"""The CPU lowering: one generated C++ kernel per group, called through ctypes with tables of pointers.
+
+Nothing goes through torch's dispatcher at run time. Every call reads the addresses of tensors that may have moved,
+checks that what lies there is what the kernel was made for, and copies where a layout differs.
+"""
+
+from __future__ import annotations
+
+import array
+import itertools
+import math
+from collections.abc import Callable, Sequence, Set
+
+import torch
+from torch import Tensor
+
+from npu_fuse_pass.errors import Mismatch, Unsupported
+from npu_fuse_pass.ir.totals import rounds, total_slots
+from npu_fuse_pass.ir.types import Group, Leaf
+from npu_fuse_pass.lowerings.cpu.kernel import Kernel
+from npu_fuse_pass.lowerings.cpu.tables import Values
+from npu_fuse_pass.tensors.memory import check_apart
+
+
+class Program:
+    """All kernels of one captured step. `values` of a call are the tensors behind the leaves, by leaf index.
+
+    Args:
+        leaves: of the captured step.
+        groups: over them.
+        slower: called when a step turns out to be slower than it could be, with the reason.
+    """
+
+    def __init__(
+        self, leaves: Sequence[Leaf], groups: Sequence[Group], slower: Callable[[str], None] | None = None
+    ) -> None:
+        for group in groups:
+            _check(group, leaves)
+        self._leaves = leaves
+        numbers = [leaf.value for leaf in leaves if leaf.kind == "constant"]
+        contributed = {number for g in groups for totals in g.totals for number in totals}  # read by nobody, maybe
+        read = {leaf.index for leaf in leaves if leaf.kind == "total"}
+        self._n_totals = 1 + max(contributed | read, default=-1)
+        self._table = array.array("d", [*numbers, *[0.0] * self._n_totals, 0.0])
+        self._totals_at = len(numbers)
+        constants = (i for i, leaf in enumerate(leaves) if leaf.kind == "constant")
+        places = {i: position for position, i in enumerate(constants)}
+        places |= {i: self._totals_at + leaf.index for i, leaf in enumerate(leaves) if leaf.kind == "total"}
+        self._memory_key = b"none yet"
+        self._starts, self._ends = array.array("q"), array.array("q")
+        self._snapshots = sorted(_written_scalars(groups) & _scalars_read_elsewhere(groups))
+        self._snapshots_at = len(self._table)
+        self._table.extend([0.0] * len(self._snapshots))
+        base = self._table.buffer_info()[0]
+        addresses = {i: base + 8 * position for i, position in places.items()}
+        snapshots = {i: base + 8 * (self._snapshots_at + k) for k, i in enumerate(self._snapshots)}
+        self._rounds = rounds(groups, leaves)
+        totals = total_slots(groups, leaves)
+        self.kernels = [Kernel(g, leaves, addresses, snapshots, t) for g, t in zip(groups, totals, strict=True)]
+        self._slower = slower
+        written = {m[s] for g in groups for s in g.formula.written for m in g.members}
+        self._outputs = [(i, leaves[i]) for i in sorted(written) if leaves[i].kind in ("output", "temporary")]
+
+    def __call__(self, values: Values, complete: bool = False, kinds: object = None) -> None:
+        """Run the step; fills in the values of "output" and "temporary" leaves.
+
+        Args:
+            values: one tensor per leaf; None for the gradient of a parameter that is left out.
+            complete: check dtypes too (the caller has not).
+            kinds: equal at two calls if every tensor had the same dtype, sizes and strides at both; None: not known.
+
+        Raises:
+            Mismatch: nothing was changed; the caller runs the original instead.
+        """
+        for i, leaf in self._outputs:
+            values[i] = self._new(i, leaf, values)
+        for k, i in enumerate(self._snapshots):
+            self._table[self._snapshots_at + k] = float(values[i])  # type: ignore[arg-type]
+        try:
+            for kernel in self.kernels:
+                kernel.bind(values, complete, kinds)
+            self._check_memory(values)
+            self._compute(values)
+        finally:
+            self.release()
+        missing = [why for kernel in self.kernels if (why := kernel.looking.missing)]
+        if missing and self._slower is not None:
+            self._slower(missing[0])
+            self._slower = None  # said once
+
+    def looks(self, params: Set[int]) -> bool:
+        """Whether `same` can be asked instead of collecting a step's tensors.
+
+        Args:
+            params: ids of the parameters; beside them and their gradients no tensor may be another one at a next step.
+        """
+        return not self._outputs and not self._snapshots and all(kernel.looks(params) for kernel in self.kernels)
+
+    def same(self) -> bool:
+        """Whether the parameters of the last call and their present gradients are all as they were; then `again` or
+        `release` has to follow. Whoever asks knows that nobody put other parameters in their place.
+        """
+        return all(kernel.same() for kernel in self.kernels)
+
+    def again(self) -> None:
+        """Run the step on what `same` has found.
+
+        Raises:
+            Mismatch: nothing was changed; the caller runs the original instead.
+        """
+        try:
+            self._check_memory([])
+            self._compute([])
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Let go of the tensors of a step."""
+        for kernel in self.kernels:
+            kernel.release()
+
+    def _compute(self, values: Values) -> None:
+        threads = torch.get_num_threads()
+        for kernel in self.kernels:
+            kernel.write(values)
+        for _ in range(self._rounds):
+            for kernel in self.kernels:
+                if kernel.contribute is not None:
+                    kernel.call(kernel.contribute, threads)
+            self._add_totals()
+        for kernel in self.kernels:
+            kernel.call(kernel.update, threads)
+        for kernel in self.kernels:
+            kernel.finish()
+
+    def cost(self, kernel: Kernel) -> tuple[int, int]:
+        """Bytes for each element and kernel calls of a step."""
+        again = max(0, self._rounds - 1) if kernel.contribute is not None else 0
+        source = kernel.source
+        return source.bytes_per_element + again * source.contribute_bytes, len(source.stages) + again
+
+    def _check_memory(self, values: Values) -> None:
+        """Refuse memory that is written and used a second time: kernels process tensors side by side.
+
+        Raises:
+            Mismatch: two tensors share memory and at least one of them is written.
+        """
+        if any(kernel.copies for kernel in self.kernels):  # the tables do not hold where the originals lie
+            tensors = [pair for kernel in self.kernels for pair in kernel.tensors(values)]
+            check_apart([t for t, written in tensors if written], [t for t, written in tensors if not written])
+        moved = any(kernel.moved for kernel in self.kernels)
+        if moved and (key := b"".join(kernel.pointers_written() for kernel in self.kernels)) != self._memory_key:
+            intervals = sorted(interval for kernel in self.kernels for interval in kernel.written_memory())
+            if any(end > start for (_, end), (start, _) in itertools.pairwise(intervals)):
+                raise Mismatch("two tensors that the step writes overlap: they share memory")
+            self._starts = array.array("q", [start for start, _ in intervals])
+            self._ends = array.array("q", [end for _, end in intervals])
+            self._memory_key = key
+        for kernel in self.kernels:
+            kernel.moved = False
+        if any(kernel.reads_overlap(self._starts, self._ends) for kernel in self.kernels):
+            raise Mismatch("a tensor that the step reads overlaps one that it writes: they share memory")
+
+    def _new(self, index: int, leaf: Leaf, values: Values) -> Tensor:
+        """A tensor for an output, laid out like the first input of its member."""
+        for kernel in self.kernels:
+            for member in kernel.group.members:
+                if index in member:
+                    known = [v for i in member if i < len(values) and (v := values[i]) is not None]
+                    like = next((v for v in known if v.shape == leaf.shape), None)
+                    if like is not None:
+                        return torch.empty_like(like, dtype=leaf.dtype, requires_grad=False)
+        return torch.empty(leaf.shape, dtype=leaf.dtype, device="cpu")
+
+    def _add_totals(self) -> None:
+        """Add up contributions exactly (fsum), so that no order of members changes a bit."""
+        parts: list[list[float]] = [[] for _ in range(self._n_totals)]
+        for kernel in self.kernels:
+            for number, value in kernel.contributed():
+                parts[number].append(value)
+        for number, part in enumerate(parts):
+            try:
+                self._table[self._totals_at + number] = math.fsum(part)
+            except (OverflowError, ValueError):  # infinities of both signs, or a sum beyond float64
+                self._table[self._totals_at + number] = sum(part)
+
+
+def _written_scalars(groups: Sequence[Group]) -> set[int]:
+    return {m[s] for g in groups for s in g.formula.written if not g.formula.slots[s].tensor for m in g.members}
+
+
+def _scalars_read_elsewhere(groups: Sequence[Group]) -> set[int]:
+    """0-dim leaves in slots that are not written there: readers that must see the value before the step."""
+    return {m[s] for g in groups for s in g.formula.scalar_slots if s not in g.formula.written for m in g.members}
+
+
+def _check(group: Group, leaves: Sequence[Leaf]) -> None:
+    """What a kernel takes for granted."""
+    for slot in group.formula.tensor_slots:
+        for m in group.members:
+            if leaves[m[slot]].device.type != "cpu":
+                raise Unsupported(group.name, f"a tensor on {leaves[m[slot]].device}; this lowering is for the CPU")
+    for slot in group.formula.written:
+        written = [m[slot] for m in group.members]
+        if len(set(written)) != len(written):
+            raise Unsupported(group.name, "several members write the same 0-dim tensor")

@@ -1,0 +1,1 @@
+"""Steps as GE graphs through torchair. The only room that imports torch_npu and torchair."""

@@ -1,0 +1,71 @@
+"""GE's Foreach operations: one launch for as many as 50 tensors. Which of them are used, on which chips, and for what.
+
+Where a group has no dedicated operation and its tensors are not adjacent, an expression over n members is n elementwise
+operations, or one of these. They move the same bytes, so that they win where tensors are small: a task on the device
+takes some microseconds however little it does.
+
+Documents are foreach/<operation>/README.md and op_graph/<operation>_proto.h in https://gitcode.com/cann/ops-nn. They
+agree in what matters here: Atlas A2 and A3, never the Atlas training series; float32; at most 50 tensors in a list (the
+prototypes); numbers are inputs, tensors with one element for all of a list. Their kernels' definitions
+(op_host/<operation>_def.cpp) name ascend910b and ascend910_93. The forms with a number for each tensor (ScalarList) are
+not used: the prototypes in torch_npu's wheel contradict their documents. There is no list operation for casts,
+comparisons, `where` and reductions. All of these stay one for each tensor. Half precision has as many casts as there
+are tensors, and torchair's shape inference stumbles over a cast behind a list operation, so groups with other dtypes
+than float32 have no lists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from npu_fuse_pass.lowerings.npu.emit.dedicated_operations import A2, A3
+
+SERIES = (A2, A3)
+LONGEST = 50
+KERNEL = "GE Foreach lists"
+_DOCUMENT = "https://gitcode.com/cann/ops-nn, foreach: its README.md and _proto.h"
+
+
+@dataclasses.dataclass(frozen=True)
+class ListOperation:
+    """One GE operation on lists.
+
+    Attributes:
+        name: GE's type.
+        inputs: their names in its prototype; what each of them gets: an operand's position, or "one", the number 1.
+    """
+
+    name: str
+    inputs: dict[str, int | str]
+
+
+def _binary(name: str, *given: tuple[str, int | str]) -> ListOperation:
+    return ListOperation(name, dict(given))
+
+
+_PAIR: tuple[tuple[str, int | str], ...] = (("x1", 0), ("x2", 1))
+
+# An operation of the IR, and what its operands are: t a list of tensors, s a number for all of them.
+# Operands that commute are ordered so.
+LISTS: dict[tuple[str, str], ListOperation] = {
+    ("add", "tt"): _binary("ForeachAddList", *_PAIR, ("alpha", "one")),
+    ("sub", "tt"): _binary("ForeachSubList", *_PAIR, ("alpha", "one")),
+    ("mul", "tt"): _binary("ForeachMulList", *_PAIR),
+    ("div", "tt"): _binary("ForeachDivList", *_PAIR),
+    ("maximum", "tt"): _binary("ForeachMaximumList", *_PAIR),
+    ("minimum", "tt"): _binary("ForeachMinimumList", *_PAIR),
+    ("fma", "tst"): _binary("ForeachAddList", ("x1", 2), ("x2", 0), ("alpha", 1)),
+    ("fma", "ttt"): _binary("ForeachAddcmulScalar", ("x1", 2), ("x2", 0), ("x3", 1), ("scalar", "one")),
+    ("lerp", "tts"): _binary("ForeachLerpScalar", *_PAIR, ("weight", 2)),
+    **{
+        (op, "ts"): _binary(f"Foreach{name}Scalar", ("x", 0), ("scalar", 1))
+        for op, name in {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div"}.items()
+    },
+    **{
+        (op, "t"): _binary(f"Foreach{name}", ("x", 0))
+        for op, name in {"sqrt": "Sqrt", "neg": "Neg", "abs": "Abs", "reciprocal": "Reciprocal"}.items()
+    },
+}
+COMMUTING = {"add": (0, 1), "mul": (0, 1), "maximum": (0, 1), "minimum": (0, 1), "fma": (0, 1)}
+
+DOCUMENTS = {row.name: _DOCUMENT for row in LISTS.values()}

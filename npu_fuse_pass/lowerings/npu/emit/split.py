@@ -1,0 +1,205 @@
+"""Splits a formula between host and device: what an NPU graph takes as numbers and what it computes.
+
+Scalars that depend on no tensor (step counts, bias corrections, learning rates) are computed on the host in
+float64 once per step and enter the device formula as scalar slots, one for each value that a tensor operation
+reads. So the graph has neither float64 nor a mutated host input, and a changed hyperparameter is a changed number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from npu_fuse_pass.errors import Unsupported
+from npu_fuse_pass.ir.expr import REDUCTIONS, Expr, postorder
+from npu_fuse_pass.ir.fused_op import evaluate
+from npu_fuse_pass.ir.text import serialise
+from npu_fuse_pass.ir.types import Formula, Group, Leaf, Slot
+from npu_fuse_pass.lowerings.npu.emit.lerp import interpolation
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A device formula and the host's part of it.
+
+    The device formula has the tensor slots that it reads or writes (`tensor_slots` are the numbers that they
+    have in the whole formula), then one scalar slot for each of `values`, then one for each of `device_slots`,
+    and last, if it contributes to a total (`flagged`), whether the member takes part in this step. `advanced` are the
+    scalar slots that the host writes (step counters). `written` are the slots of the whole formula that the device
+    writes, `constants` the values of slots that the whole formula does not have.
+    """
+
+    device: Formula
+    tensor_slots: tuple[int, ...]
+    values: tuple[Expr, ...]
+    device_slots: tuple[int, ...]
+    advanced: tuple[tuple[int, Expr], ...]
+    host: Formula
+    written: tuple[int, ...] = ()
+    constants: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    flagged: bool = False
+
+    def host_values(self, scalars: dict[int, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """`values` and the new values of `advanced`, of all members at once: scalars are 0-dim or one per member."""
+        constants = {s: torch.tensor(x, dtype=torch.float64, device="cpu") for s, x in self.constants.items()}
+        found = evaluate(self.host, {}, {**scalars, **constants})
+        return [found[id(e)] for e in self.values], [found[id(e)] for _, e in self.advanced]
+
+
+def split(
+    formula: Formula, device_slots: Collection[int], contribute: bool, constants: Mapping[int, float] | None = None
+) -> Split:
+    """Split the writes of a formula, or its contributions to totals.
+
+    `device_slots` are scalar slots whose value exists on the device only: totals. `constants` are the values of scalar
+    slots that have one for all members and at all steps, as far as they are known.
+
+    Raises:
+        Unsupported: a 0-dim state depends on a tensor, so that the host cannot advance it.
+    """
+    tensor_writes = [] if contribute else [(s, e) for s, e in formula.writes if formula.slots[s].tensor]
+    advanced = [] if contribute else _advanced(formula)
+    roots = [*(e for _, e in tensor_writes), *(formula.contributions if contribute else ())]
+    on_host = _on_host(roots, advanced, device_slots)
+    read = {e.value for e in postorder(roots) if e.op == "leaf"}
+    used = [s for s in formula.tensor_slots if s in read or any(s == written for written, _ in tensor_writes)]
+    build = _Device(formula, used, on_host, [s for s in device_slots if s in read], constants or {})
+    writes = [(build.tensor_slot[s], build.visit(e)) for s, e in tensor_writes]
+    contributions = [build.visit(e) for e in formula.contributions] if contribute else []
+    build.finish()
+    if contribute:
+        zero = Expr("zero", (), 0, torch.float64, False)
+        taking_part = Expr("ne", (build.scalar(), zero), None, torch.bool, False)
+        contributions = [Expr("where", (taking_part, e, zero), None, e.dtype, False) for e in contributions]
+    return build.split(writes, contributions, advanced, tuple(s for s, _ in tensor_writes), flagged=contribute)
+
+
+def split_operands(
+    formula: Formula,
+    operands: Sequence[Expr],
+    written: Sequence[int],
+    constants: Mapping[int, float],
+    device_slots: Collection[int],
+) -> Split:
+    """Split the operands of an operation that stands for the formula's writes to tensors.
+
+    The operands become the contributions of the device formula, those that are numbers as scalar slots.
+
+    Args:
+        formula: of the group; its writes to 0-dim states stay with the host.
+        operands: over the formula's slots and those in `constants`.
+        written: the tensor slots that the operation writes.
+        constants: values of the slots behind the formula's.
+        device_slots: scalar slots whose value exists on the device only: totals.
+
+    Raises:
+        Unsupported: a 0-dim state depends on a tensor, so that the host cannot advance it.
+    """
+    advanced = _advanced(formula)
+    on_host = _on_host(operands, advanced, device_slots)
+    read = {e.value for e in postorder(operands) if e.op == "leaf"}
+    used = [s for s in formula.tensor_slots if s in read or s in written]
+    build = _Device(formula, used, on_host, [s for s in device_slots if s in read], constants)
+    made = [build.visit(e) for e in operands]
+    build.finish()
+    return build.split([], made, advanced, tuple(written), constants)
+
+
+def constants_of(group: Group, leaves: Sequence[Leaf]) -> dict[int, float]:
+    """The scalar slots of a group that hold one constant for all members, and its value."""
+    held = {s: {member[s] for member in group.members} for s in group.formula.scalar_slots}
+    return {s: leaves[i].value for s, (i, *others) in held.items() if leaves[i].kind == "constant" and not others}
+
+
+def _advanced(formula: Formula) -> list[tuple[int, Expr]]:
+    return [(s, e) for s, e in formula.writes if not formula.slots[s].tensor]
+
+
+def slots_of(expr: Expr) -> list[int]:
+    """The slots that an expression reads."""
+    return sorted({e.value for e in postorder([expr]) if e.op == "leaf" and isinstance(e.value, int)})
+
+
+def _on_host(roots: Sequence[Expr], advanced: Sequence[tuple[int, Expr]], device_slots: Collection[int]) -> set[int]:
+    found: set[int] = set()
+    for e in postorder([*roots, *(e for _, e in advanced)]):
+        inner = e.op != "leaf" and e.op not in REDUCTIONS and all(id(a) in found for a in e.args)
+        if not e.tensor and (inner or (e.op == "leaf" and e.value not in device_slots)):
+            found.add(id(e))
+    if any(id(e) not in found for _, e in advanced):
+        raise Unsupported("copy_", "a 0-dim state is computed from a tensor; the NPU path advances those on the host")
+    return found
+
+
+class _Device:
+    """Copies expressions into the device formula."""
+
+    def __init__(
+        self,
+        formula: Formula,
+        tensor_slots: Sequence[int],
+        on_host: set[int],
+        device_slots: Sequence[int],
+        constants: Mapping[int, float],
+    ) -> None:
+        self._on_host, self._constants = on_host, constants
+        self._made: dict[int, Expr] = {}
+        self.tensor_slot = {s: i for i, s in enumerate(tensor_slots)}
+        self.slots = [formula.slots[s] for s in tensor_slots]
+        self.values: list[Expr] = []
+        self.totals = list(device_slots)
+        self._total_leaves: dict[int, Expr] = {s: self._leaf(-1) for s in self.totals}
+
+    def visit(self, e: Expr) -> Expr:
+        if id(e) not in self._made:
+            self._made[id(e)] = self._copy(e)
+        return self._made[id(e)]
+
+    def finish(self) -> None:
+        """Give the totals their slots, behind the host's values."""
+        for s in self.totals:
+            self._total_leaves[s].value = len(self.slots)
+            self.slots.append(Slot(False, torch.float64))
+
+    def split(
+        self,
+        writes: Sequence[tuple[int, Expr]],
+        contributions: Sequence[Expr],
+        advanced: Sequence[tuple[int, Expr]],
+        written: tuple[int, ...],
+        constants: Mapping[int, float] | None = None,
+        flagged: bool = False,
+    ) -> Split:
+        """What was built, after `finish`."""
+        text = serialise(self.slots, writes, contributions)
+        device = Formula(tuple(self.slots), tuple(writes), tuple(contributions), text)
+        host = Formula((), (), (*self.values, *(e for _, e in advanced)), "")
+        found = (tuple(self.tensor_slot), tuple(self.values), tuple(self.totals), tuple(advanced))
+        return Split(device, *found, host, written, constants or {}, flagged)
+
+    def scalar(self) -> Expr:
+        self.slots.append(Slot(False, torch.float64))
+        return self._leaf(len(self.slots) - 1)
+
+    def _leaf(self, slot: int) -> Expr:
+        return Expr("leaf", (), slot, torch.float64, False)
+
+    def _copy(self, e: Expr) -> Expr:
+        if id(e) in self._on_host:
+            self.values.append(e)
+            leaf = self.scalar()
+            if e.dtype == torch.bool:
+                return Expr("ne", (leaf, Expr("zero", (), 0, torch.float64, False)), None, torch.bool, False)
+            return leaf if e.dtype == torch.float64 else Expr("cast", (leaf,), e.dtype, e.dtype, False)
+        if e.op == "leaf":
+            assert isinstance(e.value, int)
+            if not e.tensor:
+                return self._total_leaves[e.value]
+            return Expr("leaf", (), self.tensor_slot[e.value], e.dtype, True)
+        lerp = interpolation(e, self._constants)
+        if lerp is not None:
+            return Expr("lerp", tuple(map(self.visit, lerp)), None, e.dtype, True)
+        return Expr(e.op, tuple(map(self.visit, e.args)), e.value, e.dtype, e.tensor)

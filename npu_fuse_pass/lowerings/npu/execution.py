@@ -1,0 +1,95 @@
+"""Running the GE graph: a first run that can be undone, and later ones that cannot."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from npu_fuse_pass.errors import GraphRefused, StepFailedError
+
+_SEND = "Please report it, with this message and what print(npu_fuse_pass.reports()[-1]) says"
+
+
+class Run:
+    """What torchair compiled. GE loads and compiles the graph when it is first called, so that is where it refuses.
+
+    Args:
+        compiled: torchair's callable.
+        versions: describes the environment, where something fails.
+    """
+
+    def __init__(self, compiled: Callable[..., Sequence[Tensor]], versions: Callable[[], str]) -> None:
+        self.compiled = compiled
+        self._versions = versions
+        self._works = False
+
+    def __call__(self, inputs: Sequence[Tensor], written: Sequence[int]) -> Sequence[Tensor]:
+        """Run the graph.
+
+        Args:
+            inputs: of the graph.
+            written: which of them it writes to.
+
+        Raises:
+            GraphRefused: the first run failed; all inputs have the values that they had.
+            StepFailedError: a later run failed.
+        """
+        if not self._works:
+            results = self._first(inputs, [inputs[i] for i in written])
+            self._works = True
+            return results
+        try:
+            return self.compiled(*inputs)
+        except Exception as e:
+            # GE writes in place, in an order of its own, and nobody knows how far it came: the original step on top
+            # of that could apply a part of the update twice, silently. Undoing it would take a copy of all parameters
+            # and states at every step, for what happens once in the life of a device. So this one is the user's.
+            lead = (
+                "a step failed on the device, in a graph that had run before: parameters and states may be partly "
+                "updated. Nothing was retried; go on from a checkpoint"
+            )
+            raise StepFailedError(refusal(lead, e, self._versions())) from e
+
+    def _first(self, inputs: Sequence[Tensor], written: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Run with a copy of everything that is written, in the host's memory: the device's may be full."""
+        before = [t.to("cpu", copy=True) for t in written]
+        try:
+            results = self.compiled(*inputs)
+            wait_for({t.device for t in written})  # an NPU reports what fails in a kernel when it is waited for
+        except BaseException as e:
+            self._undo(written, before, e)
+            if not isinstance(e, Exception):
+                raise
+            lead = "GE refused this step's graph when it was loaded, compiled or first run; nothing was changed"
+            raise GraphRefused(refusal(lead, e, self._versions())) from e
+        return results
+
+    def _undo(self, written: Sequence[Tensor], before: Sequence[Tensor], cause: BaseException) -> None:
+        try:
+            for t, value in zip(written, before, strict=True):
+                t.copy_(value)
+            wait_for({t.device for t in written})
+        except Exception as e:
+            lead = f"the first run of a step failed on the device, and then undoing it: {_first_words(e)}; the run"
+            raise StepFailedError(refusal(lead, cause, self._versions())) from cause
+
+
+def wait_for(devices: Iterable[torch.device]) -> None:
+    """Until all that was started on the devices is done."""
+    for device in devices:
+        if device.type != "cpu":
+            torch.get_device_module(device).synchronize(device)
+
+
+def refusal(lead: str, error: BaseException, versions: str) -> str:
+    """A message that holds everything needed to find out what happened on somebody else's machine."""
+    return f"{lead}: {_first_words(error)} [{versions}]. {_SEND}"
+
+
+def _first_words(error: BaseException) -> str:
+    """The text of an error without what torchair and FX append to it: tracebacks, and the node with all it holds."""
+    text = re.split(r"\n+(?:Traceback \(most recent call last\)|While executing )", str(error))[0].strip()
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

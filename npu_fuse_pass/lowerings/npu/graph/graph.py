@@ -1,0 +1,248 @@
+"""The graph that the NPU program gives to torchair: 1-D tensors and packed numbers, fused nodes, writes at the end.
+
+It has few nodes, because torchair takes most of a millisecond for each (fake tensors, patterns, texts for a log that
+nobody may read): a group is one fused node, whose list of new values goes as it is to one that writes it.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._mode_utils import no_dispatch
+
+from npu_fuse_pass.errors import Unsupported
+from npu_fuse_pass.ir.fused_op import multi_tensor_contribute, multi_tensor_update, parsed
+from npu_fuse_pass.ir.types import Leaf
+from npu_fuse_pass.lowerings.npu.emit import dedicated, elementwise, list_operations
+from npu_fuse_pass.lowerings.npu.graph import names as npu_names
+
+if TYPE_CHECKING:
+    from npu_fuse_pass.lowerings.npu.host.numbers import Packed
+    from npu_fuse_pass.lowerings.npu.layout.bind import Binder, Leaves
+    from npu_fuse_pass.lowerings.npu.layout.runs import Run
+    from npu_fuse_pass.lowerings.npu.part import Part
+
+_TAKEN = list_operations.LONGEST  # results that are taken one by one: torchair formats the whole list for each
+_SCHEMA = "(Tensor[] tensors, Tensor[] numbers, Tensor[] totals, int[] positions, int members, str formula) -> Tensor[]"
+
+_library = torch.library.Library("npu_fused", "FRAGMENT")
+_library.define(f"device_update{_SCHEMA}")
+_library.define(f"device_contribute{_SCHEMA}")
+_library.define(f"device_lists{_SCHEMA}")
+_library.define(f"device_dedicated{_SCHEMA.replace('str formula', 'str formula, str call, int[] written')}")
+_library.define("device_write(Tensor(a!)[] targets, Tensor[] values) -> ()")
+device_update = torch.ops.npu_fused.device_update.default
+"""`multi_tensor_update` whose scalars are `numbers[p] for p in positions`, then `totals`."""
+device_contribute = torch.ops.npu_fused.device_contribute.default
+"""`multi_tensor_contribute` likewise, with results of the dtype that the device adds up in."""
+device_lists = torch.ops.npu_fused.device_lists.default
+"""`device_update` by operations on lists; numbers have shape (1,)."""
+device_dedicated = torch.ops.npu_fused.device_dedicated.default
+"""`device_update` by one operation: the formula's contributions are its operands, numbers have shape (1,). `call` and
+`written` as in `dedicated.Emitter`.
+"""
+device_write = torch.ops.npu_fused.device_write.default
+"""`copy_` of every value to its target: `_foreach_copy_` by a name that does not end in "_", since torchair takes the
+first argument of such operations for one tensor.
+"""
+
+
+def _update(
+    tensors: list[Tensor], numbers: list[Tensor], totals: list[Tensor], positions: list[int], members: int, formula: str
+) -> list[Tensor]:
+    scalars = [*(numbers[p] for p in positions), *totals]
+    return multi_tensor_update(tensors, scalars, members, formula)  # type: ignore[no-any-return]
+
+
+def _lists(
+    tensors: list[Tensor], numbers: list[Tensor], totals: list[Tensor], positions: list[int], members: int, formula: str
+) -> list[Tensor]:
+    return _update(tensors, [n.reshape(()) for n in numbers], totals, positions, members, formula)
+
+
+def _contribute(
+    tensors: list[Tensor], numbers: list[Tensor], totals: list[Tensor], positions: list[int], members: int, formula: str
+) -> list[Tensor]:
+    scalars = [*(numbers[p] for p in positions), *totals]
+    dtype = elementwise.wide_dtype(parsed(formula))
+    return [t.to(dtype) for t in multi_tensor_contribute(tensors, scalars, members, formula)]
+
+
+def _dedicated(
+    tensors: list[Tensor],
+    numbers: list[Tensor],
+    totals: list[Tensor],
+    positions: list[int],
+    members: int,
+    formula: str,
+    call: str,
+    written: list[int],
+) -> list[Tensor]:
+    scalars = [*(numbers[p] for p in positions), *totals]
+    rows = [
+        dedicated.evaluate(parsed(formula), call, written, tensors[m::members], scalars[m::members])
+        for m in range(members)
+    ]
+    return [row[k] for k in range(len(written)) for row in rows]
+
+
+def _fake_dedicated(
+    tensors: list[FakeTensor],
+    numbers: list[Tensor],
+    totals: list[Tensor],
+    positions: list[int],
+    members: int,
+    formula: str,
+    call: str,
+    written: list[int],
+) -> list[Tensor]:
+    """What is written, without the arithmetic: torchair asks for it, and it would be most of a conversion's time."""
+    made = parsed(formula)
+    rank = {s: i for i, s in enumerate(made.tensor_slots)}
+    of_slot = [(made.slots[s].dtype, tensors[rank[s] * members : (rank[s] + 1) * members]) for s in written]
+    with no_dispatch():
+        return [_empty(t.fake_mode, t.numel(), dtype, t.device) for dtype, each in of_slot for t in each]
+
+
+def _empty(mode: FakeTensorMode, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`torch.empty` in the mode, in a third of the time: not through the dispatcher."""
+    return FakeTensor(mode, torch.empty(numel, dtype=dtype, device="meta"), device)
+
+
+def _write(targets: list[Tensor], values: list[Tensor]) -> None:
+    torch._foreach_copy_(targets, values)
+
+
+def _fake_write(targets: list[Tensor], values: list[Tensor]) -> None:
+    """Nothing: what is written keeps its size and dtype."""
+
+
+_KERNELS: dict[str, tuple[Callable[..., list[Tensor] | None], Callable[..., list[Tensor] | None]]] = {
+    "device_update": (_update, _update),  # theirs have fakes of their own
+    "device_lists": (_lists, _lists),
+    "device_contribute": (_contribute, _contribute),
+    "device_dedicated": (_dedicated, _fake_dedicated),
+    "device_write": (_write, _fake_write),
+}
+for _name, (_kernel, _fake) in _KERNELS.items():
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"npu_fused::{_name}", _fake, lib=_library)
+
+
+def build(leaves: Sequence[Leaf], parts: Sequence[Part], binder: Binder) -> fx.GraphModule:
+    """The graph of a step. Placeholders carry fake tensors in `meta["val"]`."""
+    return _Build(leaves, parts, binder).module()
+
+
+class _Build:
+    def __init__(self, leaves: Sequence[Leaf], parts: Sequence[Part], binder: Binder) -> None:
+        self._leaves, self._parts, self._binder = leaves, parts, binder
+        self._graph = fx.Graph()
+        self._nodes: dict[Leaves, fx.Node] = {}
+        self._gathered: dict[tuple[Leaves, ...], fx.Node] = {}
+        mode = FakeTensorMode()
+        mode.cache_enabled = False  # its keys, over thousands of tensors of a node, take longer than our nodes' fakes
+        for key, (numel, dtype, device) in binder.tensor_inputs.items():
+            name = "".join(c if c.isalnum() else "_" for c in leaves[key[0]].name)
+            self._nodes[key] = self._graph.placeholder(name)
+            self._nodes[key].meta["val"] = _empty(mode, numel, dtype, device)
+        packed = {dtype: self._graph.placeholder("numbers") for dtype in binder.number_inputs}
+        for dtype, node in packed.items():
+            node.meta["val"] = _empty(mode, binder.number_inputs[dtype], dtype, binder.numbers_on)
+        self._packed = packed
+        self._unpacked: dict[tuple[torch.dtype, bool], fx.Node] = {}
+
+    def module(self) -> fx.GraphModule:
+        totals = self._totals()
+        writes: list[tuple[list[fx.Node], Any]] = []
+        outputs: dict[int, fx.Node] = {}
+        for part, numbers in zip(self._parts, self._binder.numbers, strict=True):
+            made = part.splits[0]
+            target: Any = device_lists if part.in_lists else device_update
+            target = target if part.dedicated is None else device_dedicated
+            for node, results in self._fused(target, part, numbers[0], made.written, totals):
+                keys = [key for slot, run in results for key in self._binder.inputs_of(part, run, slot)]
+                outputs |= {key[0]: _taken(node, i) for i, key in enumerate(keys) if key not in self._nodes}
+                written = [i for i, key in enumerate(keys) if key in self._nodes]
+                if written:
+                    values = node if len(written) == len(keys) else [_taken(node, i) for i in written]
+                    writes.append(([self._nodes[keys[i]] for i in written], values))
+        for write in writes:
+            self._graph.call_function(device_write, write)
+        self._graph.output(tuple(outputs[i] for i in self._binder.outputs))
+        return fx.GraphModule(torch.nn.Module(), self._graph, "NpuStep")
+
+    def _totals(self) -> dict[int, fx.Node]:
+        """For every total: the sum of what all members contribute."""
+        terms: dict[int, list[fx.Node]] = {}
+        for part, numbers in zip(self._parts, self._binder.numbers, strict=True):
+            if len(part.splits) > 1:
+                kinds = list(range(len(part.group.formula.contributions)))
+                for node, results in self._fused(device_contribute, part, numbers[1], kinds, {}):
+                    for i, (kind, run) in enumerate(results):
+                        terms.setdefault(part.group.totals[run.members[0]][kind], []).append(_taken(node, i))
+        if terms and len({elementwise.wide_dtype(p.group.formula) for p in self._parts}) > 1:
+            raise Unsupported("total", "adds up over float64 and other parameters")
+        stacked = {n: self._graph.call_function(torch.ops.aten.stack.default, (t,)) for n, t in terms.items()}
+        return {n: self._graph.call_function(torch.ops.aten.sum.default, (s,)) for n, s in stacked.items()}
+
+    def _fused(
+        self, target: Any, part: Part, numbers: Packed, kinds: Sequence[int], totals: dict[int, fx.Node]
+    ) -> Iterator[tuple[fx.Node, list[tuple[int, Run]]]]:
+        """Fused nodes of a group; of each, the kind of every result (a written slot, a contribution) and its run."""
+        made = numbers.made
+        call: tuple[Any, ...] = ()
+        if target is device_dedicated and part.dedicated is not None:
+            call = (part.dedicated.call, list(part.dedicated.written))
+        one_dim = target in (device_dedicated, device_lists)
+        packed = self._unpack(elementwise.wide_dtype(part.group.formula), one_dim)
+        one_by_one = target is device_contribute or self._binder.outputs
+        size = _TAKEN if one_by_one else max(1, len(part.plan.runs))
+        for begin in range(0, len(part.plan.runs) if kinds else 0, size):
+            runs = part.plan.runs[begin : begin + size]
+            firsts = [part.group.members[run.members[0]] for run in runs]
+            tensors = [self._tensor(part, run, s) for s in made.tensor_slots for run in runs]
+            positions = [p for at in numbers.positions for p in at[begin : begin + size]]
+            sums = [totals[self._leaves[member[s]].index] for s in made.device_slots for member in firsts]
+            if target is device_lists:
+                view = functools.cache(lambda n: self._graph.call_function(torch.ops.aten.view.default, (n, [1])))
+                sums = list(map(view, sums))
+            args = (tensors, packed, sums, positions, len(runs), made.device.text, *call)
+            node = self._graph.call_function(target, args)
+            node.name = f"{part.group.name}_{target.name().split('_')[-1]}"
+            npu_names.mark(node, part.group.name)
+            yield node, [(kind, run) for kind in kinds for run in runs]
+
+    def _unpack(self, dtype: torch.dtype, one_dim: bool) -> Any:
+        """The numbers as 0-dim tensors, or as tensors of shape (1,)."""
+        packed = self._packed.get(dtype)
+        if packed is not None and (dtype, one_dim) not in self._unpacked:
+            aten = torch.ops.aten
+            if one_dim:
+                packed = self._graph.call_function(aten.view.default, (packed, [self._binder.number_inputs[dtype], 1]))
+            self._unpacked[dtype, one_dim] = self._graph.call_function(aten.unbind.int, (packed,))
+        return self._unpacked.get((dtype, one_dim), [])
+
+    def _tensor(self, part: Part, run: Run, slot: int) -> fx.Node:
+        """A run's tensor; for one that the step creates, another of the member, which has its size."""
+        keys = self._binder.inputs_of(part, run, slot)
+        if len(keys) > 1:
+            if tuple(keys) not in self._gathered:
+                given = [self._nodes[key] for key in keys]
+                self._gathered[tuple(keys)] = self._graph.call_function(torch.ops.aten.cat.default, (given,))
+            return self._gathered[tuple(keys)]
+        if keys[0] in self._nodes:
+            return self._nodes[keys[0]]
+        member = part.group.members[run.members[0]]
+        found = ((member[s],) for s in part.group.formula.tensor_slots)
+        return next(self._nodes[key] for key in found if key in self._nodes)
+
+
+def _taken(node: fx.Node, i: int) -> fx.Node:
+    return node.graph.call_function(operator.getitem, (node, i))

@@ -1,0 +1,1 @@
+"""What the host computes of a step before the device runs it: numbers, step counters."""

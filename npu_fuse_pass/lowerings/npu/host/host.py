@@ -1,0 +1,99 @@
+"""What is known of a step before it is bound: the numbers of all members, and who takes part."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from itertools import repeat
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from npu_fuse_pass.ir.types import Leaf
+from npu_fuse_pass.lowerings.npu.host import mirror
+from npu_fuse_pass.lowerings.npu.host.counters import Advanced, Outgoing, States
+from npu_fuse_pass.lowerings.npu.host.mirror import Kind, Mirror
+from npu_fuse_pass.lowerings.npu.host.numbers import HostValues
+from npu_fuse_pass.lowerings.npu.host.rows import picked
+from npu_fuse_pass.lowerings.npu.layout.runs import Values
+
+if TYPE_CHECKING:
+    from npu_fuse_pass.lowerings.npu.layout.bind import Leaves
+    from npu_fuse_pass.lowerings.npu.part import Part
+
+
+class Host:
+    """The host's part of a step."""
+
+    def __init__(self, leaves: Sequence[Leaf], parts: Sequence[Part]) -> None:
+        self._leaves, self._parts = leaves, parts
+        self._mirror = Mirror(sorted({i for part in parts for i in part.on_the_device}), leaves)
+        self._evaluate = [
+            [HostValues(part.group, made, leaves, self._mirror) for made in part.splits] for part in parts
+        ]
+        self._states = [
+            {s: States(part.group, leaves, s) for made in part.splits for s, _ in made.advanced} for part in parts
+        ]
+        self._given = [[self._given_to(m) for m in part.group.members] for part in parts]
+        self._all_given = [picked(sorted({i for given in each for i in given})) for each in self._given]
+
+    @torch.no_grad()
+    def look(self, values: Values, complete: bool) -> Step:
+        """A step as far as it is known before it is bound. `complete`: dtypes are to be checked."""
+        step = Step(complete)
+        self._mirror.look(values)
+        each = zip(self._evaluate, self._given, self._all_given, self._states, strict=True)
+        for evaluate, given, whole, states in each:
+            all_given = all(map(operator.is_not, whole(values), repeat(None)))
+            active = [all_given or all(values[i] is not None for i in leaves) for leaves in given]
+            found = [e(values) for e in evaluate]
+            step.active.append(active)
+            step.numbers.append([n for n, _ in found])
+            step.advanced += [(states[new.slot], new, active) for _, advanced in found for new in advanced]
+        written: dict[Kind, list[tuple[list[int], Tensor]]] = {}
+        for state, new, active in step.advanced:
+            for kind, indices, x in state.outgoing(new, active):
+                written.setdefault(kind, []).append((indices, x))
+        step.outgoing = [Outgoing(kind, found) for kind, found in written.items()]
+        return step
+
+    def finish(self, step: Step, values: Values) -> None:
+        """Write the new values of 0-dim states, wherever they are."""
+        for state, new, active in step.advanced:
+            state.write(new, active, values)
+        for outgoing in step.outgoing:
+            outgoing.write(values, self._mirror)
+
+    def _given_to(self, member: tuple[int, ...]) -> list[int]:
+        """The leaves that a member cannot do without."""
+        return [i for i in member if self._leaves[i].kind in ("input", "attribute")]
+
+
+class Step:
+    """One call: its numbers, the graph's inputs, and what is left to do after it ran."""
+
+    def __init__(self, complete: bool) -> None:
+        self.complete = complete
+        self.active: list[list[bool]] = []  # per group and member: takes part
+        self.numbers: list[list[list[Tensor]]] = []  # per group, split and value: 0-dim or one per member
+        self.advanced: list[tuple[States, Advanced, list[bool]]] = []
+        self.outgoing: list[Outgoing] = []
+        self.inputs: list[Tensor] = []
+        self.flat: dict[Leaves, Tensor] = {}
+        self.used: dict[Leaves, Tensor] = {}  # the tensors behind the inputs, of members that take part
+        self.copies = 0
+        self.orders: dict[int, tuple[bool, tuple[int, ...]]] = {}  # per tensor: takes part, strides it is read in
+        self.copy_back: list[tuple[Tensor, Tensor]] = []
+
+    def send(self, numbers: Tensor, device: torch.device) -> Tensor:
+        """Numbers on a device, together with the new values of states there where those have the same dtype."""
+        for outgoing in self.outgoing:
+            if (outgoing.dtype, outgoing.device) == (numbers.dtype, device):
+                return outgoing.send_with(numbers)
+        return mirror.to_device(numbers, device)
+
+    @property
+    def all_numbers(self) -> list[list[Tensor]]:
+        """Per group: the numbers of its members."""
+        return [[v for found in group for v in found] for group in self.numbers]

@@ -1,0 +1,49 @@
+"""0-dim tensors of all members as one vector: step counters, mostly."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from npu_fuse_pass.tensors.memory import materialised
+from npu_fuse_pass.tensors.same import SameTensors
+
+Values = list[Tensor | None]
+
+
+class Row:
+    """0-dim leaves that may lie one behind the other in one memory, as the counters of our optimizers do."""
+
+    def __init__(self, indices: Sequence[int]) -> None:
+        self._get = picked(indices)
+        self._same = SameTensors()
+
+    def of(self, values: Values) -> Tensor | None:
+        """One vector over their memory; None where they do not lie so, or are not of one dtype."""
+        tensors = self._get(values)
+        if not self._same.match(tensors):
+            if not all(
+                t is not None and t.ndim == 0 and t.dtype == tensors[0].dtype and materialised(t) for t in tensors
+            ):
+                return None
+            self._same.learn(tensors)
+        first, size = tensors[0], tensors[0].element_size()
+        start = first.data_ptr()
+        if list(map(Tensor.data_ptr, tensors)) != list(range(start, start + size * len(tensors), size)):
+            return None
+        return first.detach().as_strided((len(tensors),), (1,)) if holds(first, len(tensors)) else None
+
+
+def holds(first: Tensor, elements: int) -> bool:
+    """Whether the storage goes on for that many elements from where a tensor begins."""
+    return (first.storage_offset() + elements) * first.element_size() <= first.untyped_storage().nbytes()
+
+
+def picked(indices: Sequence[int]) -> Callable[[Values], Sequence[Any]]:
+    """Takes the values of these leaves out of those of all."""
+    if len(indices) > 1:
+        return operator.itemgetter(*indices)
+    return lambda values: [values[i] for i in indices]

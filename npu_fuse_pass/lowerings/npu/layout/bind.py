@@ -1,0 +1,202 @@
+"""What goes into the NPU program's graph at every step, and what comes out: tensors as flat views, numbers packed.
+
+A member without a gradient takes part with scratch tensors in place of its own, so that one graph serves every
+pattern of missing gradients and nothing of that member changes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from npu_fuse_pass.errors import Mismatch
+from npu_fuse_pass.ir.types import Leaf
+from npu_fuse_pass.lowerings.npu.emit import elementwise
+from npu_fuse_pass.lowerings.npu.host.host import Step
+from npu_fuse_pass.lowerings.npu.host.numbers import Packed
+from npu_fuse_pass.lowerings.npu.host.rows import picked
+from npu_fuse_pass.lowerings.npu.layout.bind_alike import Alike
+from npu_fuse_pass.lowerings.npu.layout.runs import Run, Values
+from npu_fuse_pass.tensors.memory import check_apart, in_order, memory_order
+
+if TYPE_CHECKING:
+    from npu_fuse_pass.lowerings.npu.part import Part
+
+Key = tuple[int, torch.dtype, torch.device]
+Leaves = tuple[int, ...]
+"""The leaves behind one input of the graph: one, or those of a run, which lie one behind the other."""
+
+
+class Binder:
+    """The inputs of the graph in order: what its tensor inputs stand for, then one packed vector per dtype of numbers.
+
+    Attributes:
+        tensor_inputs: for each, the leaves behind it; size, dtype and device.
+        number_inputs: how many numbers of a dtype there are.
+        numbers_on: the device that they are on; the host, from where GE fetches them, or where states are that the
+            host advances, so that everything of a step gets there in one transfer.
+        numbers: per group and split: where they lie.
+        outputs: the leaves that the graph creates.
+        written: which inputs the graph writes to.
+    """
+
+    def __init__(self, leaves: Sequence[Leaf], parts: Sequence[Part]) -> None:
+        self._leaves = leaves
+        self._parts = parts
+        self.tensor_inputs: dict[Leaves, Key] = {}
+        self.number_inputs: dict[torch.dtype, int] = {}
+        self.numbers: list[list[Packed]] = []
+        self.outputs: list[int] = []
+        for part in parts:
+            self._add_tensors(part)
+            dtype = elementwise.wide_dtype(part.group.formula)
+            self.numbers.append([])
+            for made in part.splits:
+                offset = self.number_inputs.get(dtype, 0)
+                numbers = Packed(part.group, made, part.plan.runs, offset)
+                self.numbers[-1].append(numbers)
+                if numbers.count:
+                    self.number_inputs[dtype] = offset + numbers.count
+        written = {m[s] for part in parts for m in part.group.members for s in part.group.formula.written}
+        self._written = {key for key in self.tensor_inputs if written & set(key)}
+        self.written = [place for place, key in enumerate(self.tensor_inputs) if key in self._written]
+        self._bound = {i for key in self.tensor_inputs for i in key}
+        self.numbers_on = numbers_on(leaves, parts, {device for _, _, device in self.tensor_inputs.values()})
+        self._scratch: dict[Key, Tensor] = {}
+        self._alike = Alike(self.tensor_inputs, self._written)
+        self._changes = [self._changes_of(part, part.group.members) for part in parts]
+
+    def inputs_of(self, part: Part, run: Run, slot: int) -> list[Leaves]:
+        """What the graph reads for a slot of a run: one input, or where they are gathered, one of each member."""
+        leaves = [part.group.members[m][slot] for m in run.members]
+        return [(i,) for i in leaves] if slot in run.gathered else [tuple(leaves)]
+
+    def _add_tensors(self, part: Part) -> None:
+        for run in part.plan.runs:
+            for s in part.group.formula.tensor_slots:
+                for key in self.inputs_of(part, run, s):
+                    if self._leaves[key[0]].kind == "output":
+                        self.outputs += key
+                    else:
+                        size = sum(math.prod(self._leaves[i].shape) for i in key)
+                        dtype, device = part.group.formula.slots[s].dtype, self._leaves[key[0]].device
+                        self.tensor_inputs[key] = (size, dtype, device)
+
+    def bind(self, step: Step, values: Values) -> None:
+        """Add the inputs of the graph to a step.
+
+        Raises:
+            Mismatch: a tensor is not what the graph was made for; nothing was changed.
+        """
+        if not self._alike.bind(step, values):
+            self._bind_one_by_one(step, values)
+            self._alike.learn(step, values)
+        packed: dict[torch.dtype, list[Tensor]] = {dtype: [] for dtype in self.number_inputs}
+        groups = zip(self._parts, self.numbers, step.numbers, step.active, strict=True)
+        for part, places, found, active in groups:
+            for numbers, given in zip(places, found, strict=True):
+                if numbers.count:
+                    packed[elementwise.wide_dtype(part.group.formula)] += numbers.pieces(given, active)
+        vectors = [torch.cat(p).to(dtype) for dtype, p in packed.items()]
+        on_host = self.numbers_on.type == "cpu"
+        step.inputs += vectors if on_host else [step.send(v, self.numbers_on) for v in vectors]
+
+    def _bind_one_by_one(self, step: Step, values: Values) -> None:
+        """The general way, with a look at every tensor.
+
+        GE reads everything as it is before the step: memory that is written must not be used a second time.
+        """
+        for part, active in zip(self._parts, step.active, strict=True):
+            for run in part.plan.runs:
+                self._bind_run(part, run, values, step, active)
+        written = [t for i, t in step.used.items() if i in self._written]
+        check_apart(written, [t for i, t in step.used.items() if i not in self._written])
+        step.inputs = [step.flat[key] for key in self.tensor_inputs]
+
+    def _bind_run(self, part: Part, run: Run, values: Values, step: Step, active: Sequence[bool]) -> None:
+        """The inputs of a run. `Plans` has seen to it that what is not gathered is adjacent."""
+        slots = part.group.formula.tensor_slots
+        if len(run.members) == 1:
+            self._bind_member(part, run.members[0], slots, values, step, active)
+            return
+        for m in run.members if run.gathered else ():
+            self._bind_member(part, m, run.gathered, values, step, active)
+        for s in (s for s in slots if s not in run.gathered):
+            (key,) = self.inputs_of(part, run, s)
+            first = values[key[0]]
+            if active[run.members[0]] and first is not None:
+                step.used[key] = step.flat[key] = first.detach().as_strided(self.tensor_inputs[key][:1], (1,))
+            else:
+                step.flat[key] = self._placeholder(self.tensor_inputs[key])
+
+    def _bind_member(
+        self, part: Part, m: int, slots: Sequence[int], values: Values, step: Step, active: Sequence[bool]
+    ) -> None:
+        """The inputs that stand for one tensor of a member."""
+        member, formula = part.group.members[m], part.group.formula
+        inputs = [s for s in formula.tensor_slots if self._leaves[member[s]].kind != "output"]
+        strides = memory_order([t for s in inputs if (t := values[member[s]]) is not None])
+        for s in formula.tensor_slots:  # a tensor may belong to two groups
+            if step.orders.setdefault(member[s], (active[m], strides)) != (active[m], strides):
+                raise Mismatch("two updates of one tensor disagree on its memory order, or one of them is left out")
+        for s in (s for s in slots if s in inputs):
+            leaves, t = (member[s],), values[member[s]]
+            key = self.tensor_inputs[leaves]
+            if not active[m] or t is None:
+                step.flat[leaves] = self._placeholder(key)
+                continue
+            if t.numel() != key[0] or t.layout is not torch.strided or t.device != key[2]:
+                raise Mismatch("a tensor has another size, layout or device than when the step was compiled")
+            if step.complete and t.dtype != key[1]:
+                raise Mismatch(f"a tensor is {t.dtype}; the graph was compiled for {key[1]}")
+            dense = step.used[leaves] = t.detach()
+            if not in_order(dense, strides):
+                step.copies += 1
+                dense = torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(dense)
+                if s in formula.written:
+                    step.copy_back.append((t, dense))
+            step.flat[leaves] = dense.as_strided((key[0],), (1,))
+
+    def _placeholder(self, key: Key) -> Tensor:
+        if key not in self._scratch:
+            self._scratch[key] = torch.zeros(key[0], dtype=key[1], device=key[2])
+        return self._scratch[key]
+
+    def finish(self, step: Step, values: Values, results: Sequence[Tensor]) -> None:
+        """Give new tensors their shape, and tell autograd what changed."""
+        for target, dense in step.copy_back:
+            target.detach().copy_(dense)
+        for i, result in zip(self.outputs, results, strict=True):
+            values[i] = result.as_strided(self._leaves[i].shape, step.orders[i][1])
+        for part, active, changes in zip(self._parts, step.active, self._changes, strict=True):
+            if not all(active):
+                changes = self._changes_of(part, [m for m, a in zip(part.group.members, active, strict=True) if a])
+            for i in (i for i in changes.made if values[i] is None):
+                leaf = self._leaves[i]
+                values[i] = torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device)
+            torch.autograd.graph.increment_version([t for t in changes.bound(values) if t is not None])
+
+    def _changes_of(self, part: Part, members: Sequence[tuple[int, ...]]) -> _Changes:
+        written = [m[s] for s in part.group.formula.written for m in members]
+        made = [i for i in written if self._leaves[i].kind == "output"]
+        return _Changes(made, picked([i for i in written if i in self._bound]))
+
+
+def numbers_on(leaves: Sequence[Leaf], parts: Sequence[Part], devices: Collection[torch.device]) -> torch.device:
+    """Where the numbers of a step enter. `devices`: of the graph's other inputs."""
+    advanced = {m[s] for part in parts for m in part.group.members for made in part.splits for s, _ in made.advanced}
+    found = {leaves[i].device for i in advanced if leaves[i].device.type != "cpu"}
+    return found.pop() if found and found == set(devices) and len(found) == 1 else torch.device("cpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Changes:
+    """What an update of some members writes: the leaves that the step makes, and the graph's inputs."""
+
+    made: list[int]
+    bound: Callable[[Values], Sequence[Tensor | None]]

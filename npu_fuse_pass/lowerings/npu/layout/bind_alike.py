@@ -1,0 +1,98 @@
+"""The tensor inputs of a graph at steps that are like an earlier one, without a look at every tensor in Python.
+
+Most steps differ from the one before in values only, and in where gradients lie. What was found out about the tensors
+of one step holds for all whose tensors are of the same kind: type, dtype, device, sizes, strides, and that memory holds
+their values. Addresses are read at every step, and no view of a tensor is kept: Dynamo keeps a compiled step for longer
+than its optimizer lives, and what is freed has to be free.
+"""
+
+from __future__ import annotations
+
+import array
+import operator
+from collections.abc import Collection, Mapping, Sequence
+from itertools import compress, repeat
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from npu_fuse_pass.errors import Mismatch
+from npu_fuse_pass.lowerings.npu.host.rows import picked
+from npu_fuse_pass.lowerings.npu.layout.runs import Values
+from npu_fuse_pass.tensors.memory import SHARED, apart
+from npu_fuse_pass.tensors.same import SameTensors
+
+if TYPE_CHECKING:
+    from npu_fuse_pass.lowerings.npu.host.host import Step
+    from npu_fuse_pass.lowerings.npu.layout.bind import Key, Leaves
+
+
+class Alike:
+    """Remembers one step that was bound tensor by tensor, and binds those that are like it.
+
+    Args:
+        inputs: the leaves behind every tensor input of the graph; size, dtype and device.
+        written: those that the graph writes to.
+    """
+
+    def __init__(self, inputs: Mapping[Leaves, Key], written: Collection[Leaves]) -> None:
+        self._inputs = inputs
+        self._all = picked([i for key in inputs for i in key])
+        self._written = written
+        self._same = SameTensors()
+        self._active: list[list[bool]] | None = None
+        self._complete = False
+        self._present: list[bool] = []
+        self._placeholders: list[Tensor | None] = []
+        self._orders: dict[int, tuple[bool, tuple[int, ...]]] = {}
+        self._addresses: list[int] = []
+
+    def learn(self, step: Step, values: Values) -> None:
+        """Remember a step that was bound, whose tensors were found to be right and to share no memory."""
+        tensors = self._all(values)
+        # where elements had to be put into another order, every step has to do that
+        if step.copies or not self._same.learn([t for t in tensors if t is not None]):
+            return
+        self._active, self._complete, self._orders = step.active, step.complete, step.orders
+        self._present = [t is not None for t in tensors]
+        used = [(key, *self._inputs[key]) for key in self._inputs if key in step.used]
+        self._placeholders = [None if key in step.used else step.flat[key] for key in self._inputs]
+        self._firsts = picked([key[0] for key, *_ in used])
+        self._sizes = [(size,) for _, size, _, _ in used]
+        self._bytes = torch.tensor(
+            [size * dtype.itemsize for _, size, dtype, _ in used], dtype=torch.int64, device="cpu"
+        )
+        self._is_written = torch.tensor([key in self._written for key, *_ in used], dtype=torch.bool, device="cpu")
+        self._addresses = _addresses(self._firsts(values))
+
+    def bind(self, step: Step, values: Values) -> bool:
+        """Give a step its tensor inputs if it is like the one that was learned; whether it is.
+
+        Raises:
+            Mismatch: two tensors share memory and at least one of them is written.
+        """
+        if step.active != self._active or (step.complete and not self._complete):
+            return False
+        tensors = self._all(values)
+        present = list(map(operator.is_not, tensors, repeat(None)))
+        if present != self._present or not self._same.match(list(compress(tensors, present))):
+            return False
+        firsts = self._firsts(values)
+        self._check_memory(_addresses(firsts))
+        views = map(Tensor.as_strided, firsts, self._sizes, repeat((1,)))
+        step.inputs = [next(views) if t is None else t for t in self._placeholders]
+        step.orders = self._orders
+        return True
+
+    def _check_memory(self, addresses: list[int]) -> None:
+        if addresses == self._addresses:
+            return
+        starts = torch.frombuffer(array.array("q", addresses), dtype=torch.int64)
+        if not apart(starts, self._bytes, self._is_written):
+            raise Mismatch(SHARED)
+        self._addresses = addresses
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))

@@ -1,0 +1,153 @@
+"""Whether the plans that a graph was made for still fit, asked at every step, and new ones where they do not."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from npu_fuse_pass.ir.types import Leaf
+from npu_fuse_pass.lowerings.npu.host.rows import holds, picked
+from npu_fuse_pass.lowerings.npu.layout.runs import Plan, Planner, Run, Values, gaps
+from npu_fuse_pass.tensors.same import SameTensors
+
+if TYPE_CHECKING:
+    from npu_fuse_pass.lowerings.npu.part import Part
+
+_LOOKS = 4  # steps after which nobody looks for a better plan any more: DDP settles its buckets after the first step
+_PLANS = 8  # how many are made, each is a compile; after that every member is updated alone, which fits whatever moves
+
+
+class Plans:
+    """The plan of every group, and what would not fit it any more.
+
+    That is: a tensor of a run has moved, the numbers of its members differ, or some of them have no gradient. In the
+    first steps a better plan replaces one that fits, too.
+    """
+
+    def __init__(self, leaves: Sequence[Leaf], parts: Sequence[Part], layout: str) -> None:
+        members = [(part, part.group.members[m]) for part in parts for m in part.on_device]
+        uses = collections.Counter(m[s] for part, m in members for s in part.group.formula.tensor_slots)
+        self._leaves, self._parts = leaves, parts
+        self._planners = [Planner(part, leaves, uses, layout) for part in parts]
+        self._looks, self._left, self._made = _LOOKS, _PLANS, False
+        self._use([planner.alone("its tensors were not seen yet") for planner in self._planners])
+
+    def update(self, values: Values, numbers: Sequence[Sequence[Tensor]], active: Sequence[Sequence[bool]]) -> bool:
+        """Make the plans fit a step; whether they changed.
+
+        Args:
+            values: of all leaves.
+            numbers: per group: what its members get, 0-dim or one per member, float64.
+            active: per group and member: whether it takes part.
+        """
+        fits = self._together(active) and self._equal(numbers) and self._in_place(values, active)
+        if (fits and self._made and not self._worth_a_look(active)) or not any(map(any, active)):
+            return False
+        for planner, part, taking_part in zip(self._planners, self._parts, active, strict=True):
+            if any(taking_part):
+                planner.apart |= {m for m in part.on_device if not taking_part[m]}
+        found = [
+            planner.plan(values, _keys(given, len(part.group.members)))
+            for planner, part, given in zip(self._planners, self._parts, numbers, strict=True)
+        ]
+        if self._made and fits and _size(found) >= _size(self.plans):
+            return False
+        self._left -= self._made
+        self._made = True
+        if self._left <= 0:
+            found = [planner.alone("tensors keep moving between steps") for planner in self._planners]
+        self._use(found)
+        return True
+
+    def _use(self, plans: list[Plan]) -> None:
+        self.plans = plans
+        self._same, self._addresses = SameTensors(), list[int]()
+        fixed: list[int] = []  # the leaves that have to stay where they are
+        self._spans: list[tuple[int, int]] = []  # of these, the first of each run; how many elements follow from there
+        self._mates: list[tuple[Tensor, Tensor]] = []  # per group: members of runs, and the first one of each one's run
+        for planner, part, plan in zip(self._planners, self._parts, plans, strict=True):
+            runs = [run for run in plan.runs if len(run.members) > 1]
+            for run in runs:
+                slots = [s for s in planner.slots if s not in run.gathered]
+                for leaves in ([part.group.members[m][s] for m in run.members] for s in slots):
+                    fixed += leaves
+                    self._spans.append((leaves[0], sum(math.prod(self._leaves[i].shape) for i in leaves)))
+            mates = [(m, run.members[0]) for run in runs for m in run.members]
+            pairs = torch.tensor(mates, dtype=torch.int64, device="cpu").reshape(-1, 2)
+            self._mates.append((pairs[:, 0], pairs[:, 1]))
+        self._fixed = picked(fixed)
+
+    def _worth_a_look(self, active: Sequence[Sequence[bool]]) -> bool:
+        complete = all(
+            taking_part[m]
+            for planner, part, taking_part in zip(self._planners, self._parts, active, strict=True)
+            for m in part.on_device
+            if m not in planner.apart
+        )
+        self._looks -= complete
+        return complete and self._looks >= 0
+
+    def _one_storage(self, values: Values) -> bool:
+        """Whether runs still are in one storage: memory that was freed may hold separate tensors now."""
+        firsts = [(values[i], elements) for i, elements in self._spans]
+        return all(t is not None and holds(t, elements) for t, elements in firsts)
+
+    def _together(self, active: Sequence[Sequence[bool]]) -> bool:
+        """Whether of every run all members take part, or none."""
+        return all(map(all, active)) or all(
+            len({taking_part[m] for m in run.members}) == 1
+            for plan, taking_part in zip(self.plans, active, strict=True)
+            for run in plan.runs
+        )
+
+    def _equal(self, numbers: Sequence[Sequence[Tensor]]) -> bool:
+        """Whether all members of each run get the same numbers, bit by bit."""
+        return all(
+            torch.equal(bits[members], bits[firsts])
+            for given, (members, firsts) in zip(numbers, self._mates, strict=True)
+            if len(members)
+            for bits in (v.view(torch.int64) for v in given if v.ndim)
+        )
+
+    def _in_place(self, values: Values, active: Sequence[Sequence[bool]]) -> bool:
+        """Whether the tensors of every run that takes part still are adjacent."""
+        tensors = self._fixed(values)
+        same = self._same.match(tensors)
+        if same and self._addresses == list(map(Tensor.data_ptr, tensors)) and self._one_storage(values):
+            return True
+        runs = zip(self._planners, self.plans, active, strict=True)
+        if not all(
+            _adjacent(planner, run, values)
+            for planner, plan, taking_part in runs
+            for run in plan.runs
+            if len(run.members) > 1 and taking_part[run.members[0]]
+        ):
+            return False
+        if same or (all(t is not None for t in tensors) and self._same.learn(tensors)):
+            self._addresses = list(map(Tensor.data_ptr, tensors))
+        return True
+
+
+def _adjacent(planner: Planner, run: Run, values: Values) -> bool:
+    places = [planner.place(m, values) for m in run.members]
+    slots = [s for s in planner.slots if s not in run.gathered]
+    pairs = itertools.pairwise(places)
+    return all(a is not None and b is not None and not any(True for _ in gaps(a, b, slots)) for a, b in pairs)
+
+
+def _keys(numbers: Sequence[Tensor], members: int) -> list[tuple[int, ...]]:
+    """For every member the bits of its numbers."""
+    columns = [v.view(torch.int64).tolist() for v in numbers if v.ndim]
+    return list(zip(*columns, strict=True)) if columns else [()] * members
+
+
+def _size(plans: Sequence[Plan]) -> tuple[int, int]:
+    """How large the graph gets: runs, and tensors that are concatenated."""
+    runs = [run for plan in plans for run in plan.runs]
+    return len(runs), sum(len(run.members) * len(run.gathered) for run in runs)

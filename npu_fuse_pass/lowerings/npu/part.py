@@ -1,0 +1,141 @@
+"""A group in an NPU program: how its formula is split, which kernel computes it, which members are updated as one."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from npu_fuse_pass.errors import Unsupported
+from npu_fuse_pass.ir.types import Group, Leaf
+from npu_fuse_pass.lowerings.npu.emit import dedicated, elementwise, list_operations
+from npu_fuse_pass.lowerings.npu.emit import lists as npu_foreach
+from npu_fuse_pass.lowerings.npu.emit.dedicated_operations import series
+from npu_fuse_pass.lowerings.npu.emit.split import constants_of, slots_of, split
+from npu_fuse_pass.lowerings.npu.layout.runs import Plan, Run
+from npu_fuse_pass.match.result import Match, NoMatch
+
+_GIVEN = ("input", "attribute")
+
+
+class Part:
+    """One group, how its formula is split and which members the graph updates as one.
+
+    Members without elements have nothing to do on the device. `plan` says which are updated as one; `note` why what
+    computes the group does. `dedicated`: the writes to tensors are one operation per run.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        leaves: Sequence[Leaf],
+        found: Match | NoMatch | None = None,
+        chip: str = "",
+        kernels: str = "auto",
+    ) -> None:
+        formula = group.formula
+        self.group, self._leaves = group, leaves
+        self.plan = Plan(())
+        totals = [s for s in formula.scalar_slots if leaves[group.members[0][s]].kind == "total"]
+        chosen = dedicated.choose(group, found, totals, chip, kernels)
+        self.dedicated = None if isinstance(chosen, str) else chosen
+        self._lists = kernels != "elementwise" and self.dedicated is None and series(chip) in list_operations.SERIES
+        constants = constants_of(group, leaves)
+        chosen_split = None if self.dedicated is None else self.dedicated.split
+        self.splits = [chosen_split or split(formula, totals, False, constants)]
+        if formula.contributions:
+            self.splits.append(split(formula, totals, True, constants))
+            if self.splits[1].device_slots:
+                raise Unsupported(group.name, "a total depends on another total")
+        for made in self.splits:
+            elementwise.check(made.device)
+        self._lists = self._lists and npu_foreach.usable(self.splits[0].device)
+        first = formula.tensor_slots[:1]
+        self.on_device = [
+            i for i, member in enumerate(group.members) if all(0 not in leaves[member[s]].shape for s in first)
+        ]
+        if not first:
+            self.on_device = []
+        inputs = {m[s] for s in formula.scalar_slots for m in group.members}
+        self.on_the_device = {i for i in inputs if leaves[i].kind in _GIVEN and leaves[i].device.type != "cpu"}
+        """0-dim leaves that the host reads from there, see `npu_mirror`."""
+        self.note = "; ".join(filter(None, (chosen if isinstance(chosen, str) else chosen.note, self.waits)))
+        for slot in formula.written:
+            targets = [member[slot] for member in group.members]
+            if len(set(targets)) != len(targets):
+                raise Unsupported(group.name, "several members write the same 0-dim tensor")
+
+    @property
+    def in_lists(self) -> bool:
+        """Whether operations on lists update several runs at once."""
+        return self._lists and len(self.plan.runs) > 1
+
+    @property
+    def kernel(self) -> str:
+        """What computes the group."""
+        if self.dedicated is not None:
+            return self.dedicated.operation.name
+        return list_operations.KERNEL if self.in_lists else "GE elementwise"
+
+    @property
+    def waits(self) -> str:
+        """For the report: when the host waits for the device, "" if it never does."""
+        if not self.on_the_device:
+            return ""
+        return (
+            f"{len(self.on_the_device)} of its 0-dim tensors are on the device: the host knows what steps write there, "
+            "and waits to read them where something else has written one. Writes that torch does not count (to t.data, "
+            "collectives, raw kernels) need torch.autograd.graph.increment_version(t)"
+        )
+
+    @property
+    def plain(self) -> bool:
+        """Whether there is nothing that kernels="elementwise" would leave out."""
+        return self.dedicated is None and not self._lists
+
+    def _cost_of_writes(self) -> tuple[int, int]:
+        """GE operations, and bytes per element."""
+        runs = self.plan.runs
+        if not self.in_lists:
+            each, size = elementwise.cost(self.splits[0].device) if self.dedicated is None else self.dedicated.cost
+            return each * len(runs), size
+        operations = size = 0
+        for begin in range(0, len(runs), list_operations.LONGEST):
+            chunk = runs[begin : begin + list_operations.LONGEST]
+            added, size = npu_foreach.cost(self.splits[0].device, len(chunk), self._shared(chunk))
+            operations += added
+        return operations, size
+
+    def _shared(self, runs: Sequence[Run]) -> list[int]:
+        """The scalar slots of the device formula that get one number for all of these runs."""
+        made, members = self.splits[0], [self.group.members[run.members[0]] for run in runs]
+        numbers = [slots_of(e) for e in made.values]
+        alike = [len({tuple(m[s] for s in slots if s < len(m)) for m in members}) == 1 for slots in numbers]
+        found = [*alike, *(True for _ in made.device_slots)]
+        return [s for s, same in zip(made.device.scalar_slots, found, strict=True) if same]
+
+    @property
+    def layout(self) -> Layout:
+        """For the report: the plan, and what it costs."""
+        first, slots = self.group.formula.tensor_slots[:1], self.group.formula.slots
+        elements = moved = 0
+        for run in self.plan.runs:
+            size = sum(math.prod(self._leaves[self.group.members[m][s]].shape) for m in run.members for s in first)
+            elements += size
+            moved += size * sum(2 * slots[s].dtype.itemsize for s in run.gathered)
+        operations, size = self._cost_of_writes()
+        for launches, each in (elementwise.cost(made.device) for made in self.splits[1:]):
+            operations, size = operations + launches * len(self.plan.runs), size + each
+        operations += sum(len(run.gathered) for run in self.plan.runs)
+        size += round(moved / max(1, elements))
+        return Layout(self.plan.name, self.plan.reason, operations, size)
+
+
+@dataclasses.dataclass
+class Layout:
+    """A group's row in the report: what the fields mean says `report.GroupReport`."""
+
+    name: str
+    reason: str
+    launches: int
+    bytes_per_element: int

@@ -1,0 +1,196 @@
+"""The NPU lowering: one static GE graph for the whole step, through torchair's public compiler.
+
+The graph that torchair gets is functional already, so it does not go through AOTAutograd again. Tensors enter as one
+dimension of contiguous elements (one tensor, or all of a group that are adjacent), every number of the step in one
+packed host vector; what is written leaves through a `copy_` of lists, which torchair turns into in-place outputs. Step
+counters advance on the host.
+
+torch_npu and torchair are imported when a `Program` is made.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npu_fuse_pass.errors import FuseError, GraphRefused, PlatformError
+from npu_fuse_pass.ir.types import Group, Leaf
+from npu_fuse_pass.lowerings.npu.execution import Run, refusal
+from npu_fuse_pass.lowerings.npu.ge_texts import Texts
+from npu_fuse_pass.lowerings.npu.graph import converters, list_converters
+from npu_fuse_pass.lowerings.npu.graph import names as npu_names
+from npu_fuse_pass.lowerings.npu.graph.graph import build
+from npu_fuse_pass.lowerings.npu.host.host import Host
+from npu_fuse_pass.lowerings.npu.layout.bind import Binder
+from npu_fuse_pass.lowerings.npu.layout.replan import Plans
+from npu_fuse_pass.lowerings.npu.part import Part
+from npu_fuse_pass.match.result import Match, NoMatch
+
+_INSTALL = (
+    'platform "npu" needs torch_npu, which carries torchair, and CANN: pip install "npu-fuse-pass[npu]" '
+    "(torch_npu==2.13.0, protobuf>=4) where CANN's set_env.sh has been sourced"
+)
+
+
+def require() -> Any:
+    """The torchair module, with converters for the fused nodes registered.
+
+    Raises:
+        PlatformError: torch_npu or torchair is missing or does not load; says what to install.
+    """
+    try:
+        import torch_npu  # noqa: F401  (it puts torchair on the path)
+        import torchair
+    except (ImportError, OSError, RuntimeError) as e:
+        raise PlatformError(f"{_INSTALL}. Here: {type(e).__name__}: {e}") from e
+    converters.register(torchair)
+    from torchair._ge_concrete_graph import ge_apis
+
+    list_converters.register(torchair, ge_apis)
+    return torchair
+
+
+def serve() -> None:
+    """Register the converters where torchair runs already: it has called `fuse_pass`, and will meet the fused nodes."""
+    if "torchair" in sys.modules:
+        require()
+
+
+def is_config(value: object) -> bool:
+    """Whether a value is torchair's CompilerConfig; where nothing has imported torchair yet, there is none."""
+    torchair = sys.modules.get("torchair")
+    return torchair is not None and isinstance(value, torchair.CompilerConfig)
+
+
+def versions() -> str:
+    """What a bug report needs to know of the environment, as far as it can be found out."""
+    import torch_npu
+
+    asked = {
+        "torch": lambda: torch.__version__,
+        "torch_npu": lambda: torch_npu.__version__,
+        "CANN": torch_npu.npu.utils.get_cann_version,
+        "chip": torch_npu.npu.get_device_name,
+    }
+    found = []
+    for name, ask in asked.items():
+        try:
+            found.append(f"{name} {ask() or 'unknown'}")
+        except Exception:  # this is asked where something is broken already
+            found.append(f"{name} unknown")
+    return ", ".join(found)
+
+
+def _chip() -> str:
+    """The name of the chip that torch_npu would run on, "" where it cannot tell."""
+    import torch_npu
+
+    try:
+        return str(torch_npu.npu.get_device_name() or "")
+    except Exception:  # without a driver there is no device to ask for
+        return ""
+
+
+class Program:
+    """All groups of a captured step as one GE graph; the interface of `lowerings.cpu.Program`.
+
+    Args:
+        leaves: of the captured step.
+        groups: over them.
+        config: torchair's CompilerConfig, passed on unchanged.
+        layout: "auto" (flat as far as tensors are adjacent), "flat" (the same, however large they are), or "list".
+        values: of all leaves, where they are known already: a graph for tensors that are adjacent needs to see them.
+        planned: called with the program when its graph was planned anew for the tensors of a step, before anything is
+            changed.
+        matches: by group name, which known kernel computes it; without them everything is elementwise.
+        kernels: the option, "auto", "dedicated" or "elementwise".
+        texts: gets the GE graphs in text form, where a dump is asked for.
+
+    Raises:
+        PlatformError: torchair cannot be used here.
+        GraphRefused: torchair does not convert the graph.
+        Unsupported: a group computes what no GE operation in the whitelist does.
+    """
+
+    def __init__(
+        self,
+        leaves: Sequence[Leaf],
+        groups: Sequence[Group],
+        config: Any = None,
+        layout: str = "auto",
+        values: list[Tensor | None] | None = None,
+        planned: Callable[[Program], None] | None = None,
+        matches: Mapping[str, Match | NoMatch] | None = None,
+        kernels: str = "auto",
+        texts: Texts | None = None,
+    ) -> None:
+        self._torchair = require()
+        self._leaves, self._config, self._planned, self._texts = leaves, config, planned, texts
+        chip = _chip() if matches else ""
+        self.parts = [Part(group, leaves, (matches or {}).get(group.name), chip, kernels) for group in groups]
+        self._host = Host(leaves, self.parts)
+        self._plans = Plans(leaves, self.parts, layout)
+        if values is not None:
+            step = self._host.look(values, complete=True)
+            self._plans.update(values, step.all_numbers, step.active)
+        self._use_plans()
+        self._make()
+
+    def _use_plans(self) -> bool:
+        """Whether they need another graph."""
+        before = [part.plan.runs for part in self.parts]
+        for part, plan in zip(self.parts, self._plans.plans, strict=True):
+            part.plan = plan
+        return before != [part.plan.runs for part in self.parts]
+
+    def _make(self) -> None:
+        """The graph for the present plans."""
+        self._binder = Binder(self._leaves, self.parts)
+        self.graph = build(self._leaves, self.parts, self._binder)
+        fakes = [n.meta["val"] for n in self.graph.graph.find_nodes(op="placeholder")]
+        self._run = Run(lambda *_: (), versions)
+        if fakes:
+            with torch._guards.tracing(torch._guards.TracingContext(fakes[0].fake_mode)), npu_names.kept():
+                config = self._config or self._torchair.CompilerConfig()
+                compiler = self._torchair.get_compiler(self._texts.config(config) if self._texts else config)
+                try:
+                    self._run = Run(compiler(self.graph, fakes), versions)
+                except FuseError:
+                    raise
+                except Exception as e:
+                    raise GraphRefused(refusal("torchair does not convert this step's graph", e, versions())) from e
+            if self._texts is not None:
+                self._texts.collect()
+
+    def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None:
+        """Run the step; fills in the values of "output" leaves.
+
+        Args:
+            values: one tensor per leaf; None for the gradient of a parameter that is left out.
+            complete: check dtypes too (the caller has not).
+
+        Raises:
+            Mismatch: a tensor is not what the graph was made for; nothing was changed.
+            GraphRefused: torchair does not convert the graph for tensors that have moved, or GE does not load, compile
+                or run the graph the first time; nothing was changed.
+            StepFailedError: a later run failed; what it writes may be partly written.
+        """
+        with torch.no_grad():
+            step = self._host.look(values, complete)
+            if self._plans.update(values, step.all_numbers, step.active):
+                if self._use_plans():
+                    self._make()
+                if self._planned is not None:
+                    self._planned(self)
+            self._binder.bind(step, values)
+            try:
+                results = self._run(step.inputs, self._binder.written)
+            finally:
+                if self._texts is not None:
+                    self._texts.collect(ran=True)
+            self._host.finish(step, values)
+            self._binder.finish(step, values, results)

@@ -1,0 +1,1 @@
+"""Which known kernel computes a group: symbolic algebra over its formula. The only room that uses sympy."""

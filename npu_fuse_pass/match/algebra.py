@@ -1,0 +1,233 @@
+"""A formula as algebra: rational functions over generators, in sympy's sparse polynomials.
+
+Casts are transparent. What is no rational operation (a root, a maximum, a comparison) becomes a generator that stands
+for it, the same for equal ones; comparisons are 0 or 1, so that `where(c, a, b)` is c·a + (1-c)·b for finite values.
+A power of two scalars, beta^t, becomes 1 - w² with a positive generator w: the bias correction 1 - beta^t is then w²
+and its root w. So two updates are equal if the numerator of their difference is zero when it is multiplied out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+
+from npu_fuse_pass.errors import Unsupported
+from npu_fuse_pass.ir.expr import REDUCTIONS, Expr, postorder
+from npu_fuse_pass.ir.types import Formula
+from npu_fuse_pass.match.kernels import Kernel
+from npu_fuse_pass.match.polynomial import Arithmetic, generators_of
+from npu_fuse_pass.match.value import Value
+from npu_fuse_pass.match.verify import RELATIONS, Relation
+
+_SPARE = 16  # generators for what a kernel computes
+
+
+class Algebra:
+    """The generators of one formula; `values` gives the algebra of every expression that its tensors are computed from.
+
+    `known` is what constant slots are. `names` are unknowns that a caller solves for.
+    """
+
+    def __init__(self, formula: Formula, known: Mapping[int, Relation], names: tuple[str, ...] = ()) -> None:
+        from sympy import ZZ
+        from sympy.polys.rings import PolyRing
+
+        self.order = postorder([e for slot, e in formula.writes if formula.slots[slot].tensor])
+        count = len(formula.slots) + len(names) + sum(2 for e in self.order if e.op not in _RATIONAL) + _SPARE
+        self.ring = PolyRing([f"g{i}" for i in range(count)], ZZ)
+        self.formula = formula
+        self.exact = Arithmetic()
+        self.meaning: dict[int, Expr] = {}  # generator -> the expression that it stands for
+        self.inside: dict[int, Value] = {}  # generator of a root -> what it is the root of
+        self.powers: dict[int, tuple[Value, Value, Expr, int]] = {}  # w -> base, exponent, beta^t and its generator
+        self.reads: dict[int, frozenset[int]] = {}  # generator of a tensor -> those of the slots that it depends on
+        self.reduced: set[int] = set()  # generators of reductions
+        self.compared: set[int] = set()  # scalar slots that comparisons read
+        self.guards: list[int] = []  # x of every where(x == 0, a, b) that was read as b
+        self._fixed = {s for s, (how, _) in known.items() if how == "free"}
+        self._made: dict[object, int] = {}
+        self._rough = False
+        for i, slot in enumerate(formula.slots):
+            self._generator(("slot", i), [i] if slot.tensor else [])
+            self.meaning[i] = Expr("leaf", (), i, slot.dtype, slot.tensor)
+        self.unknown = {name: self._generator(("unknown", name), []) for name in names}
+        self._slots = [self._slot(i, *known.get(i, ("free", 0.0))) for i in range(len(formula.slots))]
+        self.values: dict[int, Value] = {}
+        for e in self.order:
+            self.values[id(e)] = self._slots[e.value] if e.op == "leaf" else self._value(e)  # type: ignore[index]
+        self._own = len(self._made)
+
+    def number(self, x: float) -> Value:
+        top, bottom = x.as_integer_ratio()
+        return Value(self, self.ring(top), self.ring(bottom))
+
+    def generator(self, i: int) -> Value:
+        return Value(self, self.ring.gens[i], self.ring.one)
+
+    def slot(self, slot: int) -> Value:
+        """What a slot holds before the step."""
+        return self._slots[slot]
+
+    def is_defined(self, v: Value, targets: Collection[Value]) -> bool:
+        """Whether a value is a number for all scalars: it divides by constants, or by what these targets divide by."""
+        safe, rest = self._fixed | self.powers.keys(), v.cancelled().d
+        for divisor in dict.fromkeys(t.d for t in targets):
+            while not generators_of(rest) <= safe and not (common := self.exact.gcd(rest, divisor)).is_ground:
+                rest = rest.exquo(common)
+        return generators_of(rest) <= safe
+
+    def run(self, kernel: Kernel, arguments: Mapping[str, Value], output: str) -> Value:
+        """What a kernel's function computes for an output. Valid until the next call."""
+        numbers = {name: arguments[name] for name in kernel.scalars}
+        for self._rough in (True, False):  # most outputs have no roots: those need not be simplified
+            for key in list(self._made)[self._own :]:
+                i = self._made.pop(key)
+                self.inside.pop(i, None)
+                self.reads.pop(i, None)
+            results = kernel.function(*(arguments[name] for name in kernel.inputs), **numbers)
+            result: Value = dict(zip(kernel.outputs, results, strict=True))[output]
+            if all(i < self._own for i in result.generators()):
+                break
+        self._rough = False
+        return result
+
+    def in_formula(self, v: Value) -> bool:
+        """Whether a value is made of the formula's generators."""
+        return all(i < self._own and i not in self.unknown.values() for i in v.generators())
+
+    def show(self, v: Value) -> str:
+        """A value for people: slots are $0, $1, ..."""
+        v = v.cancelled()
+        text = str(v.n.as_expr()) if v.d == 1 else f"({v.n.as_expr()})/({v.d.as_expr()})"
+        for i in sorted(v.generators(), reverse=True):
+            name = f"sqrt(1 - {self.show(self.powers[i][0])}^t)" if i in self.powers else f"${i}"
+            text = text.replace(f"g{i}", name)
+        return text
+
+    # Formula ----------------------------------------------------------------------------------------------------------
+
+    def _slot(self, slot: int, how: str, x: float) -> Value:
+        if how == "number":
+            return self.number(x)
+        return self.generator(slot) if how == "free" else RELATIONS[how](self.generator(int(x)))
+
+    def _generator(self, key: object, reads: list[int], e: Expr | None = None) -> int:
+        if key not in self._made:
+            i = self._made[key] = len(self._made)
+            if i >= self.ring.ngens:
+                raise Unsupported("match", "too many operations that are not rational")
+            if reads:
+                self.reads[i] = frozenset(reads)
+        i = self._made[key]
+        if e is not None:
+            self.meaning.setdefault(i, e)
+            self.reduced |= {i} if e.op in (*REDUCTIONS, "numel") else set()
+        return i
+
+    def _value(self, e: Expr) -> Value:
+        args = [self.values[id(a)] for a in e.args]
+        rational = _RATIONAL.get(e.op)
+        if rational is not None:
+            return rational(*args)
+        if e.op == "zero":
+            return self.number(0)
+        if e.op == "where":
+            return self._where(e, *args)
+        if e.op == "pow":
+            return self._pow(e, *args)
+        if e.op == "sqrt":
+            return args[0].sqrt()
+        if e.op == "rsqrt":
+            return 1 / args[0].sqrt()
+        if e.op in _COMPARED:
+            return self._compare(e, *args)
+        if e.op in ("fmax", "fmin"):  # they differ for NaN only
+            return self.apply("maximum" if e.op == "fmax" else "minimum", args, e)
+        return self.apply(e.op, args, e)
+
+    def apply(self, op: str, args: list[Value], e: Expr | None = None) -> Value:
+        """An operation that is not rational. `e` is where the formula computes it."""
+        given = args if self._rough else [a.cancelled() for a in args]
+        if op in ("maximum", "minimum", "eq"):
+            given.sort(key=lambda a: (str(a.n), str(a.d)))
+        reads = sorted({r for a in given for i in a.generators() for r in self.reads.get(i, ())})
+        return self.generator(self._generator((op, *((a.n, a.d) for a in given)), reads, e))
+
+    def sqrt(self, v: Value) -> Value:
+        """A root, simplified."""
+        return self.apply("sqrt", [v]) if self._rough else v.simple_root()
+
+    def root(self, inside: Value) -> Value:
+        """The root of a polynomial, as a generator."""
+        i = self._generator(("root", inside.n), sorted({r for t in inside.tensors() for r in self.reads[t]}))
+        self.inside[i] = inside
+        return self.generator(i)
+
+    def _compare(self, e: Expr, x: Value, y: Value) -> Value:
+        below = (a.value for a in postorder(e.args) if a.op == "leaf" and not a.tensor)
+        self.compared |= {value for value in below if isinstance(value, int)}
+        op, swap, invert = _COMPARED[e.op]
+        args = (e.args[1], e.args[0]) if swap else e.args
+        if not x.generators() | y.generators():
+            a, b = x.to_float(), y.to_float()
+            holds = self.number(float({"lt": a < b, "le": a <= b, "gt": a > b, "ge": a >= b}.get(e.op, a == b)))
+        else:
+            holds = self.apply(op, [y, x] if swap else [x, y], Expr(op, args, None, torch.bool, e.tensor))
+        return 1 - holds if invert else holds
+
+    def _where(self, e: Expr, condition: Value, x: Value, y: Value) -> Value:
+        if x.equals(y):
+            return x
+        tested = e.args[0]
+        if tested.op in ("eq", "ne"):
+            sides = [self.values[id(a)] for a in tested.args]
+            guard = next((s.generators() for s in sides if s.n.is_generator and s.d == 1), set())
+            at_zero, elsewhere = (x, y) if tested.op == "eq" else (y, x)
+            if any(s.n == 0 for s in sides) and guard and not guard & set(self.reads):
+                (i,) = guard
+                if elsewhere.at_zero(i).equals(at_zero):
+                    self.guards.append(i)
+                    return elsewhere
+        return condition * x + (1 - condition) * y
+
+    def _pow(self, e: Expr, x: Value, y: Value) -> Value:
+        if not y.generators() and y.d == 1 and abs(y.to_float()) <= 4:
+            return x ** int(y.to_float())
+        if y.equals(self.number(0.5)):
+            return x.sqrt()
+        if e.tensor:
+            return self.apply("pow", [x, y], e)
+        if x.n == 0 or x.equals(self.number(1)):
+            return x
+        x, y = x.cancelled(), y.cancelled()
+        i = self._generator(("pow", x.n, x.d, y.n, y.d), [])
+        if i not in self.powers:
+            self.powers[i] = (x, y, e, self._generator(("power", i), [], e))
+        return 1 - self.generator(i) ** 2
+
+
+_RATIONAL: dict[str, Callable[..., Value]] = {
+    "cast": lambda x: x,
+    "add": lambda x, y: x + y,
+    "sub": lambda x, y: x - y,
+    "mul": lambda x, y: x * y,
+    "div": lambda x, y: x / y,
+    "neg": lambda x: -x,
+    "reciprocal": lambda x: 1 / x,
+    "fma": lambda x, y, z: x * y + z,
+    "and": lambda x, y: x * y,
+    "or": lambda x, y: x + y - x * y,
+    "xor": lambda x, y: x + y - 2 * x * y,
+    "not": lambda x: 1 - x,
+}
+
+# comparison -> the same with eq, lt or le: arguments swapped, result inverted
+_COMPARED = {
+    "eq": ("eq", False, False),
+    "ne": ("eq", False, True),
+    "lt": ("lt", False, False),
+    "gt": ("lt", True, False),
+    "le": ("le", False, False),
+    "ge": ("le", True, False),
+}

@@ -1,0 +1,141 @@
+"""Stage 3: which kernel computes a group's formula, and with which scalars. `match_solve` says how it is decided."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from npu_fuse_pass.errors import Unsupported
+from npu_fuse_pass.ir.expr import Expr, postorder
+from npu_fuse_pass.ir.fused_op import parsed
+from npu_fuse_pass.ir.types import Formula, Group, Leaf
+from npu_fuse_pass.match.algebra import Algebra
+from npu_fuse_pass.match.kernels import KERNELS, Kernel
+from npu_fuse_pass.match.result import Match, NoMatch
+from npu_fuse_pass.match.solve import Attempt, DiffersError
+from npu_fuse_pass.match.verify import Relation, relations
+
+log = logging.getLogger(__name__)
+
+_LONGEST = 150  # expressions; a formula of more is no kernel's
+
+
+def match(
+    groups: Sequence[Group], leaves: Sequence[Leaf], kernels: tuple[Kernel, ...] = KERNELS
+) -> list[Match | NoMatch]:
+    """For every group the first of `kernels` that computes it, the best first; or why there is none. Never raises."""
+    return [match_group(group, leaves, kernels) for group in groups]
+
+
+def match_group(group: Group, leaves: Sequence[Leaf], kernels: tuple[Kernel, ...] = KERNELS) -> Match | NoMatch:
+    """`match_formula` with the constants of a group's members, and with the names of its slots."""
+    kinds = {s: {leaves[member[s]].kind for member in group.members} for s in group.formula.scalar_slots}
+    slots = [s for s, found in kinds.items() if found == {"constant"}]
+    rows = dict.fromkeys(tuple(member[s] for s in slots) for member in group.members)
+    constants = [{s: leaves[i].value for s, i in zip(slots, row, strict=True)} for row in rows]
+    result = match_formula(group.formula, constants, kernels)
+    totals = {s for s, found in kinds.items() if "total" in found}
+    if isinstance(result, NoMatch):
+        return dataclasses.replace(result, reason=_named(result.reason, group.labels))
+    if any(e.op == "leaf" and e.value in totals for e in postorder([*result.scalars.values()])):
+        return NoMatch(f"{result.kernel.name}: a scalar would be computed from tensors", len(result.outputs))
+    return dataclasses.replace(result, assumptions=tuple(_named(a, group.labels) for a in result.assumptions))
+
+
+def _named(text: str, labels: Sequence[str]) -> str:
+    """A text with the names of slots."""
+    return re.sub(r"\$(\d+)", lambda found: labels[int(found[1])], text)
+
+
+def match_formula(
+    formula: Formula, constants: Sequence[Mapping[int, float]] = (), kernels: tuple[Kernel, ...] = KERNELS
+) -> Match | NoMatch:
+    """The first kernel that computes a formula. Every structure is decided once.
+
+    Args:
+        formula: of a group.
+        constants: the values of scalar slots that never change, one mapping for every member (or distinct one).
+        kernels: those to choose from, the best first.
+    """
+    return _decide(formula.text, relations(constants), kernels)
+
+
+@functools.lru_cache(maxsize=256)
+def _decide(text: str, known: tuple[tuple[int, Relation], ...], kernels: tuple[Kernel, ...]) -> Match | NoMatch:
+    try:
+        return _compare(text, known, kernels)
+    except Exception as e:  # sympy is missing or fails: the group is fused all the same, and training must go on
+        log.warning("matching failed, which costs a dedicated operation and nothing else", exc_info=True)
+        return NoMatch(f"matching failed: {type(e).__name__}: {e}")
+
+
+def _compare(text: str, known: tuple[tuple[int, Relation], ...], kernels: tuple[Kernel, ...]) -> Match | NoMatch:
+    formula = parsed(text)
+    targets = {slot: e for slot, e in formula.writes if formula.slots[slot].tensor}
+    if not targets:
+        return NoMatch("it writes 0-dim tensors only")
+    length = sum(1 for _ in postorder([*targets.values()]))
+    if length > _LONGEST:
+        return NoMatch(f"the formula is {length} operations long; no kernel is")
+    candidates = [(k, roles) for k in kernels for roles in _roles(k, targets)]
+    if not candidates:
+        return NoMatch(f"no kernel writes {len(targets)} tensors that depend on each other in this way")
+    try:
+        names = dict.fromkeys(n for k, _ in candidates for n in (*k.scalars, *k.prepared))
+        algebra = Algebra(formula, dict(known), tuple(names))
+    except Unsupported as e:
+        return NoMatch(f"{e.op}: {e.reason}")
+    best = NoMatch("")
+    for kernel, roles in candidates:
+        for sign in (1, -1):
+            attempt = Attempt(algebra, kernel, roles, dict(known), sign)
+            try:
+                return attempt.match()
+            except DiffersError as e:
+                reason = str(e)
+            except Unsupported as e:
+                reason = e.reason
+            if not best.reason or len(attempt.agreed) > best.agreed:
+                best = NoMatch(f"{kernel.name}: {reason}", len(attempt.agreed))
+            if not attempt.signed:
+                break
+    return best
+
+
+def _roles(kernel: Kernel, targets: Mapping[int, Expr]) -> Iterator[dict[str, int]]:
+    """Which written slot may be which output: an average depends on itself and, through the gradient, on var."""
+    if len(targets) != len(kernel.outputs):
+        return
+    read = {
+        s: [t for t in targets if any(e.op == "leaf" and e.value == t for e in postorder([root]))]
+        for s, root in targets.items()
+    }
+    for slots in itertools.permutations(targets):
+        roles = dict(zip(kernel.outputs, slots, strict=True))
+        name_of = {slot: name for name, slot in roles.items()}
+        if all({name_of[s] for s in read[slot]} <= _reads(kernel)[name] for name, slot in roles.items()):
+            yield roles
+
+
+@functools.cache
+def _reads(kernel: Kernel) -> dict[str, set[str]]:
+    """Which old tensors every output of a kernel may depend on."""
+    results = kernel.function(*(_Trace({n}) for n in kernel.inputs), **{n: _Trace(set()) for n in kernel.scalars})
+    return {name: {*x.names, kernel.outputs[0]} for name, x in zip(kernel.outputs, results, strict=True)}
+
+
+class _Trace:
+    """A value of which only the names of the tensors in it are known."""
+
+    def __init__(self, names: set[str]) -> None:
+        self.names = names
+
+    def join(self, *others: Any) -> _Trace:
+        return _Trace(self.names.union(*(o.names for o in others if isinstance(o, _Trace))))
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = sqrt = maximum = join

@@ -1,0 +1,1 @@
+"""From updates to updates, groups and graphs: typed values in, typed values out."""

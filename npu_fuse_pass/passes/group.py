@@ -1,0 +1,175 @@
+"""Stage 2: bring every update into canonical form and put equal ones together.
+
+Leaves lose their identity and become slots; constants become scalar slots too, so that two parameter groups that
+differ in a number share a formula. Arguments of commutative operations and the writes are put into an order that does
+not depend on names: by structural hash, refined once by how each leaf is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from npu_fuse_pass.ir.expr import COMMUTATIVE, DTYPE_NAMES, Expr, postorder
+from npu_fuse_pass.ir.text import serialise
+from npu_fuse_pass.ir.types import Captured, Formula, Group, Leaf, Slot, Update, group_name
+
+_DTYPE_INDEX = {dtype: i for i, dtype in enumerate(DTYPE_NAMES)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Canonical:
+    """A formula, and for every slot the position in the member that fills it (or the constant or total)."""
+
+    formula: Formula
+    sources: tuple[Expr, ...]
+    totals: tuple[int, ...]
+
+
+def group(captured: Captured) -> list[Group]:
+    """The groups of the updates that write; `group_updates` does the work."""
+    return group_updates(captured.updates, captured.leaves)
+
+
+def group_updates(updates: Sequence[Update], leaves: list[Leaf]) -> list[Group]:
+    """One group for each distinct formula, members in the order of capture. Adds constants and totals to the leaves."""
+    found: dict[str, Group] = {}
+    extra: dict[tuple[str, str], int] = {}
+
+    def extra_leaf(leaf: Leaf) -> int:
+        key = (leaf.kind, leaf.name)  # a number's name: 0.0 and -0.0 are two
+        if key not in extra:
+            extra[key] = len(leaves)
+            leaves.append(leaf)
+        return extra[key]
+
+    for update in updates:
+        canonical = _canonicalise(update)
+        text = canonical.formula.text
+        if text not in found:
+            labels = tuple(_label(update, e) for e in canonical.sources)
+            found[text] = Group(group_name(text), canonical.formula, [], [], labels)
+        found[text].labels = tuple(map(_better, found[text].labels, (_label(update, e) for e in canonical.sources)))
+        fixed = {}
+        for slot, source in enumerate(canonical.sources):
+            if source.op == "const":
+                assert isinstance(source.value, float)
+                leaf = Leaf("constant", repr(source.value), value=source.value, fixed=True)
+                fixed[slot] = extra_leaf(leaf)
+            elif source.op == "total":
+                assert isinstance(source.value, int)
+                leaf = Leaf("total", f"total_{source.value}", source.value, fixed=True)
+                fixed[slot] = extra_leaf(leaf)
+        for member in update.members:
+            ids = [fixed[s] if s in fixed else member[e.value] for s, e in enumerate(canonical.sources)]  # type: ignore[index]
+            found[text].members.append(tuple(ids))
+            found[text].totals.append(canonical.totals)
+    return list(found.values())
+
+
+def _better(known: str, other: str) -> str:
+    """Dynamo names some leaves by their index in a list only; another member may have the real name."""
+    return other if known.startswith("state") and not other.startswith("state") else known
+
+
+def _label(update: Update, source: Expr) -> str:
+    if source.op == "leaf":
+        assert isinstance(source.value, int)
+        return update.labels[source.value]
+    return f"{source.value:g}" if source.op == "const" else f"total_{source.value}"
+
+
+def _canonicalise(update: Update) -> _Canonical:
+    roots = [e for _, e in update.writes] + [e for _, e in update.contributions]
+    order = postorder(roots)
+    written = {position for position, _ in update.writes}
+    colour: dict[object, int] = {e.value: int(e.value in written) for e in order if e.op == "leaf"}
+    keys = _structure(order, colour)
+    for position, root in update.writes:  # tell leaves of one kind apart by what is written to them
+        colour[position] = keys[id(root)]
+    keys = _structure(order, colour)
+    colour = _by_use(order, roots, keys, colour)  # and then by where they are read
+    keys = _structure(order, colour)
+    writes = sorted(update.writes, key=lambda w: keys[id(w[1])])
+    rebuilt = _Rebuild(keys)
+    new_roots = [rebuilt.visit(e) for _, e in writes]
+    contributions = [rebuilt.visit(e) for _, e in update.contributions]
+    new_writes = [(rebuilt.slot_of_leaf(p, update.slots[p]), r) for (p, _), r in zip(writes, new_roots, strict=True)]
+    text = serialise(rebuilt.slots, new_writes, contributions)
+    formula = Formula(tuple(rebuilt.slots), tuple(new_writes), tuple(contributions), text)
+    return _Canonical(formula, tuple(rebuilt.sources), tuple(number for number, _ in update.contributions))
+
+
+def _structure(order: list[Expr], colour: dict[object, int]) -> dict[int, int]:
+    """A hash of every expression that does not depend on the names of leaves nor on constants' values.
+
+    Only hashes of integers are used: those are the same in every process, so that dumps and kernels are too.
+    """
+    keys: dict[int, int] = {}
+    for e in order:
+        below = [keys[id(a)] for a in e.args]
+        if e.op in COMMUTATIVE:
+            below.sort()
+        own = colour[e.value] if e.op == "leaf" else 0
+        op = "leaf" if e.op in ("const", "total") else e.op
+        keys[id(e)] = hash((_op_number(op), _DTYPE_INDEX[e.dtype], e.tensor, own, *below))
+    return keys
+
+
+def _by_use(order: list[Expr], roots: list[Expr], keys: dict[int, int], colour: dict[object, int]) -> dict[object, int]:
+    """Colours of leaves refined by the operations above them, up to the roots."""
+    above: dict[int, list[int]] = {id(e): [] for e in order}
+    for root in roots:
+        above[id(root)].append(keys[id(root)])
+    refined = dict(colour)
+    for e in reversed(order):
+        context = hash(tuple(sorted(above[id(e)])))
+        if e.op == "leaf":
+            refined[e.value] = hash((colour[e.value], context))
+        for k, a in enumerate(e.args):
+            above[id(a)].append(hash((context, keys[id(e)], 0 if e.op in COMMUTATIVE else k)))
+    return refined
+
+
+def _op_number(op: str) -> int:
+    return int.from_bytes(op.encode(), "little")
+
+
+class _Rebuild:
+    """Copies expressions with leaves, constants and totals replaced by slots, numbered by first visit."""
+
+    def __init__(self, keys: dict[int, int]) -> None:
+        self._keys = keys
+        self._made: dict[int, Expr] = {}
+        self._leaf_slots: dict[object, int] = {}
+        self.slots: list[Slot] = []
+        self.sources: list[Expr] = []
+
+    def visit(self, e: Expr) -> Expr:
+        found = self._made.get(id(e))
+        if found is not None:
+            return found
+        if e.op in ("leaf", "const", "total"):
+            slot = self._slot(e)
+            made = Expr("leaf", (), slot, e.dtype if e.tensor else torch.float64, e.tensor)
+        else:
+            args = sorted(e.args, key=lambda a: self._keys[id(a)]) if e.op in COMMUTATIVE else e.args
+            made = Expr(e.op, tuple(self.visit(a) for a in args), e.value, e.dtype, e.tensor)
+        self._made[id(e)] = made
+        return made
+
+    def slot_of_leaf(self, position: int, stored: Slot) -> int:
+        """The slot of a written leaf; a new one where the update does not read it."""
+        if position not in self._leaf_slots:
+            self._slot(Expr("leaf", (), position, stored.dtype, stored.tensor))
+        return self._leaf_slots[position]
+
+    def _slot(self, e: Expr) -> int:
+        slot = len(self.slots)
+        if e.op == "leaf":
+            self._leaf_slots[e.value] = slot
+        self.slots.append(Slot(e.tensor, e.dtype if e.tensor else torch.float64))
+        self.sources.append(e)
+        return slot

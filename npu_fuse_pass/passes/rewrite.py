@@ -1,0 +1,149 @@
+"""Stage 4: the graph with one multi-tensor node per group: functional nodes, then `copy_` for every write.
+
+The result is an ordinary FX graph module: it prints, runs (through the nodes' reference kernels) and converts through
+torchair. It holds no tensors: what the original read as an attribute is an argument here.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from npu_fuse_pass.ir.fused_op import multi_tensor_contribute, multi_tensor_update
+from npu_fuse_pass.ir.totals import rounds
+from npu_fuse_pass.ir.types import Call, Group, Leaf, LeafRef
+
+# leaves that the step creates
+_MADE = ("output", "temporary")
+
+
+def rewrite(
+    leaves: Sequence[Leaf], groups: Sequence[Group], stages: Sequence[tuple[Sequence[Group], Sequence[Call]]] = ()
+) -> fx.GraphModule:
+    """Build the fused graph; its arguments are the leaves of kind "input" and "attribute", in order.
+
+    Args:
+        leaves: of the captured step.
+        groups: those that write.
+        stages: groups that make temporaries, each with the original operations that read them.
+    """
+    graph = fx.Graph()
+    nodes = _leaf_nodes(graph, leaves)
+    outputs: dict[int, fx.Node] = {}
+    for before, calls in stages:
+        _group_nodes(graph, leaves, before, nodes, outputs)
+        for call in calls:
+            _call_node(graph, call, nodes)
+    sums = _total_nodes(graph, leaves, groups, nodes)
+    nodes |= {i: sums[leaf.index] for i, leaf in enumerate(leaves) if leaf.kind == "total"}
+    for target, value in _group_nodes(graph, leaves, groups, nodes, outputs):
+        graph.call_function(torch.ops.aten.copy_.default, (target, value))
+    graph.output(tuple(outputs[i] for i in sorted(outputs)))
+    return fx.GraphModule(torch.nn.Module(), graph, "FusedStep")
+
+
+def _group_nodes(
+    graph: fx.Graph,
+    leaves: Sequence[Leaf],
+    groups: Sequence[Group],
+    nodes: dict[int, fx.Node],
+    outputs: dict[int, fx.Node],
+) -> list[tuple[fx.Node, fx.Node]]:
+    """Nodes of groups: new values of leaves, to be copied; outputs and temporaries go to where they are looked up."""
+    copies: list[tuple[fx.Node, fx.Node]] = []
+    for group in groups:
+        node = _group_node(graph, multi_tensor_update, group, nodes, group.name, leaves)
+        for k, slot in enumerate(group.formula.written):
+            for m, member in enumerate(group.members):
+                value = graph.call_function(operator.getitem, (node, k * len(group.members) + m))
+                leaf = leaves[member[slot]]
+                if not leaf.shape and leaf.dtype != torch.float64:  # scalars are computed in float64
+                    value = graph.call_function(torch.ops.prims.convert_element_type.default, (value, leaf.dtype))
+                if leaf.kind == "output":
+                    outputs[leaf.index] = value
+                elif leaf.kind == "temporary":
+                    nodes[member[slot]] = value
+                else:
+                    copies.append((nodes[member[slot]], value))
+    return copies
+
+
+def _call_node(graph: fx.Graph, call: Call, nodes: dict[int, fx.Node]) -> None:
+    """An original operation, as it was."""
+
+    def node_of(value: Any) -> Any:
+        return nodes[value.index] if isinstance(value, LeafRef) else value
+
+    args: Any = fx.node.map_aggregate(call.args, node_of)
+    kwargs: Any = fx.node.map_aggregate(call.kwargs, node_of)
+    if isinstance(call.target, str):
+        node = graph.call_method(call.target, args, kwargs)
+    else:
+        node = graph.call_function(call.target, args, kwargs)
+    for i, index in enumerate(call.results):
+        nodes[index] = graph.call_function(operator.getitem, (node, i)) if call.several else node
+
+
+def _leaf_nodes(graph: fx.Graph, leaves: Sequence[Leaf]) -> dict[int, fx.Node]:
+    nodes: dict[int, fx.Node] = {}
+    for index, leaf in enumerate(leaves):
+        if leaf.kind in ("input", "attribute"):
+            nodes[index] = graph.placeholder(leaf.name.replace("[", "_").replace("]", "").replace(".", "_"))
+    for index, leaf in enumerate(leaves):
+        if leaf.kind == "constant":
+            nodes[index] = _number(graph, leaf.value)
+    return nodes
+
+
+def _number(graph: fx.Graph, value: float) -> fx.Node:
+    return graph.call_function(torch.ops.aten.scalar_tensor.default, (value,), {"dtype": torch.float64})
+
+
+def _group_node(
+    graph: fx.Graph,
+    target: torch._ops.OpOverload,
+    group: Group,
+    nodes: dict[int, fx.Node],
+    name: str,
+    leaves: Sequence[Leaf],
+) -> fx.Node:
+    formula = group.formula
+
+    def source(member: tuple[int, ...], slot: int) -> fx.Node:
+        if leaves[member[slot]].kind not in _MADE:
+            return nodes[member[slot]]
+        # a tensor that the step creates: any other one of the member gives its shape
+        return next(nodes[member[s]] for s in formula.tensor_slots if leaves[member[s]].kind not in _MADE)
+
+    tensors = [source(m, s) for s in formula.tensor_slots for m in group.members]
+    never_read = _number(graph, 0.0)  # stands for 0-dim tensors that the step creates
+    scalars = [nodes.get(m[s], never_read) for s in formula.scalar_slots for m in group.members]
+    node = graph.call_function(target, (tensors, scalars, len(group.members), formula.text))
+    node.name = name
+    return node
+
+
+def _total_nodes(
+    graph: fx.Graph, leaves: Sequence[Leaf], groups: Sequence[Group], nodes: dict[int, fx.Node]
+) -> dict[int, fx.Node]:
+    """For every total: the sum of what the members of all groups contribute to it."""
+    sums: dict[int, fx.Node] = {}
+    totals = {i: leaf.index for i, leaf in enumerate(leaves) if leaf.kind == "total"}
+    for _ in range(rounds(groups, leaves)):
+        # in the first round the slots of totals hold zeros; what depends on another total is right in a later one
+        known = {i: sums[number] if number in sums else _number(graph, 0.0) for i, number in totals.items()} | nodes
+        parts: dict[int, list[fx.Node]] = {}
+        for group in (g for g in groups if g.formula.contributions):
+            node = _group_node(graph, multi_tensor_contribute, group, known, f"{group.name}_contribute", leaves)
+            for k in range(len(group.formula.contributions)):
+                for m, numbers in enumerate(group.totals):
+                    value = graph.call_function(operator.getitem, (node, k * len(group.members) + m))
+                    parts.setdefault(numbers[k], []).append(value)
+        for number, values in parts.items():
+            stacked = graph.call_function(torch.ops.aten.stack.default, (values,))
+            sums[number] = graph.call_function(torch.ops.aten.sum.default, (stacked,))
+    return sums

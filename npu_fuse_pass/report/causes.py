@@ -1,0 +1,102 @@
+"""Why a step is compiled again: what Dynamo's failed guards and a changed plan mean to who trains."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+from npu_fuse_pass.rules.batch import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Cause:
+    """Why something is compiled, and what would keep that from happening again (None: it happens once)."""
+
+    text: str
+    remedy: str | None = None
+
+
+FIRST = Cause("compile")
+
+_OURS = "use an optimizer of ours or a rule (optimizers.*, npu_fuse_pass.rule), whose numbers never recompile"
+_NONE = (
+    "zero_grad(set_to_none=False) keeps gradients (a gradient of zeros is an update too: momentum and weight decay "
+    "go on), or an optimizer of ours, which leaves those parameters out without a recompile"
+)
+
+# what the failed guard looks like -> what happened, what to do
+_GUARDS: list[tuple[str, str, str | None]] = [
+    (
+        r"\['lr'\] ==",
+        "lr is a Python number, which is part of the graph, and it changed",
+        f"make it a tensor (lr=torch.tensor(...), which schedulers fill), or {_OURS}",
+    ),
+    (r"\['param_groups'\]|param_groups\[\d+\]\['\w+'\](\[\d+\])? ==", "a number in a parameter group changed", _OURS),
+    (r"\.grad\b.* is (not )?None|\.grad\b.*NoneType", "other gradients are None than before", _NONE),
+    (
+        r"len\(self\.state|\.state\b.* (is|in|==|!=) ",
+        "the step before this one created states, as first steps do",
+        None,
+    ),
+    (r"len\(self\.param_groups\)|\['params'\]\) ==", "parameters were added", None),
+    (
+        r"deallocated|___check_obj_id|obj_id|id\(",
+        "another optimizer runs the same code (instances of a class share torch's limit of compiles)",
+        "npu_fuse_pass.compile_step(opt) gives each optimizer compiles of its own",
+    ),
+    (
+        r"size mismatch|stride mismatch|dtype mismatch|\.size\(\)|dispatch key",
+        "a tensor has another size, layout or dtype than before",
+        "keep parameters, gradients and states as they were at the first step",
+    ),
+    (
+        r"GLOBAL_STATE|grad_mode|default_dtype",
+        "torch's global settings differ from those of the compile before",
+        "call the step under the same settings (grad mode, autocast, default dtype, deterministic algorithms)",
+    ),
+]
+
+
+def recompile(reason: str) -> Cause:
+    """What Dynamo's reason for a recompile (the guard that failed) means to who trains."""
+    guard = reason.splitlines()[0].partition("#")[0].strip()
+    guard = re.sub(r"^\d+/\d+: ", "", guard)
+    for pattern, cause, remedy in _GUARDS:
+        if re.search(pattern, guard):
+            return Cause(f"{cause} (no longer true: {guard})", remedy)
+    return Cause(f"no longer true: {guard}", None)
+
+
+def decided_otherwise(numbers: Sequence[tuple[str, bool]]) -> Cause:
+    """Numbers that a step treats differently where they are 0: names, whether they are 0 now."""
+    told = dict.fromkeys(f"{name} is {'0 now' if zero else 'no longer 0'}" for name, zero in numbers)
+    return Cause(f"{', '.join(told)}; the rule tests for that, and each case is a program that is kept")
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """What a plan for an optimizer of ours was made for, to tell later what changed."""
+
+    facts: dict[str, object]
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch]) -> Planned:
+        return cls(
+            {
+                "the number of parameters": sum(len(b.params) for b in batches),
+                "the rules": [b.rule.name for b in batches],
+                "the parameters' dtypes": [str(b.dtype) for b in batches],
+                "the gradients' dtypes": [str(b.grad_dtype) for b in batches],
+                "the devices": [str(b.device) for b in batches],
+                "the shapes": [list(p.shape) for b in batches for p in b.params],
+            }
+        )
+
+    def changed(self, now: Planned) -> Cause:
+        """What is different now; the first that explains it."""
+        for name, value in self.facts.items():
+            if now.facts[name] != value:
+                shown = "" if name == "the shapes" else f" from {value} to {now.facts[name]}"
+                return Cause(f"the optimizer's parameters were planned anew: {name} changed{shown}")
+        return Cause("the optimizer's parameters were planned anew: storage, strides or options changed")

@@ -1,0 +1,70 @@
+"""What is said while compiling: a line for each stage, one warning for a fallback, recompiles, torch's trace log."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch._logging._internal as torch_logging
+
+from npu_fuse_pass.report.remedies import fallback_remedy
+from npu_fuse_pass.report.report import CompileReport
+
+log = logging.getLogger("npu_fuse_pass")
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[list[str]]:
+    """Time a stage into `seconds`; what is put into the list is logged as its result."""
+    start = time.perf_counter()
+    result: list[str] = []
+    try:
+        yield result
+    finally:
+        seconds[stage] = time.perf_counter() - start
+        log.debug("%s: %.3f s: %s", stage, seconds[stage], "; ".join(result) or "stopped")
+
+
+def announce(report: CompileReport) -> None:
+    """A finished compile: a log line for what caused it, if it is not the first, the report, and torch's trace log."""
+    if report.cause != "compile":
+        remedy = f". What to do: {report.cause_remedy}" if report.cause_remedy else ""
+        level = logging.WARNING if report.cause_remedy else logging.INFO
+        log.log(level, "npu_fused compiled again: %s%s", report.cause, remedy)
+    log.info("%s", report)
+    trace(report)
+
+
+def trace(report: CompileReport) -> None:
+    """Put the report and the fused graph where tlparse finds them; costs nothing unless TORCH_TRACE is set."""
+    if torch_logging.LOG_TRACE_HANDLER not in torch_logging.trace_log.handlers:
+        return  # it takes itself out where no folder is set; what other handlers there are is not for us
+    artifacts = {
+        "npu_fuse_pass_report": ("json", lambda: json.dumps(report.to_json())),
+        "npu_fuse_pass_table": ("string", lambda: str(report)),
+        "npu_fuse_pass_fused_graph": ("string", lambda: _graph_text(report)),
+    }
+    for name, (encoding, text) in artifacts.items():
+        torch_logging.trace_structured(
+            "artifact",
+            metadata_fn=lambda name=name, encoding=encoding: {"name": name, "encoding": encoding},  # type: ignore[misc]
+            payload_fn=text,
+            expect_trace_id=False,  # an optimizer of ours plans anew outside of Dynamo's compiles
+        )
+
+
+def _graph_text(report: CompileReport) -> str:
+    graph = report.fused_graph
+    return "" if graph is None else graph.print_readable(print_output=False)
+
+
+def warn_unfused(reason: str, stacklevel: int) -> None:
+    """The one warning of a compile, or of a kind of step, that runs unfused: why, and what to do."""
+    remedy = fallback_remedy(reason)
+    advice = f". What to do: {remedy}" if remedy else ""
+    text = f"npu_fused: not fused, results stay right: {reason}{advice}"
+    warnings.warn(text, stacklevel=stacklevel + 1)

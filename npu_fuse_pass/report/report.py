@@ -1,0 +1,207 @@
+"""What the pass did with a graph: one `CompileReport` per compile, the last 64 kept."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from npu_fuse_pass.errors import UnfusedError
+from npu_fuse_pass.ir.types import Unfused
+from npu_fuse_pass.report.remedies import fallback_remedy
+from npu_fuse_pass.report.text import as_html, as_text
+
+
+def _not_asked() -> str:
+    return "it writes temporaries"
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelMatch:
+    """A known kernel that computes a group.
+
+    Attributes:
+        kernel: its name in `match/kernels.py`, operation: GE's.
+        tensors: what the kernel writes, and which leaf that is.
+        arguments: its numbers, and inputs that are computed first, as mathematics over the formula's names.
+        assumptions: what the equality needs beyond finite values.
+        tolerance: how far the kernel may be from the formula, relative, per step.
+    """
+
+    kernel: str
+    operation: str
+    tensors: dict[str, str]
+    arguments: dict[str, str]
+    assumptions: tuple[str, ...]
+    tolerance: float
+
+    def __str__(self) -> str:
+        arguments = ", ".join(f"{name} = {text}" for name, text in self.arguments.items())
+        return f"{self.kernel} ({self.operation}, within {self.tolerance:g}): {arguments}"
+
+
+@dataclasses.dataclass
+class GroupReport:
+    """One fused group.
+
+    Attributes:
+        name: the same in dumps, kernels, profiles and graphs.
+        formula: the update as readable mathematics.
+        updates: number of parameters.
+        kernel: what computes it.
+        bytes_per_element: memory read and written per parameter element and step.
+        launches: kernel calls per step.
+        elements: how many the group's parameters have together.
+        note: why this kernel, where there was a choice.
+        writes: "leaves" (parameters and states), or "temporaries" that original operations read.
+        layout: "list" (tensors one by one), "flat" (adjacent ones as one), "gathered" (flat, but gradients are
+            concatenated first), or several of these, joined by " + ".
+        layout_reason: why some or all tensors are not flat; "" where nothing else could be expected.
+    """
+
+    name: str
+    formula: str
+    updates: int
+    dtype: str
+    device: str
+    lowering: str
+    kernel: str
+    bytes_per_element: int
+    launches: int
+    elements: int = 0
+    note: str = ""
+    writes: str = "leaves"
+    layout: str = "list"
+    layout_reason: str = ""
+    _matched: Callable[[], KernelMatch | str] = dataclasses.field(default=_not_asked, repr=False, compare=False)
+
+    @property
+    def match(self) -> KernelMatch | None:
+        """The known kernel that computes this group, if there is one; decided when first asked for."""
+        found = self._matched()
+        return found if isinstance(found, KernelMatch) else None
+
+    @property
+    def no_match(self) -> str:
+        """Why no known kernel computes this group; "" if one does."""
+        found = self._matched()
+        return found if isinstance(found, str) else ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists and strings."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.name.startswith("_")}
+        return {**fields, "match": self.match and dataclasses.asdict(self.match), "no_match": self.no_match}
+
+
+@dataclasses.dataclass
+class CompileReport:
+    """The result of one compile; `print` it, or let a notebook show it.
+
+    Attributes:
+        platform: what the groups were lowered to ("cpu", "npu", "eager").
+        torch: version.
+        seconds: time of every stage. "match" comes last and later than the compile where the platform does not need it:
+            when a group's match is first asked for or printed.
+        groups: what was fused.
+        unfused: operations that were not, each with its reason.
+        fallback: why the original graph runs instead, or None.
+        cause: "compile", or what changed, where this is not the first compile of this step.
+        cause_remedy: what keeps that from happening again; None for what happens once.
+        bytes_per_element: memory that a step reads and writes for each parameter element: "before", if every operation
+            of the original went over memory by itself, and "after".
+        checked_steps: how many steps `check_numerics` has compared with the original's.
+        graph_break: why and where Dynamo ended this graph, if the function goes on after it; nothing fuses across.
+        decided: "weight_decay == 0": what is compiled holds for such numbers; another outcome is another compile.
+    """
+
+    platform: str
+    torch: str = torch.__version__
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    groups: list[GroupReport] = dataclasses.field(default_factory=list)
+    unfused: list[Unfused] = dataclasses.field(default_factory=list)
+    fallback: str | None = None
+    cause: str = "compile"
+    cause_remedy: str | None = None
+    bytes_per_element: dict[str, float] = dataclasses.field(default_factory=dict)
+    graph_break: str | None = None
+    checked_steps: int = 0
+    decided: list[str] = dataclasses.field(default_factory=list)
+    _graph: Callable[[], fx.GraphModule] | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    @property
+    def fused_graph(self) -> fx.GraphModule | None:
+        """The rewritten graph (built when first asked for): an FX graph module that prints and runs."""
+        return self._graph() if self._graph is not None else None
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why something is not fused; empty if everything is."""
+        listed = [*(f"{u.op}: {u.reason}" for u in self.unfused), *([self.fallback] if self.fallback else [])]
+        return list(dict.fromkeys(listed))
+
+    @property
+    def remedies(self) -> list[str]:
+        """What to do about what is not fused and about recompiles, where that is known and the reasons do not say."""
+        known = [*map(fallback_remedy, self.reasons), self.cause_remedy]
+        return list(dict.fromkeys(remedy for remedy in known if remedy))
+
+    def add_fallback(self, reason: str) -> None:
+        """One more reason why the original runs."""
+        self.fallback = "; ".join([*([self.fallback] if self.fallback else []), reason])
+
+    def fall_back(self, reason: str) -> None:
+        """What was compiled cannot run: the original does from now on. The rows keep what would have run."""
+        self.add_fallback(reason)
+        self.bytes_per_element = {}
+        for g in self.groups:
+            g.lowering, g.kernel, g.bytes_per_element, g.launches = "eager", f"original graph, not {g.kernel}", 0, 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists, numbers and strings; the keys are stable and described by `report.schema.json`."""
+        groups = [g.to_json() for g in self.groups]
+        rest = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.name.startswith("_")}
+        unfused = [dataclasses.asdict(u) for u in self.unfused]
+        return {**rest, "seconds": dict(self.seconds), "groups": groups, "unfused": unfused, "remedies": self.remedies}
+
+    def raise_if_unfused(self) -> None:
+        """For tests and CI: an error unless everything that was captured runs fused.
+
+        Raises:
+            UnfusedError: lists every reason, and what to do where that is known.
+        """
+        listed = self.reasons or [
+            f"{g.name}: the original graph runs, as platform={self.platform!r} asks for"
+            for g in self.groups
+            if g.lowering == "eager"
+        ]
+        if listed:
+            advice = [f"what to do: {remedy}" for remedy in self.remedies]
+            raise UnfusedError("not everything was fused:\n  " + "\n  ".join([*listed, *advice]))
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
+
+
+_reports: collections.deque[CompileReport] = collections.deque(maxlen=64)
+
+
+def reports() -> list[CompileReport]:
+    """Reports of the last 64 compiles in this process, oldest first."""
+    return list(_reports)
+
+
+def clear_reports() -> None:
+    """Forget all reports."""
+    _reports.clear()
+
+
+def record(report: CompileReport) -> None:
+    """Keep a report."""
+    _reports.append(report)

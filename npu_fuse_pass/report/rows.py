@@ -1,0 +1,92 @@
+"""What the report says about groups: formulas, memory traffic, and matches with the names that the formula has."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from npu_fuse_pass.ir.expr import DTYPE_NAMES
+from npu_fuse_pass.ir.readable import readable
+from npu_fuse_pass.ir.types import Captured, Group, Leaf
+from npu_fuse_pass.match.result import Match, NoMatch
+from npu_fuse_pass.report.report import CompileReport, GroupReport, KernelMatch
+
+
+class Layout(Protocol):
+    """How a lowering takes the tensors of a group; `GroupReport` says what the fields are."""
+
+    name: str
+    reason: str
+    launches: int
+    bytes_per_element: int
+
+
+Matches = Mapping[str, Match | NoMatch]
+"""By the group's name."""
+
+
+def group_report(
+    g: Group, leaves: Sequence[Leaf], lowering: str, kernel: str, bytes_per_element: int, launches: int
+) -> GroupReport:
+    """The row of a fused group."""
+    slots = g.formula.tensor_slots
+    first = next((s for s in g.formula.written if s in slots), slots[0] if slots else 0)
+    dtype = DTYPE_NAMES.get(leaves[g.members[0][first]].dtype, str(leaves[g.members[0][first]].dtype))
+    formula = readable(g.formula, _labels(g, leaves))
+    device = str(leaves[g.members[0][first]].device)
+    elements = sum(max((math.prod(leaves[m[s]].shape) for s in slots), default=0) for m in g.members)
+    kind = (dtype, device, lowering, kernel)
+    return GroupReport(g.name, formula, len(g.members), *kind, bytes_per_element, launches, elements)
+
+
+def traffic(captured: Captured, report: CompileReport) -> dict[str, float]:
+    """`CompileReport.bytes_per_element`; empty where that is not known."""
+    elements = sum(g.elements for g in report.groups if g.writes == "leaves")
+    if not elements or not all(g.bytes_per_element for g in report.groups if g.elements):
+        return {}
+    kernels = sum(g.bytes_per_element * g.elements for g in report.groups)
+    return {"before": captured.moved / elements, "after": (kernels + captured.moved_by_calls) / elements}
+
+
+def show_plans(report: CompileReport, rows: Sequence[GroupReport], layouts: Sequence[Layout]) -> None:
+    """Let rows say how the tensors of their groups are taken now, and what that costs."""
+    for row, layout in zip(rows, layouts, strict=True):
+        row.layout, row.layout_reason = layout.name, layout.reason
+        row.launches, row.bytes_per_element = layout.launches, layout.bytes_per_element
+    moved = sum(g.bytes_per_element * g.elements for g in report.groups)
+    if report.bytes_per_element:
+        report.bytes_per_element["after"] = moved / sum(g.elements for g in report.groups)
+
+
+def show_matches(
+    report: CompileReport, groups: Sequence[Group], leaves: Sequence[Leaf], matches: Callable[[], Matches]
+) -> None:
+    """Let the rows of groups that write leaves say which kernel computes them. `matches` is called when one is read."""
+    named = {g.name: g for g in groups}
+    for row in report.groups:
+        if row.writes == "leaves":
+            row._matched = functools.partial(_kernel_match, named[row.name], leaves, matches)
+
+
+def _kernel_match(g: Group, leaves: Sequence[Leaf], matches: Callable[[], Matches]) -> KernelMatch | str:
+    found = matches()[g.name]
+    if isinstance(found, NoMatch):
+        return found.reason
+    labels, kernel = _labels(g, leaves), found.kernel
+    tensors = {name: labels[slot] for name, slot in found.outputs.items()}
+    arguments = found.readable(labels)
+    return KernelMatch(kernel.name, kernel.operation, tensors, arguments, found.assumptions, found.tolerance)
+
+
+def _labels(g: Group, leaves: Sequence[Leaf]) -> list[str]:
+    """The names of a group's slots; a constant's value where all members share it."""
+    return [_label(g, leaves, slot) for slot in range(len(g.formula.slots))]
+
+
+def _label(g: Group, leaves: Sequence[Leaf], slot: int) -> str:
+    values = {leaves[m[slot]].value for m in g.members} if leaves[g.members[0][slot]].kind == "constant" else set()
+    if len(values) == 1:
+        return f"{next(iter(values)):g}"
+    return f"c{slot}" if values else g.labels[slot]

@@ -1,0 +1,114 @@
+"""A report as text for terminals and as HTML for notebooks."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from npu_fuse_pass.report.report import CompileReport, GroupReport
+
+
+@dataclasses.dataclass(frozen=True)
+class _Column:
+    """A column of the table."""
+
+    name: str
+    value: Callable[[GroupReport], object]
+    number: bool = False
+
+
+_COLUMNS = [
+    _Column("group", lambda g: g.name),
+    _Column("parameters", lambda g: g.updates, number=True),
+    _Column("dtype", lambda g: g.dtype),
+    _Column("device", lambda g: g.device),
+    _Column("kernel", lambda g: g.kernel),
+    _Column("calls", lambda g: g.launches, number=True),
+    _Column("bytes/element", lambda g: g.bytes_per_element, number=True),
+]
+_LAYOUT = _Column("layout", lambda g: g.layout)
+
+
+def as_text(report: CompileReport) -> str:
+    """A line, the table of groups, what was not fused and what to do about it, then every group's formula."""
+    lines = [head(report), *(f"  {line}" for line in [*table(report.groups), *remarks(report)])]
+    for g in report.groups:
+        lines += [f"  {g.name}", *(f"      {line}" for line in formula_lines(g))]
+    return "\n".join(lines)
+
+
+def as_html(report: CompileReport) -> str:
+    """The same for a notebook's cell; every text is escaped, and nothing is loaded."""
+    columns = _columns(report.groups)
+    cells = "".join(f"<th>{html.escape(c.name)}</th>" for c in columns)
+    rows = [f"<tr>{''.join(f'<td>{html.escape(str(c.value(g)))}</td>' for c in columns)}</tr>" for g in report.groups]
+    groups = f"<table><thead><tr>{cells}</tr></thead><tbody>{''.join(rows)}</tbody></table>" if rows else ""
+    said = "".join(f"<li>{html.escape(line)}</li>" for line in remarks(report))
+    formulas = "".join(
+        f"<details><summary>{html.escape(g.name)}</summary><pre>{html.escape(chr(10).join(formula_lines(g)))}</pre>"
+        "</details>"
+        for g in report.groups
+    )
+    return f"<div><p>{html.escape(head(report))}</p>{groups}<ul>{said}</ul>{formulas}</div>"
+
+
+def head(report: CompileReport) -> str:
+    """The line that says what became of a step, and how long that took."""
+    updates = sum(g.updates for g in report.groups if g.writes == "leaves")
+    compiled, late = dict(report.seconds), ""
+    if next(reversed(compiled), "") == "match":  # it ran for whoever asked, after the compile
+        late = f", then match {compiled.pop('match'):.2f}"
+    stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in compiled.items())
+    return (
+        f"npu_fused on {report.platform}: {updates} parameters -> {sum(g.launches for g in report.groups)} kernel "
+        f"calls per step, compiled in {sum(compiled.values()):.2f} s ({stages}){late}"
+    )
+
+
+def table(groups: Sequence[GroupReport]) -> list[str]:
+    """One line for each group, under a line of headings; empty without groups."""
+    if not groups:
+        return []
+    columns = _columns(groups)
+    rows = [[c.name for c in columns], *([str(c.value(g)) for c in columns] for g in groups)]
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    return ["  ".join(map(_aligned, columns, row, widths)).rstrip() for row in rows]
+
+
+def remarks(report: CompileReport) -> list[str]:
+    """What there is to say beside the groups: memory traffic, what is not fused, and what to do."""
+    lines = []
+    if report.bytes_per_element:
+        before, after = report.bytes_per_element["before"], report.bytes_per_element["after"]
+        lines.append(f"memory traffic: {after:.0f} bytes/element, operation by operation {before:.0f}")
+    lines += [f"unfused {u.op}: {u.reason}" for u in report.unfused]
+    if report.graph_break:
+        lines.append(f"the graph ends at a break: {report.graph_break}")
+    if report.decided:
+        lines.append(f"compiled for {', '.join(report.decided)}")
+    if report.checked_steps:
+        lines.append(f"check_numerics: {report.checked_steps} steps were compared with the original")
+    if report.fallback:
+        lines.append(f"FALLBACK to the original: {report.fallback}")
+    if report.cause != "compile":
+        lines.append(f"compiled again: {report.cause}")
+    return lines + [f"what to do: {remedy}" for remedy in report.remedies]
+
+
+def formula_lines(g: GroupReport) -> list[str]:
+    """A group's mathematics, why its memory lies as it does, and the known kernel that computes it."""
+    layout = [f"layout {g.layout}: {g.layout_reason}"] if g.layout_reason else []
+    kernel = [f"kernel: {g.note}"] if g.note else []
+    return [*layout, *g.formula.splitlines(), f"match: {g.match or 'none, ' + g.no_match}", *kernel]
+
+
+def _columns(groups: Sequence[GroupReport]) -> list[_Column]:
+    """Layouts are looked at on NPUs."""
+    return [*_COLUMNS, *([_LAYOUT] if any(g.lowering == "npu" for g in groups) else [])]
+
+
+def _aligned(column: _Column, cell: str, width: int) -> str:
+    return cell.rjust(width) if column.number else cell.ljust(width)

@@ -1,0 +1,102 @@
+"""Rules on tensors without values: what a rule reads, and whether it is one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from npu_fuse_pass.errors import RuleError
+from npu_fuse_pass.rules.declaration import Rule, split_keywords
+
+
+def wanted_keywords(rule: Rule) -> list[str]:
+    """Hyperparameters that a rule or one of its totals reads."""
+    internal = {"step", "param", "grad", *rule.totals, *rule.states}
+    of_totals = [n for t in rule.totals.values() for n in inspect.signature(t.function).parameters]
+    return [n for n in dict.fromkeys([*rule.keywords, *of_totals]) if n not in internal]
+
+
+def check_rule(rule: Rule, settings: Mapping[str, Any]) -> None:
+    """Run a rule once on meta tensors: its shapes and count of results, and that it decides nothing by values.
+
+    Raises:
+        RuleError: what is wrong with the rule and what to write instead.
+    """
+    static, numbers = split_keywords(wanted_keywords(rule), settings)
+    names, totals = rule.states_of(settings), rule.totals_of(settings)
+    missing = [n for n in wanted_keywords(rule) if n not in settings]
+    if missing:
+        raise RuleError(f"rule {rule.name!r} asks for {missing[0]!r}, which is not among its defaults {list(settings)}")
+    keywords = meta_keywords(dict(static), numbers, totals)
+    tensors = {n: torch.empty((2, 3), device="meta") for n in ("param", "grad", *names)}
+    numbered = {n: k if isinstance(k, tuple) else (k,) for n, k in keywords.items()}
+    given = [*tensors.items(), *((n, t) for n, ks in numbered.items() for t in ks if isinstance(t, Tensor))]
+    versions = [t._version for _, t in given]
+    try:
+        results(rule, tensors, keywords, totals)
+    except RuleError:
+        raise
+    except (NotImplementedError, RuntimeError, TypeError) as e:
+        if any(text in str(e) for text in ("meta tensor", "meta device")):
+            raise RuleError(
+                f"rule {rule.name!r} uses a value of a tensor in Python (an `if`, `float()`, `.item()` or `max()`): "
+                "write torch.where(condition, a, b), torch.clamp or torch.maximum instead, so that one kernel can "
+                "compute it; `if` is fine on bool, str and None options"
+            ) from e
+        if isinstance(e, NotImplementedError):
+            return  # an operation without a meta kernel; tracing decides
+        raise RuleError(f"rule {rule.name!r} fails on tensors of shape (2, 3): {e}") from e
+    changed = [n for (n, t), version in zip(given, versions, strict=True) if t._version != version]
+    if changed:
+        raise RuleError(
+            f"rule {rule.name!r} changes its argument {changed[0]!r} in place; a rule is a pure function: "
+            "compute a new tensor and return it"
+        )
+
+
+def results(rule: Rule, tensors: Mapping[str, Tensor], keywords: Mapping[str, Any], totals: Sequence[str]) -> Any:
+    """What a rule gives for one parameter: its contributions to totals, and new values. `tensors`: by name."""
+    states = {n: t for n, t in tensors.items() if n not in ("param", "grad")}
+    sums = [rule.contribution(n, tensors["param"], tensors["grad"], states, keywords) for n in totals]
+    return sums, rule.apply(tensors["param"], tensors["grad"], states, keywords)
+
+
+def meta_keywords(static: Mapping[str, Any], numbers: Mapping[str, Any], totals: Sequence[str]) -> dict[str, Any]:
+    """A rule's keywords without values: static options, and a meta tensor for every number."""
+
+    def scalar() -> Tensor:
+        return torch.empty((), dtype=torch.float64, device="meta")
+
+    found = {n: tuple(scalar() for _ in v) if isinstance(v, tuple) else scalar() for n, v in numbers.items()}
+    return {**static, **found, **{n: scalar() for n in totals}, "step": scalar()}
+
+
+def reads_step(rule: Rule, static: Mapping[str, Any], numbers: Mapping[str, Any], totals: Sequence[str]) -> bool:
+    """Whether a rule without states computes with its step under these options; SGD without momentum does not."""
+    keywords = meta_keywords(static, numbers, totals)
+    tensors = {n: torch.empty((2, 3), device="meta") for n in ("param", "grad")}
+    watch = _Watch(keywords["step"])
+    try:
+        with watch:
+            results(rule, tensors, keywords, totals)
+    except Exception:  # whatever a rule cannot do on meta tensors; it may be about to read the step
+        return "step" in rule.keywords
+    return watch.seen
+
+
+class _Watch(TorchDispatchMode):
+    """Notices operations on one tensor."""
+
+    def __init__(self, watched: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._watched = watched
+        self.seen = False
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen |= any(x is self._watched for x in (*args, *(kwargs or {}).values()))
+        return function(*args, **(kwargs or {}))

@@ -1,0 +1,240 @@
+"""Update rules: an optimizer as one pure function.
+
+    @rule(states={"exp_avg": zeros}, defaults=dict(lr=1e-4, beta1=0.9, beta2=0.99, weight_decay=0.0))
+    def lion(param, grad, exp_avg, *, lr, beta1, beta2, weight_decay):
+        update = (beta1 * exp_avg + (1 - beta1) * grad).sign()
+        return param - lr * (update + weight_decay * param), beta2 * exp_avg + (1 - beta2) * grad
+
+    opt = lion(model.parameters(), lr=3e-4)        # a torch.optim.Optimizer
+
+There is nothing else to write: no foreach form, no fused form, no kernel. `torch.compile(opt.step,
+backend="npu_fused")` traces the function once and runs it for all parameters in one kernel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from npu_fuse_pass.errors import RuleError
+from npu_fuse_pass.rules import pickling
+
+if TYPE_CHECKING:
+    from npu_fuse_pass.rules.optimizer import RuleOptimizer
+
+Condition = Callable[[Mapping[str, Any]], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Init:
+    """How a state starts: filled with `value`, in the parameter's shape. Use `zeros`, `ones` or `Init(0.5)`."""
+
+    value: float
+    condition: Condition | None = None
+
+    def when(self, condition: Condition) -> Init:
+        """The state exists only in groups for which `condition(hyperparameters)` is true; else the rule gets None."""
+        return dataclasses.replace(self, condition=condition)
+
+
+zeros = Init(0.0)
+ones = Init(1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Total:
+    """A sum over parameters of a per-parameter 0-dim value. Made by `total`."""
+
+    function: Callable[..., Tensor]
+    over: Literal["group", "optimizer"]
+    condition: Condition | None = None
+
+    def when(self, condition: Condition) -> Total:
+        """The sum exists only where `condition(hyperparameters)` is true; else the rule gets None."""
+        return dataclasses.replace(self, condition=condition)
+
+
+def total(function: Callable[..., Tensor], over: Literal["group", "optimizer"] = "optimizer") -> Total:
+    """Declare a sum over all parameters that have a gradient, e.g. for a global norm.
+
+    Args:
+        function: returns a 0-dim tensor for one parameter. Its argument names choose what it gets: `param`, `grad`,
+            a state or a hyperparameter, all in the arithmetic dtype. Summed in float64.
+        over: sum over the parameters of one "group" or of the whole "optimizer".
+    """
+    if over not in ("group", "optimizer"):
+        raise RuleError(f"total(over={over!r}): allowed are 'group' and 'optimizer'")
+    return Total(function, over)
+
+
+def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a rule computes for parameters of `dtype`: float32 for half precision, else `dtype`."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rule:
+    """A declared update rule; calling it makes an optimizer. Made by the decorator `rule`."""
+
+    function: Callable[..., Any]
+    states: Mapping[str, Init]
+    defaults: Mapping[str, Any]
+    totals: Mapping[str, Total]
+    writes_grad: bool
+    name: str
+    keywords: tuple[str, ...]
+
+    def __call__(self, params: Iterable[Any], **hyperparameters: Any) -> RuleOptimizer:
+        """An optimizer over `params` with this rule; unknown hyperparameters are a TypeError."""
+        from npu_fuse_pass.rules.optimizer import RuleOptimizer
+
+        return RuleOptimizer.from_rule(self, params, hyperparameters)
+
+    def states_of(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        """Names of the states that parameters of a group with these hyperparameters have."""
+        return tuple(n for n, init in self.states.items() if init.condition is None or init.condition(group))
+
+    def totals_of(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        """Names of the totals to which parameters of such a group contribute."""
+        return tuple(n for n, t in self.totals.items() if t.condition is None or t.condition(group))
+
+    def apply(
+        self, param: Tensor, grad: Tensor, states: Mapping[str, Tensor], keywords: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """One update of one parameter: (new param, new grad or None, new states), in the dtypes they came in.
+
+        This is the semantics of the rule: eager steps call it, and the pass traces it.
+        """
+        work = arithmetic_dtype(param.dtype)
+        values = [states[n].to(work) if n in states else None for n in self.states]
+        result = self.function(param.to(work), grad.to(work), *values, **{k: keywords.get(k) for k in self.keywords})
+        new = list(result) if isinstance(result, (tuple, list)) else [result]
+        names = ["param", *(["grad"] if self.writes_grad else []), *self.states]
+        if len(new) != len(names):
+            raise RuleError(f"rule {self.name!r} returned {len(new)} values; it must return ({', '.join(names)})")
+        old = {"param": param, "grad": grad, **states}
+        out: dict[str, Tensor] = {}
+        for name, value in zip(names, new, strict=True):
+            if name in old:
+                out[name] = self._checked(name, value, old[name])
+            elif value is not None:
+                raise RuleError(f"rule {self.name!r} returned a value for state {name!r}, which this group lacks")
+        return out["param"], out.get("grad"), {n: out[n] for n in self.states if n in states}
+
+    def contribution(
+        self, name: str, param: Tensor, grad: Tensor, states: Mapping[str, Tensor], keywords: Mapping[str, Any]
+    ) -> Tensor:
+        """What one parameter adds to the total `name`: a 0-dim tensor."""
+        work = arithmetic_dtype(param.dtype)
+        have = {"param": param.to(work), "grad": grad.to(work), **{n: s.to(work) for n, s in states.items()}}
+        wanted = list(inspect.signature(self.totals[name].function).parameters)
+        unknown = [n for n in wanted if n not in have and n not in keywords and n not in self.states]
+        if unknown:
+            raise RuleError(f"total {name!r} of rule {self.name!r} asks for {unknown[0]!r}, which it cannot get")
+        value = self.totals[name].function(**{n: have[n] if n in have else keywords.get(n) for n in wanted})
+        if not isinstance(value, Tensor) or value.ndim != 0:
+            raise RuleError(f"total {name!r} of rule {self.name!r} must return a 0-dim tensor, got {value!r}")
+        return value.double()
+
+    def _checked(self, name: str, value: Any, old: Tensor) -> Tensor:
+        if not isinstance(value, Tensor):
+            raise RuleError(f"rule {self.name!r} returned {type(value).__name__} for {name!r}; it must be a tensor")
+        if value.shape != old.shape:
+            raise RuleError(
+                f"rule {self.name!r} returned shape {tuple(value.shape)} for {name!r}; it must be {tuple(old.shape)}"
+            )
+        return value.to(old.dtype)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Rule:
+        return self  # immutable
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pickling.reduce_rule(self)
+
+
+def rule(
+    *,
+    states: Mapping[str, Init] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    totals: Mapping[str, Total] | None = None,
+    writes_grad: bool = False,
+) -> Callable[[Callable[..., Any]], Rule]:
+    """Make an optimizer out of a pure function `(param, grad, *states, *, hyperparameters) -> (param, *states)`.
+
+    Args:
+        states: name -> how it starts (`zeros`, `ones`, `zeros.when(lambda group: group["amsgrad"])`).
+        defaults: hyperparameters and their defaults. Numbers and tuples of numbers arrive as 0-dim float64 tensors, so
+            that changing them never recompiles; bool, str and None arrive as they are: use `if` on those only.
+        totals: sums over all parameters (see `total`); each arrives as a 0-dim float64 tensor under its name.
+        writes_grad: the function returns `(param, grad, *states)` and gradients are written too.
+
+    The keyword `step`, if the function takes it, is the number of this update of this parameter, from 1.
+    Arithmetic is float32 for fp16 and bf16 parameters; results are cast back to what is stored.
+
+    Raises:
+        RuleError: the declaration and the function's signature do not fit each other.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Rule:
+        made = Rule(
+            function,
+            dict(states or {}),
+            dict(defaults or {}),
+            dict(totals or {}),
+            writes_grad,
+            getattr(function, "__name__", "rule"),
+            _keywords(function),
+        )
+        _check_signature(made)
+        return made
+
+    return decorate
+
+
+def _keywords(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(n for n, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY)
+
+
+def _check_signature(made: Rule) -> None:
+    parameters = inspect.signature(made.function).parameters.values()
+    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(positional) != 2 + len(made.states) or positional[2:] != list(made.states):
+        wanted = ", ".join(["param", "grad", *made.states])
+        raise RuleError(f"rule {made.name!r} takes ({', '.join(positional)}); its states ask for ({wanted}, *, ...)")
+    reserved = {"param", "grad", "step", "params"} & (made.states.keys() | made.defaults.keys() | made.totals.keys())
+    if reserved:
+        raise RuleError(f"rule {made.name!r}: the names {sorted(reserved)} are taken; choose others")
+    for name, value in made.defaults.items():
+        if not isinstance(value, (bool, int, float, str, tuple, type(None))):
+            raise RuleError(f"rule {made.name!r}: default {name}={value!r} must be a number, tuple, bool, str or None")
+
+
+def is_number(value: object) -> bool:
+    """Whether a hyperparameter changes freely (and enters as a tensor) rather than being part of the structure."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def split_keywords(
+    names: Sequence[str], values: Mapping[str, Any]
+) -> tuple[tuple[tuple[str, Any], ...], dict[str, float | tuple[float, ...]]]:
+    """Divide the keywords that a rule asks for into static ones (hashable) and numbers (floats or tuples of floats)."""
+    static: list[tuple[str, Any]] = []
+    numbers: dict[str, float | tuple[float, ...]] = {}
+    for name in names:
+        value = values.get(name)
+        if isinstance(value, Tensor) and value.numel() == 1:
+            numbers[name] = float(value)
+        elif is_number(value):
+            numbers[name] = float(value)  # type: ignore[arg-type]
+        elif isinstance(value, (tuple, list)) and value and all(is_number(v) or isinstance(v, Tensor) for v in value):
+            numbers[name] = tuple(float(v) for v in value)
+        elif value is None or isinstance(value, (bool, str)):
+            static.append((name, value))
+        else:
+            raise RuleError(f"hyperparameter {name}={value!r} must be a number, a tuple of numbers, bool, str or None")
+    return tuple(static), numbers

@@ -1,0 +1,292 @@
+"""The one Optimizer class that runs every update rule: an eager prelude, then a core that torch.compile captures.
+
+`step` looks at what may change between two steps (closure, hooks, hyperparameters, gradients, storage) in plain Python
+and then calls a core that is a single operation. Dynamo captures that core: it sees neither parameters nor floats, so
+nothing that a training loop does between two steps can make it recompile, and its cost does not grow with N.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from npu_fuse_pass.errors import OptionError
+from npu_fuse_pass.rules import core_op
+from npu_fuse_pass.rules.batch import States
+from npu_fuse_pass.rules.checks import check_rule
+from npu_fuse_pass.rules.declaration import Rule
+from npu_fuse_pass.rules.prelude import Prelude
+from npu_fuse_pass.rules.rehome import Homes, check_option
+
+Settings = Mapping[str, Any]
+_TRANSIENT = (
+    "_prelude",
+    "_ticket",
+    "_surface",
+    "_core",
+    "_call",
+    "_homes",
+    "step",
+    "found_inf",
+)  # what no copy takes along
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def eager_prelude(step: F) -> F:
+    """Decorate a `step` method: its own frame stays eager, what it calls may be captured by torch.compile.
+
+    torch's schedulers and its profiler hook would wrap `step` in functions that Dynamo then had to trace; the marks set
+    here tell them not to, because `RuleOptimizer.step` does their work itself.
+    """
+    step.hooked = True  # type: ignore[attr-defined]
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    # not torch._dynamo.disable: that would also break the graph of a function which calls `step`
+    torch._dynamo.eval_frame.skip_code(step.__code__)
+    return step
+
+
+class RuleOptimizer(torch.optim.Optimizer):
+    """An optimizer whose update is a `Rule`. Subclass it for a named class, or call a Rule to get one.
+
+    Args:
+        params: parameters or parameter groups, as torch.optim takes them.
+        defaults: hyperparameters of the groups; plain Python numbers, which schedulers may change at any time.
+        state_dtype: dtype of the states; None means each parameter's own, as in torch.optim. `torch.float32` is
+            advisable for half-precision parameters.
+        flatten: "params" re-homes the parameters in one buffer per group and dtype, which gives an NPU one tensor to
+            update instead of one for each parameter. They become views: `torch.save` of one stores the whole buffer,
+            and who holds a parameter's old memory (`p.data`, `p.detach()`) no longer sees updates.
+
+    Raises:
+        OptionError: an option has another value than these, or a parameter cannot be re-homed: it is tied to another
+            one, a view of another tensor, a tensor subclass (DTensor) or in a private NPU format. Nothing is changed.
+
+    Groups hold plain numbers; `opt.state[p][name]` are views of flat buffers, and assigning to them copies in.
+    """
+
+    rule: Rule
+    found_inf: Tensor | None = None
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        state_dtype: torch.dtype | None = None,
+        flatten: str | None = None,
+    ) -> None:
+        check_option(flatten)
+        if state_dtype is not None and not (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point):
+            raise OptionError(f"state_dtype={state_dtype!r}: allowed are None and floating-point torch dtypes")
+        self.state_dtype = state_dtype
+        self.flatten = flatten
+        super().__init__(params, defaults)
+        self.state = States()
+        self._start()
+        for group in self.param_groups:
+            for _, settings in self.settings(group):
+                check_rule(self.rule_for(group), settings)
+        self._settle_groups(self.param_groups)
+
+    @classmethod
+    def from_rule(cls, rule: Rule, params: Iterable[Any], hyperparameters: Settings) -> RuleOptimizer:
+        """An optimizer for a bare rule; used by calling the rule."""
+        options = {k: hyperparameters[k] for k in ("state_dtype", "flatten") if k in hyperparameters}
+        unknown = sorted(hyperparameters.keys() - rule.defaults.keys() - options.keys())
+        if unknown:
+            raise TypeError(f"{rule.name}() has no hyperparameter {unknown[0]!r}; allowed are {sorted(rule.defaults)}")
+        made = cls.__new__(cls)
+        made.rule = rule
+        chosen = {k: v for k, v in hyperparameters.items() if k not in options}
+        RuleOptimizer.__init__(made, params, {**rule.defaults, **chosen}, **options)
+        return made
+
+    # What a subclass may change --------------------------------------------------------------------------------------
+
+    def rule_for(self, group: dict[str, Any]) -> Rule:
+        """The rule of a group; may depend on its options."""
+        return self.rule
+
+    def hyperparameters(self, group: dict[str, Any]) -> Settings:
+        """What the rule's keywords are looked up in; called at every step."""
+        return group
+
+    def partitions(self, group: dict[str, Any]) -> list[tuple[list[Tensor], Settings]]:
+        """Parts of a group with settings of their own (which override `hyperparameters`); called at every step."""
+        return [(group["params"], {})]
+
+    def before_step(self) -> None:
+        """Called at every step, after the closure and before anything is changed."""
+
+    def after_step(self) -> None:
+        """Called at every step, when everything is updated."""
+
+    # Stepping --------------------------------------------------------------------------------------------------------
+
+    @eager_prelude
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: recomputes the loss and its gradients; called with gradients enabled. Its value is returned.
+
+        Where the attribute `found_inf` is a tensor that is not zero, nothing is updated and no step is counted
+        (mixed precision; compiled as part of a larger function the decision is made on the device).
+
+        Raises:
+            TypeError: the closure is not callable.
+            GradientError: a gradient is sparse, complex, or of another shape or device than its parameter.
+        """
+        if torch.compiler.is_dynamo_compiling():  # `step` is being inlined into a larger graph
+            return self._surface.update(self.found_inf) if closure is None else self._step_apart(closure)
+        loss = self._before(closure)
+        if self.found_inf is None or not bool(self.found_inf):
+            self._core(self._ticket)
+        self._after()
+        return loss
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def _step_apart(self, closure: Callable[[], Any]) -> Any:
+        """A step with a closure runs a backward pass, which no graph holds."""
+        return self.step(closure)
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def _before(self, closure: Callable[[], Any] | None) -> Any:
+        """Everything ahead of the core."""
+        if closure is not None and not callable(closure):
+            raise TypeError(f"closure={closure!r} is not callable; pass a function that returns the loss, or None")
+        self._call = self._run_pre_hooks((closure,) if closure is not None else ())
+        args, kwargs = self._call
+        closure = args[0] if args else kwargs.get("closure")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.before_step()
+        self._prelude.prepare()
+        return loss
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def _after(self) -> None:
+        """Everything behind the core."""
+        self._prelude.expose_states()
+        self._prelude.release_gradients()
+        self.after_step()
+        for hook in itertools.chain(self._optimizer_step_post_hooks.values(), _global_optimizer_post_hooks.values()):
+            hook(self, *self._call)
+        self._opt_called = True
+
+    @property
+    def has_hooks(self) -> bool:
+        """Whether functions are registered that run before or after a step."""
+        own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+        return bool(own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+
+    def _run_pre_hooks(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        kwargs: dict[str, Any] = {}
+        for hook in itertools.chain(_global_optimizer_pre_hooks.values(), self._optimizer_step_pre_hooks.values()):
+            result = hook(self, args, kwargs)
+            if result is not None:
+                if not (isinstance(result, tuple) and len(result) == 2):
+                    raise RuntimeError(f"{hook} must return None or a tuple of new args and kwargs, got {result!r}")
+                args, kwargs = result
+        return args, kwargs
+
+    def settings(self, group: dict[str, Any]) -> list[tuple[list[Tensor], Settings]]:
+        """Every part of a group with its complete settings."""
+        common = self.hyperparameters(group)
+        return [(params, {**common, **extra} if extra else common) for params, extra in self.partitions(group)]
+
+    def _start(self) -> None:
+        """Fields that are made anew in every process and in every copy."""
+        self._prelude = Prelude(self)
+        self._ticket = torch.zeros(1, dtype=torch.int64, device="cpu")
+        self._surface = core_op.Surface([], core_op.register(self))
+        self._core = core_op.make_core(self._surface.handle)
+        self._homes = Homes()
+        self._list_params()
+
+    def _list_params(self) -> None:
+        self._surface.params = [p for group in self.param_groups for p in group["params"]]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with options of their own, as in torch.optim; they may already have gradients.
+
+        Raises:
+            OptionError: flatten="params", and one of them cannot be re-homed. Nothing is changed then.
+        """
+        super().add_param_group(param_group)
+        if "_surface" in self.__dict__:
+            try:
+                self._settle_groups(self.param_groups[-1:])
+            except OptionError:
+                self.param_groups.pop()
+                raise
+            self._list_params()
+
+    def _settle_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        if self.flatten is not None:
+            self.settle([params for group in groups for params, _ in self.settings(group)])
+
+    def settle(self, lists: Iterable[Sequence[Tensor]]) -> None:
+        """Re-home parameters, in one buffer for each list of them (and dtype) where they are not adjacent already.
+
+        Raises:
+            OptionError: one of them cannot be re-homed; nothing is changed.
+        """
+        self._homes.settle(lists, [p for group in self.param_groups for p in group["params"]])
+
+    # Saving and loading ----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch.optim's layout and names; tensors are copies of their own and "step" is a float32 tensor."""
+        packed: dict[str, Any] = super().state_dict()
+        packed["state"] = {k: _copied(entry) for k, entry in packed["state"].items()}
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state dict of this or a torch.optim optimizer; values are copied into the flat buffers.
+
+        Raises:
+            ValueError: the groups do not fit, or a state has another shape than its parameter; nothing is changed.
+        """
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        names = {n for group in self.param_groups for n in self.rule_for(group).states}
+        for index, param in zip(ids, params, strict=False):
+            for name, value in state_dict["state"].get(index, {}).items():
+                if name in names and isinstance(value, Tensor) and value.shape != param.shape:
+                    shapes = f"{tuple(value.shape)}; its parameter has {tuple(param.shape)}"
+                    raise ValueError(f"the state {name!r} of parameter {index} has shape {shapes}")
+        super().load_state_dict(state_dict)
+
+    @staticmethod
+    def _process_value_according_to_param_policy(
+        param: Tensor, value: Tensor, param_id: int, param_groups: list[dict[Any, Any]], key: Any = None
+    ) -> Tensor:
+        return value  # torch would cast to the parameter's dtype; the flat buffers copy in with their own
+
+    def __getstate__(self) -> dict[str, Any]:
+        fields = {k: v for k, v in self.__dict__.items() if k not in _TRANSIENT}
+        return {**fields, "state": {p: _copied(entry) for p, entry in self.state.items()}}
+
+    def __setstate__(self, fields: dict[str, Any]) -> None:
+        super().__setstate__({**fields, "state": States(fields["state"])})
+        if "_prelude" not in self.__dict__:
+            self._start()
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+def _copied(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A state entry without views; a view would carry its whole flat buffer into every file."""
+    copied = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in entry.items()}
+    if isinstance(copied.get("step"), Tensor):
+        copied["step"] = copied["step"].float()
+    return copied

@@ -1,0 +1,159 @@
+"""What an optimizer looks at before every step, in plain Python: gradients, numbers, and whether storage still fits."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from npu_fuse_pass.errors import OptionError
+from npu_fuse_pass.rules.batch import Batch, States, adopt, batch_key, check_gradient, expose, fill_hyper, make_batch
+
+if TYPE_CHECKING:
+    from npu_fuse_pass.rules.declaration import Rule
+    from npu_fuse_pass.rules.optimizer import RuleOptimizer
+
+
+class Watch(Protocol):
+    """What looks at parameters and gradients itself, once it has seen them; see `lowerings.cpu.Program`."""
+
+    def same(self) -> bool: ...
+    def release(self) -> None: ...
+
+
+class Prelude:
+    """The batches of an optimizer, made when first needed and again whenever they no longer fit.
+
+    `version` counts how often they were made: whoever derives something from the batches compares it.
+
+    Attributes:
+        watch: has seen the tensors of these batches, and can tell whether they are as they were.
+        watched: that it is so at this step, so that `watch` has bound them already.
+    """
+
+    def __init__(self, optimizer: RuleOptimizer) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self.batches: list[Batch] = []
+        self.version = 0
+        self._parts: list[tuple[Rule, list[Tensor]]] = []
+        self._outside: list[Tensor] = []
+        self.watch: Watch | None = None
+        self.watched = False
+
+    def prepare(self) -> None:
+        """Bring the batches up to date with this step's gradients, numbers and parameters.
+
+        Raises:
+            GradientError: a gradient is of a kind that no rule takes; nothing has been changed.
+        """
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        parts = [
+            (i, optimizer.rule_for(group), params, settings)
+            for i, group in enumerate(optimizer.param_groups)
+            for params, settings in optimizer.settings(group)
+        ]
+        if not self._fit(optimizer, parts):
+            self._make(optimizer, parts)
+            if not self._fit(optimizer, parts):
+                raise AssertionError("batches do not fit right after they were made")
+
+    @property
+    def kinds(self) -> object:
+        """Equal at two steps if every parameter and gradient was of the same kind at both (dtype, sizes, strides)."""
+        learned = [b.same.matched for b in self.batches]
+        return None if self.watched or None in learned else (self.version, learned)
+
+    def expose_states(self) -> None:
+        """Show the states of parameters that were updated for the first time in `opt.state`."""
+        optimizer = self._optimizer()
+        assert optimizer is not None and isinstance(optimizer.state, States)
+        for batch in self.batches:
+            expose(batch, optimizer.state)
+
+    def release_gradients(self) -> None:
+        """Let go of this step's gradients: the next forward pass needs the memory that zero_grad frees."""
+        for batch in self.batches:
+            batch.grads = [None] * len(batch.params)
+        if self.watch is not None:
+            self.watch.release()
+
+    def _fit(self, optimizer: RuleOptimizer, parts: list[tuple[int, Rule, list[Tensor], Mapping[str, Any]]]) -> bool:
+        state = optimizer.state
+        if not isinstance(state, States) or state.changed or any(p.grad is not None for p in self._outside):
+            return False
+        if len(parts) != len(self._parts):
+            return False
+        for (_, rule, params, _), (known_rule, known) in zip(parts, self._parts, strict=True):
+            if rule is not known_rule or len(params) != len(known) or not all(map(operator.is_, params, known)):
+                return False
+        self.watched = self.watch is not None and self.watch.same()
+        if self.watched:
+            for batch in self.batches:
+                batch.forget_gradients()
+        return all((self.watched or _read_gradients(b)) and fill_hyper(b, parts[b.part][3]) for b in self.batches)
+
+    def _make(self, optimizer: RuleOptimizer, parts: list[tuple[int, Rule, list[Tensor], Mapping[str, Any]]]) -> None:
+        self.watch, self.watched = None, False
+        for _, _, params, _ in parts:
+            for p in params:
+                if p.grad is not None:
+                    check_gradient(p, p.grad)
+        if not isinstance(optimizer.state, States):
+            optimizer.state = States(optimizer.state)
+        batches: list[Batch] = []
+        outside: list[Tensor] = []
+        for index, (group, rule, params, settings) in enumerate(parts):
+            keyed: dict[Any, list[Tensor]] = {}
+            for p in params:
+                if p.requires_grad or p.grad is not None or p in optimizer.state:
+                    keyed.setdefault(batch_key(p, p.grad), []).append(p)
+                else:
+                    outside.append(p)
+            for members in keyed.values():
+                old = next((b for b in self.batches if _serves(b, rule, index, settings, members)), None)
+                if old is not None:
+                    adopt(old, optimizer.state)
+                elif optimizer.flatten is not None:
+                    with contextlib.suppress(OptionError):  # then they stay where they are; the report says the layout
+                        optimizer.settle([members])
+                batches.append(old or make_batch(rule, group, index, settings, members, optimizer))
+        optimizer.state.changed = False
+        if batches != self.batches:  # a loaded checkpoint alone changes values, not the plan
+            self.version += 1
+        self.batches, self._outside = batches, outside
+        self._parts = [(rule, list(params)) for _, rule, params, _ in parts]
+
+
+def _serves(batch: Batch, rule: Rule, part: int, settings: Mapping[str, Any], members: list[Tensor]) -> bool:
+    """Whether an existing batch still is what would be made for these parameters."""
+    same = len(members) == len(batch.params) and all(map(operator.is_, members, batch.params))
+    return same and batch.rule is rule and batch.part == part and _read_gradients(batch) and fill_hyper(batch, settings)
+
+
+def _read_gradients(batch: Batch) -> bool:
+    """Take this step's gradients into the batch; False where a parameter or gradient is no longer what it was."""
+    params = batch.params
+    batch.forget_gradients()
+    grads = batch.grads
+    if batch.same.match([*params, *grads]):
+        return True
+    dtypes = {None if g is None else g.dtype for g in grads} - {None, batch.grad_dtype}
+    if dtypes or {p.dtype for p in params} != {batch.dtype} or [p.numel() for p in params] != batch.numels:
+        return False
+    pointers = [p.data_ptr() for p in params]
+    if pointers != batch.pointers:
+        if any(p.device != batch.device for p in params) or [p.stride() for p in params] != batch.strides:
+            return False
+        batch.pointers = pointers
+    for p, g in zip(params, grads, strict=True):
+        if g is not None and not g.is_contiguous():
+            check_gradient(p, g)
+    present = [g for g in grads if g is not None]
+    if len(present) == len(params):
+        batch.same.learn([*params, *present])
+    return True

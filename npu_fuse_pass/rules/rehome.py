@@ -1,0 +1,126 @@
+"""`flatten="params"`: parameters re-homed in one buffer, so that a kernel can take all of them as one tensor.
+
+Only where an optimizer is asked to: a parameter becomes a view, and torch.save of a view stores the whole buffer.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from npu_fuse_pass.errors import OptionError
+from npu_fuse_pass.rules.batch import reference_strides
+
+_OWN = "give it memory of its own first: p.data = p.data.clone()"
+_PLAIN_FORMATS = (0, 2, 30)  # ACL_FORMAT_NCHW, _ND and _NCDHW: elements lie as torch thinks
+
+
+def check_option(flatten: object) -> None:
+    """Refuse a value of the option `flatten` that is not allowed."""
+    if flatten not in (None, "params"):
+        raise OptionError(f'flatten={flatten!r}: allowed are None and "params"')
+
+
+class Homes:
+    """The buffers in which an optimizer's parameters live."""
+
+    def __init__(self) -> None:
+        self._buffers: list[Tensor] = []
+
+    def settle(self, lists: Iterable[Sequence[Tensor]], everyone: Sequence[Tensor]) -> None:
+        """Re-home the trainable parameters of each list: one buffer per dtype and device, where they are not adjacent.
+
+        Args:
+            lists: parameters that are updated together.
+            everyone: all of the optimizer. Buffers in which none of them lives are dropped.
+
+        Raises:
+            OptionError: one of those that would move cannot; the message says which and why. Nothing is changed.
+        """
+        moving = [same for params in lists for same in _by_kind(params) if not _adjacent(same)]
+        names = {id(p): f"parameter {i}" for i, p in enumerate(everyone)}
+        for p in (p for same in moving for p in same):
+            reason = _unusual(p) or self._foreign(p)
+            if reason is not None:
+                raise OptionError(f'flatten="params": {names[id(p)]} {reason}')
+        if moving:
+            _check_tied(everyone, names)
+        for same in moving:
+            self._move(same)
+        inhabited = {_storage(p) for p in everyone} if moving else set()
+        self._buffers = [b for b in self._buffers if _storage(b) in inhabited] if moving else self._buffers
+
+    def _move(self, params: Sequence[Tensor]) -> None:
+        buffer = torch.empty(sum(p.numel() for p in params), dtype=params[0].dtype, device=params[0].device)
+        views, offset = [], 0
+        for p in params:
+            views.append(buffer.as_strided(p.shape, reference_strides(p), offset))
+            views[-1].copy_(p.detach())
+            offset += p.numel()
+        for p, view in zip(params, views, strict=True):
+            p.data = view
+        self._buffers.append(buffer)
+
+    def _foreign(self, p: Tensor) -> str | None:
+        if _storage(p) in map(_storage, self._buffers) or p.untyped_storage().nbytes() == _size(p):
+            return None
+        return f"is a view of another tensor; {_OWN}"
+
+
+def _device_type(p: Tensor) -> str:
+    return p.device.type
+
+
+def npu_format(p: Tensor) -> int:
+    """torch_npu's number of the order in which an NPU tensor's elements lie."""
+    return int(sys.modules["torch_npu"].get_npu_format(p))
+
+
+def _unusual(p: Tensor) -> str | None:
+    if is_lazy(p):
+        return "is not initialised yet"
+    if type(p).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return f"is a {type(p).__name__}, which does not hold its elements itself"
+    if p.layout is not torch.strided or p.device.type == "meta":
+        return f"has no elements to move: layout {p.layout}, device {p.device}"
+    if _device_type(p) == "npu" and npu_format(p) not in _PLAIN_FORMATS:
+        return f"has the private NPU format {npu_format(p)}; torch_npu.npu_format_cast(p, 2) makes it plain"
+    return None
+
+
+def _check_tied(everyone: Sequence[Tensor], names: dict[int, str]) -> None:
+    distinct = [p for p in {id(p): p for p in everyone}.values() if _unusual(p) is None and p.numel()]
+    spans = sorted((p.data_ptr(), p.data_ptr() + _size(p), names[id(p)]) for p in distinct)
+    for (_, end, first), (start, _, second) in itertools.pairwise(spans):
+        if start < end:
+            first, second = sorted((first, second))
+            raise OptionError(f'flatten="params": {first} and {second} are tied: they share memory')
+
+
+def _by_kind(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    kinds: dict[object, list[Tensor]] = {}
+    for p in params:
+        if p.requires_grad:
+            kinds.setdefault((p.dtype, p.device), []).append(p)
+    yield from kinds.values()
+
+
+def _adjacent(params: Sequence[Tensor]) -> bool:
+    """Whether parameters lie one behind the other; a single one always does."""
+    if any(_unusual(p) is not None for p in params):
+        return False
+    pairs = itertools.pairwise(p for p in params if p.numel())
+    return all(a.data_ptr() + _size(a) == b.data_ptr() and _storage(a) == _storage(b) for a, b in pairs)
+
+
+def _storage(p: Tensor) -> int:
+    return p.untyped_storage().data_ptr()
+
+
+def _size(p: Tensor) -> int:
+    return p.numel() * p.element_size()

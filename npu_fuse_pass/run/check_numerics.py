@@ -1,0 +1,157 @@
+"""`check_numerics`: the fused step and the original one, side by side on the tensors of a real step."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npu_fuse_pass.errors import NumericsError
+from npu_fuse_pass.ir.types import Captured, Group, Leaf
+from npu_fuse_pass.report.report import CompileReport
+
+# Relative error that one step may have, by the dtype of what is written: ten times what README.md promises of a step
+# (1e-6, 1e-14), so that what is reported is wrong and not rounded. In half precision the original may round after
+# every operation where the kernel rounds once: some units in the last place of what is stored.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+# An element is measured against its old and new value, and at least against this share of the tensor's largest.
+_FLOOR = 1e-3
+
+Values = list[Tensor | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Write:
+    """One tensor that a step writes: which leaf, in which slot of which member."""
+
+    leaf: int
+    group: Group
+    member: int
+    slot: int
+
+
+class SideBySide:
+    """Runs both forms of a step. What the step writes holds the original's values afterwards, whatever was found."""
+
+    def __init__(self, captured: Captured, groups: Sequence[Group], report: CompileReport) -> None:
+        self._leaves = captured.leaves
+        self._report = report
+        self._writes = [
+            _Write(member[slot], group, m, slot)
+            for group in groups
+            for m, member in enumerate(group.members)
+            for slot in group.formula.written
+        ]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        values: Values,
+        fused: Callable[[], None],
+        original: Callable[[], Sequence[Any] | None],
+        optimizers: Iterable[torch.optim.Optimizer],
+    ) -> None:
+        """One step.
+
+        Args:
+            values: of all leaves; those of "output" leaves are filled in, with the original's.
+            fused: runs the program on `values`.
+            original: runs the original step and gives what its graph returns.
+            optimizers: whose parameters can be named.
+
+        Raises:
+            NumericsError: a written tensor differs by more than its dtype's tolerance.
+            Mismatch, GraphRefused: as the program; nothing was changed.
+        """
+        written = {w.leaf: t for w in self._writes if (t := _value(values, w.leaf)) is not None}
+        before = {i: t.detach().clone() for i, t in written.items()}
+        fused()
+        got = {w.leaf: t.detach().clone() for w in self._writes if (t := _value(values, w.leaf)) is not None}
+        for i, t in written.items():
+            t.detach().copy_(before[i])
+        returned = original()
+        for i, leaf in enumerate(self._leaves):
+            if leaf.kind == "output" and returned is not None and isinstance(returned[leaf.index], Tensor):
+                values[i] = returned[leaf.index]
+        self._report.checked_steps += 1
+        found = [(w, e) for w in self._writes if w.leaf in got and (e := self._error(w, got, before, values))]
+        if found:
+            raise self._difference(found, values, optimizers)
+
+    def _error(self, write: _Write, got: Mapping[int, Tensor], before: Mapping[int, Tensor], values: Values) -> float:
+        """The largest relative error of a written tensor; 0 within the tolerance."""
+        want = values[write.leaf]
+        assert want is not None
+        error = relative_error(got[write.leaf], want, before.get(write.leaf))
+        return error if error > self._tolerance(write) else 0.0
+
+    def _tolerance(self, write: _Write) -> float:
+        """That of the written dtype, or of 0-dim tensors that are read: step counters in float32, for example.
+
+        The original computes with those in their own dtype, the fused step in float64.
+        """
+        leaves = [self._leaves[i] for i in write.group.members[write.member]]
+        read = [TOLERANCE.get(leaf.dtype, 0.0) for leaf in leaves if not leaf.shape]
+        return max([TOLERANCE.get(self._leaves[write.leaf].dtype, 0.0), *read])
+
+    def _difference(
+        self, found: Sequence[tuple[_Write, float]], values: Values, optimizers: Iterable[torch.optim.Optimizer]
+    ) -> NumericsError:
+        write, error = found[0]
+        tensor, count = write.group.labels[write.slot], len({(id(w.group), w.member) for w, _ in found})
+        parameter = self._parameter(write, values, _names(optimizers))
+        dtype = self._leaves[write.leaf].dtype
+        more = f"; {count} updates differ in all" if count > 1 else ""
+        text = (
+            f"step {self._report.checked_steps} of this compile: the fused {tensor!r} of {parameter} in group "
+            f"{write.group.name} differs from the original's by {error:.3g} relative (allowed for {dtype} here: "
+            f"{self._tolerance(write):g}){more}. The tensors hold the original's values. The group's formula and "
+            'kernel are in print(npu_fuse_pass.reports()[-1]); options={"platform": "eager"} trains without fusion'
+        )
+        return NumericsError(text, write.group.name, parameter, tensor, error, self._report.checked_steps)
+
+    def _parameter(self, write: _Write, values: Values, names: Mapping[int, str]) -> str:
+        member = write.group.members[write.member]
+        tensors = [i for s, i in enumerate(member) if write.group.formula.slots[s].tensor]
+        known = [names[id(values[i])] for i in tensors if i < len(values) and id(values[i]) in names]
+        known += [name for i in tensors if (name := _place(self._leaves[i]))]
+        shape = tuple(self._leaves[tensors[0]].shape) if tensors else ()
+        return f"{known[0] if known else f'update {write.member}'} {shape}"
+
+
+def relative_error(got: Tensor, want: Tensor, old: Tensor | None) -> float:
+    """The largest |got - want| relative to the element's old and new values; inf where only one is not a number."""
+    if not want.numel():
+        return 0.0
+    a, b = got.double(), want.detach().double()
+    scale = b.abs() if old is None else torch.maximum(b.abs(), old.double().abs())
+    finite = scale[scale.isfinite()]
+    largest = float(finite.max()) if finite.numel() else 0.0
+    same = (a == b) | (a.isnan() & b.isnan())
+    error = torch.where(same, 0.0, (a - b).abs() / scale.clamp(min=max(_FLOOR * largest, 1e-300)))
+    return float(error.nan_to_num(nan=float("inf"), posinf=float("inf")).max())
+
+
+def _value(values: Values, leaf: int) -> Tensor | None:
+    return values[leaf] if leaf < len(values) else None
+
+
+def _names(optimizers: Iterable[torch.optim.Optimizer]) -> dict[int, str]:
+    """The names of parameters, by identity: those that the optimizer was given, or their places in it."""
+    found = {}
+    for opt in optimizers:
+        for g, group in enumerate(opt.param_groups):
+            named = group.get("param_names")
+            for k, p in enumerate(group["params"]):
+                found[id(p)] = f"{named[k]!r}" if named else f"param_groups[{g}]['params'][{k}]"
+    return found
+
+
+def _place(leaf: Leaf) -> str | None:
+    """Where a parameter is in torch's own optimizers, read from the name that Dynamo gives it."""
+    found = re.fullmatch(r"\w*param_groups\w*?_(\d+)__params___(\d+)", leaf.name)
+    return f"param_groups[{found[1]}]['params'][{found[2]}]" if found else None

@@ -1,0 +1,1 @@
+"""Facts about tensors and their memory: no compiler, no optimizer."""

@@ -1,0 +1,75 @@
+"""In which order the elements of a member's tensors lie in memory, and whether they agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from npu_fuse_pass.errors import Mismatch
+
+SHARED = "two tensors of the step share memory, and one of them is written"
+
+
+def check_apart(written: Sequence[Tensor], read: Sequence[Tensor]) -> None:
+    """Refuse tensors that share memory where at least one of them is written.
+
+    Raises:
+        Mismatch: two of them overlap.
+    """
+    blocks = sorted((t.data_ptr(), t.data_ptr() + _extent(t), 1) for t in written if t.numel())
+    blocks += [(t.data_ptr(), t.data_ptr() + _extent(t), 0) for t in read if t.numel()]
+    end = end_written = 0
+    for start, stop, is_written in sorted(blocks):
+        if start < end_written or (is_written and start < end):
+            raise Mismatch(SHARED)
+        end = max(end, stop)
+        end_written = max(end_written, stop) if is_written else end_written
+
+
+def apart(starts: Tensor, sizes: Tensor, written: Tensor) -> bool:
+    """The same for blocks that stand in tensors: whether none that is written overlaps another one.
+
+    Args:
+        starts: where the blocks begin, int64.
+        sizes: of the blocks in bytes, int64; blocks of none are nowhere.
+        written: which of them are written, bool.
+    """
+    order = starts.argsort()
+    order = order[sizes[order] > 0]
+    begin, end, is_written = starts[order], starts[order] + sizes[order], written[order]
+    reached, reached_by_written = end.cummax(0).values[:-1], (end * is_written).cummax(0).values[:-1]
+    overlaps = (begin[1:] < reached_by_written) | (is_written[1:] & (begin[1:] < reached))
+    return not bool(overlaps.any())
+
+
+def _extent(t: Tensor) -> int:
+    """Bytes from a tensor's first to behind its last element."""
+    return (1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))) * t.element_size()
+
+
+def memory_order(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """Strides of the first tensor without gaps and overlaps, in which a member is processed; contiguous without one."""
+    for t in tensors:
+        expected = 1
+        for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+            if size != 1 and stride != expected:
+                break
+            expected *= size
+        else:
+            return t.stride()
+    return torch.empty(tensors[0].shape, device="meta").stride() if tensors else ()
+
+
+def materialised(t: Tensor) -> bool:
+    """Whether memory holds the tensor's values: not their negatives (imaginary parts of conjugates), nor nothing."""
+    return not (t.is_neg() or t._is_zerotensor())
+
+
+def in_order(t: Tensor, strides: tuple[int, ...]) -> bool:
+    """Whether the tensor's elements lie in memory as these strides say, and as they are."""
+    if not materialised(t):
+        return False
+    agree = all(size <= 1 or a == b for size, a, b in zip(t.shape, t.stride(), strides, strict=True))
+    return agree or t.numel() == 0

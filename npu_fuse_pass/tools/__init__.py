@@ -1,0 +1,1 @@
+"""What people call by hand: compile_step, explain, the commands of `python -m npu_fuse_pass`."""

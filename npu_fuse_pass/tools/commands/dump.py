@@ -1,0 +1,158 @@
+"""`python -m npu_fuse_pass dump`: what a step becomes, as files; why it is not fused; what changed since."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import pathlib
+import sys
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from npu_fuse_pass.tools.follow import Session
+
+_FINE, _WANTING, _USAGE = 0, 1, 2
+
+_EXAMPLES = """examples:
+  dump NpuFusedAdam --model resnet50 --out before        an optimizer of ours, over the shapes of a model
+  dump SGD --option momentum=0.9 --params 8 --shape 64x64 --shape 64
+  dump --check --script train.py --epochs 1              every compile in a script of yours; exit status 1: see why
+  dump --check-numerics --script train.py                every step fused and as the original: is it right?
+  dump --diff before after                               exit status 0: the same; 1: what changed, in words"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EXAMPLES
+    parser.add_argument("optimizer", nargs="?", help="NpuFusedAdam, paddle.RMSProp, Adam, … (of torch.optim)")
+    parser.add_argument("--params", type=int, default=8, metavar="N", help="how many parameters (default: 8)")
+    parser.add_argument("--shape", action="append", default=[], help="of the parameters, in turn (default: 256x256)")
+    parser.add_argument("--model", help="the parameters' shapes of resnet50 or gpt2; nothing is downloaded")
+    parser.add_argument("--platform", choices=("cpu", "npu"), help="what to compile for")
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the optimizer")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("npu_fuse_dump"), help="the folder for dumps")
+    parser.add_argument("--check", action="store_true", help="fail unless everything is fused, and say why")
+    parser.add_argument(
+        "--check-numerics", action="store_true", help="compare every step with the original's; fail at a difference"
+    )
+    parser.add_argument("--time", action="store_true", help="measure the optimizer's step, eager and compiled, too")
+    parser.add_argument("--diff", nargs=2, type=pathlib.Path, metavar=("A", "B"), help="compare two dumps")
+    parser.add_argument(
+        "--script", nargs=argparse.REMAINDER, metavar="train.py ...", help="comes last: a script and its arguments"
+    )
+
+
+def run(given: argparse.Namespace) -> int:
+    """Exit status 0; 1: --check or --diff found something; 2: what was asked for cannot be done."""
+    asked = [what for what in ("optimizer", "script", "diff") if getattr(given, what)]
+    if len(asked) != 1:
+        return _refuse("give one of: the name of an optimizer, --script train.py, --diff A B")
+    if given.time and not given.optimizer:
+        return _refuse("--time measures the step of an optimizer that is given by its name")
+    from npu_fuse_pass.errors import FuseError
+
+    try:
+        return _diff(*given.diff) if given.diff else _dump(given)
+    except FuseError as e:
+        return _refuse(str(e))
+
+
+def _diff(one: pathlib.Path, two: pathlib.Path) -> int:
+    from npu_fuse_pass.tools.dump_diff import changes
+
+    found = changes(one, two)
+    print(*(found or [f"{one} and {two} show the same"]), sep="\n")
+    return _WANTING if found else _FINE
+
+
+def _dump(given: argparse.Namespace) -> int:
+    from npu_fuse_pass.tools.follow import Session
+
+    session = Session(given.out, given.platform or (None if given.script else "cpu"), given.check_numerics)
+    before = set(given.out.glob("rank_*/compile_*"))
+    failure = _script(session, given) if given.script else _named(session, given)
+    problems = session.problems(ended=failure is None and not session.wrong)
+    unchecked = given.check_numerics and not session.checked_steps
+    folders = sorted(set(given.out.glob("rank_*/compile_*")) - before)
+    if given.time and folders and not failure:
+        _time(given, folders[-1] / "index.html")
+    for folder in folders:
+        print(f"{folder}\n{_indented((folder / 'table.txt').read_text(encoding='utf-8'))}")
+    _list("wrong numbers", session.wrong)
+    _list("not fused", problems)
+    _list("failed", [failure] if failure else [])
+    if given.check and not problems and not failure:
+        print("everything is fused")
+    if given.check_numerics and not session.wrong:
+        print(f"{session.checked_steps} steps were compared with the original's" + ": no difference" * (not unchecked))
+    wanting = session.wrong or failure or unchecked or (given.check and problems)
+    return _WANTING if wanting else _FINE
+
+
+def _list(head: str, lines: list[str]) -> None:
+    if lines:
+        print(f"{head}:", *map(_indented, lines), sep="\n")
+
+
+def _named(session: Session, given: argparse.Namespace) -> str | None:
+    """An optimizer by its name; gives why its step failed."""
+    from npu_fuse_pass.errors import OptionError
+    from npu_fuse_pass.tools.follow import run_optimizer
+
+    make, device = _maker(given)
+    if given.time and given.platform == "npu" and device != "npu":
+        raise OptionError("--time --platform npu: there is no NPU here, and a CPU's time would say nothing about one")
+    return run_optimizer(session, make())
+
+
+def _maker(given: argparse.Namespace) -> tuple[Callable[[], torch.optim.Optimizer], str]:
+    """Makes the optimizer, with parameters of its own, and where they are."""
+    import torch
+
+    from npu_fuse_pass.tools import named
+
+    shapes = named.shapes_of(given.model, given.params, given.shape or ["256x256"])
+    options = dict(map(named.option, given.option))
+    on_npu = given.platform == "npu" and hasattr(torch, "npu") and torch.npu.is_available()
+    device = "npu" if on_npu else "cpu"
+    return functools.partial(named.make, given.optimizer, shapes, options, device), device
+
+
+def _time(given: argparse.Namespace, page: pathlib.Path) -> None:
+    """Measure steps, say so, and show it on the page of the last compile."""
+    from npu_fuse_pass.dump.page.page import with_times
+    from npu_fuse_pass.tools.follow import times
+
+    found = times(_maker(given)[0], {"platform": given.platform or "cpu"})
+    page.write_text(with_times(page.read_text(encoding="utf-8"), found), encoding="utf-8")
+    print(f"a step takes {1e3 * found['before']:.3f} ms eager, {1e3 * found['after']:.3f} ms compiled (medians of 20)")
+
+
+def _script(session: Session, given: argparse.Namespace) -> str | None:
+    """A script; gives why it failed."""
+    from npu_fuse_pass.errors import OptionError
+    from npu_fuse_pass.tools.follow import run_script
+
+    script, *arguments = given.script
+    if not pathlib.Path(script).is_file():
+        raise OptionError(f"there is no script {script!r}")
+    try:
+        status = run_script(session, script, arguments)
+    except Exception as e:
+        traceback.print_exc()
+        return f"{script}: {type(e).__name__}: {e}"
+    return f"{script} ended with exit status {status}" if status else None
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.rstrip().splitlines())
+
+
+def _refuse(reason: str) -> int:
+    print(f"dump: {reason}", file=sys.stderr)
+    return _USAGE

@@ -1,0 +1,104 @@
+"""`compile_step`: torch.compile of an optimizer's step, with what a backend cannot set or notice."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npu_fuse_pass import backend
+from npu_fuse_pass.errors import NotCapturedError
+from npu_fuse_pass.tools.hidden import hidden, uses_fused
+
+
+def compile_step(opt: torch.optim.Optimizer, **options: Any) -> CompiledStep:
+    """A compiled step of `opt`: call it instead of `opt.step`, with or without a closure.
+
+    It has recompiles of its own (instances of one class otherwise share torch's limit of 8), switches fused=True off
+    with a warning, and notices what a backend cannot: steps that never reach it.
+
+    Args:
+        opt: any torch.optim.Optimizer.
+        options: those of the backend: `platform`, `strict`, `check_numerics`, `torchair_config`, `layout`.
+
+    Raises:
+        OptionError: an unknown option or value.
+    """
+    if uses_fused(opt):
+        _switch_fused_off(opt)
+    return CompiledStep(opt, options)
+
+
+class CompiledStep:
+    """What `compile_step` gives.
+
+    Raises:
+        UnfusedError: `strict`, and something is left unfused; nothing was changed.
+        NumericsError: `check_numerics`, and a fused update differs; the original's values are in place.
+        NotCapturedError: when called for the second time, if no update reached the backend; names reason and remedy.
+            Both steps were done, eagerly.
+    """
+
+    def __init__(self, opt: torch.optim.Optimizer, options: dict[str, Any]) -> None:
+        self._opt = opt
+        self._watched = backend.Watched(options)
+        self._step = backend.isolated(opt.step, self._watched)
+        self._steps = 0
+        self._compiled = False
+        self._warned = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._watched.ran.clear()
+        try:
+            result = self._step(*args, **kwargs)
+        except Exception as e:
+            own = backend.own_error(e)
+            if own is None or own is e:
+                raise
+            raise own from e
+        if self._watched.ran:
+            self._compiled = True
+        elif backend.compiling() and has_gradients(self._opt):
+            self._missed()
+        return result
+
+    def _missed(self) -> None:
+        """A step that updated parameters, but not in a compiled graph."""
+        self._steps += 1
+        name = type(self._opt).__name__
+        if self._compiled and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"npu_fused: a step of {name} ran eagerly: torch compiles no further variant of it. What changes "
+                "between steps costs variants: make lr a tensor, keep gradients from becoming None (set_to_none=False)",
+                stacklevel=3,
+            )
+        if not self._compiled and self._steps >= 2:
+            why = (
+                hidden(self._opt) or f"Dynamo broke or skipped every graph: {backend.last_break() or 'see TORCH_LOGS'}"
+            )
+            done = f"two steps of {name} ran, both eagerly, and torch handed no update to the backend"
+            raise NotCapturedError(f"{done}. {why}")
+
+
+def has_gradients(opt: torch.optim.Optimizer) -> bool:
+    """Whether a step of `opt` has anything to do."""
+    return any(p.grad is not None for group in opt.param_groups for p in group["params"])
+
+
+def _switch_fused_off(opt: torch.optim.Optimizer) -> None:
+    warnings.warn(
+        f"npu_fused: {type(opt).__name__} was constructed with fused=True, which torch hides from every backend; "
+        "compile_step has switched it off. Construct the optimizer without it to avoid this warning",
+        stacklevel=3,
+    )
+    for settings in (opt.defaults, *opt.param_groups):
+        if settings.get("fused"):
+            settings["fused"] = False
+    opt._step_supports_amp_scaling = False  # type: ignore[attr-defined]  # GradScaler then unscales before the step
+    for entry in opt.state.values():
+        step = entry.get("step")
+        if isinstance(step, Tensor):  # fused kernels keep counters on the device
+            entry["step"] = step.cpu()

@@ -1,0 +1,180 @@
+"""What fusing would gain for an optimizer that was seen at work, and what stands in the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npu_fuse_pass.errors import FuseError, NumericsError
+from npu_fuse_pass.report.remedies import fallback_remedy
+from npu_fuse_pass.report.report import CompileReport
+from npu_fuse_pass.rules.optimizer import RuleOptimizer
+from npu_fuse_pass.tools.explain import try_on_copy
+from npu_fuse_pass.tools.hidden import hidden
+from npu_fuse_pass.tools.observe import Observed, measure
+
+_OURS = "an optimizer of ours or a rule never recompiles for it"
+# ours -> torch's class of the same kind, whose memory is measured for comparison
+_COUNTERPART = {"NpuFusedAdam": "Adam", "NpuFusedAdamW": "AdamW", "NpuFusedSGD": "SGD", "NpuFusedRMSpropTF": "RMSprop"}
+# Temporaries of torch_npu.optim 2.13 that live at once, in copies of all parameters, counted in its source: root and
+# quotient of Adam's denominator, square and difference of RMSprop's average. True: weight_decay makes one more, where
+# it is added to the gradient.
+_TORCH_NPU = {"Adam": (2, True), "AdamW": (2, False), "SGD": (0, True), "RMSprop": (2, True)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """Something that stands in the way of fusing, or of the gain."""
+
+    what: str
+    remedy: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.what}. What to do: {self.remedy}" if self.remedy else self.what
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
+    """What was found out about one optimizer.
+
+    Attributes:
+        memory: peak bytes that a step allocates, by who does the step.
+        findings: what stands in the way; empty if nothing does.
+    """
+
+    name: str
+    parameters: int
+    elements: int
+    calls: tuple[int | None, int]
+    report: CompileReport
+    memory: dict[str, int]
+    findings: list[Finding]
+
+    def __str__(self) -> str:
+        now, fused = self.calls
+        lines = [f"{self.name}: {self.parameters} parameters, {self.elements:,} elements"]
+        lines.append(f"  kernel calls per step: now {_number(now)}, fused {fused or '-'}")
+        traffic = self.report.bytes_per_element
+        if traffic:
+            saved = traffic["before"] / traffic["after"]
+            lines.append(
+                f"  memory traffic, bytes per element: operation by operation {traffic['before']:.0f}, "
+                f"fused {traffic['after']:.0f} ({saved:.1f} times less)"
+            )
+        lines.append("  memory that a step allocates at its peak:")
+        lines += [f"    {size:14,} bytes  {who}" for who, size in self.memory.items()]
+        lines.append("  in the way:" if self.findings else "  in the way: nothing")
+        lines += [f"    - {finding}" for finding in self.findings]
+        return "\n".join([*lines, *(f"  {line}" for line in str(self.report).splitlines())])
+
+
+def examine(seen: Observed, check_numerics: bool = False) -> Diagnosis:
+    """Try the fused step on a copy of the optimizer, with the gradients that it has, and measure what it does."""
+    opt = seen.optimizer
+    params = [p for group in opt.param_groups for p in group["params"]]
+    memory = {} if seen.measured is None else {"as the script runs it, eagerly (measured)": seen.measured.peak_bytes}
+    memory |= _others(opt, params)
+    findings = [*_tensors(params), *_numbers(seen), *_steps(seen)]
+    report, launches = CompileReport("auto"), 0
+    try:
+        trial = try_on_copy(opt, {})
+        report, launches = trial.report, sum(g.launches for g in trial.report.groups)
+        findings += [Finding(reason, fallback_remedy(reason)) for reason in report.reasons]
+        if trial.step is not None:
+            memory["fused (measured)"] = measure(trial.step).peak_bytes
+            if check_numerics:
+                try_on_copy(opt, {"check_numerics": True})
+    except NumericsError as e:
+        findings.append(Finding(f"WRONG NUMBERS: {e}", "please report it, with this output"))
+    except FuseError as e:
+        findings.append(Finding(str(e)))
+    calls = (seen.measured.calls if seen.measured else None, launches)
+    elements = sum(p.numel() for p in params)
+    return Diagnosis(_name(opt), len(params), elements, calls, report, memory, findings)
+
+
+def _others(opt: torch.optim.Optimizer, params: list[Tensor]) -> dict[str, int]:
+    """What torch.optim's foreach form (its default on accelerators) and torch_npu.optim allocate."""
+    name = _COUNTERPART.get(type(opt).__name__, type(opt).__name__)
+    cls: Any = getattr(torch.optim, name, None)
+    if hidden(opt) is not None and not opt.param_groups[0].get("fused"):
+        return {}
+    if cls is None or "foreach" not in inspect.signature(cls).parameters:
+        return {}
+    given = opt.param_groups[0]
+    known = {k: given[k] for k in inspect.signature(cls).parameters if k in given and k not in ("params", "fused")}
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    for p in twins:
+        p.grad = torch.zeros_like(p)
+    numbers = {k: float(v) if isinstance(v, Tensor) else v for k, v in known.items()}
+    made = cls(twins, **{**numbers, "foreach": True})
+    made.step()
+    found = {f"torch.optim.{name}, foreach (measured)": measure(made.step).peak_bytes}
+    if name in _TORCH_NPU:
+        copies, decays = _TORCH_NPU[name]
+        copies += bool(decays and given.get("weight_decay"))
+        size = copies * sum(p.numel() * p.element_size() for p in params)
+        found["torch_npu.optim, flat tensors (modelled; its first step copies parameters and gradients once)"] = size
+    return found
+
+
+def _tensors(params: list[Tensor]) -> list[Finding]:
+    """Memory and gradients that no kernel takes."""
+    found = []
+    sparse = sum(p.grad is not None and p.grad.layout is not torch.strided for p in params)
+    if sparse:
+        remedy = "dense gradients: sparse=False in torch.nn.Embedding"
+        found.append(Finding(f"{sparse} parameters have sparse gradients", remedy))
+    starts = sorted((p.data_ptr(), p.data_ptr() + p.numel() * p.element_size()) for p in params if p.numel())
+    if any(end > start for (_, end), (start, _) in itertools.pairwise(starts)):
+        found.append(
+            Finding("two parameters share memory", "pass tied parameters once, or give them memory of their own")
+        )
+    return found
+
+
+def _numbers(seen: Observed) -> list[Finding]:
+    """Numbers that change and are part of a stock optimizer's graph."""
+    opt = seen.optimizer
+    if isinstance(opt, RuleOptimizer):
+        return []
+    found = []
+    numbers = sorted(seen.changed - {"lr"})
+    floats = not all(isinstance(group.get("lr"), Tensor) for group in opt.param_groups)
+    if floats and ("lr" in seen.changed or getattr(opt.step, "_wrapped_by_lr_sched", False)):
+        found.append(
+            Finding(
+                "lr is a Python number and a scheduler or the script changes it: the compiled step recompiles",
+                f"lr=torch.tensor(...), which schedulers fill; {_OURS}",
+            )
+        )
+    if numbers:
+        found.append(Finding(f"{', '.join(numbers)} changed between steps: the compiled step recompiles", _OURS))
+    return found
+
+
+def _steps(seen: Observed) -> list[Finding]:
+    found = []
+    if len(seen.gradients) > 1 and not isinstance(seen.optimizer, RuleOptimizer):
+        remedy = f"zero_grad(set_to_none=False); {_OURS}"
+        found.append(Finding("gradients are None at some steps: every new pattern recompiles", remedy))
+    if seen.closures:
+        remedy = "compute the loss before the step, where the optimizer allows it"
+        found.append(Finding("steps are given a closure, which runs outside of every graph", remedy))
+    return found
+
+
+def _name(opt: torch.optim.Optimizer) -> str:
+    if type(opt) is RuleOptimizer:
+        return f"the rule {opt.rule.name}"
+    module = type(opt).__module__
+    return f"torch.optim.{type(opt).__name__}" if module.startswith("torch.optim") else type(opt).__name__
+
+
+def _number(value: int | None) -> str:
+    return "not measured (a profiler of the script was active)" if value is None else str(value)

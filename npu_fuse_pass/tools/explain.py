@@ -1,0 +1,123 @@
+"""`explain`: what the pass would do with an optimizer, found out on a copy of it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npu_fuse_pass import backend
+from npu_fuse_pass.errors import FuseError
+from npu_fuse_pass.report.report import CompileReport
+from npu_fuse_pass.tools.hidden import hidden
+
+
+def explain(opt: torch.optim.Optimizer, **options: Any) -> CompileReport:
+    """Compile and run two steps of a copy of `opt`, and return the report of the second one.
+
+    Values, states and gradients of `opt` do not change, and its hooks are not called. Parameters that require a
+    gradient and have none get one of zeros, on the copy. Needs memory for one more copy of parameters and states.
+
+    Args:
+        opt: any torch.optim.Optimizer.
+        options: those of the backend: `platform`, `strict`, `check_numerics`, `torchair_config`, `layout`.
+
+    Returns:
+        The report. Where torch never shows the step to a backend, its `fallback` names the reason and the remedy.
+
+    Raises:
+        OptionError: an unknown option or value.
+        UnfusedError: `strict`, and something is left unfused.
+        NumericsError: `check_numerics`, and a fused update of the copy differs from the original's.
+        FuseError: a step of the copy fails; the message says why.
+    """
+    return try_on_copy(opt, options).report
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """What came of two compiled steps of a copy; `step` does another one, if the copy could be compiled."""
+
+    report: CompileReport
+    step: Callable[[], Any] | None = None
+
+
+def try_on_copy(opt: torch.optim.Optimizer, options: dict[str, Any]) -> Trial:
+    """As `explain`, with the copy's compiled step."""
+    watched = backend.Watched(options)
+    reason = hidden(opt)
+    if reason is not None:
+        return Trial(CompileReport(watched.options["platform"], fallback=reason))
+    twin = _twin(opt)
+    step = backend.isolated(twin.step, watched)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="npu_fused")  # the report says it
+            for _ in range(2):
+                watched.ran.clear()
+                step()
+    except Exception as e:
+        own = backend.own_error(e)
+        if own is e:
+            raise
+        name = type(opt).__name__
+        raise own or FuseError(f"explain cannot run a step of {name}: {type(e).__name__}: {e}") from e
+    if not watched.ran:
+        broken = backend.last_break() or "it has no parameters that require gradients"
+        missed = f"no update reached the backend: {broken}"
+        return Trial(CompileReport(watched.options["platform"], fallback=missed))
+    return Trial(_joined(watched.ran), step)
+
+
+def _joined(reports: list[CompileReport]) -> CompileReport:
+    """One report of a step that torch broke into several graphs."""
+    if len(reports) == 1:
+        return reports[0]
+    fallbacks = [r.fallback for r in reports if r.fallback]
+    return dataclasses.replace(
+        reports[0],
+        groups=[g for r in reports for g in r.groups],
+        unfused=[u for r in reports for u in r.unfused],
+        fallback="; ".join(fallbacks) or None,
+    )
+
+
+def _twin(opt: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """A copy of an optimizer with memory of its own, laid out and shared as that of the original."""
+    memo: dict[Any, Any] = {}
+    for group in opt.param_groups:
+        for p in group["params"]:
+            memo[id(p)] = _copied(p, memo)
+    if type(opt).__getstate__ is torch.optim.Optimizer.__getstate__:  # which keeps no attributes of subclasses
+        twin = object.__new__(type(opt))
+        fields = {k: v for k, v in vars(opt).items() if not (k == "step" or k.endswith("_hooks"))}
+        vars(twin).update(copy.deepcopy(fields, memo))
+        vars(twin).update({k: OrderedDict() for k in vars(opt) if k.endswith("_hooks")})
+        return twin
+    twin = copy.deepcopy(opt, memo)
+    for name in [k for k in vars(twin) if k.endswith("_hooks")]:
+        vars(twin)[name] = OrderedDict()
+    return twin
+
+
+def _copied(p: Tensor, memo: dict[Any, Any]) -> Tensor:
+    """A parameter with its gradient; memory that tensors share stays shared."""
+
+    def with_storage(t: Tensor) -> Tensor:
+        storage = copy.deepcopy(t.untyped_storage(), memo)
+        return torch.empty(0, dtype=t.dtype, device=t.device).set_(storage, t.storage_offset(), t.shape, t.stride())
+
+    made: Tensor = with_storage(p.detach())
+    made = torch.nn.Parameter(made, p.requires_grad) if isinstance(p, torch.nn.Parameter) else made
+    made.requires_grad_(p.requires_grad)
+    if p.grad is not None:
+        made.grad = with_storage(p.grad) if p.grad.layout == torch.strided else p.grad.clone()
+    elif p.requires_grad:
+        made.grad = torch.zeros_like(made)
+    return made

@@ -1,0 +1,143 @@
+"""Runs steps or whole scripts, and follows what every torch.compile with this backend comes to."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import runpy
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from npu_fuse_pass import backend
+from npu_fuse_pass.errors import FuseError, NumericsError
+from npu_fuse_pass.report.report import reports
+from npu_fuse_pass.tools.observe import as_main
+from npu_fuse_pass.tools.requests import Request, counted, followed, new_since, request_for
+
+
+class Session:
+    """While it is open, torch.compile with this backend leaves dumps in a folder, and is followed.
+
+    Attributes:
+        requests: in order.
+    """
+
+    def __init__(self, out: pathlib.Path, platform: str | None, check_numerics: bool = False) -> None:
+        self.requests: list[Request] = []
+        platforms = {} if platform is None else {"platform": platform}
+        checks = {"check_numerics": True} if check_numerics else {}
+        self._options = {"dump": out, **platforms, **checks}
+        self._known = backend.breaks()
+        self._before = reports()
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[None]:
+        """Follow what is compiled inside the block."""
+        before = torch.compile
+        torch.compile = self._wrapped(before)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="npu_fused: not fused")  # that is what is printed
+                yield
+        finally:
+            torch.compile = before
+
+    def problems(self, ended: bool = True) -> list[str]:
+        """Why something is not fused, in words.
+
+        Args:
+            ended: steps were made; otherwise it says nothing that no graph arrived.
+        """
+        breaks = [text for text in backend.breaks() if text not in self._known]
+        found = [text for request in self.requests if ended or request.reports for text in request.problems(breaks)]
+        noted = [r for request in self.requests for r in request.reports]
+        again = [r for r in new_since(self._before) if not any(r is n for n in noted)]  # planned anew at a step
+        found += [f"{r.cause}: {reason}" for r in again for reason in r.reasons]
+        if not self.requests and ended:
+            found.append('nothing was compiled with torch.compile(..., backend="npu_fused")')
+        return found
+
+    @property
+    def wrong(self) -> list[str]:
+        """What check_numerics found."""
+        return [text for request in self.requests for text in request.wrong]
+
+    @property
+    def checked_steps(self) -> int:
+        """How many steps check_numerics has compared."""
+        return sum(r.checked_steps for r in new_since(self._before))
+
+    def _wrapped(self, compile: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(model: Any = None, *args: Any, **given: Any) -> Any:
+            asked = given.get("backend")
+            ours = asked in ("npu_fused", backend.npu_fused) or isinstance(asked, backend.Watched)
+            if not ours:
+                return compile(model, *args, **given)
+            if model is None:
+                return lambda function: wrapped(function, *args, **given)
+            own = given.pop("options", None) or {}
+            watched = asked if isinstance(asked, backend.Watched) else backend.Watched(own)
+            watched.options = {**watched.options, **self._options}
+            request = request_for(model)
+            self.requests.append(request)
+            step = compile(model, *args, **{**given, "backend": followed(request, watched)})
+            return counted(request, watched, model, step)
+
+        return wrapped
+
+
+def run_optimizer(session: Session, opt: torch.optim.Optimizer, steps: int = 2) -> str | None:
+    """Compile and run a step, twice: buffers that appear in the first one change the graph.
+
+    Returns:
+        Why it failed, or None; what the session has noted is no failure.
+    """
+    with session.open():
+        step = torch.compile(opt.step, backend="npu_fused")
+        if session.requests[-1].hidden:
+            return None
+        try:
+            for _ in range(steps):
+                step()
+        except NumericsError:
+            return None
+        except Exception as e:
+            own = backend.own_error(e)
+            return str(own) if isinstance(own, FuseError) else f"{type(e).__name__}: {e}"
+    return None
+
+
+def times(make: Callable[[], torch.optim.Optimizer], options: Mapping[str, Any], steps: int = 20) -> dict[str, float]:
+    """Median seconds of a step, eager ("before") and compiled ("after"), each of an optimizer of its own."""
+    found = {}
+    for when in ("before", "after"):
+        opt = make()
+        step = opt.step if when == "before" else torch.compile(opt.step, backend="npu_fused", options=dict(options))
+        taken = []
+        for _ in range(2 + steps):  # the first two make states and compile
+            start = time.perf_counter()
+            step()
+            taken.append(time.perf_counter() - start)
+        found[when] = statistics.median(taken[2:])
+    return found
+
+
+def run_script(session: Session, path: str, arguments: Sequence[str]) -> int:
+    """Run a user's script as `python path arguments` would.
+
+    Returns:
+        Its exit status.
+    """
+    try:
+        with as_main(path, arguments), session.open():
+            runpy.run_path(path, run_name="__main__")
+    except NumericsError:
+        return 0  # noted
+    except SystemExit as e:
+        return e.code if isinstance(e.code, int) else int(e.code is not None)
+    return 0

@@ -1,0 +1,134 @@
+"""What one torch.compile with this backend comes to: its graphs, its steps, and why it is not fused."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from npu_fuse_pass import backend
+from npu_fuse_pass.errors import NumericsError
+from npu_fuse_pass.report.remedies import fallback_remedy
+from npu_fuse_pass.report.report import CompileReport, reports
+from npu_fuse_pass.run.rule_step import graph_break_of
+from npu_fuse_pass.tools.hidden import hidden
+
+_OWN_BREAK = ", in _use_grad)"  # torch breaks the graph itself around every step of its optimizers
+
+
+@dataclasses.dataclass
+class Request:
+    """One torch.compile with this backend.
+
+    Attributes:
+        name: of what is compiled.
+        hidden: why torch shows it to no backend, if it is known to.
+        graphs: how many arrived.
+        reports: of those that update something.
+        breaks: where Dynamo ended a graph, and why.
+        steps: calls with something to update, where an optimizer's own step is compiled.
+        eager: those of them in which no compiled graph ran.
+        missed: (of how many parameters, how many were updated), where a step updated fewer in compiled graphs.
+        wrong: what check_numerics found.
+    """
+
+    name: str
+    hidden: str | None
+    graphs: int = 0
+    reports: list[CompileReport] = dataclasses.field(default_factory=list)
+    breaks: list[str] = dataclasses.field(default_factory=list)
+    steps: int = 0
+    eager: int = 0
+    missed: tuple[int, int] | None = None
+    wrong: list[str] = dataclasses.field(default_factory=list)
+
+    def problems(self, known_breaks: Sequence[str]) -> list[str]:
+        """Why it is not fused, in words; empty where everything is."""
+        breaks = [text for text in dict.fromkeys([*self.breaks, *known_breaks]) if _OWN_BREAK not in text]
+        if not self.reports:
+            reasons = [self.hidden] if self.hidden else breaks
+            arrived = "no graph with an update" if self.graphs else "no graph"
+            reasons = reasons or ["it was never called, or has no parameter with a gradient"]
+            return [f"{self.name}: {arrived} reached the backend: {_advised(reason)}" for reason in reasons]
+        found = [f"{self.name}: {reason}" for report in self.reports for reason in report.reasons]
+        because = "".join(f"; {_advised(text)}" for text in breaks)
+        if self.missed:
+            of, updated = self.missed
+            found.append(f"{self.name}: compiled graphs updated {updated} of {of} parameters with gradients{because}")
+        if self.eager:
+            why = because or "; torch stops at its limit of compiles: what changes is said by every compile above"
+            found.append(f"{self.name}: {self.eager} of {self.steps} steps ran in no compiled graph{why}")
+        return list(dict.fromkeys(found))
+
+
+def request_for(model: Any) -> Request:
+    """What is compiled, before anything has arrived."""
+    owner = getattr(model, "__self__", None)
+    name = str(getattr(model, "__name__", type(model).__name__))
+    why = hidden(owner) if isinstance(owner, torch.optim.Optimizer) else None
+    return Request(f"{type(owner).__name__}.{name}" if owner is not None else name, why)
+
+
+def followed(request: Request, watched: backend.Watched) -> Callable[..., Any]:
+    """The backend, noting what arrives."""
+
+    def compiled(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        request.graphs += 1
+        ended = graph_break_of(gm)
+        if ended is not None and ended not in request.breaks:
+            request.breaks.append(ended)
+        before = reports()
+        try:
+            run = watched(gm, example_inputs)
+        finally:
+            request.reports += [r for r in new_since(before) if r.groups or r.unfused or r.fallback]
+        return _noting_numbers(request, run) if watched.options["check_numerics"] else run
+
+    return compiled
+
+
+def _noting_numbers(request: Request, run: Callable[..., Any]) -> Callable[..., Any]:
+    def noted(*args: Any) -> Any:
+        try:
+            return run(*args)
+        except NumericsError as e:
+            request.wrong.append(f"{request.name}: {e}")
+            raise
+
+    return noted
+
+
+def counted(request: Request, watched: backend.Watched, model: Any, step: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled step, noting how much of it compiled graphs did; only an optimizer's own step can be judged."""
+    opt = getattr(model, "__self__", None)
+    if not isinstance(opt, torch.optim.Optimizer):
+        return step
+
+    @functools.wraps(step)
+    def noted(*args: Any, **given: Any) -> Any:
+        due = sum(p.grad is not None for group in opt.param_groups for p in group["params"])
+        watched.ran.clear()
+        result = step(*args, **given)
+        request.steps += bool(due)
+        request.eager += bool(due) and not watched.ran
+        updated = sum(g.updates for report in watched.ran for g in report.groups if g.writes == "leaves")
+        whole = not watched.ran or any(report.reasons for report in watched.ran)
+        if not whole and updated < due and not hasattr(opt, "_prelude"):  # ours plan anew without another compile
+            request.missed = due, updated
+        return result
+
+    return noted
+
+
+def new_since(before: Sequence[CompileReport]) -> list[CompileReport]:
+    """Reports that were not there before."""
+    return [r for r in reports() if not any(r is old for old in before)]
+
+
+def _advised(reason: str) -> str:
+    remedy = fallback_remedy(reason)
+    return f"{reason}. What to do: {remedy}" if remedy else reason

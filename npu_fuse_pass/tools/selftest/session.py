@@ -1,0 +1,62 @@
+"""A selftest from the first check to the last line of its report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from npu_fuse_pass.tools.selftest.environment import look
+from npu_fuse_pass.tools.selftest.report import Report
+
+
+def run(report: Report, platform: str, quick: bool, say: Callable[[str], None]) -> bool:
+    """Check the environment, then parity, then times; whether all is well.
+
+    Args:
+        report: is filled in and written, before every part.
+        platform: "npu", or "cpu": the same with the CPU lowering.
+        quick: fewer optimizers and smaller workloads.
+        say: gets every line as it is found.
+    """
+    for finding in look(platform):
+        report.environment.append(finding)
+        say(str(finding))
+        report.begin(f"environment, after {finding.name}")
+        if finding.needed and finding.remedy:
+            reason = f"{finding.name}: {finding.value.rstrip('.')}"
+            report.finish(f"**Nothing was run, because of {reason}.** To go on: {finding.remedy}.")
+            return False
+    failed = _parity(report, platform, quick, say)
+    failed += _times(report, platform, quick, say)
+    ran = f"{len(report.parity)} optimizers compared"
+    if failed:
+        report.finish(f"**FAILED**: {ran}, {len(failed)} failed: {'; '.join(failed)}")
+    else:
+        report.finish(f"**Passed**: {ran} with float64, all within their tolerance and fused.")
+    return not failed
+
+
+def _parity(report: Report, platform: str, quick: bool, say: Callable[[str], None]) -> list[str]:
+    from npu_fuse_pass.tools.selftest import cases, parity
+
+    failed = []
+    for case in cases.cases(quick):
+        report.begin(f"parity of {case.name}")
+        outcome = parity.compare(case, platform, platform)
+        report.parity.append(outcome)
+        say(str(outcome))
+        if outcome.verdict != "ok":
+            failed.append(f"{case.name} ({outcome.verdict})")
+    return failed
+
+
+def _times(report: Report, platform: str, quick: bool, say: Callable[[str], None]) -> list[str]:
+    from npu_fuse_pass.tools.selftest import timing
+
+    report.begin("constants of the device")
+    report.constants = timing.constants(platform, quick)
+    say(", ".join(f"{name}: {value:.1f}" for name, value in report.constants.items()))
+    for family, workload in timing.plan(quick):
+        report.begin(f"time of {family.name} on {workload}")
+        report.timing.append(timing.measure(family, workload, platform, platform))
+        say(str(report.timing[-1]))
+    return [f"ours, {t.family} on {t.workload} ({t.failed['ours']})" for t in report.timing if "ours" in t.failed]
