@@ -17,7 +17,7 @@ import torch
 from npu_fuse_pass.ir.expr import DTYPE_NAMES, REDUCTIONS, Expr, postorder
 from npu_fuse_pass.ir.types import Formula
 from npu_fuse_pass.lowerings.cpu.cpp_ops import CPP, CPP_TYPES, STORED, cast, cpp_type, rounded
-from npu_fuse_pass.lowerings.cpu.sweeps import Pass, Stage, plan
+from npu_fuse_pass.lowerings.kernels.sweeps import Pass, Stage, plan
 
 CHUNK = 16384
 LANES = 16
