@@ -1,4 +1,4 @@
-"""The dependency rules: what each part may import and when, by source and in fresh processes."""
+"""What is imported while something loads, private names of torch, pins. Which room may import which: pyproject.toml."""
 
 from __future__ import annotations
 
@@ -17,45 +17,13 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGES = ("npu_fuse_pass", "optimizers")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
-# Stages hand typed values (ir.py) to each other and never import each other; only the pipeline imports them.
-STAGES = {
-    "capture": (
-        *("npu_fuse_pass.capture.graph", "npu_fuse_pass.capture.totals", "npu_fuse_pass.capture.updates"),
-        *("npu_fuse_pass.capture.rule", "npu_fuse_pass.capture.inline"),
-    ),
-    "decide": ("npu_fuse_pass.passes.specialise",),
-    "group": ("npu_fuse_pass.passes.group",),
-    "match": (
-        *(
-            "npu_fuse_pass.match.find",
-            "npu_fuse_pass.match.verify",
-            "npu_fuse_pass.match.polynomial",
-            "npu_fuse_pass.match.solve",
-        ),
-        *("npu_fuse_pass.match.value", "npu_fuse_pass.match.write", "npu_fuse_pass.match.algebra"),
-    ),
-    "rewrite": ("npu_fuse_pass.passes.rewrite",),
-    "lower": ("npu_fuse_pass.lowerings",),
-}
-MAY_IMPORT_STAGES = {
-    "npu_fuse_pass.pipeline": tuple(STAGES),
-    "npu_fuse_pass.lower": ("lower",),
-    "npu_fuse_pass.backend": ("capture",),  # it hands the pipeline the capture that fits what Dynamo gave it
-    "npu_fuse_pass.tools.selftest.environment": ("lower",),  # it asks whether a lowering can be used here
-}
-# What optimizers may use of npu_fuse_pass: the rule side, nothing of the compiler.
-RULE_SIDE = ("npu_fuse_pass.rules", "npu_fuse_pass.errors")
-# Packages besides the standard library and torch, and who may import them, inside functions only.
-THIRD_PARTY = {
-    "sympy": ("npu_fuse_pass.match.find", "npu_fuse_pass.match.algebra"),
-    "torch_npu": ("npu_fuse_pass.lowerings.npu.program", "npu_fuse_pass.tools.selftest"),  # times its optimizers
-    "torchair": ("npu_fuse_pass.lowerings.npu.program", "npu_fuse_pass.lowerings.npu.graph.converters"),
-}
+# Packages besides the standard library and torch: inside functions only. Who may is in pyproject.toml's contracts.
+THIRD_PARTY = ("sympy", "torch_npu", "torchair")
 # What is slow to import: only the backend, which torch.compile loads, and Inductor's hook may do so while loading.
 COMPILER = ("torch._dynamo", "torch._inductor", "torch._functorch")
 MAY_LOAD_COMPILER = ("npu_fuse_pass.backend", "npu_fuse_pass.hook")
 # Private names of torch are for the modules that must know how Dynamo's and AOTAutograd's graphs look.
-MAY_USE_PRIVATE_TORCH = ("npu_fuse_pass.backend", *STAGES["capture"], *STAGES["lower"])
+MAY_USE_PRIVATE_TORCH = ("npu_fuse_pass.backend", "npu_fuse_pass.capture", "npu_fuse_pass.lowerings")
 NO_PUBLIC_NAME = ("torch._ops.OpOverload",)  # the class of operations
 PRIVATE_TORCH_EXCEPTIONS = {
     "npu_fuse_pass.rules.optimizer": {
@@ -150,11 +118,6 @@ def within(name: str, modules: tuple[str, ...]) -> bool:
     return any(name == m or name.startswith(f"{m}.") for m in modules)
 
 
-def stage_of(name: str) -> str | None:
-    """The stage that a module belongs to, if it is one."""
-    return next((stage for stage, modules in STAGES.items() if within(name, modules)), None)
-
-
 def violations(name: str, source: str, is_package: bool = False) -> list[str]:
     """What a module does against the dependency rules, as readable lines."""
     tree = ast.parse(source)
@@ -163,22 +126,14 @@ def violations(name: str, source: str, is_package: bool = False) -> list[str]:
         top = item.module.split(".")[0]
         where = f"{name}:{item.line}: imports {item.module}"
         if top in THIRD_PARTY:
-            if not within(name, THIRD_PARTY[top]):
-                found.append(f"{where}: only {', '.join(THIRD_PARTY[top])} may")
             if item.loading:
                 found.append(f"{where} while loading: import it inside a function")
         elif top not in (*PACKAGES, "torch", "__future__") and top not in sys.stdlib_module_names:
             found.append(f"{where}: torch is the only dependency")
         if item.loading and within(item.module, COMPILER) and name not in MAY_LOAD_COMPILER:
             found.append(f"{where} while loading: only {', '.join(MAY_LOAD_COMPILER)} may")
-        if name.startswith("npu_fuse_pass"):
-            if top == "optimizers" and item.loading:
-                found.append(f"{where} while loading: the name may be a user's own file")
-            stage, own = stage_of(item.module), stage_of(name)
-            if stage and stage != own and stage not in MAY_IMPORT_STAGES.get(name, ()):
-                found.append(f"{where}: only the pipeline orders the stages; shared types go to ir.py")
-        elif top == "npu_fuse_pass" and not within(item.module, RULE_SIDE):
-            found.append(f"{where}: optimizers are rules; they use {', '.join(RULE_SIDE)}")
+        if item.loading and top == "optimizers" and name.startswith("npu_fuse_pass"):
+            found.append(f"{where} while loading: the name may be a user's own file")
     if not within(name, MAY_USE_PRIVATE_TORCH):
         allowed = PRIVATE_TORCH_EXCEPTIONS.get(name, {})
         found += [
@@ -208,21 +163,13 @@ def test_exceptions_are_still_needed() -> None:
     [
         ("npu_fuse_pass.ir.types", "import numpy", "torch is the only dependency"),
         ("npu_fuse_pass.ir.types", "def f():\n    import numpy as np", "torch is the only dependency"),
-        ("npu_fuse_pass.ir.types", "def f():\n    import sympy", "only npu_fuse_pass.match"),
         ("npu_fuse_pass.match.find", "import sympy", "while loading"),
         ("npu_fuse_pass.lowerings.npu.program", "try:\n    import torchair\nfinally:\n    pass", "while loading"),
-        ("npu_fuse_pass.lowerings.cpu.program", "def f():\n    from torch_npu import npu", "only npu_fuse_pass.low"),
         ("npu_fuse_pass.report.report", "import optimizers", "a user's own file"),
         ("npu_fuse_pass.report.report", "import importlib\nimportlib.import_module('optimizers')", "a user's own"),
-        ("npu_fuse_pass.passes.group", "from npu_fuse_pass.capture.graph import capture", "orders the stages"),
-        ("npu_fuse_pass.passes.group", "from npu_fuse_pass.capture import graph", "orders the stages"),
-        ("npu_fuse_pass.backend", "def f():\n    from .lowerings.cpu import Program", "orders the stages"),
-        ("npu_fuse_pass.ir.types", "from npu_fuse_pass.lowerings.cpu import lower", "orders the stages"),
         ("npu_fuse_pass.report.report", "import torch._dynamo", "while loading"),
         ("npu_fuse_pass.report.report", "import torch\nx = torch.fx._symbolic_trace.Graph", "is private"),
         ("npu_fuse_pass.report.report", "from torch.optim.optimizer import _params_doc", "is private"),
-        ("optimizers.sgd", "from npu_fuse_pass import backend", "optimizers are rules"),
-        ("optimizers.sgd", "def f():\n    import npu_fuse_pass.pipeline", "optimizers are rules"),
     ],
 )
 def test_a_broken_rule_is_noticed(name: str, source: str, complaint: str) -> None:
@@ -231,13 +178,9 @@ def test_a_broken_rule_is_noticed(name: str, source: str, complaint: str) -> Non
 
 def test_what_is_allowed_is_not_complained_about() -> None:
     lowering = "import torch\nfrom npu_fuse_pass.ir.types import Group\ndef f():\n    import torchair\n    torch._C"
-    for_types = (
-        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from npu_fuse_pass.capture.graph import Update"
-    )
     rule = "import math\nfrom npu_fuse_pass.rules import rule\nfrom ._base import NpuFusedOptimizer"
     assert not violations("npu_fuse_pass.lowerings.npu.program", lowering)
     assert not violations("npu_fuse_pass.optim", "def f():\n    import optimizers")
-    assert not violations("npu_fuse_pass.passes.group", for_types)
     assert not violations("optimizers.sgd", rule)
 
 
