@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+from npu_fuse_pass.reasons import Code, Reason
+
 
 class FuseError(Exception):
     """Base of all errors of npu_fuse_pass."""
@@ -24,7 +28,15 @@ class NotCapturedError(FuseError, RuntimeError):
 
 
 class PlatformError(FuseError, RuntimeError):
-    """The platform that was asked for cannot be used here; the message names what to install."""
+    """The platform that was asked for cannot be used here; the message names what to install.
+
+    Attributes:
+        reason: the same as a value.
+    """
+
+    def __init__(self, text: str, code: Code = Code.PLATFORM, remedy: str | None = None) -> None:
+        super().__init__(text)
+        self.reason = code(text, remedy=remedy)
 
 
 class GradientError(FuseError, RuntimeError):
@@ -58,15 +70,35 @@ class NumericsError(FuseError, RuntimeError):
 class GraphRefused(FuseError):  # noqa: N818 - raised by a lowering for its caller, not for the user
     """The device's graph compiler refused a step's graph, or its first run failed; nothing was changed."""
 
+    def __init__(self, text: str, remedy: str | None = None) -> None:
+        super().__init__(text)
+        self.reason = Code.GE_REFUSED(text, remedy=remedy)
+
 
 class Mismatch(FuseError):  # noqa: N818 - raised by kernels for their caller, not for the user
     """The tensors of this call are not what the kernels were made for; nothing was changed."""
+
+    def __init__(self, text: str, code: Code = Code.CHANGED) -> None:
+        super().__init__(text)
+        self.reason = code(text)
 
 
 class Unsupported(FuseError):  # noqa: N818 - a value that stages pass on, not an accident
     """This part of a graph cannot become part of a fused kernel. Carried into the report, never to the user."""
 
-    def __init__(self, op: str, reason: str) -> None:
-        super().__init__(f"{op}: {reason}")
-        self.op = op
-        self.reason = reason
+    def __init__(self, op: str, text: str, code: Code, remedy: str | None = None) -> None:
+        super().__init__(f"{op}: {text}")
+        self.reason = code(text, op, remedy)
+
+    @classmethod
+    def of(cls, reason: Reason) -> Unsupported:
+        """The error that carries this reason."""
+        error = cls(reason.op, reason.text, reason.code)
+        error.reason = reason
+        return error
+
+    def at(self, node: str, source: str | None) -> Unsupported:
+        """Itself, with the place in the graph and in the source; the first that is told counts."""
+        if self.reason.node is None:
+            self.reason = dataclasses.replace(self.reason, node=node, source=source)
+        return self

@@ -15,6 +15,7 @@ from npu_fuse_pass.ir.types import Call, Group, Leaf
 from npu_fuse_pass.lowerings import eager, staged
 from npu_fuse_pass.lowerings.cpu import graph_op
 from npu_fuse_pass.options import Options
+from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.report.report import CompileReport, GroupReport
 from npu_fuse_pass.report.rows import Matches, group_report, show_plans
 from npu_fuse_pass.rules.prelude import Watch
@@ -87,7 +88,7 @@ def lower(
             row.writes = "temporaries"
         last = made_by(leaves, groups, report, options, values)
     except (Unsupported, GraphRefused) as e:
-        report.fallback = str(e)
+        report.fallbacks.append(e.reason)
         report.groups = []
         return None
     if last is None or not before:
@@ -109,7 +110,7 @@ def _lower_cpu(
     try:
         program = cpu.Program(leaves, groups, slower)
     except PlatformError as e:
-        report.fallback = f"the fused graph is interpreted: {e}"
+        report.fallbacks.append(e.reason.led_by("the fused graph is interpreted"))
         report.groups += [group_report(g, leaves, "interpreter", "interpreter", 0, 0) for g in groups]
         return eager.Program(leaves, groups)
     rows += [group_report(k.group, leaves, "cpu", k.group.name, *program.cost(k)) for k in program.kernels]
@@ -133,7 +134,7 @@ def _lower_graph(
     for g in groups:
         for slot in g.formula.written:
             if len({m[slot] for m in g.members}) != len(g.members):
-                raise Unsupported(g.name, "several members write the same 0-dim tensor")
+                raise Unsupported(g.name, "several members write the same 0-dim tensor", Code.SAME_SCALAR)
         tensors = [slot.dtype.itemsize for slot in g.formula.slots if slot.tensor]
         written = [g.formula.slots[s].dtype.itemsize for s in g.formula.written if g.formula.slots[s].tensor]
         passes = 2 if g.formula.contributions else 1

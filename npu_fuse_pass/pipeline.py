@@ -137,7 +137,7 @@ def _fuse(
     groups: list[Group] = []
     report._graph = functools.cache(lambda: _rewrite(captured.leaves, groups, stages))  # when it is asked for
     if captured.unfused and not captured.updates:
-        report.fallback = f"{captured.unfused[0].op}: {captured.unfused[0].reason}"
+        report.fallbacks.append(captured.unfused[0])
     elif captured.updates:
         lower.choose(report, captured.leaves)
         if number is not None and report.platform in lower.DECIDED_BEFORE:
@@ -160,9 +160,9 @@ def _fuse(
         _dump(options, lambda: _contents(original, captured, stages, groups, report, program), program)
     announce(report)
     if options.strict and (report.unfused or report.fallback):
-        raise UnfusedError("\n  ".join(["strict=True and not everything was fused:", *report.reasons]))
-    if report.fallback:
-        warn_unfused(report.fallback, stacklevel=2)
+        raise UnfusedError("\n  ".join(["strict=True and not everything was fused:", *map(str, report.reasons)]))
+    if report.fallbacks:
+        warn_unfused(report.fallbacks, stacklevel=2)
     return Fused(captured, groups, program, report)
 
 

@@ -338,7 +338,7 @@ def problems(row: Row, reports: Sequence[Any]) -> list[str]:
     for report in reports:
         if report.fallback is not None:
             found.append(f"the compiled step fell back: {report.fallback}")
-        found.extend(f"not fused: {u.op}: {u.reason}" for u in report.unfused)
+        found.extend(f"not fused: {reason}" for reason in report.unfused)
         found.extend(f"group {g.name} runs on {g.lowering!r}" for g in report.groups if g.lowering == "eager")
     if row.updates != parameters or row.kernels >= parameters:
         found.append(f"{parameters} parameters: the report has {row.updates} updates in {row.kernels} kernels")

@@ -119,7 +119,7 @@ WRITES_UNSAID: dict[str, Callable[..., Any]] = {
 def test_functions_that_write_without_saying_so(name: str) -> None:
     """What no name tells is found out: the original graph runs, and the report says why."""
     report = compare(WRITES_UNSAID[name], values(torch.float32))
-    assert report.fallback is not None and report.unfused[0].reason, report
+    assert report.fallback is not None and report.unfused[0].text, report
 
 
 def test_a_list_operation_that_cannot_fuse_for_its_last_tensor() -> None:

@@ -23,7 +23,6 @@ import optimizers
 from npu_fuse_pass.errors import GraphRefused
 from npu_fuse_pass.lowerings.cpu import program as cpu
 from npu_fuse_pass.report import causes
-from npu_fuse_pass.report.remedies import fallback_remedy
 
 from .support import gradients, parameters, set_gradients
 
@@ -243,9 +242,3 @@ def test_what_the_device_refuses_is_said_once_and_says_itself_what_to_do(monkeyp
     step = npu_fuse_pass.compile_step(OURS(params))
     (said,) = warned(lambda: [step() for _ in range(3)])
     assert said.endswith("GE refused. Please report it")
-
-
-def test_reasons_that_are_known_have_a_remedy() -> None:
-    assert fallback_remedy("gather: this operation has no place in a fused kernel")
-    assert fallback_remedy("add: mixes ['bf16', 'f32'] without a cast")
-    assert fallback_remedy("something that nobody has seen") is None

@@ -52,7 +52,7 @@ def refusal(op: Op, dtype: torch.dtype) -> str:
     """Why an operation on tensors of a dtype cannot be fused; empty if it can."""
     x, y, z = inputs(dtype)
     unfused = capture(traced(lambda x, y, z, o: o.copy_(op.call(x, y, z)), x, y, z, x.clone())).unfused
-    return unfused[0].reason if unfused else ""
+    return unfused[0].text if unfused else ""
 
 
 @functools.cache

@@ -104,7 +104,7 @@ def check_stages(problem: Problem, how: str, counts: Counts) -> None:
     graph = traced(problem.step(), *tensors)
     captured = capture(graph)
     groups = group(captured)
-    counts.note(problem, len(groups), [f"{u.op}: {u.reason}" for u in captured.unfused])
+    counts.note(problem, len(groups), [f"{u.op}: {u.text}" for u in captured.unfused])
     if captured.unfused:
         npu_fuse_pass.npu_fused(graph, got)(*got)
     else:
@@ -142,7 +142,7 @@ def test_random_steps_through_torch_compile() -> None:
         torch.compile(problem.step(), backend="npu_fused", fullgraph=True)(*got)
         (report,) = npu_fuse_pass.reports()
         assert report.fallback is None, report
-        counts.note(problem, len(report.groups), [f"{u.op}: {u.reason}" for u in report.unfused])
+        counts.note(problem, len(report.groups), [f"{u.op}: {u.text}" for u in report.unfused])
         counts.compare(problem, got, wanted)
 
     check()

@@ -56,7 +56,7 @@ def run_both(make: Callable[[Any], Any], shapes: Any = SHAPES, dtype: Any = torc
                 torch.testing.assert_close(value, other.state[q][name], rtol=2e-5, atol=1e-6)
     reports = npu_fuse_pass.reports()
     assert reports
-    reasons = [u.reason for r in reports for u in r.unfused] + [r.fallback for r in reports if r.fallback]
+    reasons = [u.text for r in reports for u in r.unfused] + [r.fallback for r in reports if r.fallback]
     assert all(reasons)
     return [*step.said, *map(str, reasons)]
 

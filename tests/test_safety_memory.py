@@ -62,7 +62,7 @@ def run_both(maker: str, make: Callable[[], list[Tensor]], give: Callable[[list[
         for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
             assert error(p, q) <= 3e-4, f"step {t}, parameter {i}\n{p.flatten()[:8]}\n{q.flatten()[:8]}"
     reports = npu_fuse_pass.reports()
-    unfused = [u.reason for r in reports for u in r.unfused]
+    unfused = [u.text for r in reports for u in r.unfused]
     return [*step.said, *unfused, *(str(r.fallback) for r in reports if r.fallback)]
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import npu_fuse_pass
+from npu_fuse_pass.reasons import Code
 
 from .cases import BY_NAME
 from .support import Step, assert_close, assert_fused, clones, last_report, parameters, train
@@ -61,7 +62,7 @@ def group(updates: int, lowering: str = "cpu") -> Any:
 
 def test_reports_that_must_fail() -> None:
     assert_fused(Report([group(2), group(1)]), parameters=3)
-    left = types.SimpleNamespace(op="aten.mm", reason="a matrix product")
+    left = Code.OPERATION("a matrix product", "aten.mm")
     for wrong in (
         Report([]),
         Report([group(2)]),

@@ -27,7 +27,7 @@ NOT_FUSED = {
         "What to do: decide with torch.where",
     ],
     "unknown_operation": ["Centred.step: sort: gives torch.int64", "what to do: rewrite this operation"],
-    "fused_flag": ["AdamW.step: no graph reached the backend: fused=True", "Construct the optimizer without it"],
+    "fused_flag": ["AdamW.step: no graph reached the backend: fused=True", "construct the optimizer without it"],
 }
 
 

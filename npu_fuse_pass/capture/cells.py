@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from npu_fuse_pass.capture.aten.pointwise import Val
 from npu_fuse_pass.errors import Unsupported
+from npu_fuse_pass.reasons import Code
 
 
 class Cell:
@@ -24,5 +25,5 @@ class Cell:
             Unsupported: it is a view of something that was written since; writes come after all original operations.
         """
         if self.stale or (self.base is not None and self.base[0].read() is not self.base[1]):
-            raise Unsupported("view", "reads through a view what was written in place")
+            raise Unsupported("view", "reads through a view what was written in place", Code.VIEW_STALE)
         return self.val

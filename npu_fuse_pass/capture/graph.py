@@ -19,7 +19,8 @@ from npu_fuse_pass.capture.interpreter import Interpreter
 from npu_fuse_pass.capture.updates import updates_of
 from npu_fuse_pass.capture.walk import Recorded, run_graph
 from npu_fuse_pass.errors import Unsupported
-from npu_fuse_pass.ir.types import Captured, Leaf, Output, Stage, Unfused
+from npu_fuse_pass.ir.types import Captured, Leaf, Output, Stage
+from npu_fuse_pass.reasons import Code
 
 
 def capture(gm: fx.GraphModule) -> Captured:
@@ -43,7 +44,7 @@ def capture(gm: fx.GraphModule) -> Captured:
         returned = run_graph(interpreter, gm.graph, inputs, attribute)
         returned = returned if isinstance(returned, (list, tuple)) else () if returned is None else (returned,)
         outputs = _outputs(interpreter, gm.graph.output_node(), returned)
-        unfused = [Unfused(op, reason) for op, reason in interpreter.kept]
+        unfused = list(interpreter.kept.values())
         if unfused and all(interpreter.leaves[i].kind == "output" for i in interpreter.written):
             return Captured(interpreter.leaves, [], [])  # nothing is updated: not an optimizer's graph
         b, totals = interpreter.builder, 0
@@ -59,7 +60,7 @@ def capture(gm: fx.GraphModule) -> Captured:
     except Unsupported as e:
         # a graph that writes nothing but what it returns is no optimizer's: there is nothing to report
         only_returns = interpreter.written and all(interpreter.leaves[i].kind == "output" for i in interpreter.written)
-        return Captured(interpreter.leaves, [], [] if only_returns else [Unfused(e.op, e.reason)])
+        return Captured(interpreter.leaves, [], [] if only_returns else [e.reason])
 
 
 def _outputs(interpreter: Interpreter, node: fx.Node, returned: Sequence[Any]) -> list[Output]:
@@ -90,7 +91,9 @@ def _input(interpreter: Interpreter, node: fx.Node, index: int) -> Any:
     if isinstance(example, (int, float, torch.SymInt, torch.SymFloat)):
         return interpreter.add_leaf(Leaf("input", node.name, index), tensor=False, number=True)
     if not isinstance(example, Tensor):
-        raise Unsupported(node.name, f"an argument of the graph is {type(example).__name__}, not a tensor or number")
+        raise Unsupported(
+            node.name, f"an argument of the graph is {type(example).__name__}, not a tensor or number", Code.GRAPH
+        )
     leaf = Leaf(
         "input", node.name, index, dtype=example.dtype, shape=tuple(map(int, example.shape)), device=example.device
     )

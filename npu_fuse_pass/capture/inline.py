@@ -20,6 +20,7 @@ from npu_fuse_pass.capture.rule import capture_batches
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.ir.expr import REDUCTIONS, Expr, postorder
 from npu_fuse_pass.ir.types import Expanded, Leaf, Update
+from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.rules import core_op
 from npu_fuse_pass.rules.batch import inputs_of
 
@@ -34,12 +35,14 @@ def expand_rule(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], 
     optimizer = core_op.optimizer_of(handle)
     own = [p for p in optimizer._surface.params if p.grad is not None]
     if len(own) != len(params):
-        raise Unsupported("rule_update", "other parameters have gradients than when the graph was captured")
+        raise Unsupported(
+            "rule_update", "other parameters have gradients than when the graph was captured", Code.GRADIENTS
+        )
     given = [*own, *(p.grad for p in own)]
     cells = {id(t): cell for t, cell in zip(given, [*params, *grads], strict=True)}
     captured = capture_batches(optimizer._prelude.batches)
     if captured.unfused:
-        raise Unsupported(captured.unfused[0].op, captured.unfused[0].reason)
+        raise Unsupported.of(captured.unfused[0])
     interpreter.moved += captured.moved
     # by leaf; None: a gradient that is missing. What the graph does not hold becomes a leaf that the optimizer fills
     held = enumerate(inputs_of(optimizer._prelude.batches))
@@ -134,5 +137,5 @@ class _Step:
         assert cell is not None
         expr = cell.read().expr
         if cell.val.shape and (expr.tensor != e.tensor or expr.dtype != e.dtype):
-            raise Unsupported("rule_update", "a gradient that the graph computed as one constant")
+            raise Unsupported("rule_update", "a gradient that the graph computed as one constant", Code.CONSTANT)
         return expr

@@ -21,6 +21,7 @@ from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.fx_nodes.effects import Effects, recorded
 from npu_fuse_pass.ir.expr import DTYPE_NAMES, Builder, Expr, postorder
 from npu_fuse_pass.ir.types import Call, Expanded, Leaf, LeafRef
+from npu_fuse_pass.reasons import Code, Reason
 
 _ALIASES = {"detach", "alias", "_get_data_attr", "to", "type_as", "float", "double", "half", "bfloat16", "lift_fresh"}
 
@@ -43,7 +44,7 @@ class Interpreter:
         self.leaves: list[Leaf] = []
         self.written: dict[int, Cell] = {}
         self.stages: list[Level] = []
-        self.kept: dict[tuple[str, str], None] = {}
+        self.kept: dict[tuple[str, str], Reason] = {}  # once for each operation and text
         self.effects = Effects()
         self.grad_enabled = False  # at the point that is being interpreted
         self.moved = 0  # bytes that the operations read and write so far, each by itself
@@ -81,7 +82,7 @@ class Interpreter:
     def _call_out(self, out: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cell:
         result = self._evaluate(name, tuple(map(_value, args)), {k: _value(v) for k, v in kwargs.items()})
         if not isinstance(out, Cell) or result.shape != out.val.shape:
-            raise Unsupported(name, "writes to an `out` of another shape")
+            raise Unsupported(name, "writes to an `out` of another shape", Code.SHAPES)
         self._write(out, name, result)
         return out
 
@@ -90,7 +91,7 @@ class Interpreter:
             kwargs.pop("non_blocking", None)
             source = args[1] if len(args) > 1 else kwargs.get("value", 0)
             if isinstance(source, Val) and source.dimmed and source.shape != args[0].shape:
-                raise Unsupported(name, f"broadcasts {source.shape} to {args[0].shape}")
+                raise Unsupported(name, f"broadcasts {source.shape} to {args[0].shape}", Code.SHAPES)
             return source if isinstance(source, Val) else SHAPED["full_like"](self.builder, args[0], source)
         try:
             if name in SHAPED:
@@ -101,12 +102,12 @@ class Interpreter:
                 self.moved += _traffic(args, [result])
             return result
         except TypeError as e:
-            raise Unsupported(name, f"is called in a form that is not known: {e}") from e
+            raise Unsupported(name, f"is called in a form that is not known: {e}", Code.FORM) from e
 
     def overwrite(self, cell: Cell, name: str, result: Any) -> None:
         """What an original operation gave takes the place of a tensor's value."""
         if not isinstance(result, Cell) or (result.val.shape, result.val.dtype) != (cell.val.shape, cell.val.dtype):
-            raise Unsupported(name, "writes in place what has another shape or dtype")
+            raise Unsupported(name, "writes in place what has another shape or dtype", Code.SHAPES)
         self._write(cell, name, result.val)
 
     def keep(
@@ -115,7 +116,7 @@ class Interpreter:
         name: str,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        reason: str,
+        reason: Reason,
         target: Callable[..., Any] | str | None = None,
     ) -> Any:
         """Leave an operation as it is: what it reads becomes a temporary, what it gives a leaf.
@@ -126,7 +127,7 @@ class Interpreter:
         meta = recorded(node)
         fakes: list[Any] = list(meta) if isinstance(meta, (list, tuple)) else [meta]
         if not all(isinstance(fake, Tensor) for fake in fakes):
-            raise Unsupported(name, reason)
+            raise Unsupported.of(reason)
         cells = [a for a in flatten((args, *kwargs.values())) if isinstance(a, Cell)]
         level = max((self._level(a.read().expr) for a in cells), default=0)
         while len(self.stages) <= level:
@@ -142,12 +143,12 @@ class Interpreter:
         several = isinstance(meta, (list, tuple))
         results = list(range(first, len(self.leaves)))
         self.stages[level].calls.append(Call(target or node.target, given[0], given[1], results, several, node.name))
-        self.kept[name, reason] = None
+        self.kept.setdefault((name, reason.text), dataclasses.replace(reason, op=name))
         return made if several else made[0]
 
     def _result(self, name: str, fake: Any, level: int, base: Any) -> Cell:
         if fake.dtype not in DTYPE_NAMES:
-            raise Unsupported(name, f"gives {fake.dtype}, which no kernel reads")
+            raise Unsupported(name, f"gives {fake.dtype}, which no kernel reads", Code.DTYPE)
         place = f"{name}_{len(self.leaves)}"
         leaf = Leaf("result", place, dtype=fake.dtype, shape=tuple(map(int, fake.shape)), device=fake.device)
         val = self.add_leaf(leaf, fake.ndim > 0).val
@@ -168,7 +169,7 @@ class Interpreter:
             assert isinstance(val.expr.value, int)
             return LeafRef(val.expr.value)
         if val.dtype == torch.bool and not val.shape:
-            raise Unsupported("bool", "a 0-dim bool that an original operation reads")
+            raise Unsupported("bool", "a 0-dim bool that an original operation reads", Code.DTYPE)
         key = (id(val.expr), val.dtype)
         if key not in self._temporaries:
             self._temporaries[key] = len(self.leaves)
@@ -181,9 +182,9 @@ class Interpreter:
     def _write(self, cell: Cell, name: str, result: Val) -> None:
         self._leave_base(cell, name)
         if result.dimmed and not cell.val.dimmed:
-            raise Unsupported(name, "writes a tensor into a 0-dim one")
+            raise Unsupported(name, "writes a tensor into a 0-dim one", Code.SHAPES)
         if result.shape not in ((), cell.val.shape):
-            raise Unsupported(name, f"writes shape {result.shape} into {cell.val.shape}")
+            raise Unsupported(name, f"writes shape {result.shape} into {cell.val.shape}", Code.SHAPES)
         if cell.val.dimmed:
             expr = self.builder.cast(result.expr, cell.val.dtype)
             cell.val = Val(expr, cell.val.dtype, cell.val.shape)
@@ -197,7 +198,7 @@ class Interpreter:
         base = cell.base[0] if cell.base is not None else None
         while base is not None:
             if base.leaf is not None:
-                raise Unsupported(name, "writes in place through a view")
+                raise Unsupported(name, "writes in place through a view", Code.VIEW_WRITTEN)
             base.stale = True
             base = base.base[0] if base.base is not None else None
         cell.base = None
@@ -206,7 +207,7 @@ class Interpreter:
         lists = [a for a in (*args, *kwargs.values()) if isinstance(a, (list, tuple))]
         count = len(lists[0])
         if any(len(x) != count for x in lists):
-            raise Unsupported(f"_foreach_{name}", "lists of different lengths")
+            raise Unsupported(f"_foreach_{name}", "lists of different lengths", Code.SHAPES)
 
         def pick(x: Any, i: int) -> Any:
             return x[i] if isinstance(x, (list, tuple)) else x

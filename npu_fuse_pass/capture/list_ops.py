@@ -18,6 +18,7 @@ from npu_fuse_pass.capture.aten.pointwise import Val, evaluate
 from npu_fuse_pass.capture.cells import Cell
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.fx_nodes.names import operation_name
+from npu_fuse_pass.reasons import Code
 
 if TYPE_CHECKING:
     from npu_fuse_pass.capture.interpreter import Interpreter
@@ -54,7 +55,7 @@ def _of_scalars(name: str) -> Expansion:
         if not isinstance(args[0], Scalars):
             return NotImplemented
         if set(kwargs) - {"ord", "p", "dtype"} or len(args) > 2:
-            raise Unsupported(name, "over some of the dimensions of stacked scalars")
+            raise Unsupported(name, "over some of the dimensions of stacked scalars", Code.REDUCTION)
         b, entries = interpreter.builder, args[0].entries
         order = _order(node) if "norm" in name else None
         if order == 2:

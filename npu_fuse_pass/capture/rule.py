@@ -22,7 +22,8 @@ from npu_fuse_pass.capture.walk import is_known, run_graph
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.fx_nodes.names import operation_name
 from npu_fuse_pass.ir.expr import Expr
-from npu_fuse_pass.ir.types import Captured, Leaf, Slot, Traced, Unfused, Update
+from npu_fuse_pass.ir.types import Captured, Leaf, Slot, Traced, Update
+from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.rules.batch import Batch
 from npu_fuse_pass.rules.checks import meta_keywords, results
 
@@ -51,7 +52,7 @@ def capture_batches(batches: Sequence[Batch]) -> Captured:
             captured.updates += updates
             captured.moved += moved
         except Unsupported as e:
-            captured.unfused.append(Unfused(f"{e.op} in rule {batch.rule.name}", e.reason))
+            captured.unfused.append(dataclasses.replace(e.reason, op=f"{e.reason.op} in rule {batch.rule.name}"))
     captured.n_totals = len(totals)
     return captured
 
@@ -160,7 +161,7 @@ def _trace(
         cell, graph = _run(interpreter, batch, contribution, shape, cells, {**numbers, "step": step})
         graphs.append(graph)
         if cell.val.expr.tensor:
-            raise Unsupported(name, "a total over 0-dim parameters of their own values")
+            raise Unsupported(name, "a total over 0-dim parameters of their own values", Code.ACROSS_PARAMETERS)
         contributions.append((number, cell.val.expr))
 
     def update(t: dict[str, Tensor], k: dict[str, Any]) -> Any:
@@ -228,13 +229,15 @@ def _run(
         except Unsupported:
             raise
         except Exception as e:
-            raise Unsupported("tracing", f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else e!r}") from e
+            raise Unsupported(
+                "tracing", f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else e!r}", Code.RULE
+            ) from e
 
     def attribute(name: str) -> Any:
         value = getattr(graph, name)
         if isinstance(value, Tensor) and value.ndim == 0:
             return Cell(dataclasses.replace(_number(interpreter, float(value)), dtype=value.dtype))
-        raise Unsupported("constant", "a rule uses a tensor constant that is not 0-dim")
+        raise Unsupported("constant", "a rule uses a tensor constant that is not 0-dim", Code.CONSTANT)
 
     try:
         made = run_graph(interpreter, graph.graph, [*(cells[n] for n in names), *flat_keywords], attribute)
@@ -242,7 +245,8 @@ def _run(
     except Unsupported as e:  # name the other operations without a row, too
         calls = [operation_name(node) for node in graph.graph.nodes if node.op == "call_function"]
         others = [name for name in calls if not is_known(name)]
-        raise Unsupported(", ".join(dict.fromkeys([e.op, *others])), e.reason) from e
+        named = ", ".join(dict.fromkeys([e.reason.op, *others]))
+        raise Unsupported.of(dataclasses.replace(e.reason, op=named)) from e
 
 
 def _number(interpreter: Interpreter, value: float) -> Any:

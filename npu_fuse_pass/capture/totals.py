@@ -16,6 +16,7 @@ from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.ir.disjoint import Disjoint
 from npu_fuse_pass.ir.expr import REDUCTIONS, Builder, Expr, postorder
 from npu_fuse_pass.ir.types import Leaf
+from npu_fuse_pass.reasons import Code
 
 _SEVERAL = -1  # stands for "numbers of more than one parameter"
 _FEW = 8  # totals that are no sum (the larger of two norms): each is a scalar of every update, so not for N parameters
@@ -184,7 +185,9 @@ class _Totals:
         """One parameter's number in a combination that is no sum."""
         self._single += 1
         if self._single > _FEW:
-            raise Unsupported(e.op, "combines numbers of several parameters; a sum of them can fuse")
+            raise Unsupported(
+                e.op, "combines numbers of several parameters; a sum of them can fuse", Code.ACROSS_PARAMETERS
+            )
         return self._total([self._made[id(a)]])
 
     def _total(self, parts: Sequence[Expr]) -> Expr:

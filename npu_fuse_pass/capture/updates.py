@@ -16,6 +16,7 @@ from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.ir.disjoint import Disjoint
 from npu_fuse_pass.ir.expr import Builder, Expr, postorder
 from npu_fuse_pass.ir.types import Leaf, Slot, Update
+from npu_fuse_pass.reasons import Code
 
 
 def updates_of(
@@ -152,7 +153,7 @@ class _Same:
         shapes = {self._leaves[i].shape for i in position} - {()}
         if len(shapes) > 1:
             reason = f"one update reads tensors of shapes {sorted(shapes)}: a sum over several parameters"
-            raise Unsupported("write", reason)
+            raise Unsupported("write", reason, Code.ACROSS_PARAMETERS)
         known = self._known.get(found := tuple(key))
         if known is None:
             known = self._known[found] = self._template(order, position, writes, contributions)

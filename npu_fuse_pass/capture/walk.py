@@ -17,6 +17,8 @@ from npu_fuse_pass.capture.interpreter import Interpreter, flatten
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.fx_nodes.effects import recorded
 from npu_fuse_pass.fx_nodes.names import REFLECTED, operation_name
+from npu_fuse_pass.fx_nodes.places import source_of
+from npu_fuse_pass.reasons import Code
 
 _ARITHMETIC = {f for f in vars(operator).values() if callable(f)} | {math.sqrt, math.pow, max, min, float, int, abs}
 _METADATA = {"size", "stride", "dim", "numel", "sym_size", "sym_numel", "is_floating_point", "is_complex"}
@@ -52,8 +54,11 @@ def run_graph(interpreter: Interpreter, graph: fx.Graph, inputs: Sequence[Any], 
         else:
             args = fx.node.map_aggregate(node.args, lambda x: env[x] if isinstance(x, fx.Node) else x)
             kwargs = fx.node.map_aggregate(node.kwargs, lambda x: env[x] if isinstance(x, fx.Node) else x)
-            env[node] = _call_node(interpreter, node, args, dict(kwargs))
-            _verify(node, env[node])
+            try:
+                env[node] = _call_node(interpreter, node, args, dict(kwargs))
+                _verify(node, env[node])
+            except Unsupported as e:
+                raise e.at(node.name, source_of(node))  # noqa: B904 - it is the same error
     return None
 
 
@@ -71,21 +76,22 @@ def _call_node(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], k
     if interpreter.grad_enabled and any(isinstance(m, Tensor) and m.requires_grad for m in flatten([recorded(node)])):
         raise Recorded
     if name in _METADATA:
-        raise Unsupported(name, "reads the size of a tensor")
+        raise Unsupported(name, "reads the size of a tensor", Code.SIZE)
     before = [(cell, cell.val, cell.base) for cell in flatten(args[:1]) if isinstance(cell, Cell)]
     try:
         return interpreter.call(name, args[::-1] if node.target in REFLECTED else args, kwargs)
     except Unsupported as e:
         if not interpreter.keeps:
             raise
+        reason = e.at(node.name, source_of(node)).reason
         if not interpreter.effects.writes(node, name):
-            return interpreter.keep(node, name, args, kwargs, e.reason)
+            return interpreter.keep(node, name, args, kwargs, reason)
         twin = _functional_twin(node.target)
         if twin is None or not before:
             raise
         for cell, val, base in before:  # of a list, some may have been written already
             cell.val, cell.base = val, base
-        made = interpreter.keep(node, name, args, kwargs, e.reason, twin)
+        made = interpreter.keep(node, name, args, kwargs, reason, twin)
         for (cell, _, _), result in zip(before, made if isinstance(made, list) else [made], strict=True):
             interpreter.overwrite(cell, name, result)
         return args[0]
@@ -112,4 +118,4 @@ def _verify(node: fx.Node, result: Any) -> None:
             continue
         if (tuple(map(int, fake.shape)), fake.dtype) != (cell.val.shape, cell.val.dtype):
             understood = f"understood as {cell.val.dtype} {cell.val.shape}"
-            raise Unsupported(operation_name(node), f"gives {fake.dtype} {tuple(fake.shape)}, {understood}")
+            raise Unsupported(operation_name(node), f"gives {fake.dtype} {tuple(fake.shape)}, {understood}", Code.GRAPH)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from npu_fuse_pass.errors import Unsupported
+from npu_fuse_pass.reasons import Code
 
 Value = int | float | bool | torch.dtype | None
 
@@ -59,7 +60,9 @@ class Builder:
     def leaf(self, position: int, dtype: torch.dtype, tensor: bool) -> Expr:
         """What a leaf holds before the step; 0-dim leaves are read as float64."""
         if tensor and dtype not in DTYPE_NAMES:
-            raise Unsupported("leaf", f"a tensor of dtype {dtype} takes part in the update; floating-point ones can")
+            raise Unsupported(
+                "leaf", f"a tensor of dtype {dtype} takes part in the update; floating-point ones can", Code.DTYPE
+            )
         return self.make("leaf", (), position, dtype if tensor else torch.float64, tensor)
 
     def const(self, value: float) -> Expr:
@@ -82,7 +85,9 @@ class Builder:
         tensors = [a for a in args if a.tensor and a.dtype != torch.bool]
         dtype = tensors[0].dtype if tensors else torch.float64
         if any(t.dtype != dtype for t in tensors):
-            raise Unsupported(name, f"mixes {sorted({DTYPE_NAMES[t.dtype] for t in tensors})} without a cast")
+            raise Unsupported(
+                name, f"mixes {sorted({DTYPE_NAMES[t.dtype] for t in tensors})} without a cast", Code.MIXED_DTYPES
+            )
         if name in LOGICAL:
             given = tuple(
                 a if a.dtype == torch.bool else self.op("ne", a, self.make("zero", (), 0, a.dtype, False)) for a in args

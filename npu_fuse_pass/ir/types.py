@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from npu_fuse_pass.ir.expr import DTYPE_NAMES, Expr
+from npu_fuse_pass.reasons import Reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,14 +128,6 @@ class Group:
 
 
 @dataclasses.dataclass(frozen=True)
-class Unfused:
-    """Something that stays outside fused kernels, and why."""
-
-    op: str
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True)
 class LeafRef:
     """A leaf's value among the arguments of an original operation; `number`: as a Python number."""
 
@@ -212,7 +205,7 @@ class Captured:
 
     leaves: list[Leaf]
     updates: list[Update]
-    unfused: list[Unfused]
+    unfused: list[Reason]
     n_totals: int = 0
     stages: list[Stage] = dataclasses.field(default_factory=list)
     returned: list[Output] = dataclasses.field(default_factory=list)

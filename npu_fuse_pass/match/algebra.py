@@ -19,6 +19,7 @@ from npu_fuse_pass.match.kernels import Kernel
 from npu_fuse_pass.match.polynomial import Arithmetic, generators_of
 from npu_fuse_pass.match.value import Value
 from npu_fuse_pass.match.verify import RELATIONS, Relation
+from npu_fuse_pass.reasons import Code
 
 _SPARE = 16  # generators for what a kernel computes
 
@@ -116,7 +117,7 @@ class Algebra:
         if key not in self._made:
             i = self._made[key] = len(self._made)
             if i >= self.ring.ngens:
-                raise Unsupported("match", "too many operations that are not rational")
+                raise Unsupported("match", "too many operations that are not rational", Code.MATCH)
             if reads:
                 self.reads[i] = frozenset(reads)
         i = self._made[key]

@@ -89,7 +89,7 @@ def _compare(text: str, known: tuple[tuple[int, Relation], ...], kernels: tuple[
         names = dict.fromkeys(n for k, _ in candidates for n in (*k.scalars, *k.prepared))
         algebra = Algebra(formula, dict(known), tuple(names))
     except Unsupported as e:
-        return NoMatch(f"{e.op}: {e.reason}")
+        return NoMatch(str(e.reason))
     best = NoMatch("")
     for kernel, roles in candidates:
         for sign in (1, -1):
@@ -99,7 +99,7 @@ def _compare(text: str, known: tuple[tuple[int, Relation], ...], kernels: tuple[
             except DiffersError as e:
                 reason = str(e)
             except Unsupported as e:
-                reason = e.reason
+                reason = e.reason.text
             if not best.reason or len(attempt.agreed) > best.agreed:
                 best = NoMatch(f"{kernel.name}: {reason}", len(attempt.agreed))
             if not attempt.signed:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from npu_fuse_pass.errors import Unsupported
+from npu_fuse_pass.reasons import Code
 
 _TERMS = 4000  # of a product, before it is given up
 _DIVIDED = 1000  # the same where a greatest common divisor is looked for
@@ -32,7 +33,7 @@ class Arithmetic:
         """A product."""
         terms = len(a) * len(b)
         if terms > _TERMS:
-            raise Unsupported("match", "the update is too large to be multiplied out")
+            raise Unsupported("match", "the update is too large to be multiplied out", Code.MATCH)
         self.spend(10 + 3 * terms)
         return a * b
 
@@ -42,7 +43,7 @@ class Arithmetic:
         """
         terms = math.prod(map(len, polynomials))
         if terms > _DIVIDED:
-            raise Unsupported("match", "the update is too large to be simplified")
+            raise Unsupported("match", "the update is too large to be simplified", Code.MATCH)
         self.spend(100 + 5 * terms)
         ring = polynomials[0].ring
         used = sorted(set().union(*map(generators_of, polynomials)))
@@ -70,7 +71,7 @@ class Arithmetic:
         generators that another one lacks. a·(1-a)·(1-b)² is taken apart so, (a+b)·(a-b) is not.
         """
         if len(polynomial) > _FACTORED:
-            raise Unsupported("match", "a scalar or an input of the kernel is too large to be written down")
+            raise Unsupported("match", "a scalar or an input of the kernel is too large to be written down", Code.MATCH)
         if not polynomial:
             return 0, []
         number: list[int] = []
@@ -103,7 +104,7 @@ class Arithmetic:
         """Count work, in units of about a microsecond."""
         self.spent += cost
         if self.spent > _WORK:
-            raise Unsupported("match", "the update takes too long to be compared")
+            raise Unsupported("match", "the update takes too long to be compared", Code.MATCH)
 
 
 def by_exponent(polynomial: Any, generator: int) -> dict[int, Any]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.match.polynomial import by_exponent, generators_of, without
+from npu_fuse_pass.reasons import Code
 
 if TYPE_CHECKING:
     from npu_fuse_pass.match.algebra import Algebra
@@ -62,7 +63,7 @@ class Value:
     def __truediv__(self, other: Any) -> Value:
         other, exact = self._of(other), self.algebra.exact
         if not other.n:
-            raise Unsupported("div", "divides by zero")
+            raise Unsupported("div", "divides by zero", Code.MATCH)
         return self._make(exact.times(self.n, other.d), exact.times(self.d, other.n))
 
     def __rtruediv__(self, other: Any) -> Value:
@@ -166,7 +167,7 @@ class Value:
         ring = self.algebra.ring
         n, d = (ring.from_dict({m: c for m, c in p.iterterms() if not m[generator]}) for p in (self.n, self.d))
         if not d:
-            raise Unsupported("div", "divides by zero")
+            raise Unsupported("div", "divides by zero", Code.MATCH)
         return self._make(n, d)
 
     def in_powers(self) -> Value:

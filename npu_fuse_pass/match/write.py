@@ -9,6 +9,7 @@ import torch
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.ir.expr import HALF, Builder, Expr
 from npu_fuse_pass.ir.types import Slot
+from npu_fuse_pass.reasons import Code
 
 if TYPE_CHECKING:
     from npu_fuse_pass.match.algebra import Algebra
@@ -118,7 +119,7 @@ class Writer:
         if i in algebra.inside:
             return self._builder.op("sqrt", self.write(algebra.inside[i]))
         if i not in algebra.meaning:
-            raise Unsupported("match", "a scalar is not made of the formula's values")
+            raise Unsupported("match", "a scalar is not made of the formula's values", Code.MATCH)
         return self._wide(algebra.meaning[i])
 
     def _wide(self, e: Expr) -> Expr:

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
+from npu_fuse_pass.reasons import Code, Reason
 from npu_fuse_pass.rules.batch import Batch
 
 
@@ -66,6 +67,12 @@ def recompile(reason: str) -> Cause:
         if re.search(pattern, guard):
             return Cause(f"{cause} (no longer true: {guard})", remedy)
     return Cause(f"no longer true: {guard}", None)
+
+
+def graph_break(text: str) -> Reason:
+    """What a break of Dynamo's, in its words, means for a step that runs outside of graphs because of it."""
+    reads_a_value = any(words in text for words in ("Tensor.item()", "Data-dependent"))
+    return (Code.VALUE if reads_a_value else Code.NOT_CAPTURED)(text)
 
 
 def decided_otherwise(numbers: Sequence[tuple[str, bool]]) -> Cause:

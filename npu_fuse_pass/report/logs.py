@@ -6,12 +6,12 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch._logging._internal as torch_logging
 
-from npu_fuse_pass.report.remedies import fallback_remedy
+from npu_fuse_pass.reasons import Reason
 from npu_fuse_pass.report.report import CompileReport
 
 log = logging.getLogger("npu_fuse_pass")
@@ -62,9 +62,7 @@ def _graph_text(report: CompileReport) -> str:
     return "" if graph is None else graph.print_readable(print_output=False)
 
 
-def warn_unfused(reason: str, stacklevel: int) -> None:
+def warn_unfused(reasons: Sequence[Reason], stacklevel: int) -> None:
     """The one warning of a compile, or of a kind of step, that runs unfused: why, and what to do."""
-    remedy = fallback_remedy(reason)
-    advice = f". What to do: {remedy}" if remedy else ""
-    text = f"npu_fused: not fused, results stay right: {reason}{advice}"
+    text = f"npu_fused: not fused, results stay right: {'; '.join(reason.advised for reason in reasons)}"
     warnings.warn(text, stacklevel=stacklevel + 1)

@@ -11,8 +11,7 @@ import torch
 from torch import fx
 
 from npu_fuse_pass.errors import UnfusedError
-from npu_fuse_pass.ir.types import Unfused
-from npu_fuse_pass.report.remedies import fallback_remedy
+from npu_fuse_pass.reasons import Reason
 from npu_fuse_pass.report.text import as_html, as_text
 
 
@@ -107,8 +106,8 @@ class CompileReport:
         seconds: time of every stage. "match" comes last and later than the compile where the platform does not need it:
             when a group's match is first asked for or printed.
         groups: what was fused.
-        unfused: operations that were not, each with its reason.
-        fallback: why the original graph runs instead, or None.
+        unfused: operations that were not, and why.
+        fallbacks: why the original graph runs instead, always or at some steps.
         cause: "compile", or what changed, where this is not the first compile of this step.
         cause_remedy: what keeps that from happening again; None for what happens once.
         bytes_per_element: memory that a step reads and writes for each parameter element: "before", if every operation
@@ -122,8 +121,8 @@ class CompileReport:
     torch: str = torch.__version__
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     groups: list[GroupReport] = dataclasses.field(default_factory=list)
-    unfused: list[Unfused] = dataclasses.field(default_factory=list)
-    fallback: str | None = None
+    unfused: list[Reason] = dataclasses.field(default_factory=list)
+    fallbacks: list[Reason] = dataclasses.field(default_factory=list)
     cause: str = "compile"
     cause_remedy: str | None = None
     bytes_per_element: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -138,24 +137,24 @@ class CompileReport:
         return self._graph() if self._graph is not None else None
 
     @property
-    def reasons(self) -> list[str]:
+    def fallback(self) -> str | None:
+        """Why the original graph runs instead, in words, or None."""
+        return "; ".join(map(str, self.fallbacks)) or None
+
+    @property
+    def reasons(self) -> list[Reason]:
         """Why something is not fused; empty if everything is."""
-        listed = [*(f"{u.op}: {u.reason}" for u in self.unfused), *([self.fallback] if self.fallback else [])]
-        return list(dict.fromkeys(listed))
+        return list(dict.fromkeys([*self.unfused, *self.fallbacks]))
 
     @property
     def remedies(self) -> list[str]:
         """What to do about what is not fused and about recompiles, where that is known and the reasons do not say."""
-        known = [*map(fallback_remedy, self.reasons), self.cause_remedy]
+        known = [*(reason.remedy for reason in self.reasons), self.cause_remedy]
         return list(dict.fromkeys(remedy for remedy in known if remedy))
 
-    def add_fallback(self, reason: str) -> None:
-        """One more reason why the original runs."""
-        self.fallback = "; ".join([*([self.fallback] if self.fallback else []), reason])
-
-    def fall_back(self, reason: str) -> None:
+    def fall_back(self, reason: Reason) -> None:
         """What was compiled cannot run: the original does from now on. The rows keep what would have run."""
-        self.add_fallback(reason)
+        self.fallbacks.append(reason)
         self.bytes_per_element = {}
         for g in self.groups:
             g.lowering, g.kernel, g.bytes_per_element, g.launches = "eager", f"original graph, not {g.kernel}", 0, 0
@@ -164,8 +163,16 @@ class CompileReport:
         """Plain dicts, lists, numbers and strings; the keys are stable and described by `report.schema.json`."""
         groups = [g.to_json() for g in self.groups]
         rest = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.name.startswith("_")}
-        unfused = [dataclasses.asdict(u) for u in self.unfused]
-        return {**rest, "seconds": dict(self.seconds), "groups": groups, "unfused": unfused, "remedies": self.remedies}
+        del rest["fallbacks"]
+        return {
+            **rest,
+            "seconds": dict(self.seconds),
+            "groups": groups,
+            "unfused": [{"op": reason.op, "reason": reason.text} for reason in self.unfused],
+            "fallback": self.fallback,
+            "reasons": [reason.to_json() for reason in self.reasons],
+            "remedies": self.remedies,
+        }
 
     def raise_if_unfused(self) -> None:
         """For tests and CI: an error unless everything that was captured runs fused.
@@ -173,7 +180,7 @@ class CompileReport:
         Raises:
             UnfusedError: lists every reason, and what to do where that is known.
         """
-        listed = self.reasons or [
+        listed = [str(reason) for reason in self.reasons] or [
             f"{g.name}: the original graph runs, as platform={self.platform!r} asks for"
             for g in self.groups
             if g.lowering == "eager"

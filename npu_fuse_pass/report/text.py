@@ -84,7 +84,7 @@ def remarks(report: CompileReport) -> list[str]:
     if report.bytes_per_element:
         before, after = report.bytes_per_element["before"], report.bytes_per_element["after"]
         lines.append(f"memory traffic: {after:.0f} bytes/element, operation by operation {before:.0f}")
-    lines += [f"unfused {u.op}: {u.reason}" for u in report.unfused]
+    lines += [f"unfused {reason}" for reason in report.unfused]
     if report.graph_break:
         lines.append(f"the graph ends at a break: {report.graph_break}")
     if report.decided:

@@ -15,6 +15,7 @@ from npu_fuse_pass import pipeline
 from npu_fuse_pass.errors import GraphRefused, Mismatch, NumericsError, UnfusedError
 from npu_fuse_pass.ir.types import Captured, Leaf, Output
 from npu_fuse_pass.options import Options
+from npu_fuse_pass.reasons import Code, Reason
 from npu_fuse_pass.report.causes import FIRST, Cause, Planned
 from npu_fuse_pass.report.logs import trace, warn_unfused
 from npu_fuse_pass.report.report import CompileReport
@@ -91,7 +92,7 @@ class RuleStep:
             optimizer._after()  # the step is done, as the original does it
             raise
         except Mismatch as e:
-            refused(variant.report, str(e), self._options.strict)
+            refused(variant.report, e.reason, self._options.strict)
             return False
         except GraphRefused as e:
             falls_back(variant.report, e, self._options.strict)
@@ -150,7 +151,7 @@ class GraphStep:
     def __call__(self, *args: Any) -> Any:
         optimizers = self._stepped() if self._optimizers else []
         if any(o.has_hooks for o in optimizers):
-            return self._unfused("step hooks run between the operations of this graph", args)
+            return self._unfused(Code.HOOKS("step hooks run between the operations of this graph"), args)
         for o in optimizers:
             o._before(None)
         if optimizers and self._look() != self._state:
@@ -167,7 +168,7 @@ class GraphStep:
                 fused = functools.partial(variant.program, values, complete=True)
                 variant.check(values, fused, functools.partial(self._gm.forward, *args), optimizers)
         except Mismatch as e:
-            return self._unfused(str(e), args)
+            return self._unfused(e.reason, args)
         except GraphRefused as e:
             falls_back(variant.report, e, self._options.strict)
             variant.program = None
@@ -176,7 +177,7 @@ class GraphStep:
             o._after()
         return tuple(_returned(output, values) for output in variant.captured.returned)
 
-    def _unfused(self, reason: str, args: Sequence[Any]) -> Any:
+    def _unfused(self, reason: Reason, args: Sequence[Any]) -> Any:
         refused(self._variants.newest.report, reason, self._options.strict)
         return self._gm.forward(*args)
 
@@ -238,7 +239,7 @@ def _returned(output: Output, values: Sequence[Any]) -> Any:
     return float(value) if output.number is float else value
 
 
-def refused(report: CompileReport, reason: str, strict: bool) -> None:
+def refused(report: CompileReport, reason: Reason, strict: bool) -> None:
     """A step that runs unfused because of its tensors: said once for each reason, and in the report.
 
     Raises:
@@ -246,9 +247,9 @@ def refused(report: CompileReport, reason: str, strict: bool) -> None:
     """
     if strict:
         raise UnfusedError(f"strict=True and this step cannot run fused: {reason}")
-    if report.fallback is None or reason not in report.fallback:
-        report.add_fallback(f"at some steps: {reason}")
-        warn_unfused(reason, stacklevel=3)
+    if (noted := reason.led_by("at some steps")) not in report.fallbacks:
+        report.fallbacks.append(noted)
+        warn_unfused([reason], stacklevel=3)
 
 
 def falls_back(report: CompileReport, refusal: GraphRefused, strict: bool) -> None:
@@ -261,6 +262,6 @@ def falls_back(report: CompileReport, refusal: GraphRefused, strict: bool) -> No
     """
     if strict:
         raise UnfusedError(f"strict=True and this step cannot run fused: {refusal}") from refusal
-    report.fall_back(str(refusal))
+    report.fall_back(refusal.reason)
     trace(report)
-    warn_unfused(str(refusal), stacklevel=3)
+    warn_unfused([refusal.reason], stacklevel=3)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from npu_fuse_pass.errors import Mismatch
+from npu_fuse_pass.reasons import Code
 
 SHARED = "two tensors of the step share memory, and one of them is written"
 
@@ -23,7 +24,7 @@ def check_apart(written: Sequence[Tensor], read: Sequence[Tensor]) -> None:
     end = end_written = 0
     for start, stop, is_written in sorted(blocks):
         if start < end_written or (is_written and start < end):
-            raise Mismatch(SHARED)
+            raise Mismatch(SHARED, Code.SHARED_MEMORY)
         end = max(end, stop)
         end_written = max(end_written, stop) if is_written else end_written
 

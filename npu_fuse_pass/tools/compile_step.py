@@ -10,6 +10,7 @@ from torch import Tensor
 
 from npu_fuse_pass import backend
 from npu_fuse_pass.errors import NotCapturedError
+from npu_fuse_pass.report.causes import graph_break
 from npu_fuse_pass.tools.hidden import hidden, uses_fused
 
 
@@ -76,9 +77,8 @@ class CompiledStep:
                 stacklevel=3,
             )
         if not self._compiled and self._steps >= 2:
-            why = (
-                hidden(self._opt) or f"Dynamo broke or skipped every graph: {backend.last_break() or 'see TORCH_LOGS'}"
-            )
+            broken = graph_break(backend.last_break() or "see TORCH_LOGS").led_by("Dynamo broke or skipped every graph")
+            why = (hidden(self._opt) or broken).advised
             done = f"two steps of {name} ran, both eagerly, and torch handed no update to the backend"
             raise NotCapturedError(f"{done}. {why}")
 

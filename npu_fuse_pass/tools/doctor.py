@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from npu_fuse_pass.errors import FuseError, NumericsError
-from npu_fuse_pass.report.remedies import fallback_remedy
 from npu_fuse_pass.report.report import CompileReport
 from npu_fuse_pass.rules.optimizer import RuleOptimizer
 from npu_fuse_pass.tools.explain import try_on_copy
@@ -84,7 +83,7 @@ def examine(seen: Observed, check_numerics: bool = False) -> Diagnosis:
     try:
         trial = try_on_copy(opt, {})
         report, launches = trial.report, sum(g.launches for g in trial.report.groups)
-        findings += [Finding(reason, fallback_remedy(reason)) for reason in report.reasons]
+        findings += [Finding(str(reason), reason.remedy) for reason in report.reasons]
         if trial.step is not None:
             memory["fused (measured)"] = measure(trial.step).peak_bytes
             if check_numerics:

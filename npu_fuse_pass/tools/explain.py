@@ -14,6 +14,7 @@ from torch import Tensor
 
 from npu_fuse_pass import backend
 from npu_fuse_pass.errors import FuseError
+from npu_fuse_pass.report.causes import graph_break
 from npu_fuse_pass.report.report import CompileReport
 from npu_fuse_pass.tools.hidden import hidden
 
@@ -29,7 +30,7 @@ def explain(opt: torch.optim.Optimizer, **options: Any) -> CompileReport:
         options: those of the backend: `platform`, `strict`, `check_numerics`, `torchair_config`, `layout`.
 
     Returns:
-        The report. Where torch never shows the step to a backend, its `fallback` names the reason and the remedy.
+        The report. Where torch never shows the step to a backend, its `reasons` say why, and what to do.
 
     Raises:
         OptionError: an unknown option or value.
@@ -53,7 +54,7 @@ def try_on_copy(opt: torch.optim.Optimizer, options: dict[str, Any]) -> Trial:
     watched = backend.Watched(options)
     reason = hidden(opt)
     if reason is not None:
-        return Trial(CompileReport(watched.options["platform"], fallback=reason))
+        return Trial(CompileReport(watched.options["platform"], fallbacks=[reason]))
     twin = _twin(opt)
     step = backend.isolated(twin.step, watched)
     try:
@@ -70,8 +71,8 @@ def try_on_copy(opt: torch.optim.Optimizer, options: dict[str, Any]) -> Trial:
         raise own or FuseError(f"explain cannot run a step of {name}: {type(e).__name__}: {e}") from e
     if not watched.ran:
         broken = backend.last_break() or "it has no parameters that require gradients"
-        missed = f"no update reached the backend: {broken}"
-        return Trial(CompileReport(watched.options["platform"], fallback=missed))
+        missed = graph_break(broken).led_by("no update reached the backend")
+        return Trial(CompileReport(watched.options["platform"], fallbacks=[missed]))
     return Trial(_joined(watched.ran), step)
 
 
@@ -79,12 +80,11 @@ def _joined(reports: list[CompileReport]) -> CompileReport:
     """One report of a step that torch broke into several graphs."""
     if len(reports) == 1:
         return reports[0]
-    fallbacks = [r.fallback for r in reports if r.fallback]
     return dataclasses.replace(
         reports[0],
         groups=[g for r in reports for g in r.groups],
         unfused=[u for r in reports for u in r.unfused],
-        fallback="; ".join(fallbacks) or None,
+        fallbacks=list(dict.fromkeys(reason for r in reports for reason in r.fallbacks)),
     )
 
 

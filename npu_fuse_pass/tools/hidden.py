@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import torch
 
+from npu_fuse_pass.reasons import Code, Reason
+
 _RULE = "write it with npu_fuse_pass.rule, or run it eagerly"
-_HIDDEN: dict[type[torch.optim.Optimizer], str] = {
-    torch.optim.LBFGS: f"Dynamo does not look into LBFGS.step, which decides by the loss's value: {_RULE}",
-    torch.optim.SparseAdam: "Dynamo does not look into SparseAdam.step: use dense gradients (sparse=False in "
-    "torch.nn.Embedding) with torch.optim.Adam, or run it eagerly",
-    torch.optim.Adafactor: "Adafactor reads its step counter with item() before it writes anything, and Dynamo breaks "
-    f"every graph there: {_RULE}",
+_HIDDEN: dict[type[torch.optim.Optimizer], Reason] = {
+    torch.optim.LBFGS: Code.HIDDEN(
+        "Dynamo does not look into LBFGS.step, which decides by the loss's value", remedy=_RULE
+    ),
+    torch.optim.SparseAdam: Code.HIDDEN(
+        "Dynamo does not look into SparseAdam.step",
+        remedy="use dense gradients (sparse=False in torch.nn.Embedding) with torch.optim.Adam, or run it eagerly",
+    ),
+    torch.optim.Adafactor: Code.HIDDEN(
+        "Adafactor reads its step counter with item() before it writes anything, and Dynamo breaks every graph there",
+        remedy=_RULE,
+    ),
 }
-_FUSED = (
-    "fused=True: torch's own fused kernels are hidden from Dynamo. Construct the optimizer without it, or use "
-    "npu_fuse_pass.compile_step, which switches it off"
-)
+_FUSED = Code.FUSED_OPTION("fused=True: torch's own fused kernels are hidden from Dynamo")
 
 
-def hidden(opt: torch.optim.Optimizer) -> str | None:
-    """Why torch never shows this optimizer's step to a backend, with the remedy; None if it does."""
+def hidden(opt: torch.optim.Optimizer) -> Reason | None:
+    """Why torch never shows this optimizer's step to a backend; None if it does."""
     if uses_fused(opt):
         return _FUSED
     return next((reason for cls, reason in _HIDDEN.items() if isinstance(opt, cls)), None)

@@ -12,7 +12,8 @@ from torch import fx
 
 from npu_fuse_pass import backend
 from npu_fuse_pass.errors import NumericsError
-from npu_fuse_pass.report.remedies import fallback_remedy
+from npu_fuse_pass.reasons import Reason
+from npu_fuse_pass.report.causes import graph_break
 from npu_fuse_pass.report.report import CompileReport, reports
 from npu_fuse_pass.run.rule_step import graph_break_of
 from npu_fuse_pass.tools.hidden import hidden
@@ -37,7 +38,7 @@ class Request:
     """
 
     name: str
-    hidden: str | None
+    hidden: Reason | None
     graphs: int = 0
     reports: list[CompileReport] = dataclasses.field(default_factory=list)
     breaks: list[str] = dataclasses.field(default_factory=list)
@@ -50,12 +51,14 @@ class Request:
         """Why it is not fused, in words; empty where everything is."""
         breaks = [text for text in dict.fromkeys([*self.breaks, *known_breaks]) if _OWN_BREAK not in text]
         if not self.reports:
-            reasons = [self.hidden] if self.hidden else breaks
+            reasons = [self.hidden] if self.hidden else [graph_break(text) for text in breaks]
             arrived = "no graph with an update" if self.graphs else "no graph"
-            reasons = reasons or ["it was never called, or has no parameter with a gradient"]
-            return [f"{self.name}: {arrived} reached the backend: {_advised(reason)}" for reason in reasons]
+            told = [reason.advised for reason in reasons] or [
+                "it was never called, or has no parameter with a gradient"
+            ]
+            return [f"{self.name}: {arrived} reached the backend: {text}" for text in told]
         found = [f"{self.name}: {reason}" for report in self.reports for reason in report.reasons]
-        because = "".join(f"; {_advised(text)}" for text in breaks)
+        because = "".join(f"; {graph_break(text).advised}" for text in breaks)
         if self.missed:
             of, updated = self.missed
             found.append(f"{self.name}: compiled graphs updated {updated} of {of} parameters with gradients{because}")
@@ -127,8 +130,3 @@ def counted(request: Request, watched: backend.Watched, model: Any, step: Callab
 def new_since(before: Sequence[CompileReport]) -> list[CompileReport]:
     """Reports that were not there before."""
     return [r for r in reports() if not any(r is old for old in before)]
-
-
-def _advised(reason: str) -> str:
-    remedy = fallback_remedy(reason)
-    return f"{reason}. What to do: {remedy}" if remedy else reason

@@ -17,6 +17,7 @@ import torch
 from npu_fuse_pass.capture.aten.rows import ROWS
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.ir.expr import HALF, Builder, Expr
+from npu_fuse_pass.reasons import Code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ def evaluate(b: Builder, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
         Unsupported: no row, or tensors of different shapes or kinds meet.
     """
     if name not in ROWS:
-        raise Unsupported(name, "this operation has no place in a fused kernel")
+        raise Unsupported(name, "this operation has no place in a fused kernel", Code.OPERATION)
     vals = [a for a in (*args, *kwargs.values()) if isinstance(a, Val)]
     dimmed = [v for v in vals if v.dimmed]
     shape = _common_shape(name, dimmed)
@@ -65,7 +66,7 @@ def evaluate(b: Builder, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
         return x
 
     if dtype in HALF and dimmed and name in _NOT_IN_HALF:
-        raise Unsupported(name, "rounds its intermediate results in half precision")
+        raise Unsupported(name, "rounds its intermediate results in half precision", Code.HALF_PRECISION)
     result = ROWS[name](b, *map(given, args, range(len(args))), **{k: given(v, k) for k, v in kwargs.items()})
     if result.dtype == torch.bool:
         return Val(result, torch.bool, shape)
@@ -91,7 +92,7 @@ def _common_shape(name: str, dimmed: list[Val]) -> tuple[int, ...]:
     shapes = {v.shape for v in dimmed}
     if len(shapes) > 1:
         raise Unsupported(
-            name, f"broadcasts tensors of shapes {sorted(shapes)}; equal shapes and 0-dim tensors can fuse"
+            name, f"broadcasts tensors of shapes {sorted(shapes)}; equal shapes and 0-dim tensors can fuse", Code.SHAPES
         )
     return next(iter(shapes)) if shapes else ()
 

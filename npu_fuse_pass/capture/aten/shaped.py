@@ -12,6 +12,7 @@ import torch
 from npu_fuse_pass.capture.aten.pointwise import Val, evaluate
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.ir.expr import HALF, Builder, Expr
+from npu_fuse_pass.reasons import Code
 
 
 def _to(b: Builder, x: Any, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Val:
@@ -20,7 +21,7 @@ def _to(b: Builder, x: Any, *args: Any, dtype: torch.dtype | None = None, **kwar
     target = other.dtype if other is not None else target
     moved = next((a for a in (*args, kwargs.get("device")) if isinstance(a, (torch.device, str))), None)
     if moved is not None and x.dimmed:
-        raise Unsupported("to", f"moves a tensor to {moved}")
+        raise Unsupported("to", f"moves a tensor to {moved}", Code.DEVICE)
     return x if target is None else cast(b, x, target)
 
 
@@ -31,7 +32,7 @@ def cast(b: Builder, x: Val, dtype: torch.dtype) -> Val:
     if x.dimmed:
         if dtype.is_floating_point and (x.expr.dtype == torch.bool or x.expr.dtype.is_floating_point):
             return Val(b.cast(x.expr, dtype), dtype, x.shape)
-        raise Unsupported("to", f"converts {x.dtype} to {dtype}")
+        raise Unsupported("to", f"converts {x.dtype} to {dtype}", Code.DTYPE)
     if dtype in (torch.float32, *HALF):
         return Val(b.cast(b.cast(x.expr, dtype), torch.float64), dtype, x.shape)
     if not dtype.is_floating_point and dtype != torch.bool:
@@ -52,7 +53,7 @@ def _full_like(b: Builder, like: Val, value: Any, dtype: torch.dtype | None = No
     target = dtype or like.dtype
     expr = value.expr if isinstance(value, Val) else b.const(value)
     if expr.tensor:
-        raise Unsupported("full_like", "fills with a tensor that has dimensions")
+        raise Unsupported("full_like", "fills with a tensor that has dimensions", Code.SHAPES)
     return Val(b.cast(expr, target) if like.dimmed else expr, target, like.shape)
 
 
@@ -69,7 +70,7 @@ def _full(b: Builder, size: Any, value: Any, dtype: torch.dtype | None = None, *
     if not list(size):
         return made
     if not made.dtype.is_floating_point or not all(isinstance(s, int) for s in size):
-        raise Unsupported("full", f"creates a tensor of {made.dtype}")
+        raise Unsupported("full", f"creates a tensor of {made.dtype}", Code.DTYPE)
     return Val(b.cast(made.expr, made.dtype), made.dtype, tuple(size))
 
 
@@ -77,7 +78,7 @@ def _reduction(name: str) -> Callable[..., Val]:
     def reduce(b: Builder, x: Val, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Val:
         _whole(name, x, args, kwargs)
         if x.dimmed and not x.expr.tensor:
-            raise Unsupported(name, "reduces a tensor of one constant")
+            raise Unsupported(name, "reduces a tensor of one constant", Code.REDUCTION)
         return _rounded(b, b.reduce(name, b.cast(x.expr, torch.float64)), dtype or x.dtype)
 
     return reduce
@@ -94,18 +95,18 @@ def _norm(b: Builder, x: Val, ord: Any = 2, dim: Any = None, *args: Any, **kwarg
     dtype = kwargs.pop("dtype", None) or x.dtype
     _whole("norm", x, (dim, *args), kwargs)
     if x.dimmed and not x.expr.tensor:
-        raise Unsupported("norm", "reduces a tensor of one constant")
+        raise Unsupported("norm", "reduces a tensor of one constant", Code.REDUCTION)
     wide = b.cast(x.expr, torch.float64)
     if order == 2:
         return _rounded(b, b.op("sqrt", b.reduce("sum", b.op("mul", wide, wide))), dtype)
     if order in (1, math.inf):
         return _rounded(b, b.reduce("sum" if order == 1 else "amax", b.op("abs", wide)), dtype)
-    raise Unsupported("norm", f"order {order}; 1, 2 and inf can fuse")
+    raise Unsupported("norm", f"order {order}; 1, 2 and inf can fuse", Code.REDUCTION)
 
 
 def _dot(b: Builder, x: Val, y: Val) -> Val:
     if x.shape != y.shape or not (x.expr.tensor and y.expr.tensor):
-        raise Unsupported("dot", "of a constant tensor or of different shapes")
+        raise Unsupported("dot", "of a constant tensor or of different shapes", Code.SHAPES)
     product = b.op("mul", b.cast(x.expr, torch.float64), b.cast(y.expr, torch.float64))
     return _rounded(b, b.reduce("sum", product), x.dtype)
 
@@ -140,7 +141,7 @@ def _rounded(b: Builder, x: Expr, dtype: torch.dtype) -> Val:
 
 def _item(b: Builder, x: Val) -> Val:
     if x.dimmed:
-        raise Unsupported("item", "reads a tensor that is not 0-dim")
+        raise Unsupported("item", "reads a tensor that is not 0-dim", Code.VALUE)
     return Val(x.expr, torch.float64, (), number=True)
 
 
@@ -149,10 +150,12 @@ def _whole(name: str, x: Val, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     dims = [d for d in (*args[:1], kwargs.get("dim"), kwargs.get("axis")) if d is not None and d != []]
     if dims and sorted(d % max(1, len(x.shape)) for d in _as_list(dims[0])) != list(range(len(x.shape))):
         raise Unsupported(
-            name, f"reduces dimensions {dims[0]} of {len(x.shape)}; a reduction of the whole tensor can fuse"
+            name,
+            f"reduces dimensions {dims[0]} of {len(x.shape)}; a reduction of the whole tensor can fuse",
+            Code.REDUCTION,
         )
     if (True in args[1:] or kwargs.get("keepdim")) and x.shape != ():
-        raise Unsupported(name, "keeps reduced dimensions; without keepdim it can fuse")
+        raise Unsupported(name, "keeps reduced dimensions; without keepdim it can fuse", Code.REDUCTION)
 
 
 def _as_list(value: Any) -> list[int]:

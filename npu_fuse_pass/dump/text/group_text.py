@@ -34,8 +34,8 @@ def updates(contents: Contents) -> str:
             lines += ["", f"{group.name}  {parameters(len(members))}"]
             lines += [f"    {line}" for line in readable(group.formula, labels).splitlines()]
             lines += _by_shape(group, leaves, members)
-    for u in contents.report.unfused:
-        lines += ["", f"not an update of a kernel: {u.op}: {u.reason}"]
+    for reason in contents.report.unfused:
+        lines += ["", f"not an update of a kernel: {reason}"]
     return "\n".join([*lines, ""])
 
 
@@ -56,7 +56,7 @@ def groups(contents: Contents) -> str:
     for number, (made, calls) in enumerate(contents.stages):
         lines += ["", f"stage {number + 1}: after {few([g.name for g in made]) or 'nothing'}, as they were:"]
         lines += [f"  {counted(map(_call, calls))}"]
-    lines += [f"unfused {u.op}: {u.reason}" for u in contents.report.unfused]
+    lines += [f"unfused {reason}" for reason in contents.report.unfused]
     if contents.report.fallback:
         lines += ["", f"the original runs: {contents.report.fallback}"]
     return "\n".join([*lines, ""])

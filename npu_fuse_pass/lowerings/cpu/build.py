@@ -20,6 +20,7 @@ import tempfile
 import warnings
 
 from npu_fuse_pass.errors import PlatformError
+from npu_fuse_pass.reasons import Code
 
 _FLAGS = [
     "-std=c++17",
@@ -76,7 +77,7 @@ def _identity() -> tuple[str, ...]:
     """What a binary depends on beside its source."""
     cxx = compiler()
     if cxx is None:
-        raise PlatformError("no C++ compiler found: install g++ or clang++, or set CXX")
+        raise PlatformError("no C++ compiler found: install g++ or clang++, or set CXX", Code.COMPILER)
     version = _call([*cxx.split(), "--version"]).stdout
     return (cxx, version, " ".join(_flags()), platform.machine(), _processor_features())
 
@@ -154,7 +155,7 @@ def _open(library: pathlib.Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(library))
     except OSError as e:
-        raise PlatformError(f"the C++ compiler made a library that does not load: {e}") from e
+        raise PlatformError(f"the C++ compiler made a library that does not load: {e}", Code.COMPILER) from e
 
 
 def _trusted(folder: pathlib.Path, key: str) -> pathlib.Path | None:
@@ -179,13 +180,13 @@ def _digest(path: pathlib.Path) -> str:
 def _compile(source: str, flags: tuple[str, ...], library: pathlib.Path) -> pathlib.Path:
     cxx = compiler()
     if cxx is None:
-        raise PlatformError("no C++ compiler found: install g++ or clang++, or set CXX")
+        raise PlatformError("no C++ compiler found: install g++ or clang++, or set CXX", Code.COMPILER)
     text = library.with_suffix(".cpp")
     text.write_text(source)
     command = [*cxx.split(), *_flags(), str(text), *flags, "-o", str(library)]
     done = _call(command)
     if done.returncode or not library.is_file():
-        raise PlatformError(f"the C++ compiler failed ({' '.join(command)}):\n{done.stderr[-2000:]}")
+        raise PlatformError(f"the C++ compiler failed ({' '.join(command)}):\n{done.stderr[-2000:]}", Code.COMPILER)
     library.chmod(0o700)
     text.unlink()
     return library
@@ -195,4 +196,4 @@ def _call(command: list[str]) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as e:
-        raise PlatformError(f"the C++ compiler {command[0]} cannot be run: {e}") from e
+        raise PlatformError(f"the C++ compiler {command[0]} cannot be run: {e}", Code.COMPILER) from e

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from npu_fuse_pass.errors import PlatformError, Unsupported
 from npu_fuse_pass.lowerings.cpu import build as cpu_build
+from npu_fuse_pass.reasons import Code
 
 WORTH = 16
 """Tensors below which Python is as fast."""
@@ -50,7 +51,7 @@ class Look:
         size = torch._C.TensorBase.__basicsize__
         table = library.look_make(_at(pointers), _at(objects), _at(owners), len(tensors), size)
         if not table:
-            raise Unsupported("look", "a tensor is not contiguous memory of its own kind")
+            raise Unsupported("look", "a tensor is not contiguous memory of its own kind", Code.CHANGED)
         self._table = table
         weakref.finalize(self, library.look_free, table).atexit = False
 

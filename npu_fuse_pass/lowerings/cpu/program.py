@@ -19,6 +19,7 @@ from npu_fuse_pass.ir.totals import rounds, total_slots
 from npu_fuse_pass.ir.types import Group, Leaf
 from npu_fuse_pass.lowerings.cpu.kernel import Kernel
 from npu_fuse_pass.lowerings.cpu.tables import Values
+from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.tensors.memory import check_apart
 
 
@@ -152,14 +153,16 @@ class Program:
         if moved and (key := b"".join(kernel.pointers_written() for kernel in self.kernels)) != self._memory_key:
             intervals = sorted(interval for kernel in self.kernels for interval in kernel.written_memory())
             if any(end > start for (_, end), (start, _) in itertools.pairwise(intervals)):
-                raise Mismatch("two tensors that the step writes overlap: they share memory")
+                raise Mismatch("two tensors that the step writes overlap: they share memory", Code.SHARED_MEMORY)
             self._starts = array.array("q", [start for start, _ in intervals])
             self._ends = array.array("q", [end for _, end in intervals])
             self._memory_key = key
         for kernel in self.kernels:
             kernel.moved = False
         if any(kernel.reads_overlap(self._starts, self._ends) for kernel in self.kernels):
-            raise Mismatch("a tensor that the step reads overlaps one that it writes: they share memory")
+            raise Mismatch(
+                "a tensor that the step reads overlaps one that it writes: they share memory", Code.SHARED_MEMORY
+            )
 
     def _new(self, index: int, leaf: Leaf, values: Values) -> Tensor:
         """A tensor for an output, laid out like the first input of its member."""
@@ -199,8 +202,10 @@ def _check(group: Group, leaves: Sequence[Leaf]) -> None:
     for slot in group.formula.tensor_slots:
         for m in group.members:
             if leaves[m[slot]].device.type != "cpu":
-                raise Unsupported(group.name, f"a tensor on {leaves[m[slot]].device}; this lowering is for the CPU")
+                raise Unsupported(
+                    group.name, f"a tensor on {leaves[m[slot]].device}; this lowering is for the CPU", Code.OTHER_DEVICE
+                )
     for slot in group.formula.written:
         written = [m[slot] for m in group.members]
         if len(set(written)) != len(written):
-            raise Unsupported(group.name, "several members write the same 0-dim tensor")
+            raise Unsupported(group.name, "several members write the same 0-dim tensor", Code.SAME_SCALAR)

@@ -14,6 +14,7 @@ from npu_fuse_pass.lowerings.npu.emit.dedicated_operations import series
 from npu_fuse_pass.lowerings.npu.emit.split import constants_of, slots_of, split
 from npu_fuse_pass.lowerings.npu.layout.runs import Plan, Run
 from npu_fuse_pass.match.result import Match, NoMatch
+from npu_fuse_pass.reasons import Code
 
 _GIVEN = ("input", "attribute")
 
@@ -46,7 +47,7 @@ class Part:
         if formula.contributions:
             self.splits.append(split(formula, totals, True, constants))
             if self.splits[1].device_slots:
-                raise Unsupported(group.name, "a total depends on another total")
+                raise Unsupported(group.name, "a total depends on another total", Code.ACROSS_PARAMETERS)
         for made in self.splits:
             elementwise.check(made.device)
         self._lists = self._lists and npu_foreach.usable(self.splits[0].device)
@@ -63,7 +64,7 @@ class Part:
         for slot in formula.written:
             targets = [member[slot] for member in group.members]
             if len(set(targets)) != len(targets):
-                raise Unsupported(group.name, "several members write the same 0-dim tensor")
+                raise Unsupported(group.name, "several members write the same 0-dim tensor", Code.SAME_SCALAR)
 
     @property
     def in_lists(self) -> bool:

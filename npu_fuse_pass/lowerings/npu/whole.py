@@ -23,6 +23,7 @@ from npu_fuse_pass.lowerings.npu.emit import elementwise
 from npu_fuse_pass.lowerings.npu.emit.split import Split, constants_of, split
 from npu_fuse_pass.lowerings.npu.execution import Run, refusal
 from npu_fuse_pass.lowerings.npu.graph.graph import device_update
+from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.tensors.memory import check_apart
 
 _NUMBER = torch.ops.aten.scalar_tensor.default  # what `rewrite` makes of a constant
@@ -105,9 +106,15 @@ class Program:
 def _check(leaves: Sequence[Leaf], groups: Sequence[Group], calls: Sequence[Call], written: set[int]) -> None:
     """Refuse what one graph on the device cannot do, or not without a host input that it writes."""
     if any(isinstance(ref, LeafRef) and ref.number for c in calls for ref in tree_leaves((c.args, c.kwargs))):
-        raise Unsupported("npu", "original operations between fused updates read a tensor as a Python number")
+        raise Unsupported(
+            "npu", "original operations between fused updates read a tensor as a Python number", Code.GE_BETWEEN
+        )
     if any(not leaves[i].shape for i in written if leaves[i].kind not in ("temporary", "result")):
-        raise Unsupported("npu", "original operations between fused updates, and a 0-dim state that the host advances")
+        raise Unsupported(
+            "npu",
+            "original operations between fused updates, and a 0-dim state that the host advances",
+            Code.GE_BETWEEN,
+        )
     for g in groups:
         elementwise.check(g.formula)
 

@@ -85,7 +85,7 @@ def _not_fused(made: Sequence[CompileReport], platform: str) -> str:
     """Why not everything ran fused on the platform; "" if it did."""
     if not made:
         return "nothing reached the backend"
-    reasons = [r.fallback for r in made if r.fallback] + [f"{u.op}: {u.reason}" for r in made for u in r.unfused]
+    reasons = [r.fallback for r in made if r.fallback] + [str(reason) for r in made for reason in r.unfused]
     lowerings = {g.lowering for r in made for g in r.groups}
     return anonymous("; ".join(reasons)) or ("" if lowerings == {platform} else f"it ran on {sorted(lowerings)}")
 

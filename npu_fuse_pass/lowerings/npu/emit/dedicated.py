@@ -76,7 +76,7 @@ def choose(
     try:
         made = [_dedicate(group.formula, found, o, totals) for o in operations]
     except Unsupported as e:
-        return f"{operations[0].name}: {e.reason}"
+        return f"{operations[0].name}: {e.reason.text}"
     return min(made, key=lambda d: d.cost)
 
 

@@ -17,6 +17,7 @@ from npu_fuse_pass.ir.expr import REDUCTIONS, Expr, postorder
 from npu_fuse_pass.ir.types import Formula
 from npu_fuse_pass.lowerings.npu.emit import list_operations
 from npu_fuse_pass.lowerings.npu.emit.dedicated_operations import OPERATIONS
+from npu_fuse_pass.reasons import Code
 
 # IR operation -> GE operation with the same operands in the same order
 _DIRECT = {
@@ -55,9 +56,9 @@ def check(formula: Formula) -> None:
     """
     for e in postorder(formula.roots):
         if e.op not in _DIRECT and e.op not in _REDUCE and e.op not in _OTHER:
-            raise Unsupported(e.op, "has no GE operation in the whitelist")
+            raise Unsupported(e.op, "has no GE operation in the whitelist", Code.GE_OPERATION)
         if e.op == "trunc" and e.tensor and stored(formula, e) == torch.float64:
-            raise Unsupported(e.op, "GE's Trunc has no float64")
+            raise Unsupported(e.op, "GE's Trunc has no float64", Code.GE_OPERATION)
 
 
 def wide_dtype(formula: Formula) -> torch.dtype:

@@ -19,6 +19,7 @@ from npu_fuse_pass.ir.fused_op import evaluate
 from npu_fuse_pass.ir.text import serialise
 from npu_fuse_pass.ir.types import Formula, Group, Leaf, Slot
 from npu_fuse_pass.lowerings.npu.emit.lerp import interpolation
+from npu_fuse_pass.reasons import Code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +131,9 @@ def _on_host(roots: Sequence[Expr], advanced: Sequence[tuple[int, Expr]], device
         if not e.tensor and (inner or (e.op == "leaf" and e.value not in device_slots)):
             found.add(id(e))
     if any(id(e) not in found for _, e in advanced):
-        raise Unsupported("copy_", "a 0-dim state is computed from a tensor; the NPU path advances those on the host")
+        raise Unsupported(
+            "copy_", "a 0-dim state is computed from a tensor; the NPU path advances those on the host", Code.GE_STATE
+        )
     return found
 
 

@@ -21,6 +21,7 @@ from npu_fuse_pass.ir.fused_op import multi_tensor_contribute, multi_tensor_upda
 from npu_fuse_pass.ir.types import Leaf
 from npu_fuse_pass.lowerings.npu.emit import dedicated, elementwise, list_operations
 from npu_fuse_pass.lowerings.npu.graph import names as npu_names
+from npu_fuse_pass.reasons import Code
 
 if TYPE_CHECKING:
     from npu_fuse_pass.lowerings.npu.host.numbers import Packed
@@ -188,7 +189,7 @@ class _Build:
                     for i, (kind, run) in enumerate(results):
                         terms.setdefault(part.group.totals[run.members[0]][kind], []).append(_taken(node, i))
         if terms and len({elementwise.wide_dtype(p.group.formula) for p in self._parts}) > 1:
-            raise Unsupported("total", "adds up over float64 and other parameters")
+            raise Unsupported("total", "adds up over float64 and other parameters", Code.ACROSS_PARAMETERS)
         stacked = {n: self._graph.call_function(torch.ops.aten.stack.default, (t,)) for n, t in terms.items()}
         return {n: self._graph.call_function(torch.ops.aten.sum.default, (s,)) for n, s in stacked.items()}
 

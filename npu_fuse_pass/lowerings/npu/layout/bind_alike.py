@@ -20,6 +20,7 @@ from torch import Tensor
 from npu_fuse_pass.errors import Mismatch
 from npu_fuse_pass.lowerings.npu.host.rows import picked
 from npu_fuse_pass.lowerings.npu.layout.runs import Values
+from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.tensors.memory import SHARED, apart
 from npu_fuse_pass.tensors.same import SameTensors
 
@@ -90,7 +91,7 @@ class Alike:
             return
         starts = torch.frombuffer(array.array("q", addresses), dtype=torch.int64)
         if not apart(starts, self._bytes, self._is_written):
-            raise Mismatch(SHARED)
+            raise Mismatch(SHARED, Code.SHARED_MEMORY)
         self._addresses = addresses
 
 

@@ -1,0 +1,150 @@
+"""Reasons as values: why something is not fused, made where it is found and printed alike wherever it is shown.
+
+`docs/reasons.md` is made of the codes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+_KEEP = "keep sizes, dtypes, devices and layouts, or compile the step again after a change"
+_REPORT = "report it, with this message and what print(npu_fuse_pass.reports()[-1]) says"
+_REWRITE = "rewrite this operation with pointwise ones, sums and norms of whole tensors"
+_RULE = "write the update with npu_fuse_pass.rule"
+
+
+class Code(enum.Enum):
+    """Kinds of reasons; names are stable.
+
+    Attributes:
+        meaning: what is the case, in a sentence.
+        remedy: what to do, unless a reason knows better; None where nothing can be done, or every reason says it.
+    """
+
+    # what an update computes
+    OPERATION = ("An operation of the step has no place in a fused kernel.", _REWRITE)
+    FORM = ("An operation is called with arguments that only the original understands.", _REWRITE)
+    DTYPE = ("Something of the update has a dtype that no kernel computes with.", _REWRITE)
+    MIXED_DTYPES = (
+        "Tensors of different dtypes meet without a cast.",
+        "cast with .to(...) where dtypes meet, or keep the state in the parameter's dtype",
+    )
+    HALF_PRECISION = (
+        "An operation rounds its intermediate results in half precision, in a way that no kernel repeats.",
+        "keep the state in float32 (state_dtype=torch.float32 with an optimizer of ours)",
+    )
+    DEVICE = ("An update computes across devices.", "create all states on the parameter's device")
+    SHAPES = ("Tensors of different shapes meet in an update.", "use the form that the reason names")
+    REDUCTION = ("A reduction is not one over a whole tensor of the step.", "use the form that the reason names")
+    ACROSS_PARAMETERS = (
+        "Numbers of several parameters are combined in another way than by a sum.",
+        "use the form that the reason names",
+    )
+    VIEW_WRITTEN = ("The step writes to a part of a tensor.", "write to the whole tensor, not to a view of it")
+    VIEW_STALE = (
+        "The step reads through a view what it has written before.",
+        "read before writing, or write to the whole tensor",
+    )
+    CONSTANT = ("A rule uses a tensor constant.", "use Python numbers in the rule, or a state")
+    SIZE = ("The step computes with the size of a tensor.", "take the size as a Python number before the step")
+    VALUE = (
+        "Python reads the value of a tensor.",
+        f"decide with torch.where instead of reading a tensor's value in Python, or {_RULE}",
+    )
+    SAME_SCALAR = ("Several parameters write the same 0-dim tensor.", None)
+    RULE = ("A rule raises an error where it is traced.", None)
+    GRAPH = ("The graph holds something else than a step's operations on tensors and numbers.", None)
+    MATCH = ("A formula is not compared with the known kernels.", None)
+
+    # where it runs
+    COMPILER = ("No C++ compiler works here.", "install g++ or clang++, or set CXX to one that works")
+    PLATFORM = ("The platform cannot be used here.", None)
+    OTHER_DEVICE = ("A lowering is given tensors of another device.", None)
+    GE_OPERATION = (
+        "GE has no operation for something in the update.",
+        "rewrite this operation with one that has (arithmetic, roots, comparisons, where)",
+    )
+    GE_BETWEEN = (
+        "Original operations between fused updates cannot be in one GE graph with them.",
+        f'run this part with options={{"platform": "cpu"}}, or {_RULE}',
+    )
+    GE_STATE = (
+        "A 0-dim state is computed from a tensor, and the NPU path advances those on the host.",
+        "set opt.found_inf outside of the compiled function",
+    )
+    GE_REFUSED = ("GE or torchair refused the step's graph, and nothing was changed.", None)
+
+    # what a step is called with
+    SHARED_MEMORY = (
+        "Two tensors of the step share memory, and one of them is written.",
+        "give every parameter, gradient and state memory of its own (clone what is tied or a view)",
+    )
+    CHANGED = ("A tensor is not what the step was compiled for.", _KEEP)
+    GRADIENTS = ("Other parameters have gradients than when the graph was captured.", None)
+    HOOKS = (
+        "Step hooks run between the operations of a larger compiled function.",
+        "remove the hooks, or call the step outside of the compiled function",
+    )
+
+    # what torch shows
+    FUSED_OPTION = (
+        "torch's own fused kernels (fused=True) are hidden from Dynamo.",
+        "construct the optimizer without it, or use npu_fuse_pass.compile_step, which switches it off",
+    )
+    HIDDEN = ("Dynamo does not look into this optimizer's step.", None)
+    NOT_CAPTURED = (
+        "No update reached the backend.",
+        f"call opt.step without closures that break the graph, or {_RULE}",
+    )
+
+    INTERNAL = ("An error inside npu_fuse_pass.", _REPORT)
+
+    def __init__(self, meaning: str, remedy: str | None) -> None:
+        self.meaning = meaning
+        self.remedy = remedy
+
+    def __call__(self, text: str, op: str = "", remedy: str | None = None) -> Reason:
+        """A reason of this kind; without a remedy of its own it has the code's."""
+        return Reason(self, text, op, remedy or self.remedy)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reason:
+    """Why something is not fused.
+
+    Attributes:
+        code: what kind of reason it is.
+        text: what is the case.
+        op: the operation, rule or group that it is about; may be empty.
+        remedy: what to do; None where nothing is known, or the text says it.
+        node: the name of the node in the captured graph, where it is about one.
+        source: that node's place in the source, as "train.py:12, in step".
+    """
+
+    code: Code
+    text: str
+    op: str = ""
+    remedy: str | None = None
+    node: str | None = None
+    source: str | None = None
+
+    def __str__(self) -> str:
+        about = f"{self.op}: " if self.op else ""
+        place = f" ({self.source})" if self.source else ""
+        return f"{about}{self.text}{place}"
+
+    @property
+    def advised(self) -> str:
+        """The reason with what to do, as warnings say it."""
+        return f"{self}. What to do: {self.remedy}" if self.remedy else str(self)
+
+    def led_by(self, words: str) -> Reason:
+        """The same reason after words that say when or how it counts."""
+        return dataclasses.replace(
+            self, text=f"{words}: {self.op}: {self.text}" if self.op else f"{words}: {self.text}", op=""
+        )
+
+    def to_json(self) -> dict[str, str | None]:
+        """Plain strings."""
+        return {**dataclasses.asdict(self), "code": self.code.name}
