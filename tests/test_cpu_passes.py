@@ -18,8 +18,8 @@ from torch import Tensor
 from npu_fuse_pass import rule, total, zeros
 from npu_fuse_pass.ir.text import parse
 from npu_fuse_pass.lowerings.cpu import kernel as cpu_kernel
-from npu_fuse_pass.lowerings.kernels import sweeps
 from npu_fuse_pass.lowerings.cpu.codegen import generate
+from npu_fuse_pass.lowerings.kernels import sweeps
 
 from .cases import BY_NAME
 from .support import assert_close, assert_fused, compiled, gradients, last_report, parameters, set_gradients
