@@ -8,8 +8,8 @@ one float64 vector; that is why a step touches few Python objects and a changed 
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import operator
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,9 @@ from npu_fuse_pass.errors import GradientError
 from npu_fuse_pass.rules.checks import reads_step
 from npu_fuse_pass.rules.declaration import Rule
 from npu_fuse_pass.rules.hyperparameters import Hyper
+from npu_fuse_pass.rules.state import ParamState, States
 from npu_fuse_pass.tensors.buffers import flat_buffer
+from npu_fuse_pass.tensors.memory import same_memory
 from npu_fuse_pass.tensors.same import SameTensors
 
 if TYPE_CHECKING:
@@ -28,48 +30,6 @@ if TYPE_CHECKING:
 
 
 _grad = operator.attrgetter("grad")
-
-
-class ParamState(dict[str, Any]):
-    """State of one parameter; assigning a tensor copies into the optimizer's flat buffer."""
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        view = self.get(name)
-        if not isinstance(view, Tensor) or value is view:
-            super().__setitem__(name, value)
-        elif isinstance(value, Tensor) and value.numel() == view.numel():
-            view.copy_(value.detach().reshape(view.shape))
-        elif isinstance(value, (int, float)) and view.ndim == 0:
-            view.fill_(value)
-        else:
-            got = tuple(value.shape) if isinstance(value, Tensor) else repr(value)
-            raise ValueError(f"state {name!r} is a tensor of shape {tuple(view.shape)}; cannot assign {got}")
-
-
-class States(defaultdict[Tensor, Any]):
-    """`opt.state`: parameter -> ParamState. Notices when entries are replaced or removed, so that storage follows."""
-
-    def __init__(self, entries: Mapping[Tensor, Mapping[str, Any]] | None = None) -> None:
-        super().__init__(ParamState)
-        self.changed = True
-        for param, entry in (entries or {}).items():
-            super().__setitem__(param, ParamState(entry))
-
-    def __setitem__(self, param: Tensor, entry: Mapping[str, Any]) -> None:
-        super().__setitem__(param, entry if isinstance(entry, ParamState) else ParamState(entry))
-        self.changed = True
-
-    def __delitem__(self, param: Tensor) -> None:
-        super().__delitem__(param)
-        self.changed = True
-
-    def pop(self, *args: Any) -> Any:
-        self.changed = True
-        return super().pop(*args)
-
-    def clear(self) -> None:
-        super().clear()
-        self.changed = True
 
 
 @dataclasses.dataclass(eq=False)
@@ -87,6 +47,7 @@ class Batch:
     views: dict[str, list[Tensor]]
     steps: Tensor
     step_views: list[Tensor]
+    shown: list[dict[str, Tensor]]  # by parameter: what `opt.state` has of it
     hyper: Hyper
     numels: list[int]
     seen: list[bool]
@@ -153,6 +114,7 @@ def make_batch(
         views=views,
         steps=steps,
         step_views=list(steps.unbind()),
+        shown=[{} for _ in params],
         hyper=hyper,
         numels=[p.numel() for p in params],
         seen=[False] * len(params),
@@ -184,13 +146,38 @@ def expose(batch: Batch, state: States) -> None:
     """Make the states of parameters that were updated for the first time visible in `opt.state`."""
     if batch.all_seen or not batch.counts:
         return
-    changed = state.changed
     for i, (param, grad) in enumerate(zip(batch.params, batch.grads, strict=True)):
         if grad is not None and not batch.seen[i]:
             batch.seen[i] = True
-            state[param] = ParamState(step=batch.step_views[i], **batch.states(i))
-    state.changed = changed
+            _show(batch, i, state.entry(param))
     batch.all_seen = all(batch.seen)
+
+
+def check_state(rule: Rule, settings: Mapping[str, Any], param: Tensor, entry: Mapping[str, Any], label: str) -> None:
+    """Refuse what somebody put into `opt.state` and no step can go on from, before anything is changed.
+
+    Raises:
+        ValueError: names the parameter and the state, and says what is allowed.
+    """
+    names = rule.states_of(settings)
+    for name in names:
+        value = entry.get(name)
+        if value is None and rule.states[name].condition is None and entry.keys() & {*names, "step"}:
+            listed = ", ".join(map(repr, entry))
+            whole = f"give it all of {list(names)}, or clear() it to begin anew"
+            raise ValueError(f"the state of {label} has {listed} and lacks {name!r}: {whole}")
+        if value is None:
+            continue
+        allowed = f"allowed is a dense real tensor of the parameter's shape {tuple(param.shape)}"
+        if not isinstance(value, Tensor):
+            raise ValueError(f"state {name!r} of {label} is {value!r}; {allowed}")
+        if value.shape != param.shape or value.is_complex() or value.layout is not torch.strided:
+            got = f"{value.dtype}, {value.layout}, of shape {tuple(value.shape)}"
+            raise ValueError(f"state {name!r} of {label} is {got}; {allowed}")
+    step = entry.get("step", 0)
+    one = step.numel() == 1 and not step.is_complex() if isinstance(step, Tensor) else isinstance(step, numbers.Real)
+    if not one:
+        raise ValueError(f"state 'step' of {label} is {step!r}; allowed are a number and a tensor of one")
 
 
 def check_gradient(param: Tensor, grad: Tensor) -> None:
@@ -226,19 +213,52 @@ def _views(flat: Tensor, params: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def adopt(batch: Batch, existing: States) -> None:
-    """Copy loaded or earlier values into the buffers and put views in their place; reset where there are none."""
-    changed = existing.changed
+    """Bring loaded, assigned or earlier values into the buffers, and views of these into the entries.
+
+    A parameter that has none of its states begins anew. What is no longer in its entry keeps its value, with memory of
+    its own: somebody may put it back later.
+    """
+    entries = [existing.entry(p).present() if p in existing else {} for p in batch.params]
+    begun = [not batch.flat or not batch.flat.keys().isdisjoint(entry) for entry in entries]
+    # torch.optim.SGD keeps no counter: a parameter that has a state has been updated at least once
+    steps = [float(entry.get("step", bool(batch.flat))) if b else 0.0 for b, entry in zip(begun, entries, strict=True)]
+    for shown, entry in zip(batch.shown, entries, strict=True):
+        for name in [name for name, t in shown.items() if entry.get(name) is not t]:
+            t = shown.pop(name)
+            t.data = t.clone()
+    for name, views in batch.views.items():
+        values = [entry[name].detach() if name in entry else None for entry in entries]
+        _bring(values, views, batch.rule.states[name].value)
+    for i, step in enumerate(steps):
+        batch.steps[i] = step
+    batch.seen = [bool(entry and batch.counts) for entry in entries]
     for i, param in enumerate(batch.params):
-        entry = {k: v for k, v in existing[param].items() if v is not None} if param in existing else {}
-        batch.seen[i] = bool(entry and batch.counts)
-        for name, views in batch.views.items():
-            if name in entry:
-                views[i].copy_(entry[name].detach().reshape(param.shape))
-            else:
-                views[i].fill_(batch.rule.states[name].value)
-        # torch.optim.SGD keeps no counter: a parameter that has a state has been updated at least once
-        batch.steps[i] = float(entry["step"]) if "step" in entry else float(any(n in entry for n in batch.flat))
         if batch.seen[i]:
-            existing[param] = ParamState({**entry, "step": batch.step_views[i], **batch.states(i)})
-    existing.changed = changed
+            _show(batch, i, existing.entry(param))
     batch.all_seen = all(batch.seen)
+
+
+def _bring(values: Sequence[Tensor | None], views: Sequence[Tensor], fill: float) -> None:
+    """Copy values to their places in a buffer; some may lie elsewhere in it, such as those of exchanged entries."""
+    buffer = {view.untyped_storage().data_ptr() for view in views}
+    stays = [v is not None and same_memory(v, view) for v, view in zip(values, views, strict=True)]
+    found = [
+        v.clone() if v is not None and not s and v.untyped_storage().data_ptr() in buffer else v
+        for v, s in zip(values, stays, strict=True)
+    ]
+    for value, view, s in zip(found, views, stays, strict=True):
+        if value is None:
+            view.fill_(fill)
+        elif not s:
+            view.copy_(value)
+
+
+def _show(batch: Batch, index: int, entry: ParamState) -> None:
+    """Put a parameter's states into its entry: tensors that nobody else uses, so that they can be given away."""
+    shown = batch.shown[index]
+    for name, view in {"step": batch.step_views[index], **batch.states(index)}.items():
+        if name not in shown:
+            shown[name] = view.detach()
+        elif not same_memory(shown[name], view):
+            shown[name].data = view
+    entry.take(shown)

@@ -17,11 +17,11 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from npu_fuse_pass.errors import OptionError
 from npu_fuse_pass.rules import core_op
-from npu_fuse_pass.rules.batch import States
 from npu_fuse_pass.rules.checks import check_rule
 from npu_fuse_pass.rules.declaration import Rule
 from npu_fuse_pass.rules.prelude import Prelude
 from npu_fuse_pass.rules.rehome import Homes, check_option
+from npu_fuse_pass.rules.state import States
 
 Settings = Mapping[str, Any]
 _TRANSIENT = (
@@ -66,7 +66,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         OptionError: an option has another value than these, or a parameter cannot be re-homed: it is tied to another
             one, a view of another tensor, a tensor subclass (DTensor) or in a private NPU format. Nothing is changed.
 
-    Groups hold plain numbers; `opt.state[p][name]` are views of flat buffers, and assigning to them copies in.
+    Groups hold plain numbers. `opt.state` is changed as torch.optim's, and the next step goes on from it: entries and
+    states may be put in, taken out, exchanged and given other memory; a parameter without states begins anew. Tensors
+    in it are views of flat buffers, into which a step copies what was assigned. It refuses (ValueError) a state that
+    is not of its parameter's shape, and an entry that lacks some of its states.
     """
 
     rule: Rule
@@ -141,6 +144,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError: the closure is not callable.
             GradientError: a gradient is sparse, complex, or of another shape or device than its parameter.
+            ValueError: `opt.state` holds what no step can go on from.
         """
         if torch.compiler.is_dynamo_compiling():  # `step` is being inlined into a larger graph
             return self._surface.update(self.found_inf) if closure is None else self._step_apart(closure)
@@ -284,9 +288,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         return id(self)
 
 
-def _copied(entry: Mapping[str, Any]) -> dict[str, Any]:
+def _copied(entry: dict[str, Any]) -> dict[str, Any]:
     """A state entry without views; a view would carry its whole flat buffer into every file."""
-    copied = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in entry.items()}
+    copied = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in dict.items(entry)}
     if isinstance(copied.get("step"), Tensor):
         copied["step"] = copied["step"].float()
     return copied

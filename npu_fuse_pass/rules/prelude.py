@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 
 from npu_fuse_pass.errors import OptionError
-from npu_fuse_pass.rules.batch import Batch, States, adopt, batch_key, check_gradient, expose, fill_hyper, make_batch
+from npu_fuse_pass.rules.batch import (
+    Batch,
+    adopt,
+    batch_key,
+    check_gradient,
+    check_state,
+    expose,
+    fill_hyper,
+    make_batch,
+)
+from npu_fuse_pass.rules.state import States
 
 if TYPE_CHECKING:
     from npu_fuse_pass.rules.declaration import Rule
@@ -84,9 +94,9 @@ class Prelude:
 
     def _fit(self, optimizer: RuleOptimizer, parts: list[tuple[int, Rule, list[Tensor], Mapping[str, Any]]]) -> bool:
         state = optimizer.state
-        if not isinstance(state, States) or state.changed or any(p.grad is not None for p in self._outside):
+        if not isinstance(state, States) or state.changes.made or any(p.grad is not None for p in self._outside):
             return False
-        if len(parts) != len(self._parts):
+        if state.changes.moved or len(parts) != len(self._parts):
             return False
         for (_, rule, params, _), (known_rule, known) in zip(parts, self._parts, strict=True):
             if rule is not known_rule or len(params) != len(known) or not all(map(operator.is_, params, known)):
@@ -105,6 +115,8 @@ class Prelude:
                     check_gradient(p, p.grad)
         if not isinstance(optimizer.state, States):
             optimizer.state = States(optimizer.state)
+        self._check_states(optimizer, parts)
+        optimizer.state.changes.forget()
         batches: list[Batch] = []
         outside: list[Tensor] = []
         for index, (group, rule, params, settings) in enumerate(parts):
@@ -122,11 +134,20 @@ class Prelude:
                     with contextlib.suppress(OptionError):  # then they stay where they are; the report says the layout
                         optimizer.settle([members])
                 batches.append(old or make_batch(rule, group, index, settings, members, optimizer))
-        optimizer.state.changed = False
         if batches != self.batches:  # a loaded checkpoint alone changes values, not the plan
             self.version += 1
         self.batches, self._outside = batches, outside
         self._parts = [(rule, list(params)) for _, rule, params, _ in parts]
+
+    def _check_states(
+        self, optimizer: RuleOptimizer, parts: list[tuple[int, Rule, list[Tensor], Mapping[str, Any]]]
+    ) -> None:
+        state = optimizer.state
+        assert isinstance(state, States)
+        numbers = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+        for _, rule, params, settings in parts:
+            for p in (p for p in params if p in state):
+                check_state(rule, settings, p, state.entry(p).present(), f"parameter {numbers[id(p)]}")
 
 
 def _serves(batch: Batch, rule: Rule, part: int, settings: Mapping[str, Any], members: list[Tensor]) -> bool:

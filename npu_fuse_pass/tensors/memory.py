@@ -74,3 +74,8 @@ def in_order(t: Tensor, strides: tuple[int, ...]) -> bool:
         return False
     agree = all(size <= 1 or a == b for size, a, b in zip(t.shape, t.stride(), strides, strict=True))
     return agree or t.numel() == 0
+
+
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same elements of the same memory."""
+    return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)

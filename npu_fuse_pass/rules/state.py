@@ -1,0 +1,198 @@
+"""`opt.state`: parameter -> name -> value, to read and to change as torch.optim's.
+
+Whatever is put in or taken out, or given other memory (`.data =`, `resize_`), counts at the next step, which brings it
+into the flat buffers. Dynamo leaves all of it to Python: the graph of a compiled function ends where it uses a state.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, ItemsView, Iterator, Mapping, ValuesView
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _in_python(method: F) -> F:
+    reason = "opt.state of an optimizer of ours is read or changed here; its values are kept outside of graphs"
+    made: F = torch._dynamo.disable(method, reason=reason)
+    return made
+
+
+class Changes:
+    """What happens to an optimizer's states outside of its steps.
+
+    Attributes:
+        made: something was put in or taken out since this was last False.
+    """
+
+    def __init__(self) -> None:
+        self.made = True
+        self._handed_out: dict[int, tuple[Tensor, tuple[object, ...]]] = {}
+
+    def hand_out(self, value: object) -> None:
+        """Watch the memory of a tensor that whoever trains may keep."""
+        if isinstance(value, Tensor) and id(value) not in self._handed_out:
+            self._handed_out[id(value)] = (value, _memory(value))
+
+    def forget(self) -> None:
+        """Watch nothing any more, and begin anew."""
+        self._handed_out.clear()
+        self.made = False
+
+    @property
+    def moved(self) -> bool:
+        """Whether a tensor that was handed out has other memory now."""
+        return any(_memory(value) != memory for value, memory in self._handed_out.values())
+
+
+def _memory(t: Tensor) -> tuple[object, ...]:
+    return t.data_ptr(), t.shape, t.stride(), t.dtype
+
+
+class _Noting(dict[Any, Any]):
+    """A dict that notes when it is changed."""
+
+    changes: Changes
+
+    @_in_python
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, value)
+        self.changes.made = True
+
+    @_in_python
+    def __delitem__(self, key: Any) -> None:
+        super().__delitem__(key)
+        self.changes.made = True
+
+    @_in_python
+    def clear(self) -> None:
+        super().clear()
+        self.changes.made = True
+
+    @_in_python
+    def pop(self, *args: Any) -> Any:
+        self.changes.made = True
+        return super().pop(*args)
+
+    @_in_python
+    def popitem(self) -> tuple[Any, Any]:
+        self.changes.made = True
+        return super().popitem()
+
+    @_in_python
+    def update(self, *args: Any, **named: Any) -> None:
+        for key, value in dict(*args, **named).items():
+            self[key] = value
+
+    @_in_python
+    def setdefault(self, key: Any, default: Any = None) -> Any:
+        if key not in self:
+            self[key] = default
+        return self[key]
+
+    @_in_python
+    def __ior__(self, other: Any) -> Any:
+        self.update(other)
+        return self
+
+
+class ParamState(_Noting):
+    """State of one parameter. Tensors are views of flat buffers; what is assigned is copied there by the next step.
+
+    Attributes:
+        read: its values were handed out.
+    """
+
+    def __init__(self, entry: Mapping[str, Any], changes: Changes) -> None:
+        dict.__init__(self, entry)
+        self.changes = changes
+        self.read = False
+
+    def take(self, entry: Mapping[str, Any]) -> None:
+        """What the optimizer itself puts in."""
+        dict.update(self, entry)
+        if self.read:
+            self._hand_out()
+
+    def present(self) -> dict[str, Any]:
+        """What is there and not None, for the optimizer itself."""
+        return {name: value for name, value in dict.items(self) if value is not None}
+
+    def _hand_out(self) -> None:
+        self.read = True
+        for value in dict.values(self):
+            self.changes.hand_out(value)
+
+    @_in_python
+    def __getitem__(self, name: str) -> Any:
+        self._hand_out()
+        return super().__getitem__(name)
+
+    @_in_python
+    def get(self, name: str, default: Any = None) -> Any:
+        self._hand_out()
+        return super().get(name, default)
+
+    @_in_python
+    def values(self) -> ValuesView[Any]:  # type: ignore[override]
+        self._hand_out()
+        return super().values()
+
+    @_in_python
+    def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
+        self._hand_out()
+        return super().items()
+
+    @_in_python
+    def copy(self) -> dict[str, Any]:
+        self._hand_out()
+        return super().copy()
+
+    def __iter__(self) -> Iterator[str]:  # with it dict(entry) and {**entry} ask for every value
+        return super().__iter__()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+
+class States(_Noting, defaultdict[Tensor, Any]):
+    """All of them; an entry that is not there is made when it is asked for, as in torch.optim."""
+
+    def __init__(self, entries: Mapping[Tensor, Mapping[str, Any]] | None = None) -> None:
+        super().__init__()
+        self.default_factory = dict
+        self.changes = Changes()
+        for param, entry in (entries or {}).items():
+            self[param] = entry
+
+    @_in_python
+    def __setitem__(self, param: Tensor, entry: Mapping[str, Any]) -> None:
+        """Put in an entry: the object itself if it was one of these and stands for no other parameter now."""
+        own = isinstance(entry, ParamState) and entry.changes is self.changes
+        if not own or any(entry is other and param is not key for key, other in dict.items(self)):
+            entry = ParamState(entry, self.changes)
+        super().__setitem__(param, entry)
+
+    @_in_python
+    def __missing__(self, param: Tensor) -> ParamState:
+        return self.entry(param)
+
+    def entry(self, param: Tensor) -> ParamState:
+        """A parameter's entry; an empty one changes nothing."""
+        if param not in self:
+            dict.__setitem__(self, param, ParamState({}, self.changes))
+        made: ParamState = dict.__getitem__(self, param)
+        return made
+
+    def copy(self) -> Any:
+        return defaultdict(dict, self)
+
+    def __copy__(self) -> Any:
+        return self.copy()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return defaultdict, (dict, dict(self))
