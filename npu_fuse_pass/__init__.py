@@ -36,7 +36,7 @@ _LAZY = {
     "CompileReport": "report.report",
     "reports": "report.report",
     "clear_reports": "report.report",
-    "clear_cache": "lowerings.cpu.build",
+    "clear_cache": "lowerings.cpu.cache",
 }
 
 __all__ = [

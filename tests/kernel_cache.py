@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from npu_fuse_pass.lowerings.cpu import build as cpu_build
+from npu_fuse_pass.lowerings.cpu import compiler as cpu_compiler
 from optimizers import NpuFusedAdam
 
 from .cases import BY_NAME
@@ -25,14 +26,13 @@ Path = pathlib.Path
 
 def forget() -> None:
     """What a new process does not know."""
-    cpu_build.compiler.cache_clear()
-    cpu_build._identity.cache_clear()
+    cpu_compiler.forget()
     cpu_build._loaded.clear()
 
 
 @contextlib.contextmanager
 def own_cache(tmp_path: Path) -> Iterator[Path]:
-    """A cache folder for one test (not made yet), in what is like a new process."""
+    """The folder that a test names for the cache (not made yet), in what is like a new process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NPU_FUSE_CACHE_DIR", str(tmp_path / "cache"))
         patch.setattr(cpu_build, "_loaded", {})

@@ -10,13 +10,13 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from npu_fuse_pass import clear_cache
-from npu_fuse_pass.lowerings.cpu import build as cpu_build
 
 from .kernel_cache import Path, counting_compiler, digest, fused, own_cache, put, record_loads, script, train_compiled
 
@@ -84,24 +84,24 @@ def test_a_folder_that_cannot_be_written(kernel_cache: Path, monkeypatch: pytest
     def replace(source: Any, target: Any) -> None:
         raise OSError(error, os.strerror(error))
 
-    monkeypatch.setattr(cpu_build.os, "replace", replace)
+    monkeypatch.setattr(os, "replace", replace)
     messages = fused()
     assert messages
     assert all(os.strerror(error) in m for m in messages)
-    assert not list(kernel_cache.iterdir())  # no rest is left behind
+    assert not list((kernel_cache / "npu_fuse_pass").iterdir())  # no rest is left behind
 
 
 def test_a_folder_of_another_user(kernel_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loads = record_loads(monkeypatch)
     assert fused() == []
-    theirs = {digest(p) for p in kernel_cache.glob("*.so")}
-    for path in kernel_cache.glob("*.so"):
+    theirs = {digest(p) for p in kernel_cache.rglob("*.so")}
+    for path in kernel_cache.rglob("*.so"):
         put(path, path.read_bytes() + b"changed")
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     messages = fused()
     assert any("belongs to user" in m for m in messages)
     assert loads[0] in theirs
-    assert all((digest(p) not in loads[1:]) for p in kernel_cache.glob("*.so"))
+    assert all((digest(p) not in loads[1:]) for p in kernel_cache.rglob("*.so"))
 
 
 def test_a_folder_that_others_may_write(kernel_cache: Path) -> None:
@@ -134,6 +134,83 @@ def test_clear_cache(kernel_cache: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert not list(kernel_cache.rglob("*.so"))
     fused()
     assert calls() == 2
+
+
+def test_clear_cache_removes_what_is_ours_and_nothing_else(kernel_cache: Path) -> None:
+    """The folder that is named may hold anything, and so may a folder of our own."""
+    kernel_cache.mkdir(mode=0o700)
+    foreign = ["thesis.sources.tex", "notes.so", "build-mine/x.cpp", "a.solver/y.so", f"{'0' * 32}-{'0' * 16}.so"]
+    foreign += ["npu_fuse_pass/notes.so", f"npu_fuse_pass/{'0' * 31}.so.sha256", "npu_fuse_pass/more/x.so"]
+    for name in foreign:
+        (kernel_cache / name).parent.mkdir(exist_ok=True, mode=0o700)
+        (kernel_cache / name).write_text("precious")
+    fused()
+    killed = kernel_cache / "npu_fuse_pass" / "build-killed"
+    killed.mkdir()
+    (killed / "kernel.cpp").touch()
+    assert len(files_below(kernel_cache)) > len(foreign) + 1
+    clear_cache()
+    assert files_below(kernel_cache) == sorted(foreign)
+    assert not killed.exists()
+
+
+def files_below(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_clear_cache_where_there_is_none(kernel_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clear_cache()
+    assert not kernel_cache.exists()
+    kernel_cache.write_text("a file")
+    clear_cache()
+    monkeypatch.setenv("NPU_FUSE_CACHE_DIR", str(kernel_cache / "below"))
+    clear_cache()
+    assert kernel_cache.read_text() == "a file"
+
+
+def test_what_killed_builds_left_is_removed(kernel_cache: Path) -> None:
+    own = kernel_cache / "npu_fuse_pass"
+    for name in ("build-old", "build-new", "other-old"):
+        (own / name).mkdir(parents=True)
+        (own / name / "kernel.cpp").touch()
+    own.chmod(0o700)
+    for name in ("build-old", "other-old"):
+        os.utime(own / name, (0, 0))
+    assert fused() == []
+    assert sorted(p.name for p in own.iterdir() if p.is_dir()) == ["build-new", "other-old"]
+
+
+@pytest.fixture
+def open_to_all() -> Iterator[Path]:
+    """A folder that everybody may write, with no closed one above it; pytest's are closed to others."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("below", [".", "mine", "mine/deeper"])
+def test_a_folder_that_others_may_replace(
+    below: str, open_to_all: Path, kernel_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others could put code of theirs there between the check and the load: nothing is kept or loaded from there."""
+    named = open_to_all / below
+    named.mkdir(parents=True, exist_ok=True)
+    (named / "npu_fuse_pass").mkdir(mode=0o700)
+    monkeypatch.setenv("NPU_FUSE_CACHE_DIR", str(named))
+    messages = fused()
+    assert messages
+    assert all(f"others may write {open_to_all}" in m and "chmod" in m for m in messages)
+    assert not files_below(open_to_all)
+
+
+def test_a_closed_folder_in_one_that_others_may_write(
+    open_to_all: Path, kernel_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As /tmp is: in a sticky folder nobody else can replace what is ours."""
+    open_to_all.chmod(0o1777)
+    monkeypatch.setenv("NPU_FUSE_CACHE_DIR", str(open_to_all))
+    assert fused() == []
+    assert files_below(open_to_all)
 
 
 # Several processes ---------------------------------------------------------------------------------------------------
@@ -172,7 +249,7 @@ def test_processes_share_kernels(kernel_cache: Path, tmp_path: Path) -> None:
     assert calls() == 2
     assert first == second
     assert first[:2] == [None, ["cpu"]]
-    assert sorted(p.suffix for p in kernel_cache.iterdir() if not p.name.endswith(".so")) == [".sha256"]  # no rests
+    assert sorted(p.suffix for p in kernel_cache.rglob("*.*") if not p.name.endswith(".so")) == [".sha256"]  # no rests
     third = result(start(cxx))
     assert calls() == 2
     assert third == first

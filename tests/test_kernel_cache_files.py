@@ -58,7 +58,7 @@ def test_a_corrupt_file(how: str, kernel_cache: Path, tmp_path: Path, monkeypatc
     monkeypatch.setenv("CXX", cxx)
     loads = record_loads(monkeypatch)
     assert fused() == []
-    (library,), (note,) = kernel_cache.glob("*.so"), kernel_cache.glob("*.sha256")
+    (library,), (note,) = kernel_cache.rglob("*.so"), kernel_cache.rglob("*.sha256")
     good = digest(library)
     if how in CORRUPT:
         CORRUPT[how](library, note)
@@ -85,8 +85,8 @@ def test_a_planted_library(kernel_cache: Path, tmp_path: Path, monkeypatch: pyte
     )
     subprocess.run([GXX, "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
     fused()
-    (note,) = kernel_cache.glob("*.sha256")
-    planted = kernel_cache / f"{note.name.split('.')[0]}-{digest(library)[:16]}.so"
+    (note,) = kernel_cache.rglob("*.sha256")
+    planted = note.parent / f"{note.name.split('.')[0]}-{digest(library)[:16]}.so"
     shutil.copy(library, planted)
     put(note, digest(library).encode())
     other_owner(monkeypatch, planted.name)

@@ -194,9 +194,9 @@ def test_a_torch_that_does_not_import_is_a_finding(monkeypatch: pytest.MonkeyPat
 
 
 def test_without_a_compiler_nothing_runs_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
-    from npu_fuse_pass.lowerings.cpu import build as cpu_build
+    from npu_fuse_pass.lowerings.cpu import compiler as cpu_compiler
 
-    monkeypatch.setattr(cpu_build, "compiler", lambda: None)
+    monkeypatch.setattr(cpu_compiler, "compiler", lambda: None)
     status, text = selftest(tmp_path / "report.md", "--platform", "cpu")
     assert status == 1
     assert "because of C++ compiler and kernel cache: none found" in text

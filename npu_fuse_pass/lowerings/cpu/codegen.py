@@ -25,7 +25,7 @@ BLOCK = 8
 """Values that a lane adds before it keeps track of what rounding loses, which is most of a sum's work. Only where no
 tensor is float64: what is made of the sum is then rounded further than those last bits."""
 
-PRELUDE = (pathlib.Path(__file__).parent / "kernel.h").read_text()
+PRELUDE = (pathlib.Path(__file__).parent / "kernel.h").read_text(encoding="utf-8")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,7 +49,7 @@ class Kernel:
         totals: Collection[int] | None,
     ) -> None:
         source = generate(group.name, group.formula, totals)
-        library = cpu_build.load(source.text)
+        library = cpu_build.load(source.text, [*source.stages, "find_overlap"])
         functions = [getattr(library, name) for name in source.stages]
         for f in functions:
             f.argtypes, f.restype = [ctypes.POINTER(Args)], None

@@ -7,9 +7,9 @@ version of torch) and kept with the kernels. Until it is there, and where it can
 from __future__ import annotations
 
 import array
+import atexit
 import contextlib
 import ctypes
-import functools
 import logging
 import os
 import pathlib
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from npu_fuse_pass.errors import PlatformError, Unsupported
 from npu_fuse_pass.lowerings.cpu import build as cpu_build
+from npu_fuse_pass.lowerings.cpu.compiler import end_all
 from npu_fuse_pass.reasons import Code
 
 WORTH = 16
@@ -130,6 +131,14 @@ def _owners(tensors: Sequence[Tensor]) -> list[int]:
     return [i if i < 0 or found[i] < 0 else -1 for i in found]  # a gradient of a gradient is looked at as itself
 
 
+_INTEGER, _POINTER = ctypes.c_int64, ctypes.c_void_p
+_FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
+    "look_make": ([_POINTER] * 3 + [_INTEGER] * 2, _POINTER),
+    "look_free": ([_POINTER], None),
+    "look_same": ([*[_POINTER] * 3, _INTEGER], ctypes.c_int),
+    "look_write": ([_POINTER, _POINTER], None),
+    "look_done": ([_POINTER], None),
+}
 _library: dict[str, Any] = {}  # "native", when it is there, or "missing": why it never will be
 _pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _pointer.restype, _pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
@@ -139,46 +148,67 @@ def _at(numbers: array.array[int]) -> int:
     return numbers.buffer_info()[0]
 
 
-@functools.cache
+_threads: list[threading.Thread] = []  # the one that compiles or loads the library
+_lock = threading.Lock()
+
+
 def _start() -> threading.Thread:
-    """Compile or load the library beside everything else; the interpreter waits for it at its end."""
-    thread = threading.Thread(target=_load, name="npu_fuse_pass: compiling cpu_look.cpp")
-    thread.start()
-    return thread
+    """Compile or load the library beside everything else; at its end the interpreter kills the compiler."""
+    with _lock:
+        if not _threads:
+            thread = threading.Thread(target=_load, name="npu_fuse_pass: compiling cpu_look.cpp", daemon=True)
+            _threads.append(thread)
+            try:
+                thread.start()
+            except RuntimeError as e:  # a limit on threads
+                _miss(e)
+        return _threads[0]
+
+
+@atexit.register
+def _end() -> None:
+    end_all()
+    for thread in _threads:
+        if thread.is_alive():
+            thread.join(timeout=10)  # it removes its files
 
 
 def wait() -> bool:
     """Wait until the library is there or cannot be had; whether it is there."""
-    _start().join()
+    thread = _start()
+    if thread.is_alive():
+        thread.join()
     return "native" in _library
 
 
 def forget() -> None:
     """As in a new process: the library is loaded or compiled anew."""
     _library.clear()
-    _start.cache_clear()
+    _threads.clear()
 
 
 def _load() -> None:
     try:
         if not hasattr(torch._C, "_aoti"):
             raise PlatformError("this torch gives no handles for tensors")
-        library = ctypes.PyDLL("cpu_look", handle=cpu_build.load(_source(), _torch_flags())._handle)  # keeps the lock
+        built = cpu_build.load(_source(), list(_FUNCTIONS), _torch_flags())
+        library = ctypes.PyDLL("cpu_look", handle=built._handle)  # keeps the lock
     except Exception as e:
-        _library["missing"] = f"tensors are looked at in Python, about 1 us for each parameter and step: {e}"
-        _log.warning("%s", _library["missing"])
+        _miss(e)
         return
-    integer, pointer = ctypes.c_int64, ctypes.c_void_p
-    library.look_make.argtypes, library.look_make.restype = [pointer] * 3 + [integer] * 2, pointer
-    library.look_free.argtypes, library.look_free.restype = [pointer], None
-    library.look_same.argtypes, library.look_same.restype = [*[pointer] * 3, integer], ctypes.c_int
-    library.look_write.argtypes, library.look_write.restype = [pointer, pointer], None
-    library.look_done.argtypes, library.look_done.restype = [pointer], None
+    for name, (arguments, result) in _FUNCTIONS.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, result
     _library["native"] = library
 
 
+def _miss(why: Exception) -> None:
+    _library["missing"] = f"tensors are looked at in Python, about 1 us for each parameter and step: {why}"
+    _log.warning("%s", _library["missing"])
+
+
 def _source() -> str:
-    text = pathlib.Path(__file__).with_suffix(".cpp").read_text()
+    text = pathlib.Path(__file__).with_suffix(".cpp").read_text(encoding="utf-8")
     return f"// torch {torch.__version__}\n{text}"  # another torch has other headers
 
 

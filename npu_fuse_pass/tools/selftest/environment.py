@@ -97,11 +97,12 @@ def _optimizers() -> str:
 def _compiler() -> str:
     """Compiles, caches, loads and calls one function."""
     from npu_fuse_pass.lowerings.cpu import build as cpu_build
+    from npu_fuse_pass.lowerings.cpu.compiler import compiler
 
-    name = cpu_build.compiler()
+    name = compiler()
     if name is None:
         raise Missing("none found", "install g++ or clang++, or set CXX (the CPU lowering needs it)")
-    library = cpu_build.load('extern "C" int npu_fuse_selftest() { return 7; }')
+    library = cpu_build.load('extern "C" int npu_fuse_selftest() { return 7; }', ["npu_fuse_selftest"])
     if library.npu_fuse_selftest() != 7:
         raise Missing(f"{name} builds libraries that do not work", "set CXX to another compiler")
     return f"{name.split()[0]} compiles, and the library loads"

@@ -1,0 +1,120 @@
+"""The folder in which compiled kernels are kept: safe to share between processes, hard to poison for other users.
+
+It is a folder of our own below the one that the user names, so that whatever else is there is none of our business.
+Nobody else may write it, nor anything above it: what was checked stays what it is until it is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import pathlib
+import re
+import shutil
+import stat
+import tempfile
+import time
+
+_OWN = "npu_fuse_pass"
+_LIBRARY, _NOTE = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}\.so"), re.compile(r"[0-9a-f]{32}\.so\.sha256")
+_BUILD = "build-"
+_ABANDONED = 6 * 3600.0  # seconds after which no build is at work any more
+
+
+def cache_folder() -> pathlib.Path:
+    """Where kernels are kept; whether it is there and can be used is another question.
+
+    Raises:
+        RuntimeError: there is no home folder.
+    """
+    named = os.environ.get("NPU_FUSE_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return pathlib.Path(named).expanduser().absolute() / _OWN
+
+
+def usable(folder: pathlib.Path) -> pathlib.Path:
+    """Make the folder if need be; the folder without links on the way to it.
+
+    Raises:
+        OSError: it cannot be made or written, somebody else may write it, or nothing can be loaded from it.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = folder.resolve()
+    _check_safe(folder)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError("it is not writable")
+    if noexec(folder):
+        raise PermissionError("its file system is mounted noexec, so that no code on it can be run")
+    return folder
+
+
+def noexec(folder: pathlib.Path) -> bool:
+    """Whether libraries in a folder cannot be loaded because of how its file system is mounted."""
+    return bool(os.statvfs(folder).f_flag & os.ST_NOEXEC)
+
+
+def build_folder(folder: pathlib.Path | None = None) -> tempfile.TemporaryDirectory[str]:
+    """A folder to compile in, which is removed at the end: in the cache, or where temporary files are."""
+    if folder is not None:
+        _remove_builds(folder, time.time() - _ABANDONED)
+    return tempfile.TemporaryDirectory(prefix=_BUILD, dir=folder, ignore_cleanup_errors=True)
+
+
+def publish(library: pathlib.Path, folder: pathlib.Path, key: str) -> None:
+    """Move a library into the cache under its content's hash; the note that points there comes last."""
+    digest = _digest(library)
+    note = library.with_name("note")
+    note.write_text(digest)
+    os.replace(library, folder / f"{key}-{digest[:16]}.so")
+    os.replace(note, folder / f"{key}.so.sha256")
+
+
+def trusted(folder: pathlib.Path, key: str) -> pathlib.Path | None:
+    """The cached library, if it and its note are ours and it holds what was once built."""
+    note = folder / f"{key}.so.sha256"
+    try:
+        digest = note.read_text()
+        library = folder / f"{key}-{digest[:16]}.so"
+        for path in (library, note):
+            status = path.lstat()
+            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+                return None
+        return library if digest == _digest(library) else None
+    except (OSError, ValueError):
+        return None
+
+
+def clear_cache() -> None:
+    """Remove every compiled kernel from disk, and nothing else; those already loaded stay usable."""
+    folder = cache_folder()
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for path in list(folder.iterdir()):
+            if (_LIBRARY.fullmatch(path.name) or _NOTE.fullmatch(path.name)) and not path.is_dir():
+                path.unlink(missing_ok=True)
+        _remove_builds(folder, time.time())
+
+
+def _remove_builds(folder: pathlib.Path, before: float) -> None:
+    """What killed processes have left."""
+    for path in folder.glob(f"{_BUILD}*"):
+        with contextlib.suppress(OSError):
+            if path.lstat().st_mtime <= before:
+                shutil.rmtree(path)
+
+
+def _check_safe(folder: pathlib.Path) -> None:
+    """Refuse a folder that others may write or replace. What is below a folder closed to them is out of their reach."""
+    reachable = True
+    for path in (*reversed(folder.parents), folder):
+        status, last = path.stat(), path == folder
+        own = status.st_uid == os.getuid()
+        sticky = status.st_mode & stat.S_ISVTX and not last  # /tmp: nobody else can replace what is ours
+        if not own and (last or (reachable and status.st_uid != 0)):
+            raise PermissionError(f"{path} belongs to user {status.st_uid}")
+        if status.st_mode & 0o022 and not sticky and (last or reachable):
+            raise PermissionError(f"others may write {path}; chmod go-w takes that from them")
+        reachable = reachable and not (own and not status.st_mode & 0o077)
+
+
+def _digest(path: pathlib.Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,33 @@
+"""torch learns the backend's name from an optimizer of ours, ahead of `torch.compile(..., backend="npu_fused")`.
+
+By itself it looks a name up when it is first asked for, and where several threads ask at once it refuses all but one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import threading
+from typing import Any
+
+import torch
+
+_lock = threading.Lock()
+
+
+def register_backend() -> None:
+    """Make the name known, where it is not yet."""
+    with _lock:
+        _register()
+
+
+@functools.cache
+def _register() -> None:
+    with contextlib.suppress(AssertionError):  # it is registered already
+        torch._dynamo.register_backend(_npu_fused, name="npu_fused")
+
+
+def _npu_fused(*args: Any, **kwargs: Any) -> Any:
+    """The backend, which takes a second to import: who never compiles does not wait for it."""
+    return importlib.import_module("npu_fuse_pass.backend").npu_fused(*args, **kwargs)
