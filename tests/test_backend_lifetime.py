@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import sys
 import threading
 import weakref
 from typing import Any
@@ -13,10 +14,11 @@ import pytest
 import torch
 
 import npu_fuse_pass
+from npu_fuse_pass.lowerings.cpu import program as cpu_program
 from optimizers import NpuFusedAdam
 
 from .cases import BY_NAME, ONE_EACH, Case, over
-from .support import assert_close, compiled, parameters, profiled, stated_calls, train
+from .support import assert_close, assert_fused, compiled, parameters, profiled, stated_calls, train
 
 
 def test_versions_are_counted() -> None:
@@ -117,3 +119,62 @@ def test_a_deleted_optimizer_frees_everything(case: Case) -> None:
     del params, opt, step, flat
     gc.collect()
     assert [r() for r in held] == [None] * len(held)
+
+
+def blocks_that_stay(case: Case, backend: str, count: int) -> float:
+    """Memory blocks for each parameter that a compiled optimizer leaves behind."""
+
+    def once() -> None:
+        params = parameters([(10,)] * count)
+        opt = case.build(params)
+        step = torch.compile(opt.step, backend=backend)
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            step()
+        if backend == "npu_fused":
+            assert_fused(npu_fuse_pass.reports()[-1], parameters=count)
+
+    def blocks() -> int:
+        npu_fuse_pass.clear_reports()  # the last 64 are kept, with what they show
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    once()
+    before = blocks()
+    once()
+    once()
+    return (blocks() - before) / 2 / count
+
+
+@over(ONE_EACH)
+def test_a_deleted_optimizer_takes_its_plan_along(case: Case) -> None:
+    """Dynamo keeps something for good, whatever the backend."""
+    assert blocks_that_stay(case, "npu_fused", 200) <= blocks_that_stay(case, "eager", 200) + 1
+
+
+def test_a_deleted_optimizer_takes_the_plan_of_a_graph_along() -> None:
+    """One that is stepped in a larger function; the plan is of both."""
+    params = parameters([(10,)] * 5)
+    both = [NpuFusedAdam(params[:2]), NpuFusedAdam(params[2:])]
+
+    def tail() -> None:
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        for opt in both:
+            opt.step()
+
+    for p in params:
+        p.grad = torch.ones_like(p)
+    torch.compile(tail, backend="npu_fused", fullgraph=True)()
+    assert_fused(npu_fuse_pass.reports()[-1], parameters=5)
+    npu_fuse_pass.clear_reports()
+    assert programs()
+    both.pop()
+    gc.collect()
+    assert not programs()
+
+
+def programs() -> list[Any]:
+    """Those of this test's parameters."""
+    found = [x for x in gc.get_objects() if type(x) is cpu_program.Program]
+    return [x for x in found if sum(len(k.group.members) for k in x.kernels) == 5]

@@ -31,8 +31,11 @@ Kept = dict[str, list[Tensor | None]]
 class RuleStep:
     """The compiled core of an optimizer of ours: plans kernels for its batches, and again when they change."""
 
+    # Dynamo keeps what a backend gives it for good, and with it a copy of its __dict__: so there is none.
+    __slots__ = ("__weakref__", "_optimizer", "_options", "_params", "_planned", "_variants", "_version")
+
     def __init__(self, handle: str, options: Options, cause: Cause) -> None:
-        self._optimizer = weakref.ref(core_op.optimizer_of(handle))
+        self._optimizer = weakref.ref(core_op.optimizer_of(handle), self._drop)
         self._options = options
         self._planned: Planned | None = None
         self._plan(cause)
@@ -48,6 +51,10 @@ class RuleStep:
         self._params = {id(p) for b in prelude.batches for p in b.params}
         values = inputs_of(prelude.batches)
         self._variants = Variants(self._variant(cause, lambda leaf: values[leaf.index]))
+
+    def _drop(self, optimizer: weakref.ref[RuleOptimizer]) -> None:
+        """Let go of the plan of an optimizer that is gone."""
+        _forget(self, ("_planned", "_variants", "_params"))
 
     def _variant(self, cause: Cause, number: pipeline.Number | None) -> Variant:
         optimizer = self._optimizer()
@@ -101,6 +108,12 @@ class RuleStep:
         return True
 
 
+def _forget(step: object, names: Sequence[str]) -> None:
+    for name in names:
+        if hasattr(step, name):
+            delattr(step, name)
+
+
 def graph_step(gm: fx.GraphModule, options: Options, cause: Cause) -> Callable[..., Any]:
     """Compile any other graph: a stock optimizer's step, or a larger function in which optimizers of ours step."""
     handles = [str(n.args[3]) for n in gm.graph.nodes if n.target is core_op.rule_update]
@@ -111,14 +124,20 @@ def graph_step(gm: fx.GraphModule, options: Options, cause: Cause) -> Callable[.
 class GraphStep:
     """A captured graph: its leaves are the graph's arguments and attributes, and what optimizers of ours keep."""
 
+    __slots__ = ("__weakref__", "_gm", "_optimizers", "_options", "_planned", "_state", "_variants")  # as above
+
     def __init__(self, gm: fx.GraphModule, options: Options, handles: Sequence[str], cause: Cause) -> None:
         self._gm = gm
         self._options = options
-        self._optimizers = {h: weakref.ref(core_op.optimizer_of(h)) for h in handles}
+        self._optimizers = {h: weakref.ref(core_op.optimizer_of(h), self._drop) for h in handles}
         for optimizer in self._stepped():
             optimizer._prelude.prepare()
         self._planned: Planned | None = None
         self._plan(cause)
+
+    def _drop(self, optimizer: weakref.ref[RuleOptimizer]) -> None:
+        """Let go of the plan and the graph: without one of its optimizers no step of it can be made."""
+        _forget(self, ("_gm", "_planned", "_state", "_variants"))
 
     @property
     def fused(self) -> bool:
