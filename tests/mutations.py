@@ -38,6 +38,10 @@ def _look(name: str) -> tuple[str, ...]:
     return (f"tests/test_look.py::test_{name}",)
 
 
+def _cache(name: str) -> tuple[str, ...]:
+    return (f"tests/test_kernel_cache.py::test_{name}",)
+
+
 ORDER = ("tests/test_capture.py::test_what_is_read_is_the_value_of_that_moment",)
 ROUNDING = ("tests/test_safety_half.py::test_rounds_after_every_operation[torch.bfloat16]",)
 ONE_GROUP = ("tests/test_group.py::test_parameters_are_one_group_in_any_order",)
@@ -306,6 +310,42 @@ MUTATIONS = [
         "table.now[i]->bump_version();",
         ";",
         _look("every_optimizer_is_looked_at[adam]"),
+    ),
+    # what is kept on disk, and for how long in memory
+    Mutation(
+        "whatever looks like a library is cleared",
+        "clear_cache",
+        "_LIBRARY.fullmatch(path.name)",
+        'path.name.endswith(".so")',
+        _cache("clear_cache_removes_what_is_ours_and_nothing_else"),
+    ),
+    Mutation(
+        "what killed builds left stays",
+        "_remove_builds",
+        "path.lstat().st_mtime <= before",
+        "path.lstat().st_mtime > before",
+        _cache("what_killed_builds_left_is_removed"),
+    ),
+    Mutation(
+        "folders above the cache may be anybody's",
+        "_check_safe",
+        "not sticky and (last or reachable)",
+        "not sticky and last",
+        _cache("a_folder_that_others_may_replace[mine/deeper]"),
+    ),
+    Mutation(
+        "a deleted optimizer's plan stays",
+        "RuleStep._drop",
+        '("_planned", "_variants", "_params")',
+        "()",
+        ("tests/test_backend_lifetime.py::test_a_deleted_optimizer_takes_its_plan_along[adam]",),
+    ),
+    Mutation(
+        "a loaded state is rounded to the parameter's dtype",
+        "RuleOptimizer._stored",
+        "dtype = self.state_dtype or param.dtype",
+        "dtype = param.dtype",
+        ("tests/test_resume.py::test_a_resumed_run_is_the_uninterrupted_one[torch.bfloat16-torch.float32-adam]",),
     ),
     # rules and the rewritten graph
     Mutation(

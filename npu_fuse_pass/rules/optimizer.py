@@ -7,6 +7,7 @@ nothing that a training loop does between two steps can make it recompile, and i
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from npu_fuse_pass.rules import core_op
 from npu_fuse_pass.rules.checks import check_rule
 from npu_fuse_pass.rules.declaration import Rule
 from npu_fuse_pass.rules.prelude import Prelude
+from npu_fuse_pass.rules.registration import register_backend
 from npu_fuse_pass.rules.rehome import Homes, check_option
 from npu_fuse_pass.rules.state import States
 
@@ -208,6 +210,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _start(self) -> None:
         """Fields that are made anew in every process and in every copy."""
+        register_backend()
         self._prelude = Prelude(self)
         self._ticket = torch.zeros(1, dtype=torch.int64, device="cpu")
         self._surface = core_op.Surface([], core_op.register(self))
@@ -267,25 +270,53 @@ class RuleOptimizer(torch.optim.Optimizer):
                 if name in names and isinstance(value, Tensor) and value.shape != param.shape:
                     shapes = f"{tuple(value.shape)}; its parameter has {tuple(param.shape)}"
                     raise ValueError(f"the state {name!r} of parameter {index} has shape {shapes}")
-        super().load_state_dict(state_dict)
-
-    @staticmethod
-    def _process_value_according_to_param_policy(
-        param: Tensor, value: Tensor, param_id: int, param_groups: list[dict[Any, Any]], key: Any = None
-    ) -> Tensor:
-        return value  # torch would cast to the parameter's dtype; the flat buffers copy in with their own
+        last_hook = self.register_load_state_dict_pre_hook(lambda _, given: _sealed(given))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last_hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         fields = {k: v for k, v in self.__dict__.items() if k not in _TRANSIENT}
         return {**fields, "state": {p: _copied(entry) for p, entry in self.state.items()}}
 
     def __setstate__(self, fields: dict[str, Any]) -> None:
-        super().__setstate__({**fields, "state": States(fields["state"])})
+        state = {p: self._unsealed(p, entry) for p, entry in fields["state"].items()}
+        super().__setstate__({**fields, "state": States(state)})
         if "_prelude" not in self.__dict__:
             self._start()
 
+    def _unsealed(self, param: Any, entry: Any) -> Any:
+        """A loaded entry, with its tensors where the parameter is and in the dtype that states are stored in."""
+        if not isinstance(entry, Mapping):
+            return entry
+        opened = {name: self._stored(name, param, v.tensor) for name, v in entry.items() if isinstance(v, _Sealed)}
+        return {**entry, **opened}
+
+    def _stored(self, name: str, param: Any, value: Tensor) -> Tensor:
+        if name == "step" or not isinstance(param, Tensor):
+            return value
+        dtype = self.state_dtype or param.dtype
+        return value.to(dtype=dtype if param.is_floating_point() else None, device=param.device)
+
     def __hash__(self) -> int:
         return id(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sealed:
+    """A state on its way through torch's load_state_dict, which would round a tensor to the parameter's dtype."""
+
+    tensor: Tensor
+
+
+def _sealed(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    def seal(entry: Any) -> Any:
+        if not isinstance(entry, Mapping):
+            return entry
+        return {name: _Sealed(v) if isinstance(v, Tensor) else v for name, v in entry.items()}
+
+    return {**state_dict, "state": {k: seal(entry) for k, entry in state_dict["state"].items()}}
 
 
 def _copied(entry: dict[str, Any]) -> dict[str, Any]:
