@@ -234,7 +234,7 @@ def test_wrong_states(mode: str) -> None:
     unchanged, right = Unchanged(opt), opt.state[params[0]]["exp_avg"]
     for wrong in (torch.ones(3), torch.ones(4, 4), "x", None, 1.0):
         opt.state[params[0]]["exp_avg"] = wrong
-        with pytest.raises(ValueError, match="of parameter 0 (is|has) .*(allowed|lacks)"):
+        with pytest.raises(ValueError, match=r"of parameter 0 (is|has) .*(allowed|lacks)"):
             step()
         opt.state[params[0]]["exp_avg"] = right
         unchanged()
