@@ -54,8 +54,8 @@ def npu_fused(
         return gm.forward  # Dynamo compiles empty graphs too, around what it does not capture
     handle = _rule_step(gm)
     if handle is not None:
-        return RuleStep(handle, chosen, _cause())
-    return graph_step(gm, chosen, _cause())
+        return RuleStep(handle, chosen, _cause(with_rules=True))
+    return graph_step(gm, chosen, _cause(any(node.target is core_op.rule_update for node in gm.graph.nodes)))
 
 
 class Watched:
@@ -113,14 +113,14 @@ def breaks() -> list[str]:
     return list(dict.fromkeys(told(reason) for reason in torch._dynamo.utils.graph_break_reasons))
 
 
-def _cause() -> Cause:
+def _cause(with_rules: bool) -> Cause:
     """Why Dynamo calls the backend: the guard of an earlier compile that failed, if it compiles this code again."""
     metrics = getattr(torch._dynamo.utils, "get_metrics_context", None)
     reason = metrics()._metrics.get("recompile_reason") if metrics is not None else None
     now = torch._guards.CompileContext.current_compile_id()
     if not reason or now is None or not now.frame_compile_id:
         return FIRST
-    found = recompile(str(reason))
+    found = recompile(str(reason), with_rules)
     limit = torch._dynamo.config.recompile_limit
     return Cause(f"{found.text}; compile {now.frame_compile_id + 1} of this code, torch stops at {limit}", found.remedy)
 

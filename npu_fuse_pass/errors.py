@@ -97,8 +97,8 @@ class Unsupported(FuseError):  # noqa: N818 - a value that stages pass on, not a
         error.reason = reason
         return error
 
-    def at(self, node: str, source: str | None) -> Unsupported:
+    def at(self, node: str | None, source: str | None) -> Unsupported:
         """Itself, with the place in the graph and in the source; the first that is told counts."""
-        if self.reason.node is None:
+        if self.reason.node is None and self.reason.source is None:
             self.reason = dataclasses.replace(self.reason, node=node, source=source)
         return self

@@ -32,7 +32,7 @@ class Code(enum.Enum):
     )
     HALF_PRECISION = (
         "An operation rounds its intermediate results in half precision, in a way that no kernel repeats.",
-        "keep the state in float32 (state_dtype=torch.float32 with an optimizer of ours)",
+        "compute this operation in float32: cast its arguments with .float()",
     )
     DEVICE = ("An update computes across devices.", "create all states on the parameter's device")
     SHAPES = ("Tensors of different shapes meet in an update.", "use the form that the reason names")
@@ -73,12 +73,20 @@ class Code(enum.Enum):
         "A 0-dim state is computed from a tensor, and the NPU path advances those on the host.",
         "set opt.found_inf outside of the compiled function",
     )
-    GE_REFUSED = ("GE or torchair refused the step's graph, and nothing was changed.", None)
+    GE_REFUSED = ("GE or torchair refused the step's graph, and nothing was changed.", _REPORT)
 
     # what a step is called with
     SHARED_MEMORY = (
         "Two tensors of the step share memory, and one of them is written.",
         "give every parameter, gradient and state memory of its own (clone what is tied or a view)",
+    )
+    NO_MEMORY = (
+        "A tensor holds no memory of its own: a subclass that wraps other tensors, or one whose storage was freed.",
+        "give the optimizer plain tensors (those that the subclass wraps), or step this one eagerly",
+    )
+    STEPS_TWICE = (
+        "One optimizer steps more than once in a compiled function.",
+        "let the compiled function step once, and call it as often",
     )
     CHANGED = ("A tensor is not what the step was compiled for.", _KEEP)
     GRADIENTS = ("Other parameters have gradients than when the graph was captured.", None)

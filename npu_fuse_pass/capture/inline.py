@@ -32,6 +32,8 @@ def expand_rule(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], 
         Unsupported: the rule, or what the graph holds in its place, cannot be expressed.
     """
     params, grads, found_inf, handle = args
+    if any(leaf.optimizer == handle for leaf in interpreter.leaves):  # states of the first step would be read again
+        raise Unsupported("step", "one optimizer steps more than once in this function", Code.STEPS_TWICE)
     optimizer = core_op.optimizer_of(handle)
     own = [p for p in optimizer._surface.params if p.grad is not None]
     if len(own) != len(params):

@@ -21,6 +21,7 @@ from npu_fuse_pass.capture.interpreter import Interpreter
 from npu_fuse_pass.capture.walk import is_known, run_graph
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.fx_nodes.names import operation_name
+from npu_fuse_pass.fx_nodes.places import source_of_error, source_of_function
 from npu_fuse_pass.ir.expr import Expr
 from npu_fuse_pass.ir.types import Captured, Leaf, Slot, Traced, Update
 from npu_fuse_pass.reasons import Code
@@ -52,7 +53,9 @@ def capture_batches(batches: Sequence[Batch]) -> Captured:
             captured.updates += updates
             captured.moved += moved
         except Unsupported as e:
-            captured.unfused.append(dataclasses.replace(e.reason, op=f"{e.reason.op} in rule {batch.rule.name}"))
+            about = f"{e.reason.op} in rule {batch.rule.name}"
+            place = e.reason.source or source_of_function(batch.rule.function)
+            captured.unfused.append(dataclasses.replace(e.reason, op=about, source=place))
     captured.n_totals = len(totals)
     return captured
 
@@ -226,12 +229,11 @@ def _run(
         scalars = [torch.ones((), dtype=torch.float64) for _ in flat_keywords]
         try:
             graph = make_fx(flat, tracing_mode="real")(*tensors, *scalars)
-        except Unsupported:
-            raise
+        except Unsupported as e:
+            raise e.at(None, source_of_error(e))  # noqa: B904 - it is the same error
         except Exception as e:
-            raise Unsupported(
-                "tracing", f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else e!r}", Code.RULE
-            ) from e
+            words = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else e!r}"
+            raise Unsupported("tracing", words, Code.RULE).at(None, source_of_error(e)) from e
 
     def attribute(name: str) -> Any:
         value = getattr(graph, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from npu_fuse_pass.reasons import Code, Reason
 from npu_fuse_pass.rules.batch import Batch
@@ -20,38 +21,67 @@ class Cause:
 
 FIRST = Cause("compile")
 
-_OURS = "use an optimizer of ours or a rule (optimizers.*, npu_fuse_pass.rule), whose numbers never recompile"
-_NONE = (
+_RULES = "use an optimizer of ours or a rule (optimizers.*, npu_fuse_pass.rule), whose numbers never recompile"
+_OUTSIDE = "set and read the numbers of parameter groups outside of the compiled function: there they cost no compile"
+_KEEP = (
     "zero_grad(set_to_none=False) keeps gradients (a gradient of zeros is an update too: momentum and weight decay "
-    "go on), or an optimizer of ours, which leaves those parameters out without a recompile"
+    "go on), or"
 )
 
-# what the failed guard looks like -> what happened, what to do
-_GUARDS: list[tuple[str, str, str | None]] = [
-    (
+
+class _Guard(NamedTuple):
+    """What a failed guard looks like, what happened, and what to do.
+
+    `with_rules`: what to do where rules step in the compiled function, if that is something else.
+    """
+
+    pattern: str
+    cause: str
+    remedy: str | None
+    with_rules: str | None = None
+
+
+_GUARDS = [
+    _Guard(
         r"\['lr'\] ==",
         "lr is a Python number, which is part of the graph, and it changed",
-        f"make it a tensor (lr=torch.tensor(...), which schedulers fill), or {_OURS}",
+        f"make it a tensor (lr=torch.tensor(...), which schedulers fill), or {_RULES}",
+        _OUTSIDE,
     ),
-    (r"\['param_groups'\]|param_groups\[\d+\]\['\w+'\](\[\d+\])? ==", "a number in a parameter group changed", _OURS),
-    (r"\.grad\b.* is (not )?None|\.grad\b.*NoneType", "other gradients are None than before", _NONE),
-    (
+    _Guard(
+        r"\['param_groups'\]|param_groups\[\d+\]\['\w+'\](\[\d+\])? ==",
+        "a number in a parameter group changed",
+        _RULES,
+        _OUTSIDE,
+    ),
+    _Guard(
+        r"\.grad\b.* is (not )?None|\.grad\b.*NoneType",
+        "other gradients are None than before",
+        f"{_KEEP} an optimizer of ours, which leaves those parameters out without a recompile",
+        f"{_KEEP} torch.compile(opt.step) alone, which leaves those parameters out without a recompile",
+    ),
+    _Guard(
         r"len\(self\.state|\.state\b.* (is|in|==|!=) ",
         "the step before this one created states, as first steps do",
         None,
     ),
-    (r"len\(self\.param_groups\)|\['params'\]\) ==", "parameters were added", None),
-    (
+    _Guard(r"len\(self\.param_groups\)|\['params'\]\) ==", "parameters were added", None),
+    _Guard(
+        r"obj_id\(.*\['params'\]\[\d+\]",
+        "the parameters are others than before, or in another order",
+        "keep opt.param_groups[...]['params'] as it was at the first step",
+    ),
+    _Guard(
         r"deallocated|___check_obj_id|obj_id|id\(",
         "another optimizer runs the same code (instances of a class share torch's limit of compiles)",
         "npu_fuse_pass.compile_step(opt) gives each optimizer compiles of its own",
     ),
-    (
+    _Guard(
         r"size mismatch|stride mismatch|dtype mismatch|\.size\(\)|dispatch key",
         "a tensor has another size, layout or dtype than before",
         "keep parameters, gradients and states as they were at the first step",
     ),
-    (
+    _Guard(
         r"GLOBAL_STATE|grad_mode|default_dtype",
         "torch's global settings differ from those of the compile before",
         "call the step under the same settings (grad mode, autocast, default dtype, deterministic algorithms)",
@@ -59,13 +89,19 @@ _GUARDS: list[tuple[str, str, str | None]] = [
 ]
 
 
-def recompile(reason: str) -> Cause:
-    """What Dynamo's reason for a recompile (the guard that failed) means to who trains."""
+def recompile(reason: str, with_rules: bool) -> Cause:
+    """What Dynamo's reason for a recompile (the guard that failed) means to who trains.
+
+    Args:
+        reason: in Dynamo's words.
+        with_rules: an optimizer with a rule steps in the graph.
+    """
     guard = reason.splitlines()[0].partition("#")[0].strip()
     guard = re.sub(r"^\d+/\d+: ", "", guard)
-    for pattern, cause, remedy in _GUARDS:
-        if re.search(pattern, guard):
-            return Cause(f"{cause} (no longer true: {guard})", remedy)
+    for known in _GUARDS:
+        if re.search(known.pattern, guard):
+            remedy = (with_rules and known.with_rules) or known.remedy
+            return Cause(f"{known.cause} (no longer true: {guard})", remedy)
     return Cause(f"no longer true: {guard}", None)
 
 

@@ -64,5 +64,5 @@ def _graph_text(report: CompileReport) -> str:
 
 def warn_unfused(reasons: Sequence[Reason], stacklevel: int) -> None:
     """The one warning of a compile, or of a kind of step, that runs unfused: why, and what to do."""
-    text = f"npu_fused: not fused, results stay right: {'; '.join(reason.advised for reason in reasons)}"
+    text = f"npu_fused: not fused, the original step runs: {'; '.join(reason.advised for reason in reasons)}"
     warnings.warn(text, stacklevel=stacklevel + 1)

@@ -11,14 +11,17 @@ from npu_fuse_pass.errors import Mismatch
 from npu_fuse_pass.reasons import Code
 
 SHARED = "two tensors of the step share memory, and one of them is written"
+NOWHERE = "a tensor has no memory of its own: it wraps other tensors, or its storage was freed"
 
 
 def check_apart(written: Sequence[Tensor], read: Sequence[Tensor]) -> None:
     """Refuse tensors that share memory where at least one of them is written.
 
     Raises:
-        Mismatch: two of them overlap.
+        Mismatch: two of them overlap, or one holds no memory.
     """
+    if not all(t.data_ptr() for t in (*written, *read) if t.numel()):
+        raise Mismatch(NOWHERE, Code.NO_MEMORY)
     blocks = sorted((t.data_ptr(), t.data_ptr() + _extent(t), 1) for t in written if t.numel())
     blocks += [(t.data_ptr(), t.data_ptr() + _extent(t), 0) for t in read if t.numel()]
     end = end_written = 0

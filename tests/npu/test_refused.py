@@ -128,7 +128,7 @@ def test_the_elementwise_form_is_tried_first(name: str, leaf: str, ge: harness.R
         assert report.fallback is None
         assert {(g.lowering, g.kernel) for g in report.groups} == {("npu", "GE elementwise")}
         for g in report.groups:
-            assert GE_SAYS in g.note and "Please report it" in g.note and f"chip {harness.SOC}" in g.note
+            assert GE_SAYS in g.note and "What to do: report it" in g.note and f"chip {harness.SOC}" in g.note
         after = sum(g.bytes_per_element * g.elements for g in report.groups) / sum(g.elements for g in report.groups)
         assert report.bytes_per_element["after"] == pytest.approx(after)
     kinds = [("AdamApplyOneAssign" in g.counts(), g.runs) for g in ge.graphs]

@@ -17,7 +17,8 @@ from npu_fuse_pass.lowerings.cpu import build as cpu_build
 from npu_fuse_pass.lowerings.cpu.codegen import generate
 from npu_fuse_pass.lowerings.cpu.native_look import Looking
 from npu_fuse_pass.lowerings.cpu.tables import Args, Column, Tables, Values
-from npu_fuse_pass.tensors.memory import in_order, materialised, memory_order
+from npu_fuse_pass.reasons import Code
+from npu_fuse_pass.tensors.memory import NOWHERE, in_order, materialised, memory_order
 from npu_fuse_pass.tensors.same import SameTensors
 
 _TAGS = {
@@ -183,6 +184,8 @@ class Kernel:
                 if not materialised(value):
                     raise Mismatch("a 0-dim tensor whose memory does not hold its value (a negated or zero tensor)")
                 address, tag = value.data_ptr(), _TAGS[value.dtype]
+                if not address:
+                    raise Mismatch(NOWHERE, Code.NO_MEMORY)
             self._tables.scalars[begin + m] = address
             self._tables.tags[begin + m] = tag
 

@@ -20,7 +20,7 @@ from npu_fuse_pass.ir.types import Group, Leaf
 from npu_fuse_pass.lowerings.cpu.kernel import Kernel
 from npu_fuse_pass.lowerings.cpu.tables import Values
 from npu_fuse_pass.reasons import Code
-from npu_fuse_pass.tensors.memory import check_apart
+from npu_fuse_pass.tensors.memory import NOWHERE, check_apart
 
 
 class Program:
@@ -144,7 +144,7 @@ class Program:
         """Refuse memory that is written and used a second time: kernels process tensors side by side.
 
         Raises:
-            Mismatch: two tensors share memory and at least one of them is written.
+            Mismatch: two tensors share memory and at least one of them is written, or one has none.
         """
         if any(kernel.copies for kernel in self.kernels):  # the tables do not hold where the originals lie
             tensors = [pair for kernel in self.kernels for pair in kernel.tensors(values)]
@@ -152,14 +152,20 @@ class Program:
         moved = any(kernel.moved for kernel in self.kernels)
         if moved and (key := b"".join(kernel.pointers_written() for kernel in self.kernels)) != self._memory_key:
             intervals = sorted(interval for kernel in self.kernels for interval in kernel.written_memory())
+            if intervals and not intervals[0][0]:
+                raise Mismatch(NOWHERE, Code.NO_MEMORY)
             if any(end > start for (_, end), (start, _) in itertools.pairwise(intervals)):
                 raise Mismatch("two tensors that the step writes overlap: they share memory", Code.SHARED_MEMORY)
+            intervals.insert(0, (0, 1))  # what has no memory is found beside what overlaps
             self._starts = array.array("q", [start for start, _ in intervals])
             self._ends = array.array("q", [end for _, end in intervals])
             self._memory_key = key
         for kernel in self.kernels:
             kernel.moved = False
         if any(kernel.reads_overlap(self._starts, self._ends) for kernel in self.kernels):
+            nowhere = array.array("q", [0]), array.array("q", [1])
+            if any(kernel.reads_overlap(*nowhere) for kernel in self.kernels):
+                raise Mismatch(NOWHERE, Code.NO_MEMORY)
             raise Mismatch(
                 "a tensor that the step reads overlaps one that it writes: they share memory", Code.SHARED_MEMORY
             )

@@ -51,7 +51,7 @@ class Run:
                 "a step failed on the device, in a graph that had run before: parameters and states may be partly "
                 "updated. Nothing was retried; go on from a checkpoint"
             )
-            raise StepFailedError(refusal(lead, e, self._versions())) from e
+            raise StepFailedError(f"{refusal(lead, e, self._versions())}. {_SEND}") from e
 
     def _first(self, inputs: Sequence[Tensor], written: Sequence[Tensor]) -> Sequence[Tensor]:
         """Run with a copy of everything that is written, in the host's memory: the device's may be full."""
@@ -74,7 +74,7 @@ class Run:
             wait_for({t.device for t in written})
         except Exception as e:
             lead = f"the first run of a step failed on the device, and then undoing it: {_first_words(e)}; the run"
-            raise StepFailedError(refusal(lead, cause, self._versions())) from cause
+            raise StepFailedError(f"{refusal(lead, cause, self._versions())}. {_SEND}") from cause
 
 
 def wait_for(devices: Iterable[torch.device]) -> None:
@@ -86,7 +86,7 @@ def wait_for(devices: Iterable[torch.device]) -> None:
 
 def refusal(lead: str, error: BaseException, versions: str) -> str:
     """A message that holds everything needed to find out what happened on somebody else's machine."""
-    return f"{lead}: {_first_words(error)} [{versions}]. {_SEND}"
+    return f"{lead}: {_first_words(error)} [{versions}]"
 
 
 def _first_words(error: BaseException) -> str:

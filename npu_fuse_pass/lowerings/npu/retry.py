@@ -60,7 +60,7 @@ class Retried:
                 raise
             self.chosen = self._elementwise(e, values)
             self.chosen(values, complete)
-            warnings.warn(f"npu_fused: this step runs without dedicated operations: {e}", stacklevel=4)
+            warnings.warn(f"npu_fused: this step runs without dedicated operations: {e.reason.advised}", stacklevel=4)
 
     def _elementwise(self, refused: GraphRefused, values: list[Tensor | None] | None) -> Program:
         log.info("trying without dedicated operations: %s", refused)
@@ -68,5 +68,5 @@ class Retried:
             program = self._build("elementwise", values)
         except Unsupported as e:
             raise GraphRefused(f"{refused} (and there is no elementwise form: {e})") from refused
-        self._show(program, str(refused))
+        self._show(program, refused.reason.advised)
         return program

@@ -21,7 +21,7 @@ from npu_fuse_pass.errors import Mismatch
 from npu_fuse_pass.lowerings.npu.host.rows import picked
 from npu_fuse_pass.lowerings.npu.layout.runs import Values
 from npu_fuse_pass.reasons import Code
-from npu_fuse_pass.tensors.memory import SHARED, apart
+from npu_fuse_pass.tensors.memory import NOWHERE, SHARED, apart
 from npu_fuse_pass.tensors.same import SameTensors
 
 if TYPE_CHECKING:
@@ -90,6 +90,8 @@ class Alike:
         if addresses == self._addresses:
             return
         starts = torch.frombuffer(array.array("q", addresses), dtype=torch.int64)
+        if ((starts == 0) & (self._bytes > 0)).any():
+            raise Mismatch(NOWHERE, Code.NO_MEMORY)
         if not apart(starts, self._bytes, self._is_written):
             raise Mismatch(SHARED, Code.SHARED_MEMORY)
         self._addresses = addresses
