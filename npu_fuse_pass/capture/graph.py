@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from npu_fuse_pass.capture.cells import Cell
 from npu_fuse_pass.capture.inline import expand_rule
 from npu_fuse_pass.capture.interpreter import Interpreter
+from npu_fuse_pass.capture.list_ops import LISTS
 from npu_fuse_pass.capture.updates import updates_of
+from npu_fuse_pass.capture.values import Cell
 from npu_fuse_pass.capture.walk import Recorded, run_graph
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.ir.types import Captured, Leaf, Output, Stage
@@ -25,9 +26,8 @@ from npu_fuse_pass.reasons import Code
 
 def capture(gm: fx.GraphModule) -> Captured:
     """Read a graph into updates: one per set of written leaves that depend on each other's tensors."""
-    interpreter = Interpreter()
+    interpreter = Interpreter({**LISTS, "rule_update": expand_rule})
     interpreter.grad_enabled = torch.is_grad_enabled()
-    interpreter.expansions["rule_update"] = expand_rule
     attributes: dict[str, Cell] = {}
 
     def attribute(name: str) -> Cell:

@@ -13,10 +13,9 @@ from typing import Any
 
 from torch import fx
 
-from npu_fuse_pass.capture.aten.pointwise import Val
-from npu_fuse_pass.capture.cells import Cell
 from npu_fuse_pass.capture.interpreter import Interpreter
 from npu_fuse_pass.capture.rule import capture_batches
+from npu_fuse_pass.capture.values import Cell, Val
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.ir.expr import REDUCTIONS, Expr, postorder
 from npu_fuse_pass.ir.types import Expanded, Leaf, Update

@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from npu_fuse_pass.capture.aten.pointwise import Val, evaluate
+from npu_fuse_pass.capture.aten.pointwise import evaluate
 from npu_fuse_pass.capture.aten.shaped import SHAPED
-from npu_fuse_pass.capture.cells import Cell
-from npu_fuse_pass.capture.list_ops import LISTS, Expansion
+from npu_fuse_pass.capture.values import Cell, Val
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.fx_nodes.effects import Effects, recorded
 from npu_fuse_pass.ir.expr import DTYPE_NAMES, Builder, Expr, postorder
 from npu_fuse_pass.ir.types import Call, Expanded, Leaf, LeafRef
 from npu_fuse_pass.reasons import Code, Reason
+
+Expansion = Callable[["Interpreter", fx.Node, tuple[Any, ...], dict[str, Any]], Any]
+"""How a node is interpreted otherwise than by its name; NotImplemented: as any other."""
 
 _ALIASES = {"detach", "alias", "_get_data_attr", "to", "type_as", "float", "double", "half", "bfloat16", "lift_fresh"}
 
@@ -35,10 +37,15 @@ class Level:
 
 
 class Interpreter:
-    """Interprets graph nodes over cells. `written` lists leaves in the order of their first write."""
+    """Interprets graph nodes over cells. `written` lists leaves in the order of their first write.
 
-    def __init__(self, keeps: bool = True) -> None:
-        """`keeps`: operations that have no row stay as they are instead of being refused."""
+    Args:
+        expansions: how nodes of these names are interpreted.
+        keeps: operations that have no row stay as they are instead of being refused.
+    """
+
+    def __init__(self, expansions: Mapping[str, Expansion], keeps: bool = True) -> None:
+        self.expansions = expansions
         self.keeps = keeps
         self.builder = Builder()
         self.leaves: list[Leaf] = []
@@ -49,7 +56,6 @@ class Interpreter:
         self.grad_enabled = False  # at the point that is being interpreted
         self.moved = 0  # bytes that the operations read and write so far, each by itself
         self.moved_by_calls = 0  # of these, those of operations that stay as they are
-        self.expansions: dict[str, Expansion] = dict(LISTS)
         self.expanded: dict[str, Expanded] = {}  # by the node's name
         self._levels: dict[int, int] = {}
         self._temporaries: dict[tuple[int, torch.dtype], int] = {}

@@ -9,21 +9,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 from torch import fx
 
-from npu_fuse_pass.capture.aten.pointwise import Val, evaluate
-from npu_fuse_pass.capture.cells import Cell
+from npu_fuse_pass.capture.aten.pointwise import evaluate
+from npu_fuse_pass.capture.interpreter import Expansion, Interpreter
+from npu_fuse_pass.capture.values import Cell, Val
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.fx_nodes.names import operation_name
 from npu_fuse_pass.reasons import Code
-
-if TYPE_CHECKING:
-    from npu_fuse_pass.capture.interpreter import Interpreter
-
-Expansion = Callable[["Interpreter", fx.Node, tuple[Any, ...], dict[str, Any]], Any]
 
 
 @dataclasses.dataclass(frozen=True)

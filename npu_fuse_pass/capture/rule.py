@@ -16,8 +16,9 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from npu_fuse_pass.capture.cells import Cell
 from npu_fuse_pass.capture.interpreter import Interpreter
+from npu_fuse_pass.capture.list_ops import LISTS
+from npu_fuse_pass.capture.values import Cell, Val
 from npu_fuse_pass.capture.walk import is_known, run_graph
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.fx_nodes.names import operation_name
@@ -141,7 +142,7 @@ def _trace(
     batch: Batch, roles: _Roles, shape: tuple[int, ...], totals: dict[tuple[object, ...], int]
 ) -> tuple[Update, float]:
     """The update of one parameter of this shape, and how many bytes its operations move for each element."""
-    interpreter = Interpreter(keeps=False)
+    interpreter = Interpreter(LISTS, keeps=False)
     dtypes = {"param": batch.dtype, "grad": batch.grad_dtype, **{n: f.dtype for n, f in batch.flat.items()}}
     cells = {
         n: interpreter.add_leaf(Leaf("input", n, dtype=dtypes[n], shape=shape), tensor=True) for n in roles.tensors
@@ -252,6 +253,4 @@ def _run(
 
 
 def _number(interpreter: Interpreter, value: float) -> Any:
-    from npu_fuse_pass.capture.aten.pointwise import Val
-
     return Val(interpreter.builder.const(value), torch.float64, ())

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from npu_fuse_pass.capture.cells import Cell
 from npu_fuse_pass.capture.totals import Contribution, separate
+from npu_fuse_pass.capture.values import Cell
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.ir.disjoint import Disjoint
 from npu_fuse_pass.ir.expr import Builder, Expr, postorder

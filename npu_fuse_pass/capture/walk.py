@@ -12,8 +12,8 @@ from torch import Tensor, fx
 
 from npu_fuse_pass.capture.aten.rows import ROWS
 from npu_fuse_pass.capture.aten.shaped import SHAPED
-from npu_fuse_pass.capture.cells import Cell
 from npu_fuse_pass.capture.interpreter import Interpreter, flatten
+from npu_fuse_pass.capture.values import Cell
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.fx_nodes.effects import recorded
 from npu_fuse_pass.fx_nodes.names import REFLECTED, operation_name

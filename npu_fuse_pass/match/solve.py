@@ -10,18 +10,15 @@ the formula's scalars, not negative, without bias corrections of their own), and
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from npu_fuse_pass.ir.expr import Expr
+from npu_fuse_pass.match.algebra import Algebra, Value
 from npu_fuse_pass.match.kernels import Kernel
 from npu_fuse_pass.match.polynomial import generators_of
 from npu_fuse_pass.match.result import TOLERANCES, Match
-from npu_fuse_pass.match.value import Value
 from npu_fuse_pass.match.verify import Relation, disagreement
 from npu_fuse_pass.match.write import Writer
-
-if TYPE_CHECKING:
-    from npu_fuse_pass.match.algebra import Algebra
 
 
 class DiffersError(Exception):

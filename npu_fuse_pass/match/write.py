@@ -12,8 +12,7 @@ from npu_fuse_pass.ir.types import Slot
 from npu_fuse_pass.reasons import Code
 
 if TYPE_CHECKING:
-    from npu_fuse_pass.match.algebra import Algebra
-    from npu_fuse_pass.match.value import Value
+    from npu_fuse_pass.match.algebra import Algebra, Value
 
 
 class Writer:

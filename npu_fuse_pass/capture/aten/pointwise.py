@@ -8,34 +8,16 @@ float32 and rounds its result.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
 import torch
 
 from npu_fuse_pass.capture.aten.rows import ROWS
+from npu_fuse_pass.capture.values import Val
 from npu_fuse_pass.errors import Unsupported
-from npu_fuse_pass.ir.expr import HALF, Builder, Expr
+from npu_fuse_pass.ir.expr import HALF, Builder
 from npu_fuse_pass.reasons import Code
-
-
-@dataclasses.dataclass(frozen=True)
-class Val:
-    """An expression with the dtype and shape that torch gives it. A 0-dim value of the scalar part has shape ().
-
-    `number`: a Python number that the graph is given or computes, not a 0-dim tensor.
-    """
-
-    expr: Expr
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    number: bool = False
-
-    @property
-    def dimmed(self) -> bool:
-        """Whether it decides result dtypes, as tensors with dimensions do in torch's promotion."""
-        return self.expr.tensor or self.shape != ()
 
 
 def evaluate(b: Builder, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Val:

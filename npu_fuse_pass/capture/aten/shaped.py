@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from npu_fuse_pass.capture.aten.pointwise import Val, evaluate
+from npu_fuse_pass.capture.aten.pointwise import evaluate
+from npu_fuse_pass.capture.values import Val
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.ir.expr import HALF, Builder, Expr
 from npu_fuse_pass.reasons import Code

@@ -1,10 +1,32 @@
-"""What a tensor is while a graph is interpreted."""
+"""What is known of a tensor while a graph is interpreted."""
 
 from __future__ import annotations
 
-from npu_fuse_pass.capture.aten.pointwise import Val
+import dataclasses
+
+import torch
+
 from npu_fuse_pass.errors import Unsupported
+from npu_fuse_pass.ir.expr import Expr
 from npu_fuse_pass.reasons import Code
+
+
+@dataclasses.dataclass(frozen=True)
+class Val:
+    """An expression with the dtype and shape that torch gives it. A 0-dim value of the scalar part has shape ().
+
+    `number`: a Python number that the graph is given or computes, not a 0-dim tensor.
+    """
+
+    expr: Expr
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    number: bool = False
+
+    @property
+    def dimmed(self) -> bool:
+        """Whether it decides result dtypes, as tensors with dimensions do in torch's promotion."""
+        return self.expr.tensor or self.shape != ()
 
 
 class Cell:
