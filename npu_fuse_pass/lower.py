@@ -210,13 +210,13 @@ LOWERINGS: dict[str, Callable[..., Program | None]] = {
 
 def is_torchair_config(value: object) -> bool:
     """Whether a value can be the option `torchair_config`."""
-    from npu_fuse_pass.lowerings.npu import program as npu
+    from npu_fuse_pass.lowerings.npu import environment
 
-    return npu.is_config(value)
+    return environment.is_config(value)
 
 
 def serve_torchair() -> None:
     """Give torchair the converters that fused nodes and what remains around them need."""
-    from npu_fuse_pass.lowerings.npu import program as npu
+    from npu_fuse_pass.lowerings.npu import environment
 
-    npu.serve()
+    environment.serve()

@@ -15,7 +15,7 @@ from conversion_cases import Make
 
 import npu_fuse_pass
 from npu_fuse_pass.backend import npu_fused
-from npu_fuse_pass.lowerings.npu import program as npu
+from npu_fuse_pass.lowerings.npu.environment import require
 from npu_fuse_pass.lowerings.npu.graph import graph as npu_graph
 from npu_fuse_pass.lowerings.npu.graph import list_converters
 
@@ -45,7 +45,7 @@ class Conversion:
 @contextlib.contextmanager
 def as_shipped() -> Iterator[None]:
     """Torchair without the converters that this package adds to it."""
-    npu.require()
+    require()
     added = {op: op._ge_converter for op in list_converters.REPLACED}
     put(list_converters.REPLACED)
     try:

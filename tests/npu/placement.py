@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from npu_fuse_pass.lowerings.npu import program as npu
+from npu_fuse_pass.lowerings.npu.environment import require
 
 IN_PLACE = "ge.exec.outputReuseInputMemIndexes"
 ON_NPU = 1  # in torchair's _input_placements; 0 is the host
@@ -34,7 +34,7 @@ class Given:
 @contextmanager
 def watched() -> Iterator[list[Given]]:
     """Remembers every graph that is handed to torchair's compiler, and what it is called with."""
-    torchair = npu.require()
+    torchair = require()
     seen: list[Given] = []
     get_compiler = torchair.get_compiler
 

@@ -13,6 +13,7 @@ from steps import assert_close
 
 from npu_fuse_pass.backend import npu_fused
 from npu_fuse_pass.lowerings.npu import program as npu
+from npu_fuse_pass.lowerings.npu.environment import require
 from scripts import conversion_cases, conversion_table
 
 ROWS = {row.name: row for row in conversion_cases.ROWS}
@@ -29,7 +30,7 @@ def found(name: str, n: int, monkeypatch: pytest.MonkeyPatch) -> str:
     """FX, GE and compute nodes of a compile in which the step also computes what the eager step does."""
     torch._dynamo.reset()
     given: list[int] = []
-    torchair = npu.require()
+    torchair = require()
     get_compiler = torchair.get_compiler
 
     def spying(config: Any) -> Any:
@@ -92,7 +93,7 @@ def test_a_step_that_falls_back_is_not_called_ok(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_times_are_of_whole_conversions(capsys: pytest.CaptureFixture[str]) -> None:
-    npu.require()
+    require()
     ops = (torch.ops.aten._foreach_sqrt.default, torch.ops.prims.fma.default)
     before = [op._ge_converter for op in ops]
     assert conversion_table.main(["--time", "3"]) == 0

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from npu_fuse_pass.lowerings.npu import program as npu
 from npu_fuse_pass.lowerings.npu.emit import elementwise
+from npu_fuse_pass.lowerings.npu.environment import require
 from npu_fuse_pass.lowerings.npu.graph import list_converters
 
 ATEN = torch.ops.aten
@@ -41,7 +41,7 @@ CASES: dict[str, tuple[Callable[..., Any], Sequence[Tensor], dict[str, int]]] = 
 @pytest.mark.parametrize("name", CASES)
 def test_what_torchair_lacks(name: str) -> None:
     function, tensors, nodes = CASES[name]
-    npu.require()
+    require()
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(t) for t in tensors]
     gm = make_fx(lambda *args: tuple(function(*args)))(*fakes)
@@ -54,13 +54,13 @@ def test_what_torchair_lacks(name: str) -> None:
 
 
 def test_every_operation_of_the_table_is_tested() -> None:
-    npu.require()
+    require()
     assert len(list_converters.REPLACED) == len({name.partition(",")[0] for name in CASES})
 
 
 def test_a_converter_of_torchairs_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that a later torchair brings for an operation of our table."""
-    torchair = npu.require()
+    torchair = require()
     from torchair._ge_concrete_graph import ge_apis
 
     assert not list_converters.lacks(ATEN.sqrt.default) and list_converters.lacks(ATEN._foreach_sqrt.out)

@@ -14,8 +14,8 @@ from steps import TOLERANCE, OnNpu, assert_close, assert_same, parameters, set_g
 
 import npu_fuse_pass
 from npu_fuse_pass.backend import npu_fused
-from npu_fuse_pass.lowerings.npu import program as npu
 from npu_fuse_pass.lowerings.npu.emit import dedicated_operations, elementwise, list_operations
+from npu_fuse_pass.lowerings.npu.environment import require
 from npu_fuse_pass.match import kernels
 from tests.cases import BY_NAME
 
@@ -250,7 +250,7 @@ def test_elementwise_on_request_and_other_values(ge: harness.Recording) -> None:
 
 def test_running_eagerly_inside_torchair(ge: harness.Recording) -> None:
     """The fused node's own kernel, for bisecting, is the operation too."""
-    config = npu.require().CompilerConfig()
+    config = require().CompilerConfig()
     config.debug.run_eagerly = True
     for name in ("adamw", "sgd_momentum"):
         ours, eager = twins(BY_NAME[name])

@@ -15,7 +15,7 @@ from steps import parameters, set_gradients
 import npu_fuse_pass
 import optimizers
 from npu_fuse_pass.__main__ import main
-from npu_fuse_pass.lowerings.npu import program as npu
+from npu_fuse_pass.lowerings.npu.environment import require
 
 GE_FILES = ("05_ge.txt", "05_ge_optimized.pbtxt", "05_ge_original.pbtxt")
 BETWEEN = {
@@ -114,7 +114,7 @@ def test_what_runs_now_is_what_is_there(ge: harness.Recording, tmp_path: pathlib
 
 
 def test_the_users_own_graph_dump_is_the_users(ge: harness.Recording, tmp_path: pathlib.Path) -> None:
-    torchair = npu.require()
+    torchair = require()
     config = torchair.CompilerConfig()
     config.debug.graph_dump.type = "txt"
     (tmp_path / "mine").mkdir()

@@ -13,6 +13,7 @@ from torch import Tensor
 from npu_fuse_pass import errors
 from npu_fuse_pass.lowerings.npu import program as npu
 from npu_fuse_pass.lowerings.npu.emit import elementwise
+from npu_fuse_pass.lowerings.npu.environment import require
 from tests.graphs import fused
 
 
@@ -192,7 +193,7 @@ def test_a_planted_error_in_a_reduction_is_noticed(name: str, monkeypatch: pytes
 
 def test_torchair_knows_every_operation() -> None:
     """Otherwise it runs the whole fused node, on new tensors of all sizes on the device, to infer shapes."""
-    npu.require()
+    require()
     from torchair._ge_concrete_graph import ge_apis
 
     assert [name for name in elementwise.DOCUMENTS if not hasattr(ge_apis, name)] == []

@@ -16,6 +16,7 @@ import optimizers
 from npu_fuse_pass import errors
 from npu_fuse_pass.lowerings.npu import program as npu
 from npu_fuse_pass.lowerings.npu.emit import elementwise, list_operations
+from npu_fuse_pass.lowerings.npu.environment import require
 from npu_fuse_pass.match.result import NoMatch
 from optimizers.paddle import RMSProp
 from tests.graphs import fused
@@ -170,7 +171,7 @@ def test_refused_lists(leaf: str) -> None:
 
 
 def test_running_eagerly_inside_torchair() -> None:
-    config = npu.require().CompilerConfig()
+    config = require().CompilerConfig()
     config.debug.run_eagerly = True
     twins = Twins(OPTIMIZERS["RMSpropTF"][0], separate(4), torchair_config=config)
     twins.step(0)

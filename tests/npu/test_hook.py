@@ -13,7 +13,7 @@ from torch import fx
 
 import npu_fuse_pass
 from npu_fuse_pass.ir.fused_op import multi_tensor_update
-from npu_fuse_pass.lowerings.npu import program as npu
+from npu_fuse_pass.lowerings.npu.environment import require
 
 STOCK: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adam": lambda p: torch.optim.Adam(p, lr=0.02, weight_decay=0.1, foreach=False),
@@ -27,7 +27,7 @@ STOCK: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 def test_torchair_converts_the_rewritten_graph(name: str) -> None:
     torch._dynamo.reset()
     npu_fuse_pass.clear_reports()
-    torchair = npu.require()  # registers the converters of the fused nodes
+    torchair = require()  # registers the converters of the fused nodes
     harness.prepare()
     seen: list[int] = []
 

@@ -11,8 +11,8 @@ from steps import TOLERANCE, OnNpu, assert_same, captured_step, parameters, set_
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from npu_fuse_pass import pipeline
-from npu_fuse_pass.lowerings.npu import program as npu
 from npu_fuse_pass.lowerings.npu.emit import elementwise
+from npu_fuse_pass.lowerings.npu.environment import require
 from npu_fuse_pass.rules.batch import inputs_of
 from tests.cases import BY_NAME, CASES, Case, over
 
@@ -24,7 +24,7 @@ def test_the_rewritten_graph_converts(case: Case) -> None:
     for optimizer in (ours, eager):
         set_gradients(optimizer.param_groups[0]["params"], 1)
     gm = pipeline.fused_graph(captured_step(ours))
-    npu.require()
+    require()
     mode = FakeTensorMode()
     values = [v.detach() for v in inputs_of(ours._prelude.batches) if v is not None]
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), values, strict=True):

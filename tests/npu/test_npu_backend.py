@@ -16,6 +16,7 @@ from steps import SHAPES, assert_close, assert_same, captured_step, parameters, 
 from npu_fuse_pass import errors
 from npu_fuse_pass.backend import npu_fused
 from npu_fuse_pass.lowerings.npu import program as npu
+from npu_fuse_pass.lowerings.npu.environment import require
 from npu_fuse_pass.passes.group import group
 from npu_fuse_pass.report import report
 from tests.cases import BY_NAME
@@ -120,4 +121,4 @@ def test_written_tensors_are_reused_in_place_on_an_npu() -> None:
 def test_without_torch_npu_the_error_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_npu", None)
     with pytest.raises(errors.PlatformError, match=r"npu-fuse-pass\[npu\].*torch_npu==2.13.0.*protobuf>=4.*CANN"):
-        npu.require()
+        require()

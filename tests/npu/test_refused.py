@@ -17,7 +17,7 @@ from steps import SHAPES, assert_close, assert_same, parameters, set_gradients, 
 import npu_fuse_pass
 from npu_fuse_pass import errors
 from npu_fuse_pass.lowerings.npu import execution
-from npu_fuse_pass.lowerings.npu import program as npu
+from npu_fuse_pass.lowerings.npu.environment import require
 from npu_fuse_pass.lowerings.npu.graph import converters
 from tests.cases import BY_NAME
 
@@ -236,7 +236,7 @@ def test_compile_step_and_explain(ge: harness.Recording) -> None:
     with pytest.raises(npu_fuse_pass.UnfusedError, match="EZ9999"):
         npu_fuse_pass.compile_step(ours, platform="npu", strict=True)()
     with pytest.warns(UserWarning, match="npu_fused.*EZ9999"):
-        npu_fuse_pass.compile_step(ours, platform="npu", torchair_config=npu.require().CompilerConfig())()
+        npu_fuse_pass.compile_step(ours, platform="npu", torchair_config=require().CompilerConfig())()
     eager.step()
     assert_same(ours, eager, 0)
 
@@ -255,7 +255,7 @@ def test_a_first_run_that_cannot_be_undone(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_an_npu_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     harness.prepare()
-    npu.require()
+    require()
     waited: list[Any] = []
     monkeypatch.setattr(torch.npu, "synchronize", waited.append)
     execution.wait_for([torch.device("cpu"), torch.device("npu:0")])

@@ -14,7 +14,7 @@ from test_refused import STEPS, compiled
 
 import npu_fuse_pass
 from npu_fuse_pass import errors
-from npu_fuse_pass.lowerings.npu import program as npu
+from npu_fuse_pass.lowerings.npu.environment import require
 from tests.cases import BY_NAME
 
 
@@ -29,7 +29,7 @@ def ge() -> Iterator[harness.Recording]:
 def test_the_users_configuration_reaches_torchair(
     name: str, ge: harness.Recording, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torchair = npu.require()
+    torchair = require()
     build, function = STEPS[name]
     ours = build(parameters())
     set_gradients(ours.param_groups[0]["params"], 0)
@@ -45,7 +45,7 @@ def test_the_users_configuration_reaches_torchair(
 
 
 def test_a_configuration_of_the_wrong_type_or_platform(ge: harness.Recording) -> None:
-    torchair = npu.require()
+    torchair = require()
     config = torchair.CompilerConfig()
     empty = torch.fx.GraphModule({}, torch.fx.Graph())
     for wrong in (torchair.CompilerConfig, 3, {}, False):
@@ -61,7 +61,7 @@ def test_a_configuration_of_the_wrong_type_or_platform(ge: harness.Recording) ->
 @pytest.mark.parametrize("mode", ["reduce-overhead", "npugraph_ex"])
 def test_a_mode_that_makes_no_ge_graph(mode: str, ge: harness.Recording) -> None:
     """What torchair captures there reads numbers that lie on the host once, and writes to clones of the inputs."""
-    config = npu.require().CompilerConfig()
+    config = require().CompilerConfig()
     config.mode = mode
     ours = STEPS["ours"][0](parameters())
     set_gradients(ours.param_groups[0]["params"], 0)
@@ -70,7 +70,7 @@ def test_a_mode_that_makes_no_ge_graph(mode: str, ge: harness.Recording) -> None
 
 
 def test_graphs_are_dumped_where_the_configuration_says(ge: harness.Recording, tmp_path: pathlib.Path) -> None:
-    config = npu.require().CompilerConfig()
+    config = require().CompilerConfig()
     config.debug.graph_dump.type = "pbtxt"
     config.debug.graph_dump.path = str(tmp_path)
     ours, eager = twins(BY_NAME["lamb"])
@@ -85,7 +85,7 @@ def test_graphs_are_dumped_where_the_configuration_says(ge: harness.Recording, t
 
 def test_running_eagerly_inside_torchair(ge: harness.Recording) -> None:
     """torchair converts and then runs our graph's eager kernels: for bisecting."""
-    config = npu.require().CompilerConfig()
+    config = require().CompilerConfig()
     config.debug.run_eagerly = True
     ours, eager = twins(BY_NAME["lamb"])
     step = compiled(ours.step, torchair_config=config, strict=True)

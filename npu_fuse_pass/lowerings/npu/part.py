@@ -12,7 +12,7 @@ from npu_fuse_pass.lowerings.npu.emit import dedicated, elementwise, list_operat
 from npu_fuse_pass.lowerings.npu.emit import lists as npu_foreach
 from npu_fuse_pass.lowerings.npu.emit.dedicated_operations import series
 from npu_fuse_pass.lowerings.npu.emit.split import constants_of, slots_of, split
-from npu_fuse_pass.lowerings.npu.layout.runs import Plan, Run
+from npu_fuse_pass.lowerings.npu.plan import Plan, Run
 from npu_fuse_pass.match.result import Match, NoMatch
 from npu_fuse_pass.reasons import Code
 

@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_leaves
 from npu_fuse_pass.errors import FuseError, GraphRefused, Mismatch, Unsupported
 from npu_fuse_pass.ir.fused_op import multi_tensor_update, parsed
 from npu_fuse_pass.ir.types import Call, Formula, Group, Leaf, LeafRef
-from npu_fuse_pass.lowerings.npu import program as npu
 from npu_fuse_pass.lowerings.npu.emit import elementwise
 from npu_fuse_pass.lowerings.npu.emit.split import Split, constants_of, split
+from npu_fuse_pass.lowerings.npu.environment import require, versions
 from npu_fuse_pass.lowerings.npu.execution import Run, refusal
 from npu_fuse_pass.lowerings.npu.graph.graph import device_update
 from npu_fuse_pass.reasons import Code
@@ -48,7 +48,7 @@ class Program:
     def __init__(
         self, leaves: Sequence[Leaf], groups: Sequence[Group], calls: Sequence[Call], graph: fx.GraphModule, config: Any
     ) -> None:
-        torchair = npu.require()
+        torchair = require()
         self._leaves = leaves
         self._inputs = [i for i, leaf in enumerate(leaves) if leaf.kind in ("input", "attribute")]
         made = [(leaf.index, i) for i, leaf in enumerate(leaves) if leaf.kind == "output"]
@@ -56,7 +56,7 @@ class Program:
         written = {m[s] for g in groups for m in g.members for s in g.formula.written}
         self._written = [place for place, i in enumerate(self._inputs) if i in written]
         _check(leaves, groups, calls, written)
-        self._run = Run(self._compiled(torchair, _with_constants(graph), config), npu.versions)
+        self._run = Run(self._compiled(torchair, _with_constants(graph), config), versions)
 
     def cost(self, g: Group) -> tuple[int, int]:
         """Bytes per element, and GE operations on tensors."""
@@ -81,7 +81,7 @@ class Program:
         except FuseError:
             raise
         except Exception as e:
-            raise GraphRefused(refusal("torchair does not convert this step's graph", e, npu.versions())) from e
+            raise GraphRefused(refusal("torchair does not convert this step's graph", e, versions())) from e
 
     def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None:
         """Run the step; as `npu.Program`."""

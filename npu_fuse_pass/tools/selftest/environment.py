@@ -124,9 +124,9 @@ def _torch_npu() -> str:
 
 
 def _torchair() -> str:
-    from npu_fuse_pass.lowerings.npu import program as npu
+    from npu_fuse_pass.lowerings.npu.environment import require
 
-    npu.require()
+    require()
     return "loads, with our converters registered"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -21,13 +21,12 @@ from npu_fuse_pass.ir.fused_op import multi_tensor_contribute, multi_tensor_upda
 from npu_fuse_pass.ir.types import Leaf
 from npu_fuse_pass.lowerings.npu.emit import dedicated, elementwise, list_operations
 from npu_fuse_pass.lowerings.npu.graph import names as npu_names
+from npu_fuse_pass.lowerings.npu.host.numbers import Packed
+from npu_fuse_pass.lowerings.npu.host.step import Leaves
+from npu_fuse_pass.lowerings.npu.layout.bind import Binder
+from npu_fuse_pass.lowerings.npu.part import Part
+from npu_fuse_pass.lowerings.npu.plan import Run
 from npu_fuse_pass.reasons import Code
-
-if TYPE_CHECKING:
-    from npu_fuse_pass.lowerings.npu.host.numbers import Packed
-    from npu_fuse_pass.lowerings.npu.layout.bind import Binder, Leaves
-    from npu_fuse_pass.lowerings.npu.layout.runs import Run
-    from npu_fuse_pass.lowerings.npu.part import Part
 
 _TAKEN = list_operations.LONGEST  # results that are taken one by one: torchair formats the whole list for each
 _SCHEMA = "(Tensor[] tensors, Tensor[] numbers, Tensor[] totals, int[] positions, int members, str formula) -> Tensor[]"

@@ -11,7 +11,7 @@ from torch import Tensor
 from npu_fuse_pass.ir.types import Group, Leaf
 from npu_fuse_pass.lowerings.npu.host import mirror as npu_mirror
 from npu_fuse_pass.lowerings.npu.host.mirror import Kind, Mirror
-from npu_fuse_pass.lowerings.npu.layout.runs import Values
+from npu_fuse_pass.lowerings.npu.plan import Values
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

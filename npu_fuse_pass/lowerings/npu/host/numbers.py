@@ -13,7 +13,7 @@ from npu_fuse_pass.lowerings.npu.emit.split import Split, slots_of
 from npu_fuse_pass.lowerings.npu.host.counters import Advanced
 from npu_fuse_pass.lowerings.npu.host.mirror import Mirror
 from npu_fuse_pass.lowerings.npu.host.rows import Row
-from npu_fuse_pass.lowerings.npu.layout.runs import Run, Values
+from npu_fuse_pass.lowerings.npu.plan import Run, Values
 
 
 class HostValues:

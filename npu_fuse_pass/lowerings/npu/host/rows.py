@@ -8,10 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from npu_fuse_pass.lowerings.npu.plan import Values
 from npu_fuse_pass.tensors.memory import materialised
 from npu_fuse_pass.tensors.same import SameTensors
-
-Values = list[Tensor | None]
 
 
 class Row:

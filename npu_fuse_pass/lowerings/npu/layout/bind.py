@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,19 +16,13 @@ from torch import Tensor
 from npu_fuse_pass.errors import Mismatch
 from npu_fuse_pass.ir.types import Leaf
 from npu_fuse_pass.lowerings.npu.emit import elementwise
-from npu_fuse_pass.lowerings.npu.host.host import Step
 from npu_fuse_pass.lowerings.npu.host.numbers import Packed
 from npu_fuse_pass.lowerings.npu.host.rows import picked
+from npu_fuse_pass.lowerings.npu.host.step import Key, Leaves, Step
 from npu_fuse_pass.lowerings.npu.layout.bind_alike import Alike
-from npu_fuse_pass.lowerings.npu.layout.runs import Run, Values
+from npu_fuse_pass.lowerings.npu.part import Part
+from npu_fuse_pass.lowerings.npu.plan import Run, Values
 from npu_fuse_pass.tensors.memory import check_apart, in_order, memory_order
-
-if TYPE_CHECKING:
-    from npu_fuse_pass.lowerings.npu.part import Part
-
-Key = tuple[int, torch.dtype, torch.device]
-Leaves = tuple[int, ...]
-"""The leaves behind one input of the graph: one, or those of a run, which lie one behind the other."""
 
 
 class Binder:

@@ -12,21 +12,17 @@ import array
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from itertools import compress, repeat
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from npu_fuse_pass.errors import Mismatch
 from npu_fuse_pass.lowerings.npu.host.rows import picked
-from npu_fuse_pass.lowerings.npu.layout.runs import Values
+from npu_fuse_pass.lowerings.npu.host.step import Key, Leaves, Step
+from npu_fuse_pass.lowerings.npu.plan import Values
 from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.tensors.memory import NOWHERE, SHARED, apart
 from npu_fuse_pass.tensors.same import SameTensors
-
-if TYPE_CHECKING:
-    from npu_fuse_pass.lowerings.npu.host.host import Step
-    from npu_fuse_pass.lowerings.npu.layout.bind import Key, Leaves
 
 
 class Alike:

@@ -6,18 +6,16 @@ import collections
 import itertools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from npu_fuse_pass.ir.types import Leaf
 from npu_fuse_pass.lowerings.npu.host.rows import holds, picked
-from npu_fuse_pass.lowerings.npu.layout.runs import Plan, Planner, Run, Values, gaps
+from npu_fuse_pass.lowerings.npu.layout.runs import Planner, gaps
+from npu_fuse_pass.lowerings.npu.part import Part
+from npu_fuse_pass.lowerings.npu.plan import Plan, Run, Values
 from npu_fuse_pass.tensors.same import SameTensors
-
-if TYPE_CHECKING:
-    from npu_fuse_pass.lowerings.npu.part import Part
 
 _LOOKS = 4  # steps after which nobody looks for a better plan any more: DDP settles its buckets after the first step
 _PLANS = 8  # how many are made, each is a compile; after that every member is updated alone, which fits whatever moves
@@ -34,7 +32,7 @@ class Plans:
         members = [(part, part.group.members[m]) for part in parts for m in part.on_device]
         uses = collections.Counter(m[s] for part, m in members for s in part.group.formula.tensor_slots)
         self._leaves, self._parts = leaves, parts
-        self._planners = [Planner(part, leaves, uses, layout) for part in parts]
+        self._planners = [Planner(part.group, part.on_device, leaves, uses, layout) for part in parts]
         self._looks, self._left, self._made = _LOOKS, _PLANS, False
         self._use([planner.alone("its tensors were not seen yet") for planner in self._planners])
 

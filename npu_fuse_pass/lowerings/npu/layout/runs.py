@@ -8,23 +8,16 @@ graph does not grow with their number. Tensors that are only read (gradients) ma
 from __future__ import annotations
 
 import collections
-import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from npu_fuse_pass.ir.expr import REDUCTIONS, Expr, postorder
-from npu_fuse_pass.ir.types import Formula, Leaf
+from npu_fuse_pass.ir.types import Formula, Group, Leaf
+from npu_fuse_pass.lowerings.npu.plan import Plan, Run, Values
 from npu_fuse_pass.tensors.memory import in_order, memory_order
-
-if TYPE_CHECKING:
-    from npu_fuse_pass.lowerings.npu.part import Part
-
-LAYOUTS = ("auto", "flat", "list")
 
 # GE's own pass for ConcatD (ZConcatDFusionPass, ops/built-in/fusion_pass/graph_fusion/ai_core/concatd_fusion_pass.cpp)
 # cuts one with more than 63 inputs, or 48 where shapes are dynamic, into two levels: everything would be moved twice.
@@ -32,42 +25,31 @@ CONCATENATED = 48
 _SMALL = 1 << 20  # elements: above, concatenating a tensor takes longer (8 bytes each) than updating it by itself
 _IN_A_ROW = 8  # gradients: where that many are adjacent on average, a run for each piece costs less than moving them
 
-Values = list[Tensor | None]
 Place = dict[int, tuple[int, int, int]]  # of each tensor slot: its storage, where it begins, where it ends
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """Members that the graph updates as one, in the order in which they lie in memory.
+class Planner:
+    """Plans the runs of a group from where its tensors are and which numbers they get.
 
-    The tensors in `gathered` slots lie apart: each is an input of its own, and the graph concatenates them.
+    Args:
+        group: over the leaves.
+        on_device: its members that have elements.
+        leaves: of the step.
+        uses: in how many updates a leaf has a part.
+        layout: the option.
     """
 
-    members: tuple[int, ...]
-    gathered: tuple[int, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """The runs of a group, and why some members stay alone ("" if none do)."""
-
-    runs: tuple[Run, ...]
-    reason: str = ""
-
-    @property
-    def name(self) -> str:
-        """How the report calls it: "flat", "gathered" (flat, but for the gradients), "list", or several of them."""
-        kinds = {("gathered" if r.gathered else "flat") if len(r.members) > 1 else "list" for r in self.runs}
-        return " + ".join(k for k in ("flat", "gathered", "list") if k in kinds) or "list"
-
-
-class Planner:
-    """Plans the runs of a group from where its tensors are and which numbers they get."""
-
-    def __init__(self, part: Part, leaves: Sequence[Leaf], uses: collections.Counter[int], layout: str) -> None:
-        self._part, self._leaves, self._layout = part, leaves, layout
-        self.slots = part.group.formula.tensor_slots
-        self.written = [s for s in part.group.formula.written if s in self.slots]
+    def __init__(
+        self,
+        group: Group,
+        on_device: Sequence[int],
+        leaves: Sequence[Leaf],
+        uses: collections.Counter[int],
+        layout: str,
+    ) -> None:
+        self._group, self._on_device, self._leaves, self._layout = group, on_device, leaves, layout
+        self.slots = group.formula.tensor_slots
+        self.written = [s for s in group.formula.written if s in self.slots]
         self.read = [s for s in self.slots if s not in self.written]
         self.apart: set[int] = set()
         """Members that had no gradient while others had one: updated alone from then on, as their counters differ."""
@@ -77,9 +59,9 @@ class Planner:
         """Why no members of the group can be one."""
         if self._layout == "list":
             return 'layout="list"'
-        members = [self._part.group.members[m] for m in self._part.on_device]
+        members = [self._group.members[m] for m in self._on_device]
         leaves = [i for member in members for i in (member[s] for s in self.slots)]
-        if not pointwise(self._part.group.formula):
+        if not pointwise(self._group.formula):
             return "the formula reduces over each tensor (norms, sizes)"
         if any(self._leaves[i].kind not in ("input", "attribute") for i in leaves):
             return "the step creates some of the tensors"
@@ -89,7 +71,7 @@ class Planner:
 
     def alone(self, reason: str) -> Plan:
         """Every member by itself."""
-        return Plan(tuple(Run((m,)) for m in self._part.on_device), reason if len(self._part.on_device) > 1 else "")
+        return Plan(tuple(Run((m,)) for m in self._on_device), reason if len(self._on_device) > 1 else "")
 
     def plan(self, values: Values, keys: Sequence[object]) -> Plan:
         """The runs for these tensors.
@@ -102,7 +84,7 @@ class Planner:
             return self.alone(self._why_not)
         reasons = dict.fromkeys(self.apart, "without a gradient at some steps")
         places: dict[int, Place] = {}
-        for m in self._part.on_device:
+        for m in self._on_device:
             place = None if m in self.apart else self.place(m, values)
             if place is not None:
                 places[m] = place
@@ -110,24 +92,24 @@ class Planner:
                 reasons.setdefault(m, "its tensors have gaps or lie in different orders")
         runs = [run for stretch in self._stretches(places, keys, reasons) for run in self._cut(stretch, places)]
         found = {m for run in runs for m in run.members}
-        runs += [Run((m,)) for m in self._part.on_device if m not in found]
+        runs += [Run((m,)) for m in self._on_device if m not in found]
         alone = sorted((run.members[0] for run in runs if len(run.members) == 1), key=lambda m: m not in self.apart)
         why = next((reasons[m] for m in alone if m in reasons), "tensors too large to be worth moving") if alone else ""
-        return Plan(tuple(sorted(runs, key=lambda run: min(run.members))), why if len(self._part.on_device) > 1 else "")
+        return Plan(tuple(sorted(runs, key=lambda run: min(run.members))), why if len(self._on_device) > 1 else "")
 
     def place(self, m: int, values: Values) -> Place | None:
         """Where a member's tensors lie; None where one is missing or the written ones are not in one dense order.
 
         A tensor that is read only and lies in another order has an empty place, which nothing follows.
         """
-        member = self._part.group.members[m]
+        member = self._group.members[m]
         given = {s: t for s in self.slots if (t := values[member[s]]) is not None}
         if len(given) < len(self.slots):
             return None
         strides = memory_order([given[s] for s in self.written])
         place: Place = {}
         for s, t in given.items():
-            leaf, slot = self._leaves[member[s]], self._part.group.formula.slots[s]
+            leaf, slot = self._leaves[member[s]], self._group.formula.slots[s]
             wanted = (math.prod(leaf.shape), slot.dtype, leaf.device, torch.strided)
             if (t.numel(), t.dtype, t.device, t.layout) != wanted:
                 return None  # whoever binds it says what is wrong with it
@@ -149,7 +131,7 @@ class Planner:
             last = stretch[-1] if stretch else None
             gap = None if last is None else next(gaps(places[last], places[m], self.written), None)
             if last is not None and (gap is not None or keys[last] != keys[m]):
-                label = "" if gap is None else self._part.group.labels[gap]
+                label = "" if gap is None else self._group.labels[gap]
                 why = "the numbers of this step differ" if gap is None else f"{label!r} of neighbours is not adjacent"
                 reasons.setdefault(last, why)
                 reasons.setdefault(m, why)
@@ -173,7 +155,7 @@ class Planner:
                 yield Run(tuple(chunk), tuple(s for s in self.read if s in apart))
 
     def _numel(self, m: int) -> int:
-        return math.prod(self._leaves[self._part.group.members[m][self.written[0]]].shape)
+        return math.prod(self._leaves[self._group.members[m][self.written[0]]].shape)
 
 
 def gaps(first: Place, second: Place, slots: Sequence[int]) -> Iterator[int]:
