@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from npu_fuse_pass.rules.declaration import Init, Rule, Total, ones, rule, total, zeros
+from npu_fuse_pass.rules.declaration import Init, Total, ones, total, zeros
+from npu_fuse_pass.rules.decorator import Rule, rule
 
 if TYPE_CHECKING:
     from npu_fuse_pass.rules.optimizer import RuleOptimizer

@@ -11,23 +11,19 @@ import dataclasses
 import numbers
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from npu_fuse_pass.errors import GradientError
 from npu_fuse_pass.rules.checks import reads_step
-from npu_fuse_pass.rules.declaration import Rule
+from npu_fuse_pass.rules.declaration import Declaration
 from npu_fuse_pass.rules.hyperparameters import Hyper
 from npu_fuse_pass.rules.state import ParamState, States
-from npu_fuse_pass.tensors.buffers import flat_buffer
+from npu_fuse_pass.tensors.buffers import flat_buffer, reference_strides
 from npu_fuse_pass.tensors.memory import same_memory
 from npu_fuse_pass.tensors.same import SameTensors
-
-if TYPE_CHECKING:
-    from npu_fuse_pass.rules.optimizer import RuleOptimizer
-
 
 _grad = operator.attrgetter("grad")
 
@@ -36,7 +32,7 @@ _grad = operator.attrgetter("grad")
 class Batch:
     """Parameters of one group with one rule, one set of static options, one dtype and device (N of them)."""
 
-    rule: Rule
+    rule: Declaration
     group: int
     part: int
     params: list[Tensor]
@@ -88,13 +84,23 @@ def batch_key(param: Tensor, grad: Tensor | None) -> tuple[torch.dtype, torch.dt
 
 
 def make_batch(
-    rule: Rule, group: int, part: int, settings: Mapping[str, Any], params: list[Tensor], optimizer: RuleOptimizer
+    rule: Declaration,
+    group: int,
+    part: int,
+    settings: Mapping[str, Any],
+    params: list[Tensor],
+    state: States,
+    state_dtype: torch.dtype | None,
 ) -> Batch:
-    """Allocate flat buffers for `params` and copy in what the optimizer's state holds for them."""
+    """Allocate flat buffers for `params` and copy in what the optimizer's state holds for them.
+
+    Args:
+        state_dtype: of the states; None: the parameters' own.
+    """
     hyper = Hyper(rule, settings)
     names = rule.states_of(settings)
     dtype, grad_dtype, device = batch_key(params[0], next((p.grad for p in params if p.grad is not None), None))
-    stored = optimizer.state_dtype or dtype
+    stored = state_dtype or dtype
     flat: dict[str, Tensor] = {}
     views = {}
     total = sum(p.numel() for p in params)
@@ -123,16 +129,8 @@ def make_batch(
         pointers=[],
         counts=bool(flat) or reads_step(rule, hyper.static, hyper.views, rule.totals_of(settings)),
     )
-    assert isinstance(optimizer.state, States)
-    adopt(batch, optimizer.state)
+    adopt(batch, state)
     return batch
-
-
-def reference_strides(param: Tensor) -> tuple[int, ...]:
-    """Strides in which the elements of a parameter's states lie: its own where it is dense, else contiguous."""
-    if param.is_contiguous():
-        return param.stride()
-    return torch.empty_like(param, device="meta", memory_format=torch.preserve_format).stride()
 
 
 def fill_hyper(batch: Batch, settings: Mapping[str, Any]) -> bool:
@@ -153,7 +151,9 @@ def expose(batch: Batch, state: States) -> None:
     batch.all_seen = all(batch.seen)
 
 
-def check_state(rule: Rule, settings: Mapping[str, Any], param: Tensor, entry: Mapping[str, Any], label: str) -> None:
+def check_state(
+    rule: Declaration, settings: Mapping[str, Any], param: Tensor, entry: Mapping[str, Any], label: str
+) -> None:
     """Refuse what somebody put into `opt.state` and no step can go on from, before anything is changed.
 
     Raises:

@@ -11,17 +11,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from npu_fuse_pass.errors import RuleError
-from npu_fuse_pass.rules.declaration import Rule, split_keywords
+from npu_fuse_pass.rules.declaration import Declaration, split_keywords
 
 
-def wanted_keywords(rule: Rule) -> list[str]:
+def wanted_keywords(rule: Declaration) -> list[str]:
     """Hyperparameters that a rule or one of its totals reads."""
     internal = {"step", "param", "grad", *rule.totals, *rule.states}
     of_totals = [n for t in rule.totals.values() for n in inspect.signature(t.function).parameters]
     return [n for n in dict.fromkeys([*rule.keywords, *of_totals]) if n not in internal]
 
 
-def check_rule(rule: Rule, settings: Mapping[str, Any]) -> None:
+def check_rule(rule: Declaration, settings: Mapping[str, Any]) -> None:
     """Run a rule once on meta tensors: its shapes and count of results, and that it decides nothing by values.
 
     Raises:
@@ -59,7 +59,9 @@ def check_rule(rule: Rule, settings: Mapping[str, Any]) -> None:
         )
 
 
-def results(rule: Rule, tensors: Mapping[str, Tensor], keywords: Mapping[str, Any], totals: Sequence[str]) -> Any:
+def results(
+    rule: Declaration, tensors: Mapping[str, Tensor], keywords: Mapping[str, Any], totals: Sequence[str]
+) -> Any:
     """What a rule gives for one parameter: its contributions to totals, and new values. `tensors`: by name."""
     states = {n: t for n, t in tensors.items() if n not in ("param", "grad")}
     sums = [rule.contribution(n, tensors["param"], tensors["grad"], states, keywords) for n in totals]
@@ -76,7 +78,7 @@ def meta_keywords(static: Mapping[str, Any], numbers: Mapping[str, Any], totals:
     return {**static, **found, **{n: scalar() for n in totals}, "step": scalar()}
 
 
-def reads_step(rule: Rule, static: Mapping[str, Any], numbers: Mapping[str, Any], totals: Sequence[str]) -> bool:
+def reads_step(rule: Declaration, static: Mapping[str, Any], numbers: Mapping[str, Any], totals: Sequence[str]) -> bool:
     """Whether a rule without states computes with its step under these options; SGD without momentum does not."""
     keywords = meta_keywords(static, numbers, totals)
     tensors = {n: torch.empty((2, 3), device="meta") for n in ("param", "grad")}

@@ -18,17 +18,29 @@ import itertools
 import types
 import weakref
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from npu_fuse_pass.rules.batch import Batch
+from npu_fuse_pass.rules.prelude import Prelude
 
-if TYPE_CHECKING:
-    from npu_fuse_pass.rules.optimizer import RuleOptimizer
 
-_optimizers: weakref.WeakValueDictionary[str, RuleOptimizer] = weakref.WeakValueDictionary()
+class Stepping(Protocol):
+    """An optimizer whose step these operations are; see `RuleOptimizer`."""
+
+    param_groups: list[dict[str, Any]]
+    _prelude: Prelude
+    _surface: Surface
+
+    def _before(self, closure: Callable[[], Any] | None) -> Any: ...
+    def _after(self) -> None: ...
+    @property
+    def has_hooks(self) -> bool: ...
+
+
+_optimizers: weakref.WeakValueDictionary[str, Stepping] = weakref.WeakValueDictionary()
 _handles = map(str, itertools.count())  # strings: Dynamo makes a number that differs at a second compile symbolic
 
 _library = torch.library.Library("npu_fused", "FRAGMENT")
@@ -38,12 +50,12 @@ rule_step = torch.ops.npu_fused.rule_step.default
 rule_update = torch.ops.npu_fused.rule_update.default
 
 
-def optimizer_of(handle: str) -> RuleOptimizer:
+def optimizer_of(handle: str) -> Stepping:
     """The optimizer that a `rule_step` node names."""
     return _optimizers[handle]
 
 
-def register(optimizer: RuleOptimizer) -> str:
+def register(optimizer: Stepping) -> str:
     """A new handle for an optimizer."""
     handle = next(_handles)
     _optimizers[handle] = optimizer
@@ -81,7 +93,7 @@ def make_core(handle: str) -> Callable[[Tensor], None]:
 
 
 @torch.no_grad()
-def run_eager(optimizer: RuleOptimizer) -> None:
+def run_eager(optimizer: Stepping) -> None:
     """One step without a compiler: totals first, then every parameter's rule."""
     run_rules(optimizer._prelude.batches)
 

@@ -1,31 +1,16 @@
-"""Update rules: an optimizer as one pure function.
-
-    @rule(states={"exp_avg": zeros}, defaults=dict(lr=1e-4, beta1=0.9, beta2=0.99, weight_decay=0.0))
-    def lion(param, grad, exp_avg, *, lr, beta1, beta2, weight_decay):
-        update = (beta1 * exp_avg + (1 - beta1) * grad).sign()
-        return param - lr * (update + weight_decay * param), beta2 * exp_avg + (1 - beta2) * grad
-
-    opt = lion(model.parameters(), lr=3e-4)        # a torch.optim.Optimizer
-
-There is nothing else to write: no foreach form, no fused form, no kernel. `torch.compile(opt.step,
-backend="npu_fused")` traces the function once and runs it for all parameters in one kernel.
-"""
+"""What an update rule is: a pure function, its states and totals, the defaults of its hyperparameters."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from npu_fuse_pass.errors import RuleError
-from npu_fuse_pass.rules import pickling
-
-if TYPE_CHECKING:
-    from npu_fuse_pass.rules.optimizer import RuleOptimizer
 
 Condition = Callable[[Mapping[str, Any]], bool]
 
@@ -78,8 +63,8 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Rule:
-    """A declared update rule; calling it makes an optimizer. Made by the decorator `rule`."""
+class Declaration:
+    """A declared update rule; see `npu_fuse_pass.rules.rule` for what the fields mean."""
 
     function: Callable[..., Any]
     states: Mapping[str, Init]
@@ -88,12 +73,6 @@ class Rule:
     writes_grad: bool
     name: str
     keywords: tuple[str, ...]
-
-    def __call__(self, params: Iterable[Any], **hyperparameters: Any) -> RuleOptimizer:
-        """An optimizer over `params` with this rule; unknown hyperparameters are a TypeError."""
-        from npu_fuse_pass.rules.optimizer import RuleOptimizer
-
-        return RuleOptimizer.from_rule(self, params, hyperparameters)
 
     def states_of(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         """Names of the states that parameters of a group with these hyperparameters have."""
@@ -150,68 +129,8 @@ class Rule:
             )
         return value.to(old.dtype)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Rule:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Declaration:
         return self  # immutable
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return pickling.reduce_rule(self)
-
-
-def rule(
-    *,
-    states: Mapping[str, Init] | None = None,
-    defaults: Mapping[str, Any] | None = None,
-    totals: Mapping[str, Total] | None = None,
-    writes_grad: bool = False,
-) -> Callable[[Callable[..., Any]], Rule]:
-    """Make an optimizer out of a pure function `(param, grad, *states, *, hyperparameters) -> (param, *states)`.
-
-    Args:
-        states: name -> how it starts (`zeros`, `ones`, `zeros.when(lambda group: group["amsgrad"])`).
-        defaults: hyperparameters and their defaults. Numbers and tuples of numbers arrive as 0-dim float64 tensors, so
-            that changing them never recompiles; bool, str and None arrive as they are: use `if` on those only.
-        totals: sums over all parameters (see `total`); each arrives as a 0-dim float64 tensor under its name.
-        writes_grad: the function returns `(param, grad, *states)` and gradients are written too.
-
-    The keyword `step`, if the function takes it, is the number of this update of this parameter, from 1.
-    Arithmetic is float32 for fp16 and bf16 parameters; results are cast back to what is stored.
-
-    Raises:
-        RuleError: the declaration and the function's signature do not fit each other.
-    """
-
-    def decorate(function: Callable[..., Any]) -> Rule:
-        made = Rule(
-            function,
-            dict(states or {}),
-            dict(defaults or {}),
-            dict(totals or {}),
-            writes_grad,
-            getattr(function, "__name__", "rule"),
-            _keywords(function),
-        )
-        _check_signature(made)
-        return made
-
-    return decorate
-
-
-def _keywords(function: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(n for n, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY)
-
-
-def _check_signature(made: Rule) -> None:
-    parameters = inspect.signature(made.function).parameters.values()
-    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if len(positional) != 2 + len(made.states) or positional[2:] != list(made.states):
-        wanted = ", ".join(["param", "grad", *made.states])
-        raise RuleError(f"rule {made.name!r} takes ({', '.join(positional)}); its states ask for ({wanted}, *, ...)")
-    reserved = {"param", "grad", "step", "params"} & (made.states.keys() | made.defaults.keys() | made.totals.keys())
-    if reserved:
-        raise RuleError(f"rule {made.name!r}: the names {sorted(reserved)} are taken; choose others")
-    for name, value in made.defaults.items():
-        if not isinstance(value, (bool, int, float, str, tuple, type(None))):
-            raise RuleError(f"rule {made.name!r}: default {name}={value!r} must be a number, tuple, bool, str or None")
 
 
 def is_number(value: object) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from npu_fuse_pass.rules.checks import wanted_keywords
-from npu_fuse_pass.rules.declaration import Rule, split_keywords
+from npu_fuse_pass.rules.declaration import Declaration, split_keywords
 
 T = TypeVar("T")
 _PLAIN = (float, int, bool, str, type(None))
@@ -27,7 +27,7 @@ class Hyper:
         views: the same by keyword; a tuple of them for a tuple.
     """
 
-    def __init__(self, rule: Rule, settings: Mapping[str, Any]) -> None:
+    def __init__(self, rule: Declaration, settings: Mapping[str, Any]) -> None:
         self._wanted = wanted_keywords(rule)
         static, numbers = split_keywords(self._wanted, settings)
         self.static = dict(static)

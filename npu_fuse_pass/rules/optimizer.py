@@ -19,7 +19,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from npu_fuse_pass.errors import OptionError
 from npu_fuse_pass.rules import core_op
 from npu_fuse_pass.rules.checks import check_rule
-from npu_fuse_pass.rules.declaration import Rule
+from npu_fuse_pass.rules.declaration import Declaration
 from npu_fuse_pass.rules.prelude import Prelude
 from npu_fuse_pass.rules.registration import register_backend
 from npu_fuse_pass.rules.rehome import Homes, check_option
@@ -74,7 +74,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     is not of its parameter's shape, and an entry that lacks some of its states.
     """
 
-    rule: Rule
+    rule: Declaration
     found_inf: Tensor | None = None
 
     def __init__(
@@ -99,7 +99,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._settle_groups(self.param_groups)
 
     @classmethod
-    def from_rule(cls, rule: Rule, params: Iterable[Any], hyperparameters: Settings) -> RuleOptimizer:
+    def from_rule(cls, rule: Declaration, params: Iterable[Any], hyperparameters: Settings) -> RuleOptimizer:
         """An optimizer for a bare rule; used by calling the rule."""
         options = {k: hyperparameters[k] for k in ("state_dtype", "flatten") if k in hyperparameters}
         unknown = sorted(hyperparameters.keys() - rule.defaults.keys() - options.keys())
@@ -113,7 +113,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     # What a subclass may change --------------------------------------------------------------------------------------
 
-    def rule_for(self, group: dict[str, Any]) -> Rule:
+    def rule_for(self, group: dict[str, Any]) -> Declaration:
         """The rule of a group; may depend on its options."""
         return self.rule
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import operator
 import weakref
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from npu_fuse_pass.errors import OptionError
@@ -21,11 +23,8 @@ from npu_fuse_pass.rules.batch import (
     fill_hyper,
     make_batch,
 )
+from npu_fuse_pass.rules.declaration import Declaration
 from npu_fuse_pass.rules.state import States
-
-if TYPE_CHECKING:
-    from npu_fuse_pass.rules.declaration import Rule
-    from npu_fuse_pass.rules.optimizer import RuleOptimizer
 
 
 class Watch(Protocol):
@@ -33,6 +32,19 @@ class Watch(Protocol):
 
     def same(self) -> bool: ...
     def release(self) -> None: ...
+
+
+class Stepped(Protocol):
+    """What a prelude asks of its optimizer; see `RuleOptimizer`."""
+
+    param_groups: list[dict[str, Any]]
+    state: defaultdict[Tensor, Any]
+    state_dtype: torch.dtype | None
+    flatten: str | None
+
+    def rule_for(self, group: dict[str, Any]) -> Declaration: ...
+    def settings(self, group: dict[str, Any]) -> list[tuple[list[Tensor], Mapping[str, Any]]]: ...
+    def settle(self, lists: Iterable[Sequence[Tensor]]) -> None: ...
 
 
 class Prelude:
@@ -45,11 +57,11 @@ class Prelude:
         watched: that it is so at this step, so that `watch` has bound them already.
     """
 
-    def __init__(self, optimizer: RuleOptimizer) -> None:
+    def __init__(self, optimizer: Stepped) -> None:
         self._optimizer = weakref.ref(optimizer)
         self.batches: list[Batch] = []
         self.version = 0
-        self._parts: list[tuple[Rule, list[Tensor]]] = []
+        self._parts: list[tuple[Declaration, list[Tensor]]] = []
         self._outside: list[Tensor] = []
         self.watch: Watch | None = None
         self.watched = False
@@ -92,7 +104,7 @@ class Prelude:
         if self.watch is not None:
             self.watch.release()
 
-    def _fit(self, optimizer: RuleOptimizer, parts: list[tuple[int, Rule, list[Tensor], Mapping[str, Any]]]) -> bool:
+    def _fit(self, optimizer: Stepped, parts: list[tuple[int, Declaration, list[Tensor], Mapping[str, Any]]]) -> bool:
         state = optimizer.state
         if not isinstance(state, States) or state.changes.made or any(p.grad is not None for p in self._outside):
             return False
@@ -107,7 +119,7 @@ class Prelude:
                 batch.forget_gradients()
         return all((self.watched or _read_gradients(b)) and fill_hyper(b, parts[b.part][3]) for b in self.batches)
 
-    def _make(self, optimizer: RuleOptimizer, parts: list[tuple[int, Rule, list[Tensor], Mapping[str, Any]]]) -> None:
+    def _make(self, optimizer: Stepped, parts: list[tuple[int, Declaration, list[Tensor], Mapping[str, Any]]]) -> None:
         self.watch, self.watched = None, False
         for _, _, params, _ in parts:
             for p in params:
@@ -115,32 +127,33 @@ class Prelude:
                     check_gradient(p, p.grad)
         if not isinstance(optimizer.state, States):
             optimizer.state = States(optimizer.state)
+        state = optimizer.state
         self._check_states(optimizer, parts)
-        optimizer.state.changes.forget()
+        state.changes.forget()
         batches: list[Batch] = []
         outside: list[Tensor] = []
         for index, (group, rule, params, settings) in enumerate(parts):
             keyed: dict[Any, list[Tensor]] = {}
             for p in params:
-                if p.requires_grad or p.grad is not None or p in optimizer.state:
+                if p.requires_grad or p.grad is not None or p in state:
                     keyed.setdefault(batch_key(p, p.grad), []).append(p)
                 else:
                     outside.append(p)
             for members in keyed.values():
                 old = next((b for b in self.batches if _serves(b, rule, index, settings, members)), None)
                 if old is not None:
-                    adopt(old, optimizer.state)
+                    adopt(old, state)
                 elif optimizer.flatten is not None:
                     with contextlib.suppress(OptionError):  # then they stay where they are; the report says the layout
                         optimizer.settle([members])
-                batches.append(old or make_batch(rule, group, index, settings, members, optimizer))
+                batches.append(old or make_batch(rule, group, index, settings, members, state, optimizer.state_dtype))
         if batches != self.batches:  # a loaded checkpoint alone changes values, not the plan
             self.version += 1
         self.batches, self._outside = batches, outside
         self._parts = [(rule, list(params)) for _, rule, params, _ in parts]
 
     def _check_states(
-        self, optimizer: RuleOptimizer, parts: list[tuple[int, Rule, list[Tensor], Mapping[str, Any]]]
+        self, optimizer: Stepped, parts: list[tuple[int, Declaration, list[Tensor], Mapping[str, Any]]]
     ) -> None:
         state = optimizer.state
         assert isinstance(state, States)
@@ -150,7 +163,7 @@ class Prelude:
                 check_state(rule, settings, p, state.entry(p).present(), f"parameter {numbers[id(p)]}")
 
 
-def _serves(batch: Batch, rule: Rule, part: int, settings: Mapping[str, Any], members: list[Tensor]) -> bool:
+def _serves(batch: Batch, rule: Declaration, part: int, settings: Mapping[str, Any], members: list[Tensor]) -> bool:
     """Whether an existing batch still is what would be made for these parameters."""
     same = len(members) == len(batch.params) and all(map(operator.is_, members, batch.params))
     return same and batch.rule is rule and batch.part == part and _read_gradients(batch) and fill_hyper(batch, settings)

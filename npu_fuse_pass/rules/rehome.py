@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from npu_fuse_pass.errors import OptionError
-from npu_fuse_pass.rules.batch import reference_strides
+from npu_fuse_pass.tensors.buffers import reference_strides
 
 _OWN = "give it memory of its own first: p.data = p.data.clone()"
 _PLAIN_FORMATS = (0, 2, 30)  # ACL_FORMAT_NCHW, _ND and _NCDHW: elements lie as torch thinks

@@ -13,6 +13,7 @@ from torch import Tensor
 from npu_fuse_pass.errors import NumericsError
 from npu_fuse_pass.ir.types import Captured, Group, Leaf
 from npu_fuse_pass.report.report import CompileReport
+from npu_fuse_pass.rules.core_op import Stepping
 
 # Relative error that one step may have, by the dtype of what is written: ten times what README.md promises of a step
 # (1e-6, 1e-14), so that what is reported is wrong and not rounded. In half precision the original may round after
@@ -53,7 +54,7 @@ class SideBySide:
         values: Values,
         fused: Callable[[], None],
         original: Callable[[], Sequence[Any] | None],
-        optimizers: Iterable[torch.optim.Optimizer],
+        optimizers: Iterable[Stepping],
     ) -> None:
         """One step.
 
@@ -99,7 +100,7 @@ class SideBySide:
         return max([TOLERANCE.get(self._leaves[write.leaf].dtype, 0.0), *read])
 
     def _difference(
-        self, found: Sequence[tuple[_Write, float]], values: Values, optimizers: Iterable[torch.optim.Optimizer]
+        self, found: Sequence[tuple[_Write, float]], values: Values, optimizers: Iterable[Stepping]
     ) -> NumericsError:
         write, error = found[0]
         tensor, count = write.group.labels[write.slot], len({(id(w.group), w.member) for w, _ in found})
@@ -140,7 +141,7 @@ def _value(values: Values, leaf: int) -> Tensor | None:
     return values[leaf] if leaf < len(values) else None
 
 
-def _names(optimizers: Iterable[torch.optim.Optimizer]) -> dict[int, str]:
+def _names(optimizers: Iterable[Stepping]) -> dict[int, str]:
     """The names of parameters, by identity: those that the optimizer was given, or their places in it."""
     found = {}
     for opt in optimizers:

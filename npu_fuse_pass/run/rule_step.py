@@ -21,7 +21,7 @@ from npu_fuse_pass.report.logs import trace, warn_unfused
 from npu_fuse_pass.report.report import CompileReport
 from npu_fuse_pass.rules import core_op
 from npu_fuse_pass.rules.batch import inputs_of
-from npu_fuse_pass.rules.optimizer import RuleOptimizer
+from npu_fuse_pass.rules.core_op import Stepping
 from npu_fuse_pass.run.variants import Variant, Variants
 
 Kept = dict[str, list[Tensor | None]]
@@ -76,7 +76,7 @@ class RuleStep:
             core_op.run_eager(optimizer)
         return ()
 
-    def _run(self, optimizer: RuleOptimizer, values: list[Tensor | None]) -> bool:
+    def _run(self, optimizer: Stepping, values: list[Tensor | None]) -> bool:
         """A step on all tensors as Python objects; whether it is done."""
         variant = self._variants.of(lambda leaf: values[leaf.index], self._variant)
         if variant.program is None:
@@ -91,7 +91,7 @@ class RuleStep:
             prelude.watch = variant.watching if variant.watching.looks(self._params) else None
         return done
 
-    def _try(self, optimizer: RuleOptimizer, variant: Variant, step: Callable[[], None]) -> bool:
+    def _try(self, optimizer: Stepping, variant: Variant, step: Callable[[], None]) -> bool:
         """Run a step that may be refused before it has changed anything; whether it ran."""
         try:
             step()
@@ -157,7 +157,7 @@ class GraphStep:
     def _kept(self) -> Kept:
         return {h: inputs_of(o._prelude.batches) for h, o in zip(self._optimizers, self._stepped(), strict=True)}
 
-    def _stepped(self) -> list[RuleOptimizer]:
+    def _stepped(self) -> list[Stepping]:
         found = [optimizer() for optimizer in self._optimizers.values()]
         assert all(o is not None for o in found)
         return found  # type: ignore[return-value]

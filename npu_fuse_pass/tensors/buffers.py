@@ -29,6 +29,13 @@ def flat_buffer(numel: int, dtype: torch.dtype, device: torch.device, others: Se
     return min(starts, key=lambda start: sum(conflicts(start, other) for other in others))
 
 
+def reference_strides(param: Tensor) -> tuple[int, ...]:
+    """Strides in which the elements of a parameter's states lie: its own where it is dense, else contiguous."""
+    if param.is_contiguous():
+        return param.stride()
+    return torch.empty_like(param, device="meta", memory_format=torch.preserve_format).stride()
+
+
 def conflicts(a: Tensor, b: Tensor) -> int:
     """In how many of 256 pages the lines of two tensors evict each other."""
     pages = range(0, 256 * _PAGE, _PAGE)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from npu_fuse_pass.errors import OptionError
-from npu_fuse_pass.rules.declaration import Rule
+from npu_fuse_pass.rules.decorator import Rule
 from npu_fuse_pass.tools.shapes import MODELS, Shape
 
 _SCHEDULED = 0.01  # a learning rate, where an optimizer asks for one

@@ -1,0 +1,125 @@
+"""Update rules: an optimizer as one pure function.
+
+    @rule(states={"exp_avg": zeros}, defaults=dict(lr=1e-4, beta1=0.9, beta2=0.99, weight_decay=0.0))
+    def lion(param, grad, exp_avg, *, lr, beta1, beta2, weight_decay):
+        update = (beta1 * exp_avg + (1 - beta1) * grad).sign()
+        return param - lr * (update + weight_decay * param), beta2 * exp_avg + (1 - beta2) * grad
+
+    opt = lion(model.parameters(), lr=3e-4)        # a torch.optim.Optimizer
+
+There is nothing else to write: no foreach form, no fused form, no kernel. `torch.compile(opt.step,
+backend="npu_fused")` traces the function once and runs it for all parameters in one kernel.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from npu_fuse_pass.errors import RuleError
+from npu_fuse_pass.rules import pickling
+from npu_fuse_pass.rules.declaration import Declaration, Init, Total
+
+if TYPE_CHECKING:
+    from npu_fuse_pass.rules.optimizer import RuleOptimizer
+
+
+class Rule(Declaration):
+    """A declared update rule; calling it makes an optimizer. Made by the decorator `rule`."""
+
+    def __call__(self, params: Iterable[Any], **hyperparameters: Any) -> RuleOptimizer:
+        """An optimizer over `params` with this rule; unknown hyperparameters are a TypeError."""
+        from npu_fuse_pass.rules.optimizer import RuleOptimizer  # loads Dynamo
+
+        return RuleOptimizer.from_rule(self, params, hyperparameters)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reduced(self)
+
+
+def rule(
+    *,
+    states: Mapping[str, Init] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    totals: Mapping[str, Total] | None = None,
+    writes_grad: bool = False,
+) -> Callable[[Callable[..., Any]], Rule]:
+    """Make an optimizer out of a pure function `(param, grad, *states, *, hyperparameters) -> (param, *states)`.
+
+    Args:
+        states: name -> how it starts (`zeros`, `ones`, `zeros.when(lambda group: group["amsgrad"])`).
+        defaults: hyperparameters and their defaults. Numbers and tuples of numbers arrive as 0-dim float64 tensors, so
+            that changing them never recompiles; bool, str and None arrive as they are: use `if` on those only.
+        totals: sums over all parameters (see `total`); each arrives as a 0-dim float64 tensor under its name.
+        writes_grad: the function returns `(param, grad, *states)` and gradients are written too.
+
+    The keyword `step`, if the function takes it, is the number of this update of this parameter, from 1.
+    Arithmetic is float32 for fp16 and bf16 parameters; results are cast back to what is stored.
+
+    Raises:
+        RuleError: the declaration and the function's signature do not fit each other.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Rule:
+        made = Rule(
+            function,
+            dict(states or {}),
+            dict(defaults or {}),
+            dict(totals or {}),
+            writes_grad,
+            getattr(function, "__name__", "rule"),
+            _keywords(function),
+        )
+        _check_signature(made)
+        return made
+
+    return decorate
+
+
+def _keywords(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(n for n, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY)
+
+
+def _check_signature(made: Rule) -> None:
+    parameters = inspect.signature(made.function).parameters.values()
+    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(positional) != 2 + len(made.states) or positional[2:] != list(made.states):
+        wanted = ", ".join(["param", "grad", *made.states])
+        raise RuleError(f"rule {made.name!r} takes ({', '.join(positional)}); its states ask for ({wanted}, *, ...)")
+    reserved = {"param", "grad", "step", "params"} & (made.states.keys() | made.defaults.keys() | made.totals.keys())
+    if reserved:
+        raise RuleError(f"rule {made.name!r}: the names {sorted(reserved)} are taken; choose others")
+    for name, value in made.defaults.items():
+        if not isinstance(value, (bool, int, float, str, tuple, type(None))):
+            raise RuleError(f"rule {made.name!r}: default {name}={value!r} must be a number, tuple, bool, str or None")
+
+
+def _reduced(rule: Rule) -> tuple[Any, ...]:
+    """The `__reduce__` value of a rule."""
+    module, qualname = rule.function.__module__, rule.function.__qualname__
+    if module != "__main__" and pickling.lookup(module, qualname) is rule:
+        return _by_name, (module, qualname)
+    fields = (
+        pickling.pack(rule.function),
+        {n: (i.value, pickling.pack(i.condition)) for n, i in rule.states.items()},
+        dict(rule.defaults),
+        {n: (pickling.pack(t.function), t.over, pickling.pack(t.condition)) for n, t in rule.totals.items()},
+        rule.writes_grad,
+    )
+    return _from_value, fields
+
+
+def _by_name(module: str, qualname: str) -> Any:
+    importlib.import_module(module)
+    return pickling.lookup(module, qualname)
+
+
+def _from_value(function: Any, states: Any, defaults: Any, totals: Any, writes_grad: bool) -> Rule:
+    return rule(
+        states={n: Init(value, pickling.unpack(c)) for n, (value, c) in states.items()},
+        defaults=defaults,
+        totals={n: Total(pickling.unpack(f), over, pickling.unpack(c)) for n, (f, over, c) in totals.items()},
+        writes_grad=writes_grad,
+    )(pickling.unpack(function))
