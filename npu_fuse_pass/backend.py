@@ -18,7 +18,8 @@ from npu_fuse_pass.options import Options
 from npu_fuse_pass.report.causes import FIRST, Cause, recompile
 from npu_fuse_pass.report.report import CompileReport, reports
 from npu_fuse_pass.rules import core_op
-from npu_fuse_pass.run.rule_step import RuleStep, graph_step, told
+from npu_fuse_pass.run.graph_step import graph_step, told
+from npu_fuse_pass.run.rule_step import RuleStep
 
 _OPTIONS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Options)}
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import optimizers
 from npu_fuse_pass.rules import core_op, rule, zeros
 from npu_fuse_pass.rules.optimizer import RuleOptimizer
-from npu_fuse_pass.tools.shapes import Shape, gpt2, resnet50
+from npu_fuse_pass.tools.model_shapes import Shape, gpt2, resnet50
 from optimizers.paddle import RMSProp
 
 INDUCTOR_AT_MOST = 200  # parameters; with 1000 it compiles for many minutes

@@ -80,7 +80,7 @@ def test_a_model_by_name(dump, tmp_path):
 
 
 def test_models_have_the_sizes_of_their_papers():
-    from npu_fuse_pass.tools.shapes import MODELS
+    from npu_fuse_pass.tools.model_shapes import MODELS
 
     sizes = {n: (len(make()), sum(map(torch.Size.numel, map(torch.Size, make())))) for n, make in MODELS.items()}
     assert sizes == {"resnet50": (161, 25_557_032), "gpt2": (148, 124_439_808)}

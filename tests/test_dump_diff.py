@@ -12,7 +12,7 @@ import torch
 
 import optimizers
 from npu_fuse_pass.__main__ import main
-from npu_fuse_pass.tools.same_formula import ordered
+from npu_fuse_pass.tools.dump_diff import ordered
 
 MADE = {
     "adam": lambda p: torch.optim.Adam(p, lr=0.5),

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from npu_fuse_pass.reasons import Code, Reason
-from npu_fuse_pass.rules.batch import Batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,31 +114,3 @@ def decided_otherwise(numbers: Sequence[tuple[str, bool]]) -> Cause:
     """Numbers that a step treats differently where they are 0: names, whether they are 0 now."""
     told = dict.fromkeys(f"{name} is {'0 now' if zero else 'no longer 0'}" for name, zero in numbers)
     return Cause(f"{', '.join(told)}; the rule tests for that, and each case is a program that is kept")
-
-
-@dataclasses.dataclass(frozen=True)
-class Planned:
-    """What a plan for an optimizer of ours was made for, to tell later what changed."""
-
-    facts: dict[str, object]
-
-    @classmethod
-    def of(cls, batches: Sequence[Batch]) -> Planned:
-        return cls(
-            {
-                "the number of parameters": sum(len(b.params) for b in batches),
-                "the rules": [b.rule.name for b in batches],
-                "the parameters' dtypes": [str(b.dtype) for b in batches],
-                "the gradients' dtypes": [str(b.grad_dtype) for b in batches],
-                "the devices": [str(b.device) for b in batches],
-                "the shapes": [list(p.shape) for b in batches for p in b.params],
-            }
-        )
-
-    def changed(self, now: Planned) -> Cause:
-        """What is different now; the first that explains it."""
-        for name, value in self.facts.items():
-            if now.facts[name] != value:
-                shown = "" if name == "the shapes" else f" from {value} to {now.facts[name]}"
-                return Cause(f"the optimizer's parameters were planned anew: {name} changed{shown}")
-        return Cause("the optimizer's parameters were planned anew: storage, strides or options changed")

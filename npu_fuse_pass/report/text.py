@@ -5,10 +5,52 @@ from __future__ import annotations
 import dataclasses
 import html
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from npu_fuse_pass.report.report import CompileReport, GroupReport
+
+class Row(Protocol):
+    """What is printed of a fused group; see `GroupReport`."""
+
+    name: str
+    formula: str
+    updates: int
+    dtype: str
+    device: str
+    lowering: str
+    kernel: str
+    bytes_per_element: int
+    launches: int
+    note: str
+    writes: str
+    layout: str
+    layout_reason: str
+
+    @property
+    def match(self) -> object | None: ...
+    @property
+    def no_match(self) -> str: ...
+
+
+class Printed(Protocol):
+    """What is printed of a compile; see `CompileReport`."""
+
+    platform: str
+    seconds: dict[str, float]
+    cause: str
+    graph_break: str | None
+    checked_steps: int
+    decided: list[str]
+
+    @property
+    def groups(self) -> Sequence[Row]: ...
+    @property
+    def unfused(self) -> Sequence[object]: ...
+    @property
+    def fallback(self) -> str | None: ...
+    @property
+    def bytes_per_element(self) -> dict[str, float]: ...
+    @property
+    def remedies(self) -> list[str]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +58,7 @@ class _Column:
     """A column of the table."""
 
     name: str
-    value: Callable[[GroupReport], object]
+    value: Callable[[Row], object]
     number: bool = False
 
 
@@ -32,7 +74,7 @@ _COLUMNS = [
 _LAYOUT = _Column("layout", lambda g: g.layout)
 
 
-def as_text(report: CompileReport) -> str:
+def as_text(report: Printed) -> str:
     """A line, the table of groups, what was not fused and what to do about it, then every group's formula."""
     lines = [head(report), *(f"  {line}" for line in [*table(report.groups), *remarks(report)])]
     for g in report.groups:
@@ -40,7 +82,7 @@ def as_text(report: CompileReport) -> str:
     return "\n".join(lines)
 
 
-def as_html(report: CompileReport) -> str:
+def as_html(report: Printed) -> str:
     """The same for a notebook's cell; every text is escaped, and nothing is loaded."""
     columns = _columns(report.groups)
     cells = "".join(f"<th>{html.escape(c.name)}</th>" for c in columns)
@@ -55,7 +97,7 @@ def as_html(report: CompileReport) -> str:
     return f"<div><p>{html.escape(head(report))}</p>{groups}<ul>{said}</ul>{formulas}</div>"
 
 
-def head(report: CompileReport) -> str:
+def head(report: Printed) -> str:
     """The line that says what became of a step, and how long that took."""
     updates = sum(g.updates for g in report.groups if g.writes == "leaves")
     compiled, late = dict(report.seconds), ""
@@ -68,7 +110,7 @@ def head(report: CompileReport) -> str:
     )
 
 
-def table(groups: Sequence[GroupReport]) -> list[str]:
+def table(groups: Sequence[Row]) -> list[str]:
     """One line for each group, under a line of headings; empty without groups."""
     if not groups:
         return []
@@ -78,7 +120,7 @@ def table(groups: Sequence[GroupReport]) -> list[str]:
     return ["  ".join(map(_aligned, columns, row, widths)).rstrip() for row in rows]
 
 
-def remarks(report: CompileReport) -> list[str]:
+def remarks(report: Printed) -> list[str]:
     """What there is to say beside the groups: memory traffic, what is not fused, and what to do."""
     lines = []
     if report.bytes_per_element:
@@ -98,14 +140,14 @@ def remarks(report: CompileReport) -> list[str]:
     return lines + [f"what to do: {remedy}" for remedy in report.remedies]
 
 
-def formula_lines(g: GroupReport) -> list[str]:
+def formula_lines(g: Row) -> list[str]:
     """A group's mathematics, why its memory lies as it does, and the known kernel that computes it."""
     layout = [f"layout {g.layout}: {g.layout_reason}"] if g.layout_reason else []
     kernel = [f"kernel: {g.note}"] if g.note else []
     return [*layout, *g.formula.splitlines(), f"match: {g.match or 'none, ' + g.no_match}", *kernel]
 
 
-def _columns(groups: Sequence[GroupReport]) -> list[_Column]:
+def _columns(groups: Sequence[Row]) -> list[_Column]:
     """Layouts are looked at on NPUs."""
     return [*_COLUMNS, *([_LAYOUT] if any(g.lowering == "npu" for g in groups) else [])]
 

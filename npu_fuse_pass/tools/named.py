@@ -13,7 +13,7 @@ import torch
 
 from npu_fuse_pass.errors import OptionError
 from npu_fuse_pass.rules.decorator import Rule
-from npu_fuse_pass.tools.shapes import MODELS, Shape
+from npu_fuse_pass.tools.model_shapes import MODELS, Shape
 
 _SCHEDULED = 0.01  # a learning rate, where an optimizer asks for one
 

@@ -1,0 +1,173 @@
+"""The step of any other graph: a stock optimizer's, or a larger function in which optimizers of ours step."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from npu_fuse_pass import pipeline
+from npu_fuse_pass.errors import GraphRefused, Mismatch
+from npu_fuse_pass.ir.types import Captured, Leaf, Output
+from npu_fuse_pass.options import Options
+from npu_fuse_pass.reasons import Code, Reason
+from npu_fuse_pass.report.causes import FIRST, Cause
+from npu_fuse_pass.rules import core_op
+from npu_fuse_pass.rules.batch import inputs_of
+from npu_fuse_pass.rules.core_op import Stepping
+from npu_fuse_pass.run.fallbacks import falls_back, refused
+from npu_fuse_pass.run.planned import Planned, forget
+from npu_fuse_pass.run.variants import Variant, Variants
+
+Kept = dict[str, list[Tensor | None]]
+"""What optimizers of ours keep, by their handles."""
+
+
+def graph_step(gm: fx.GraphModule, options: Options, cause: Cause) -> Callable[..., Any]:
+    """Compile any other graph: a stock optimizer's step, or a larger function in which optimizers of ours step."""
+    handles = [str(n.args[3]) for n in gm.graph.nodes if n.target is core_op.rule_update]
+    step = GraphStep(gm, options, handles, cause)
+    return step if step.fused else gm.forward
+
+
+class GraphStep:
+    """A captured graph: its leaves are the graph's arguments and attributes, and what optimizers of ours keep."""
+
+    # Dynamo keeps what a backend gives it for good, and with it a copy of its __dict__: so there is none.
+    __slots__ = ("__weakref__", "_gm", "_optimizers", "_options", "_planned", "_state", "_variants")
+
+    def __init__(self, gm: fx.GraphModule, options: Options, handles: Sequence[str], cause: Cause) -> None:
+        self._gm = gm
+        self._options = options
+        self._optimizers = {h: weakref.ref(core_op.optimizer_of(h), self._drop) for h in handles}
+        for optimizer in self._stepped():
+            optimizer._prelude.prepare()
+        self._planned: Planned | None = None
+        self._plan(cause)
+
+    def _drop(self, optimizer: weakref.ref[Stepping]) -> None:
+        """Let go of the plan and the graph: without one of its optimizers no step of it can be made."""
+        forget(self, ("_gm", "_planned", "_state", "_variants"))
+
+    @property
+    def fused(self) -> bool:
+        return self._variants.newest.program is not None
+
+    def _plan(self, cause: Cause = FIRST) -> None:
+        before = self._planned
+        self._state, self._planned = self._look(), Planned.of([b for o in self._stepped() for b in o._prelude.batches])
+        if before is not None:
+            cause = before.changed(self._planned)
+        self._variants = Variants(self._variant(cause, functools.partial(_number, self._kept())))
+
+    def _variant(self, cause: Cause, number: pipeline.Number | None) -> _GraphVariant:
+        made = pipeline.fuse_graph(self._gm, self._options, cause, graph_break_of(self._gm), number)
+        return _GraphVariant(self._gm, made, self._options)
+
+    def _kept(self) -> Kept:
+        return {h: inputs_of(o._prelude.batches) for h, o in zip(self._optimizers, self._stepped(), strict=True)}
+
+    def _stepped(self) -> list[Stepping]:
+        found = [optimizer() for optimizer in self._optimizers.values()]
+        assert all(o is not None for o in found)
+        return found  # type: ignore[return-value]
+
+    def _look(self) -> list[object]:
+        """What a plan depends on beside the graph: the optimizers' batches, and which gradients there are."""
+        preludes = [o._prelude for o in self._stepped()]
+        return [(p.version, [[g is None for g in b.grads] for b in p.batches]) for p in preludes]
+
+    def __call__(self, *args: Any) -> Any:
+        optimizers = self._stepped() if self._optimizers else []
+        if any(o.has_hooks for o in optimizers):
+            return self._unfused(Code.HOOKS("step hooks run between the operations of this graph"), args)
+        for o in optimizers:
+            o._before(None)
+        if optimizers and self._look() != self._state:
+            self._plan()
+        kept = self._kept()
+        variant = self._variants.of(functools.partial(_number, kept), self._variant)
+        if variant.program is None:
+            return self._gm.forward(*args)
+        values = variant.arguments(args, kept)
+        try:
+            if variant.check is None:
+                variant.program(values, complete=True)
+            else:
+                fused = functools.partial(variant.program, values, complete=True)
+                variant.check(values, fused, functools.partial(self._gm.forward, *args), optimizers)
+        except Mismatch as e:
+            return self._unfused(e.reason, args)
+        except GraphRefused as e:
+            falls_back(variant.report, e, self._options.strict)
+            variant.program = None
+            return self._gm.forward(*args)
+        for o in optimizers:
+            o._after()
+        return tuple(_returned(output, values) for output in variant.captured.returned)
+
+    def _unfused(self, reason: Reason, args: Sequence[Any]) -> Any:
+        refused(self._variants.newest.report, reason, self._options.strict)
+        return self._gm.forward(*args)
+
+
+def _number(kept: Kept, leaf: Leaf) -> Tensor | None:
+    return None if leaf.optimizer is None else kept[leaf.optimizer][leaf.index]
+
+
+class _GraphVariant(Variant):
+    def __init__(self, gm: fx.GraphModule, made: pipeline.Fused, options: Options) -> None:
+        super().__init__(made, options)
+        self.arguments = _Arguments(gm, made.captured)
+
+
+def graph_break_of(gm: fx.GraphModule) -> str | None:
+    """Why and where Dynamo ended a graph before the end of the function."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return told(reason) if reason is not None and reason.graph_break else None
+
+
+def told(reason: Any) -> str:
+    """A break of Dynamo's in a line: why and where."""
+    frame = reason.user_stack[-1] if reason.user_stack else None
+    place = f" ({frame.filename}:{frame.lineno}, in {frame.name})" if frame is not None else ""
+    return f"{str(reason.reason).splitlines()[0]}{place}"
+
+
+class _Arguments:
+    """From the graph's arguments to the values of all leaves; attributes are looked up once."""
+
+    def __init__(self, gm: fx.GraphModule, captured: Captured) -> None:
+        self._template: list[Any] = [None] * len(captured.leaves)
+        self._inputs: list[tuple[int, int]] = []
+        self._kept: list[tuple[int, str, int]] = []
+        for i, leaf in enumerate(captured.leaves):
+            if leaf.kind == "attribute":
+                self._template[i] = operator.attrgetter(leaf.name)(gm)
+            elif leaf.kind == "input" and leaf.optimizer is not None:
+                self._kept.append((i, leaf.optimizer, leaf.index))
+            elif leaf.kind == "input":
+                self._inputs.append((i, leaf.index))
+
+    def __call__(self, args: Sequence[Any], kept: Kept) -> list[Any]:
+        values = self._template.copy()
+        for i, index in self._inputs:
+            value = args[index]
+            values[i] = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
+        for i, handle, index in self._kept:
+            values[i] = kept[handle][index]
+        return values
+
+
+def _returned(output: Output, values: Sequence[Any]) -> Any:
+    if output.leaf is None:
+        return output.literal
+    value = values[output.leaf]
+    if output.number is int:
+        return round(float(value))
+    return float(value) if output.number is float else value
