@@ -129,7 +129,7 @@ def race(contestants: dict[str, tuple[Params, Step]], seconds: float, multiplied
 
 @contextmanager
 def cold_kernels() -> Iterator[None]:
-    """No kernel on disk or loaded, so that C++ is compiled; the library for `cpu_look` too, in the background."""
+    """No kernel on disk or loaded, so that C++ is compiled; the library for `native_look` too, in the background."""
     cpu_build._loaded.clear()
     native_look.forget()
     before = os.environ.get("NPU_FUSE_CACHE_DIR")

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import ast
 import pathlib
 
 import pytest
+
+from scripts import rooms
 
 ROOT = pathlib.Path(__file__).parent.parent
 RULES = ["adam", "adamw", "lamb", "rmsprop_tf", "sgd"]
 
 
-def code_lines(path: pathlib.Path) -> int:
-    """Lines that are neither empty, nor a comment, nor part of a docstring."""
-    text = path.read_text(encoding="utf-8")
-    documented: set[int] = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-            documented |= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
-    lines = enumerate(text.splitlines(), 1)
-    return sum(1 for i, line in lines if i not in documented and line.strip() and not line.strip().startswith("#"))
-
-
 @pytest.mark.parametrize("name", RULES)
 def test_an_optimizer_is_a_short_file(name: str) -> None:
-    assert 30 <= code_lines(ROOT / "optimizers" / f"{name}.py") <= 60
+    assert 30 <= rooms.code_lines(ROOT / "optimizers" / f"{name}.py") <= 60
+
+
+def test_lines_of_rooms_are_counted(tmp_path: pathlib.Path) -> None:
+    below = tmp_path / "house" / "below"
+    below.mkdir(parents=True)
+    (tmp_path / "house" / "a.py").write_text('"""One.\n\nThree.\n"""\n\n# no code\nx = 1\n', encoding="utf-8")
+    (tmp_path / "house" / "b.py").write_text('def f():\n    """Says."""\n    return 1\n', encoding="utf-8")
+    (below / "c.py").write_text("y = 2  # code\n\n\nz = '''\n# text\n'''\n", encoding="utf-8")
+    rows = rooms.rooms(tmp_path, ["house"])
+    assert rows == [("house", 2, 3, 5), ("house/below", 1, 3, 0)]
+    assert rooms.table(rows) == [
+        "room         files  code  docstrings",
+        "house            2     3           5",
+        "house/below      1     3           0",
+        "together         3     6           5",
+    ]

@@ -200,7 +200,7 @@ class Decided:
 class Captured:
     """The result of capture: leaves, stages before the last, the updates that write, and what is not fused.
 
-    `decided`: the numbers for which the updates hold, see `decide`.
+    `decided`: the numbers for which the updates hold, see `passes.specialise`.
     """
 
     leaves: list[Leaf]

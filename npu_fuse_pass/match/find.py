@@ -1,4 +1,4 @@
-"""Stage 3: which kernel computes a group's formula, and with which scalars. `match_solve` says how it is decided."""
+"""Stage 3: which kernel computes a group's formula, and with which scalars. `solve` says how it is decided."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 A kernel is a plain function. Positional arguments are tensors, keyword-only ones are numbers (0-dim), both named as the
 operation names its inputs; the result is the operation's outputs, the parameter first. Arithmetic operators, `.sqrt()`
-and `.maximum()` are all that it may use, so that tensors and symbols can both run it. `match` decides which kernel
+and `.maximum()` are all that it may use, so that tensors and symbols can both run it. `find` decides which kernel
 computes a group's formula; a lowering reads the operation, the roles of the slots and the scalars from the `Match`.
 """
 

@@ -1,4 +1,4 @@
-"""What `match` finds: a kernel with its scalars, or why there is none.
+"""What `find` gives: a kernel with its scalars, or why there is none.
 
 A lowering emits the dedicated operation of a matched group so, for every member (`group.members[k]`):
 

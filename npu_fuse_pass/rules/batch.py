@@ -193,7 +193,7 @@ def check_gradient(param: Tensor, grad: Tensor) -> None:
 
 
 def inputs_of(batches: Sequence[Batch]) -> list[Tensor | None]:
-    """The tensors that `trace` names as leaves, in its order; None where a parameter has no gradient."""
+    """The tensors that `capture.rule` names as leaves, in its order; None where a parameter has no gradient."""
     found: list[Tensor | None] = []
     for b in batches:
         found += b.params

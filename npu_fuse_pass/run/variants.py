@@ -1,4 +1,4 @@
-"""The variants of a step: a program for each outcome of its tests of numbers against 0 (`decide`).
+"""The variants of a step: a program for each outcome of its tests of numbers against 0 (`passes.specialise`).
 
 Few numbers ever become 0 or cease to be, so that is one compile more, announced with its cause; a program is kept for
 when its outcome comes back. Where too many have been made, the next one leaves the tests as they are and serves all.

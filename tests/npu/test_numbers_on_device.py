@@ -27,6 +27,7 @@ import npu_fuse_pass
 from npu_fuse_pass import pipeline
 from npu_fuse_pass.backend import npu_fused
 from npu_fuse_pass.capture import graph as stage
+from npu_fuse_pass.ir.types import Leaf
 from npu_fuse_pass.lowerings.npu import execution
 from npu_fuse_pass.lowerings.npu import program as npu
 from npu_fuse_pass.lowerings.npu.host import mirror as npu_mirror
@@ -367,7 +368,7 @@ def test_a_state_that_the_step_makes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_each_dtype_is_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     transfers = Transfers(monkeypatch)
-    leaf = npu_fuse_pass.ir.Leaf("input", "step", device=NPU)
+    leaf = Leaf("input", "step", device=NPU)
     kinds = [torch.float32, torch.int64]
     leaves = [dataclasses.replace(leaf, dtype=kinds[i % 2], index=i) for i in range(20)]
     values: list[Tensor | None] = [torch.tensor(2**24 + i, dtype=x.dtype) for i, x in enumerate(leaves)]
@@ -384,7 +385,7 @@ def test_each_dtype_is_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_another_tensor_in_the_same_memory_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where one was freed and the next one got its memory; the mirror keeps none alive."""
     transfers = Transfers(monkeypatch)
-    mirror = npu_mirror.Mirror([0], [npu_fuse_pass.ir.Leaf("input", "step", dtype=torch.float32, device=NPU)])
+    mirror = npu_mirror.Mirror([0], [Leaf("input", "step", dtype=torch.float32, device=NPU)])
     memory = np.full((), 3.0, dtype=np.float32)
     t = torch.from_numpy(memory)
     for wanted in (1, 0):

@@ -1,4 +1,4 @@
-"""The rows of `aten`: every pointwise operation as expressions."""
+"""The rows of `pointwise`: every pointwise operation as expressions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operations that decide dtype or shape themselves: casts, fills, reductions. Rows as in `aten`."""
+"""Operations that decide dtype or shape themselves: casts, fills, reductions. Rows as in `rows`."""
 
 from __future__ import annotations
 

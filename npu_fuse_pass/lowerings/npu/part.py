@@ -59,7 +59,7 @@ class Part:
             self.on_device = []
         inputs = {m[s] for s in formula.scalar_slots for m in group.members}
         self.on_the_device = {i for i in inputs if leaves[i].kind in _GIVEN and leaves[i].device.type != "cpu"}
-        """0-dim leaves that the host reads from there, see `npu_mirror`."""
+        """0-dim leaves that the host reads from there, see `host.mirror`."""
         self.note = "; ".join(filter(None, (chosen if isinstance(chosen, str) else chosen.note, self.waits)))
         for slot in formula.written:
             targets = [member[slot] for member in group.members]

@@ -1,7 +1,7 @@
 """Two forms of an NPU program: with dedicated operations, and elementwise where GE refuses those.
 
-GE refuses a graph when it is converted, or loaded, compiled and first run; nothing has changed then (`npu_run`), so the
-other form starts from the same values. Where GE refuses that one, too, the caller runs the original.
+GE refuses a graph when it is converted, or loaded, compiled and first run; nothing has changed then (`execution`), so
+the other form starts from the same values. Where GE refuses that one, too, the caller runs the original.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A matched group as one dedicated GE operation per member: the choice, its operands, and how it is emitted.
 
-`choose` decides for a group; `npu_dedicated` has the table and the reasons. The operands are expressions over the
-group's slots: numbers are computed on the host in float64 and packed as all others, inputs that have to be computed
+`choose` decides for a group; `dedicated_operations` has the table and the reasons. The operands are expressions over
+the group's slots: numbers are computed on the host in float64 and packed as all others, inputs that have to be computed
 first (grad + weight_decay·param) are elementwise operations ahead of the dedicated one. Everything is float32 on the
 device; tensors of another dtype are cast before and after.
 """

@@ -26,7 +26,7 @@ beta2 and 1 - beta2 as two numbers is as exact as eager. So:
 Documents are those of the GE operations in https://gitcode.com/cann/ops-nn (optim/<operation>/README.md and its
 prototype op_graph/<operation>_proto.h), and the signatures in torchair's auto_generated_ge_raw_ops.py. Headers of CANN
 before 9 marked AdamApplyOneAssign and FusedMulApplyMomentum "experimental"; today's documents do not. Nothing here has
-run on an NPU: where GE refuses, the elementwise form runs (`npu_retry`).
+run on an NPU: where GE refuses, the elementwise form runs (`retry`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Members as GE's Foreach operations, a chunk of them at a time: the interface of `elementwise.Emitter`.
 
-An expression that no list operation computes (`npu_lists`) is an elementwise operation for each member.
+An expression that no list operation computes (`list_operations`) is an elementwise operation for each member.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def _convert_device(
     formula: str,
     *own: Any,
 ) -> list[Any]:
-    """A fused node whose numbers are packed: `npu_graph` says what its arguments are."""
+    """A fused node whose numbers are packed: `graph` says what its arguments are."""
     return _convert(make, tensors, [*(numbers[p] for p in positions), *totals], members, formula, *own)
 
 
