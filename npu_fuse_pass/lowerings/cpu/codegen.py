@@ -1,6 +1,6 @@
 """C++ for one formula: plain loops that the compiler vectorises, no intrinsics, no headers but the standard ones.
 
-A kernel works in passes over memory; sweeps.py says what each does. Before each pass every member's scalars are
+A kernel works in passes over memory; `kernels.sweeps` says what each does. Before each pass every member's scalars are
 evaluated in double. Elements are split into chunks of CHUNK, and a reduction adds LANES partial sums per chunk and then
 the chunks in order, so that the bits of a result depend neither on the number of threads nor on what else is in the
 group.
@@ -17,7 +17,7 @@ import torch
 from npu_fuse_pass.ir.expr import DTYPE_NAMES, REDUCTIONS, Expr, postorder
 from npu_fuse_pass.ir.types import Formula
 from npu_fuse_pass.lowerings.cpu.cpp_ops import CPP, CPP_TYPES, STORED, cast, cpp_type, rounded
-from npu_fuse_pass.lowerings.kernels.sweeps import Pass, Stage, plan
+from npu_fuse_pass.lowerings.kernels.sweeps import Pass, Stage, kept_scalars, plan
 
 CHUNK = 16384
 LANES = 16
@@ -71,25 +71,9 @@ class _Stage:
         self.slot_rank = {s: i for i, s in enumerate(formula.tensor_slots)}
         self.slot_rank |= {s: i for i, s in enumerate(formula.scalar_slots)}
         self.reductions = [p.sums for p in self.passes[: self.last]]
-        self.stored = self._stored()
+        self.stored = {id(e): i for i, e in enumerate(kept_scalars(stage, formula))}
         self.wide = any(s.tensor and s.dtype == torch.float64 for s in formula.slots)
         self.rounds = torch.bfloat16 in {s.dtype for s in formula.slots} | {e.dtype for e in self.order}
-
-    def _stored(self) -> dict[int, int]:
-        """Scalars that leave their section: read by a pass, by a later section, or made by a reduction."""
-        needed: dict[int, int] = {}
-        for e in self.order:
-            for a in e.args:
-                if not a.tensor and (e.tensor or e.op in REDUCTIONS or self.phase[id(e)] != self.phase[id(a)]):
-                    needed.setdefault(id(a), len(needed))
-            if e.op in REDUCTIONS:
-                needed.setdefault(id(e), len(needed))
-        for slot, e in self.writes:
-            if not e.tensor and (self.formula.slots[slot].tensor or self.phase[id(e)] != self.last):
-                needed.setdefault(id(e), len(needed))
-        for e in self.contributions:
-            needed.setdefault(id(e), len(needed))
-        return needed
 
     def text(self) -> str:
         parts = [self._section(k) for k in range(self.last + 1)]

@@ -182,6 +182,26 @@ def _phases(order: Sequence[Expr]) -> dict[int, int]:
     return found
 
 
+def kept_scalars(stage: Stage, formula: Formula) -> list[Expr]:
+    """The scalars of a stage that leave the section (the scalars of one phase) in which they are computed.
+
+    Those are read by a pass or by a later section, made by a reduction, written as a tensor, or contributed.
+    """
+    found: dict[int, Expr] = {}
+    for e in stage.order:
+        for a in e.args:
+            if not a.tensor and (e.tensor or e.op in REDUCTIONS or stage.phase[id(e)] != stage.phase[id(a)]):
+                found.setdefault(id(a), a)
+        if e.op in REDUCTIONS:
+            found.setdefault(id(e), e)
+    for slot, e in stage.writes:
+        if not e.tensor and (formula.slots[slot].tensor or stage.phase[id(e)] != stage.last):
+            found.setdefault(id(e), e)
+    for e in stage.contributions:
+        found.setdefault(id(e), e)
+    return list(found.values())
+
+
 def _slot(leaf: Expr) -> int:
     assert isinstance(leaf.value, int)
     return leaf.value
