@@ -44,7 +44,7 @@ def rooms(root: pathlib.Path, packages: Sequence[str] = PACKAGES) -> list[tuple[
 
 def table(rows: Sequence[tuple[str, int, int, int]]) -> list[str]:
     """The rows under headings, and their sum."""
-    total = ("together", *(sum(row[k] for row in rows) for k in (1, 2, 3)))
+    total = ["together", *(sum(column) for column in zip(*(row[1:] for row in rows), strict=True))]
     cells = [["room", "files", "code", "docstrings"], *([str(cell) for cell in row] for row in (*rows, total))]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
