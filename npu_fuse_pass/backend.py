@@ -16,12 +16,14 @@ from npu_fuse_pass import lower
 from npu_fuse_pass.errors import FuseError, OptionError
 from npu_fuse_pass.options import Options
 from npu_fuse_pass.report.causes import FIRST, Cause, recompile
-from npu_fuse_pass.report.report import CompileReport, reports
+from npu_fuse_pass.report.logs import warn_unfused
+from npu_fuse_pass.report.net import net
+from npu_fuse_pass.report.report import CompileReport, record, reports
 from npu_fuse_pass.rules import core_op
 from npu_fuse_pass.run.graph_step import graph_step, told
 from npu_fuse_pass.run.rule_step import RuleStep
 
-_OPTIONS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Options)}
+_OPTIONS = frozenset(f.name for f in dataclasses.fields(Options))
 
 
 def npu_fused(
@@ -53,10 +55,15 @@ def npu_fused(
     chosen = Options(**_checked_options(mode, options))
     if all(node.op in ("placeholder", "get_attr", "output") for node in gm.graph.nodes):
         return gm.forward  # Dynamo compiles empty graphs too, around what it does not capture
-    handle = _rule_step(gm)
-    if handle is not None:
-        return RuleStep(handle, chosen, _cause(with_rules=True))
-    return graph_step(gm, chosen, _cause(any(node.target is core_op.rule_update for node in gm.graph.nodes)))
+    report = CompileReport(chosen.platform)
+    with net(report, chosen):
+        handle = _rule_step(gm)
+        if handle is not None:
+            return RuleStep(handle, chosen, _cause(with_rules=True))
+        return graph_step(gm, chosen, _cause(any(node.target is core_op.rule_update for node in gm.graph.nodes)))
+    record(report)
+    warn_unfused(report.fallbacks, stacklevel=2)
+    return gm.forward
 
 
 class Watched:
@@ -129,14 +136,13 @@ def _cause(with_rules: bool) -> Cause:
 def _checked_options(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
     if mode not in (None, "default"):
         raise OptionError(f"mode={mode!r}: this backend has no modes; allowed options are {sorted(_OPTIONS)}")
-    unknown = sorted((options or {}).keys() - _OPTIONS.keys())
+    unknown = sorted((options or {}).keys() - _OPTIONS)
     if unknown:
         raise OptionError(f"unknown option {unknown[0]!r}; allowed are {sorted(_OPTIONS)}")
-    asked = {"check_numerics": True} if os.environ.get("NPU_FUSE_CHECK_NUMERICS") == "1" else {}
-    chosen = {**_OPTIONS, **asked, **(options or {})}
+    chosen = {**vars(Options()), **(options or {})}
     if chosen["platform"] not in lower.PLATFORMS:
         raise OptionError(f"platform={chosen['platform']!r}; allowed are {list(lower.PLATFORMS)}")
-    for name in ("strict", "check_numerics"):
+    for name in ("strict", "check_numerics", "verify"):
         if not isinstance(chosen[name], bool):
             raise OptionError(f"{name}={chosen[name]!r}; allowed are True and False")
     if chosen["layout"] not in lower.LAYOUTS:

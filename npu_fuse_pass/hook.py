@@ -11,6 +11,7 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from npu_fuse_pass import pipeline
+from npu_fuse_pass.options import Options
 from npu_fuse_pass.passes.splice import splice
 
 
@@ -47,11 +48,10 @@ class FusePass(CustomGraphPass):
             UnfusedError: `strict`, and something was left unfused; the graph is unchanged.
         """
         gm = graph if isinstance(graph, fx.GraphModule) else graph.owning_module or fx.GraphModule({}, graph)
-        fused = pipeline.fuse_functional(gm, self._strict, kernels=not given)
-        if fused is None or fused.report.fallback is not None or not fused.report.groups:
+        fused = pipeline.fuse_functional(gm, Options(strict=self._strict), kernels=not given)
+        if fused is None or fused.graph is None:
             return
-        assert fused.report.fused_graph is not None
-        splice(gm.graph, fused.report.fused_graph, fused.captured)
+        splice(gm.graph, fused.graph, fused.captured)
         if gm is graph:
             gm.recompile()
 

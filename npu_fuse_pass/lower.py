@@ -1,37 +1,31 @@
-"""Platforms: which lowering runs the groups of a step, and what the report says of it."""
+"""The lowering stage: which platform runs the groups of a step, its program, and a row of the report for each group."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence, Set
-from typing import Protocol, runtime_checkable
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from npu_fuse_pass.dump.folder import wanted
 from npu_fuse_pass.errors import GraphRefused, PlatformError, UnfusedError, Unsupported
 from npu_fuse_pass.ir.fused_op import multi_tensor_update
-from npu_fuse_pass.ir.types import Call, Group, Leaf
+from npu_fuse_pass.ir.totals import total_slots
+from npu_fuse_pass.ir.types import Group, Grouped, Leaf
 from npu_fuse_pass.lowerings import eager, staged
-from npu_fuse_pass.lowerings.cpu import graph_op
-from npu_fuse_pass.options import Options
-from npu_fuse_pass.reasons import Code
-from npu_fuse_pass.report.report import CompileReport, GroupReport
-from npu_fuse_pass.report.rows import Matches, group_report, show_plans
+from npu_fuse_pass.lowerings.cpu import codegen, graph_op
+from npu_fuse_pass.options import Options, Target
+from npu_fuse_pass.passes.rewrite import rewrite
+from npu_fuse_pass.reasons import Code, Reason
+from npu_fuse_pass.report.report import GroupReport
+from npu_fuse_pass.report.rows import Matches, group_report, show_layouts
 from npu_fuse_pass.rules.prelude import Watch
 
 PLATFORMS = ("auto", "cpu", "npu", "eager")
 LAYOUTS = ("auto", "flat", "list")
 KERNELS = ("auto", "dedicated", "elementwise")
-# Platforms with dedicated operations need to know before they lower which kernel computes a group. Elsewhere a match is
-# something to read: it is decided when the report is, and no compile takes longer for it.
-MATCHED_BEFORE = ("npu",)
-# Platforms where a test of a number against 0 costs a pass over memory, so that it is decided beforehand. In a kernel
-# that is generated it costs nothing, and one kernel serves all numbers.
-DECIDED_BEFORE = ("npu",)
 
-
-Stages = Sequence[tuple[Sequence[Group], Sequence[Call]]]
 Values = list[Tensor | None] | None  # of the leaves, where they are known before the step is called
 
 
@@ -49,56 +43,74 @@ class Watching(Watch, Protocol):
     def again(self) -> None: ...
 
 
-def choose(report: CompileReport, leaves: Sequence[Leaf]) -> None:
-    """Platform "auto" becomes the platform of the devices that a step has tensors on."""
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """What became of the groups.
+
+    Attributes:
+        program: None where the original runs, or another compiler takes the groups over.
+        rows: of the report, one for each group; an NPU's change when its plan does.
+        fallbacks: why no kernels run, if that was not asked for.
+    """
+
+    program: Program | None
+    rows: list[GroupReport]
+    fallbacks: list[Reason] = dataclasses.field(default_factory=list)
+
+
+def choose(platform: str, leaves: Sequence[Leaf]) -> Target:
+    """The target that the option `platform` means: "auto" is that of the devices that a step has tensors on."""
+    if platform != "auto":
+        return Target(platform)
     devices = {leaf.device.type for leaf in leaves if leaf.kind != "constant" and leaf.shape}
-    if report.platform == "auto":
-        report.platform = "npu" if "npu" in devices else "cpu"
+    return Target("npu" if "npu" in devices else "cpu")
 
 
 def lower(
-    leaves: Sequence[Leaf],
-    stages: Stages,
-    groups: Sequence[Group],
-    report: CompileReport,
-    options: Options,
-    values: Values,
-    matches: Callable[[], Matches],
-) -> Program | None:
-    """Make a step's program with the platform's lowering, stage after stage, and a row of the report for each group.
+    step: Grouped, target: Target, options: Options, values: Values = None, matches: Matches | None = None
+) -> Lowered:
+    """Make a step's program with the target's lowering, stage after stage.
 
     Args:
-        stages: groups whose results later ones read, with the original operations after them.
-        groups: those of the last stage.
-        report: gets the rows; `fallback`, where the result is None: the original has to run.
         values: of the leaves, where they are known already.
-        matches: which known kernel computes each group; asked for only where MATCHED_BEFORE has the platform.
+        matches: which known kernel computes each group, where the target asks for it first.
 
     Raises:
         UnfusedError: `strict`, and the layout that was asked for is not possible.
     """
-    made_by = LOWERINGS[report.platform]
-    if report.platform in MATCHED_BEFORE:
-        made_by = functools.partial(made_by, matches=matches())
+    made_by = LOWERINGS[target.platform if target.form == "program" else target.form]
     try:
-        if report.platform == "npu" and any(calls for _, calls in stages):
-            return _lower_npu_whole(leaves, stages, groups, report, options)
-        before = [(made_by(leaves, made, report, options, None), calls) for made, calls in stages]
-        for row in report.groups:
-            row.writes = "temporaries"
-        last = made_by(leaves, groups, report, options, values)
+        if target == Target("npu") and any(stage.calls for stage in step.stages):
+            return _lower_npu_whole(step, options)
+        before = [made_by(step.leaves, stage.groups, options, None, None) for stage in step.stages]
+        last = made_by(step.leaves, step.groups, options, values, matches)
     except (Unsupported, GraphRefused) as e:
-        report.fallbacks.append(e.reason)
-        report.groups = []
-        return None
-    if last is None or not before:
-        return last
-    return staged.Program([(program, calls) for program, calls in before if program is not None], last)
+        return Lowered(None, [], [e.reason])
+    rows = [row for lowered in before for row in lowered.rows]
+    for row in rows:
+        row.writes = "temporaries"
+    fallbacks = list(dict.fromkeys(reason for lowered in (*before, last) for reason in lowered.fallbacks))
+    program = last.program
+    if program is not None and before:
+        calls = [stage.calls for stage in step.stages]
+        made = [(lowered.program, c) for lowered, c in zip(before, calls, strict=True) if lowered.program is not None]
+        program = staged.Program(made, program)
+    return Lowered(program, [*rows, *last.rows], fallbacks)
+
+
+def sources(step: Grouped) -> Mapping[str, str]:
+    """Generated C++ by the name of its group; what all kernels begin with is an `#include`."""
+    begin = '#include "kernel.h"  // npu_fuse_pass/lowerings/cpu/kernel.h\n'
+    texts = {}
+    for groups in (*(stage.groups for stage in step.stages), step.groups):
+        for g, totals in zip(groups, total_slots(groups, step.leaves), strict=True):
+            texts[g.name] = codegen.generate(g.name, g.formula, totals).text.replace(codegen.PRELUDE, begin)
+    return texts
 
 
 def _lower_cpu(
-    leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport, options: Options, values: Values
-) -> Program:
+    leaves: Sequence[Leaf], groups: Sequence[Group], options: Options, values: Values, matches: Matches | None
+) -> Lowered:
     from npu_fuse_pass.lowerings.cpu import program as cpu
 
     rows: list[GroupReport] = []
@@ -110,46 +122,48 @@ def _lower_cpu(
     try:
         program = cpu.Program(leaves, groups, slower)
     except PlatformError as e:
-        report.fallbacks.append(e.reason.led_by("the fused graph is interpreted"))
-        report.groups += [group_report(g, leaves, "interpreter", "interpreter", 0, 0) for g in groups]
-        return eager.Program(leaves, groups)
+        rows = [group_report(g, leaves, "interpreter", "interpreter", 0, 0) for g in groups]
+        return Lowered(eager.Program(leaves, groups), rows, [e.reason.led_by("the fused graph is interpreted")])
     rows += [group_report(k.group, leaves, "cpu", k.group.name, *program.cost(k)) for k in program.kernels]
-    report.groups += rows
-    return program
+    return Lowered(program, rows)
 
 
 def _lower_eager(
-    leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport, options: Options, values: Values
-) -> None:
+    leaves: Sequence[Leaf], groups: Sequence[Group], options: Options, values: Values, matches: Matches | None
+) -> Lowered:
     """The original graph, on request; the report still shows what would be fused."""
-    report.groups += [group_report(g, leaves, "eager", "original graph", 0, 0) for g in groups]
+    return Lowered(None, [group_report(g, leaves, "eager", "original graph", 0, 0) for g in groups])
 
 
-def _lower_graph(
-    leaves: Sequence[Leaf], groups: Sequence[Group], report: CompileReport, options: Options, values: Values
-) -> None:
+def _lower_nodes(
+    leaves: Sequence[Leaf], groups: Sequence[Group], options: Options, values: Values, matches: Matches | None
+) -> Lowered:
     """The fused nodes themselves, which another compiler takes over; `copy_` reads and writes every new value again."""
-    kernels = report.platform == "graph cpu"
-    operation = str(graph_op.multi_tensor_kernel if kernels else multi_tensor_update).removesuffix(".default")
-    for g in groups:
-        for slot in g.formula.written:
-            if len({m[slot] for m in g.members}) != len(g.members):
-                raise Unsupported(g.name, "several members write the same 0-dim tensor", Code.SAME_SCALAR)
-        tensors = [slot.dtype.itemsize for slot in g.formula.slots if slot.tensor]
-        written = [g.formula.slots[s].dtype.itemsize for s in g.formula.written if g.formula.slots[s].tensor]
-        passes = 2 if g.formula.contributions else 1
-        size = passes * sum(tensors) + (5 if kernels else 3) * sum(written)  # kernels work on copies
-        report.groups.append(group_report(g, leaves, "graph", operation, size, passes))
+    return Lowered(None, [_node_row(g, leaves, multi_tensor_update, copies=3) for g in groups])
+
+
+def _lower_kernel_nodes(
+    leaves: Sequence[Leaf], groups: Sequence[Group], options: Options, values: Values, matches: Matches | None
+) -> Lowered:
+    """The same as operations that run generated kernels, which work on copies."""
+    return Lowered(None, [_node_row(g, leaves, graph_op.multi_tensor_kernel, copies=5) for g in groups])
+
+
+def _node_row(g: Group, leaves: Sequence[Leaf], operation: Any, copies: int) -> GroupReport:
+    """The row of a group that stays a node; `copies`: how often a written tensor goes over memory besides."""
+    for slot in g.formula.written:
+        if len({m[slot] for m in g.members}) != len(g.members):
+            raise Unsupported(g.name, "several members write the same 0-dim tensor", Code.SAME_SCALAR)
+    tensors = [slot.dtype.itemsize for slot in g.formula.slots if slot.tensor]
+    written = [g.formula.slots[s].dtype.itemsize for s in g.formula.written if g.formula.slots[s].tensor]
+    passes = 2 if g.formula.contributions else 1
+    size = passes * sum(tensors) + copies * sum(written)
+    return group_report(g, leaves, "graph", str(operation).removesuffix(".default"), size, passes)
 
 
 def _lower_npu(
-    leaves: Sequence[Leaf],
-    groups: Sequence[Group],
-    report: CompileReport,
-    options: Options,
-    values: Values,
-    matches: Matches | None = None,
-) -> Program:
+    leaves: Sequence[Leaf], groups: Sequence[Group], options: Options, values: Values, matches: Matches | None
+) -> Lowered:
     from npu_fuse_pass.lowerings.npu import ge_texts, retry
     from npu_fuse_pass.lowerings.npu import program as npu
 
@@ -158,11 +172,10 @@ def _lower_npu(
     def show(program: npu.Program, refused: str | None = None) -> None:
         if not rows:
             rows.extend(group_report(p.group, leaves, "npu", p.kernel, 0, 0) for p in program.parts)
-            report.groups += rows
         for row, part in zip(rows, program.parts, strict=True):
             why = refused and "; ".join(filter(None, (refused, part.waits)))
             row.kernel, row.note = part.kernel, why or row.note or part.note
-        show_plans(report, rows, [part.layout for part in program.parts])
+        show_layouts(rows, [part.layout for part in program.parts])
 
     def planned(program: npu.Program) -> None:
         show(program)
@@ -179,32 +192,29 @@ def _lower_npu(
     program = retry.Retried(build, options.kernels, values, show, texts)
     if values is not None:
         planned(program.chosen)
-    return program
+    return Lowered(program, rows)
 
 
-def _lower_npu_whole(
-    leaves: Sequence[Leaf], stages: Stages, groups: Sequence[Group], report: CompileReport, options: Options
-) -> Program:
+def _lower_npu_whole(step: Grouped, options: Options) -> Lowered:
     """Groups and the original operations between them as one graph."""
     from npu_fuse_pass.lowerings.npu import whole
 
-    before = [g for made, _ in stages for g in made]
-    calls = [call for _, made in stages for call in made]
-    assert report.fused_graph is not None
-    program = whole.Program(leaves, [*before, *groups], calls, report.fused_graph, options.torchair_config)
-    for g in (*before, *groups):
-        row = group_report(g, leaves, "npu", "GE elementwise", *program.cost(g))
-        row.writes = "temporaries" if g in before else "leaves"
-        report.groups.append(row)
-    return program
+    calls = [call for stage in step.stages for call in stage.calls]
+    program = whole.Program(step.leaves, step.all_groups, calls, rewrite(step), options.torchair_config)
+    rows = []
+    for g in step.all_groups:
+        row = group_report(g, step.leaves, "npu", "GE elementwise", *program.cost(g))
+        row.writes = "leaves" if g in step.groups else "temporaries"
+        rows.append(row)
+    return Lowered(program, rows)
 
 
-LOWERINGS: dict[str, Callable[..., Program | None]] = {
+LOWERINGS: Mapping[str, Callable[..., Lowered]] = {
     "cpu": _lower_cpu,
     "npu": _lower_npu,
     "eager": _lower_eager,
-    "graph": _lower_graph,
-    "graph cpu": _lower_graph,
+    "nodes": _lower_nodes,
+    "kernel nodes": _lower_kernel_nodes,
 }
 
 

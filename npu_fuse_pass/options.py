@@ -8,6 +8,44 @@ from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
+class Target:
+    """Where a step runs, and as what. Chosen once for a compile, and passed on.
+
+    Attributes:
+        platform: "cpu", "npu" or "eager" (the original graph).
+        form: "program" (called by the compiled step), or what another compiler takes over: "nodes" (fused nodes as they
+            are) or "kernel nodes" (fused nodes that run kernels generated for the platform).
+    """
+
+    platform: str
+    form: str = "program"
+
+    @property
+    def matches_first(self) -> bool:
+        """Dedicated operations are chosen by what a group computes, so that is decided before it is lowered.
+
+        Elsewhere a match is something to read: it is decided when the report is, and no compile takes longer for it.
+        """
+        return self == Target("npu")
+
+    @property
+    def specialises(self) -> bool:
+        """A test of a number against 0 costs a pass over memory, so it is decided beforehand.
+
+        In a kernel that is generated it costs nothing, and one kernel serves all numbers.
+        """
+        return self == Target("npu")
+
+    def __str__(self) -> str:
+        return {"nodes": "graph", "kernel nodes": f"graph {self.platform}"}.get(self.form, self.platform)
+
+
+def _switch(variable: str) -> Any:
+    """A bool that an environment variable sets to 1."""
+    return dataclasses.field(default_factory=lambda: os.environ.get(variable) == "1")
+
+
+@dataclasses.dataclass(frozen=True)
 class Options:
     """What `torch.compile(..., options={...})` may set, with the defaults.
 
@@ -21,12 +59,15 @@ class Options:
         layout: how an NPU graph takes a group's tensors: "auto" (flat where they are adjacent in memory), "flat" (the
             same, even where concatenating large gradients takes longer) or "list" (one by one).
         dump: a folder that gets one folder with files for every compile and rank; None: NPU_FUSE_DUMP, or nothing.
+        verify: check what every stage of a compile promises, and raise internal errors instead of running unfused
+            (otherwise NPU_FUSE_VERIFY=1): for those who report a fault.
     """
 
     platform: str = "auto"
     strict: bool = False
     kernels: str = "auto"
-    check_numerics: bool = False
+    check_numerics: bool = _switch("NPU_FUSE_CHECK_NUMERICS")
     torchair_config: Any = None
     layout: str = "auto"
     dump: str | os.PathLike[str] | None = None
+    verify: bool = _switch("NPU_FUSE_VERIFY")

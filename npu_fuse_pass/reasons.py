@@ -9,7 +9,7 @@ import dataclasses
 import enum
 
 _KEEP = "keep sizes, dtypes, devices and layouts, or compile the step again after a change"
-_REPORT = "report it, with this message and what print(npu_fuse_pass.reports()[-1]) says"
+_REPORT = "report it, with the error that NPU_FUSE_VERIFY=1 raises and the folder that NPU_FUSE_DUMP=folder leaves"
 _REWRITE = "rewrite this operation with pointwise ones, sums and norms of whole tensors"
 _RULE = "write the update with npu_fuse_pass.rule"
 

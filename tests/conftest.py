@@ -1,13 +1,16 @@
-"""Every test steps with the native look at tensors, however few there are; and the last lines of a run: how much of
-torch's database of optimizers was met.
+"""Every test steps with the native look at tensors, however few there are, and sees internal errors; and the last lines
+of a run: how much of torch's database of optimizers was met.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
+os.environ.setdefault("NPU_FUSE_VERIFY", "1")  # in processes that tests start, too
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -12,7 +12,6 @@ from torch import Tensor, fx
 from npu_fuse_pass import pipeline
 from npu_fuse_pass.dump.contents import Contents
 from npu_fuse_pass.options import Options
-from npu_fuse_pass.passes.group import group, group_updates
 
 
 def parameters(count: int, shapes: Sequence[tuple[int, ...]] = ((3, 4), (5,))) -> list[torch.nn.Parameter]:
@@ -45,6 +44,4 @@ def contents_of_rule(opt: Any) -> Contents:
 
 
 def _contents(gm: fx.GraphModule | None, fused: pipeline.Fused) -> Contents:
-    captured = fused.captured
-    stages = [(group_updates(s.updates, captured.leaves), s.calls) for s in captured.stages]
-    return pipeline._contents(gm, captured, stages, group(captured), fused.report, fused.program)
+    return pipeline._contents(fused, gm)

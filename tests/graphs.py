@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,7 +41,13 @@ def fused(function: Callable[..., Any], *examples: Tensor) -> tuple[Captured, li
     """The first two stages, which must succeed."""
     captured = capture(traced(function, *examples))
     assert not captured.unfused, captured.unfused
-    return captured, group(captured)
+    return with_groups(captured)
+
+
+def with_groups(captured: Captured) -> tuple[Captured, list[Group]]:
+    """A captured step with the leaves that its groups add, and the groups that write."""
+    grouped = group(captured)
+    return dataclasses.replace(captured, leaves=list(grouped.leaves)), list(grouped.groups)
 
 
 def run(captured: Captured, groups: Sequence[Group], arguments: Sequence[Tensor], how: str) -> tuple[Any, ...]:

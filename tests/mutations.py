@@ -133,7 +133,7 @@ MUTATIONS = [
     # grouping
     Mutation(
         "all constants are the first one",
-        "group_updates.extra_leaf",
+        "_groups.extra_leaf",
         "key = (leaf.kind, leaf.name)",
         "key = (leaf.kind, '')",
         ("tests/test_group.py::test_numbers_are_kept_apart_and_dtypes_are_groups",),

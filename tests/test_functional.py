@@ -73,7 +73,7 @@ class Both:
 def _groups(gm: fx.GraphModule) -> list[tuple[str, int]]:
     captured = capture(gm)
     assert not captured.unfused, captured.unfused
-    return sorted((g.formula.text, len(g.members)) for g in group(captured))
+    return sorted((g.formula.text, len(g.members)) for g in group(captured).groups)
 
 
 @FOREACH

@@ -261,5 +261,5 @@ def test_one_group_for_lists_loops_and_functional_graphs():
         torch._foreach_sub_([p], torch._foreach_mul([g], 0.1))
 
     tensors = [torch.randn(5), torch.randn(5)]
-    texts = {g.formula.text for f in (functional, loop, lists) for g in group(capture(traced(f, *tensors)))}
+    texts = {g.formula.text for f in (functional, loop, lists) for g in group(capture(traced(f, *tensors))).groups}
     assert len(texts) == 1

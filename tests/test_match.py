@@ -15,8 +15,8 @@ from npu_fuse_pass.ir.types import Captured, Group
 from npu_fuse_pass.match.find import match_group
 from npu_fuse_pass.match.kernels import KERNELS
 from npu_fuse_pass.match.result import Match, NoMatch
-from npu_fuse_pass.passes.group import group
 
+from .graphs import with_groups
 from .near_misses import NEAR_MISSES, WHOLE
 from .spellings import STEPS, VALUES, Spelling
 from .spellings_more import SPELLINGS
@@ -147,7 +147,7 @@ def captured_step(opt: Any) -> tuple[Captured, list[Group]]:
         set_gradients(params, gradients(params, seed))
         step()
     assert not steps[-1].unfused, steps[-1].unfused
-    return steps[-1], group(steps[-1])
+    return with_groups(steps[-1])
 
 
 @pytest.mark.parametrize("foreach", [True, False], ids=["foreach", "loop"])
@@ -210,7 +210,7 @@ def test_rules(make: Any, options: dict[str, Any], kernel: str, dtype: torch.dty
     set_gradients(params, gradients(params, 0))
     opt.step()
     captured = capture_batches(opt._prelude.batches)
-    (only,) = group(captured)
+    captured, (only,) = with_groups(captured)
     found = match_group(only, captured.leaves)
     assert (found.kernel.name if isinstance(found, Match) else "") == kernel, found
     if isinstance(found, Match):

@@ -20,9 +20,9 @@ from npu_fuse_pass.ir.types import Captured, Group, Leaf
 from npu_fuse_pass.lowerings.npu.emit.split import split
 from npu_fuse_pass.match.find import match
 from npu_fuse_pass.match.result import Match
-from npu_fuse_pass.passes.group import group
 from npu_fuse_pass.rules.batch import inputs_of
 
+from .graphs import with_groups
 from .spellings import Spelling
 from .spellings_more import SPELLINGS
 from .support import clones, gradients, parameters, set_gradients
@@ -125,7 +125,7 @@ def steps_with_the_operation(opt: Any, numbers: torch.dtype) -> None:
     """`opt.step()` with the core replaced by dedicated operations."""
     opt._before(None)
     captured = capture_batches(opt._prelude.batches)
-    groups = group(captured)
+    captured, groups = with_groups(captured)
     values = inputs_of(opt._prelude.batches)
     for made, found in zip(groups, match(groups, captured.leaves), strict=True):
         assert isinstance(found, Match), found

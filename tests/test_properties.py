@@ -17,7 +17,7 @@ import npu_fuse_pass
 from npu_fuse_pass.capture.graph import capture
 from npu_fuse_pass.passes.group import group
 
-from .graphs import run, traced
+from .graphs import run, traced, with_groups
 from .rules_noise import FULL, UNIT, assert_within, narrow, runs, settled, tolerance
 from .rules_programs import Problem
 from .rules_strategy import problems
@@ -93,7 +93,7 @@ def shuffled(problem: Problem) -> dict[str, int]:
         step(*(arguments[places.index(i)] for i in range(len(places))))
 
     captured = capture(traced(other, *(tensors[place] for place in places)))
-    return {g.formula.text: len(g.members) for g in group(captured)}
+    return {g.formula.text: len(g.members) for g in group(captured).groups}
 
 
 def check_stages(problem: Problem, how: str, counts: Counts) -> None:
@@ -103,8 +103,8 @@ def check_stages(problem: Problem, how: str, counts: Counts) -> None:
     problem.step()(*wanted)
     graph = traced(problem.step(), *tensors)
     captured = capture(graph)
-    groups = group(captured)
-    counts.note(problem, len(groups), [f"{u.op}: {u.text}" for u in captured.unfused])
+    captured, groups = with_groups(captured)
+    counts.note(problem, len(groups), [f"{u.op}: {u.reason}" for u in captured.unfused])
     if captured.unfused:
         npu_fuse_pass.npu_fused(graph, got)(*got)
     else:

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from npu_fuse_pass import Init, rule, total
 from npu_fuse_pass.capture.rule import capture_batches
-from npu_fuse_pass.passes.group import group
 from npu_fuse_pass.rules.batch import inputs_of
 
-from .graphs import PROGRAMS
+from .graphs import PROGRAMS, with_groups
 from .rules_noise import FULL, RUNS, UNIT, Errors, Noisy, assert_within, narrow, settled, tolerance
 from .rules_programs import Exactly, Program, apply
 from .rules_strategy import programs
@@ -102,7 +101,7 @@ def fused_step(opt: Any, how: str, found: list[Any]) -> Callable[[], None]:
         if not made:
             captured = capture_batches(opt._prelude.batches)
             assert not captured.unfused, captured.unfused
-            groups = group(captured)
+            captured, groups = with_groups(captured)
             found.append({g.formula.text: len(g.members) for g in groups})
             made.append(PROGRAMS[how](captured.leaves, groups))
         made[0](inputs_of(opt._prelude.batches))

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 import npu_fuse_pass
 from npu_fuse_pass.ir.fused_op import multi_tensor_contribute, multi_tensor_update
+from npu_fuse_pass.ir.types import Grouped
 from npu_fuse_pass.lowerings.cpu import program as cpu
 from npu_fuse_pass.passes.rewrite import rewrite
 from npu_fuse_pass.rules.batch import inputs_of
@@ -52,7 +53,7 @@ def well_formed(gm: Any) -> fx.GraphModule:
 def test_one_node_for_a_group_then_copies():
     """Functional: every value is computed before anything is written."""
     captured, groups = fused(step, *tensors())
-    gm = well_formed(rewrite(captured.leaves, groups))
+    gm = well_formed(rewrite(Grouped(tuple(captured.leaves), (), tuple(groups))))
     (node,) = calls(gm, multi_tensor_update)
     assert node.name == groups[0].name
     copies = calls(gm, torch.ops.aten.copy_.default)
@@ -65,7 +66,7 @@ def test_one_node_for_a_group_then_copies():
 def test_it_runs_and_gives_what_the_step_gives():
     given = tensors()
     captured, groups = fused(step, *given)
-    gm = rewrite(captured.leaves, groups)
+    gm = rewrite(Grouped(tuple(captured.leaves), (), tuple(groups)))
     wanted, got = [t.clone() for t in given], [t.clone() for t in given]
     step(*wanted)
     arguments = [got[leaf.index] for leaf in captured.leaves if leaf.kind in ("input", "attribute")]
@@ -86,7 +87,7 @@ def test_outputs_and_swaps():
 
     given = [torch.randn(5), torch.randn(5)]
     captured, groups = fused(swap, *given)
-    gm = well_formed(rewrite(captured.leaves, groups))
+    gm = well_formed(rewrite(Grouped(tuple(captured.leaves), (), tuple(groups))))
     wanted, got = [t.clone() for t in given], [t.clone() for t in given]
     expected, returned = swap(*wanted), gm(*got)
     torch.testing.assert_close(got, wanted, rtol=0, atol=0)
@@ -147,7 +148,7 @@ def test_the_nodes_work_on_fake_tensors():
     """torchair and make_fx trace the graph: shapes and dtypes without values."""
     given = tensors()
     captured, groups = fused(step, *given)
-    gm = rewrite(captured.leaves, groups)
+    gm = rewrite(Grouped(tuple(captured.leaves), (), tuple(groups)))
     with torch._subclasses.FakeTensorMode() as mode:
         fakes = [mode.from_tensor(given[leaf.index]) for leaf in captured.leaves if leaf.kind == "input"]
         gm(*fakes)
@@ -162,5 +163,7 @@ def test_kernel_and_graph_agree_to_the_last_bit():
     a, b = [t.clone() for t in given], [t.clone() for t in given]
     values: list[Tensor | None] = [a[leaf.index] if leaf.kind == "input" else None for leaf in captured.leaves]
     cpu.Program(captured.leaves, groups)(values, complete=True)
-    rewrite(captured.leaves, groups)(*(b[leaf.index] for leaf in captured.leaves if leaf.kind == "input"))
+    rewrite(Grouped(tuple(captured.leaves), (), tuple(groups)))(
+        *(b[leaf.index] for leaf in captured.leaves if leaf.kind == "input")
+    )
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))

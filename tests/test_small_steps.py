@@ -13,10 +13,9 @@ from torch import Tensor
 
 from npu_fuse_pass import rule, total, zeros
 from npu_fuse_pass.capture.rule import capture_batches
-from npu_fuse_pass.passes.group import group
 from npu_fuse_pass.rules.batch import inputs_of
 
-from .graphs import PROGRAMS, check, fused, run
+from .graphs import PROGRAMS, check, fused, run, with_groups
 from .support import assert_close, clones, compiled, gradients, parameters, set_gradients
 
 
@@ -264,7 +263,7 @@ def test_a_rule_counts_from_one_and_sums_over_all_parameters() -> None:
         eager.step()
         opt._before(None)
         captured = capture_batches(opt._prelude.batches)
-        groups = group(captured)
+        captured, groups = with_groups(captured)
         assert not captured.unfused and [len(g.members) for g in groups] == [3]
         PROGRAMS["kernel"](captured.leaves, groups)(inputs_of(opt._prelude.batches))
         opt._after()

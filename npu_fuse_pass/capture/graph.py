@@ -52,9 +52,9 @@ def capture(gm: fx.GraphModule) -> Captured:
         for s in interpreter.stages:
             made, totals = updates_of(interpreter.leaves, s.writes, b, totals)
             stages.append(Stage(made, s.calls))
-        updates, totals = updates_of(interpreter.leaves, interpreter.written, b, totals)
+        updates, _ = updates_of(interpreter.leaves, interpreter.written, b, totals)
         moved = (interpreter.moved, interpreter.moved_by_calls)
-        return Captured(interpreter.leaves, updates, unfused, totals, stages, outputs, *moved, interpreter.expanded)
+        return Captured(interpreter.leaves, updates, unfused, stages, outputs, *moved, interpreter.expanded)
     except Recorded:
         return Captured(interpreter.leaves, [], [])  # a forward pass: nothing here is an update
     except Unsupported as e:

@@ -57,7 +57,6 @@ def capture_batches(batches: Sequence[Batch]) -> Captured:
             about = f"{e.reason.op} in rule {batch.rule.name}"
             place = e.reason.source or source_of_function(batch.rule.function)
             captured.unfused.append(dataclasses.replace(e.reason, op=about, source=place))
-    captured.n_totals = len(totals)
     return captured
 
 

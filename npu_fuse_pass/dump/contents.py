@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import fx
 
-from npu_fuse_pass.ir.types import Call, Captured, Group
+from npu_fuse_pass.ir.types import Captured, Grouped
 from npu_fuse_pass.report.report import CompileReport
 
 
@@ -19,8 +19,7 @@ class Contents:
         original: the graph that Dynamo captured; None for the step of an optimizer of ours by itself, which is read
             from its rule.
         captured: leaves, updates and what is not fused.
-        stages: groups of each stage before the last, with the original operations after them.
-        groups: those of the last stage; they write parameters and states.
+        grouped: the same as groups, stage by stage.
         report: of this compile.
         sources: generated C++ of each group that has some, by the group's name; what all kernels begin with is an
             `#include`. `kernel_text.annotated` puts the names of the formula beside its values.
@@ -30,13 +29,7 @@ class Contents:
 
     original: fx.GraphModule | None
     captured: Captured
-    stages: Sequence[tuple[Sequence[Group], Sequence[Call]]]
-    groups: Sequence[Group]
+    grouped: Grouped
     report: CompileReport
     sources: Mapping[str, str]
     ge_graphs: Mapping[str, str]
-
-    @property
-    def all_groups(self) -> list[Group]:
-        """Those of all stages, in the order in which they run."""
-        return [*(g for made, _ in self.stages for g in made), *self.groups]

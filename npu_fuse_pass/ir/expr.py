@@ -5,7 +5,7 @@ A *tensor* expression has one value per element, a *scalar* expression (0-dim) o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -105,6 +105,33 @@ class Builder:
         if not x.tensor:
             return self.cast(x, torch.float64)
         return self.make(name, (x,), None, torch.float64, False)
+
+
+def rebuilt(
+    root: Expr,
+    made: dict[int, Expr],
+    below: Callable[[Expr], Sequence[Expr]],
+    copy: Callable[[Expr, Sequence[Expr]], Expr],
+) -> Expr:
+    """A copy of `root`, made from below without recursion: formulas are deeper than Python's stack.
+
+    Args:
+        made: copies by the `id` of their originals; gets those that are made now.
+        below: the expressions to copy before one is copied, in order.
+        copy: an expression, and the originals that `below` gave -> its copy.
+    """
+    waiting = [root]
+    while waiting:
+        e = waiting[-1]
+        args = below(e)
+        missing = next((a for a in args if id(a) not in made), None)
+        if missing is not None:
+            waiting.append(missing)
+        else:
+            waiting.pop()
+            if id(e) not in made:
+                made[id(e)] = copy(e, args)
+    return made[id(root)]
 
 
 COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne", "isnan", "isinf", "isfinite")

@@ -128,6 +128,34 @@ class Group:
 
 
 @dataclasses.dataclass(frozen=True)
+class GroupedStage:
+    """Groups that make temporaries, then the original operations that read them."""
+
+    groups: tuple[Group, ...]
+    calls: tuple[Call, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Grouped:
+    """A captured step as groups.
+
+    Attributes:
+        leaves: those of the captured step, then the constants and totals that groups read.
+        stages: those before the last, in order.
+        groups: of the last stage; they write parameters and states.
+    """
+
+    leaves: tuple[Leaf, ...] = ()
+    stages: tuple[GroupedStage, ...] = ()
+    groups: tuple[Group, ...] = ()
+
+    @property
+    def all_groups(self) -> list[Group]:
+        """Those of all stages, in the order in which they run."""
+        return [*(g for stage in self.stages for g in stage.groups), *self.groups]
+
+
+@dataclasses.dataclass(frozen=True)
 class LeafRef:
     """A leaf's value among the arguments of an original operation; `number`: as a Python number."""
 
@@ -206,10 +234,15 @@ class Captured:
     leaves: list[Leaf]
     updates: list[Update]
     unfused: list[Reason]
-    n_totals: int = 0
     stages: list[Stage] = dataclasses.field(default_factory=list)
     returned: list[Output] = dataclasses.field(default_factory=list)
     moved: int = 0  # bytes that the original operations read and write, one after the other
     moved_by_calls: int = 0  # of these, those of operations that stay as they are
     expanded: dict[str, Expanded] = dataclasses.field(default_factory=dict)  # by the node's name
     decided: tuple[Decided, ...] = ()
+
+    @property
+    def summary(self) -> str:
+        """How much there is of it, in a line."""
+        members = sum(len(u.members) for u in self.updates)
+        return f"{members} updates of {len(self.leaves)} leaves; {len(self.unfused)} operations unfused"

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import torch
 
-from npu_fuse_pass.ir.expr import COMMUTATIVE, DTYPE_NAMES, Expr, postorder
+from npu_fuse_pass.ir.expr import COMMUTATIVE, DTYPE_NAMES, Expr, postorder, rebuilt
 from npu_fuse_pass.ir.text import serialise
-from npu_fuse_pass.ir.types import Captured, Formula, Group, Leaf, Slot, Update, group_name
+from npu_fuse_pass.ir.types import Captured, Formula, Group, Grouped, GroupedStage, Leaf, Slot, Update, group_name
 
 _DTYPE_INDEX = {dtype: i for i, dtype in enumerate(DTYPE_NAMES)}
 
@@ -28,13 +28,16 @@ class _Canonical:
     totals: tuple[int, ...]
 
 
-def group(captured: Captured) -> list[Group]:
-    """The groups of the updates that write; `group_updates` does the work."""
-    return group_updates(captured.updates, captured.leaves)
+def group(captured: Captured) -> Grouped:
+    """The groups of a captured step, stage by stage; its leaves get the constants and totals that fill slots."""
+    leaves = list(captured.leaves)
+    stages = tuple(GroupedStage(_groups(stage.updates, leaves), tuple(stage.calls)) for stage in captured.stages)
+    groups = _groups(captured.updates, leaves)
+    return Grouped(tuple(leaves), stages, groups)
 
 
-def group_updates(updates: Sequence[Update], leaves: list[Leaf]) -> list[Group]:
-    """One group for each distinct formula, members in the order of capture. Adds constants and totals to the leaves."""
+def _groups(updates: Sequence[Update], leaves: list[Leaf]) -> tuple[Group, ...]:
+    """One group for each distinct formula, members as captured; appends constants and totals to `leaves`."""
     found: dict[str, Group] = {}
     extra: dict[tuple[str, str], int] = {}
 
@@ -66,7 +69,7 @@ def group_updates(updates: Sequence[Update], leaves: list[Leaf]) -> list[Group]:
             ids = [fixed[s] if s in fixed else member[e.value] for s, e in enumerate(canonical.sources)]  # type: ignore[index]
             found[text].members.append(tuple(ids))
             found[text].totals.append(canonical.totals)
-    return list(found.values())
+    return tuple(found.values())
 
 
 def _better(known: str, other: str) -> str:
@@ -94,8 +97,8 @@ def _canonicalise(update: Update) -> _Canonical:
     keys = _structure(order, colour)
     writes = sorted(update.writes, key=lambda w: keys[id(w[1])])
     rebuilt = _Rebuild(keys)
-    new_roots = [rebuilt.visit(e) for _, e in writes]
-    contributions = [rebuilt.visit(e) for _, e in update.contributions]
+    new_roots = [rebuilt.copy(e) for _, e in writes]
+    contributions = [rebuilt.copy(e) for _, e in update.contributions]
     new_writes = [(rebuilt.slot_of_leaf(p, update.slots[p]), r) for (p, _), r in zip(writes, new_roots, strict=True)]
     text = serialise(rebuilt.slots, new_writes, contributions)
     formula = Formula(tuple(rebuilt.slots), tuple(new_writes), tuple(contributions), text)
@@ -147,18 +150,17 @@ class _Rebuild:
         self.slots: list[Slot] = []
         self.sources: list[Expr] = []
 
-    def visit(self, e: Expr) -> Expr:
-        found = self._made.get(id(e))
-        if found is not None:
-            return found
+    def copy(self, root: Expr) -> Expr:
+        """A root's copy; slots are numbered in the order in which leaves are met, first arguments first."""
+        return rebuilt(root, self._made, self._ordered, self._copied)
+
+    def _ordered(self, e: Expr) -> Sequence[Expr]:
+        return sorted(e.args, key=lambda a: self._keys[id(a)]) if e.op in COMMUTATIVE else e.args
+
+    def _copied(self, e: Expr, args: Sequence[Expr]) -> Expr:
         if e.op in ("leaf", "const", "total"):
-            slot = self._slot(e)
-            made = Expr("leaf", (), slot, e.dtype if e.tensor else torch.float64, e.tensor)
-        else:
-            args = sorted(e.args, key=lambda a: self._keys[id(a)]) if e.op in COMMUTATIVE else e.args
-            made = Expr(e.op, tuple(self.visit(a) for a in args), e.value, e.dtype, e.tensor)
-        self._made[id(e)] = made
-        return made
+            return Expr("leaf", (), self._slot(e), e.dtype if e.tensor else torch.float64, e.tensor)
+        return Expr(e.op, tuple(self._made[id(a)] for a in args), e.value, e.dtype, e.tensor)
 
     def slot_of_leaf(self, position: int, stored: Slot) -> int:
         """The slot of a written leaf; a new one where the update does not read it."""

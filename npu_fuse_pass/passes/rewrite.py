@@ -15,28 +15,21 @@ from torch import fx
 
 from npu_fuse_pass.ir.fused_op import multi_tensor_contribute, multi_tensor_update
 from npu_fuse_pass.ir.totals import rounds
-from npu_fuse_pass.ir.types import Call, Group, Leaf, LeafRef
+from npu_fuse_pass.ir.types import Call, Group, Grouped, Leaf, LeafRef
 
 # leaves that the step creates
 _MADE = ("output", "temporary")
 
 
-def rewrite(
-    leaves: Sequence[Leaf], groups: Sequence[Group], stages: Sequence[tuple[Sequence[Group], Sequence[Call]]] = ()
-) -> fx.GraphModule:
-    """Build the fused graph; its arguments are the leaves of kind "input" and "attribute", in order.
-
-    Args:
-        leaves: of the captured step.
-        groups: those that write.
-        stages: groups that make temporaries, each with the original operations that read them.
-    """
+def rewrite(step: Grouped) -> fx.GraphModule:
+    """Build the fused graph; its arguments are the leaves of kind "input" and "attribute", in order."""
+    leaves, groups = step.leaves, step.groups
     graph = fx.Graph()
     nodes = _leaf_nodes(graph, leaves)
     outputs: dict[int, fx.Node] = {}
-    for before, calls in stages:
-        _group_nodes(graph, leaves, before, nodes, outputs)
-        for call in calls:
+    for stage in step.stages:
+        _group_nodes(graph, leaves, stage.groups, nodes, outputs)
+        for call in stage.calls:
             _call_node(graph, call, nodes)
     sums = _total_nodes(graph, leaves, groups, nodes)
     nodes |= {i: sums[leaf.index] for i, leaf in enumerate(leaves) if leaf.kind == "total"}

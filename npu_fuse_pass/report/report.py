@@ -110,8 +110,6 @@ class CompileReport:
         fallbacks: why the original graph runs instead, always or at some steps.
         cause: "compile", or what changed, where this is not the first compile of this step.
         cause_remedy: what keeps that from happening again; None for what happens once.
-        bytes_per_element: memory that a step reads and writes for each parameter element: "before", if every operation
-            of the original went over memory by itself, and "after".
         checked_steps: how many steps `check_numerics` has compared with the original's.
         graph_break: why and where Dynamo ended this graph, if the function goes on after it; nothing fuses across.
         decided: "weight_decay == 0": what is compiled holds for such numbers; another outcome is another compile.
@@ -125,11 +123,24 @@ class CompileReport:
     fallbacks: list[Reason] = dataclasses.field(default_factory=list)
     cause: str = "compile"
     cause_remedy: str | None = None
-    bytes_per_element: dict[str, float] = dataclasses.field(default_factory=dict)
     graph_break: str | None = None
     checked_steps: int = 0
     decided: list[str] = dataclasses.field(default_factory=list)
+    _moved: tuple[int, int] = (0, 0)  # bytes of all original operations, and of those that stay as they are
     _graph: Callable[[], fx.GraphModule] | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    @property
+    def bytes_per_element(self) -> dict[str, float]:
+        """Memory that a step reads and writes for each parameter element; empty where that is not known.
+
+        "before": if every operation of the original went over memory by itself; "after": as it is now.
+        """
+        elements = sum(g.elements for g in self.groups if g.writes == "leaves")
+        if not elements or not all(g.bytes_per_element for g in self.groups if g.elements):
+            return {}
+        kernels = sum(g.bytes_per_element * g.elements for g in self.groups)
+        before, by_calls = self._moved
+        return {"before": before / elements, "after": (kernels + by_calls) / elements}
 
     @property
     def fused_graph(self) -> fx.GraphModule | None:
@@ -155,7 +166,6 @@ class CompileReport:
     def fall_back(self, reason: Reason) -> None:
         """What was compiled cannot run: the original does from now on. The rows keep what would have run."""
         self.fallbacks.append(reason)
-        self.bytes_per_element = {}
         for g in self.groups:
             g.lowering, g.kernel, g.bytes_per_element, g.launches = "eager", f"original graph, not {g.kernel}", 0, 0
 
@@ -168,6 +178,7 @@ class CompileReport:
             **rest,
             "seconds": dict(self.seconds),
             "groups": groups,
+            "bytes_per_element": self.bytes_per_element,
             "unfused": [{"op": reason.op, "reason": reason.text} for reason in self.unfused],
             "fallback": self.fallback,
             "reasons": [reason.to_json() for reason in self.reasons],

@@ -9,9 +9,9 @@ from typing import Protocol
 
 from npu_fuse_pass.ir.expr import DTYPE_NAMES
 from npu_fuse_pass.ir.readable import readable
-from npu_fuse_pass.ir.types import Captured, Group, Leaf
+from npu_fuse_pass.ir.types import Group, Grouped, Leaf
 from npu_fuse_pass.match.result import Match, NoMatch
-from npu_fuse_pass.report.report import CompileReport, GroupReport, KernelMatch
+from npu_fuse_pass.report.report import GroupReport, KernelMatch
 
 
 class Layout(Protocol):
@@ -41,33 +41,19 @@ def group_report(
     return GroupReport(g.name, formula, len(g.members), *kind, bytes_per_element, launches, elements)
 
 
-def traffic(captured: Captured, report: CompileReport) -> dict[str, float]:
-    """`CompileReport.bytes_per_element`; empty where that is not known."""
-    elements = sum(g.elements for g in report.groups if g.writes == "leaves")
-    if not elements or not all(g.bytes_per_element for g in report.groups if g.elements):
-        return {}
-    kernels = sum(g.bytes_per_element * g.elements for g in report.groups)
-    return {"before": captured.moved / elements, "after": (kernels + captured.moved_by_calls) / elements}
-
-
-def show_plans(report: CompileReport, rows: Sequence[GroupReport], layouts: Sequence[Layout]) -> None:
+def show_layouts(rows: Sequence[GroupReport], layouts: Sequence[Layout]) -> None:
     """Let rows say how the tensors of their groups are taken now, and what that costs."""
     for row, layout in zip(rows, layouts, strict=True):
         row.layout, row.layout_reason = layout.name, layout.reason
         row.launches, row.bytes_per_element = layout.launches, layout.bytes_per_element
-    moved = sum(g.bytes_per_element * g.elements for g in report.groups)
-    if report.bytes_per_element:
-        report.bytes_per_element["after"] = moved / sum(g.elements for g in report.groups)
 
 
-def show_matches(
-    report: CompileReport, groups: Sequence[Group], leaves: Sequence[Leaf], matches: Callable[[], Matches]
-) -> None:
+def show_matches(rows: Sequence[GroupReport], grouped: Grouped, matches: Callable[[], Matches]) -> None:
     """Let the rows of groups that write leaves say which kernel computes them. `matches` is called when one is read."""
-    named = {g.name: g for g in groups}
-    for row in report.groups:
+    named = {g.name: g for g in grouped.groups}
+    for row in rows:
         if row.writes == "leaves":
-            row._matched = functools.partial(_kernel_match, named[row.name], leaves, matches)
+            row._matched = functools.partial(_kernel_match, named[row.name], grouped.leaves, matches)
 
 
 def _kernel_match(g: Group, leaves: Sequence[Leaf], matches: Callable[[], Matches]) -> KernelMatch | str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from npu_fuse_pass.errors import NumericsError
-from npu_fuse_pass.ir.types import Captured, Group, Leaf
+from npu_fuse_pass.ir.types import Group, Grouped, Leaf
 from npu_fuse_pass.report.report import CompileReport
 from npu_fuse_pass.rules.core_op import Stepping
 
@@ -38,12 +38,12 @@ class _Write:
 class SideBySide:
     """Runs both forms of a step. What the step writes holds the original's values afterwards, whatever was found."""
 
-    def __init__(self, captured: Captured, groups: Sequence[Group], report: CompileReport) -> None:
-        self._leaves = captured.leaves
+    def __init__(self, grouped: Grouped, report: CompileReport) -> None:
+        self._leaves = grouped.leaves
         self._report = report
         self._writes = [
             _Write(member[slot], group, m, slot)
-            for group in groups
+            for group in grouped.groups
             for m, member in enumerate(group.members)
             for slot in group.formula.written
         ]

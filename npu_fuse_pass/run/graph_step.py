@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from npu_fuse_pass import pipeline
 from npu_fuse_pass.errors import GraphRefused, Mismatch
-from npu_fuse_pass.ir.types import Captured, Leaf, Output
+from npu_fuse_pass.ir.types import Leaf, Output
 from npu_fuse_pass.options import Options
 from npu_fuse_pass.reasons import Code, Reason
 from npu_fuse_pass.report.causes import FIRST, Cause
@@ -123,7 +123,7 @@ def _number(kept: Kept, leaf: Leaf) -> Tensor | None:
 class _GraphVariant(Variant):
     def __init__(self, gm: fx.GraphModule, made: pipeline.Fused, options: Options) -> None:
         super().__init__(made, options)
-        self.arguments = _Arguments(gm, made.captured)
+        self.arguments = _Arguments(gm, made.grouped.leaves)
 
 
 def graph_break_of(gm: fx.GraphModule) -> str | None:
@@ -142,11 +142,11 @@ def told(reason: Any) -> str:
 class _Arguments:
     """From the graph's arguments to the values of all leaves; attributes are looked up once."""
 
-    def __init__(self, gm: fx.GraphModule, captured: Captured) -> None:
-        self._template: list[Any] = [None] * len(captured.leaves)
+    def __init__(self, gm: fx.GraphModule, leaves: Sequence[Leaf]) -> None:
+        self._template: list[Any] = [None] * len(leaves)
         self._inputs: list[tuple[int, int]] = []
         self._kept: list[tuple[int, str, int]] = []
-        for i, leaf in enumerate(captured.leaves):
+        for i, leaf in enumerate(leaves):
             if leaf.kind == "attribute":
                 self._template[i] = operator.attrgetter(leaf.name)(gm)
             elif leaf.kind == "input" and leaf.optimizer is not None:

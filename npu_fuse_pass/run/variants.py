@@ -33,7 +33,7 @@ class Variant:
         self.program, self.report, self.captured = fused.program, fused.report, fused.captured
         self.watching = fused.program if isinstance(fused.program, Watching) else None
         checked = options.check_numerics and fused.program is not None
-        self.check = SideBySide(fused.captured, fused.groups, fused.report) if checked else None
+        self.check = SideBySide(fused.grouped, fused.report) if checked else None
 
     def differing(self, number: Number) -> list[tuple[str, bool]]:
         """The numbers that are 0 at a step and were not, or the other way round: their names, whether they are."""

@@ -52,9 +52,9 @@ class OnNpu:
     def __init__(self, optimizer: Any, kernels: str = "elementwise") -> None:
         self.optimizer = optimizer
         captured = captured_step(optimizer)
-        groups = group(captured)
-        found = {g.name: m for g, m in zip(groups, match(groups, captured.leaves), strict=True)}
-        self.program = npu.Program(captured.leaves, groups, matches=found, kernels=kernels)
+        grouped = group(captured)
+        found = dict(zip((g.name for g in grouped.groups), match(grouped.groups, grouped.leaves), strict=True))
+        self.program = npu.Program(grouped.leaves, grouped.groups, matches=found, kernels=kernels)
 
     def step(self) -> None:
         self.optimizer._prelude.prepare()

@@ -33,7 +33,7 @@ class Box:
 
 def after(contents: Contents) -> list[Box]:
     """The boxes, arguments before what reads them."""
-    return _After(contents.captured.leaves).run(contents)
+    return _After(contents.grouped.leaves).run(contents)
 
 
 class _After:
@@ -46,11 +46,11 @@ class _After:
         self._number = 0
 
     def run(self, contents: Contents) -> list[Box]:
-        for groups, calls in contents.stages:
-            self._fuse(groups)
-            self._calls(calls)
-        self._add_totals(contents.groups)
-        self._fuse(contents.groups)
+        for stage in contents.grouped.stages:
+            self._fuse(stage.groups)
+            self._calls(stage.calls)
+        self._add_totals(contents.grouped.groups)
+        self._fuse(contents.grouped.groups)
         return self._boxes
 
     def _add(self, made: Box) -> int:

@@ -13,10 +13,10 @@ from npu_fuse_pass.ir.types import Group, Leaf
 
 def of_formulas(contents: Contents) -> Before:
     """One drawing for each group; a family is a group's members."""
-    leaves = contents.captured.leaves
-    drawings = [_drawing(g, number, leaves) for number, g in enumerate(contents.groups)]
+    leaves = contents.grouped.leaves
+    drawings = [_drawing(g, number, leaves) for number, g in enumerate(contents.grouped.groups)]
     operations = sum(len(d.members) * sum(node.kind == "op" for node in d.nodes) for d in drawings)
-    totals = _totals(contents.groups, drawings)
+    totals = _totals(contents.grouped.groups, drawings)
     return Before(drawings, totals, operations)
 
 

@@ -25,23 +25,18 @@ def before(contents: Contents) -> Before:
     return of_formulas(contents) if contents.original is None else _Provenance(contents).before()
 
 
-def all_groups(contents: Contents) -> list[Group]:
-    """The groups of all stages, then those that write parameters and states: the order of the report's rows."""
-    return [*(g for groups, _ in contents.stages for g in groups), *contents.groups]
-
-
 class _Provenance:
     """Finds the families of a captured graph."""
 
     def __init__(self, contents: Contents) -> None:
         assert contents.original is not None
-        self._leaves = contents.captured.leaves
-        self._groups = all_groups(contents)
-        self._owners = Owners(self._leaves, self._groups, contents.stages)
+        self._leaves = contents.grouped.leaves
+        self._groups = contents.grouped.all_groups
+        self._owners = Owners(self._leaves, self._groups, contents.grouped.stages)
         named = {leaf.name: i for i, leaf in enumerate(self._leaves) if leaf.kind in ("input", "attribute")}
         owners = {name: self._owners.of_leaf.get(i) for name, i in named.items()}
         self._flow = Flow(contents.original, owners, {name for name, i in named.items() if self._leaves[i].shape})
-        self._kept = {call.node: call for _, calls in contents.stages for call in calls}
+        self._kept = {call.node: call for stage in contents.grouped.stages for call in stage.calls}
         self._stored = self._last_values(contents)
         self._exports: dict[int, list[Element]] = {}  # what a parameter gives to what several have together
         for e in self._flow.elements:

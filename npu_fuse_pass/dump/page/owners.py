@@ -6,9 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from npu_fuse_pass.ir.disjoint import Disjoint
-from npu_fuse_pass.ir.types import Call, Group, Leaf, LeafRef
-
-Stages = Sequence[tuple[Sequence[Group], Sequence[Call]]]
+from npu_fuse_pass.ir.types import Call, Group, GroupedStage, Leaf, LeafRef
 
 
 class Owners:
@@ -19,7 +17,7 @@ class Owners:
         members: for every parameter, what it is in the groups: pairs of a group's and a member's number.
     """
 
-    def __init__(self, leaves: Sequence[Leaf], groups: Sequence[Group], stages: Stages) -> None:
+    def __init__(self, leaves: Sequence[Leaf], groups: Sequence[Group], stages: Sequence[GroupedStage]) -> None:
         """`groups`: those of all stages and of the last."""
         self._leaves = leaves
         self._sets = Disjoint()
@@ -27,8 +25,8 @@ class Owners:
         for _, _, member in places:
             self._join([i for i in member if leaves[i].shape])
         for _ in stages:  # what a call gives may be an argument of the next stage's
-            for _, calls in stages:
-                for call in calls:
+            for stage in stages:
+                for call in stage.calls:
                     self._join_results(call)
         self._join_counters([member for _, _, member in places])
         numbers: dict[int, int] = {}

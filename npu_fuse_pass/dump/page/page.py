@@ -19,7 +19,7 @@ from torch import fx
 from npu_fuse_pass.dump.contents import Contents
 from npu_fuse_pass.dump.page.after import Box, after
 from npu_fuse_pass.dump.page.drawing import Before, Drawing, Node
-from npu_fuse_pass.dump.page.graphs import all_groups, before
+from npu_fuse_pass.dump.page.graphs import before
 from npu_fuse_pass.dump.text.kernel_text import annotated
 from npu_fuse_pass.fx_nodes.names import operation_name
 from npu_fuse_pass.ir.types import Group
@@ -127,8 +127,8 @@ def _groups(contents: Contents) -> list[dict[str, Any]]:
     """The fused nodes: the report's rows with their sources, in the order of the groups."""
     rows = {(g.name, g.writes): g for g in contents.report.groups}
     found = []
-    for i, g in enumerate(all_groups(contents)):
-        writes = "temporaries" if i < len(all_groups(contents)) - len(contents.groups) else "leaves"
+    for g in contents.grouped.all_groups:
+        writes = "leaves" if g in contents.grouped.groups else "temporaries"
         row = rows.get((g.name, writes)) or _not_lowered(g, contents)
         facts = {name: getattr(row, name) for name in _ROW}
         match = str(row.match) if row.match is not None else ""
@@ -144,12 +144,12 @@ _ROW = (
 
 
 def _not_lowered(g: Group, contents: Contents) -> GroupReport:
-    return group_report(g, contents.captured.leaves, "none", "the original operations", 0, 0)
+    return group_report(g, contents.grouped.leaves, "none", "the original operations", 0, 0)
 
 
 def _captured(contents: Contents) -> list[list[Any]]:
     """Where nothing could be fused: which operations the graph has, and how many of each."""
-    if contents.groups or contents.original is None:
+    if contents.grouped.groups or contents.original is None:
         return []
     found = collections.Counter(operation_name(n) for n in contents.original.graph.nodes if _computes(n))
     return [[name, count] for name, count in found.items()]

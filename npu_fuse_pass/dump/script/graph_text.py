@@ -35,7 +35,7 @@ def original(contents: Contents) -> str | None:
 
 def _described(contents: Contents, inputs: Inputs) -> Iterator[str]:
     """What every argument is."""
-    leaves = contents.captured.leaves
+    leaves = contents.grouped.leaves
     for name, indices in inputs.lists.items():
         text = counted(typed(leaves[i]) for i in indices)
         yield f"# {name}, {len(indices)} of them: {text if len(text) < _LONG else text[:_LONG] + '…'}"

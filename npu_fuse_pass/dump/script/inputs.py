@@ -65,16 +65,16 @@ def fused_places(contents: Contents, graph: fx.Graph, inputs: Inputs) -> dict[fx
 
 
 def _given(contents: Contents) -> Iterator[tuple[int, Leaf]]:
-    for i, leaf in enumerate(contents.captured.leaves):
+    for i, leaf in enumerate(contents.grouped.leaves):
         if leaf.kind in _GIVEN:
             yield i, leaf
 
 
 def _columns(contents: Contents) -> Iterator[tuple[str, list[int]]]:
     """Leaves that belong together: those of one slot of a group, then what no group has."""
-    leaves = contents.captured.leaves
+    leaves = contents.grouped.leaves
     seen: set[int] = set()
-    for group in contents.all_groups:
+    for group in contents.grouped.all_groups:
         for slot, label in enumerate(group.labels):
             new = [i for i in dict.fromkeys(m[slot] for m in group.members) if i not in seen]
             new = [i for i in new if leaves[i].kind in _GIVEN]

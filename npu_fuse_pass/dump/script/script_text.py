@@ -30,7 +30,7 @@ def script(contents: Contents) -> str | None:
     if not contents.captured.updates or gm is None:
         return None
     inputs = inputs_of(contents)
-    names = {g.formula.text: f"FORMULA_{g.name}" for g in contents.all_groups}
+    names = {g.formula.text: f"FORMULA_{g.name}" for g in contents.grouped.all_groups}
     code = Code(gm.graph, fused_places(contents, gm.graph, inputs), inputs.lengths, names)
     body = [
         *_formulas(contents),
@@ -51,8 +51,8 @@ def script(contents: Contents) -> str | None:
 
 
 def _formulas(contents: Contents) -> Iterator[str]:
-    for g in contents.all_groups:
-        labels = labels_of(g, contents.captured.leaves, g.members[0])
+    for g in contents.grouped.all_groups:
+        labels = labels_of(g, contents.grouped.leaves, g.members[0])
         yield f"# {g.name}  {parameters(len(g.members))}"
         yield from (f"#     {line}" for line in readable(g.formula, labels).splitlines())
         yield f'FORMULA_{g.name} = """\\\n{g.formula.text}"""'
@@ -67,7 +67,7 @@ def _captured(contents: Contents, inputs: Inputs) -> Iterator[str]:
     yield from wrapped(f"def captured({', '.join(inputs.names)}):")
     yield from _numbers(contents, inputs)
     yield from code.lines()
-    returned = sorted(leaf.index for leaf in contents.captured.leaves if leaf.kind == "output")
+    returned = sorted(leaf.index for leaf in contents.grouped.leaves if leaf.kind == "output")
     yield f"{INDENT}return {code.returned(returned)}"
 
 
@@ -78,7 +78,7 @@ def _numbers(contents: Contents, inputs: Inputs) -> Iterator[str]:
     given = contents.original.graph.find_nodes(op="placeholder")
     values = [n.meta.get("example_value", n.meta.get("val")) for n in given]
     for name in inputs.names:
-        leaf = contents.captured.leaves[inputs.lists[name][0] if name in inputs.lists else inputs.single[name]]
+        leaf = contents.grouped.leaves[inputs.lists[name][0] if name in inputs.lists else inputs.single[name]]
         value = values[leaf.index] if leaf.kind == "input" and leaf.optimizer is None else None
         kind = next((k for k, kinds in _NUMBERS.items() if isinstance(value, kinds)), None)
         if kind is not None:
@@ -87,8 +87,8 @@ def _numbers(contents: Contents, inputs: Inputs) -> Iterator[str]:
 
 def _inputs(contents: Contents, inputs: Inputs) -> Iterator[str]:
     """Dtype and shape of every argument."""
-    leaves = contents.captured.leaves
-    large = sum(math.prod(leaf.shape) for leaf in leaves) > _LARGE and not contents.stages
+    leaves = contents.grouped.leaves
+    large = sum(math.prod(leaf.shape) for leaf in leaves) > _LARGE and not contents.grouped.stages
     limit = _SMALL if large else None
     yield "# dtype and shape of every argument"
     if large:
@@ -114,14 +114,14 @@ def _kind(leaf: Leaf, limit: int | None) -> str:
 
 
 def _zeros(contents: Contents, inputs: Inputs) -> str:
-    zeros = [contents.captured.leaves.index(d.leaf) for d in contents.captured.decided if d.zero]
+    zeros = [contents.grouped.leaves.index(d.leaf) for d in contents.captured.decided if d.zero]
     return f"[{', '.join(f'{chr(34)}{name}{chr(34)}' for name in dict.fromkeys(inputs.places[i].name for i in zeros))}]"
 
 
 def _switches(contents: Contents, inputs: Inputs) -> list[str]:
     """Arguments that are compared with zero: a weight decay, or whether a gradient is infinite."""
     found: dict[str, None] = {}
-    for g in contents.all_groups:
+    for g in contents.grouped.all_groups:
         for e in postorder(g.formula.roots):
             for leaf in e.args if e.op in ("eq", "ne") else ():
                 members = [m[leaf.value] for m in g.members] if leaf.op == "leaf" else []  # type: ignore[index]

@@ -24,9 +24,9 @@ _KINDS = {
 
 def updates(contents: Contents) -> str:
     """Every update as mathematics with its numbers: one formula for all parameters that have the same."""
-    leaves = contents.captured.leaves
-    lines = [f"{_count(contents.groups)} parameters are updated; a prime marks the new value"]
-    for group in contents.all_groups:
+    leaves = contents.grouped.leaves
+    lines = [f"{_count(contents.grouped.groups)} parameters are updated; a prime marks the new value"]
+    for group in contents.grouped.all_groups:
         by_numbers: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
         for member in group.members:
             by_numbers.setdefault(tuple(labels_of(group, leaves, member)), []).append(member)
@@ -41,8 +41,8 @@ def updates(contents: Contents) -> str:
 
 def groups(contents: Contents) -> str:
     """Groups with slots, numbers and members; for each the difference from those before."""
-    leaves = contents.captured.leaves
-    every = contents.all_groups
+    leaves = contents.grouped.leaves
+    every = contents.grouped.all_groups
     lines = [f"{len(every)} group{'s' if len(every) != 1 else ''}, one kernel each"]
     rows = {row.name: row for row in contents.report.groups}
     for i, group in enumerate(every):
@@ -53,9 +53,9 @@ def groups(contents: Contents) -> str:
         lines += ["  slots:", *columns(list(_slots(group, contents)), "    ")]
         lines += ["  members:", *_by_shape(group, leaves, group.members)]
         lines += ["  identity:", *(f"    {line}" for line in group.formula.text.splitlines())]
-    for number, (made, calls) in enumerate(contents.stages):
-        lines += ["", f"stage {number + 1}: after {few([g.name for g in made]) or 'nothing'}, as they were:"]
-        lines += [f"  {counted(map(_call, calls))}"]
+    for number, stage in enumerate(contents.grouped.stages):
+        lines += ["", f"stage {number + 1}: after {few([g.name for g in stage.groups]) or 'nothing'}, as they were:"]
+        lines += [f"  {counted(map(_call, stage.calls))}"]
     lines += [f"unfused {reason}" for reason in contents.report.unfused]
     if contents.report.fallback:
         lines += ["", f"the original runs: {contents.report.fallback}"]
@@ -81,7 +81,7 @@ def _by_shape(group: Group, leaves: Sequence[Leaf], members: Sequence[tuple[int,
 
 
 def _slots(group: Group, contents: Contents) -> Iterator[tuple[str, ...]]:
-    leaves = contents.captured.leaves
+    leaves = contents.grouped.leaves
     read = _read(group.formula)
     for slot, label in enumerate(group.labels):
         found = [leaves[m[slot]] for m in group.members]

@@ -18,14 +18,14 @@ _LONG = 150
 
 def kernels(contents: Contents) -> str | None:
     """The kernels of all groups; None where no C++ is generated."""
-    made = {g.name: g for g in contents.all_groups}
+    made = {g.name: g for g in contents.grouped.all_groups}
     parts = [annotated(made[name], contents, text) for name, text in contents.sources.items() if name in made]
     return "\n\n".join(parts) + "\n" if parts else None
 
 
 def annotated(group: Group, contents: Contents, source: str) -> str:
     """A kernel's source with comments; the formula stands above it."""
-    labels = labels_of(group, contents.captured.leaves, group.members[0])
+    labels = labels_of(group, contents.grouped.leaves, group.members[0])
     names = named_values(group.formula, labels)
     values = [names[id(e)] for e in postorder(group.formula.roots)]  # what the generator calls v0, v1, …
     lines = [f"// {group.name}", *(f"//   {line}" for line in readable(group.formula, labels).splitlines())]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from npu_fuse_pass.errors import Unsupported
-from npu_fuse_pass.ir.expr import REDUCTIONS, Expr, postorder
+from npu_fuse_pass.ir.expr import REDUCTIONS, Expr, postorder, rebuilt
 from npu_fuse_pass.ir.fused_op import evaluate
 from npu_fuse_pass.ir.text import serialise
 from npu_fuse_pass.ir.types import Formula, Group, Leaf, Slot
@@ -68,8 +68,8 @@ def split(
     read = {e.value for e in postorder(roots) if e.op == "leaf"}
     used = [s for s in formula.tensor_slots if s in read or any(s == written for written, _ in tensor_writes)]
     build = _Device(formula, used, on_host, [s for s in device_slots if s in read], constants or {})
-    writes = [(build.tensor_slot[s], build.visit(e)) for s, e in tensor_writes]
-    contributions = [build.visit(e) for e in formula.contributions] if contribute else []
+    writes = [(build.tensor_slot[s], build.copy(e)) for s, e in tensor_writes]
+    contributions = [build.copy(e) for e in formula.contributions] if contribute else []
     build.finish()
     if contribute:
         zero = Expr("zero", (), 0, torch.float64, False)
@@ -104,7 +104,7 @@ def split_operands(
     read = {e.value for e in postorder(operands) if e.op == "leaf"}
     used = [s for s in formula.tensor_slots if s in read or s in written]
     build = _Device(formula, used, on_host, [s for s in device_slots if s in read], constants)
-    made = [build.visit(e) for e in operands]
+    made = [build.copy(e) for e in operands]
     build.finish()
     return build.split([], made, advanced, tuple(written), constants)
 
@@ -156,10 +156,14 @@ class _Device:
         self.totals = list(device_slots)
         self._total_leaves: dict[int, Expr] = {s: self._leaf(-1) for s in self.totals}
 
-    def visit(self, e: Expr) -> Expr:
-        if id(e) not in self._made:
-            self._made[id(e)] = self._copy(e)
-        return self._made[id(e)]
+    def copy(self, root: Expr) -> Expr:
+        """A root's copy."""
+        return rebuilt(root, self._made, self._below, self._copied)
+
+    def _below(self, e: Expr) -> Sequence[Expr]:
+        if id(e) in self._on_host:
+            return ()
+        return interpolation(e, self._constants) or e.args
 
     def finish(self) -> None:
         """Give the totals their slots, behind the host's values."""
@@ -190,7 +194,7 @@ class _Device:
     def _leaf(self, slot: int) -> Expr:
         return Expr("leaf", (), slot, torch.float64, False)
 
-    def _copy(self, e: Expr) -> Expr:
+    def _copied(self, e: Expr, below: Sequence[Expr]) -> Expr:
         if id(e) in self._on_host:
             self.values.append(e)
             leaf = self.scalar()
@@ -202,7 +206,7 @@ class _Device:
             if not e.tensor:
                 return self._total_leaves[e.value]
             return Expr("leaf", (), self.tensor_slot[e.value], e.dtype, True)
-        lerp = interpolation(e, self._constants)
-        if lerp is not None:
-            return Expr("lerp", tuple(map(self.visit, lerp)), None, e.dtype, True)
-        return Expr(e.op, tuple(map(self.visit, e.args)), e.value, e.dtype, e.tensor)
+        args = tuple(self._made[id(a)] for a in below)
+        if below is not e.args:  # those of the interpolation that it is
+            return Expr("lerp", args, None, e.dtype, True)
+        return Expr(e.op, args, e.value, e.dtype, e.tensor)

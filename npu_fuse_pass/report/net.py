@@ -1,0 +1,35 @@
+"""The net: an exception of this package's own ends no training."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from npu_fuse_pass.errors import FuseError, GraphRefused, Mismatch, Unsupported
+from npu_fuse_pass.options import Options
+from npu_fuse_pass.reasons import Code
+from npu_fuse_pass.report.report import CompileReport
+
+log = logging.getLogger("npu_fuse_pass")
+
+_FOR_THIS_PACKAGE = (GraphRefused, Mismatch, Unsupported)  # where one of these gets out, that is a fault, too
+
+
+@contextmanager
+def net(report: CompileReport, options: Options) -> Iterator[None]:
+    """Let nothing out but errors that are meant for users: any other one becomes the report's fallback.
+
+    Code after the block runs only where something was caught, if the block returns. `strict` and `verify` let
+    everything out.
+    """
+    try:
+        yield
+    except Exception as e:
+        for_users = isinstance(e, FuseError) and not isinstance(e, _FOR_THIS_PACKAGE)
+        if for_users or options.strict or options.verify:
+            raise
+        log.debug("internal error", exc_info=True)
+        first = next(iter(str(e).splitlines()), "")
+        report.groups = []
+        report.fallbacks = [Code.INTERNAL(f"internal error: {type(e).__name__}: {first}")]
