@@ -216,7 +216,12 @@ def _finished(fused: Fused, options: Options, original: fx.GraphModule | None = 
     root = wanted(options.dump) if report.groups or report.unfused or report.fallback else None
     if root is not None:
         _dump(root, fused, original)
-    announce(report)
+    try:
+        announce(report)
+    except Exception:  # a report is something to read; training goes on without it
+        if options.verify:
+            raise
+        log.warning("npu_fused: the report of this compile cannot be shown", exc_info=True)
     if options.strict and (report.unfused or report.fallback):
         raise UnfusedError("\n  ".join(["strict=True and not everything was fused:", *map(str, report.reasons)]))
     if report.fallbacks:

@@ -197,7 +197,6 @@ STAGES = {
     "lower": ("stock", pipeline.lower, "lower"),
     "lower of a rule": ("rule", pipeline.lower, "lower"),
     "choice of a target": ("rule", pipeline.lower, "choose"),
-    "announcement": ("stock", pipeline, "announce"),
     "rows": ("rule", pipeline, "show_matches"),
 }
 
@@ -251,6 +250,20 @@ def test_an_internal_error_is_raised_on_request(stage: str, option: str, monkeyp
     assert "ValueError" in f"{type(raised.value).__name__}: {raised.value}"
 
 
+def test_a_report_that_cannot_be_shown_ends_no_training(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("planted")
+
+    monkeypatch.setattr(pipeline, "announce", fail)
+    params = parameters(SHAPES)
+    set_gradients(params, gradients(params, 0))
+    compiled(_own(params), verify=False)()
+    assert last_report().fallback is None and len(last_report().groups) == 1
+    assert "cannot be shown" in caplog.text
+
+
 def test_what_surrounds_the_stages_has_a_net_too(monkeypatch: pytest.MonkeyPatch) -> None:
     from npu_fuse_pass import backend
 
@@ -301,9 +314,10 @@ def test_formulas_may_be_deeper_than_pythons_stack() -> None:
     (made,) = grouped.groups
     assert len(postorder(made.formula.roots)) > 2 * DEPTH
     assert parse(made.formula.text).text == made.formula.text
-    assert len(postorder(split(made.formula, {}).device.roots)) > 2 * DEPTH
+    assert len(postorder(split(made.formula, (), contribute=False).device.roots)) > 2 * DEPTH
     assert readable(made.formula, made.labels)
-    assert len(rewrite(grouped).graph.nodes) > DEPTH
+    assert made.name in {node.name for node in rewrite(grouped).graph.nodes}
+    assert len(repr(made.formula.roots[0])) < 1000
     assert match(grouped.groups, grouped.leaves)[0].reason  # type: ignore[union-attr]
 
 

@@ -39,8 +39,11 @@ class Expr:
         self.tensor = tensor
 
     def __repr__(self) -> str:
-        inner = ", ".join(map(repr, self.args)) if self.args else repr(self.value)
-        return f"{self.op}({inner})"
+        return self._shown(levels=4)  # of what may be thousands
+
+    def _shown(self, levels: int) -> str:
+        inner = ", ".join(a._shown(levels - 1) for a in self.args) if self.args and levels else "..."
+        return f"{self.op}({inner if self.args else repr(self.value)})"
 
 
 class Builder:

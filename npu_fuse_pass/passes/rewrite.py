@@ -28,11 +28,11 @@ def rewrite(step: Grouped) -> fx.GraphModule:
     nodes = _leaf_nodes(graph, leaves)
     outputs: dict[int, fx.Node] = {}
     for stage in step.stages:
+        _add_totals(graph, leaves, stage.groups, nodes)
         _group_nodes(graph, leaves, stage.groups, nodes, outputs)
         for call in stage.calls:
             _call_node(graph, call, nodes)
-    sums = _total_nodes(graph, leaves, groups, nodes)
-    nodes |= {i: sums[leaf.index] for i, leaf in enumerate(leaves) if leaf.kind == "total"}
+    _add_totals(graph, leaves, groups, nodes)
     for target, value in _group_nodes(graph, leaves, groups, nodes, outputs):
         graph.call_function(torch.ops.aten.copy_.default, (target, value))
     graph.output(tuple(outputs[i] for i in sorted(outputs)))
@@ -118,6 +118,12 @@ def _group_node(
     node = graph.call_function(target, (tensors, scalars, len(group.members), formula.text))
     node.name = name
     return node
+
+
+def _add_totals(graph: fx.Graph, leaves: Sequence[Leaf], groups: Sequence[Group], nodes: dict[int, fx.Node]) -> None:
+    """Let `nodes` have the totals to which these groups contribute."""
+    sums = _total_nodes(graph, leaves, groups, nodes)
+    nodes |= {i: sums[leaf.index] for i, leaf in enumerate(leaves) if leaf.kind == "total" and leaf.index in sums}
 
 
 def _total_nodes(
