@@ -104,7 +104,7 @@ def check_stages(problem: Problem, how: str, counts: Counts) -> None:
     graph = traced(problem.step(), *tensors)
     captured = capture(graph)
     captured, groups = with_groups(captured)
-    counts.note(problem, len(groups), [f"{u.op}: {u.reason}" for u in captured.unfused])
+    counts.note(problem, len(groups), [f"{u.op}: {u.text}" for u in captured.unfused])
     if captured.unfused:
         npu_fuse_pass.npu_fused(graph, got)(*got)
     else:
