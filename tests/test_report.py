@@ -57,7 +57,7 @@ def test_the_schema_is_a_schema_and_strict(explained: dict[str, CompileReport]) 
 
 def test_the_schema_names_every_field() -> None:
     fields = {f.name for f in dataclasses.fields(CompileReport) if not f.name.startswith("_")}
-    fields |= {"fallback", "reasons", "remedies"}
+    fields |= {"bytes_per_element", "fallback", "reasons", "remedies"}
     assert fields - {"fallbacks"} == set(SCHEMA["properties"]) == set(SCHEMA["required"])
     in_group = {f.name for f in dataclasses.fields(GroupReport) if not f.name.startswith("_")}
     assert {*in_group, "match", "no_match"} == set(SCHEMA["$defs"]["group"]["properties"])
