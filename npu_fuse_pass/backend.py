@@ -14,7 +14,7 @@ from torch import fx
 
 from npu_fuse_pass import lower
 from npu_fuse_pass.errors import FuseError, OptionError
-from npu_fuse_pass.options import Options
+from npu_fuse_pass.options import KERNELS, LAYOUTS, PLATFORMS, Options
 from npu_fuse_pass.report.causes import FIRST, Cause, recompile
 from npu_fuse_pass.report.logs import warn_unfused
 from npu_fuse_pass.report.net import net
@@ -140,19 +140,19 @@ def _checked_options(mode: str | None, options: Mapping[str, Any] | None) -> dic
     if unknown:
         raise OptionError(f"unknown option {unknown[0]!r}; allowed are {sorted(_OPTIONS)}")
     chosen = {**vars(Options()), **(options or {})}
-    if chosen["platform"] not in lower.PLATFORMS:
-        raise OptionError(f"platform={chosen['platform']!r}; allowed are {list(lower.PLATFORMS)}")
+    if chosen["platform"] not in PLATFORMS:
+        raise OptionError(f"platform={chosen['platform']!r}; allowed are {list(PLATFORMS)}")
     for name in ("strict", "check_numerics", "verify"):
         if not isinstance(chosen[name], bool):
             raise OptionError(f"{name}={chosen[name]!r}; allowed are True and False")
-    if chosen["layout"] not in lower.LAYOUTS:
-        raise OptionError(f"layout={chosen['layout']!r}; allowed are {list(lower.LAYOUTS)}")
+    if chosen["layout"] not in LAYOUTS:
+        raise OptionError(f"layout={chosen['layout']!r}; allowed are {list(LAYOUTS)}")
     if chosen["layout"] != "auto" and chosen["platform"] not in ("auto", "npu"):
         raise OptionError(f"layout with platform={chosen['platform']!r}; it is allowed with 'auto' and 'npu'")
     if not (chosen["dump"] is None or (chosen["dump"] and isinstance(chosen["dump"], (str, os.PathLike)))):
         raise OptionError(f"dump={chosen['dump']!r}; allowed are None and the path of a folder")
-    if chosen["kernels"] not in lower.KERNELS:
-        raise OptionError(f"kernels={chosen['kernels']!r}; allowed are {list(lower.KERNELS)}")
+    if chosen["kernels"] not in KERNELS:
+        raise OptionError(f"kernels={chosen['kernels']!r}; allowed are {list(KERNELS)}")
     _check_torchair_config(chosen["torchair_config"], chosen["platform"])
     return chosen
 

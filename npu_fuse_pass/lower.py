@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence, Set
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -15,32 +15,14 @@ from npu_fuse_pass.ir.totals import total_slots
 from npu_fuse_pass.ir.types import Group, Grouped, Leaf
 from npu_fuse_pass.lowerings import eager, staged
 from npu_fuse_pass.lowerings.cpu import codegen, graph_op
+from npu_fuse_pass.lowerings.program import Program
 from npu_fuse_pass.options import Options, Target
 from npu_fuse_pass.passes.rewrite import rewrite
 from npu_fuse_pass.reasons import Code, Reason
 from npu_fuse_pass.report.report import GroupReport
 from npu_fuse_pass.report.rows import Matches, group_report, show_layouts
-from npu_fuse_pass.rules.prelude import Watch
-
-PLATFORMS = ("auto", "cpu", "npu", "eager")
-LAYOUTS = ("auto", "flat", "list")
-KERNELS = ("auto", "dedicated", "elementwise")
 
 Values = list[Tensor | None] | None  # of the leaves, where they are known before the step is called
-
-
-class Program(Protocol):
-    """What a lowering gives: runs one step on the values of all leaves; what `kinds` is, see the CPU's."""
-
-    def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None: ...
-
-
-@runtime_checkable
-class Watching(Watch, Protocol):
-    """A program that can look at a step's tensors itself, with no Python object for each of them: the CPU's."""
-
-    def looks(self, params: Set[int]) -> bool: ...
-    def again(self) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,14 @@ import dataclasses
 import os
 from typing import Any
 
+PLATFORMS = ("auto", "cpu", "npu", "eager")
+
+
+LAYOUTS = ("auto", "flat", "list")
+
+
+KERNELS = ("auto", "dedicated", "elementwise")
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:

@@ -27,6 +27,7 @@ from npu_fuse_pass.fx_nodes.effects import recorded
 from npu_fuse_pass.ir import verify
 from npu_fuse_pass.ir.types import Captured, Grouped, Leaf
 from npu_fuse_pass.lowerings.cpu import graph_op
+from npu_fuse_pass.lowerings.program import Program
 from npu_fuse_pass.match.find import match
 from npu_fuse_pass.match.result import NoMatch
 from npu_fuse_pass.options import Options, Target
@@ -56,7 +57,7 @@ class Fused:
     report: CompileReport
     captured: Captured = dataclasses.field(default_factory=lambda: Captured([], [], []))
     grouped: Grouped = dataclasses.field(default_factory=Grouped)
-    program: lower.Program | None = None
+    program: Program | None = None
     graph: fx.GraphModule | None = None
 
 

@@ -32,6 +32,8 @@ PRIVATE_TORCH_EXCEPTIONS = {
         "torch.optim.optimizer._global_optimizer_pre_hooks": "the prelude runs these hooks itself",
         "torch.optim.optimizer._global_optimizer_post_hooks": "the prelude runs these hooks itself",
     },
+    "npu_fuse_pass.rules.state": {"torch._dynamo.disable": "keeps `opt.state` out of graphs"},
+    "npu_fuse_pass.rules.registration": {"torch._dynamo.register_backend": "tells Dynamo the backend's name once"},
     "npu_fuse_pass.dump.folder": {"torch._dynamo.utils.get_debug_dir": "where TORCH_COMPILE_DEBUG=1 puts files"},
     "npu_fuse_pass.rules.checks": {"torch.utils._python_dispatch.TorchDispatchMode": "sees what a rule reads"},
     "npu_fuse_pass.tensors.same": {"torch._C._dynamo.guards.TensorGuards": "compares a list of tensors in one call"},

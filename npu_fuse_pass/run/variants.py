@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from npu_fuse_pass.lower import Watching
+from npu_fuse_pass.lowerings.program import Watching
 from npu_fuse_pass.options import Options
 from npu_fuse_pass.pipeline import Fused, Number
 from npu_fuse_pass.report.causes import Cause, decided_otherwise
