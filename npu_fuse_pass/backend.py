@@ -47,7 +47,8 @@ def npu_fused(
             they are adjacent in memory), "flat" or "list" (one by one); `kernels`: on an NPU "auto" (dedicated
             operations as exact as eager), "dedicated" (the fewest operations) or "elementwise"; `dump`: a folder in
             which every compile leaves files to read (otherwise NPU_FUSE_DUMP, or torch's debug folder under
-            TORCH_COMPILE_DEBUG=1).
+            TORCH_COMPILE_DEBUG=1); `verify`: check what every stage promises, and raise internal errors instead of
+            running the original (otherwise NPU_FUSE_VERIFY=1).
 
     Raises:
         OptionError: an unknown option or value; the message names the allowed ones.
