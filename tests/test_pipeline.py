@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
+from torch._dynamo.backends.common import aot_autograd
 
 import npu_fuse_pass
 import optimizers
@@ -339,3 +340,30 @@ def test_a_rule_of_2000_operations_is_one_kernel() -> None:
     assert last_report().fallback is None and [g.updates for g in last_report().groups] == [3]
     for p, q in zip(params, others, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("stage", ["capture", "group", "rewrite"])
+def test_an_internal_error_leaves_another_compilers_graph_as_it_is(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("planted")
+
+    monkeypatch.setattr(pipeline, stage, fail)
+    monkeypatch.setenv("NPU_FUSE_VERIFY", "0")
+    params, others = parameters(SHAPES), parameters(SHAPES)
+    for own in (params, others):
+        set_gradients(own, gradients(own, 0))
+    torch._dynamo.reset()
+    npu_fuse_pass.clear_reports()
+    backend = aot_autograd(fw_compiler=_left_alone, keep_inference_input_mutations=True)
+    with pytest.warns(UserWarning, match="internal error: ValueError: planted"):
+        torch.compile(_sgd(params).step, backend=backend)()
+    _sgd(others).step()
+    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+    assert "internal error" in str(last_report().fallback)
+
+
+def _left_alone(gm: fx.GraphModule, _: Any) -> Any:
+    before = str(gm.graph)
+    npu_fuse_pass.FusePass()(gm)
+    assert str(gm.graph) == before
+    return gm.forward
