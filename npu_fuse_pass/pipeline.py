@@ -89,10 +89,15 @@ def fuse_graph(
 
 
 def fuse_batches(
-    batches: Sequence[Batch], options: Options, cause: Cause = FIRST, number: Number | None = None
+    batches: Sequence[Batch],
+    options: Options,
+    cause: Cause = FIRST,
+    number: Number | None = None,
+    apart: str | None = None,
 ) -> Fused:
-    """Fuse the step of an optimizer with update rules; as `fuse_graph`."""
+    """Fuse the step of an optimizer with update rules; as `fuse_graph`. `apart`: for the report."""
     report = _report(options, cause)
+    report.apart = apart
     with net(report, options), _without_collection():
         with timed(report.seconds, "capture") as said:
             captured = capture_batches(batches)

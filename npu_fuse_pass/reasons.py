@@ -90,6 +90,10 @@ class Code(enum.Enum):
     )
     CHANGED = ("A tensor is not what the step was compiled for.", _KEEP)
     GRADIENTS = ("Other parameters have gradients than when the graph was captured.", None)
+    KEPT = (
+        "A compiled function uses a state or a tensor hyperparameter of an optimizer whose step is in its graph.",
+        "reach it through opt.state or opt.param_groups, or use it outside of the compiled function",
+    )
     HOOKS = (
         "Step hooks run between the operations of a larger compiled function.",
         "remove the hooks, or call the step outside of the compiled function",

@@ -112,6 +112,7 @@ class CompileReport:
         cause_remedy: what keeps that from happening again; None for what happens once.
         checked_steps: how many steps `check_numerics` has compared with the original's.
         graph_break: why and where Dynamo ended this graph, if the function goes on after it; nothing fuses across.
+        apart: why and where a function's graph had to end before a step of ours, which is this graph.
         decided: "weight_decay == 0": what is compiled holds for such numbers; another outcome is another compile.
     """
 
@@ -124,6 +125,7 @@ class CompileReport:
     cause: str = "compile"
     cause_remedy: str | None = None
     graph_break: str | None = None
+    apart: str | None = None
     checked_steps: int = 0
     decided: list[str] = dataclasses.field(default_factory=list)
     _moved: tuple[int, int] = (0, 0)  # bytes of all original operations, and of those that stay as they are

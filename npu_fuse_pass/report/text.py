@@ -38,6 +38,7 @@ class Printed(Protocol):
     seconds: dict[str, float]
     cause: str
     graph_break: str | None
+    apart: str | None
     checked_steps: int
     decided: list[str]
 
@@ -129,6 +130,8 @@ def remarks(report: Printed) -> list[str]:
     lines += [f"unfused {reason}" for reason in report.unfused]
     if report.graph_break:
         lines.append(f"the graph ends at a break: {report.graph_break}")
+    if report.apart:
+        lines.append(f"the step has a graph of its own: {report.apart}")
     if report.decided:
         lines.append(f"compiled for {', '.join(report.decided)}")
     if report.checked_steps:

@@ -218,7 +218,7 @@ def adopt(batch: Batch, existing: States) -> None:
     A parameter that has none of its states begins anew. What is no longer in its entry keeps its value, with memory of
     its own: somebody may put it back later.
     """
-    entries = [existing.entry(p).present() if p in existing else {} for p in batch.params]
+    entries = [existing.entry(p).present() if dict.__contains__(existing, p) else {} for p in batch.params]
     begun = [not batch.flat or not batch.flat.keys().isdisjoint(entry) for entry in entries]
     # torch.optim.SGD keeps no counter: a parameter that has a state has been updated at least once
     steps = [float(entry.get("step", bool(batch.flat))) if b else 0.0 for b, entry in zip(begun, entries, strict=True)]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import types
 import weakref
 from collections.abc import Callable, Mapping
@@ -23,15 +24,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from npu_fuse_pass.rules import pending
 from npu_fuse_pass.rules.batch import Batch
-from npu_fuse_pass.rules.prelude import Prelude
+from npu_fuse_pass.rules.pending import Keeping
 
 
-class Stepping(Protocol):
+class Stepping(Keeping, Protocol):
     """An optimizer whose step these operations are; see `RuleOptimizer`."""
 
-    param_groups: list[dict[str, Any]]
-    _prelude: Prelude
     _surface: Surface
 
     def _before(self, closure: Callable[[], Any] | None) -> Any: ...
@@ -48,6 +48,12 @@ _library.define("rule_step(Tensor(a!) ticket, str optimizer) -> ()")
 _library.define("rule_update(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor? found_inf, str optimizer) -> ()")
 rule_step = torch.ops.npu_fused.rule_step.default
 rule_update = torch.ops.npu_fused.rule_update.default
+
+
+APART = (
+    "npu_fused: the step takes the values that hold when it is called, so it runs fused in a graph of its own: {}; "
+    "under fullgraph=True do that outside of the compiled function, or compile opt.step alone"
+)
 
 
 def optimizer_of(handle: str) -> Stepping:
@@ -71,12 +77,30 @@ class Surface:
 
     params: list[Tensor]
     handle: str
+    apart: str | None = None  # why and where a function's graph had to end before the step, the latest
 
     def update(self, found_inf: Tensor | None) -> None:
         """The step as an operation on tensors; parameters without a gradient are left out, as a guard of the graph."""
         params = [p for p in self.params if p.grad is not None]
         if params:
             rule_update(params, [p.grad for p in params], found_inf, self.handle)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def why_apart(handle: str) -> str:
+    """While a function is traced: why the step cannot be part of its graph, or ""; noted for reports."""
+    optimizer = optimizer_of(handle)
+    reason = pending.why_apart(optimizer, rule_update, handle)
+    if reason:
+        optimizer._surface.apart = f"{reason}{_place()}"
+    return reason
+
+
+def _place() -> str:
+    """Where the step is called in the function that is being traced."""
+    stack = torch._guards.TracingContext.extract_stack()
+    frame = next((f for f in reversed(stack) if not f.filename.startswith(os.path.dirname(__file__))), None)
+    return f" ({frame.filename}:{frame.lineno}, in {frame.name})" if frame is not None else ""
 
 
 def make_core(handle: str) -> Callable[[Tensor], None]:
@@ -154,16 +178,19 @@ def _step(ticket: Tensor, optimizer: str) -> None:
 def _update(params: list[Tensor], grads: list[Tensor], found_inf: Tensor | None, handle: str) -> None:
     """A whole step on the given tensors, which stand for the optimizer's own (a compiler may have cloned them)."""
     optimizer = optimizer_of(handle)
-    optimizer._before(None)
+    own = [p for p in optimizer._surface.params if p.grad is not None]
+    given = {id(p): (param, p.grad, grad) for p, param, grad in zip(own, params, grads, strict=True)}
+    optimizer._before(None)  # hooks may change gradients
     if found_inf is None or not bool(found_inf):
-        own = [p for p in optimizer._surface.params if p.grad is not None]
-        given = dict(zip(map(id, own), zip(params, grads, strict=True), strict=True))
         run_rules([_on_given(batch, given) for batch in optimizer._prelude.batches])
     optimizer._after()
 
 
-def _on_given(batch: Batch, given: Mapping[int, tuple[Tensor, Tensor]]) -> Batch:
-    pairs = [given.get(id(p), (p, g)) for p, g in zip(batch.params, batch.grads, strict=True)]
+def _on_given(batch: Batch, given: Mapping[int, tuple[Tensor, Tensor | None, Tensor]]) -> Batch:
+    pairs = []
+    for p, g in zip(batch.params, batch.grads, strict=True):
+        param, before, grad = given.get(id(p), (p, g, g))
+        pairs.append((param, grad if g is before else g))
     made = dataclasses.replace(batch, params=[p for p, _ in pairs])
     made.grads = [g for _, g in pairs]
     return made

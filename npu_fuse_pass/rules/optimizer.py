@@ -76,6 +76,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     rule: Declaration
     found_inf: Tensor | None = None
+    _call: tuple[tuple[Any, ...], dict[str, Any]]  # what hooks make of the arguments of this step
 
     def __init__(
         self,
@@ -149,7 +150,12 @@ class RuleOptimizer(torch.optim.Optimizer):
             ValueError: `opt.state` holds what no step can go on from.
         """
         if torch.compiler.is_dynamo_compiling():  # `step` is being inlined into a larger graph
-            return self._surface.update(self.found_inf) if closure is None else self._step_apart(closure)
+            if closure is not None:
+                return self._step_apart(closure)
+            reason = core_op.why_apart(self._surface.handle)
+            if reason:
+                torch._dynamo.graph_break(msg=core_op.APART.format(reason))
+            return self._surface.update(self.found_inf)
         loss = self._before(closure)
         if self.found_inf is None or not bool(self.found_inf):
             self._core(self._ticket)
@@ -166,7 +172,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Everything ahead of the core."""
         if closure is not None and not callable(closure):
             raise TypeError(f"closure={closure!r} is not callable; pass a function that returns the loss, or None")
-        self._call = self._run_pre_hooks((closure,) if closure is not None else ())
+        self.__dict__["_call"] = self._run_pre_hooks((closure,) if closure is not None else ())
         args, kwargs = self._call
         closure = args[0] if args else kwargs.get("closure")
         loss = None
@@ -185,7 +191,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         self.after_step()
         for hook in itertools.chain(self._optimizer_step_post_hooks.values(), _global_optimizer_post_hooks.values()):
             hook(self, *self._call)
-        self._opt_called = True
+        self.__dict__["_opt_called"] = True
 
     @property
     def has_hooks(self) -> bool:
@@ -301,6 +307,14 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def __hash__(self) -> int:
         return id(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As usual. Dynamo would lose it: it carries out no assignment to an optimizer's attributes."""
+        if torch.compiler.is_dynamo_compiling():
+            torch._dynamo.graph_break(msg=f"npu_fused: opt.{name} is assigned here, which Python has to do")
+        super().__setattr__(name, value)
+
+    torch._dynamo.eval_frame.skip_code(__setattr__.__code__)
 
 
 @dataclasses.dataclass(frozen=True)

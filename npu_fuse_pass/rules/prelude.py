@@ -159,7 +159,7 @@ class Prelude:
         assert isinstance(state, States)
         numbers = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
         for _, rule, params, settings in parts:
-            for p in (p for p in params if p in state):
+            for p in (p for p in params if dict.__contains__(state, p)):
                 check_state(rule, settings, p, state.entry(p).present(), f"parameter {numbers[id(p)]}")
 
 

@@ -7,7 +7,7 @@ into the flat buffers. Dynamo leaves all of it to Python: the graph of a compile
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, ItemsView, Iterator, Mapping, ValuesView
+from collections.abc import Callable, ItemsView, Mapping, ValuesView
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +17,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _in_python(method: F) -> F:
-    reason = "opt.state of an optimizer of ours is read or changed here; its values are kept outside of graphs"
+    reason = "npu_fused: opt.state is read or changed here, which Python has to do: states are kept outside of graphs"
     made: F = torch._dynamo.disable(method, reason=reason)
     return made
 
@@ -90,7 +90,7 @@ class _Noting(dict[Any, Any]):
 
     @_in_python
     def setdefault(self, key: Any, default: Any = None) -> Any:
-        if key not in self:
+        if not dict.__contains__(self, key):
             self[key] = default
         return self[key]
 
@@ -98,6 +98,16 @@ class _Noting(dict[Any, Any]):
     def __ior__(self, other: Any) -> Any:
         self.update(other)
         return self
+
+
+def _as_dict(name: str) -> Callable[..., Any]:
+    method = getattr(dict, name)
+    return _in_python(lambda self, *args: method(self, *args))
+
+
+# what only looks: a graph that holds a step would be asked for what was there before it
+for _name in ("__contains__", "__iter__", "__len__", "__getitem__", "get", "keys", "values", "items"):
+    setattr(_Noting, _name, _as_dict(_name))
 
 
 class ParamState(_Noting):
@@ -147,13 +157,10 @@ class ParamState(_Noting):
         self._hand_out()
         return super().items()
 
-    @_in_python
+    @_in_python  # dict(entry) and {**entry} ask for every value, because __iter__ is not dict's own
     def copy(self) -> dict[str, Any]:
         self._hand_out()
         return super().copy()
-
-    def __iter__(self) -> Iterator[str]:  # with it dict(entry) and {**entry} ask for every value
-        return super().__iter__()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, (dict(self),)
@@ -183,7 +190,7 @@ class States(_Noting, defaultdict[Tensor, Any]):
 
     def entry(self, param: Tensor) -> ParamState:
         """A parameter's entry; an empty one changes nothing."""
-        if param not in self:
+        if not dict.__contains__(self, param):
             dict.__setitem__(self, param, ParamState({}, self.changes))
         made: ParamState = dict.__getitem__(self, param)
         return made

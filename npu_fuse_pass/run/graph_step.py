@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import re
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, fx
 
 from npu_fuse_pass import pipeline
 from npu_fuse_pass.errors import GraphRefused, Mismatch
+from npu_fuse_pass.fx_nodes.effects import recorded
 from npu_fuse_pass.ir.types import Leaf, Output
 from npu_fuse_pass.options import Options
 from npu_fuse_pass.reasons import Code, Reason
@@ -20,6 +22,7 @@ from npu_fuse_pass.report.causes import FIRST, Cause
 from npu_fuse_pass.rules import core_op
 from npu_fuse_pass.rules.batch import inputs_of
 from npu_fuse_pass.rules.core_op import Stepping
+from npu_fuse_pass.rules.pending import uses_kept
 from npu_fuse_pass.run.fallbacks import falls_back, refused
 from npu_fuse_pass.run.planned import Planned, forget
 from npu_fuse_pass.run.variants import Variant, Variants
@@ -39,12 +42,13 @@ class GraphStep:
     """A captured graph: its leaves are the graph's arguments and attributes, and what optimizers of ours keep."""
 
     # Dynamo keeps what a backend gives it for good, and with it a copy of its __dict__: so there is none.
-    __slots__ = ("__weakref__", "_gm", "_optimizers", "_options", "_planned", "_state", "_variants")
+    __slots__ = ("__weakref__", "_gm", "_numbers", "_optimizers", "_options", "_planned", "_state", "_variants")
 
     def __init__(self, gm: fx.GraphModule, options: Options, handles: Sequence[str], cause: Cause) -> None:
         self._gm = gm
         self._options = options
         self._optimizers = {h: weakref.ref(core_op.optimizer_of(h), self._drop) for h in handles}
+        self._numbers = _numbers(gm) if handles else []
         for optimizer in self._stepped():
             optimizer._prelude.prepare()
         self._planned: Planned | None = None
@@ -86,6 +90,8 @@ class GraphStep:
         optimizers = self._stepped() if self._optimizers else []
         if any(o.has_hooks for o in optimizers):
             return self._unfused(Code.HOOKS("step hooks run between the operations of this graph"), args)
+        if self._numbers and any(uses_kept(o, (args[i] for i in self._numbers)) for o in optimizers):
+            return self._unfused(Code.KEPT("the graph uses a number that the optimizer reads or counts itself"), args)
         for o in optimizers:
             o._before(None)
         if optimizers and self._look() != self._state:
@@ -116,6 +122,12 @@ class GraphStep:
         return self._gm.forward(*args)
 
 
+def _numbers(gm: fx.GraphModule) -> list[int]:
+    """Positions of the arguments that are tensors of one element: who keeps them is not seen by a look at memory."""
+    found = [recorded(n) for n in gm.graph.find_nodes(op="placeholder")]
+    return [i for i, t in enumerate(found) if isinstance(t, Tensor) and all(type(n) is int and n == 1 for n in t.shape)]
+
+
 def _number(kept: Kept, leaf: Leaf) -> Tensor | None:
     return None if leaf.optimizer is None else kept[leaf.optimizer][leaf.index]
 
@@ -136,7 +148,8 @@ def told(reason: Any) -> str:
     """A break of Dynamo's in a line: why and where."""
     frame = reason.user_stack[-1] if reason.user_stack else None
     place = f" ({frame.filename}:{frame.lineno}, in {frame.name})" if frame is not None else ""
-    return f"{str(reason.reason).splitlines()[0]}{place}"
+    own = re.search(r"npu_fused: (.*)", str(reason.reason))  # a break of this package's says why
+    return f"{own[1] if own else str(reason.reason).splitlines()[0]}{place}"
 
 
 class _Arguments:

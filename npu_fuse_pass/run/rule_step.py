@@ -24,12 +24,13 @@ class RuleStep:
     """The compiled core of an optimizer of ours: plans kernels for its batches, and again when they change."""
 
     # Dynamo keeps what a backend gives it for good, and with it a copy of its __dict__: so there is none.
-    __slots__ = ("__weakref__", "_optimizer", "_options", "_params", "_planned", "_variants", "_version")
+    __slots__ = ("__weakref__", "_apart", "_optimizer", "_options", "_params", "_planned", "_variants", "_version")
 
     def __init__(self, handle: str, options: Options, cause: Cause) -> None:
         self._optimizer = weakref.ref(core_op.optimizer_of(handle), self._drop)
         self._options = options
         self._planned: Planned | None = None
+        self._apart: str | None = None
         self._plan(cause)
 
     def _plan(self, cause: Cause = FIRST) -> None:
@@ -51,7 +52,9 @@ class RuleStep:
     def _variant(self, cause: Cause, number: pipeline.Number | None) -> Variant:
         optimizer = self._optimizer()
         assert optimizer is not None
-        return Variant(pipeline.fuse_batches(optimizer._prelude.batches, self._options, cause, number), self._options)
+        self._apart = optimizer._surface.apart
+        made = pipeline.fuse_batches(optimizer._prelude.batches, self._options, cause, number, self._apart)
+        return Variant(made, self._options)
 
     def __call__(self, *args: Tensor) -> tuple[()]:
         optimizer = self._optimizer()
@@ -60,6 +63,8 @@ class RuleStep:
         if prelude.version != self._version:
             self._plan()
         newest = self._variants.newest
+        if optimizer._surface.apart is not self._apart:  # a function has begun to call a step compiled before
+            self._apart = newest.report.apart = optimizer._surface.apart
         if prelude.watched and newest.watching is not None and newest.watching is prelude.watch:
             done = self._try(optimizer, newest, newest.watching.again)
         else:

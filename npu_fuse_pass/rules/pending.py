@@ -1,0 +1,136 @@
+"""Why a step that Dynamo traces as part of a function must run in a graph of its own: the values at the call count.
+
+Dynamo carries out what a function does to Python objects (a group's lr, `opt.state`, `p.grad`) when the graph has run,
+and a step reads such objects at the graph's beginning. Where the function has changed one that the step may read, the
+graph has to end before the step: then all is carried out, the step reads it, and a graph of its own holds it.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import re
+import types
+from collections.abc import Iterable, Iterator, Set
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from npu_fuse_pass.rules.prelude import Prelude
+
+_KNOWN = ("npu_fuse_pass", "torch")  # whose functions read nothing that a training function changes
+_LEAVES = (type, types.ModuleType, types.BuiltinFunctionType, types.CodeType, types.FrameType)
+
+
+class Keeping(Protocol):
+    """What an optimizer of ours keeps between its steps."""
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+    _prelude: Prelude
+
+
+def why_apart(optimizer: Keeping, operation: object, handle: str) -> str:
+    """What the function that is being traced has done before the step; "" where the step can be part of its graph.
+
+    Args:
+        operation: the step in a graph, with `handle` as its last argument.
+    """
+    try:
+        tracer = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx()
+        output = tracer.output
+        changed = _changed(optimizer, output.side_effects)
+        if changed:
+            return f"{changed[0]} was changed before it in the same function"
+        if _touched(optimizer, output.graphargs):
+            return "a state or a tensor hyperparameter of the optimizer is used before it in the same function"
+        steps = (n for n in output.graph.nodes if n.target is operation and n.args[-1] == handle)
+        if next(steps, None) is not None and not tracer.one_graph:
+            return "the optimizer steps before it in the same function"
+    except Exception as e:  # another torch may keep its notes elsewhere
+        return f"this torch does not say what the function has changed before it ({e})"
+    return ""
+
+
+def _changed(optimizer: Keeping, effects: Any) -> list[str]:
+    """Names of the objects and globals that were changed and that the optimizer may read."""
+    known = {id(var): at for at, var in effects.id_to_variable.items()}
+    changed: dict[int | str, str] = {}
+    for var in [*effects._get_modified_vars(), *effects.store_attr_mutations]:
+        if var.source is None:
+            continue  # made by the function itself
+        names = list(effects.store_attr_mutations.get(var, ()))
+        changed_object = None if id(var) in known else var.value
+        if isinstance(var, torch._dynamo.variables.NewGlobalVariable) or isinstance(changed_object, types.ModuleType):
+            changed |= {name: name for name in names}
+        else:
+            changed[known.get(id(var), id(changed_object))] = ".".join([_readable(var.source.name), *names[:1]])
+    return [changed[at] for at in _reachable(optimizer, changed.keys())] if changed else []
+
+
+def _readable(source: str) -> str:
+    return re.sub(r"[GL]\['(\w+)'\]", r"\1", source)
+
+
+def _reachable(optimizer: Keeping, wanted: Set[int | str]) -> Iterator[int | str]:
+    """Which of these objects, by id, and globals, by name, a step may read: what the optimizer and the methods of its
+    classes refer to, and what that refers to, and so on.
+    """
+    classes = itertools.takewhile(lambda c: c is not torch.optim.Optimizer, type(optimizer).__mro__)
+    waiting: list[object] = [optimizer, *(x for c in classes for x in (*vars(c).values(), c))]
+    seen: set[int] = set()
+    while waiting:
+        x = waiting.pop()
+        if id(x) in seen:
+            continue
+        seen.add(id(x))
+        if id(x) in wanted:
+            yield id(x)
+        if isinstance(x, types.FunctionType):
+            if (x.__module__ or "").partition(".")[0] not in _KNOWN:
+                names, found = _globals_of(x)
+                yield from (name for name in names if name in wanted)
+                waiting += [*found, *(x.__closure__ or ()), *(x.__defaults__ or ())]
+        elif not isinstance(x, _LEAVES):
+            waiting += gc.get_referents(x)
+
+
+def _globals_of(function: types.FunctionType) -> tuple[set[str], list[object]]:
+    """The global names that a function uses, and what is there now: attributes of modules, too."""
+    codes = [function.__code__]
+    for code in codes:
+        codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    names = {name for code in codes for name in code.co_names}
+    found = [function.__globals__[name] for name in names if name in function.__globals__]
+    modules = [vars(m) for m in found if isinstance(m, types.ModuleType)]
+    return names, [*found, *(values[name] for values in modules for name in names if name in values)]
+
+
+def _touched(optimizer: Keeping, arguments: Any) -> bool:
+    """Whether the graph has an argument in whose memory the optimizer keeps a state or a number."""
+    entries = (value for entry in dict.values(optimizer.state) for value in dict.values(entry))
+    kept = [*kept_outside(optimizer), *(value for value in entries if isinstance(value, Tensor))]
+    given = {_storage(a.example) for a in arguments if a.is_tensor and isinstance(a.example, Tensor)}
+    return not given.isdisjoint(map(_storage, kept))
+
+
+def kept_outside(optimizer: Keeping) -> list[Tensor]:
+    """Tensors that a step reads or writes and that its graph does not have: states, counters, hyperparameters."""
+    kept = [t for batch in optimizer._prelude.batches for t in (*batch.flat.values(), batch.steps)]
+    values = [v for group in optimizer.param_groups for name, v in group.items() if name != "params"]
+    listed = [v for value in values for v in (value if isinstance(value, (tuple, list)) else (value,))]
+    return [*kept, *(v for v in listed if isinstance(v, Tensor))]
+
+
+def uses_kept(optimizer: Keeping, tensors: Iterable[Tensor]) -> bool:
+    """Whether any of these lies where the optimizer keeps a state or a number."""
+    given = set(map(_storage, tensors))
+    return bool(given) and not given.isdisjoint(map(_storage, kept_outside(optimizer)))
+
+
+def _storage(t: Tensor) -> int:
+    try:
+        return int(t.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # a sparse tensor has none
+        return 0
