@@ -137,6 +137,7 @@ def test_dtypes_of_gradients(case: Case, dtypes: tuple[torch.dtype, torch.dtype]
 
 def test_dtype_of_a_parameter_changes() -> None:
     """`p.data = p.data.to(dtype)`, as module.to does: the state moves along, the step stays fused."""
+    torch.manual_seed(0)  # one weight in 60 models is so small that bfloat16's steps pass it
     model = torch.nn.Linear(6, 4).double()
     params = list(model.parameters())
     oracle = BY_NAME["adamw"].oracle(params)
