@@ -1,23 +1,29 @@
 #!/usr/bin/env bash
 # Every check and test of the project, on a fresh machine with Python, git and gcc: makes the environments that are
 # missing, then runs style and types, the tests, the page of a dump in a browser (as root on Debian it installs
-# Chromium; elsewhere it has to be there), the NPU lane, and the README from the built wheel.
-# Arguments go to pytest, for example: bash scripts/test.sh -k lamb
+# Chromium; elsewhere it has to be there), the NPU lane, the lane of generated NPU kernels, and the README from the built
+# wheel. Arguments go to pytest, for example: bash scripts/test.sh -k lamb; --slow runs the slow tier of the lanes too.
 # Environment: PYTHON (which interpreter makes .venv), TEST_WORKERS (pytest processes; default: cores, at most 4),
 # NPU_FUSE_FULL=1 (all cases of torch's database of optimizers instead of every sixth, about 20 minutes more).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+slow=()
+given=()
+for argument in "$@"; do
+    if [ "$argument" = --slow ]; then slow=(--slow); else given+=("$argument"); fi
+done
 
 cores="$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)"
 workers="${TEST_WORKERS:-$((cores < 4 ? cores : 4))}"
 # Several processes share the cores: OpenMP's threads must not spin while they wait (up to 40 times slower otherwise).
 export OMP_WAIT_POLICY=PASSIVE
 
-STAGES=6
+STAGES=7
 stage "environment (.venv)" environment test
 if [ "$FAILED" -ne 0 ]; then finish scripts/test.sh; fi
 stage "style and types" bash scripts/check.sh
-stage "tests ($workers at a time)" "$PY" -m pytest -n "$workers" -m "not npu and not browser" --durations=10 "$@"
+stage "tests ($workers at a time)" "$PY" -m pytest -n "$workers" -m "not npu and not browser" --durations=10 "${given[@]}"
 lacking="$(no_browser)"
 if [ -z "$lacking" ]; then
     stage "the page of a dump in Chromium" env NPU_FUSE_BROWSER=1 "$PY" -m pytest -m browser tests/test_page_browser.py
@@ -29,5 +35,6 @@ if [ -f scripts/npu_lane.sh ]; then
 else
     not_run "NPU lane (.venv-npu)" "there is no scripts/npu_lane.sh"
 fi
+stage "NPU kernels lane (.venv-npu-kernels)" bash scripts/npu_kernels_lane.sh "${slow[@]}"
 stage "built wheel and README, empty environment" bash scripts/wheel_test.sh
 finish scripts/test.sh

@@ -44,11 +44,17 @@ _TORCH: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def evaluate(formula: Formula, tensors: dict[int, Tensor], scalars: dict[int, Tensor]) -> dict[int, Tensor]:
-    """Values of all roots of a formula for one member, by `id` of the expression; slots give the leaves."""
+def evaluate(
+    formula: Formula, tensors: dict[int, Tensor], scalars: dict[int, Tensor], numel: Tensor | None = None
+) -> dict[int, Tensor]:
+    """Values of all roots of a formula for one member, by `id` of the expression; slots give the leaves.
+
+    `numel`: the elements of the member's tensors, where those are not given.
+    """
     values: dict[int, Tensor] = {}
     for e in postorder(formula.roots):
-        values[id(e)] = _value(e, values, tensors, scalars)
+        known = numel if e.op == "numel" else None
+        values[id(e)] = _value(e, values, tensors, scalars) if known is None else known
     return values
 
 

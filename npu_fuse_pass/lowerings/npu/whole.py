@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from npu_fuse_pass.errors import FuseError, GraphRefused, Mismatch, Unsupported
+from npu_fuse_pass.ir.expr import postorder
 from npu_fuse_pass.ir.fused_op import multi_tensor_update, parsed
 from npu_fuse_pass.ir.types import Call, Formula, Group, Leaf, LeafRef
 from npu_fuse_pass.lowerings.npu.emit import elementwise
@@ -138,6 +139,8 @@ def _with_constants(rewritten: fx.GraphModule) -> fx.GraphModule:
         if not all(n.target is _NUMBER for row in given.values() for n in row):
             continue
         values = {s: [n.args[0] for n in row] for s, row in given.items()}
+        if any(e.op == "numel" for e in postorder(formula.roots)):
+            continue  # the check of the whole formula says that there is no GE operation for it
         made = _split(formula, {s: row[0] for s, row in values.items() if len(set(row)) == 1})
         if made is None:
             continue

@@ -43,10 +43,13 @@ class Split:
     constants: Mapping[int, float] = dataclasses.field(default_factory=dict)
     flagged: bool = False
 
-    def host_values(self, scalars: dict[int, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """`values` and the new values of `advanced`, of all members at once: scalars are 0-dim or one per member."""
+    def host_values(self, scalars: dict[int, Tensor], numel: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
+        """`values` and the new values of `advanced`, of all members at once: scalars are 0-dim or one per member.
+
+        `numel`: the elements of each member's tensors, float64; None only where nothing is computed with them.
+        """
         constants = {s: torch.tensor(x, dtype=torch.float64, device="cpu") for s, x in self.constants.items()}
-        found = evaluate(self.host, {}, {**scalars, **constants})
+        found = evaluate(self.host, {}, {**scalars, **constants}, numel)
         return [found[id(e)] for e in self.values], [found[id(e)] for _, e in self.advanced]
 
 
@@ -76,6 +79,24 @@ def split(
         taking_part = Expr("ne", (build.scalar(), zero), None, torch.bool, False)
         contributions = [Expr("where", (taking_part, e, zero), None, e.dtype, False) for e in contributions]
     return build.split(writes, contributions, advanced, tuple(s for s, _ in tensor_writes), flagged=contribute)
+
+
+def split_whole(formula: Formula, device_slots: Collection[int], constants: Mapping[int, float] | None = None) -> Split:
+    """Split the writes of a formula together with its contributions, as `split` does either.
+
+    Raises:
+        Unsupported: a 0-dim state depends on a tensor, so that the host cannot advance it.
+    """
+    tensor_writes, advanced = [(s, e) for s, e in formula.writes if formula.slots[s].tensor], _advanced(formula)
+    roots = [*(e for _, e in tensor_writes), *formula.contributions]
+    on_host = _on_host(roots, advanced, device_slots)
+    read = {e.value for e in postorder(roots) if e.op == "leaf"}
+    used = [s for s in formula.tensor_slots if s in read or any(s == written for written, _ in tensor_writes)]
+    build = _Device(formula, used, on_host, [s for s in device_slots if s in read], constants or {})
+    writes = [(build.tensor_slot[s], build.copy(e)) for s, e in tensor_writes]
+    contributions = [build.copy(e) for e in formula.contributions]
+    build.finish()
+    return build.split(writes, contributions, advanced, tuple(s for s, _ in tensor_writes))
 
 
 def split_operands(

@@ -5,24 +5,33 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from itertools import repeat
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from npu_fuse_pass.ir.types import Leaf
+from npu_fuse_pass.ir.types import Group, Leaf
+from npu_fuse_pass.lowerings.npu.emit.split import Split
 from npu_fuse_pass.lowerings.npu.host.counters import Outgoing, States
 from npu_fuse_pass.lowerings.npu.host.mirror import Kind, Mirror
 from npu_fuse_pass.lowerings.npu.host.numbers import HostValues
 from npu_fuse_pass.lowerings.npu.host.rows import picked
 from npu_fuse_pass.lowerings.npu.host.step import Step
-from npu_fuse_pass.lowerings.npu.part import Part
 from npu_fuse_pass.lowerings.npu.plan import Values
+
+
+class Numbered(Protocol):
+    """What the host has to know of a group: `on_the_device` are the 0-dim leaves that it reads from there."""
+
+    group: Group
+    splits: list[Split]
+    on_the_device: set[int]
 
 
 class Host:
     """The host's part of a step."""
 
-    def __init__(self, leaves: Sequence[Leaf], parts: Sequence[Part]) -> None:
+    def __init__(self, leaves: Sequence[Leaf], parts: Sequence[Numbered]) -> None:
         self._leaves, self._parts = leaves, parts
         self._mirror = Mirror(sorted({i for part in parts for i in part.on_the_device}), leaves)
         self._evaluate = [

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from npu_fuse_pass.ir.expr import Expr
+from npu_fuse_pass.ir.expr import Expr, postorder
 from npu_fuse_pass.ir.types import Group, Leaf
 from npu_fuse_pass.lowerings.npu.emit.split import Split, slots_of
 from npu_fuse_pass.lowerings.npu.host.counters import Advanced
@@ -23,11 +24,12 @@ class HostValues:
         self.made = made
         slots = _slots(made, made.host.roots)
         self._columns = {s: _Column([m[s] for m in group.members], leaves, mirror) for s in slots}
+        self._numel = torch.tensor(numels(group, leaves), dtype=torch.float64, device="cpu")
 
     def __call__(self, values: Values) -> tuple[list[Tensor], list[Advanced]]:
         """`made.values` (float64, 0-dim or one per member), and what is written to 0-dim states."""
         given = {s: c.of(values) for s, c in self._columns.items()}
-        found, new = self.made.host_values({s: column for s, (column, _) in given.items()})
+        found, new = self.made.host_values({s: column for s, (column, _) in given.items()}, self._numel)
         rows = {s: row for s, (_, row) in given.items()}
         advanced = [Advanced(s, x, rows.get(s)) for (s, _), x in zip(self.made.advanced, new, strict=True)]
         return [v.double() for v in found], advanced
@@ -45,8 +47,11 @@ class Packed:
             keys: dict[tuple[int, ...], int] = {}
             rows: list[int] = []
             self.positions.append([])
+            counts = any(x.op == "numel" for x in postorder([e]))
             for run in runs:
                 key = tuple(group.members[run.members[0]][s] for s in _slots(made, [e]))
+                if counts:
+                    key = (*key, -1 - run.members[0])  # the members' sizes
                 if key not in keys:
                     keys[key] = offset + self.count + len(rows)
                     rows.append(run.members[0])
@@ -62,6 +67,12 @@ class Packed:
         """The pieces of the packed vector, from what `HostValues` found and which members take part."""
         chosen = [v.expand(len(rows)) if v.ndim == 0 else v[rows] for v, rows in zip(found, self._rows, strict=True)]
         return [*chosen, torch.tensor([float(active[m]) for m in self._flags], dtype=torch.float64, device="cpu")]
+
+
+def numels(group: Group, leaves: Sequence[Leaf]) -> list[int]:
+    """The elements of every member's tensors."""
+    first = group.formula.tensor_slots[:1]
+    return [math.prod(leaves[member[s]].shape) for member in group.members for s in first] or [1]
 
 
 def _slots(made: Split, exprs: Sequence[Expr]) -> list[int]:

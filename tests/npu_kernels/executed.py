@@ -1,0 +1,127 @@
+"""Steps by generated kernels on this CPU: compiled by the real compiler, the last IR executed by `machine`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from npu_fuse_pass.capture.graph import capture
+from npu_fuse_pass.capture.rule import capture_batches
+from npu_fuse_pass.ir.types import Captured, Group, Leaf
+from npu_fuse_pass.lowerings.npu.kernels import block
+from npu_fuse_pass.lowerings.npu.kernels.generate import Kernel
+from npu_fuse_pass.lowerings.npu.kernels.launch import Generated, generate_group
+from npu_fuse_pass.lowerings.npu.kernels.program import Program
+from npu_fuse_pass.passes.group import group
+from npu_fuse_pass.rules.batch import inputs_of
+from tests.npu_kernels import machine
+from tests.npu_kernels.compiler import final_ir
+
+CORES = 40
+
+
+def compiled(kernel: Kernel) -> str:
+    return final_ir(kernel.text)
+
+
+@functools.cache
+def executable(text: str) -> machine.Kernel:
+    return machine.Kernel(final_ir(text))
+
+
+class Cores:
+    """A launcher that executes the last IR, and counts."""
+
+    def __init__(self, blocks: int = CORES) -> None:
+        self.blocks = blocks
+        self.launched: list[str] = []
+
+    def __call__(self, kernel: Kernel, arguments: Sequence[int], rows: int) -> None:
+        self.launched.append(kernel.name)
+        executable(kernel.text)(min(self.blocks, rows), *arguments)
+
+
+@functools.cache
+def _blocks() -> dict[str, int]:
+    return {}
+
+
+def generated(made: Group, leaves: Sequence[Leaf], size: int | None = None) -> Generated:
+    """A group's kernels, with the largest block that has two buffers, or a given one."""
+
+    def chosen(kernels: Callable[[int], Any]) -> int:
+        if size is not None:
+            return size
+        key = made.formula.text
+        if key not in _blocks():
+            _blocks()[key] = block.largest(kernels, compiled)
+        return _blocks()[key]
+
+    return generate_group(made, leaves, chosen)
+
+
+def generated_groups(captured: Captured, size: int | None = None) -> list[Generated]:
+    return [generated(g, captured.leaves, size) for g in group(captured)]
+
+
+def captured_rules(optimizer: Any) -> Captured:
+    """The step of an optimizer of ours."""
+    optimizer._prelude.prepare()
+    captured = capture_batches(optimizer._prelude.batches)
+    assert not captured.unfused, captured.unfused
+    return captured
+
+
+class RuleStep:
+    """The step of an optimizer of ours by generated kernels."""
+
+    def __init__(self, optimizer: Any, blocks: int = CORES, size: int | None = None) -> None:
+        self.optimizer, self.cores = optimizer, Cores(blocks)
+        captured = captured_rules(optimizer)
+        self.groups = generated_groups(captured, size)
+        self._leaves = captured.leaves
+        self._program = Program(captured.leaves, self.groups, self.cores, torch.device("cpu"))
+
+    def step(self) -> None:
+        self.optimizer._prelude.prepare()
+        given = inputs_of(self.optimizer._prelude.batches)
+        values = [*given, *[None] * (len(self._leaves) - len(given))]
+        self._program(values, complete=True)
+
+
+class GraphBackend:
+    """A backend for torch.compile: captured graphs of steps run by generated kernels; `run=False`: as they are."""
+
+    def __init__(self, blocks: int = CORES, size: int | None = None, run: bool = True) -> None:
+        self.cores, self._size, self._run = Cores(blocks), size, run
+        self.groups: list[Generated] = []
+        self.captured: list[Captured] = []
+
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        captured = capture(gm)
+        if not captured.updates:
+            return gm.forward
+        assert not captured.unfused, captured.unfused
+        assert not captured.stages, "operations between kernels"
+        self.captured.append(captured)
+        if not self._run:
+            return gm.forward
+        groups = generated_groups(captured, self._size)
+        self.groups += groups
+        program = Program(captured.leaves, groups, self.cores, torch.device("cpu"))
+
+        def run(*arguments: Tensor) -> tuple[Any, ...]:
+            values: list[Any] = [None] * len(captured.leaves)
+            for i, leaf in enumerate(captured.leaves):
+                if leaf.kind == "input":
+                    values[i] = arguments[leaf.index]
+                elif leaf.kind == "attribute":
+                    values[i] = getattr(gm, leaf.name)
+            program(values, complete=True)
+            return tuple(o.literal if o.leaf is None else values[o.leaf] for o in captured.returned)
+
+        return run

@@ -1,0 +1,121 @@
+"""Flags and barriers of the last IR order all that conflicts; where one kind is planted missing, that is found."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from npu_fuse_pass.lowerings.npu.kernels.generate import Kernel
+from npu_fuse_pass.lowerings.npu.kernels.program import Program
+from npu_fuse_pass.rules.batch import inputs_of
+from tests.npu_kernels import machine
+from tests.npu_kernels.compiler import final_ir
+from tests.npu_kernels.executed import captured_rules, generated_groups
+from tests.npu_kernels.races import Races
+from tests.npu_kernels.steps import OURS, Step, parameters, set_gradients
+
+SIZES = (3 * 4096, 5000, 4 * 4096, 1, 9000, 700, 33)
+Edit = Callable[[str], str]
+
+
+class Watched:
+    """A launcher that executes one block under a watch; `edit` plants a mistake."""
+
+    def __init__(self, edit: Edit) -> None:
+        self._edit = edit
+        self.seen: list[tuple[Kernel, Races]] = []
+
+    def __call__(self, kernel: Kernel, arguments: Sequence[int], rows: int) -> None:
+        races = Races()
+        machine.Kernel(self._edit(final_ir(kernel.text)), races)(1, *arguments)
+        self.seen.append((kernel, races))
+
+
+def watch(step: Step, edit: Edit = lambda text: text, size: int | None = None) -> list[tuple[Kernel, Races]]:
+    params = parameters(SIZES)
+    opt = step.build(params)
+    set_gradients(params, 0)
+    captured = captured_rules(opt)
+    watched = Watched(edit)
+    program = Program(captured.leaves, generated_groups(captured, size), watched, torch.device("cpu"))
+    given = inputs_of(opt._prelude.batches)
+    program([*given, *[None] * (len(captured.leaves) - len(given))])
+    return watched.seen
+
+
+@pytest.mark.parametrize("step", OURS, ids=str)
+def test_no_race_and_no_load_that_waits(step: Step) -> None:
+    for kernel, races in watch(step):
+        assert not races.found, (kernel.name, races.found)
+        if kernel.over == "chunks":
+            assert races.loads > 5 and races.waiting == 0, (kernel.name, races.waiting, races.loads)
+
+
+@functools.cache
+def ordering(step: Step) -> list[str]:
+    """Patterns of lines: each kind of flag and barrier that a step's kernels have."""
+    texts = [final_ir(kernel.text) for kernel, _ in watch(step)]
+    flags = {m for text in texts for m in re.findall(r"set_flag\[<(\w+)>, <(\w+)>", text)}
+    return [*(f"flag[<{a}>, <{b}>" for a, b in sorted(flags)), "pipe_barrier[<PIPE_V>"]
+
+
+def without(pattern: str) -> Edit:
+    return lambda text: "\n".join(line for line in text.splitlines() if pattern not in line)
+
+
+BY_NAME = {step.name: step for step in OURS}
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion"])
+def test_each_kind_of_flag_is_needed(name: str) -> None:
+    kinds = ordering(BY_NAME[name])
+    assert len(kinds) >= 4
+    for pattern in kinds:
+        assert any(races.found for _, races in watch(BY_NAME[name], without(pattern))), pattern
+
+
+def test_flags_of_sums_are_needed() -> None:
+    """A flag from the scalar unit orders what the unit's own order of issue orders already: those are not found."""
+    for pattern in ordering(BY_NAME["lamb"]):
+        found = any(races.found for _, races in watch(BY_NAME["lamb"], without(pattern)))
+        assert found or "flag[<PIPE_S>" in pattern, pattern
+
+
+def test_halves_of_a_double_buffer_at_one_address() -> None:
+    def edit(text: str) -> str:
+        choices = re.findall(r"arith\.select %\w+, (%\w+), (%\w+) : memref<", text)
+        first, second = next(c for c in choices if c[0] != c[1])
+        return re.sub(rf"({first} = hivm\.hir\.pointer_cast)\(%\w+\)", rf"\1({address(text, second)})", text)
+
+    def address(text: str, name: str) -> str:
+        found = re.search(rf"{name} = hivm\.hir\.pointer_cast\((%\w+)\)", text)
+        assert found
+        return found[1]
+
+    assert any(races.found for _, races in watch(BY_NAME["adamw"], edit))
+
+
+def test_two_inputs_at_one_address_give_wrong_numbers() -> None:
+    """A core's memory is bytes at planned addresses when IR is executed here: a wrong plan shows in the results."""
+
+    def edit(text: str) -> str:
+        loads = re.findall(r"hivm\.hir\.load .* outs\((%\w+) :", text)
+        first, second = (re.search(rf"{name} = memref\.subview (%\w+)", text) for name in loads[:2])
+        assert first and second
+        return text.replace(f"{loads[1]} = memref.subview {second[1]}", f"{loads[1]} = memref.subview {first[1]}")
+
+    found = []
+    for change in (lambda text: text, edit):
+        params = parameters((5000,))
+        opt = BY_NAME["adamw"].build(params)
+        set_gradients(params, 0)
+        captured = captured_rules(opt)
+        program = Program(captured.leaves, generated_groups(captured), Watched(change), torch.device("cpu"))
+        given = inputs_of(opt._prelude.batches)
+        program([*given, *[None] * (len(captured.leaves) - len(given))])
+        found.append(params[0].detach().clone())
+    assert not torch.allclose(*found)
