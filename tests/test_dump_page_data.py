@@ -15,7 +15,7 @@ from torch import fx
 import optimizers
 from npu_fuse_pass.dump.contents import Contents
 from npu_fuse_pass.dump.page.drawing import Drawing
-from npu_fuse_pass.dump.page.graphs import all_groups, before
+from npu_fuse_pass.dump.page.graphs import before
 from npu_fuse_pass.dump.page.page import page
 
 from .dumped import contents_of, contents_of_rule, parameters
@@ -92,7 +92,7 @@ def test_every_operation_of_a_stock_optimizer_is_drawn_once_for_its_family(forea
 @pytest.mark.parametrize("foreach", [True, False])
 def test_operations_know_the_fused_node_that_took_them(foreach: bool) -> None:
     contents = adamw(foreach)
-    groups = all_groups(contents)
+    groups = contents.grouped.all_groups
     for number, d in enumerate(before(contents).families):
         assert d.groups == [number] and len(groups[number].members) == len(d.members)
         assert all(n.groups == [number] for n in d.nodes if n.kind == "op")
@@ -146,8 +146,8 @@ def test_totals_are_a_drawing_of_their_own() -> None:
 def test_original_operations_stay_and_what_is_around_them_is_taken() -> None:
     contents = orthogonal_step()
     (family,) = before(contents).families
-    names = [g.labels for g in all_groups(contents)]
-    writers = {i for i, g in enumerate(contents.groups, len(names) - len(contents.groups))}
+    names = [g.labels for g in contents.grouped.all_groups]
+    writers = {i for i, g in enumerate(contents.grouped.groups, len(names) - len(contents.grouped.groups))}
     kept = [n for n in family.nodes if n.kept]
     assert [n.name for n in kept] == ["matmul"] and not kept[0].groups
     taken = {n.name: set(n.groups) for n in family.nodes if n.kind == "op" and not n.kept}
@@ -175,7 +175,7 @@ def test_totals_of_the_step() -> None:
     assert data["totals"]["parameters"] == 6
     assert data["totals"]["nodes"][1] == data["totals"]["launches"] == 2
     assert data["totals"]["bytes"]["before"] > data["totals"]["bytes"]["after"] > 0
-    assert [g["name"] for g in data["groups"]] == [g.name for g in adamw(True).groups]
+    assert [g["name"] for g in data["groups"]] == [g.name for g in adamw(True).grouped.groups]
     assert all(g["source"].count("for (") and g["formula"] for g in data["groups"])
 
 
@@ -211,8 +211,8 @@ def unfused() -> Contents:
 def test_names_cannot_end_the_data() -> None:
     name = "</script><b>&\u2028'\""
     contents = contents_of_rule(optimizers.NpuFusedAdam(parameters(2)))
-    renamed = [dataclasses.replace(leaf, name=name + leaf.name) for leaf in contents.captured.leaves]
-    contents = dataclasses.replace(contents, captured=dataclasses.replace(contents.captured, leaves=renamed))
+    renamed = [dataclasses.replace(leaf, name=name + leaf.name) for leaf in contents.grouped.leaves]
+    contents = dataclasses.replace(contents, grouped=dataclasses.replace(contents.grouped, leaves=tuple(renamed)))
     text = page(contents)
     assert "<b>" not in text and "\u2028" not in text
     assert data_of(contents)["families"][0]["members"][0].startswith("</script><b>")

@@ -259,8 +259,8 @@ def test_the_bandwidth_changes_the_modelled_time(browser: Browser, many: Content
 def test_names_are_no_html(browser: Browser) -> None:
     name = "</script><b id=planted>x</b><img src=x onerror=\"document.title='planted'\">"
     contents = contents_of_rule(optimizers.NpuFusedAdam(parameters(3)))
-    renamed = [dataclasses.replace(leaf, name=name + leaf.name) for leaf in contents.captured.leaves]
-    contents = dataclasses.replace(contents, captured=dataclasses.replace(contents.captured, leaves=renamed))
+    renamed = [dataclasses.replace(leaf, name=name + leaf.name) for leaf in contents.grouped.leaves]
+    contents = dataclasses.replace(contents, grouped=dataclasses.replace(contents.grouped, leaves=tuple(renamed)))
     browser.open("names", contents)
     browser.click(".card .expand")
     browser.click("#before .box.leaf")
