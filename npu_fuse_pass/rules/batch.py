@@ -146,9 +146,17 @@ def expose(batch: Batch, state: States) -> None:
         return
     for i, (param, grad) in enumerate(zip(batch.params, batch.grads, strict=True)):
         if grad is not None and not batch.seen[i]:
-            batch.seen[i] = True
             _show(batch, i, state.entry(param))
+            batch.seen[i] = True
     batch.all_seen = all(batch.seen)
+
+
+def expose_updated(batch: Batch, state: States) -> None:
+    """As `expose` after a step that something interrupted: of the parameters that it has updated."""
+    for i, param in enumerate(batch.params):
+        if batch.counts and not batch.seen[i] and batch.steps[i] > 0:
+            _show(batch, i, state.entry(param))
+            batch.seen[i] = True
 
 
 def check_state(

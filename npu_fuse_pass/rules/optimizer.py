@@ -157,9 +157,13 @@ class RuleOptimizer(torch.optim.Optimizer):
                 torch._dynamo.graph_break(msg=core_op.APART.format(reason))
             return self._surface.update(self.found_inf)
         loss = self._before(closure)
-        if self.found_inf is None or not bool(self.found_inf):
-            self._core(self._ticket)
-        self._after()
+        try:
+            if self.found_inf is None or not bool(self.found_inf):
+                self._core(self._ticket)
+            self._after()
+        except BaseException:
+            self._prelude.expose_updated()
+            raise
         return loss
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]

@@ -20,6 +20,7 @@ from npu_fuse_pass.rules.batch import (
     check_gradient,
     check_state,
     expose,
+    expose_updated,
     fill_hyper,
     make_batch,
 )
@@ -97,6 +98,14 @@ class Prelude:
         for batch in self.batches:
             expose(batch, optimizer.state)
 
+    def expose_updated(self) -> None:
+        """As `expose_states` after a step that something interrupted (KeyboardInterrupt): of what it has updated."""
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        if isinstance(optimizer.state, States):
+            for batch in self.batches:
+                expose_updated(batch, optimizer.state)
+
     def release_gradients(self) -> None:
         """Let go of this step's gradients: the next forward pass needs the memory that zero_grad frees."""
         for batch in self.batches:
@@ -130,6 +139,15 @@ class Prelude:
         state = optimizer.state
         self._check_states(optimizer, parts)
         state.changes.forget()
+        try:
+            self._make_batches(optimizer, parts, state)
+        except BaseException:
+            state.changes.made = True  # half of it is: the next step begins anew
+            raise
+
+    def _make_batches(
+        self, optimizer: Stepped, parts: list[tuple[int, Declaration, list[Tensor], Mapping[str, Any]]], state: States
+    ) -> None:
         batches: list[Batch] = []
         outside: list[Tensor] = []
         for index, (group, rule, params, settings) in enumerate(parts):

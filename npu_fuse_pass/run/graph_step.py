@@ -100,12 +100,21 @@ class GraphStep:
         variant = self._variants.of(functools.partial(_number, kept), self._variant)
         if variant.program is None:
             return self._gm.forward(*args)
-        values = variant.arguments(args, kept)
+        try:
+            return self._run(variant, args, kept, optimizers)
+        except BaseException:
+            for o in optimizers:
+                o._prelude.expose_updated()
+            raise
+
+    def _run(self, variant: _GraphVariant, args: Sequence[Any], kept: Kept, optimizers: Sequence[Stepping]) -> Any:
+        program, values = variant.program, variant.arguments(args, kept)
+        assert program is not None
         try:
             if variant.check is None:
-                variant.program(values, complete=True)
+                program(values, complete=True)
             else:
-                fused = functools.partial(variant.program, values, complete=True)
+                fused = functools.partial(program, values, complete=True)
                 variant.check(values, fused, functools.partial(self._gm.forward, *args), optimizers)
         except Mismatch as e:
             return self._unfused(e.reason, args)

@@ -45,7 +45,8 @@ def generate(name: str, formula: Formula, totals: Collection[int] | None = ()) -
     made = plan(formula, totals)
     names = [f"{name}_contribute", name][-len(made.stages) :]
     var = {id(e): f"v{i}" for i, e in enumerate(postorder(formula.roots))}
-    stages = [_Stage(*given, formula, var) for given in zip(names, made.stages, strict=True)]
+    numbers = range(2 - len(names), 2)
+    stages = [_Stage(*given, formula, var) for given in zip(names, numbers, made.stages, strict=True)]
     scratch = max(len(s.stored) for s in stages) or 1
     partial = 2 * max(max((len(r) for r in s.reductions), default=0) for s in stages) or 1
     header = "\n".join(f"// {line}" for line in formula.text.splitlines())
@@ -58,8 +59,9 @@ def generate(name: str, formula: Formula, totals: Collection[int] | None = ()) -
 class _Stage:
     """One exported function: scalar sections and passes in turn."""
 
-    def __init__(self, name: str, stage: Stage, formula: Formula, var: dict[int, str]) -> None:
+    def __init__(self, name: str, number: int, stage: Stage, formula: Formula, var: dict[int, str]) -> None:
         self.name = name
+        self.number = number
         self.formula = formula
         self.writes = stage.writes
         self.contributions = stage.contributions
@@ -186,7 +188,7 @@ class _Stage:
                 lines += ["    #pragma omp for schedule(dynamic, a.grain)"]
                 lines += ["    for (int64_t c = 0; c < a.chunks; ++c) {", "      const int64_t m = a.chunk_member[c];"]
                 lines += [f"      {here} {n}_pass{k}(a, m, c);", "    }"]
-        return "\n".join([*lines, "  }", "}"])
+        return "\n".join([*lines, "  }", f"  a.done[{self.number}] = 1;", "}"])
 
     def _small_members(self) -> list[str]:
         """All passes of a member in turn, while a cache holds it: only the first one reads memory."""

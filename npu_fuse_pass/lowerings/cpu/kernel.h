@@ -16,6 +16,7 @@ struct Args {
   double* scratch;               // [member][SCRATCH]
   double* partial;               // [chunk][PARTIAL]
   double* contributions;         // [contribution][member]
+  uint8_t* done;                 // [2]: the contributing function and the updating one set theirs when they are through
 };
 
 // Members of so many elements or fewer are left to one thread each: a core's cache holds them from pass to pass, and

@@ -36,6 +36,8 @@ class Kernel:
     """One group: its functions, its tables, and the tensors of the current call.
 
     Attributes:
+        contribute, update: its functions.
+        done: whether each of them is through with this step; they set it themselves.
         moved: what it writes may lie elsewhere than when somebody last set this to False.
     """
 
@@ -66,6 +68,7 @@ class Kernel:
         self._find_overlap.restype = ctypes.c_int64
         self._numels = [_numel(leaves, formula.tensor_slots, m) for m in members]
         self._tables = Tables(formula, self._numels, source.scratch, source.partial)
+        self.done = self._tables.done
         self._columns = [Column(rank, slot, group, leaves) for rank, slot in enumerate(formula.tensor_slots)]
         self._scalar_columns = [Column(rank, slot, group, leaves) for rank, slot in enumerate(formula.scalar_slots)]
         self._varying = [c for c in self._columns if not c.fixed]
@@ -268,6 +271,7 @@ class Kernel:
 
     def write(self, values: Values) -> None:
         """Tell autograd what changes: ahead of the kernel, while all that knows the tensors is still in a cache."""
+        self.done[0] = self.done[1] = 0
         if self.looking.write():
             return
         for column in (*self._columns, *self._scalar_columns):

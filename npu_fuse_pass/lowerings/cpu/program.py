@@ -7,6 +7,7 @@ checks that what lies there is what the kernel was made for, and copies where a 
 from __future__ import annotations
 
 import array
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Sequence, Set
@@ -21,6 +22,8 @@ from npu_fuse_pass.lowerings.cpu.kernel import Kernel
 from npu_fuse_pass.lowerings.cpu.tables import Values
 from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.tensors.memory import NOWHERE, check_apart
+
+_INTERRUPTS = 100  # that one step outlasts
 
 
 class Program:
@@ -59,6 +62,7 @@ class Program:
         totals = total_slots(groups, leaves)
         self.kernels = [Kernel(g, leaves, addresses, snapshots, t) for g, t in zip(groups, totals, strict=True)]
         self._slower = slower
+        self._summed = False
         written = {m[s] for g in groups for s in g.formula.written for m in g.members}
         self._outputs = [(i, leaves[i]) for i in sorted(written) if leaves[i].kind in ("output", "temporary")]
 
@@ -121,18 +125,45 @@ class Program:
             kernel.release()
 
     def _compute(self, values: Values) -> None:
+        """All kernels, or none: what a signal's handler raises between two of them (KeyboardInterrupt) is held."""
         threads = torch.get_num_threads()
-        for kernel in self.kernels:
-            kernel.write(values)
-        for _ in range(self._rounds):
+        written = False
+        self._summed = False
+        try:
             for kernel in self.kernels:
-                if kernel.contribute is not None:
-                    kernel.call(kernel.contribute, threads)
-            self._add_totals()
+                kernel.write(values)
+            written = True
+            self._run(threads)
+        except BaseException as e:
+            if written or not isinstance(e, Exception):  # an Exception of `write` is a refusal
+                self._complete(values, written, threads)
+            raise
+
+    def _run(self, threads: int) -> None:
+        """What of the step is not done yet."""
+        if not self._summed:
+            for _ in range(self._rounds):
+                for kernel in self.kernels:
+                    # what is needed again writes nothing
+                    if kernel.contribute is not None and (self._rounds > 1 or not kernel.done[0]):
+                        kernel.call(kernel.contribute, threads)
+                self._add_totals()
+            self._summed = True
         for kernel in self.kernels:
-            kernel.call(kernel.update, threads)
+            if not kernel.done[1]:
+                kernel.call(kernel.update, threads)
         for kernel in self.kernels:
             kernel.finish()
+
+    def _complete(self, values: Values, written: bool, threads: int) -> None:
+        """Go on with a step that was interrupted, whatever interrupts that; `written`: all kernels' `write` is done."""
+        for _ in range(_INTERRUPTS):
+            with contextlib.suppress(BaseException):
+                for kernel in () if written else self.kernels:
+                    kernel.write(values)
+                written = True
+                self._run(threads)
+                return
 
     def cost(self, kernel: Kernel) -> tuple[int, int]:
         """Bytes for each element and kernel calls of a step."""

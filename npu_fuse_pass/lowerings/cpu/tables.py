@@ -38,6 +38,7 @@ class Args(ctypes.Structure):
                 "scratch",
                 "partial",
                 "contributions",
+                "done",
             ]
         ),
     ]
@@ -50,6 +51,7 @@ class Tables:
         tensors, scalars: addresses, [slot][member]; tags: the scalars' dtypes.
         active: per member, 1 if it takes part.
         contributions: what the kernel adds to totals, [contribution][member].
+        done: whether it is through with contributing and with updating; it sets them itself.
         args: all of it, as the kernel gets it, at `pointer`.
     """
 
@@ -60,6 +62,7 @@ class Tables:
         self.tags = array.array("B", [0]) * max(1, n * len(formula.scalar_slots))
         self.active = array.array("B", [1]) * n
         self.contributions = array.array("d", [0.0]) * max(1, n * len(formula.contributions))
+        self.done = array.array("B", [0, 0])
         member, start, first = array.array("i"), array.array("q"), array.array("q", [0])
         for m, numel in enumerate(numels):
             if formula.tensor_slots:
@@ -80,6 +83,7 @@ class Tables:
             "scratch": array.array("d", [0.0]) * (n * scratch),
             "partial": array.array("d", [0.0]) * max(1, chunks * partial),
             "contributions": self.contributions,
+            "done": self.done,
         }
         pointers = {name: a.buffer_info()[0] for name, a in self._arrays.items()}
         self.args = Args(members=n, chunks=chunks, elements=elements, **pointers)
