@@ -218,6 +218,8 @@ def _finished(fused: Fused, options: Options, original: fx.GraphModule | None = 
         UnfusedError: `strict`, and something was left unfused.
     """
     report = fused.report
+    if original is not None and not (fused.captured.updates or report.unfused or report.fallback):
+        return fused  # no step: what surrounds one, or a closure's forward pass
     record(report)
     root = wanted(options.dump) if report.groups or report.unfused or report.fallback else None
     if root is not None:
@@ -231,7 +233,7 @@ def _finished(fused: Fused, options: Options, original: fx.GraphModule | None = 
     if options.strict and (report.unfused or report.fallback):
         raise UnfusedError("\n  ".join(["strict=True and not everything was fused:", *map(str, report.reasons)]))
     if report.fallbacks:
-        warn_unfused(report.fallbacks, stacklevel=2)
+        warn_unfused(report.fallbacks)
     return fused
 
 

@@ -55,6 +55,7 @@ class Code(enum.Enum):
     SAME_SCALAR = ("Several parameters write the same 0-dim tensor.", None)
     RULE = ("A rule raises an error where it is traced.", None)
     GRAPH = ("The graph holds something else than a step's operations on tensors and numbers.", None)
+    FORWARD_PASS = ("One graph holds a forward pass and an update.", "compile the step by itself")
     MATCH = ("A formula is not compared with the known kernels.", None)
 
     # where it runs

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from npu_fuse_pass.capture.forward import beside_a_forward_pass, is_forward_pass
 from npu_fuse_pass.capture.inline import expand_rule
 from npu_fuse_pass.capture.interpreter import Interpreter
 from npu_fuse_pass.capture.list_ops import LISTS
@@ -20,6 +21,7 @@ from npu_fuse_pass.capture.updates import updates_of
 from npu_fuse_pass.capture.values import Cell
 from npu_fuse_pass.capture.walk import Recorded, run_graph
 from npu_fuse_pass.errors import Unsupported
+from npu_fuse_pass.fx_nodes.effects import writes_leaves
 from npu_fuse_pass.ir.types import Captured, Leaf, Output, Stage
 from npu_fuse_pass.reasons import Code
 
@@ -56,11 +58,11 @@ def capture(gm: fx.GraphModule) -> Captured:
         moved = (interpreter.moved, interpreter.moved_by_calls)
         return Captured(interpreter.leaves, updates, unfused, stages, outputs, *moved, interpreter.expanded)
     except Recorded:
-        return Captured(interpreter.leaves, [], [])  # a forward pass: nothing here is an update
+        return Captured(interpreter.leaves, [], beside_a_forward_pass(gm.graph))
     except Unsupported as e:
-        # a graph that writes nothing but what it returns is no optimizer's: there is nothing to report
-        only_returns = interpreter.written and all(interpreter.leaves[i].kind == "output" for i in interpreter.written)
-        return Captured(interpreter.leaves, [], [] if only_returns else [e.reason])
+        if is_forward_pass(gm.graph):
+            return Captured(interpreter.leaves, [], beside_a_forward_pass(gm.graph))
+        return Captured(interpreter.leaves, [], [e.reason] if writes_leaves(gm.graph) else [])
 
 
 def _outputs(interpreter: Interpreter, node: fx.Node, returned: Sequence[Any]) -> list[Output]:

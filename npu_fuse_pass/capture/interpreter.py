@@ -17,7 +17,7 @@ from npu_fuse_pass.capture.aten.pointwise import evaluate
 from npu_fuse_pass.capture.aten.shaped import SHAPED
 from npu_fuse_pass.capture.values import Cell, Val
 from npu_fuse_pass.errors import Unsupported
-from npu_fuse_pass.fx_nodes.effects import Effects, recorded
+from npu_fuse_pass.fx_nodes.effects import Effects, recorded, storage_of
 from npu_fuse_pass.ir.expr import DTYPE_NAMES, Builder, Expr, postorder
 from npu_fuse_pass.ir.types import Call, Expanded, Leaf, LeafRef
 from npu_fuse_pass.reasons import Code, Reason
@@ -141,9 +141,9 @@ class Interpreter:
         given: Any = fx.node.map_aggregate(
             (args, kwargs), lambda a: self._reference(a, level) if isinstance(a, Cell) else a
         )
-        bases = {_storage(recorded(n)): c for n, c in zip(node.args, args, strict=True) if isinstance(n, fx.Node)}
+        bases = {storage_of(recorded(n)): c for n, c in zip(node.args, args, strict=True) if isinstance(n, fx.Node)}
         first = len(self.leaves)
-        made = [self._result(name, fake, level, bases.get(_storage(fake))) for fake in fakes]
+        made = [self._result(name, fake, level, bases.get(storage_of(fake))) for fake in fakes]
         traffic = _traffic([a.val for a in cells], [made_cell.val for made_cell in made])
         self.moved, self.moved_by_calls = self.moved + traffic, self.moved_by_calls + traffic
         several = isinstance(meta, (list, tuple))
@@ -238,10 +238,6 @@ def _traffic(args: Sequence[Any], results: Sequence[Val]) -> int:
     """Bytes that an operation reads and writes; a tensor that is given twice is read once, what is 0-dim is free."""
     vals = [*{id(a): a for a in args if isinstance(a, Val)}.values(), *results]
     return sum(math.prod(v.shape) * v.dtype.itemsize for v in vals if v.shape)
-
-
-def _storage(fake: Any) -> int | None:
-    return fake.untyped_storage()._cdata if isinstance(fake, Tensor) else None
 
 
 def flatten(values: Sequence[Any]) -> Iterator[Any]:

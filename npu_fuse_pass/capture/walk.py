@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from npu_fuse_pass.capture.aten.rows import ROWS
 from npu_fuse_pass.capture.aten.shaped import SHAPED
+from npu_fuse_pass.capture.forward import records
 from npu_fuse_pass.capture.interpreter import Interpreter, flatten
 from npu_fuse_pass.capture.values import Cell
 from npu_fuse_pass.errors import Unsupported
@@ -73,7 +74,7 @@ def _call_node(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], k
     on_numbers = not any(isinstance(a, Cell) for a in flatten((*args, *kwargs.values())))
     if on_numbers and node.target in _ARITHMETIC:
         return node.target(*args, **kwargs)  # type: ignore[operator]
-    if interpreter.grad_enabled and any(isinstance(m, Tensor) and m.requires_grad for m in flatten([recorded(node)])):
+    if interpreter.grad_enabled and records(node):
         raise Recorded
     if name in _METADATA:
         raise Unsupported(name, "reads the size of a tensor", Code.SIZE)

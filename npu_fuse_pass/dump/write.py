@@ -6,7 +6,6 @@ import functools
 import json
 import logging
 import pathlib
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from npu_fuse_pass.dump.contents import Contents
 from npu_fuse_pass.dump.page import page
 from npu_fuse_pass.dump.script import graph_text, script_text
 from npu_fuse_pass.dump.text import ge_text, group_text, kernel_text
+from npu_fuse_pass.user_warnings import warn
 
 log = logging.getLogger(__name__)
 
@@ -80,4 +80,4 @@ def _fill(path: pathlib.Path, files: Mapping[str, Callable[[Any], str | None]], 
 
 
 def _warn(what: str, reasons: list[str]) -> None:
-    warnings.warn(f"npu_fused: {what}: {'; '.join(reasons)}", stacklevel=2)
+    warn(f"npu_fused: {what}: {'; '.join(reasons)}")

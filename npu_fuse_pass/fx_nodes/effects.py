@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from npu_fuse_pass.fx_nodes.names import operation_name
+
 
 class Effects:
     """Answers for the nodes of one graph; equal calls are tried out once."""
@@ -38,6 +40,50 @@ class Effects:
         if key not in self._known:
             self._known[key] = _writes(node.target, args, kwargs, given)
         return self._known[key]
+
+
+def writes_leaves(graph: fx.Graph, of_parameters: bool = False) -> bool:
+    """Whether in-place operations write floating-point arguments or attributes of a graph, also through views.
+
+    What a model's layers write by themselves (batch norm its averages, `relu(x, inplace=True)`) is no update. Counters
+    are none without something that they count.
+
+    Args:
+        of_parameters: only what autograd tracks counts.
+    """
+    own = [n for n in graph.nodes if n.op in ("placeholder", "get_attr")]
+    storages = {key for n in own if (key := storage_of(recorded(n))) is not None}
+    for node in graph.nodes:
+        if node.op.startswith("call_"):
+            for target in _written(node):
+                value = recorded(target)
+                if value is None and target in own:
+                    return True  # nobody knows what it is
+                if isinstance(value, Tensor) and (target in own or storage_of(value) in storages):
+                    counts = value.is_floating_point() or value.is_complex()
+                    if counts and (value.requires_grad or not of_parameters):
+                        return True
+    return False
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose values an in-place operation writes."""
+    name = operation_name(node)
+    if isinstance(node.target, torch._ops.OpOverload):
+        arguments = node.target._schema.arguments
+        given = [*zip(arguments, node.args, strict=False), *((a, node.kwargs.get(a.name)) for a in arguments)]
+        written: list[Any] = [value for a, value in given if a.alias_info is not None and a.alias_info.is_write]
+    else:
+        in_place = name.endswith("_") and not name.endswith("__")
+        written = [*(node.args[:1] if in_place else ()), node.kwargs.get("out")]
+    found: list[fx.Node] = []
+    fx.node.map_arg(written, found.append)
+    return found
+
+
+def storage_of(fake: Any) -> int | None:
+    """What tensors that share memory have in common."""
+    return fake.untyped_storage()._cdata if isinstance(fake, Tensor) else None
 
 
 def recorded(node: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -13,6 +12,7 @@ import torch._logging._internal as torch_logging
 
 from npu_fuse_pass.reasons import Reason
 from npu_fuse_pass.report.report import CompileReport
+from npu_fuse_pass.user_warnings import warn
 
 log = logging.getLogger("npu_fuse_pass")
 
@@ -62,7 +62,7 @@ def _graph_text(report: CompileReport) -> str:
     return "" if graph is None else graph.print_readable(print_output=False)
 
 
-def warn_unfused(reasons: Sequence[Reason], stacklevel: int) -> None:
+def warn_unfused(reasons: Sequence[Reason]) -> None:
     """The one warning of a compile, or of a kind of step, that runs unfused: why, and what to do."""
     text = f"npu_fused: not fused, the original step runs: {'; '.join(reason.advised for reason in reasons)}"
-    warnings.warn(text, stacklevel=stacklevel + 1)
+    warn(text)

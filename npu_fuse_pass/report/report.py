@@ -209,12 +209,29 @@ class CompileReport:
         return as_html(self)
 
 
+class Reports(list[CompileReport]):
+    """Reports, oldest first; where there is none, asking for one says what that may come from."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if not self and not isinstance(index, slice):
+            raise IndexError(_NO_REPORT)
+        return super().__getitem__(index)
+
+
+_NO_REPORT = (
+    "there is no report: torch has given no step to this backend since the last clear_reports(). Either nothing was "
+    'compiled with backend="npu_fused"; or what torch.compile returned was not called (it compiles at its first call, '
+    "and opt.step itself stays as it is: call the result); or the optimizer has fused=True, or is one of those that "
+    "Dynamo never shows to a backend (npu_fuse_pass.explain(opt) says which); or compiling is switched off "
+    "(TORCHDYNAMO_DISABLE=1, torch.compiler.set_stance)"
+)
+
 _reports: collections.deque[CompileReport] = collections.deque(maxlen=64)
 
 
-def reports() -> list[CompileReport]:
-    """Reports of the last 64 compiles in this process, oldest first."""
-    return list(_reports)
+def reports() -> Reports:
+    """Reports of the last 64 compiles in this process, oldest first; a list whose IndexError says why it is empty."""
+    return Reports(_reports)
 
 
 def clear_reports() -> None:

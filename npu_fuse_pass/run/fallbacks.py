@@ -18,7 +18,7 @@ def refused(report: CompileReport, reason: Reason, strict: bool) -> None:
         raise UnfusedError(f"strict=True and this step cannot run fused: {reason}")
     if (noted := reason.led_by("at some steps")) not in report.fallbacks:
         report.fallbacks.append(noted)
-        warn_unfused([reason], stacklevel=3)
+        warn_unfused([reason])
 
 
 def falls_back(report: CompileReport, refusal: GraphRefused, strict: bool) -> None:
@@ -33,4 +33,4 @@ def falls_back(report: CompileReport, refusal: GraphRefused, strict: bool) -> No
         raise UnfusedError(f"strict=True and this step cannot run fused: {refusal}") from refusal
     report.fall_back(refusal.reason)
     trace(report)
-    warn_unfused([refusal.reason], stacklevel=3)
+    warn_unfused([refusal.reason])

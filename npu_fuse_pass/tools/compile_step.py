@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from npu_fuse_pass import backend
 from npu_fuse_pass.errors import NotCapturedError
 from npu_fuse_pass.report.causes import graph_break
 from npu_fuse_pass.tools.hidden import hidden, uses_fused
+from npu_fuse_pass.user_warnings import warn
 
 
 def compile_step(opt: torch.optim.Optimizer, **options: Any) -> CompiledStep:
@@ -71,10 +71,9 @@ class CompiledStep:
         name = type(self._opt).__name__
         if self._compiled and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"npu_fused: a step of {name} ran eagerly: torch compiles no further variant of it. What changes "
-                "between steps costs variants: make lr a tensor, keep gradients from becoming None (set_to_none=False)",
-                stacklevel=3,
+                "between steps costs variants: make lr a tensor, keep gradients from becoming None (set_to_none=False)"
             )
         if not self._compiled and self._steps >= 2:
             broken = graph_break(backend.last_break() or "see TORCH_LOGS").led_by("Dynamo broke or skipped every graph")
@@ -89,10 +88,9 @@ def has_gradients(opt: torch.optim.Optimizer) -> bool:
 
 
 def _switch_fused_off(opt: torch.optim.Optimizer) -> None:
-    warnings.warn(
+    warn(
         f"npu_fused: {type(opt).__name__} was constructed with fused=True, which torch hides from every backend; "
-        "compile_step has switched it off. Construct the optimizer without it to avoid this warning",
-        stacklevel=3,
+        "compile_step has switched it off. Construct the optimizer without it to avoid this warning"
     )
     for settings in (opt.defaults, *opt.param_groups):
         if settings.get("fused"):

@@ -12,13 +12,13 @@ import hashlib
 import os
 import pathlib
 import threading
-import warnings
 from collections.abc import Sequence
 
 from npu_fuse_pass.errors import PlatformError
 from npu_fuse_pass.lowerings.cpu import cache
 from npu_fuse_pass.lowerings.cpu.compiler import CompilerTimeoutError, compile_library, identity
 from npu_fuse_pass.reasons import Code
+from npu_fuse_pass.user_warnings import warn
 
 _OWN_FOLDER = "set NPU_FUSE_CACHE_DIR or TMPDIR to a folder of your own"
 
@@ -79,10 +79,9 @@ def _usable_cache() -> pathlib.Path | None:
 
 
 def _warn(folder: pathlib.Path | None, reason: Exception) -> None:
-    warnings.warn(
+    warn(
         f"npu_fused: the kernel cache {folder or ''} cannot be used ({reason}); kernels are compiled anew in every "
-        "process. Set NPU_FUSE_CACHE_DIR to a folder of your own where that is otherwise.",
-        stacklevel=2,
+        "process. Set NPU_FUSE_CACHE_DIR to a folder of your own where that is otherwise."
     )
 
 

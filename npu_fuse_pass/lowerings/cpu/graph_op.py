@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,6 +18,7 @@ from npu_fuse_pass.ir.fused_op import fake_update, multi_tensor_update, parsed
 from npu_fuse_pass.ir.text import serialise
 from npu_fuse_pass.ir.types import Group, Leaf, group_name
 from npu_fuse_pass.lowerings.cpu import program as cpu
+from npu_fuse_pass.user_warnings import warn
 
 _library = torch.library.Library("npu_fused", "FRAGMENT")
 _library.define("multi_tensor_kernel(Tensor[] tensors, Tensor[] scalars, int members, str formula) -> Tensor[]")
@@ -69,7 +69,7 @@ def _program(text: str, members: int, shapes: _Shapes) -> Callable[..., None] | 
     try:
         return cpu.Program(leaves, [group])
     except PlatformError as e:
-        warnings.warn(f"npu_fused: fused nodes are interpreted: {e}", stacklevel=2)
+        warn(f"npu_fused: fused nodes are interpreted: {e}")
         return None
 
 

@@ -7,7 +7,6 @@ the other form starts from the same values. Where GE refuses that one, too, the 
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable
 
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from npu_fuse_pass.errors import GraphRefused, Unsupported
 from npu_fuse_pass.lowerings.npu.ge_texts import Texts
 from npu_fuse_pass.lowerings.npu.program import Program
+from npu_fuse_pass.user_warnings import warn
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Retried:
                 raise
             self.chosen = self._elementwise(e, values)
             self.chosen(values, complete)
-            warnings.warn(f"npu_fused: this step runs without dedicated operations: {e.reason.advised}", stacklevel=4)
+            warn(f"npu_fused: this step runs without dedicated operations: {e.reason.advised}")
 
     def _elementwise(self, refused: GraphRefused, values: list[Tensor | None] | None) -> Program:
         log.info("trying without dedicated operations: %s", refused)

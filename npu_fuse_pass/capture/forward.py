@@ -1,0 +1,37 @@
+"""Graphs that are no step: forward passes, which Dynamo hands over too (of a closure, of a compiled train function)."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor, fx
+
+from npu_fuse_pass.fx_nodes.effects import recorded, writes_leaves
+from npu_fuse_pass.fx_nodes.names import operation_name
+from npu_fuse_pass.reasons import Code, Reason
+
+
+def records(node: fx.Node) -> bool:
+    """Whether autograd records what a node does, where it is enabled; picking a tensor from a list is no operation."""
+    value = recorded(node)
+    picks = node.target is operator.getitem and not isinstance(recorded(node.args[0]), Tensor)
+    results = value if isinstance(value, (list, tuple)) else [value]
+    return not picks and any(isinstance(x, Tensor) and x.requires_grad for x in results)
+
+
+def is_forward_pass(graph: fx.Graph) -> bool:
+    """Whether autograd records an operation of a graph."""
+    enabled = torch.is_grad_enabled()
+    for node in graph.nodes:
+        if operation_name(node) == "_set_grad_enabled":
+            enabled = bool(node.args[0])
+        elif enabled and node.op.startswith("call_") and records(node):
+            return True
+    return False
+
+
+def beside_a_forward_pass(graph: fx.Graph) -> list[Reason]:
+    """What there is to say of a forward pass: nothing, unless the same graph updates parameters."""
+    text = "autograd records operations of the graph that updates parameters"
+    return [Code.FORWARD_PASS(text, "forward pass")] if writes_leaves(graph, of_parameters=True) else []
