@@ -89,6 +89,10 @@ class Code(enum.Enum):
         "One optimizer steps more than once in a compiled function.",
         "let the compiled function step once, and call it as often",
     )
+    STATES = (
+        "Two states of an optimizer of ours share memory: a step is wrong in whatever form it runs.",
+        "put copies in opt.state (state.clone()); report it if you put nothing there",
+    )
     CHANGED = ("A tensor is not what the step was compiled for.", _KEEP)
     GRADIENTS = ("Other parameters have gradients than when the graph was captured.", None)
     KEPT = (

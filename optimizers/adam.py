@@ -79,6 +79,7 @@ class NpuFusedAdam(NpuFusedOptimizer):
     """
 
     rule = adam
+    torch_class = torch.optim.Adam
 
     def __init__(
         self,

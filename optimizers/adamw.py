@@ -58,6 +58,7 @@ class NpuFusedAdamW(NpuFusedOptimizer):
     """
 
     rule = adamw
+    torch_class = torch.optim.AdamW
 
     def __init__(
         self,

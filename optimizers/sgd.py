@@ -70,6 +70,7 @@ class NpuFusedSGD(NpuFusedOptimizer):
     """
 
     rule = sgd
+    torch_class = torch.optim.SGD
 
     def __init__(
         self,

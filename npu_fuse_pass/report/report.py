@@ -111,6 +111,8 @@ class CompileReport:
         cause: "compile", or what changed, where this is not the first compile of this step.
         cause_remedy: what keeps that from happening again; None for what happens once.
         checked_steps: how many steps `check_numerics` has compared with the original's.
+        check_tolerance: the relative difference that it allows, by the dtype of what is written; empty without it.
+        checked_against: "the original", and torch's own class where `check_numerics` compared with that too.
         graph_break: why and where Dynamo ended this graph, if the function goes on after it; nothing fuses across.
         apart: why and where a function's graph had to end before a step of ours, which is this graph.
         decided: "weight_decay == 0": what is compiled holds for such numbers; another outcome is another compile.
@@ -127,6 +129,8 @@ class CompileReport:
     graph_break: str | None = None
     apart: str | None = None
     checked_steps: int = 0
+    check_tolerance: dict[str, float] = dataclasses.field(default_factory=dict)
+    checked_against: list[str] = dataclasses.field(default_factory=lambda: ["the original"])
     decided: list[str] = dataclasses.field(default_factory=list)
     _moved: tuple[int, int] = (0, 0)  # bytes of all original operations, and of those that stay as they are
     _graph: Callable[[], fx.GraphModule] | None = dataclasses.field(default=None, repr=False, compare=False)

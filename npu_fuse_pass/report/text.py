@@ -135,7 +135,10 @@ def remarks(report: Printed) -> list[str]:
     if report.decided:
         lines.append(f"compiled for {', '.join(report.decided)}")
     if report.checked_steps:
-        lines.append(f"check_numerics: {report.checked_steps} steps were compared with the original")
+        allowed = ", ".join(f"{dtype} {limit:.2g}" for dtype, limit in report.check_tolerance.items())
+        against = " and with ".join(report.checked_against)
+        compared = f"{report.checked_steps} steps were compared with {against}"
+        lines.append(f"check_numerics: {compared} (allowed relative difference: {allowed})")
     if report.fallback:
         lines.append(f"FALLBACK to the original: {report.fallback}")
     if report.cause != "compile":

@@ -75,6 +75,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     """
 
     rule: Declaration
+    torch_class: type[torch.optim.Optimizer] | None = None  # computes the same from the same options and states
     found_inf: Tensor | None = None
     _call: tuple[tuple[Any, ...], dict[str, Any]]  # what hooks make of the arguments of this step
 

@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
-from npu_fuse_pass.errors import GraphRefused, UnfusedError
-from npu_fuse_pass.reasons import Reason
+from collections.abc import Iterable
+
+from npu_fuse_pass.errors import GraphRefused, Mismatch, UnfusedError
+from npu_fuse_pass.reasons import Code, Reason
 from npu_fuse_pass.report.logs import trace, warn_unfused
 from npu_fuse_pass.report.report import CompileReport
+from npu_fuse_pass.rules.batch import Batch
+from npu_fuse_pass.rules.core_op import Stepping
+from npu_fuse_pass.tensors.memory import check_apart
+
+
+def refusal(mismatch: Mismatch, optimizers: Iterable[Stepping]) -> Reason:
+    """Why a step is refused. Where it is for memory of ours, eager steps are as wrong, and that has to be said."""
+    batches = [b for o in optimizers for b in o._prelude.batches]
+    if mismatch.reason.code is Code.SHARED_MEMORY and not _states_apart(batches):
+        return Code.STATES("states of this optimizer share memory, so that eager steps are wrong as well")
+    return mismatch.reason
+
+
+def _states_apart(batches: Iterable[Batch]) -> bool:
+    """Whether every state of these batches has memory of its own."""
+    try:
+        check_apart([view for b in batches for views in b.views.values() for view in views], [])
+    except Mismatch:
+        return False
+    return True
 
 
 def refused(report: CompileReport, reason: Reason, strict: bool) -> None:

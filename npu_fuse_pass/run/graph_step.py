@@ -23,7 +23,7 @@ from npu_fuse_pass.rules import core_op
 from npu_fuse_pass.rules.batch import inputs_of
 from npu_fuse_pass.rules.core_op import Stepping
 from npu_fuse_pass.rules.pending import uses_kept
-from npu_fuse_pass.run.fallbacks import falls_back, refused
+from npu_fuse_pass.run.fallbacks import falls_back, refusal, refused
 from npu_fuse_pass.run.planned import Planned, forget
 from npu_fuse_pass.run.variants import Variant, Variants
 
@@ -117,7 +117,7 @@ class GraphStep:
                 fused = functools.partial(program, values, complete=True)
                 variant.check(values, fused, functools.partial(self._gm.forward, *args), optimizers)
         except Mismatch as e:
-            return self._unfused(e.reason, args)
+            return self._unfused(refusal(e, optimizers), args)
         except GraphRefused as e:
             falls_back(variant.report, e, self._options.strict)
             variant.program = None
@@ -142,6 +142,8 @@ def _number(kept: Kept, leaf: Leaf) -> Tensor | None:
 
 
 class _GraphVariant(Variant):
+    rounds_once = False
+
     def __init__(self, gm: fx.GraphModule, made: pipeline.Fused, options: Options) -> None:
         super().__init__(made, options)
         self.arguments = _Arguments(gm, made.grouped.leaves)

@@ -15,7 +15,10 @@ from npu_fuse_pass.report.causes import FIRST, Cause
 from npu_fuse_pass.rules import core_op
 from npu_fuse_pass.rules.batch import inputs_of
 from npu_fuse_pass.rules.core_op import Stepping
-from npu_fuse_pass.run.fallbacks import falls_back, refused
+from npu_fuse_pass.rules.optimizer import RuleOptimizer
+from npu_fuse_pass.run import torch_class
+from npu_fuse_pass.run.check_numerics import names_of
+from npu_fuse_pass.run.fallbacks import falls_back, refusal, refused
 from npu_fuse_pass.run.planned import Planned, forget
 from npu_fuse_pass.run.variants import Variant, Variants
 
@@ -82,11 +85,22 @@ class RuleStep:
         step = functools.partial(variant.program, values, kinds=prelude.kinds)
         if variant.check is not None:
             original = functools.partial(core_op.run_eager, optimizer)
-            return self._try(optimizer, variant, functools.partial(variant.check, values, step, original, [optimizer]))
+            check = functools.partial(variant.check, values, step, original, [optimizer])
+            return self._try(optimizer, variant, functools.partial(self._beside_torch, optimizer, variant, check))
         done = self._try(optimizer, variant, step)
         if done and variant.watching is not None and not variant.captured.decided:  # numbers choose a variant
             prelude.watch = variant.watching if variant.watching.looks(self._params) else None
         return done
+
+    def _beside_torch(self, optimizer: Stepping, variant: Variant, check: Callable[[], None]) -> None:
+        """The check of a step, and after it that of what both forms of it share."""
+        assert isinstance(optimizer, RuleOptimizer)
+        torch_step = torch_class.of_rule(optimizer)
+        check()
+        if torch_step is not None:
+            optimizer._prelude.expose_states()
+            variant.report.checked_against[1:] = [torch_step.name]
+            torch_step.compare(optimizer.state, names_of([optimizer]), variant.report.checked_steps, rounds_once=True)
 
     def _try(self, optimizer: Stepping, variant: Variant, step: Callable[[], None]) -> bool:
         """Run a step that may be refused before it has changed anything; whether it ran."""
@@ -96,7 +110,7 @@ class RuleStep:
             optimizer._after()  # the step is done, as the original does it
             raise
         except Mismatch as e:
-            refused(variant.report, e.reason, self._options.strict)
+            refused(variant.report, refusal(e, [optimizer]), self._options.strict)
             return False
         except GraphRefused as e:
             falls_back(variant.report, e, self._options.strict)

@@ -27,13 +27,16 @@ class Variant:
         report: of its compile.
         captured: the step.
         check: compares it with the original, if that was asked for.
+        rounds_once: the original computes in float32 and rounds what it stores, as rules do.
     """
+
+    rounds_once = True
 
     def __init__(self, fused: Fused, options: Options) -> None:
         self.program, self.report, self.captured = fused.program, fused.report, fused.captured
         self.watching = fused.program if isinstance(fused.program, Watching) else None
         checked = options.check_numerics and fused.program is not None
-        self.check = SideBySide(fused.grouped, fused.report) if checked else None
+        self.check = SideBySide(fused.grouped, fused.report, self.rounds_once) if checked else None
 
     def differing(self, number: Number) -> list[tuple[str, bool]]:
         """The numbers that are 0 at a step and were not, or the other way round: their names, whether they are."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -10,7 +11,10 @@ from torch import Tensor
 from npu_fuse_pass import backend
 from npu_fuse_pass.errors import NotCapturedError
 from npu_fuse_pass.report.causes import graph_break
+from npu_fuse_pass.run import torch_class
+from npu_fuse_pass.run.check_numerics import names_of
 from npu_fuse_pass.tools.hidden import hidden, uses_fused
+from npu_fuse_pass.tools.twin import twin
 from npu_fuse_pass.user_warnings import warn
 
 
@@ -52,6 +56,9 @@ class CompiledStep:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._watched.ran.clear()
+        torch_step = None
+        if self._watched.options["check_numerics"] and not (args or kwargs):  # a closure makes gradients in the step
+            torch_step = torch_class.of_stock(self._opt, functools.partial(twin, missing_gradients=False))
         try:
             result = self._step(*args, **kwargs)
         except Exception as e:
@@ -61,6 +68,11 @@ class CompiledStep:
             raise own from e
         if self._watched.ran:
             self._compiled = True
+            if torch_step is not None:
+                report = self._watched.ran[-1]
+                report.checked_against[1:] = [torch_step.name]
+                steps = report.checked_steps
+                torch_step.compare(self._opt.state, names_of([self._opt]), steps, rounds_once=False)
         elif backend.compiling() and has_gradients(self._opt):
             self._missed()
         return result

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from npu_fuse_pass import backend
 from npu_fuse_pass.errors import FuseError
 from npu_fuse_pass.report.causes import graph_break
 from npu_fuse_pass.report.report import CompileReport
 from npu_fuse_pass.tools.hidden import hidden
+from npu_fuse_pass.tools.twin import twin as _twin
 
 
 def explain(opt: torch.optim.Optimizer, **options: Any) -> CompileReport:
@@ -86,38 +84,3 @@ def _joined(reports: list[CompileReport]) -> CompileReport:
         unfused=[u for r in reports for u in r.unfused],
         fallbacks=list(dict.fromkeys(reason for r in reports for reason in r.fallbacks)),
     )
-
-
-def _twin(opt: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """A copy of an optimizer with memory of its own, laid out and shared as that of the original."""
-    memo: dict[Any, Any] = {}
-    for group in opt.param_groups:
-        for p in group["params"]:
-            memo[id(p)] = _copied(p, memo)
-    if type(opt).__getstate__ is torch.optim.Optimizer.__getstate__:  # which keeps no attributes of subclasses
-        twin = object.__new__(type(opt))
-        fields = {k: v for k, v in vars(opt).items() if not (k == "step" or k.endswith("_hooks"))}
-        vars(twin).update(copy.deepcopy(fields, memo))
-        vars(twin).update({k: OrderedDict() for k in vars(opt) if k.endswith("_hooks")})
-        return twin
-    twin = copy.deepcopy(opt, memo)
-    for name in [k for k in vars(twin) if k.endswith("_hooks")]:
-        vars(twin)[name] = OrderedDict()
-    return twin
-
-
-def _copied(p: Tensor, memo: dict[Any, Any]) -> Tensor:
-    """A parameter with its gradient; memory that tensors share stays shared."""
-
-    def with_storage(t: Tensor) -> Tensor:
-        storage = copy.deepcopy(t.untyped_storage(), memo)
-        return torch.empty(0, dtype=t.dtype, device=t.device).set_(storage, t.storage_offset(), t.shape, t.stride())
-
-    made: Tensor = with_storage(p.detach())
-    made = torch.nn.Parameter(made, p.requires_grad) if isinstance(p, torch.nn.Parameter) else made
-    made.requires_grad_(p.requires_grad)
-    if p.grad is not None:
-        made.grad = with_storage(p.grad) if p.grad.layout == torch.strided else p.grad.clone()
-    elif p.requires_grad:
-        made.grad = torch.zeros_like(made)
-    return made

@@ -16,10 +16,10 @@ import shlex
 import shutil
 import signal
 import subprocess
-import warnings
 
 from npu_fuse_pass.errors import PlatformError
 from npu_fuse_pass.reasons import Code
+from npu_fuse_pass.user_warnings import warn
 
 LIMIT = 300.0
 """Seconds that a compile may take."""
@@ -53,7 +53,7 @@ def compiler() -> str | None:
     asked = os.environ.get("CXX", "").strip()
     found = next((name for name in (asked, "g++", "c++", "clang++") if name and _program(name)), None)
     if asked and found not in (None, asked):
-        warnings.warn(f"npu_fused: CXX={asked!r} cannot be run: no such program; {found} is used instead", stacklevel=2)
+        warn(f"npu_fused: CXX={asked!r} cannot be run: no such program; {found} is used instead")
     return found
 
 

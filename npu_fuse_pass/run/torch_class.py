@@ -1,0 +1,150 @@
+"""`check_numerics` beside torch's own class, uncompiled: it sees what both of this package's programs have in common.
+
+The fused step and the original one of an optimizer of ours read the same states, counters and numbers. Where those lie
+wrongly (two states in one place, one parameter's beside another's), both are wrong alike; torch's class, on copies of
+what the optimizer shows, is not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npu_fuse_pass.errors import NumericsError
+from npu_fuse_pass.rules.optimizer import RuleOptimizer
+from npu_fuse_pass.run.check_numerics import one_ulp, relative_error
+
+# How far a captured step of torch.optim may be from an uncompiled one: it takes bias corrections from its counters, in
+# whose float32 1 - 0.999 has an error of 6e-5. In half precision differences of rounded values are rounded again.
+_CAPTURED = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.125}
+
+States = Mapping[Tensor, Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchStep:
+    """A step of torch's class that is to be made of copies.
+
+    Attributes:
+        optimizer: of torch's class.
+        params: what the copies are copies of, in its order.
+        restore: where there is a difference, these get the values of the copies.
+    """
+
+    optimizer: torch.optim.Optimizer
+    params: Sequence[Tensor]
+    restore: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"torch.optim.{type(self.optimizer).__name__}"
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def compare(self, states: States, names: Mapping[int, str], step: int, rounds_once: bool) -> None:
+        """Make the step and compare.
+
+        Args:
+            states: of `params`, after the step that is checked.
+            names: of the parameters, by identity.
+            step: how many steps were checked, this one included.
+            rounds_once: the step that is checked rounds what it stores and nothing before.
+
+        Raises:
+            NumericsError: a parameter or a state differs by more than its dtype's tolerance.
+        """
+        twins = [p for group in self.optimizer.param_groups for p in group["params"]]
+        before = [_tensors(p, self.optimizer.state.get(p, {})) for p in twins]
+        old = [{name: t.detach().clone() for name, t in tensors.items()} for tensors in before]
+        with torch.random.fork_rng(devices=[]):
+            self.optimizer.step()
+        pairs = [
+            (_tensors(twin, self.optimizer.state.get(twin, {})), _tensors(param, states.get(param, {})))
+            for twin, param in zip(twins, self.params, strict=True)
+        ]
+        for place, (want, got) in enumerate(pairs):
+            for name in want.keys() & got.keys():
+                error = relative_error(got[name], want[name].reshape(got[name].shape), old[place].get(name))
+                limit = one_ulp(got[name].dtype) if rounds_once else _CAPTURED.get(got[name].dtype, 0.0)
+                if error > limit:
+                    if self.restore:
+                        _restore(pairs)
+                    param = self.params[place]
+                    where = f"{names.get(id(param), f'parameter {place}')} {tuple(param.shape)}"
+                    raise NumericsError(self._text(step, name, where, error, limit), "", where, name, error, step)
+
+    def _text(self, step: int, tensor: str, where: str, error: float, limit: float) -> str:
+        blame = (
+            "The tensors hold what torch's class gives: the fault is in what torch.compile captured of it"
+            if self.restore
+            else "Both programs of this package agree, and the tensors hold what they give: the fault is in what they "
+            "share, the rule, its hyperparameters, or where states lie"
+        )
+        return (
+            f"step {step} of this compile: {tensor!r} of {where} differs by {error:.3g} relative from what an "
+            f"uncompiled step of {self.name} makes of the same parameters, gradients and states (allowed: {limit:g}). "
+            f"{blame} (docs/numerics.md)"
+        )
+
+
+def of_stock(
+    opt: torch.optim.Optimizer, twin: Callable[[torch.optim.Optimizer], torch.optim.Optimizer]
+) -> TorchStep | None:
+    """The step of an optimizer of torch.optim on a copy that `twin` makes; None for any other class."""
+    if not type(opt).__module__.startswith("torch.optim.") or not hasattr(torch.optim, type(opt).__name__):
+        return None
+    return TorchStep(twin(opt), [p for group in opt.param_groups for p in group["params"]], restore=True)
+
+
+def of_rule(opt: RuleOptimizer) -> TorchStep | None:
+    """Torch's class for an optimizer of ours, on copies in float64 of what it shows; None where torch has none.
+
+    States that no step has made yet are left for torch to make.
+    """
+    owner: Any = next(c for c in type(opt).__mro__ if "torch_class" in vars(c))
+    cls: Any = owner.torch_class
+    own_parts = type(opt).partitions is not RuleOptimizer.partitions
+    if cls is None or own_parts or opt.rule is not owner.rule or type(opt).rule_for is not RuleOptimizer.rule_for:
+        return None
+    known = inspect.signature(cls).parameters
+    groups, params = [], []
+    for group in opt.param_groups:
+        copies = [_copy(p) for p in group["params"]]
+        params += group["params"]
+        options = {k: _number(v) for k, v in opt.hyperparameters(group).items() if k in known and k != "params"}
+        groups.append({**options, "params": copies})
+    made = cls(groups, foreach=False)
+    twins = [p for group in made.param_groups for p in group["params"]]
+    for twin, p in zip(twins, params, strict=True):
+        if opt.state.get(p):
+            made.state[twin] = {k: v.detach().double().clone() for k, v in opt.state[p].items() if v is not None}
+    return TorchStep(made, params)
+
+
+def _copy(p: Tensor) -> Tensor:
+    made = torch.nn.Parameter(p.detach().double().clone())
+    made.grad = None if p.grad is None else p.grad.detach().double().clone()
+    return made
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return float(value)
+    return tuple(map(_number, value)) if isinstance(value, (tuple, list)) else value
+
+
+@torch.no_grad()
+def _restore(pairs: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]) -> None:
+    for want, got in pairs:
+        for name in want.keys() & got.keys():
+            got[name].copy_(want[name])
+
+
+def _tensors(param: Tensor, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a step writes of a parameter, by name; without counters, which torch keeps in float32."""
+    states = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.is_floating_point() and k != "step"}
+    return {"param": param.detach(), **states}

@@ -1,0 +1,49 @@
+"""A copy of an optimizer that shares no memory with it."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def twin(opt: torch.optim.Optimizer, missing_gradients: bool = True) -> torch.optim.Optimizer:
+    """A copy of an optimizer with memory of its own, laid out and shared as that of the original.
+
+    Args:
+        missing_gradients: where a parameter has no gradient, its copy has one of zeros.
+    """
+    memo: dict[Any, Any] = {}
+    for group in opt.param_groups:
+        for p in group["params"]:
+            memo[id(p)] = _copied(p, memo, missing_gradients)
+    if type(opt).__getstate__ is torch.optim.Optimizer.__getstate__:  # which keeps no attributes of subclasses
+        made = object.__new__(type(opt))
+        fields = {k: v for k, v in vars(opt).items() if not (k == "step" or k.endswith("_hooks"))}
+        vars(made).update(copy.deepcopy(fields, memo))
+        vars(made).update({k: OrderedDict() for k in vars(opt) if k.endswith("_hooks")})
+        return made
+    made = copy.deepcopy(opt, memo)
+    for name in [k for k in vars(made) if k.endswith("_hooks")]:
+        vars(made)[name] = OrderedDict()
+    return made
+
+
+def _copied(p: Tensor, memo: dict[Any, Any], missing_gradients: bool) -> Tensor:
+    """A parameter with its gradient; memory that tensors share stays shared."""
+
+    def with_storage(t: Tensor) -> Tensor:
+        storage = copy.deepcopy(t.untyped_storage(), memo)
+        return torch.empty(0, dtype=t.dtype, device=t.device).set_(storage, t.storage_offset(), t.shape, t.stride())
+
+    made: Tensor = with_storage(p.detach())
+    made = torch.nn.Parameter(made, p.requires_grad) if isinstance(p, torch.nn.Parameter) else made
+    made.requires_grad_(p.requires_grad)
+    if p.grad is not None:
+        made.grad = with_storage(p.grad) if p.grad.layout == torch.strided else p.grad.clone()
+    elif p.requires_grad and missing_gradients:
+        made.grad = torch.zeros_like(made)
+    return made
