@@ -131,7 +131,7 @@ def test_a_subclass_with_a_rule_of_its_own_has_no_class_of_torchs() -> None:
 
 
 def test_a_fault_of_two_units_in_the_last_place_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """1.2% in bfloat16: more than one rounding, and less than what steps of torch.optim, which round often, may differ."""
+    """1.2% in bfloat16: more than one rounding, and less than steps of torch.optim, which round often, may differ."""
     generate = cpu_kernel.generate
 
     def broken(*args: Any, **kwargs: Any) -> Any:

@@ -101,6 +101,9 @@ def _text(e: Expr, texts: dict[int, tuple[str, int]], labels: Sequence[str]) -> 
         assert isinstance(e.value, int)
         text = labels[e.value]
         return text, _INFIX["neg"][1] if text.startswith("-") else _ATOM
+    if e.op == "const":
+        text = f"{e.value:g}"
+        return text, _INFIX["neg"][1] if text.startswith("-") else _ATOM
     if e.op == "cast":
         text, strength = texts[id(e.args[0])]
         return (f"{DTYPE_NAMES[e.dtype]}({text})", _ATOM) if e.dtype in HALF else (text, strength)

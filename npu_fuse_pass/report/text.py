@@ -40,6 +40,8 @@ class Printed(Protocol):
     graph_break: str | None
     apart: str | None
     checked_steps: int
+    check_tolerance: dict[str, float]
+    checked_against: list[str]
     decided: list[str]
 
     @property

@@ -70,9 +70,18 @@ def differences(signed: bool, on: bool) -> Iterator[str]:
         for i, (a, b) in enumerate(pairs):
             error = ((b.double() - a.double()).abs() / (1e-3 + a.double().abs())).nan_to_num(0.0, 0.0)
             worst = float(error.max()) if error.numel() else 0.0
-            same_kind = a.dtype == b.dtype and torch.equal(a.isnan(), b.isnan()) and torch.equal(a.isinf(), b.isinf())
-            if not same_kind or worst > TOLERANCE.get(a.dtype, 0.0):
-                yield f"{name}[{i}], {a.dtype} {tuple(a.shape)}: relative difference up to {worst:.3g}"
+            place = f"{name}[{i}], {a.dtype} {tuple(a.shape)}"
+            if a.dtype != b.dtype:
+                yield f"{place}: the fused graph gives {b.dtype}"
+            elif not (torch.equal(a.isnan(), b.isnan()) and torch.equal(a.isinf(), b.isinf())):
+                yield f"{place}: NaN or infinite elements, captured {counts(a)}, fused {counts(b)}"
+            elif worst > TOLERANCE.get(a.dtype, 0.0):
+                yield f"{place}: relative difference up to {worst:.3g}"
+
+
+def counts(x: torch.Tensor) -> str:
+    """How many elements are no finite numbers."""
+    return f"{int(x.isnan().sum())} NaN and {int(x.isinf().sum())} inf of {x.numel()}"
 
 
 def main() -> int:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from npu_fuse_pass.dump.contents import Contents
-from npu_fuse_pass.dump.names import counted, few, labels_of, parameter_name, parameters, typed, written_leaf
+from npu_fuse_pass.dump.names import counted, few, parameter_name, parameters, typed, written_leaf
 from npu_fuse_pass.dump.table import columns
 from npu_fuse_pass.dump.text.difference import difference
 from npu_fuse_pass.ir.expr import DTYPE_NAMES, postorder
 from npu_fuse_pass.ir.readable import readable
-from npu_fuse_pass.ir.types import Call, Formula, Group, Leaf
+from npu_fuse_pass.ir.types import Call, Formula, Group, Leaf, Update
 
 _KINDS = {
     "input": "argument of the graph",
@@ -23,20 +23,32 @@ _KINDS = {
 
 
 def updates(contents: Contents) -> str:
-    """Every update as mathematics with its numbers: one formula for all parameters that have the same."""
-    leaves = contents.grouped.leaves
-    lines = [f"{_count(contents.grouped.groups)} parameters are updated; a prime marks the new value"]
-    for group in contents.grouped.all_groups:
-        by_numbers: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
-        for member in group.members:
-            by_numbers.setdefault(tuple(labels_of(group, leaves, member)), []).append(member)
-        for labels, members in by_numbers.items():
-            lines += ["", f"{group.name}  {parameters(len(members))}"]
-            lines += [f"    {line}" for line in readable(group.formula, labels).splitlines()]
-            lines += _by_shape(group, leaves, members)
-    for reason in contents.report.unfused:
-        lines += ["", f"not an update of a kernel: {reason}"]
+    """Every update as capture read it, as mathematics with its numbers; the groups that it became part of are named."""
+    captured = contents.captured
+    every = [*(u for stage in captured.stages for u in stage.updates), *captured.updates]
+    groups = contents.grouped.all_groups
+    group_of = {member[slot]: g.name for g in groups for member in g.members for slot in g.formula.written}
+    told: dict[tuple[str, str], list[Leaf]] = {}
+    for update in every:
+        written = [member[position] for member in update.members for position, _ in update.writes]
+        names = dict.fromkeys(group_of.get(leaf, "in no group") for leaf in written)
+        formula = Formula(tuple(update.slots), tuple(update.writes), tuple(e for _, e in update.contributions), "")
+        same = told.setdefault((", ".join(names) or "sums", readable(formula, update.labels)), [])
+        same += [_known_by(update, captured.leaves, member) for member in update.members]
+    lines = [f"{sum(len(u.members) for u in captured.updates)} parameters are updated; a prime marks the new value"]
+    for (name, text), known_by in told.items():
+        lines += ["", f"{name}  {parameters(len(known_by))}", *(f"    {line}" for line in text.splitlines())]
+        lines += _by_shape(known_by)
+    for u in contents.report.unfused:
+        lines += ["", f"not an update of a kernel: {u}"]
     return "\n".join([*lines, ""])
+
+
+def _known_by(update: Update, leaves: Sequence[Leaf], member: tuple[int, ...]) -> Leaf:
+    """As `written_leaf` for an update that is in no group yet."""
+    written = [position for position, _ in update.writes if update.slots[position].tensor]
+    named = [position for position in written if update.labels[position] == "param"]
+    return leaves[member[(named or written or [position for position, _ in update.writes] or [0])[0]]]
 
 
 def groups(contents: Contents) -> str:
@@ -51,7 +63,7 @@ def groups(contents: Contents) -> str:
         lines += ["", f"group {i + 1}: {group.name}  {parameters(len(group.members))}, {what}"]
         lines += [f"  differs from group {k + 1}: {difference(other, group)}" for k, other in enumerate(every[:i])]
         lines += ["  slots:", *columns(list(_slots(group, contents)), "    ")]
-        lines += ["  members:", *_by_shape(group, leaves, group.members)]
+        lines += ["  members:", *_by_shape([written_leaf(group, leaves, member) for member in group.members])]
         lines += ["  identity:", *(f"    {line}" for line in group.formula.text.splitlines())]
     for number, stage in enumerate(contents.grouped.stages):
         lines += ["", f"stage {number + 1}: after {few([g.name for g in stage.groups]) or 'nothing'}, as they were:"]
@@ -62,19 +74,14 @@ def groups(contents: Contents) -> str:
     return "\n".join([*lines, ""])
 
 
-def _count(made: Sequence[Group]) -> int:
-    return sum(len(g.members) for g in made)
-
-
 def _call(call: Call) -> str:
     return call.target if isinstance(call.target, str) else str(getattr(call.target, "__name__", call.target))
 
 
-def _by_shape(group: Group, leaves: Sequence[Leaf], members: Sequence[tuple[int, ...]]) -> list[str]:
-    """Members of one shape in a line."""
+def _by_shape(known_by: Sequence[Leaf]) -> list[str]:
+    """Members of one shape in a line, by the leaves that they are known by."""
     by_shape: dict[str, list[str]] = {}
-    for member in members:
-        leaf = written_leaf(group, leaves, member)
+    for leaf in known_by:
         by_shape.setdefault(typed(leaf), []).append(parameter_name(leaf))
     rows = [(f"× {len(names)}", shape, few(names)) for shape, names in by_shape.items()]
     return columns(rows, "    ")
@@ -92,7 +99,8 @@ def _slots(group: Group, contents: Contents) -> Iterator[tuple[str, ...]]:
             several = len({m[slot] for m in group.members})
             own = found[0].kind == "input" and (contents.original is None or found[0].optimizer is not None)
             place = "of the optimizer" if own else _KINDS[found[0].kind]
-            text = f"{place}, {'one for all' if several == 1 else f'{several} of them'}"
+            bound = few(list(dict.fromkeys(leaf.name for leaf in found)))
+            text = f"{place}, {'one for all' if several == 1 else f'{several} of them'}: {bound}"
         stored = DTYPE_NAMES[group.formula.slots[slot].dtype] if group.formula.slots[slot].tensor else "0-dim"
         use = ("read " if slot in read else "") + ("written" if slot in group.formula.written else "")
         yield f"${slot}", label, stored, use.strip().replace(" ", ", "), text
