@@ -15,7 +15,7 @@ import npu_fuse_pass
 import optimizers
 from npu_fuse_pass.lowerings.cpu import kernel as cpu_kernel
 from npu_fuse_pass.rules import batch, core_op
-from npu_fuse_pass.run import rule_step
+from npu_fuse_pass.run import graph_step
 
 from .support import assert_close, clones, gradients, parameters, set_gradients
 
@@ -156,14 +156,14 @@ def test_a_wrong_stock_step_leaves_torchs_values(monkeypatch: pytest.MonkeyPatch
     others = clones(params)
     step = npu_fuse_pass.compile_step(torch.optim.SGD(params, lr=0.1), check_numerics=True)
     eager = torch.optim.SGD(others, lr=0.1)
-    forward = rule_step.GraphStep.__call__
+    forward = graph_step.GraphStep.__call__
 
     def wrong(self: Any, *args: Any) -> Any:
         result = forward(self, *args)
         params[0].data.mul_(1.5)
         return result
 
-    monkeypatch.setattr(rule_step.GraphStep, "__call__", wrong)
+    monkeypatch.setattr(graph_step.GraphStep, "__call__", wrong)
     with pytest.raises(npu_fuse_pass.NumericsError, match=r"torch\.optim\.SGD.*hold what torch's class gives"):
         train(params, step, 1)
     train(others, eager.step, 1)
