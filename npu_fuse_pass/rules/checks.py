@@ -41,7 +41,7 @@ def check_rule(rule: Declaration, settings: Mapping[str, Any]) -> None:
         results(rule, tensors, keywords, totals)
     except RuleError:
         raise
-    except (NotImplementedError, RuntimeError, TypeError) as e:
+    except (NotImplementedError, RuntimeError, TypeError, ValueError, IndexError) as e:
         if any(text in str(e) for text in ("meta tensor", "meta device")):
             raise RuleError(
                 f"rule {rule.name!r} uses a value of a tensor in Python (an `if`, `float()`, `.item()` or `max()`): "
@@ -50,7 +50,9 @@ def check_rule(rule: Declaration, settings: Mapping[str, Any]) -> None:
             ) from e
         if isinstance(e, NotImplementedError):
             return  # an operation without a meta kernel; tracing decides
-        raise RuleError(f"rule {rule.name!r} fails on tensors of shape (2, 3): {e}") from e
+        other = [f"{n}={settings[n]!r}" for n in wanted_keywords(rule) if settings[n] != rule.defaults.get(n)]
+        with_them = f" with {', '.join(other)}" if other else ""
+        raise RuleError(f"rule {rule.name!r} fails{with_them} on tensors of shape (2, 3): {e}") from e
     changed = [n for (n, t), version in zip(given, versions, strict=True) if t._version != version]
     if changed:
         raise RuleError(

@@ -62,6 +62,10 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+Range = tuple[float | None, float | None]
+"""Numbers from the first on and below the second; None is no bound."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Declaration:
     """A declared update rule; see `npu_fuse_pass.rules.rule` for what the fields mean."""
@@ -73,6 +77,7 @@ class Declaration:
     writes_grad: bool
     name: str
     keywords: tuple[str, ...]
+    ranges: Mapping[str, Range] = dataclasses.field(default_factory=dict)
 
     def states_of(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         """Names of the states that parameters of a group with these hyperparameters have."""

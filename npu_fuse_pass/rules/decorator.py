@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from npu_fuse_pass.errors import RuleError
 from npu_fuse_pass.rules import pickling
-from npu_fuse_pass.rules.declaration import Declaration, Init, Total
+from npu_fuse_pass.rules.declaration import Declaration, Init, Range, Total
+from npu_fuse_pass.rules.ranges import check_declared
 
 if TYPE_CHECKING:
     from npu_fuse_pass.rules.optimizer import RuleOptimizer
@@ -45,6 +46,7 @@ def rule(
     defaults: Mapping[str, Any] | None = None,
     totals: Mapping[str, Total] | None = None,
     writes_grad: bool = False,
+    ranges: Mapping[str, Range] | None = None,
 ) -> Callable[[Callable[..., Any]], Rule]:
     """Make an optimizer out of a pure function `(param, grad, *states, *, hyperparameters) -> (param, *states)`.
 
@@ -54,6 +56,8 @@ def rule(
             that changing them never recompiles; bool, str and None arrive as they are: use `if` on those only.
         totals: sums over all parameters (see `total`); each arrives as a 0-dim float64 tensor under its name.
         writes_grad: the function returns `(param, grad, *states)` and gradients are written too.
+        ranges: hyperparameter -> (least, bound): numbers, or those of a tuple, have to be >= least and < bound; None
+            is no bound. Looked at where an optimizer, a group or a loaded checkpoint gives them, not at every step.
 
     The keyword `step`, if the function takes it, is the number of this update of this parameter, from 1.
     Arithmetic is float32 for fp16 and bf16 parameters; results are cast back to what is stored.
@@ -71,8 +75,10 @@ def rule(
             writes_grad,
             getattr(function, "__name__", "rule"),
             _keywords(function),
+            dict(ranges or {}),
         )
         _check_signature(made)
+        check_declared(made)
         return made
 
     return decorate
@@ -107,6 +113,7 @@ def _reduced(rule: Rule) -> tuple[Any, ...]:
         dict(rule.defaults),
         {n: (pickling.pack(t.function), t.over, pickling.pack(t.condition)) for n, t in rule.totals.items()},
         rule.writes_grad,
+        dict(rule.ranges),
     )
     return _from_value, fields
 
@@ -116,10 +123,11 @@ def _by_name(module: str, qualname: str) -> Any:
     return pickling.lookup(module, qualname)
 
 
-def _from_value(function: Any, states: Any, defaults: Any, totals: Any, writes_grad: bool) -> Rule:
+def _from_value(function: Any, states: Any, defaults: Any, totals: Any, writes_grad: bool, ranges: Any = None) -> Rule:
     return rule(
         states={n: Init(value, pickling.unpack(c)) for n, (value, c) in states.items()},
         defaults=defaults,
         totals={n: Total(pickling.unpack(f), over, pickling.unpack(c)) for n, (f, over, c) in totals.items()},
         writes_grad=writes_grad,
+        ranges=ranges,
     )(pickling.unpack(function))

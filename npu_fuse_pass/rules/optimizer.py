@@ -14,13 +14,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks, required
 
 from npu_fuse_pass.errors import OptionError
 from npu_fuse_pass.rules import core_op
 from npu_fuse_pass.rules.checks import check_rule
 from npu_fuse_pass.rules.declaration import Declaration
 from npu_fuse_pass.rules.prelude import Prelude
+from npu_fuse_pass.rules.ranges import check_kinds, check_ranges
 from npu_fuse_pass.rules.registration import register_backend
 from npu_fuse_pass.rules.rehome import Homes, check_option
 from npu_fuse_pass.rules.state import States
@@ -56,7 +57,8 @@ class RuleOptimizer(torch.optim.Optimizer):
     """An optimizer whose update is a `Rule`. Subclass it for a named class, or call a Rule to get one.
 
     Args:
-        params: parameters or parameter groups, as torch.optim takes them.
+        params: parameters or parameter groups, as torch.optim takes them. A group may hold any other key, for whoever
+            reads it (schedulers keep `initial_lr` there): keys that are no hyperparameters have no effect on a step.
         defaults: hyperparameters of the groups; plain Python numbers, which schedulers may change at any time.
         state_dtype: dtype of the states; None means each parameter's own, as in torch.optim. `torch.float32` is
             advisable for half-precision parameters.
@@ -97,6 +99,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._start()
         for group in self.param_groups:
             for _, settings in self.settings(group):
+                check_kinds(self.rule_for(group), settings)
+                check_ranges(self.rule_for(group), settings)
                 check_rule(self.rule_for(group), settings)
         self._settle_groups(self.param_groups)
 
@@ -236,8 +240,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Add parameters with options of their own, as in torch.optim; they may already have gradients.
 
         Raises:
+            RuleError: a hyperparameter is of another kind than its default, or outside of its range.
             OptionError: flatten="params", and one of them cannot be re-homed. Nothing is changed then.
         """
+        if "_surface" in self.__dict__ and isinstance(param_group, dict):
+            self._check_group(param_group)
         super().add_param_group(param_group)
         if "_surface" in self.__dict__:
             try:
@@ -246,6 +253,12 @@ class RuleOptimizer(torch.optim.Optimizer):
                 self.param_groups.pop()
                 raise
             self._list_params()
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        """Refuse hyperparameters that no step could take."""
+        complete = {n: v for n, v in {**self.defaults, **group}.items() if v is not required}
+        for check in (check_kinds, check_ranges):
+            check(self.rule_for(complete), self.hyperparameters(complete))
 
     def _settle_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         if self.flatten is not None:
@@ -271,8 +284,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Take over a state dict of this or a torch.optim optimizer; values are copied into the flat buffers.
 
         Raises:
-            ValueError: the groups do not fit, or a state has another shape than its parameter; nothing is changed.
+            ValueError: the groups do not fit, a hyperparameter is of another kind than its default (or outside of its
+                range), or a state has another shape than its parameter; nothing is changed.
         """
+        for group in state_dict["param_groups"]:
+            self._check_group({name: value for name, value in group.items() if name != "params"})
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         names = {n for group in self.param_groups for n in self.rule_for(group).states}

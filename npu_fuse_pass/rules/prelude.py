@@ -25,6 +25,7 @@ from npu_fuse_pass.rules.batch import (
     make_batch,
 )
 from npu_fuse_pass.rules.declaration import Declaration
+from npu_fuse_pass.rules.ranges import check_kinds
 from npu_fuse_pass.rules.state import States
 
 
@@ -130,6 +131,8 @@ class Prelude:
 
     def _make(self, optimizer: Stepped, parts: list[tuple[int, Declaration, list[Tensor], Mapping[str, Any]]]) -> None:
         self.watch, self.watched = None, False
+        for _, rule, _, settings in parts:
+            check_kinds(rule, settings)
         for _, _, params, _ in parts:
             for p in params:
                 if p.grad is not None:
