@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import os
 import types
 import weakref
@@ -40,8 +41,12 @@ class Stepping(Keeping, Protocol):
     def has_hooks(self) -> bool: ...
 
 
+log = logging.getLogger(__name__)
+
 _optimizers: weakref.WeakValueDictionary[str, Stepping] = weakref.WeakValueDictionary()
 _handles = map(str, itertools.count())  # strings: Dynamo makes a number that differs at a second compile symbolic
+
+_MANY = 100  # steps without a kernel, after which that is said
 
 _library = torch.library.Library("npu_fused", "FRAGMENT")
 _library.define("rule_step(Tensor(a!) ticket, str optimizer) -> ()")
@@ -170,8 +175,16 @@ def _total(name: str, batch: Batch, batches: list[Batch]) -> Tensor:
 
 
 def _step(ticket: Tensor, optimizer: str) -> None:
-    run_eager(optimizer_of(optimizer))
+    stepping = optimizer_of(optimizer)
+    run_eager(stepping)
     ticket.add_(1)
+    if int(ticket) == _MANY and not stepping._prelude.compiled:
+        log.warning(
+            "%s has made %d steps without a fused kernel, parameter by parameter: it was never compiled. Instead of "
+            'opt.step call what torch.compile(opt.step, backend="npu_fused") or npu_fuse_pass.compile_step(opt) gives',
+            type(stepping).__name__,
+            _MANY,
+        )
 
 
 @torch.no_grad()

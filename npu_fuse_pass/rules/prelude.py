@@ -56,6 +56,7 @@ class Prelude:
 
     Attributes:
         watch: has seen the tensors of these batches, and can tell whether they are as they were.
+        compiled: this backend has planned kernels for it at least once.
         watched: that it is so at this step, so that `watch` has bound them already.
     """
 
@@ -67,6 +68,7 @@ class Prelude:
         self._outside: list[Tensor] = []
         self.watch: Watch | None = None
         self.watched = False
+        self.compiled = False
 
     def prepare(self) -> None:
         """Bring the batches up to date with this step's gradients, numbers and parameters.

@@ -51,6 +51,7 @@ class GraphStep:
         self._numbers = _numbers(gm) if handles else []
         for optimizer in self._stepped():
             optimizer._prelude.prepare()
+            optimizer._prelude.compiled = True
         self._planned: Planned | None = None
         self._plan(cause)
 

@@ -43,7 +43,7 @@ class RuleStep:
         before, self._planned = self._planned, Planned.of(prelude.batches)
         if before is not None:
             cause = before.changed(self._planned)
-        self._version = prelude.version
+        self._version, prelude.compiled = prelude.version, True
         self._params = {id(p) for b in prelude.batches for p in b.params}
         values = inputs_of(prelude.batches)
         self._variants = Variants(self._variant(cause, lambda leaf: values[leaf.index]))
