@@ -8,10 +8,11 @@ import pytest
 
 from .mutations import MUTATIONS, Mutation
 from .mutations_passes import PASSES
+from .mutations_rules import RULES
 from .planted import ROOT, copy_of_the_project, find, plant, run_tests
 
 ROOMS = {"aten", "capture", "passes", "cpu", "rules"}
-EVERY = [*MUTATIONS, *PASSES]
+EVERY = [*MUTATIONS, *PASSES, *RULES]
 FAILED, PASSED = 1, 0  # pytest's exit codes; others are errors of the run itself
 
 pytestmark = pytest.mark.slow

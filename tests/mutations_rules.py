@@ -1,0 +1,125 @@
+"""Planted bugs on the rules' side: storage, prelude, the step's operation, the optimizer. See mutations.py."""
+
+from __future__ import annotations
+
+from .mutations import Mutation
+
+
+def _equal(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/test_equal_shapes.py::test_{name}" for name in names)
+
+
+STATES = _equal("states_are_those_of_their_parameters[compiled-Adam]")
+EAGER = _equal("states_are_those_of_their_parameters[eager-Adam]")
+CHECKPOINT = _equal("a_checkpoint_of_torchs[eager-Adam]")
+FIRST = _equal("a_first_step_without_some_gradients[eager-Adam]")
+
+RULES = [
+    # storage
+    Mutation("all states begin in one place", "_views", "offset += p.numel()", "offset += 0", STATES),
+    Mutation(
+        "two parameters of one shape exchange their states",
+        "Batch.states",
+        "return {name: views[index] for",
+        "return {name: views[{0: 1, 1: 0}.get(index, index)] for",
+        STATES,
+    ),
+    Mutation(
+        "a parameter shows its neighbour's counter",
+        "_show",
+        "batch.step_views[index]",
+        "batch.step_views[index - 1]",
+        FIRST,
+    ),
+    Mutation(
+        "a checkpoint's states go to the parameter before",
+        "adopt",
+        "values = [entry[name].detach() if name in entry else None for entry in entries]",
+        "values = [e[name].detach() if name in e else None for e in [entries[1], entries[0], *entries[2:]]]",
+        CHECKPOINT,
+    ),
+    Mutation("counters begin anew at a checkpoint", "adopt", "batch.steps[i] = step", "batch.steps[i] = 0", CHECKPOINT),
+    Mutation(
+        "a parameter that begins anew keeps its state",
+        "_bring",
+        "            view.fill_(fill)",
+        "            pass",
+        _equal("states_begin_where_the_rule_says[eager]"),
+    ),
+    Mutation(
+        "a parameter without a gradient counts a step",
+        "expose",
+        "if grad is not None and not batch.seen[i]:",
+        "if not batch.seen[i]:",
+        FIRST,
+    ),
+    # the prelude
+    Mutation(
+        "the gradients of the step before are taken again",
+        "_read_gradients",
+        "    batch.forget_gradients()\n",
+        "",
+        EAGER,
+    ),
+    Mutation(
+        "a parameter that is thawed is never updated",
+        "Prelude._fit",
+        "any(p.grad is not None for p in self._outside)",
+        "False",
+        _equal("a_parameter_that_is_thawed[eager-SGD]"),
+    ),
+    Mutation(
+        "every group has the numbers of the first",
+        "Prelude._fit",
+        "fill_hyper(b, parts[b.part][3])",
+        "fill_hyper(b, parts[0][3])",
+        _equal("numbers_of_groups[eager-Adam]"),
+    ),
+    Mutation(
+        "a gradient of any kind is taken",
+        "Prelude._make",
+        "                    check_gradient(p, p.grad)",
+        "                    pass",
+        ("tests/test_bad_input.py::test_wrong_gradients[new-sparse-eager-adam]",),
+    ),
+    # the step's operation
+    Mutation(
+        "an eager step counts from zero", "run_rules", "step = batch.steps[i] + 1", "step = batch.steps[i]", EAGER
+    ),
+    Mutation(
+        "an eager step forgets what it made of the states",
+        "run_rules",
+        "                states[name].copy_(value)",
+        "                pass",
+        EAGER,
+    ),
+    Mutation(
+        "a total of a group is that of the optimizer",
+        "_total",
+        'rule.totals[name].over == "optimizer" or b.group == batch.group',
+        'rule.totals[name].over == "optimizer" or True',
+        _equal("totals_are_over_what_they_say[eager-group]"),
+    ),
+    # the optimizer
+    Mutation(
+        "a step with an infinite gradient is made",
+        "RuleOptimizer.step",
+        "if self.found_inf is None or not bool(self.found_inf):",
+        "if True:",
+        _equal("found_inf[eager-SGD]"),
+    ),
+    Mutation(
+        "what a hook gives is not taken",
+        "RuleOptimizer._run_pre_hooks",
+        "                args, kwargs = result",
+        "                pass",
+        _equal("hooks_are_given_what_a_step_is_given"),
+    ),
+    Mutation(
+        "a state dict shares memory with the optimizer",
+        "_copied",
+        "v.detach().clone() if isinstance(v, Tensor) else v",
+        "v",
+        CHECKPOINT,
+    ),
+]
