@@ -63,7 +63,7 @@ def npu_fused(
             return RuleStep(handle, chosen, _cause(with_rules=True))
         return graph_step(gm, chosen, _cause(any(node.target is core_op.rule_update for node in gm.graph.nodes)))
     record(report)
-    warn_unfused(report.fallbacks, stacklevel=2)
+    warn_unfused(report.fallbacks)
     return gm.forward
 
 

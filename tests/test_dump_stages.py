@@ -40,9 +40,8 @@ def contents(request: pytest.FixtureRequest, tmp_path: pathlib.Path, monkeypatch
 def test_what_was_captured_is_shown_whatever_grouping_makes_of_it(contents: Any) -> None:
     (group,) = contents.grouped.groups
     rotated = [tuple(m[1:] + m[:1]) for m in group.members]
-    wrong = dataclasses.replace(
-        contents, groups=[dataclasses.replace(group, labels=group.labels[::-1], members=rotated)]
-    )
+    grouped = dataclasses.replace(group, labels=group.labels[::-1], members=tuple(rotated))
+    wrong = dataclasses.replace(contents, grouped=dataclasses.replace(contents.grouped, groups=(grouped,)))
     name = re.compile("update_[0-9a-f]{8}|in no group")
 
     def shown(c: Any) -> str:
