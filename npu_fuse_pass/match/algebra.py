@@ -9,6 +9,7 @@ and its root w. So two updates are equal if the numerator of their difference is
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -287,10 +288,18 @@ class Algebra:
         """A value for people: slots are $0, $1, ..."""
         v = v.cancelled()
         text = str(v.n.as_expr()) if v.d == 1 else f"({v.n.as_expr()})/({v.d.as_expr()})"
-        for i in sorted(v.generators(), reverse=True):
-            name = f"sqrt(1 - {self.show(self.powers[i][0])}^t)" if i in self.powers else f"${i}"
-            text = text.replace(f"g{i}", name)
-        return text
+        return re.sub(r"g(\d+)", lambda found: self._shown(int(found[1])), text)
+
+    def _shown(self, i: int) -> str:
+        """A generator for people; of an operation that is not rational only its name."""
+        if i < len(self.formula.slots):
+            return f"${i}"
+        if i in self.powers:
+            return f"sqrt(1 - {self.show(self.powers[i][0])}^t)"
+        if i in self.inside:
+            return f"sqrt({self.show(self.inside[i])})"
+        unknown = next((name for name, k in self.unknown.items() if k == i), None)
+        return unknown or (f"{self.meaning[i].op}(…)" if i in self.meaning else "…")
 
     # Formula ----------------------------------------------------------------------------------------------------------
 
