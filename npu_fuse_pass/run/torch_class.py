@@ -44,7 +44,7 @@ class TorchStep:
     def name(self) -> str:
         return f"torch.optim.{type(self.optimizer).__name__}"
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def compare(self, states: States, names: Mapping[int, str], step: int, rounds_once: bool) -> None:
         """Make the step and compare.
 
