@@ -61,7 +61,7 @@ def npu_fused(
         handle = _rule_step(gm)
         if handle is not None:
             return RuleStep(handle, chosen, _cause(with_rules=True))
-        return graph_step(gm, chosen, _cause(any(node.target is core_op.rule_update for node in gm.graph.nodes)))
+        return graph_step(gm, chosen, _cause(_has_rules(gm)))
     record(report)
     warn_unfused(report.fallbacks)
     return gm.forward
@@ -111,10 +111,15 @@ def compiling() -> bool:
     return not torch._dynamo.config.disable and torch._dynamo.eval_frame._stance.stance != "force_eager"
 
 
-def last_break() -> str | None:
-    """Why Dynamo broke a graph in this process, the latest reason."""
-    counted = torch._dynamo.utils.counters["graph_break"]
-    return next((reason.splitlines()[0] for reason in reversed(counted)), None)
+def break_counts() -> dict[str, int]:
+    """How often Dynamo broke graphs in this process, for each reason in its words."""
+    return dict(torch._dynamo.utils.counters["graph_break"])
+
+
+def last_break(before: Mapping[str, int]) -> str | None:
+    """Why Dynamo broke a graph since there were so many `break_counts`; one reason."""
+    grown = [reason for reason, count in break_counts().items() if count > before.get(reason, 0)]
+    return grown[-1].splitlines()[0] if grown else None
 
 
 def breaks() -> list[str]:
@@ -168,6 +173,15 @@ def _check_torchair_config(config: Any, platform: str) -> None:
     if (mode := config.mode.value) != "max-autotune":
         why = "other modes capture kernels, and would repeat the numbers of the step that was captured"
         raise OptionError(f"torchair_config.mode={mode!r}; allowed is 'max-autotune', which makes GE graphs: {why}")
+
+
+def _has_rules(gm: fx.GraphModule) -> bool:
+    """Whether an optimizer of ours steps in the graph, or ends it because the step has to be apart."""
+    if any(node.target is core_op.rule_update for node in gm.graph.nodes):
+        return True
+    ended = getattr(gm, "compile_subgraph_reason", None)
+    frames = ended.user_stack if ended is not None and ended.graph_break else []
+    return any(os.path.dirname(frame.filename) == os.path.dirname(core_op.__file__) for frame in frames)
 
 
 def _rule_step(gm: fx.GraphModule) -> str | None:

@@ -25,7 +25,11 @@ class Code(enum.Enum):
     # what an update computes
     OPERATION = ("An operation of the step has no place in a fused kernel.", _REWRITE)
     FORM = ("An operation is called with arguments that only the original understands.", _REWRITE)
-    DTYPE = ("Something of the update has a dtype that no kernel computes with.", _REWRITE)
+    DTYPE = (
+        "Something of the update has a dtype that no kernel computes with.",
+        "rewrite this operation with floating-point ones (torch.trunc instead of .to(torch.int64)), pointwise or of "
+        "whole tensors",
+    )
     MIXED_DTYPES = (
         "Tensors of different dtypes meet without a cast.",
         "cast with .to(...) where dtypes meet, or keep the state in the parameter's dtype",
@@ -34,7 +38,10 @@ class Code(enum.Enum):
         "An operation rounds its intermediate results in half precision, in a way that no kernel repeats.",
         "compute this operation in float32: cast its arguments with .float()",
     )
-    DEVICE = ("An update computes across devices.", "create all states on the parameter's device")
+    DEVICE = (
+        "An update asks for a tensor on a device.",
+        "create all states on the parameter's device, and leave .to(device) out",
+    )
     SHAPES = ("Tensors of different shapes meet in an update.", "use the form that the reason names")
     REDUCTION = ("A reduction is not one over a whole tensor of the step.", "use the form that the reason names")
     ACROSS_PARAMETERS = (
@@ -52,8 +59,8 @@ class Code(enum.Enum):
         "Python reads the value of a tensor.",
         f"decide with torch.where instead of reading a tensor's value in Python, or {_RULE}",
     )
-    SAME_SCALAR = ("Several parameters write the same 0-dim tensor.", None)
-    RULE = ("A rule raises an error where it is traced.", None)
+    SAME_SCALAR = ("Several parameters write the same 0-dim tensor.", "keep one such tensor for each parameter")
+    RULE = ("A rule raises an error where it is traced.", "use functions of tensors only, and none of their values")
     GRAPH = ("The graph holds something else than a step's operations on tensors and numbers.", None)
     FORWARD_PASS = ("One graph holds a forward pass and an update.", "compile the step by itself")
     MATCH = ("A formula is not compared with the known kernels.", None)
@@ -61,7 +68,10 @@ class Code(enum.Enum):
     # where it runs
     COMPILER = ("No C++ compiler works here.", "install g++ or clang++, or set CXX to one that works")
     PLATFORM = ("The platform cannot be used here.", None)
-    OTHER_DEVICE = ("A lowering is given tensors of another device.", None)
+    OTHER_DEVICE = (
+        "A platform is given tensors of another device.",
+        "put all tensors of the step on the platform's device, or choose another platform",
+    )
     GE_OPERATION = (
         "GE has no operation for something in the update.",
         "rewrite this operation with one that has (arithmetic, roots, comparisons, where)",
@@ -74,7 +84,10 @@ class Code(enum.Enum):
         "A 0-dim state is computed from a tensor, and the NPU path advances those on the host.",
         "set opt.found_inf outside of the compiled function",
     )
-    GE_REFUSED = ("GE or torchair refused the step's graph, and nothing was changed.", _REPORT)
+    GE_REFUSED = (
+        "GE or torchair refused the step's graph, and nothing was changed.",
+        "report it, with this message and what print(npu_fuse_pass.reports()[-1]) says",
+    )
 
     # what a step is called with
     SHARED_MEMORY = (
@@ -94,7 +107,10 @@ class Code(enum.Enum):
         "put copies in opt.state (state.clone()); report it if you put nothing there",
     )
     CHANGED = ("A tensor is not what the step was compiled for.", _KEEP)
-    GRADIENTS = ("Other parameters have gradients than when the graph was captured.", None)
+    GRADIENTS = (
+        "Other parameters have gradients than when the graph was captured.",
+        "set and drop gradients outside of the compiled function",
+    )
     KEPT = (
         "A compiled function uses a state or a tensor hyperparameter of an optimizer whose step is in its graph.",
         "reach it through opt.state or opt.param_groups, or use it outside of the compiled function",

@@ -108,7 +108,8 @@ class Interpreter:
                 self.moved += _traffic(args, [result])
             return result
         except TypeError as e:
-            raise Unsupported(name, f"is called in a form that is not known: {e}", Code.FORM) from e
+            words = str(e).rpartition("() ")[2]  # without the name of the function that has the row
+            raise Unsupported(name, f"is called in a form that is not known: {words}", Code.FORM) from e
 
     def overwrite(self, cell: Cell, name: str, result: Any) -> None:
         """What an original operation gave takes the place of a tensor's value."""

@@ -22,10 +22,6 @@ FIRST = Cause("compile")
 
 _RULES = "use an optimizer of ours or a rule (optimizers.*, npu_fuse_pass.rule), whose numbers never recompile"
 _OUTSIDE = "set and read the numbers of parameter groups outside of the compiled function: there they cost no compile"
-_KEEP = (
-    "zero_grad(set_to_none=False) keeps gradients (a gradient of zeros is an update too: momentum and weight decay "
-    "go on), or"
-)
 
 
 class _Guard(NamedTuple):
@@ -56,8 +52,9 @@ _GUARDS = [
     _Guard(
         r"\.grad\b.* is (not )?None|\.grad\b.*NoneType",
         "other gradients are None than before",
-        f"{_KEEP} an optimizer of ours, which leaves those parameters out without a recompile",
-        f"{_KEEP} torch.compile(opt.step) alone, which leaves those parameters out without a recompile",
+        "zero_grad(set_to_none=False) keeps gradients (a gradient of zeros is an update too: momentum and weight decay "
+        "go on), or torch.compile(opt.step) alone: optimizers with rules (optimizers.*) leave those parameters out "
+        "without a recompile",
     ),
     _Guard(
         r"len\(self\.state|\.state\b.* (is|in|==|!=) ",

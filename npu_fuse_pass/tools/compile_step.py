@@ -49,6 +49,7 @@ class CompiledStep:
     def __init__(self, opt: torch.optim.Optimizer, options: dict[str, Any]) -> None:
         self._opt = opt
         self._watched = backend.Watched(options)
+        self._breaks = backend.break_counts()
         self._step = backend.isolated(opt.step, self._watched)
         self._steps = 0
         self._compiled = False
@@ -88,8 +89,8 @@ class CompiledStep:
                 "between steps costs variants: make lr a tensor, keep gradients from becoming None (set_to_none=False)"
             )
         if not self._compiled and self._steps >= 2:
-            broken = graph_break(backend.last_break() or "see TORCH_LOGS").led_by("Dynamo broke or skipped every graph")
-            why = (hidden(self._opt) or broken).advised
+            broken = graph_break(backend.last_break(self._breaks) or "TORCH_LOGS=graph_breaks says why")
+            why = (hidden(self._opt) or broken.led_by("Dynamo broke or skipped every graph")).advised
             done = f"two steps of {name} ran, both eagerly, and torch handed no update to the backend"
             raise NotCapturedError(f"{done}. {why}")
 

@@ -11,8 +11,10 @@ import torch
 
 from npu_fuse_pass import backend
 from npu_fuse_pass.errors import FuseError
+from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.report.causes import graph_break
 from npu_fuse_pass.report.report import CompileReport
+from npu_fuse_pass.tools.compile_step import has_gradients
 from npu_fuse_pass.tools.hidden import hidden
 from npu_fuse_pass.tools.twin import twin as _twin
 
@@ -53,7 +55,7 @@ def try_on_copy(opt: torch.optim.Optimizer, options: dict[str, Any]) -> Trial:
     reason = hidden(opt)
     if reason is not None:
         return Trial(CompileReport(watched.options["platform"], fallbacks=[reason]))
-    twin = _twin(opt)
+    twin, breaks = _twin(opt), backend.break_counts()
     step = backend.isolated(twin.step, watched)
     try:
         with warnings.catch_warnings():
@@ -68,8 +70,10 @@ def try_on_copy(opt: torch.optim.Optimizer, options: dict[str, Any]) -> Trial:
         name = type(opt).__name__
         raise own or FuseError(f"explain cannot run a step of {name}: {type(e).__name__}: {e}") from e
     if not watched.ran:
-        broken = backend.last_break() or "it has no parameters that require gradients"
-        missed = graph_break(broken).led_by("no update reached the backend")
+        missed = Code.NOT_CAPTURED("no parameter requires a gradient", remedy="give it parameters that do")
+        if has_gradients(twin):
+            missed = graph_break(backend.last_break(breaks) or "Dynamo skips it (TORCH_LOGS=graph_breaks says why)")
+        missed = missed.led_by("no update reached the backend")
         return Trial(CompileReport(watched.options["platform"], fallbacks=[missed]))
     return Trial(_joined(watched.ran), step)
 

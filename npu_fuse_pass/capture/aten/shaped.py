@@ -22,7 +22,7 @@ def _to(b: Builder, x: Any, *args: Any, dtype: torch.dtype | None = None, **kwar
     target = other.dtype if other is not None else target
     moved = next((a for a in (*args, kwargs.get("device")) if isinstance(a, (torch.device, str))), None)
     if moved is not None and x.dimmed:
-        raise Unsupported("to", f"moves a tensor to {moved}", Code.DEVICE)
+        raise Unsupported("to", f"asks for a tensor on {moved}", Code.DEVICE)
     return x if target is None else cast(b, x, target)
 
 

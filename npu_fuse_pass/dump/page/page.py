@@ -74,7 +74,7 @@ def _facts(contents: Contents) -> dict[str, Any]:
         "cause": report.cause,
         "fallback": report.fallback,
         "graph_break": report.graph_break,
-        "unfused": [{"op": u.op, "reason": u.text} for u in report.unfused],
+        "unfused": [{"op": u.op, "text": str(u)} for u in report.unfused],
         "bandwidth": {"value": bandwidth, "why": why},
         "totals": totals,
         "groups": _groups(contents),

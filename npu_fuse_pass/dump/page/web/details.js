@@ -132,7 +132,7 @@ function notTaken(node, f) {
 
 function reasonFor(name) {
   const found = data.unfused.find((u) => u.op.replace(/^_foreach_|_$/g, "") === name || u.op === name);
-  return found ? `${found.op}: ${found.reason}` : "";
+  return found ? found.text : "";
 }
 
 function boxDetails(box) {
