@@ -2,16 +2,22 @@
 # Every check and test of the project, on a fresh machine with Python, git and gcc: makes the environments that are
 # missing, then runs style and types, the tests, the page of a dump in a browser (as root on Debian it installs
 # Chromium; elsewhere it has to be there), the NPU lane, the lane of generated NPU kernels, and the README from the built
-# wheel. Arguments go to pytest, for example: bash scripts/test.sh -k lamb; --slow runs the slow tier of the lanes too.
-# Environment: PYTHON (which interpreter makes .venv), TEST_WORKERS (pytest processes; default: cores, at most 4),
-# NPU_FUSE_FULL=1 (all cases of torch's database of optimizers instead of every sixth, about 20 minutes more).
+# wheel. Arguments go to pytest, for example: bash scripts/test.sh -k lamb
+# --slow runs the slow tier, too: all planted bugs, all cases of torch's database of optimizers and of other large tables
+# instead of every sixth, more random programs, the lanes' slow tests. It has no time limit.
+# Environment: PYTHON (which interpreter makes .venv), TEST_WORKERS (pytest processes; default: cores, at most 4).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 slow=()
 given=()
 for argument in "$@"; do
-    if [ "$argument" = --slow ]; then slow=(--slow); else given+=("$argument"); fi
+    if [ "$argument" = --slow ]; then
+        slow=(--slow)
+        export NPU_FUSE_FULL=1
+    else
+        given+=("$argument")
+    fi
 done
 
 cores="$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)"

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,14 +22,13 @@ from torch.testing._internal.common_optimizers import optim_db
 
 import npu_fuse_pass
 
-from .support import gradients, parameters
+from .support import FULL, gradients, parameters
 
 STEPS = 8
 SHAPES = ((4, 3), (17,), (2, 3, 5), (33, 2))
 MATRICES = ((4, 3), (17, 2), (3, 5), (8, 8))
 FORMS = ("method", "unwrapped", "closure")  # the first without a closure
 INFOS: dict[str, Any] = {info.name: info for info in optim_db}
-FULL = os.environ.get("NPU_FUSE_FULL", "") not in ("", "0")
 PARTLY = ("Muon", "Adafactor")  # matrix products and reductions over rows stay as they are
 
 # what no backend is shown: (optimizer, implementation, form) with * for any, and why
@@ -112,11 +110,6 @@ def _without_capturable(kwargs: dict[str, Any]) -> dict[str, Any]:
 CASES = list(_cases())
 SHOWN = [case for case in CASES if case.not_shown is None]
 HIDDEN = [case for case in CASES if case.not_shown is not None]
-
-
-def tier(cases: Sequence[Case]) -> list[Case]:
-    """All cases with NPU_FUSE_FULL=1; otherwise every sixth, on a diagonal so that every form occurs."""
-    return [case for i, case in enumerate(cases) if FULL or i % 6 == i // 6 % 6]
 
 
 # Running a case -------------------------------------------------------------------------------------------------------
@@ -242,7 +235,7 @@ def summary(outcomes: dict[str, list[str]]) -> list[str]:
         found = {outcome: sum(f"::{test}[" in name for name in names) for outcome, names in outcomes.items()}
         return ", ".join(f"{n} {outcome}" for outcome, n in found.items() if n) or "none ran"
 
-    which = "all ran" if FULL else "every sixth ran (all with NPU_FUSE_FULL=1)"
+    which = "all ran" if FULL else "every sixth ran (all with bash scripts/test.sh --slow)"
     lines = [
         f"{len(CASES)} cases = {len(INFOS)} optimizers x inputs x (foreach, loop, fused) x {FORMS}; {which}",
         f"shown to the backend, {len(SHOWN)}: {count('test_case')}",

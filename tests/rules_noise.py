@@ -7,7 +7,6 @@ rounding at this element: little in most places, all of it where a comparison is
 
 from __future__ import annotations
 
-import os
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,7 +22,6 @@ UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-1
 RUNS = 8
 ERROR = 4.0  # units that every operation may be off
 MARGIN = 4.0  # how much farther than its runs are from each other a result may be from eager's
-FULL = os.environ.get("NPU_FUSE_FULL") == "1"
 
 _EXACT = "neg abs sign floor ceil trunc round relu clone nan_to_num clamp clamp_min clamp_max s_clamp maximum minimum"
 _EXACT += " fmax fmin copysign where where_s where_c s_where s_minimum zeros_like ones_like full_like max amax amin"

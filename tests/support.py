@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import sys
 import types
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,14 @@ import npu_fuse_pass
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 SHAPES: tuple[tuple[int, ...], ...] = ((3, 4), (5,), (2, 3, 2), ())
 MODES = ("eager", "compiled")
+FULL = os.environ.get("NPU_FUSE_FULL", "") not in ("", "0")  # the slow tier: bash scripts/test.sh --slow
+
+T = TypeVar("T")
+
+
+def tier(cases: Sequence[T]) -> list[T]:
+    """All cases in the slow tier; otherwise every sixth, on a diagonal, so that every form occurs."""
+    return [case for i, case in enumerate(cases) if FULL or i % 6 == i // 6 % 6]
 
 
 class Step:

@@ -10,6 +10,7 @@ from .mutations import MUTATIONS, Mutation
 from .mutations_passes import PASSES
 from .mutations_rules import RULES
 from .planted import ROOT, copy_of_the_project, find, plant, run_tests
+from .support import tier
 
 ROOMS = {"aten", "capture", "passes", "cpu", "rules"}
 EVERY = [*MUTATIONS, *PASSES, *RULES]
@@ -26,7 +27,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"NPU_FUSE_CACHE_DIR": str(folder), "OMP_WAIT_POLICY": "PASSIVE", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-@pytest.mark.parametrize("mutation", EVERY, ids=lambda m: m.name.replace(" ", "_"))
+@pytest.mark.parametrize("mutation", tier(EVERY), ids=lambda m: m.name.replace(" ", "_"))
 def test_a_planted_bug_is_noticed(mutation: Mutation, tmp_path: pathlib.Path, environment: dict[str, str]) -> None:
     plant(copy_of_the_project(tmp_path), mutation.place, mutation.old, mutation.new)
     code, output = run_tests(tmp_path, mutation.tests, environment)
@@ -36,7 +37,7 @@ def test_a_planted_bug_is_noticed(mutation: Mutation, tmp_path: pathlib.Path, en
 
 def test_without_a_bug_the_same_tests_pass(tmp_path: pathlib.Path, environment: dict[str, str]) -> None:
     """Otherwise their failures above would mean nothing."""
-    tests = sorted({test for mutation in EVERY for test in mutation.tests})
+    tests = sorted({test for mutation in tier(EVERY) for test in mutation.tests})
     code, output = run_tests(copy_of_the_project(tmp_path), tests, environment)
     assert code == PASSED, output[-3000:]
     assert "skipped" not in output.splitlines()[-1], output[-3000:]

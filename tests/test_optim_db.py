@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from .optim_cases import CASES, HIDDEN, NOT_SHOWN, PARTLY, SHOWN, STEPS, Case, Result, run, tier
-from .support import assert_fused
+from .optim_cases import CASES, HIDDEN, NOT_SHOWN, PARTLY, SHOWN, STEPS, Case, Result, run
+from .support import assert_fused, tier
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*")
 

@@ -18,9 +18,10 @@ from npu_fuse_pass.capture.graph import capture
 from npu_fuse_pass.passes.group import group
 
 from .graphs import run, traced, with_groups
-from .rules_noise import FULL, UNIT, assert_within, narrow, runs, settled, tolerance
+from .rules_noise import UNIT, assert_within, narrow, runs, settled, tolerance
 from .rules_programs import Problem
 from .rules_strategy import problems
+from .support import FULL
 
 
 class Counts:

@@ -18,10 +18,10 @@ from npu_fuse_pass.capture.rule import capture_batches
 from npu_fuse_pass.rules.batch import inputs_of
 
 from .graphs import PROGRAMS, with_groups
-from .rules_noise import FULL, RUNS, UNIT, Errors, Noisy, assert_within, narrow, settled, tolerance
+from .rules_noise import RUNS, UNIT, Errors, Noisy, assert_within, narrow, settled, tolerance
 from .rules_programs import Exactly, Program, apply
 from .rules_strategy import programs
-from .support import compiled, last_report
+from .support import FULL, compiled, last_report
 
 SHAPES = [(5,), (3, 4), (2, 3, 4), (), (7,)]
 DTYPES = [torch.float32, torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16]
