@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from npu_fuse_pass.capture.graph import capture
 from npu_fuse_pass.capture.rule import capture_batches
-from npu_fuse_pass.ir.types import Captured, Group, Leaf
+from npu_fuse_pass.ir.types import Group, Grouped, Leaf
 from npu_fuse_pass.lowerings.npu.kernels import block
 from npu_fuse_pass.lowerings.npu.kernels.generate import Kernel
 from npu_fuse_pass.lowerings.npu.kernels.launch import Generated, generate_group
@@ -64,16 +64,16 @@ def generated(made: Group, leaves: Sequence[Leaf], size: int | None = None) -> G
     return generate_group(made, leaves, chosen)
 
 
-def generated_groups(captured: Captured, size: int | None = None) -> list[Generated]:
-    return [generated(g, captured.leaves, size) for g in group(captured)]
+def generated_groups(grouped: Grouped, size: int | None = None) -> list[Generated]:
+    return [generated(g, grouped.leaves, size) for g in grouped.groups]
 
 
-def captured_rules(optimizer: Any) -> Captured:
-    """The step of an optimizer of ours."""
+def captured_rules(optimizer: Any) -> Grouped:
+    """The step of an optimizer of ours, in groups."""
     optimizer._prelude.prepare()
     captured = capture_batches(optimizer._prelude.batches)
     assert not captured.unfused, captured.unfused
-    return captured
+    return group(captured)
 
 
 class RuleStep:
@@ -99,7 +99,7 @@ class GraphBackend:
     def __init__(self, blocks: int = CORES, size: int | None = None, run: bool = True) -> None:
         self.cores, self._size, self._run = Cores(blocks), size, run
         self.groups: list[Generated] = []
-        self.captured: list[Captured] = []
+        self.captured: list[Grouped] = []
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
         captured = capture(gm)
@@ -107,16 +107,17 @@ class GraphBackend:
             return gm.forward
         assert not captured.unfused, captured.unfused
         assert not captured.stages, "operations between kernels"
-        self.captured.append(captured)
+        grouped = group(captured)
+        self.captured.append(grouped)
         if not self._run:
             return gm.forward
-        groups = generated_groups(captured, self._size)
+        groups = generated_groups(grouped, self._size)
         self.groups += groups
-        program = Program(captured.leaves, groups, self.cores, torch.device("cpu"))
+        program = Program(grouped.leaves, groups, self.cores, torch.device("cpu"))
 
         def run(*arguments: Tensor) -> tuple[Any, ...]:
-            values: list[Any] = [None] * len(captured.leaves)
-            for i, leaf in enumerate(captured.leaves):
+            values: list[Any] = [None] * len(grouped.leaves)
+            for i, leaf in enumerate(grouped.leaves):
                 if leaf.kind == "input":
                     values[i] = arguments[leaf.index]
                 elif leaf.kind == "attribute":

@@ -96,7 +96,12 @@ def _wide(x: np.ndarray, dtype: str) -> np.ndarray:
     return (x.astype(np.uint32) << 16).view(np.float32) if dtype == "bf16" else x.astype(np.float32)
 
 
-_ROUNDS = {"rint": np.rint, "floor": np.floor, "ceil": np.ceil, "trunc": np.trunc}
+def _half_away(x: np.ndarray) -> np.ndarray:
+    whole = np.trunc(x)
+    return whole + np.copysign(np.abs(x - whole) >= 0.5, x)
+
+
+_ROUNDS = {"round": _half_away, "rint": np.rint, "floor": np.floor, "ceil": np.ceil, "trunc": np.trunc}
 _FLOATS = ("f32", "f16", "bf16")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_fuse_pass.ir.types import Captured
+from npu_fuse_pass.ir.types import Grouped
 from tests.cases import CASES
 from tests.npu_kernels.executed import GraphBackend, captured_rules
 from tests.papers import AdaBelief, Adan, Lion, ScheduleFreeAdamW, Signum, Tiger
@@ -77,7 +77,7 @@ def set_gradients(params: Params, seed: int, missing: Sequence[int] = ()) -> Non
         p.grad = None if i in missing else grad.to(p.dtype)
 
 
-def captured(step: Step, dtype: torch.dtype) -> list[Captured]:
+def captured(step: Step, dtype: torch.dtype) -> list[Grouped]:
     """What the second step of two small parameters is: that of most steps."""
     params = parameters((3, 5), dtype)
     opt = step.build(params)

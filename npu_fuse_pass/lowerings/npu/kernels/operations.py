@@ -232,13 +232,15 @@ def _tan(o: Operations, x: Value) -> Value:
 
 @_row("pow")
 def _pow(o: Operations, x: Value, y: Value) -> Value:
-    """exp(y log|x|), and C's answers for negative bases, for 1 and for exponent 0."""
-    size = o("exp", o("mul", y, o("log", o("abs", x))))
+    """exp(y log|x|), and C's answers for negative bases, zeros, infinities, ones and exponent 0."""
+    base = o("abs", x)
+    size = o("where", o("eq", base, 1.0), 1.0, o("exp", o("mul", y, o("log", base))))
     whole = o("eq", o("floor", y), y)
     half = o("mul", y, 0.5)
     odd = o("and", whole, o("ne", o("floor", half), half))
-    signed = o("where", odd, o("neg", size), size)
-    below = o("where", whole, signed, math.nan)
-    found = o("where", o("lt", x, 0.0), below, size)
-    one = o("or", o("eq", y, 0.0), o("eq", x, 1.0))
-    return o("where", one, 1.0, found)
+    below = o("lt", x, 0.0)
+    negative = o("or", below, o("lt", o("div", 1.0, x), 0.0))  # of the zeros, 1 / x tells
+    signed = o("where", o("and", odd, negative), o("neg", size), size)
+    undefined = o("and", o("and", below, o("isfinite", x)), o("not", whole))
+    found = o("where", undefined, math.nan, signed)
+    return o("where", o("or", o("eq", y, 0.0), o("eq", x, 1.0)), 1.0, found)
