@@ -86,7 +86,7 @@ class Program:
                     launches.bind(tensors, active)
                 self._bound = addresses
             numbers = [
-                _rows(found[0], len(g.group.members)) for found, g in zip(step.numbers, self._groups, strict=True)
+                rows_of(found[0], len(g.group.members)) for found, g in zip(step.numbers, self._groups, strict=True)
             ]
             flat = torch.cat([n.flatten() for n in numbers]).float().to(self._device)
             rows = [
@@ -99,7 +99,7 @@ class Program:
             binding.finish(values)
 
 
-def _rows(found: Sequence[Tensor], members: int) -> Tensor:
+def rows_of(found: Sequence[Tensor], members: int) -> Tensor:
     """A row of numbers per member, float64."""
     if not found:
         return torch.zeros(members, 0, dtype=torch.float64, device="cpu")

@@ -1,0 +1,79 @@
+"""Clipping by the norm of all gradients, a step, an average of parameters: three launches, as many bytes as on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from npu_fuse_pass.ir.totals import total_slots
+from npu_fuse_pass.lowerings.kernels.sweeps import plan
+from tests.npu_kernels.executed import GraphBackend
+from tests.npu_kernels.steps import parameters, set_gradients
+from tests.npu_kernels.test_executed import distance
+
+SIZES = (9000, 1, 363, 20001)
+
+
+def momentum(params: list[Any], grads: list[Any], states: list[list[Any]]) -> None:
+    torch._foreach_mul_(states[0], 0.9)
+    torch._foreach_add_(states[0], grads)
+    torch._foreach_add_(params, states[0], alpha=-0.1)
+
+
+def second_moment(params: list[Any], grads: list[Any], states: list[list[Any]]) -> None:
+    torch._foreach_lerp_(states[0], grads, 0.1)
+    torch._foreach_mul_(states[1], 0.99)
+    torch._foreach_addcmul_(states[1], grads, grads, 0.01)
+    roots = torch._foreach_sqrt(states[1])
+    torch._foreach_add_(roots, 1e-3)
+    torch._foreach_addcdiv_(params, states[0], roots, -0.01)
+
+
+UPDATES = {"momentum": momentum, "second moment": second_moment}
+
+
+def train(dtype: torch.dtype, backend: Any, update: Any) -> list[torch.Tensor]:
+    torch._dynamo.reset()
+    params = [torch.nn.Parameter(p.detach().to(dtype)) for p in parameters(SIZES)]
+    averages, *states = ([p.detach().clone() for p in params] for _ in range(3))
+    for state in (t for several in states for t in several):
+        state.abs_()
+
+    def tail() -> None:
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        with torch.no_grad():
+            update(params, [p.grad for p in params], states)
+            torch._foreach_lerp_(averages, params, 0.1)
+
+    call = tail if backend is None else torch.compile(tail, backend=backend, fullgraph=True)
+    for k in range(3):
+        set_gradients(params, k)
+        for p in params:
+            p.grad = p.grad.float().to(dtype)
+        call()
+    return [*params, *averages, *states[0]]
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_three_launches(name: str) -> None:
+    backend = GraphBackend(size=2048)
+    ours, eager, exact = (train(d, b, UPDATES[name]) for d, b in (
+        (torch.float32, backend), (torch.float32, None), (torch.float64, None),
+    ))  # fmt: skip
+    for a, b, c in zip(ours, eager, exact, strict=True):
+        assert distance(a, b) <= 1e-6
+        assert distance(a, c) <= max(1.1 * distance(b, c), 8 * 2.0**-23)
+    grouped, (found,) = backend.captured[-1], backend.groups[-1:]
+    assert [(k.over, k.contributes) for k in found.kernels.launches] == [
+        ("chunks", True), ("members", True), ("chunks", False),
+    ]  # fmt: skip
+    slots = total_slots(grouped.groups, grouped.leaves)
+    assert found.kernels.bytes_per_element == sum(plan(found.group.formula, slots[0]).bytes)
+
+
+def test_bits_do_not_depend_on_the_number_of_cores() -> None:
+    results = [train(torch.float32, GraphBackend(blocks, 1024), UPDATES["second moment"]) for blocks in (1, 3, 40)]
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
