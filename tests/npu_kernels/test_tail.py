@@ -1,4 +1,4 @@
-"""Clipping by the norm of all gradients, a step, an average of parameters: three launches, as many bytes as on a CPU."""
+"""Clipping by the norm of all gradients, a step, an average of parameters: three launches, the bytes of the CPU's."""
 
 from __future__ import annotations
 
