@@ -111,6 +111,7 @@ class Code(enum.Enum):
         "Other parameters have gradients than when the graph was captured.",
         "set and drop gradients outside of the compiled function",
     )
+    REPEATED = ("A parameter is listed more than once in a group.", "list every parameter once")
     KEPT = (
         "A compiled function uses a state or a tensor hyperparameter of an optimizer whose step is in its graph.",
         "reach it through opt.state or opt.param_groups, or use it outside of the compiled function",

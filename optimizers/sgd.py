@@ -53,7 +53,8 @@ class NpuFusedSGD(NpuFusedOptimizer):
 
     Where document and code of the original differ: nesterov with momentum <= 0 or dampening != 0 is a
     ValueError in the code and a TypeError in the document; here it is both. Unlike the original, "the first
-    update" is per parameter.
+    update" is per parameter. A parameter that is listed twice is updated twice, each time from what the update before
+    has made; torch.optim.SGD begins its buffer anew in both updates of the first step.
 
     Args:
         params: parameters or parameter groups.

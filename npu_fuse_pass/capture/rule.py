@@ -49,6 +49,8 @@ def capture_batches(batches: Sequence[Batch]) -> Captured:
     for batch in batches:
         roles = _Roles(["param", "grad", *batch.flat], ["step", *batch.hyper.names])
         members = _add_leaves(captured.leaves, batch, roles)
+        if any(b.repeats for b in batches):
+            continue
         try:
             updates, moved = _updates_of(batch, roles, members, totals)
             captured.updates += updates
@@ -57,6 +59,10 @@ def capture_batches(batches: Sequence[Batch]) -> Captured:
             about = f"{e.reason.op} in rule {batch.rule.name}"
             place = e.reason.source or source_of_function(batch.rule.function)
             captured.unfused.append(dataclasses.replace(e.reason, op=about, source=place))
+    if any(b.repeats for b in batches):
+        captured.unfused.append(
+            Code.REPEATED("a parameter is listed twice, and its second update begins behind the first")
+        )
     return captured
 
 

@@ -25,7 +25,8 @@ def captured(step: types.Captured) -> None:
         positions = range(len(update.slots))
         where = f"update of {', '.join(update.labels)}"
         _expect(len(update.labels) == len(update.slots), where, "has other numbers of labels and slots")
-        _expect(bool(update.writes) and bool(update.members), where, "writes nothing, or has no members")
+        gives = bool(update.writes or update.contributions)  # a parameter may add to a total alone
+        _expect(gives and bool(update.members), where, "writes nothing, or has no members")
         for position, _ in update.writes:
             _expect(position in positions, where, f"writes position {position} of {len(positions)}")
         _check_writes(where, update.writes, update.slots)

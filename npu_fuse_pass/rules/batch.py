@@ -50,6 +50,8 @@ class Batch:
     totals: tuple[str, ...]
     strides: list[tuple[int, ...]]
     pointers: list[int]
+    inference: bool  # whether it writes tensors that only inference mode may write
+    repeats: bool  # whether its parameters are listed in an earlier batch already, whose states it shares
     counts: bool  # whether its parameters have a step counter: those with a state do, and those whose rule reads it
     all_seen: bool = False
     same: SameTensors = dataclasses.field(default_factory=SameTensors)
@@ -127,10 +129,31 @@ def make_batch(
         totals=rule.totals_of(settings),
         strides=[p.stride() for p in params],
         pointers=[],
+        inference=False,
+        repeats=False,
         counts=bool(flat) or reads_step(rule, hyper.static, hyper.views, rule.totals_of(settings)),
     )
     adopt(batch, state)
     return batch
+
+
+def repeated(batch: Batch, params: Sequence[Tensor]) -> Batch:
+    """A batch that updates some parameters of another one once more, on the same states."""
+    at = {id(p): i for i, p in enumerate(batch.params)}
+    places = [at[id(p)] for p in params]
+    return dataclasses.replace(
+        batch,
+        params=list(params),
+        views={name: [views[i] for i in places] for name, views in batch.views.items()},
+        step_views=[batch.step_views[i] for i in places],
+        shown=[batch.shown[i] for i in places],
+        numels=[batch.numels[i] for i in places],
+        seen=[batch.seen[i] for i in places],
+        strides=[batch.strides[i] for i in places],
+        pointers=[],
+        repeats=True,
+        same=SameTensors(),
+    )
 
 
 def fill_hyper(batch: Batch, settings: Mapping[str, Any]) -> bool:
@@ -154,7 +177,7 @@ def expose(batch: Batch, state: States) -> None:
 def expose_updated(batch: Batch, state: States) -> None:
     """As `expose` after a step that something interrupted: of the parameters that it has updated."""
     for i, param in enumerate(batch.params):
-        if batch.counts and not batch.seen[i] and batch.steps[i] > 0:
+        if batch.counts and not batch.seen[i] and batch.step_views[i] > 0:
             _show(batch, i, state.entry(param))
             batch.seen[i] = True
 
@@ -237,8 +260,8 @@ def adopt(batch: Batch, existing: States) -> None:
     for name, views in batch.views.items():
         values = [entry[name].detach() if name in entry else None for entry in entries]
         _bring(values, views, batch.rule.states[name].value)
-    for i, step in enumerate(steps):
-        batch.steps[i] = step
+    for view, step in zip(batch.step_views, steps, strict=True):
+        view.fill_(step)
     batch.seen = [bool(entry and batch.counts) for entry in entries]
     for i, param in enumerate(batch.params):
         if batch.seen[i]:

@@ -134,7 +134,7 @@ def run_rules(batches: list[Batch]) -> None:
         for i, (param, grad) in enumerate(zip(batch.params, batch.grads, strict=True)):
             if grad is None:
                 continue
-            step = batch.steps[i] + 1
+            step = batch.step_views[i] + 1
             states = {name: _dimmed(state) for name, state in batch.states(i).items()}
             param, grad = _dimmed(param), _dimmed(grad)
             new, new_grad, new_states = batch.rule.apply(param, grad, states, {**batch.keywords(step), **sums})
@@ -144,7 +144,7 @@ def run_rules(batches: list[Batch]) -> None:
             for name, value in new_states.items():
                 states[name].copy_(value)
             if batch.counts:
-                batch.steps[i] = step
+                batch.step_views[i].copy_(step)
 
 
 def _dimmed(x: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ def _total(name: str, batch: Batch, batches: list[Batch]) -> Tensor:
         for i, (param, grad) in enumerate(zip(b.params, b.grads, strict=True)):
             if grad is not None:
                 states = {n: _dimmed(state) for n, state in b.states(i).items()}
-                part = rule.contribution(name, _dimmed(param), _dimmed(grad), states, b.keywords(b.steps[i] + 1))
+                part = rule.contribution(name, _dimmed(param), _dimmed(grad), states, b.keywords(b.step_views[i] + 1))
                 result = result + part.to(result.device)
     return result
 

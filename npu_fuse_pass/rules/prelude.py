@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import weakref
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from npu_fuse_pass.rules.batch import (
     expose_updated,
     fill_hyper,
     make_batch,
+    repeated,
 )
 from npu_fuse_pass.rules.declaration import Declaration
 from npu_fuse_pass.rules.ranges import check_kinds
@@ -75,6 +76,8 @@ class Prelude:
 
         Raises:
             GradientError: a gradient is of a kind that no rule takes; nothing has been changed.
+            ValueError: `opt.state` holds what no step can go on from; nothing has been changed.
+            RuntimeError: a tensor that only inference mode may write is written; nothing has been changed.
         """
         optimizer = self._optimizer()
         assert optimizer is not None
@@ -87,6 +90,11 @@ class Prelude:
             self._make(optimizer, parts)
             if not self._fit(optimizer, parts):
                 raise AssertionError("batches do not fit right after they were made")
+        if any(batch.inference for batch in self.batches) and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "Inplace update to inference tensor outside InferenceMode is not allowed: a parameter or its state was "
+                "made under torch.inference_mode(); nothing was changed. A clone of it is a normal tensor"
+            )
 
     @property
     def kinds(self) -> object:
@@ -157,19 +165,26 @@ class Prelude:
         outside: list[Tensor] = []
         for index, (group, rule, params, settings) in enumerate(parts):
             keyed: dict[Any, list[Tensor]] = {}
+            again: dict[Any, list[Tensor]] = {}
+            times: Counter[int] = Counter()
             for p in params:
-                if p.requires_grad or p.grad is not None or p in state:
-                    keyed.setdefault(batch_key(p, p.grad), []).append(p)
-                else:
+                times[id(p)] += 1
+                if not (p.requires_grad or p.grad is not None or p in state):
                     outside.append(p)
-            for members in keyed.values():
+                elif times[id(p)] == 1:
+                    keyed.setdefault(batch_key(p, p.grad), []).append(p)
+                else:  # a parameter that is listed twice is updated twice, as in torch.optim
+                    again.setdefault((times[id(p)], batch_key(p, p.grad)), []).append(p)
+            first: dict[Any, Batch] = {}
+            for key, members in keyed.items():
                 old = next((b for b in self.batches if _serves(b, rule, index, settings, members)), None)
                 if old is not None:
                     adopt(old, state)
                 elif optimizer.flatten is not None:
                     with contextlib.suppress(OptionError):  # then they stay where they are; the report says the layout
                         optimizer.settle([members])
-                batches.append(old or make_batch(rule, group, index, settings, members, state, optimizer.state_dtype))
+                first[key] = old or make_batch(rule, group, index, settings, members, state, optimizer.state_dtype)
+            batches += [*first.values(), *(repeated(first[key], members) for (_, key), members in again.items())]
         if batches != self.batches:  # a loaded checkpoint alone changes values, not the plan
             self.version += 1
         self.batches, self._outside = batches, outside
@@ -189,7 +204,14 @@ class Prelude:
 def _serves(batch: Batch, rule: Declaration, part: int, settings: Mapping[str, Any], members: list[Tensor]) -> bool:
     """Whether an existing batch still is what would be made for these parameters."""
     same = len(members) == len(batch.params) and all(map(operator.is_, members, batch.params))
-    return same and batch.rule is rule and batch.part == part and _read_gradients(batch) and fill_hyper(batch, settings)
+    return (
+        same
+        and not batch.repeats
+        and batch.rule is rule
+        and batch.part == part
+        and _read_gradients(batch)
+        and fill_hyper(batch, settings)
+    )
 
 
 def _read_gradients(batch: Batch) -> bool:
@@ -199,6 +221,8 @@ def _read_gradients(batch: Batch) -> bool:
     grads = batch.grads
     if batch.same.match([*params, *grads]):
         return True
+    batch.inference = any(p.is_inference() for p, g in zip(params, grads, strict=True) if g is not None)
+    batch.inference |= any(flat.is_inference() for flat in batch.flat.values())
     dtypes = {None if g is None else g.dtype for g in grads} - {None, batch.grad_dtype}
     if dtypes or {p.dtype for p in params} != {batch.dtype} or [p.numel() for p in params] != batch.numels:
         return False

@@ -104,7 +104,7 @@ def _check_tied(everyone: Sequence[Tensor], names: dict[int, str]) -> None:
 
 def _by_kind(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     kinds: dict[object, list[Tensor]] = {}
-    for p in params:
+    for p in dict.fromkeys(params):  # once, however often it is listed
         if p.requires_grad:
             kinds.setdefault((p.dtype, p.device), []).append(p)
     yield from kinds.values()

@@ -111,6 +111,10 @@ class GraphStep:
     def _run(self, variant: _GraphVariant, args: Sequence[Any], kept: Kept, optimizers: Sequence[Stepping]) -> Any:
         program, values = variant.program, variant.arguments(args, kept)
         assert program is not None
+        if variant.inference is None:
+            variant.inference = any(isinstance(v := values[i], Tensor) and v.is_inference() for i in variant.written)
+        if variant.inference and not torch.is_inference_mode_enabled():
+            return self._gm.forward(*args)  # which torch refuses
         try:
             if variant.check is None:
                 program(values, complete=True)
@@ -148,6 +152,9 @@ class _GraphVariant(Variant):
     def __init__(self, gm: fx.GraphModule, made: pipeline.Fused, options: Options) -> None:
         super().__init__(made, options)
         self.arguments = _Arguments(gm, made.grouped.leaves)
+        self.written = [i for g in made.grouped.groups for s in g.formula.written for i in {m[s] for m in g.members}]
+        self.inference: bool | None = None
+        """Whether what the graph writes only inference mode may write, once that is known: Dynamo guards it."""
 
 
 def graph_break_of(gm: fx.GraphModule) -> str | None:
