@@ -329,6 +329,14 @@ def kept() -> Steps:
     return step(True), step(False)
 
 
+def repeated() -> Steps:
+    p, q = ones((4,), (4,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of the duplicate
+        twice = optimizers.NpuFusedAdam([p, p], lr=0.1)
+    return compiled(twice), compiled(optimizers.NpuFusedAdam([q], lr=0.1))
+
+
 def hooks() -> Steps:
     def step(opt: torch.optim.Optimizer) -> Callable[[], Any]:
         def clipped() -> None:
@@ -390,6 +398,7 @@ STEPS: dict[Code, Callable[[], Steps]] = {
     Code.SHARED_MEMORY: shared_memory,
     Code.NO_MEMORY: no_memory,
     Code.KEPT: kept,
+    Code.REPEATED: repeated,
     Code.HOOKS: hooks,
     Code.CONSTANT: constant,
     Code.OTHER_DEVICE: other_device,
