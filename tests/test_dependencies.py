@@ -26,7 +26,15 @@ MAY_LOAD_COMPILER = ("npu_fuse_pass.backend", "npu_fuse_pass.hook")
 MAY_USE_PRIVATE_TORCH = ("npu_fuse_pass.backend", "npu_fuse_pass.capture", "npu_fuse_pass.lowerings")
 NO_PUBLIC_NAME = ("torch._ops.OpOverload",)  # the class of operations
 PRIVATE_TORCH_EXCEPTIONS = {
+    "npu_fuse_pass.rules.core_op": {
+        "torch._guards.TracingContext.extract_stack": "where a function that is traced calls the step"
+    },
+    "npu_fuse_pass.rules.pending": {
+        "torch._dynamo.symbolic_convert.InstructionTranslator.current_tx": "what a function changed before the step",
+        "torch._dynamo.variables.NewGlobalVariable": "a global that it has changed",
+    },
     "npu_fuse_pass.rules.optimizer": {
+        "torch._dynamo.graph_break": "ends a graph whose values a step would read too early",
         "torch._dynamo.eval_frame.skip_code": "marks `step` as the eager prelude",
         "torch._dynamo.disable": "keeps what must not be captured out of larger graphs",
         "torch.optim.optimizer._global_optimizer_pre_hooks": "the prelude runs these hooks itself",
