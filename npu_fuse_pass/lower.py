@@ -63,6 +63,9 @@ def lower(
     made_by = LOWERINGS[target.platform if target.form == "program" else target.form]
     try:
         if target == Target("npu") and any(stage.calls for stage in step.stages):
+            if step.stores:
+                dtype = step.leaves[step.stores[0][0]].dtype
+                raise Unsupported("npu", f"original operations write a tensor of {dtype}", Code.GE_BETWEEN)
             return _lower_npu_whole(step, options)
         before = [made_by(step.leaves, stage.groups, options, None, None) for stage in step.stages]
         last = made_by(step.leaves, step.groups, options, values, matches)
@@ -76,7 +79,7 @@ def lower(
     if program is not None and before:
         calls = [stage.calls for stage in step.stages]
         made = [(lowered.program, c) for lowered, c in zip(before, calls, strict=True) if lowered.program is not None]
-        program = staged.Program(made, program)
+        program = staged.Program(made, program, step.stores)
     return Lowered(program, [*rows, *last.rows], fallbacks)
 
 

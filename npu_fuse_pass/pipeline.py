@@ -128,7 +128,9 @@ def fuse_functional(gm: fx.GraphModule, options: Options, kernels: bool) -> Fuse
         with timed(report.seconds, "capture") as said:
             captured = capture(gm)
             said.append(captured.summary)
-        if captured.unfused and any(leaf.kind == "output" and leaf.shape for leaf in captured.leaves):
+        kept = [o.leaf for o in captured.returned if o.leaf is not None and captured.leaves[o.leaf].kind == "result"]
+        made = [leaf for leaf in captured.leaves if leaf.kind == "output" and leaf.shape]
+        if captured.unfused and (made or kept or captured.stores):
             return None
         on_cpu = {leaf.device.type for leaf in captured.leaves if leaf.shape} == {"cpu"}
         platform = lower.choose(options.platform, captured.leaves).platform

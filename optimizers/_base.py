@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim.optimizer import required
 
+from npu_fuse_pass.rules.declaration import number_of
 from npu_fuse_pass.rules.optimizer import RuleOptimizer
 
 __all__ = ["NpuFusedOptimizer", "refuse"]
@@ -80,14 +80,15 @@ class NpuFusedOptimizer(RuleOptimizer):
         Returns:
             The norm before scaling, computed in float32 for half-precision gradients.
         """
-        if not _is_number(max_norm) or math.isnan(max_norm) or max_norm < 0:
+        largest = number_of(max_norm)
+        if largest is None or math.isnan(largest) or largest < 0:
             raise refuse("Invalid max_norm value", max_norm, "a number >= 0")
-        order = float(norm_type) if norm_type == "inf" or _is_number(norm_type) else math.nan
+        order = math.inf if norm_type == "inf" else number_of(norm_type) or math.nan
         if not order > 0:
             raise refuse("Invalid norm_type value", norm_type, "a number > 0 or infinity")
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         norm = get_total_norm([g.float() if g.itemsize == 2 else g for g in grads if g.numel()], order)
-        factor = max_norm / (norm + 1e-6)
+        factor = largest / (norm + 1e-6)
         factor = torch.where(factor < 1, factor, 1.0)
         for grad in grads:
             grad.mul_(factor.to(grad.device))
@@ -115,13 +116,9 @@ def _checked(name: str, value: Any) -> Any:
 
 
 def _number(label: str, value: Any, least: float, bound: float) -> Any:
-    """`value` if it is a finite number in [least, bound), or a tensor of one; numpy scalars become floats."""
-    plain = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-    if not _is_number(plain) or not math.isfinite(plain) or not least <= plain < bound:
+    """`value` if it is a finite number in [least, bound), or a tensor of one; other kinds of numbers become floats."""
+    plain = number_of(value)
+    if plain is None or not math.isfinite(plain) or not least <= plain < bound:
         smallest = "a finite number" if least == -math.inf else f"a finite number >= {least:g}"
         raise refuse(label, value, smallest if bound == math.inf else f"{smallest} and < {bound:g}")
-    return value if isinstance(value, (int, float, Tensor)) else float(value)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return value if isinstance(value, (int, float, Tensor)) else plain

@@ -91,10 +91,6 @@ def test_stock_class_compiled(golden: Golden) -> None:
         torch._dynamo.reset()  # torch.optim's classes share torch's limit of 8 compiles
         got, opt, params = run(golden, dtype, "compiled", stock=True)
         want = golden.trajectory(dtype)
-        if golden.cls != "SGD" and golden.kwargs.get("lr") == 0:
-            # under Dynamo torch's Adam divides by lr, whatever the backend: 0/0 where no gradient has come yet
-            assert np.isnan(got[-1]).sum() == 7
-            got, want = got[:, ~np.isnan(got[-1])], want[:, ~np.isnan(got[-1])]
         assert error(got, want) <= LIMIT[dtype], dtype
         check_states(golden, dtype, opt, params)
 

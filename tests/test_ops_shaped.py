@@ -68,6 +68,7 @@ FILLS: dict[str, Callable[[Any, Any], Any]] = {
     "full_like": lambda x, s: x + torch.full_like(x, 0.3),
     "full": lambda x, s: x + _node(x, torch.full, (), 0.3),
     "scalar_tensor": lambda x, s: x + _node(x, torch.scalar_tensor, 0.3),
+    "as_tensor": lambda x, s: x + _node(x, torch.as_tensor, 0.3),
     "tensor": lambda x, s: x + _node(x, torch.tensor, 0.3),
     "clone": lambda x, s: x.clone().add_(1),
     "detach": lambda x, s: x.detach() + 1,
@@ -106,6 +107,8 @@ REDUCTIONS: dict[str, tuple[Callable[[Any, Any], Any], Callable[[Any, Any], Any]
     "linalg_vector_norm": (lambda x, y: torch.linalg.vector_norm(x), lambda x, y: numpy.sqrt((x * x).sum())),
     "linalg_vector_norm 1": (lambda x, y: torch.linalg.vector_norm(x, 1), lambda x, y: abs(x).sum()),
     "linalg_vector_norm inf": (lambda x, y: torch.linalg.vector_norm(x, math.inf), lambda x, y: abs(x).max()),
+    "linalg_vector_norm -inf": (lambda x, y: torch.linalg.vector_norm(x, -math.inf), lambda x, y: abs(x).min()),
+    "linalg_vector_norm 0": (lambda x, y: torch.linalg.vector_norm(x, 0), lambda x, y: (x != 0).sum()),
     "dot": (lambda x, y: torch.dot(x, y), lambda x, y: (x * y).sum()),
     "vdot": (lambda x, y: torch.vdot(x, y), lambda x, y: (x * y).sum()),
 }
@@ -158,12 +161,12 @@ def test_reductions_of_special_values(value, place):
         lambda x: x.mul_(x.sum(1, keepdim=True)),
         lambda x: x.mul_(x.amax(-1, keepdim=True)),
         lambda x: x.mul_(torch.linalg.vector_norm(x, dim=0)),
-        lambda x: x.mul_(torch.linalg.vector_norm(x, 3)),
+        lambda x: x.mul_(torch.linalg.vector_norm(x, 3, dim=1, keepdim=True)),
         lambda x: x.mul_(x.mean(0)),
-        lambda x: x.mul_(torch.norm(x, p=3)),
+        lambda x: x.mul_(torch.norm(x, p=3, dim=0)),
     ],
 )
-def test_reductions_of_some_dimensions_or_of_other_orders_stay_with_a_reason(partial):
+def test_reductions_of_some_dimensions_stay_with_a_reason(partial):
     """They stay original operations, and what is computed around them is right."""
     x = torch.randn(4, 4)
     graph = traced(partial, x)
@@ -187,6 +190,9 @@ def test_the_order_of_a_norm():
         lambda x: x.norm(p=1),
         lambda x: x.norm(math.inf),
         lambda x: torch.linalg.vector_norm(x, ord=1),
+        lambda x: torch.linalg.vector_norm(x, 3),
+        lambda x: torch.linalg.vector_norm(x, ord=0.5),
+        lambda x: torch.norm(x, p=4),
         lambda x: torch._foreach_norm([x], 1)[0],
         lambda x: torch._foreach_norm([x], ord=math.inf)[0],
     ):
@@ -198,6 +204,16 @@ def test_every_shaped_row_is_tested():
     numbers = {"item", "_local_scalar_dense", "sym_float"}  # tests of capture
     tested = {n.split()[0].rstrip("_") for n in (*FILLS, *REDUCTIONS)} | {op.row for op in TABLE}
     assert set(SHAPED) - casts - numbers <= tested, set(SHAPED) - casts - numbers - tested
+
+
+def test_norms_are_zero_or_infinite_where_torchs_are() -> None:
+    """A square that float32 does not hold counts as it does there, in the sum, too."""
+    for value in (1e-30, 2e-23, 1e-20, 1e18, 3e19, 1e38):
+        for size in (2, 100):  # of one element torch takes the magnitude
+            x = torch.full((size,), value)
+            for order in (2, 3):
+                check(lambda x, order=order: torch.linalg.vector_norm(x, order), x, tolerance=3e-2)
+            check(lambda x: x.sum() * x.sum(), x, tolerance=1e-6)
 
 
 # 0-dim values --------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from npu_fuse_pass.capture.inline import expand_rule
 from npu_fuse_pass.capture.interpreter import Interpreter
 from npu_fuse_pass.capture.list_ops import LISTS
 from npu_fuse_pass.capture.updates import updates_of
-from npu_fuse_pass.capture.values import Cell
+from npu_fuse_pass.capture.values import Cell, Val
 from npu_fuse_pass.capture.walk import Recorded, run_graph
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.fx_nodes.effects import writes_leaves
@@ -46,23 +46,44 @@ def capture(gm: fx.GraphModule) -> Captured:
         returned = run_graph(interpreter, gm.graph, inputs, attribute)
         returned = returned if isinstance(returned, (list, tuple)) else () if returned is None else (returned,)
         outputs = _outputs(interpreter, gm.graph.output_node(), returned)
-        unfused = list(interpreter.kept.values())
+        unfused = list(interpreter.originals.reasons.values())
+        stores = _stores(interpreter)
         if unfused and all(interpreter.leaves[i].kind == "output" for i in interpreter.written):
             return Captured(interpreter.leaves, [], [])  # nothing is updated: not an optimizer's graph
         b, totals = interpreter.builder, 0
         stages = []
-        for s in interpreter.stages:
+        for s in interpreter.originals.levels:
             made, totals = updates_of(interpreter.leaves, s.writes, b, totals)
             stages.append(Stage(made, s.calls))
         updates, _ = updates_of(interpreter.leaves, interpreter.written, b, totals)
         moved = (interpreter.moved, interpreter.moved_by_calls)
-        return Captured(interpreter.leaves, updates, unfused, stages, outputs, *moved, interpreter.expanded)
+        expanded = interpreter.expanded
+        return Captured(interpreter.leaves, updates, unfused, stages, outputs, *moved, expanded, stores=stores)
     except Recorded:
         return Captured(interpreter.leaves, [], beside_a_forward_pass(gm.graph))
     except Unsupported as e:
         if is_forward_pass(gm.graph):
             return Captured(interpreter.leaves, [], beside_a_forward_pass(gm.graph))
         return Captured(interpreter.leaves, [], [e.reason] if writes_leaves(gm.graph) else [])
+
+
+def _stores(interpreter: Interpreter) -> list[tuple[int, int]]:
+    """Take the leaves out of what kernels write that are of no dtype for them; with what they get."""
+    stores = []
+    for leaf, cell in list(interpreter.written.items()):
+        kept = _kept(interpreter, cell.val)
+        if kept is not None:
+            stores.append((leaf, kept))
+            del interpreter.written[leaf]
+    return stores
+
+
+def _kept(interpreter: Interpreter, val: Val) -> int | None:
+    """The leaf that holds a value exactly which a kernel would not carry: an integer, for example."""
+    if val.expr.op != "leaf" or val.number or val.dtype.is_floating_point or (val.dimmed and not val.opaque):
+        return None
+    assert isinstance(val.expr.value, int)
+    return val.expr.value if interpreter.leaves[val.expr.value].dtype == val.dtype else None
 
 
 def _outputs(interpreter: Interpreter, node: fx.Node, returned: Sequence[Any]) -> list[Output]:
@@ -75,6 +96,10 @@ def _outputs(interpreter: Interpreter, node: fx.Node, returned: Sequence[Any]) -
             continue
         meta = source.meta.get("val", source.meta.get("example_value")) if isinstance(source, fx.Node) else None
         number = next((t for t, kinds in _NUMBERS.items() if isinstance(meta, kinds)), None)
+        kept = _kept(interpreter, cell.val) if cell.leaf is None else None
+        if kept is not None:
+            outputs.append(Output(kept))
+            continue
         if cell.leaf is None:
             device = next((leaf.device for leaf in interpreter.leaves if leaf.shape), torch.device("cpu"))
             cell.leaf = len(interpreter.leaves)
@@ -91,7 +116,8 @@ _NUMBERS: dict[type[int] | type[float], tuple[type, ...]] = {int: (int, torch.Sy
 def _input(interpreter: Interpreter, node: fx.Node, index: int) -> Any:
     example = node.meta.get("val", node.meta.get("example_value"))
     if isinstance(example, (int, float, torch.SymInt, torch.SymFloat)):
-        return interpreter.add_leaf(Leaf("input", node.name, index), tensor=False, number=True)
+        number = torch.int64 if isinstance(example, (int, torch.SymInt)) else torch.float64
+        return interpreter.add_leaf(Leaf("input", node.name, index), tensor=False, number=number)
     if not isinstance(example, Tensor):
         raise Unsupported(
             node.name, f"an argument of the graph is {type(example).__name__}, not a tensor or number", Code.GRAPH

@@ -11,29 +11,30 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from npu_fuse_pass.capture.aten.pointwise import evaluate
-from npu_fuse_pass.capture.aten.shaped import SHAPED
+from npu_fuse_pass.capture.aten.shaped import REAL, SHAPED, cast
+from npu_fuse_pass.capture.originals import Originals
 from npu_fuse_pass.capture.values import Cell, Val
 from npu_fuse_pass.errors import Unsupported
-from npu_fuse_pass.fx_nodes.effects import Effects, recorded, storage_of
-from npu_fuse_pass.ir.expr import DTYPE_NAMES, Builder, Expr, postorder
-from npu_fuse_pass.ir.types import Call, Expanded, Leaf, LeafRef
-from npu_fuse_pass.reasons import Code, Reason
+from npu_fuse_pass.ir.expr import DTYPE_NAMES, Builder, postorder
+from npu_fuse_pass.ir.types import Expanded, Leaf
+from npu_fuse_pass.reasons import Code
 
 Expansion = Callable[["Interpreter", fx.Node, tuple[Any, ...], dict[str, Any]], Any]
 """How a node is interpreted otherwise than by its name; NotImplemented: as any other."""
 
+# torch returns the tensor itself where it already is what is asked for
 _ALIASES = {"detach", "alias", "_get_data_attr", "to", "type_as", "float", "double", "half", "bfloat16", "lift_fresh"}
-
-
-@dataclasses.dataclass
-class Level:
-    """What original operations of one level read, and the operations."""
-
-    writes: dict[int, Cell] = dataclasses.field(default_factory=dict)
-    calls: list[Call] = dataclasses.field(default_factory=list)
+_ALIASES |= {"as_tensor", *REAL}
+_COUNTED = 2**31
+_NOT_FLOATING = "a tensor of dtype {} takes part in the update; floating-point ones can"
+# torch's names of arguments that may be given by name, and where they stand otherwise
+_PLACES = dict.fromkeys(("input", "self", "start", "size", "condition", "data"), 0)
+_PLACES |= dict.fromkeys(("other", "exponent", "end", "tensor1", "scalar", "fill_value", "mask"), 1)
+_PLACES |= dict.fromkeys(("tensor2", "weight"), 2)
+_PLACES_OF = {"where": {"condition": 0, "input": 1, "self": 1, "other": 2}, "masked_fill": {**_PLACES, "value": 2}}
 
 
 class Interpreter:
@@ -50,25 +51,24 @@ class Interpreter:
         self.builder = Builder()
         self.leaves: list[Leaf] = []
         self.written: dict[int, Cell] = {}
-        self.stages: list[Level] = []
-        self.kept: dict[tuple[str, str], Reason] = {}  # once for each operation and text
-        self.effects = Effects()
+        self.originals = Originals(self)
         self.grad_enabled = False  # at the point that is being interpreted
         self.moved = 0  # bytes that the operations read and write so far, each by itself
         self.moved_by_calls = 0  # of these, those of operations that stay as they are
         self.expanded: dict[str, Expanded] = {}  # by the node's name
-        self._levels: dict[int, int] = {}
-        self._temporaries: dict[tuple[int, torch.dtype], int] = {}
 
-    def add_leaf(self, leaf: Leaf, tensor: bool, number: bool = False) -> Cell:
-        """A cell that holds a new leaf; `number`: a Python number, which decides no dtype."""
+    def add_leaf(self, leaf: Leaf, tensor: bool, number: torch.dtype | None = None) -> Cell:
+        """A cell that holds a new leaf; `number`: a Python number, int64 or float64, which decides no dtype."""
+        if not self.keeps and tensor and leaf.dtype not in DTYPE_NAMES:
+            raise Unsupported("leaf", _NOT_FLOATING.format(leaf.dtype), Code.DTYPE)
         expr = self.builder.leaf(len(self.leaves), leaf.dtype, tensor)
-        cell = Cell(Val(expr, leaf.dtype, leaf.shape, number), len(self.leaves))
+        cell = Cell(Val(expr, number or leaf.dtype, leaf.shape, number is not None), len(self.leaves))
         self.leaves.append(leaf)
         return cell
 
     def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One operation; returns a cell, or a list of cells for `_foreach_` operations."""
+        args, kwargs = _placed(name, args, kwargs)
         if name.startswith("_foreach_"):
             return self._foreach(name.removeprefix("_foreach_"), args, kwargs)
         out = kwargs.pop("out", None)
@@ -78,7 +78,8 @@ class Interpreter:
         name = name.removesuffix("_") if in_place else name
         values = tuple(_value(a) for a in args)
         result = self._evaluate(name, values, {k: _value(v) for k, v in kwargs.items()})
-        if name in _ALIASES and result == args[0].val and not _copies(args, kwargs):
+        first = args[0] if args else None
+        if name in _ALIASES and isinstance(first, Cell) and result == first.val and not _copies(args, kwargs):
             return args[0]  # torch returns the tensor itself: what is written through it reaches the leaf
         if not in_place:
             return Cell(result)
@@ -93,6 +94,9 @@ class Interpreter:
         return out
 
     def _evaluate(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Val:
+        opaque = next((a for a in flatten((*args, *kwargs.values())) if isinstance(a, Val) and a.opaque), None)
+        if opaque is not None:
+            raise Unsupported(name, _NOT_FLOATING.format(opaque.dtype), Code.DTYPE)
         if name in ("copy", "fill", "zero"):  # overwrite: the old value only gives dtype and shape
             kwargs.pop("non_blocking", None)
             source = args[1] if len(args) > 1 else kwargs.get("value", 0)
@@ -104,87 +108,41 @@ class Interpreter:
                 result = SHAPED[name](self.builder, *args, **kwargs)
             else:
                 result = evaluate(self.builder, name, args, kwargs)
+            self._check_integer(name, result)
             if result not in args:  # else an alias
-                self.moved += _traffic(args, [result])
+                self.moves(args, [result], fused=True)
             return result
-        except TypeError as e:
+        except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError) as e:
             words = str(e).rpartition("() ")[2]  # without the name of the function that has the row
             raise Unsupported(name, f"is called in a form that is not known: {words}", Code.FORM) from e
 
+    def _check_integer(self, name: str, result: Val) -> None:
+        """Leave arithmetic to torch where integers may be too large for float64: no counters, but hashes."""
+        if result.dtype.is_floating_point or result.dtype == torch.bool or result.number or result.expr.op == "leaf":
+            return
+        for e in postorder([result.expr]):
+            original = e.op == "leaf" and self.leaves[e.value].kind == "result"  # type: ignore[index]
+            if original or (e.op == "const" and abs(e.value) > _COUNTED):  # type: ignore[arg-type]
+                raise Unsupported(name, "computes with integers that may be large", Code.DTYPE)
+
     def overwrite(self, cell: Cell, name: str, result: Any) -> None:
-        """What an original operation gave takes the place of a tensor's value."""
+        """A computed value takes the place of a tensor's value."""
         if not isinstance(result, Cell) or (result.val.shape, result.val.dtype) != (cell.val.shape, cell.val.dtype):
             raise Unsupported(name, "writes in place what has another shape or dtype", Code.SHAPES)
         self._write(cell, name, result.val)
 
-    def keep(
-        self,
-        node: fx.Node,
-        name: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        reason: Reason,
-        target: Callable[..., Any] | str | None = None,
-    ) -> Any:
-        """Leave an operation as it is: what it reads becomes a temporary, what it gives a leaf.
+    def replace(self, cell: Cell, name: str, val: Val) -> None:
+        """What an original operation left in a tensor takes the place of its value."""
+        self._leave_base(cell, name)
+        cell.val = val
+        if cell.leaf is not None:
+            self.written[cell.leaf] = cell
 
-        Raises:
-            Unsupported: what the operation gives is not known.
-        """
-        meta = recorded(node)
-        fakes: list[Any] = list(meta) if isinstance(meta, (list, tuple)) else [meta]
-        if not all(isinstance(fake, Tensor) for fake in fakes):
-            raise Unsupported.of(reason)
-        cells = [a for a in flatten((args, *kwargs.values())) if isinstance(a, Cell)]
-        level = max((self._level(a.read().expr) for a in cells), default=0)
-        while len(self.stages) <= level:
-            self.stages.append(Level())
-        given: Any = fx.node.map_aggregate(
-            (args, kwargs), lambda a: self._reference(a, level) if isinstance(a, Cell) else a
-        )
-        bases = {storage_of(recorded(n)): c for n, c in zip(node.args, args, strict=True) if isinstance(n, fx.Node)}
-        first = len(self.leaves)
-        made = [self._result(name, fake, level, bases.get(storage_of(fake))) for fake in fakes]
-        traffic = _traffic([a.val for a in cells], [made_cell.val for made_cell in made])
-        self.moved, self.moved_by_calls = self.moved + traffic, self.moved_by_calls + traffic
-        several = isinstance(meta, (list, tuple))
-        results = list(range(first, len(self.leaves)))
-        self.stages[level].calls.append(Call(target or node.target, given[0], given[1], results, several, node.name))
-        self.kept.setdefault((name, reason.text), dataclasses.replace(reason, op=name))
-        return made if several else made[0]
-
-    def _result(self, name: str, fake: Any, level: int, base: Any) -> Cell:
-        if fake.dtype not in DTYPE_NAMES:
-            raise Unsupported(name, f"gives {fake.dtype}, which no kernel reads", Code.DTYPE)
-        place = f"{name}_{len(self.leaves)}"
-        leaf = Leaf("result", place, dtype=fake.dtype, shape=tuple(map(int, fake.shape)), device=fake.device)
-        val = self.add_leaf(leaf, fake.ndim > 0).val
-        self._levels[id(val.expr)] = level + 1
-        return Cell(val, None, (base, base.val) if isinstance(base, Cell) else None)
-
-    def _level(self, root: Expr) -> int:
-        """How many stages have to run before an expression can be evaluated."""
-        for e in postorder([root]):
-            if id(e) not in self._levels:
-                self._levels[id(e)] = max((self._levels[id(a)] for a in e.args), default=0)
-        return self._levels[id(root)]
-
-    def _reference(self, cell: Cell, level: int) -> LeafRef:
-        """A leaf that holds a cell's current value when stage `level` runs its calls."""
-        val = cell.read()
-        if val.expr.op == "leaf" and (val.expr.tensor or val.shape == ()):
-            assert isinstance(val.expr.value, int)
-            return LeafRef(val.expr.value)
-        if val.dtype == torch.bool and not val.shape:
-            raise Unsupported("bool", "a 0-dim bool that an original operation reads", Code.DTYPE)
-        key = (id(val.expr), val.dtype)
-        if key not in self._temporaries:
-            self._temporaries[key] = len(self.leaves)
-            device = next((leaf.device for leaf in self.leaves if leaf.shape), torch.device("cpu"))
-            leaf = Leaf("temporary", f"t{len(self.leaves)}", dtype=val.dtype, shape=val.shape, device=device)
-            self.leaves.append(leaf)
-            self.stages[level].writes[self._temporaries[key]] = Cell(val, self._temporaries[key])
-        return LeafRef(self._temporaries[key])
+    def moves(self, given: Sequence[Val], made: Sequence[Val], fused: bool) -> None:
+        """Count the bytes that one operation reads and writes by itself."""
+        traffic = _traffic(given, made)
+        self.moved += traffic
+        self.moved_by_calls += 0 if fused else traffic
 
     def _write(self, cell: Cell, name: str, result: Val) -> None:
         self._leave_base(cell, name)
@@ -195,6 +153,8 @@ class Interpreter:
         if cell.val.dimmed:
             expr = self.builder.cast(result.expr, cell.val.dtype)
             cell.val = Val(expr, cell.val.dtype, cell.val.shape)
+        elif not cell.val.dtype.is_floating_point:
+            cell.val = cast(self.builder, dataclasses.replace(result, number=False), cell.val.dtype)
         else:
             cell.val = Val(result.expr, cell.val.dtype, ())
         if cell.leaf is not None:
@@ -232,6 +192,8 @@ def _copies(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def _value(x: Any) -> Any:
+    if isinstance(x, (list, tuple)):
+        return [_value(v) for v in x]
     return x.read() if isinstance(x, Cell) else x
 
 
@@ -239,6 +201,16 @@ def _traffic(args: Sequence[Any], results: Sequence[Val]) -> int:
     """Bytes that an operation reads and writes; a tensor that is given twice is read once, what is 0-dim is free."""
     vals = [*{id(a): a for a in args if isinstance(a, Val)}.values(), *results]
     return sum(math.prod(v.shape) * v.dtype.itemsize for v in vals if v.shape)
+
+
+def _placed(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with those in their places that were given by torch's names for them."""
+    places = _PLACES_OF.get(name, _PLACES)
+    named = sorted((places[k], k) for k in kwargs if k in places)
+    for place, k in named:
+        if place == len(args):
+            args, kwargs = (*args, kwargs[k]), {n: v for n, v in kwargs.items() if n != k}
+    return args, kwargs
 
 
 def flatten(values: Sequence[Any]) -> Iterator[Any]:

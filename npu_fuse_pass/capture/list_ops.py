@@ -16,18 +16,10 @@ from torch import fx
 
 from npu_fuse_pass.capture.aten.pointwise import evaluate
 from npu_fuse_pass.capture.interpreter import Expansion, Interpreter
-from npu_fuse_pass.capture.values import Cell, Val
+from npu_fuse_pass.capture.values import Cell, Scalars
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.fx_nodes.names import operation_name
 from npu_fuse_pass.reasons import Code
-
-
-@dataclasses.dataclass(frozen=True)
-class Scalars:
-    """0-dim tensors stacked into one vector, of which only a norm or a sum is taken."""
-
-    entries: tuple[Val, ...]
-
 
 _OF_SCALARS = ("linalg_vector_norm", "norm", "sum", "max", "amax", "min", "amin")
 

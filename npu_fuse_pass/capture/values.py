@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from npu_fuse_pass.errors import Unsupported
-from npu_fuse_pass.ir.expr import Expr
+from npu_fuse_pass.ir.expr import DTYPE_NAMES, Expr
 from npu_fuse_pass.reasons import Code
 
 
@@ -15,7 +15,7 @@ from npu_fuse_pass.reasons import Code
 class Val:
     """An expression with the dtype and shape that torch gives it. A 0-dim value of the scalar part has shape ().
 
-    `number`: a Python number that the graph is given or computes, not a 0-dim tensor.
+    `number`: a Python number that the graph is given or computes, not a 0-dim tensor; int64 where it is an int.
     """
 
     expr: Expr
@@ -27,6 +27,18 @@ class Val:
     def dimmed(self) -> bool:
         """Whether it decides result dtypes, as tensors with dimensions do in torch's promotion."""
         return self.expr.tensor or self.shape != ()
+
+    @property
+    def opaque(self) -> bool:
+        """Whether no expression can read it: original operations can. Its expression is a leaf, then."""
+        return self.dtype not in DTYPE_NAMES and (self.dimmed or self.dtype != torch.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scalars:
+    """0-dim tensors stacked into one vector, of which only a norm or a sum is taken."""
+
+    entries: tuple[Val, ...]
 
 
 class Cell:

@@ -7,13 +7,13 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from npu_fuse_pass.capture.aten.rows import ROWS
 from npu_fuse_pass.capture.aten.shaped import SHAPED
 from npu_fuse_pass.capture.forward import records
 from npu_fuse_pass.capture.interpreter import Interpreter, flatten
+from npu_fuse_pass.capture.originals import Env
 from npu_fuse_pass.capture.values import Cell
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.fx_nodes.effects import recorded
@@ -22,6 +22,7 @@ from npu_fuse_pass.fx_nodes.places import source_of
 from npu_fuse_pass.reasons import Code
 
 _ARITHMETIC = {f for f in vars(operator).values() if callable(f)} | {math.sqrt, math.pow, max, min, float, int, abs}
+_EQUAL = {operator.eq: True, operator.is_: True, operator.ne: False, operator.is_not: False}
 _METADATA = {"size", "stride", "dim", "numel", "sym_size", "sym_numel", "is_floating_point", "is_complex"}
 
 
@@ -56,14 +57,13 @@ def run_graph(interpreter: Interpreter, graph: fx.Graph, inputs: Sequence[Any], 
             args = fx.node.map_aggregate(node.args, lambda x: env[x] if isinstance(x, fx.Node) else x)
             kwargs = fx.node.map_aggregate(node.kwargs, lambda x: env[x] if isinstance(x, fx.Node) else x)
             try:
-                env[node] = _call_node(interpreter, node, args, dict(kwargs))
-                _verify(node, env[node])
+                env[node] = _call_node(interpreter, node, args, dict(kwargs), env)
             except Unsupported as e:
                 raise e.at(node.name, source_of(node))  # noqa: B904 - it is the same error
     return None
 
 
-def _call_node(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _call_node(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], env: Env) -> Any:
     name = operation_name(node)
     if name in interpreter.expansions:
         expanded = interpreter.expansions[name](interpreter, node, args, kwargs)
@@ -74,40 +74,31 @@ def _call_node(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], k
     on_numbers = not any(isinstance(a, Cell) for a in flatten((*args, *kwargs.values())))
     if on_numbers and node.target in _ARITHMETIC:
         return node.target(*args, **kwargs)  # type: ignore[operator]
+    if node.target in _EQUAL and None in args:
+        return (args[0] is args[1]) == _EQUAL[node.target]
     if interpreter.grad_enabled and records(node):
         raise Recorded
     if name in _METADATA:
         raise Unsupported(name, "reads the size of a tensor", Code.SIZE)
-    before = [(cell, cell.val, cell.base) for cell in flatten(args[:1]) if isinstance(cell, Cell)]
+    cells = [cell for cell in flatten((*args, *kwargs.values())) if isinstance(cell, Cell)]
+    before = [(cell, cell.val, cell.base, cell.leaf in interpreter.written) for cell in cells]
     try:
-        return interpreter.call(name, args[::-1] if node.target in REFLECTED else args, kwargs)
+        result = interpreter.call(name, args[::-1] if node.target in REFLECTED else args, kwargs)
+        _verify(node, result, interpreter.keeps)
+        return result
     except Unsupported as e:
         if not interpreter.keeps:
             raise
-        reason = e.at(node.name, source_of(node)).reason
-        if not interpreter.effects.writes(node, name):
-            return interpreter.keep(node, name, args, kwargs, reason)
-        twin = _functional_twin(node.target)
-        if twin is None or not before:
-            raise
-        for cell, val, base in before:  # of a list, some may have been written already
+        for cell, val, base, written in before:  # of a list, some may have been written already
+            if cell.leaf is not None and not written:
+                interpreter.written.pop(cell.leaf, None)
             cell.val, cell.base = val, base
-        made = interpreter.keep(node, name, args, kwargs, reason, twin)
-        for (cell, _, _), result in zip(before, made if isinstance(made, list) else [made], strict=True):
-            interpreter.overwrite(cell, name, result)
-        return args[0]
+        reason = e.at(node.name, source_of(node)).reason
+        return interpreter.originals.keep(node, name, reason, env)
 
 
-def _functional_twin(target: Any) -> Callable[..., Any] | str | None:
-    """The operation that computes the same without writing in place."""
-    if isinstance(target, str) and target.endswith("_") and not target.startswith("_"):
-        return target.removesuffix("_")
-    name = getattr(target, "__name__", "")
-    return getattr(torch, name.removesuffix("_"), None) if name.endswith("_") and hasattr(torch, name) else None
-
-
-def _verify(node: fx.Node, result: Any) -> None:
-    """What was inferred must be what torch's own shape propagation recorded."""
+def _verify(node: fx.Node, result: Any, scalars: bool) -> None:
+    """What was inferred must be what torch's own shape propagation recorded; `scalars`: of 0-dim tensors, too."""
     meta = recorded(node)
     pairs = (
         zip(result, meta, strict=False)
@@ -115,7 +106,7 @@ def _verify(node: fx.Node, result: Any) -> None:
         else [(result, meta)]
     )
     for cell, fake in pairs:
-        if not (isinstance(cell, Cell) and isinstance(fake, Tensor) and cell.val.dimmed):
+        if not (isinstance(cell, Cell) and isinstance(fake, Tensor) and (scalars or cell.val.dimmed)):
             continue
         if (tuple(map(int, fake.shape)), fake.dtype) != (cell.val.shape, cell.val.dtype):
             understood = f"understood as {cell.val.dtype} {cell.val.shape}"

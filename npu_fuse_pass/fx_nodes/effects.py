@@ -1,11 +1,32 @@
-"""Whether a node of a graph writes into a tensor that it is given."""
+"""What a node of a graph does beside giving a result: what it writes, and whether its place in the order matters."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Place = tuple[fx.Node, int]
+"""A tensor that a node is given: an argument, and the position in it where that is a list (else 0)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Effect:
+    """What one call does.
+
+    Attributes:
+        written: arguments that it writes in place.
+        returned: for each of its results the argument that it is itself, or None.
+        ordered: it draws random numbers, or may do what nobody can see: such calls keep their order.
+    """
+
+    written: tuple[Place, ...]
+    returned: tuple[Place | None, ...]
+    ordered: bool
+
 
 from npu_fuse_pass.fx_nodes.names import operation_name
 
@@ -14,32 +35,21 @@ class Effects:
     """Answers for the nodes of one graph; equal calls are tried out once."""
 
     def __init__(self) -> None:
-        self._known: dict[object, bool] = {}
+        self._known: dict[object, tuple[list[int], list[int | None], bool] | None] = {}
 
-    def writes(self, node: fx.Node, name: str) -> bool:
-        """Whether a node writes in place; `name` is that of the operation.
-
-        The schema or the name tells, or the call itself (`relu(x, inplace=True)`), on tensors without memory. What
-        cannot be tried out counts as writing.
-        """
-        if isinstance(node.target, torch._ops.OpOverload):
-            return bool(node.target._schema.is_mutable)
-        if (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("out") is not None:
-            return True
-        given: list[Tensor] = []
-
-        def stand_in(n: fx.Node) -> Any:
-            value = recorded(n)
-            if not isinstance(value, Tensor):
-                return value
-            given.append(torch.empty([int(s) for s in value.shape], dtype=value.dtype, device="meta"))
-            return given[-1]
-
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), stand_in)
-        key = (node.target, repr((args, kwargs)))
+    def of(self, node: fx.Node) -> Effect | None:
+        """What a node's call does, tried out on tensors without memory; None where it cannot be tried out."""
+        places = [(n, k) for n in node.all_input_nodes for k, _ in enumerate(_tensors(recorded(n)))]
+        key = (node.target, *_described(node))
         if key not in self._known:
-            self._known[key] = _writes(node.target, args, kwargs, given)
-        return self._known[key]
+            self._known[key] = _tried(node, places)
+        effect = self._known[key]
+        if effect is None:
+            return None
+        written, returned, ordered = effect
+        return Effect(
+            tuple(places[i] for i in written), tuple(None if i is None else places[i] for i in returned), ordered
+        )
 
 
 def writes_leaves(graph: fx.Graph, of_parameters: bool = False) -> bool:
@@ -91,14 +101,87 @@ def recorded(node: Any) -> Any:
     return node.meta.get("val", node.meta.get("example_value")) if isinstance(node, fx.Node) else None
 
 
-def _writes(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor]) -> bool:
-    versions = [t._version for t in given]
+def has_record(node: fx.Node) -> bool:
+    """Whether torch has recorded what a node gives; None is something, too."""
+    return "val" in node.meta or "example_value" in node.meta
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    several = list(value) if isinstance(value, (list, tuple)) else [value]
+    return [v for v in several if isinstance(v, Tensor)]
+
+
+def _described(node: fx.Node) -> tuple[object, ...]:
+    """A node's arguments as far as they can matter to what it does; the same node twice is told from two."""
+    nodes = {n: i for i, n in enumerate(node.all_input_nodes)}
+    tensors = [
+        (t.dtype, str(t.device), tuple(map(_number, t.shape)), tuple(map(_number, t.stride())))
+        for n in nodes
+        for t in _tensors(recorded(n))
+    ]
+    numbers = [type(recorded(n)).__name__ for n in nodes]
+    text = repr(fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: f"node {nodes[n]}"))
+    return text, tuple(tensors), tuple(numbers)
+
+
+def _number(value: Any) -> Any:
+    """An example of a symbolic number; asking for the number itself would fix it."""
+    return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else value
+
+
+class _Watch(TorchDispatchMode):
+    """Notices what operations write, and those that draw random numbers or are not torch's own."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.written: set[int | None] = set()
+        self.ordered = False
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        random = torch.Tag.nondeterministic_seeded in function.tags
+        self.ordered |= random or function.namespace not in ("aten", "prims", "prim")
+        named = dict(zip([a.name for a in function._schema.arguments], args, strict=False)) | dict(kwargs or {})
+        for a in function._schema.arguments:
+            if a.alias_info is not None and a.alias_info.is_write:
+                self.written |= {storage_of(t) for t in _tensors(named.get(a.name))}
+        return function(*args, **(kwargs or {}))
+
+
+def _tried(node: fx.Node, places: list[Place]) -> tuple[list[int], list[int | None], bool] | None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    watch = _Watch()
     try:
-        with torch.no_grad():
-            if isinstance(target, str):
-                getattr(args[0], target)(*args[1:], **kwargs)
-            else:
-                target(*args, **kwargs)
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+            stand_ins = {n: _stand_in(recorded(n)) for n in node.all_input_nodes}
+            tensors = [_tensors(stand_ins[n])[k] for n, k in places]
+            before = [_form(t) for t in tensors]
+            args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), stand_ins.__getitem__)
+            with watch:
+                if isinstance(node.target, str):
+                    result = getattr(args[0], node.target)(*args[1:], **kwargs)
+                else:
+                    result = node.target(*args, **kwargs)
+            if before != [_form(t) for t in tensors]:
+                return None  # it changes what a tensor is, not only what it holds
+            if [_form(t) for t in _tensors(result)] != [_form(t) for t in _tensors(recorded(node))]:
+                return None  # it is not what torch has recorded
+            written = [i for i, t in enumerate(tensors) if storage_of(t) in watch.written]
     except Exception:  # whatever a function does with tensors that hold nothing
-        return True
-    return versions != [t._version for t in given]
+        return None
+    numbers = {id(t): i for i, t in enumerate(tensors)}
+    several = list(result) if isinstance(result, (list, tuple)) else [result]
+    return written, [numbers.get(id(r)) for r in several], watch.ordered
+
+
+def _stand_in(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        sizes, strides = [int(_number(s)) for s in value.shape], [int(_number(s)) for s in value.stride()]
+        return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_stand_in, value)) if type(value) in (list, tuple) else list(map(_stand_in, value))
+    return _number(value)
+
+
+def _form(t: Tensor) -> tuple[object, ...]:
+    return tuple(map(_number, t.shape)), tuple(map(_number, t.stride())), t.dtype

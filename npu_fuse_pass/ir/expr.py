@@ -62,10 +62,6 @@ class Builder:
 
     def leaf(self, position: int, dtype: torch.dtype, tensor: bool) -> Expr:
         """What a leaf holds before the step; 0-dim leaves are read as float64."""
-        if tensor and dtype not in DTYPE_NAMES:
-            raise Unsupported(
-                "leaf", f"a tensor of dtype {dtype} takes part in the update; floating-point ones can", Code.DTYPE
-            )
         return self.make("leaf", (), position, dtype if tensor else torch.float64, tensor)
 
     def const(self, value: float) -> Expr:

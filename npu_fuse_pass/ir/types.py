@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -24,9 +24,10 @@ class Leaf:
     Attributes:
         kind: "input" (argument `index` of the graph), "attribute" (of the graph module, `name`), "constant" (`value`),
             "total" (number `index`), "output" (a new tensor that the graph returns at `index`), "temporary" (a new
-            tensor that an original operation reads) or "result" (what an original operation gives).
+            tensor that an original operation reads) or "result" (what an original operation gives or writes).
         fixed: its address does not change from step to step.
         optimizer: the handle of an optimizer of ours that holds it, at `index` of `inputs_of`; None: an argument.
+        strides: of a "temporary": how it lies in memory, as it would without fusion; None: as its member does.
     """
 
     kind: Literal["input", "attribute", "constant", "total", "output", "temporary", "result"]
@@ -38,6 +39,7 @@ class Leaf:
     device: torch.device = torch.device("cpu")
     fixed: bool = False
     optimizer: str | None = None
+    strides: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,11 +145,13 @@ class Grouped:
         leaves: those of the captured step, then the constants and totals that groups read.
         stages: those before the last, in order.
         groups: of the last stage; they write parameters and states.
+        stores: leaves that get the values of others then, see `Captured`.
     """
 
     leaves: tuple[Leaf, ...] = ()
     stages: tuple[GroupedStage, ...] = ()
     groups: tuple[Group, ...] = ()
+    stores: tuple[tuple[int, int], ...] = ()
 
     @property
     def all_groups(self) -> list[Group]:
@@ -157,17 +161,36 @@ class Grouped:
 
 @dataclasses.dataclass(frozen=True)
 class LeafRef:
-    """A leaf's value among the arguments of an original operation; `number`: as a Python number."""
+    """A leaf's value among the arguments of an original operation; `number`: as a Python number of this type."""
 
     index: int
-    number: bool = False
+    number: type[int] | type[float] | type[bool] | None = None
+
+
+def references(value: Any) -> Iterator[LeafRef]:
+    """The leaves among an original operation's arguments, in order."""
+    if isinstance(value, LeafRef):
+        yield value
+    elif isinstance(value, dict):
+        yield from references(tuple(value.values()))
+    elif isinstance(value, slice):
+        yield from references((value.start, value.stop, value.step))
+    elif isinstance(value, (list, tuple)):
+        for v in value:
+            yield from references(v)
 
 
 @dataclasses.dataclass
 class Call:
     """An operation that stays as it is, between fused kernels: what is called, on which leaves, giving which.
 
-    `node` is its name in the captured graph.
+    The step's own tensors are written by the last kernels only. So what the operation writes in place are tensors that
+    nobody else reads, and what it leaves there are leaves of kind "result".
+
+    Attributes:
+        node: its name in the captured graph.
+        copies: pairs of a leaf and one that holds a copy of it before the call, for what is written in place.
+        written: pairs of a leaf that the call writes in place and the leaf that stands for its new value.
     """
 
     target: Callable[..., Any] | str
@@ -176,6 +199,8 @@ class Call:
     results: list[int]
     several: bool  # the operation returns a list of tensors
     node: str = ""
+    copies: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    written: list[tuple[int, int]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -228,7 +253,8 @@ class Decided:
 class Captured:
     """The result of capture: leaves, stages before the last, the updates that write, and what is not fused.
 
-    `decided`: the numbers for which the updates hold, see `passes.specialise`.
+    `decided`: the numbers for which the updates hold, see `passes.specialise`. `stores`: leaves whose dtype no kernel
+    writes, each with the leaf of kind "result" that holds its new value.
     """
 
     leaves: list[Leaf]
@@ -240,6 +266,7 @@ class Captured:
     moved_by_calls: int = 0  # of these, those of operations that stay as they are
     expanded: dict[str, Expanded] = dataclasses.field(default_factory=dict)  # by the node's name
     decided: tuple[Decided, ...] = ()
+    stores: list[tuple[int, int]] = dataclasses.field(default_factory=list)
 
     @property
     def summary(self) -> str:

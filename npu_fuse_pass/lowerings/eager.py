@@ -41,7 +41,7 @@ class Program:
                     results.append((member[slot], new_value(group.formula, slot, made[id(e)], tensors)))
         for leaf_index, value in results:
             if self._leaves[leaf_index].kind in ("output", "temporary"):
-                values[leaf_index] = value.to(self._leaves[leaf_index].dtype)
+                values[leaf_index] = _laid_out(value, self._leaves[leaf_index])
             else:
                 known[leaf_index].copy_(value)
 
@@ -83,6 +83,12 @@ class Program:
                 for number, e in zip(numbers, group.formula.contributions, strict=True):
                     sums[number] = sums.get(number, _zero()) + made[id(e)].cpu()
         return {i: sums.get(leaf.index, _zero()) for i, leaf in enumerate(self._leaves) if leaf.kind == "total"}
+
+
+def _laid_out(value: Tensor, leaf: Leaf) -> Tensor:
+    if leaf.strides is None or value.stride() == leaf.strides:
+        return value.to(leaf.dtype)
+    return torch.empty_strided(leaf.shape, leaf.strides, dtype=leaf.dtype, device=value.device).copy_(value)
 
 
 def _zero() -> Tensor:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
+from npu_fuse_pass.errors import Mismatch
 from npu_fuse_pass.ir.types import Call, LeafRef
 
 
@@ -18,33 +17,87 @@ class _Program(Protocol):
 
 
 class Program:
-    """Stages in turn: kernels that make temporaries, the operations that read them; at last the kernels that write."""
+    """Stages in turn: kernels that make temporaries, the operations that read them; at last the kernels that write.
 
-    def __init__(self, stages: Sequence[tuple[_Program, Sequence[Call]]], last: _Program) -> None:
-        self._stages = [(program, [(call, _function(call)) for call in calls]) for program, calls in stages]
+    Args:
+        stages: kernels, and the operations after them.
+        last: the kernels that write.
+        stores: leaves that get the values of other leaves then.
+    """
+
+    def __init__(
+        self, stages: Sequence[tuple[_Program, Sequence[Call]]], last: _Program, stores: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        self._stages = stages
         self._last = last
+        self._stores = stores
 
+    @torch.no_grad()
     def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None:
-        """Run the step on the values of all leaves; nothing is written before the last kernels."""
-        for program, calls in self._stages:
-            program(values, complete)
-            with torch.no_grad():
-                for call, function in calls:
-                    self._run(call, function, values)
-        self._last(values, complete)
+        """Run the step on the values of all leaves; nothing is written before the last kernels.
 
-    def _run(self, call: Call, function: Callable[..., Any], values: list[Any]) -> None:
-        def value(ref: LeafRef) -> Any:
-            return float(values[ref.index]) if ref.number else values[ref.index]
+        Raises:
+            Mismatch: nothing was changed, the random numbers that were drawn are in the generators again.
+        """
+        drawn = _Generators([call for _, calls in self._stages for call in calls])
+        try:
+            for program, calls in self._stages:
+                program(values, complete)
+                for call in calls:
+                    _run(call, values)
+            self._last(values, complete)
+        except Mismatch:
+            drawn.restore()
+            raise
+        for leaf, result in self._stores:
+            values[leaf].copy_(values[result])  # type: ignore[union-attr,arg-type]
 
-        args, kwargs = tree_map_only(LeafRef, value, (call.args, call.kwargs))
-        made = function(*args, **kwargs)
-        for index, tensor in zip(call.results, made if call.several else [made], strict=True):
-            values[index] = tensor
 
-
-def _function(call: Call) -> Callable[..., Any]:
+def _run(call: Call, values: list[Any]) -> None:
+    for source, holder in call.copies:
+        values[holder] = _copy(values[source])
+    args, kwargs = _filled(call.args, values), _filled(call.kwargs, values)
     if isinstance(call.target, str):
-        name = call.target
-        return lambda self, *args, **kwargs: operator.attrgetter(name)(self)(*args, **kwargs)
-    return call.target
+        made = getattr(args[0], call.target)(*args[1:], **kwargs)
+    else:
+        made = call.target(*args, **kwargs)
+    for index, tensor in zip(call.results, made if call.several else [made], strict=bool(call.results)):
+        values[index] = tensor
+    for holder, result in call.written:
+        values[result] = values[holder]
+
+
+def _copy(t: Tensor) -> Tensor:
+    """In memory as the original: what random operations draw depends on it."""
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
+
+
+def _filled(value: Any, values: Sequence[Any]) -> Any:
+    """An argument with the leaves' values in it."""
+    if isinstance(value, LeafRef):
+        held = values[value.index]
+        return held if value.number is None else _number(held, value.number)
+    if isinstance(value, (list, tuple)):
+        several = [_filled(v, values) for v in value]
+        return tuple(several) if isinstance(value, tuple) else several
+    if isinstance(value, dict):
+        return {k: _filled(v, values) for k, v in value.items()}
+    if isinstance(value, slice):
+        return slice(*(_filled(v, values) for v in (value.start, value.stop, value.step)))
+    return value
+
+
+def _number(t: Tensor, kind: Callable[[Any], Any]) -> Any:
+    return round(float(t)) if kind is int else kind(t)
+
+
+class _Generators:
+    """What the generators hold from which original operations may draw: the default one, and those they are given."""
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        given = [v for call in calls for v in (*call.args, *call.kwargs.values()) if isinstance(v, torch.Generator)]
+        self._states = [(g, g.get_state()) for g in (torch.default_generator, *given)] if calls else []
+
+    def restore(self) -> None:
+        for generator, state in self._states:
+            generator.set_state(state)

@@ -33,7 +33,7 @@ def group(captured: Captured) -> Grouped:
     leaves = list(captured.leaves)
     stages = tuple(GroupedStage(_groups(stage.updates, leaves), tuple(stage.calls)) for stage in captured.stages)
     groups = _groups(captured.updates, leaves)
-    return Grouped(tuple(leaves), stages, groups)
+    return Grouped(tuple(leaves), stages, groups, tuple(captured.stores))
 
 
 def _groups(updates: Sequence[Update], leaves: list[Leaf]) -> tuple[Group, ...]:

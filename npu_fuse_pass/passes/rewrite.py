@@ -71,6 +71,8 @@ def _call_node(graph: fx.Graph, call: Call, nodes: dict[int, fx.Node]) -> None:
     def node_of(value: Any) -> Any:
         return nodes[value.index] if isinstance(value, LeafRef) else value
 
+    for source, holder in call.copies:
+        nodes[holder] = graph.call_function(torch.clone, (nodes[source],))
     args: Any = fx.node.map_aggregate(call.args, node_of)
     kwargs: Any = fx.node.map_aggregate(call.kwargs, node_of)
     if isinstance(call.target, str):
@@ -79,6 +81,8 @@ def _call_node(graph: fx.Graph, call: Call, nodes: dict[int, fx.Node]) -> None:
         node = graph.call_function(call.target, args, kwargs)
     for i, index in enumerate(call.results):
         nodes[index] = graph.call_function(operator.getitem, (node, i)) if call.several else node
+    for holder, result in call.written:
+        nodes[result] = nodes[holder]
 
 
 def _leaf_nodes(graph: fx.Graph, leaves: Sequence[Leaf]) -> dict[int, fx.Node]:

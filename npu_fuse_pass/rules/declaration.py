@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -140,7 +141,22 @@ class Declaration:
 
 def is_number(value: object) -> bool:
     """Whether a hyperparameter changes freely (and enters as a tensor) rather than being part of the structure."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number_of(value) is not None
+
+
+def number_of(value: object) -> float | None:
+    """A hyperparameter as a float: any real number (NumPy's scalars and Fractions, too), or a tensor or an array of one
+    element. None for what is no number; bools are flags.
+    """
+    if isinstance(value, (int, float)):  # first, because it is the most common case
+        return None if isinstance(value, bool) else float(value)
+    if isinstance(value, Real):
+        return float(value)
+    one = isinstance(value, Tensor) and value.numel() == 1
+    if not one and not (getattr(value, "size", None) == 1 and callable(getattr(value, "item", None))):
+        return None
+    item = value.item()  # type: ignore[attr-defined]
+    return float(item) if isinstance(item, Real) and not isinstance(item, bool) else None
 
 
 def split_keywords(
@@ -151,14 +167,21 @@ def split_keywords(
     numbers: dict[str, float | tuple[float, ...]] = {}
     for name in names:
         value = values.get(name)
-        if isinstance(value, Tensor) and value.numel() == 1:
-            numbers[name] = float(value)
-        elif is_number(value):
-            numbers[name] = float(value)  # type: ignore[arg-type]
-        elif isinstance(value, (tuple, list)) and value and all(is_number(v) or isinstance(v, Tensor) for v in value):
-            numbers[name] = tuple(float(v) for v in value)
+        number = number_of(value)
+        parts = [number_of(v) for v in value] if isinstance(value, (tuple, list)) else []
+        if number is not None:
+            numbers[name] = number
+        elif parts and None not in parts:
+            numbers[name] = tuple(v for v in parts if v is not None)
         elif value is None or isinstance(value, (bool, str)):
             static.append((name, value))
+        elif _is_flag(value):
+            static.append((name, bool(value)))
         else:
             raise RuleError(f"hyperparameter {name}={value!r} must be a number, a tuple of numbers, bool, str or None")
     return tuple(static), numbers
+
+
+def _is_flag(value: object) -> bool:
+    """Whether a value is a bool of NumPy's, or a tensor or an array of one."""
+    return getattr(value, "dtype", None) in (torch.bool, bool) and getattr(value, "ndim", None) == 0

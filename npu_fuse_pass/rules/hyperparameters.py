@@ -6,6 +6,7 @@ import array
 import operator
 from collections.abc import Iterable, Mapping
 from itertools import islice
+from numbers import Real
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from npu_fuse_pass.rules.checks import wanted_keywords
 from npu_fuse_pass.rules.declaration import Declaration, split_keywords
 
 T = TypeVar("T")
-_PLAIN = (float, int, bool, str, type(None))
+_PLAIN = (float, int, str, type(None), Real)
 
 
 class Hyper:
@@ -59,7 +60,7 @@ class Hyper:
 
 
 def _immutable(value: Any) -> bool:
-    return all(map(_immutable, value)) if type(value) is tuple else type(value) in _PLAIN
+    return all(map(_immutable, value)) if type(value) is tuple else isinstance(value, _PLAIN)
 
 
 def _flat(numbers: Mapping[str, float | tuple[float, ...]]) -> dict[str, float]:

@@ -16,7 +16,7 @@ import torch
 from npu_fuse_pass.capture.aten.rows import ROWS
 from npu_fuse_pass.capture.values import Val
 from npu_fuse_pass.errors import Unsupported
-from npu_fuse_pass.ir.expr import HALF, Builder
+from npu_fuse_pass.ir.expr import C_FUNCTIONS, HALF, Builder
 from npu_fuse_pass.reasons import Code
 
 
@@ -29,9 +29,11 @@ def evaluate(b: Builder, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
     if name not in ROWS:
         raise Unsupported(name, "this operation has no place in a fused kernel", Code.OPERATION)
     vals = [a for a in (*args, *kwargs.values()) if isinstance(a, Val)]
+    if name.startswith("bitwise_") and any(getattr(a, "dtype", None) != torch.bool for a in args):
+        raise Unsupported(name, "works on the bits of integers", Code.DTYPE)
     dimmed = [v for v in vals if v.dimmed]
     shape = _common_shape(name, dimmed)
-    dtype = _result_dtype(vals, dimmed)
+    dtype = _result_dtype(name, args, kwargs)
     work = torch.float32 if dtype in HALF else dtype
 
     def given(x: Any, place: int | str) -> Any:
@@ -53,7 +55,10 @@ def evaluate(b: Builder, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
     if result.dtype == torch.bool:
         return Val(result, torch.bool, shape)
     if vals and all(v.number for v in vals):
-        return Val(result, torch.float64, (), number=True)
+        integer = dtype == torch.int64 and name in _EXACT | _OF_INTEGERS
+        return Val(result, torch.int64 if integer else torch.float64, (), number=True)
+    if not dtype.is_floating_point and (dimmed or dtype != torch.int64 or name not in _EXACT):
+        raise Unsupported(name, f"gives {dtype}: it stays as it is", Code.DTYPE)
     if not dimmed and dtype in HALF:
         return Val(b.cast(b.cast(result, dtype), torch.float64), dtype, shape)
     return Val(b.cast(result, dtype) if dimmed else result, dtype, shape)
@@ -70,19 +75,54 @@ def _in_float(name: str, place: int | str, x: Any) -> bool:
 _NOT_IN_HALF = {"floor_divide", "floordiv"}
 
 
+# of integers: what float64 computes exactly unless they are beyond 2**53
+_EXACT = {
+    *("add", "sub", "subtract", "rsub", "neg", "negative", "abs", "absolute", "sign", "sgn", "floor", "ceil", "trunc"),
+    *("round", "clamp", "clip", "clamp_min", "clamp_max", "maximum", "minimum", "max.other", "where", "relu"),
+}
+# what Python's integers give as integers, too
+_OF_INTEGERS = {"mul", "multiply", "floor_divide", "floordiv", "remainder", "fmod", "pow", "sym_max", "sym_min"}
+# of integers: floating-point numbers of the default dtype
+_FLOATING = {*C_FUNCTIONS} - {"floor", "ceil", "trunc"}
+_FLOATING |= {"div", "divide", "true_divide", "reciprocal", "rsqrt", "sigmoid", "atan2", "copysign", "arctan"}
+
+
 def _common_shape(name: str, dimmed: list[Val]) -> tuple[int, ...]:
+    """The shape of a result: that of all tensors; one value everywhere can have any shape that is broadcast to it."""
     shapes = {v.shape for v in dimmed}
-    if len(shapes) > 1:
+    tensors = {v.shape for v in dimmed if v.expr.tensor}
+    try:
+        shape = tuple(torch.broadcast_shapes(*shapes)) if len(shapes) > 1 else next(iter(shapes), ())
+    except RuntimeError:
+        shape = None
+    if shape is None or tensors - {shape}:
         raise Unsupported(
             name, f"broadcasts tensors of shapes {sorted(shapes)}; equal shapes and 0-dim tensors can fuse", Code.SHAPES
         )
-    return next(iter(shapes)) if shapes else ()
+    return shape
 
 
-def _result_dtype(vals: list[Val], dimmed: list[Val]) -> torch.dtype:
-    """Tensors with dimensions decide, then 0-dim ones, then numbers."""
-    for deciding in (dimmed, [v for v in vals if not v.number]):
-        dtypes = [v.dtype for v in deciding if v.dtype.is_floating_point]
-        if dtypes:
-            return functools.reduce(torch.promote_types, dtypes)
-    return torch.get_default_dtype() if dimmed else torch.float64
+def _result_dtype(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype:
+    """As torch promotes: tensors with dimensions decide, then 0-dim ones, then numbers."""
+    dtypes: list[list[torch.dtype]] = [[], [], []]
+    for x in (*(args[1:] if name == "where" else args), *kwargs.values()):
+        if isinstance(x, Val):
+            number = torch.get_default_dtype() if x.dtype.is_floating_point else x.dtype
+            dtypes[2 if x.number else 1 - x.dimmed].append(number if x.number else x.dtype)
+        elif isinstance(x, (bool, int, float)):
+            kinds = {bool: torch.bool, int: torch.int64}
+            dtypes[2].append(kinds.get(type(x), torch.get_default_dtype()))
+    if not dtypes[0] and not dtypes[1] and any(d.is_floating_point for d in dtypes[2]):
+        return torch.get_default_dtype() if name == "where" else torch.float64  # of numbers alone
+    promoted = [functools.reduce(torch.promote_types, found) if found else None for found in dtypes]
+    dtype = functools.reduce(_combined, promoted) or torch.get_default_dtype()
+    if dtype.is_floating_point or name not in _FLOATING:
+        return dtype
+    return torch.get_default_dtype() if dtypes[0] or dtypes[1] else torch.float64
+
+
+def _combined(higher: torch.dtype | None, lower: torch.dtype | None) -> torch.dtype | None:
+    """What a category of arguments leaves of the one before it, which comes first."""
+    if higher is None or lower is None or higher.is_floating_point:
+        return lower if higher is None else higher
+    return torch.promote_types(higher, lower) if higher == torch.bool or lower.is_floating_point else higher

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -56,6 +57,10 @@ ROWS.update(
 ROWS.update({"arctan": ROWS["atan"], "less": ROWS["lt"], "greater": ROWS["gt"], "not_equal": ROWS["ne"]})
 ROWS.update({f"logical_{n}": _plain(n) for n in ("and", "or", "xor", "not")})
 ROWS.update({f"bitwise_{n}": _plain(n) for n in ("and", "or", "xor", "not")})
+ROWS.update({"sgn": ROWS["sign"], "sym_not": ROWS["logical_not"]})
+# Python's mathematics of a number that torch has made symbolic
+_SYMBOLIC = ("sqrt", "cos", "cosh", "sin", "sinh", "tan", "tanh", "acos", "asin", "atan", "log2")
+ROWS.update({f"_sym_{n}": ROWS[n] for n in _SYMBOLIC})
 ROWS.update({"less_equal": ROWS["le"], "greater_equal": ROWS["ge"], "max.other": ROWS["maximum"]})
 
 
@@ -130,7 +135,61 @@ def _addcmul(b: Builder, x: Expr, y: Expr, z: Expr, value: Any = 1) -> Expr:
 
 @row("addcdiv")
 def _addcdiv(b: Builder, x: Expr, y: Expr, z: Expr, value: Any = 1) -> Expr:
-    return b.op("add", x, b.op("div", y if _is(value, 1) else b.op("mul", value, y), z))
+    return b.op("add", x, _quotient(b, y if _is(value, 1) else b.op("mul", value, y), z))
+
+
+def _quotient(b: Builder, x: Expr, y: Expr) -> Expr:
+    """A quotient by what may be a sum of quotients by one number: x is multiplied by that number then.
+
+    While it is compiled, torch's for-loop Adam divides both terms of the denominator by the step size: 0 / 0 where that
+    is 0 and so is the second moment, and infinite in float16 for ordinary gradients. An eager step multiplies the
+    numerator.
+    """
+    divisors = [_divisor(t) for t in _terms(y)]
+    common = [_factors(d) for d in divisors if d is not None and not d.tensor]
+    complete = y.tensor and len(common) == len(divisors) > 1
+    number = next((f for f in common[0] if all(f in other for other in common)), None) if complete else None
+    if number is None:
+        return b.op("div", x, y)
+    return b.op("div", b.op("mul", number, x), _multiplied(b, y, number))
+
+
+def _plain_of(e: Expr) -> Expr:
+    while e.op == "cast":
+        e = e.args[0]
+    return e
+
+
+def _divisor(e: Expr) -> Expr | None:
+    """Of a quotient, which may be written as a product with a reciprocal."""
+    if e.op == "div":
+        return e.args[1]
+    found = [a.args[0] for a in e.args if a.op == "reciprocal"] if e.op == "mul" else []
+    return found[0] if len(found) == 1 else None
+
+
+def _terms(e: Expr) -> list[Expr]:
+    e = _plain_of(e)
+    return [t for a in e.args for t in _terms(a)] if e.op == "add" else [e]
+
+
+def _factors(e: Expr) -> list[Expr]:
+    e = _plain_of(e)
+    return [f for a in e.args for f in _factors(a)] if e.op == "mul" else [e]
+
+
+def _multiplied(b: Builder, e: Expr, number: Expr) -> Expr:
+    """A sum of quotients by products with `number`, times `number`."""
+    if e.op == "cast":
+        return b.cast(_multiplied(b, e.args[0], number), e.dtype)
+    if e.op == "add":
+        return b.op("add", *(_multiplied(b, a, number) for a in e.args))
+    divisor = _divisor(e)
+    assert divisor is not None
+    rest = _factors(divisor)
+    rest.remove(number)
+    numerator = e.args[0] if e.op == "div" else next(a for a in e.args if a.op != "reciprocal")
+    return b.op("div", numerator, functools.reduce(lambda x, y: b.op("mul", x, y), rest)) if rest else numerator
 
 
 @row("lerp")

@@ -6,9 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from npu_fuse_pass.dump.contents import Contents
-from npu_fuse_pass.dump.page.owners import references
 from npu_fuse_pass.ir.expr import postorder
-from npu_fuse_pass.ir.types import Call, Group, Leaf
+from npu_fuse_pass.ir.types import Call, Group, Leaf, references
 
 
 @dataclasses.dataclass

@@ -14,8 +14,8 @@ from npu_fuse_pass.dump.page.drawing import Before, Drawing, Node
 from npu_fuse_pass.dump.page.elements import SEVERAL, Element, Flow
 from npu_fuse_pass.dump.page.families import Family, Member, box, operation, plain
 from npu_fuse_pass.dump.page.formulas import of_formulas
-from npu_fuse_pass.dump.page.owners import Owners, references
-from npu_fuse_pass.ir.types import Group, Leaf
+from npu_fuse_pass.dump.page.owners import Owners
+from npu_fuse_pass.ir.types import Group, Leaf, references
 
 _CHAIN = 8  # elements over several parameters beyond which those of one operation in a row are drawn as one
 

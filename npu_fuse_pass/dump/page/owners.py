@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from npu_fuse_pass.ir.disjoint import Disjoint
-from npu_fuse_pass.ir.types import Call, Group, GroupedStage, Leaf, LeafRef
+from npu_fuse_pass.ir.types import Call, Group, GroupedStage, Leaf, references
 
 
 class Owners:
@@ -66,14 +65,3 @@ class Owners:
         for leaf, found in users.items():
             if len(found) == 1:
                 self._sets.join(leaf, found.pop())
-
-
-def references(value: Any) -> Iterator[LeafRef]:
-    """The leaves among an original operation's arguments, in order."""
-    if isinstance(value, LeafRef):
-        yield value
-    elif isinstance(value, dict):
-        yield from references(tuple(value.values()))
-    elif isinstance(value, (list, tuple)):
-        for v in value:
-            yield from references(v)

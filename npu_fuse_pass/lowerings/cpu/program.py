@@ -202,7 +202,9 @@ class Program:
             )
 
     def _new(self, index: int, leaf: Leaf, values: Values) -> Tensor:
-        """A tensor for an output, laid out like the first input of its member."""
+        """A tensor for an output, laid out like the first input of its member, or as it is without fusion."""
+        if leaf.strides is not None:
+            return torch.empty_strided(leaf.shape, leaf.strides, dtype=leaf.dtype, device="cpu")
         for kernel in self.kernels:
             for member in kernel.group.members:
                 if index in member:

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
 
 from npu_fuse_pass.errors import FuseError, GraphRefused, Mismatch, Unsupported
 from npu_fuse_pass.ir.expr import postorder
 from npu_fuse_pass.ir.fused_op import multi_tensor_update, parsed
-from npu_fuse_pass.ir.types import Call, Formula, Group, Leaf, LeafRef
+from npu_fuse_pass.ir.types import Call, Formula, Group, Leaf, references
 from npu_fuse_pass.lowerings.npu.emit import elementwise
 from npu_fuse_pass.lowerings.npu.emit.split import Split, constants_of, split
 from npu_fuse_pass.lowerings.npu.environment import require, versions
@@ -57,7 +56,9 @@ class Program:
         written = {m[s] for g in groups for m in g.members for s in g.formula.written}
         self._written = [place for place, i in enumerate(self._inputs) if i in written]
         _check(leaves, groups, calls, written)
-        self._run = Run(self._compiled(torchair, _with_constants(graph), config), versions)
+        constant = _with_constants(graph)
+        in_place = any(call.written for call in calls)
+        self._run = Run(self._compiled(torchair, _functional(constant) if in_place else constant, config), versions)
 
     def cost(self, g: Group) -> tuple[int, int]:
         """Bytes per element, and GE operations on tensors."""
@@ -65,7 +66,7 @@ class Program:
         operations, size = elementwise.cost(g.formula if made is None else made.device)
         return size, operations * len(g.members)
 
-    def _compiled(self, torchair: Any, graph: fx.GraphModule, config: Any) -> Callable[..., Sequence[Tensor]]:
+    def _compiled(self, torchair: Any, graph: Callable[..., Any], config: Any) -> Callable[..., Sequence[Tensor]]:
         from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -106,7 +107,7 @@ class Program:
 
 def _check(leaves: Sequence[Leaf], groups: Sequence[Group], calls: Sequence[Call], written: set[int]) -> None:
     """Refuse what one graph on the device cannot do, or not without a host input that it writes."""
-    if any(isinstance(ref, LeafRef) and ref.number for c in calls for ref in tree_leaves((c.args, c.kwargs))):
+    if any(ref.number for c in calls for ref in references((c.args, c.kwargs))):
         raise Unsupported(
             "npu", "original operations between fused updates read a tensor as a Python number", Code.GE_BETWEEN
         )
@@ -126,6 +127,12 @@ def _split(formula: Formula, constants: Mapping[int, float]) -> Split | None:
         return split(formula, (), False, constants)
     except Unsupported:
         return None
+
+
+def _functional(graph: fx.GraphModule) -> Callable[..., Any]:
+    """The graph with what original operations write in place as new tensors, as torchair's converters expect it."""
+    functional: Callable[..., Any] = torch.func.functionalize(graph, remove="mutations")
+    return functional
 
 
 def _with_constants(rewritten: fx.GraphModule) -> fx.GraphModule:

@@ -1,0 +1,216 @@
+"""Operations that no kernel computes: they stay as they are, called as they were captured, between fused kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+from torch._prims_common import is_non_overlapping_and_dense_or_false
+
+from npu_fuse_pass.capture.values import Cell, Scalars, Val
+from npu_fuse_pass.errors import Unsupported
+from npu_fuse_pass.fx_nodes.effects import Effects, Place, has_record, recorded, storage_of
+from npu_fuse_pass.ir.expr import Expr, postorder
+from npu_fuse_pass.ir.types import Call, Leaf, LeafRef
+from npu_fuse_pass.reasons import Reason
+
+Env = Mapping[fx.Node, Any]
+"""What the nodes of a graph hold: cells, lists of cells, or what is no tensor."""
+
+
+@dataclasses.dataclass
+class Level:
+    """What original operations of one level read, and the operations."""
+
+    writes: dict[int, Cell] = dataclasses.field(default_factory=dict)
+    calls: list[Call] = dataclasses.field(default_factory=list)
+
+
+class _Interpreter(Protocol):
+    leaves: list[Leaf]
+
+    def add_leaf(self, leaf: Leaf, tensor: bool) -> Cell: ...
+    def replace(self, cell: Cell, name: str, val: Val) -> None: ...
+    def moves(self, given: Sequence[Val], made: Sequence[Val], fused: bool) -> None: ...
+
+
+class Originals:
+    """The original operations of one graph, in levels: each reads what kernels and the levels before have made.
+
+    Attributes:
+        reasons: why each operation stays, by its name.
+    """
+
+    def __init__(self, interpreter: _Interpreter) -> None:
+        self.levels: list[Level] = []
+        self.reasons: dict[tuple[str, str], Reason] = {}  # once for each operation and text
+        self._interpreter = interpreter
+        self._effects = Effects()
+        self._level_of: dict[int, int] = {}
+        self._ordered = 0  # the level of the last operation whose place in the order matters
+        self._temporaries: dict[object, int] = {}
+
+    def keep(self, node: fx.Node, name: str, reason: Reason, env: Env) -> Any:
+        """Leave an operation as it is: the same target with the same arguments.
+
+        What it reads becomes a temporary, what it gives a leaf. What it writes in place is a tensor of the same value
+        that nobody else reads; what it leaves there takes the place of the old value.
+
+        Returns:
+            A cell, a list of cells, or None, as the operation does.
+
+        Raises:
+            Unsupported: what the operation does or gives is not known.
+        """
+        effect, meta = self._effects.of(node), recorded(node)
+        several = isinstance(meta, (list, tuple))
+        fakes: list[Any] = list(meta) if several else [] if meta is None else [meta]
+        known = has_record(node) or not node.users
+        if effect is None or not known or not all(isinstance(fake, Tensor) for fake in fakes):
+            raise Unsupported.of(reason)
+        returned = effect.returned if fakes else ()
+        if len(returned) != len(fakes) or any(isinstance(env[n], Scalars) for n in node.all_input_nodes):
+            raise Unsupported.of(reason)
+        cells = [cell for n in node.all_input_nodes for cell in _cells(env[n])]
+        vals = [cell.read() for cell in cells]
+        if not effect.written and not effect.ordered and fakes and None not in returned:
+            same = [_entry(env[place[0]], place[1]) for place in returned if place is not None]
+            return same if several else same[0]  # contiguous() of a contiguous tensor, for example
+        level = max((self._level(val.expr) for val in vals), default=0)
+        if effect.ordered:
+            level = self._ordered = max(level, self._ordered)
+        while len(self.levels) <= level:
+            self.levels.append(Level())
+        call = Call(node.target, (), {}, [], several, node.name)
+        held = {place: self._held(_entry(env[place[0]], place[1]), level, place, call) for place in effect.written}
+        given: Any = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: self._given(n, env[n], level, held))
+        call.args, call.kwargs = given
+        new = {}
+        for place, holder in held.items():
+            cell = _entry(env[place[0]], place[1])
+            new[place] = self._result(name, cell.val.dtype, cell.val.shape, _example(*place).device, level)
+            call.written.append((holder, _index(new[place])))
+            self._interpreter.replace(cell, name, new[place])
+        made = []
+        for fake, itself in zip(fakes, returned, strict=True):
+            val = new.get(itself) if itself is not None else None
+            if val is None:
+                val = self._result(name, fake.dtype, tuple(map(int, fake.shape)), fake.device, level)
+            call.results.append(_index(val))
+            given_cell = None if itself is None else _entry(env[itself[0]], itself[1])
+            made.append(given_cell or Cell(val, None, _base(node, fake, env)))
+        self.levels[level].calls.append(call)
+        self._interpreter.moves(vals, [*(c.val for c in made), *new.values()], fused=False)
+        self.reasons.setdefault((name, reason.text), dataclasses.replace(reason, op=name))
+        return made if several else made[0] if made else None
+
+    def _result(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device, level: int) -> Val:
+        place = f"{name}_{len(self._interpreter.leaves)}"
+        leaf = Leaf("result", place, dtype=dtype, shape=shape, device=device)
+        val = self._interpreter.add_leaf(leaf, bool(shape)).val
+        self._level_of[id(val.expr)] = level + 1
+        return val
+
+    def _level(self, root: Expr) -> int:
+        """How many stages have to run before an expression can be evaluated."""
+        for e in postorder([root]):
+            if id(e) not in self._level_of:
+                self._level_of[id(e)] = max((self._level_of[id(a)] for a in e.args), default=0)
+        return self._level_of[id(root)]
+
+    def _given(self, n: fx.Node, value: Any, level: int, held: Mapping[Place, int], k: int = 0) -> Any:
+        """An argument of an operation, as references to leaves."""
+        if isinstance(value, (list, tuple)):
+            return [self._given(n, v, level, held, i) for i, v in enumerate(value)]
+        if not isinstance(value, Cell):
+            return value
+        if (n, k) in held:
+            return LeafRef(held[n, k])
+        example = _example(n, k)
+        number = next((t for t, kinds in _NUMBERS.items() if isinstance(example, kinds)), None)
+        if number is None and value.val.number:
+            number = float if value.val.dtype.is_floating_point else int
+        return LeafRef(self._stored(value, level, example), number)
+
+    def _held(self, cell: Cell, level: int, place: Place, call: Call) -> int:
+        """A leaf for what is written in place: it holds the current value, and nothing else reads it."""
+        stored = self._leaf(cell.read())
+        if stored is None:
+            return self._temporary(cell.read(), level, _example(*place))
+        copied = self._interpreter.leaves[stored]
+        name = f"copy_{len(self._interpreter.leaves)}"
+        self._interpreter.leaves.append(dataclasses.replace(copied, kind="result", name=name, index=-1, optimizer=None))
+        call.copies.append((stored, len(self._interpreter.leaves) - 1))
+        return len(self._interpreter.leaves) - 1
+
+    def _leaf(self, val: Val) -> int | None:
+        """The leaf that holds a value as it is."""
+        if val.expr.op != "leaf" or not (val.expr.tensor or val.shape == ()):
+            return None
+        assert isinstance(val.expr.value, int)
+        return val.expr.value if val.number or self._interpreter.leaves[val.expr.value].dtype == val.dtype else None
+
+    def _stored(self, cell: Cell, level: int, example: Any) -> int:
+        """A leaf that holds a cell's current value when level `level` runs its calls."""
+        val = cell.read()
+        stored = self._leaf(val)
+        if stored is not None:
+            return stored
+        key = (id(val.expr), val.dtype, val.shape, _strides(example))
+        if key not in self._temporaries:
+            self._temporaries[key] = self._temporary(val, level, example)
+        return self._temporaries[key]
+
+    def _temporary(self, val: Val, level: int, example: Any) -> int:
+        leaves = self._interpreter.leaves
+        device = next((leaf.device for leaf in leaves if leaf.shape), torch.device("cpu"))
+        device = example.device if isinstance(example, Tensor) and val.shape else device
+        index, strides = len(leaves), _strides(example) if val.shape else None
+        dtype = torch.float64 if val.number else val.dtype
+        leaves.append(Leaf("temporary", f"t{index}", dtype=dtype, shape=val.shape, device=device, strides=strides))
+        self.levels[level].writes[index] = Cell(val, index)
+        return index
+
+
+_NUMBERS: dict[type[int] | type[float] | type[bool], tuple[type, ...]] = {
+    bool: (bool, torch.SymBool),
+    int: (int, torch.SymInt),
+    float: (float, torch.SymFloat),
+}
+
+
+def _cells(value: Any) -> list[Cell]:
+    return [v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, Cell)]
+
+
+def _entry(value: Any, k: int) -> Any:
+    return value[k] if isinstance(value, (list, tuple)) else value
+
+
+def _example(n: fx.Node, k: int) -> Any:
+    return _entry(recorded(n), k)
+
+
+def _index(val: Val) -> int:
+    assert isinstance(val.expr.value, int)
+    return val.expr.value
+
+
+def _strides(example: Any) -> tuple[int, ...] | None:
+    """How a computed tensor lies in memory without fusion."""
+    if not isinstance(example, Tensor) or not is_non_overlapping_and_dense_or_false(example):
+        return None
+    return tuple(map(int, example.stride()))
+
+
+def _base(node: fx.Node, fake: Tensor, env: Env) -> tuple[Cell, Val] | None:
+    """Of a view: the tensor that it looks at, and that one's value."""
+    for n in node.all_input_nodes:
+        for k, cell in enumerate(_cells(env[n])):
+            example = _example(n, k)
+            if isinstance(example, Tensor) and storage_of(example) == storage_of(fake):
+                return cell, cell.val
+    return None
