@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import npu_fuse_pass
+from npu_fuse_pass.match import find
 
 Body = Callable[..., Any]
 
@@ -359,3 +360,7 @@ def test_numbers_that_change(name: str, number: type) -> None:
 
     compare(body, lambda k: number(k) if number is int else k + 0.5, steps=4, fused=False)
     assert any(r.groups and not r.fallback for r in npu_fuse_pass.reports())
+
+
+def test_a_reason_of_the_match_may_name_what_is_no_slot() -> None:
+    assert find._named("weight_decay would be $31/$0", ("lr",)) == "weight_decay would be x31/lr"

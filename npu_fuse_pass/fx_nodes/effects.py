@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from npu_fuse_pass.fx_nodes.names import operation_name
+
 Place = tuple[fx.Node, int]
 """A tensor that a node is given: an argument, and the position in it where that is a list (else 0)."""
 
@@ -26,9 +28,6 @@ class Effect:
     written: tuple[Place, ...]
     returned: tuple[Place | None, ...]
     ordered: bool
-
-
-from npu_fuse_pass.fx_nodes.names import operation_name
 
 
 class Effects:

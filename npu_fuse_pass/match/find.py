@@ -48,8 +48,9 @@ def match_group(group: Group, leaves: Sequence[Leaf], kernels: tuple[Kernel, ...
 
 
 def _named(text: str, labels: Sequence[str]) -> str:
-    """A text with the names of slots."""
-    return re.sub(r"\$(\d+)", lambda found: labels[int(found[1])], text)
+    """A text with the names of slots; unknowns of the algebra, whose numbers come after theirs, are x31 and so on."""
+    named = dict(enumerate(labels))
+    return re.sub(r"\$(\d+)", lambda found: named.get(int(found[1]), f"x{found[1]}"), text)
 
 
 def match_formula(
