@@ -15,7 +15,7 @@ from optimizers import NpuFusedAdam, NpuFusedSGD
 
 from .cases import BY_NAME, Case
 from .plain import Plain
-from .support import Step, assert_close, clones, error, gradients, parameters, set_gradients
+from .support import Step, assert_close, clones, error, gradients, parameters, set_gradients, tier
 from .unchanged import Unchanged
 
 SHAPES = [(4, 4), (5,), (4, 4), (2, 3, 2), ()]  # two of one shape: their states could be exchanged
@@ -250,16 +250,10 @@ def known(tensors: list[Tensor]) -> list[Tensor]:
     return [t.detach().nan_to_num(7.0) for t in tensors]
 
 
-FAST = ("sgd_momentum", "adam", "paddle_rmsprop")  # of the compiled ones
-RUNS = [
-    pytest.param(case, mode, marks=[pytest.mark.slow] if mode == "compiled" and case.name not in FAST else [])
-    for case in KINDS
-    for mode in ("eager", "compiled")
-]
+RUNS = [(name, case, mode) for name in EDITS for case in KINDS for mode in ("eager", "compiled")]
 
 
-@pytest.mark.parametrize(("case", "mode"), RUNS, ids=lambda x: getattr(x, "name", x))
-@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize(("name", "case", "mode"), tier(RUNS), ids=lambda x: getattr(x, "name", x))
 def test_changes_count_at_the_next_step(case: Case, mode: str, name: str) -> None:
     mine: list[Any] = parameters(SHAPES)
     others: list[Any] = clones(mine)

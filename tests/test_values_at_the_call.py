@@ -19,7 +19,7 @@ from npu_fuse_pass.rules import pending
 from optimizers import NpuFusedAdam
 
 from .cases import BY_NAME
-from .support import assert_close, assert_fused, clones, error, gradients, last_report, parameters, set_gradients
+from .support import assert_close, assert_fused, clones, error, gradients, last_report, parameters, set_gradients, tier
 
 SHAPES = [(3, 4), (5,), (3, 4)]
 Change = Callable[[Any, list[Tensor], int], None]  # of an optimizer and its parameters, at call i
@@ -207,28 +207,16 @@ def within_a_call(opt: Any, params: list[Tensor], i: int, do: Change) -> None:
 ORDERS = {f.__name__: f for f in (before, after, around, within_a_call)}
 
 
-def fast(name: str, kind: str, order: str) -> bool:
-    if order == "around":
-        return kind in ("adam", "stock_adam")
-    return kind in ("sgd_momentum", "paddle_rmsprop") and order == "before" and name in ("lr", "grad_assigned")
-
-
 def possible(name: str, kind: str) -> bool:
     if name == "other_groups" and kind in STOCK:  # see test_what_dynamo_loses_itself
         return False
     return not (name == "tensor_lr_in_place" and kind == "paddle_rmsprop")
 
 
-RUNS = [
-    pytest.param(name, kind, order, marks=[] if fast(name, kind, order) else [pytest.mark.slow])
-    for name in CHANGES
-    for kind in (*OURS, *STOCK)
-    for order in ORDERS
-    if possible(name, kind)
-]
+RUNS = [(name, kind, order) for name in CHANGES for kind in (*OURS, *STOCK) for order in ORDERS if possible(name, kind)]
 
 
-@pytest.mark.parametrize(("name", "kind", "order"), RUNS)
+@pytest.mark.parametrize(("name", "kind", "order"), tier(RUNS))
 def test_what_was_changed_before_counts(name: str, kind: str, order: str) -> None:
     torch._dynamo.reset()
     npu_fuse_pass.clear_reports()
