@@ -103,7 +103,11 @@ def test_flags_are_no_numbers(flag: Any) -> None:
     assert p[0].item() == pytest.approx(1 - 0.1 * 1.9)
 
 
-@pytest.mark.parametrize("value", ["0.1", 1j, [0.1, "x"], numpy.array([1.0, 2.0]), object()], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    ["0.1", 1j, [0.1, "x"], numpy.array([1.0, 2.0]), object()],
+    ids=["text", "complex", "list", "array", "object"],
+)
 def test_what_is_no_number_is_refused(value: Any) -> None:
     with pytest.raises((ValueError, TypeError), match=r"lr|learning rate"):
         optimizers.NpuFusedAdam([torch.nn.Parameter(torch.ones(3))], lr=value)
