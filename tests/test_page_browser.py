@@ -136,7 +136,7 @@ def many() -> Contents:
 def test_clicking_a_fused_node_lights_what_it_took(browser: Browser, two_groups: Contents) -> None:
     browser.open("two", two_groups)
     assert browser.text("h1") == "7 parameters on cpu"
-    first, second = (g.name for g in two_groups.groups)
+    first, second = (g.name for g in two_groups.grouped.groups)
     browser.click('[data-key="g0"]')
     assert browser.names("#before .box.lit.op") == ["mul", "add", "add"]
     panel = browser.text("#details")
@@ -155,11 +155,11 @@ def test_clicking_a_fused_node_lights_what_it_took(browser: Browser, two_groups:
 def test_clicking_an_operation_shows_who_took_it(browser: Browser, two_groups: Contents) -> None:
     browser.open("two", two_groups)
     next(box for box in browser.all("#before .box.op") if "sign" in box.text).click()
-    assert browser.names(".box.lit") == [two_groups.groups[1].name]
-    assert two_groups.groups[1].name in browser.text("#details")
+    assert browser.names(".box.lit") == [two_groups.grouped.groups[1].name]
+    assert two_groups.grouped.groups[1].name in browser.text("#details")
     assert "test_page_browser.py:" in browser.text("#details .line")
     browser.click("#details .chip")
-    assert browser.text("#details .name") == two_groups.groups[1].name
+    assert browser.text("#details .name") == two_groups.grouped.groups[1].name
 
 
 def test_members_expand_and_take_the_drawing_over(browser: Browser, two_groups: Contents) -> None:
