@@ -11,11 +11,12 @@ from torch import Tensor
 
 import npu_fuse_pass
 import optimizers
-from npu_fuse_pass import lower, rule, zeros
+from npu_fuse_pass import rule, zeros
 from npu_fuse_pass.backend import npu_fused
 from npu_fuse_pass.capture.rule import capture_batches
 from npu_fuse_pass.ir import types
 from npu_fuse_pass.ir.expr import postorder
+from npu_fuse_pass.options import Target
 from npu_fuse_pass.passes.specialise import decide
 from npu_fuse_pass.run import rule_step
 from tests.dumped import parameters
@@ -100,7 +101,7 @@ def test_a_branch_that_is_one_number_for_all_elements_stays() -> None:
 def test_programs_that_are_kept_and_their_dumps(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     """On a CPU nothing is decided; here it is, to see the dump's script compare the two graphs with such numbers."""
     for place in (("cpu",), ()):
-        monkeypatch.setattr(lower, "DECIDED_BEFORE", place)
+        monkeypatch.setattr(Target, "specialises", property(lambda target, place=place: target.platform in place))
         npu_fuse_pass.clear_reports()
         torch.manual_seed(0)
         both = [[torch.nn.Parameter(p.detach().clone()) for p in like] for like in [parameters(3)] * 2]
