@@ -247,7 +247,7 @@ OPERATIONS: dict[Code, tuple[Operation, Operation]] = {
         lambda p, q, h: h.copy_(torch.floor_divide(h, 0.3)),
         lambda p, q, h: h.copy_(torch.floor_divide(h.float(), 0.3)),
     ),
-    Code.DEVICE: (lambda p, q, h: p.copy_(p.to("cpu") * 2), lambda p, q, h: p.copy_(p * 2)),
+    Code.DEVICE: (lambda p, q, h: p.copy_(p.to("cpu", copy=True) * 2), lambda p, q, h: p.copy_(p * 2)),
     Code.SHAPES: (lambda p, q, h: p.add_(q), lambda p, q, h: p.add_(p)),
     Code.REDUCTION: (lambda p, q, h: p.mul_(p.sum((0, 1), keepdim=True)), lambda p, q, h: p.mul_(p.sum())),
     Code.ACROSS_PARAMETERS: (
