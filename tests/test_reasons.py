@@ -30,6 +30,7 @@ from npu_fuse_pass.reasons import Code, Reason
 from npu_fuse_pass.report.causes import recompile
 from npu_fuse_pass.report.report import CompileReport
 from npu_fuse_pass.rules import core_op
+from npu_fuse_pass.run.fallbacks import refusal
 from scripts import reasons_table
 
 from .graphs import traced
@@ -570,9 +571,44 @@ def test_an_error_of_the_packages_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason.code is Code.INTERNAL and reason.advised in said
 
 
+def test_a_forward_pass_and_an_update_in_one_graph() -> None:
+    model = torch.nn.Linear(4, 3)
+    model(torch.ones(2, 4)).sum().backward()
+
+    def update() -> None:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.sub_(p.grad, alpha=0.1)
+
+    def both() -> Tensor:
+        loss = model(torch.ones(2, 4)).square().mean()
+        update()
+        return loss
+
+    for function, codes in ((both, {Code.FORWARD_PASS}), (update, set())):
+        torch._dynamo.reset()
+        npu_fuse_pass.clear_reports()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.compile(function, backend="npu_fused")()
+        assert {reason.code for reason in npu_fuse_pass.reports()[-1].reasons} == codes
+
+
+def test_states_of_ours_that_share_memory() -> None:
+    opt = optimizers.NpuFusedAdam([torch.nn.Parameter(torch.ones(3)) for _ in range(2)])
+    opt._prelude.prepare()
+    shared = Mismatch("two tensors overlap", Code.SHARED_MEMORY)
+    assert refusal(shared, [opt]).code is Code.SHARED_MEMORY
+    views = opt._prelude.batches[0].views["exp_avg"]
+    views[1] = views[0]
+    assert refusal(shared, [opt]).code is Code.STATES
+
+
 RAISED = {*OPERATIONS, *STEPS, *(code for code, _, _ in EXPLAINED.values())}
 RAISED |= {
     Code.STEPS_TWICE,
+    Code.FORWARD_PASS,
+    Code.STATES,
     Code.MIXED_DTYPES,
     Code.SAME_SCALAR,
     Code.CHANGED,
