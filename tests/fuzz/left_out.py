@@ -1,0 +1,26 @@
+"""Pairs that are not drawn, with the reason: what differs today, and what cannot be asked of an optimizer."""
+
+from __future__ import annotations
+
+from .optimizers import Drawn
+
+# row -> optimizers (all: "*", "ours", "stock", or a name), reason
+LEFT_OUT: dict[str, tuple[tuple[str, ...], str]] = {
+    "twice": (
+        ("NpuFusedSGD",),
+        "at the first step torch.optim.SGD takes the gradient as its buffer at every listing, ours at the first one",
+    ),
+    "grad is the parameter": (
+        ("NpuFusedAdamW", "NpuFusedAdamW state_dtype"),
+        "a rule reads everything before it writes; torch.optim's class writes the parameter, then reads the gradient",
+    ),
+}
+
+# optimizers of which no programs are drawn
+OPTIMIZERS_LEFT_OUT: dict[str, str] = {}
+
+
+def is_left_out(row: str, optimizer: Drawn) -> bool:
+    """Whether this row is not drawn for the optimizer."""
+    names, _ = LEFT_OUT.get(row, ((), ""))
+    return bool({"*", "ours" if optimizer.ours else "stock", optimizer.name} & {*names})

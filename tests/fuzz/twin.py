@@ -1,0 +1,385 @@
+"""One program, a list of lines of Python, run eagerly and compiled from equal values: the first difference.
+
+It needs torch, the package and its optimizers alone: a script that reproduces a finding begins with this file.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("NPU_FUSE_VERIFY", "1")  # internal errors are findings, not fallbacks
+
+# ruff: noqa: F401 (programs use these)
+import copy
+import dataclasses
+import gc
+import pathlib
+import pickle
+import tempfile
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import npu_fuse_pass
+import optimizers
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+HALF = (F16, BF16)
+# |a - b| <= relative |b| + absolute, after up to eight steps of values about 1
+LIMITS = {F64: (1e-12, 1e-12), F32: (2e-5, 2e-6), F16: (2**-10, 2**-14), BF16: (2**-7, 2**-11)}
+STEPS = ("step(", "in_thread(step", "in_mode(", "opt.step(", "several_threads(")  # lines that step
+
+
+@npu_fuse_pass.rule(
+    states={"buf": npu_fuse_pass.zeros},
+    defaults=dict(lr=0.1, mu=0.9, weight_decay=0.01),
+    totals={"squares": npu_fuse_pass.total(lambda grad: grad.double().square().sum())},
+)
+def clipped(param, grad, buf, *, squares, lr, mu, weight_decay, step):  # type: ignore[no-untyped-def]
+    """Momentum on gradients that are clipped by their common norm."""
+    buf = mu * buf + grad / (1 + squares.sqrt()) + weight_decay * param
+    return param - lr * buf / step.sqrt(), buf
+
+
+class Drawing(torch.optim.Optimizer):
+    """Constants and draws in a step, as libraries write them."""
+
+    def __init__(self, params: Any, lr: float, weight_decay: float = 0.01) -> None:
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, k=0))
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        keep = torch.tensor([0.9, 0.5])
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                s = self.state[p]
+                if not s:
+                    s["m"], s["mean"] = torch.zeros_like(p), torch.tensor([0.25])
+                s["mean"] += 1
+                s["m"].mul_(keep[0].item() if group["k"] else 0.9).add_(p.grad, alpha=0.1)
+                noise = torch.empty_like(p).uniform_() * torch.full_like(p, 0.125)
+                p.add_(s["m"] + noise * torch.as_tensor([[0.5]]).view(()), alpha=-group["lr"])
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+
+
+def param(shape: tuple[int, ...], dtype: torch.dtype = F32, kind: str = "plain", seed: int = 0) -> Any:
+    """A parameter of random values; `kind` says where they lie and what else is unusual."""
+    value = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
+    if kind == "strided":
+        value = torch.stack([value, value], -1)[..., 0]
+    elif kind == "transposed":
+        value = value.t().contiguous().t()
+    elif kind == "channels_last":
+        value = value.to(memory_format=torch.channels_last)
+    elif kind == "expanded":
+        value = value[:1].expand(shape)
+    elif kind == "numpy":
+        value = torch.from_numpy(np.array(value.numpy()))
+    elif kind == "offset":
+        value = torch.cat([torch.zeros(1, dtype=dtype), value.flatten()])[1:].view(shape)
+    elif kind == "inference":
+        with torch.inference_mode():
+            return torch.nn.Parameter(value.clone())
+    return torch.nn.Parameter(value, requires_grad=kind != "frozen")
+
+
+def overlapping(n: int, by: int) -> list[Any]:
+    """Two parameters that share some of their memory, or (by 0) all."""
+    memory = torch.linspace(-1, 1, n + by)
+    return [torch.nn.Parameter(memory[:n]), torch.nn.Parameter(memory[by:])]
+
+
+def gradients(ps: Sequence[Any], seed: int, kind: str = "plain") -> None:
+    """Random gradients for all parameters, in new memory."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    for p in ps:
+        g = torch.randn(p.shape, generator=generator, dtype=F64).to(p.dtype)
+        if kind == "strided":
+            g = torch.stack([g, g], -1)[..., 0]
+        elif kind == "expanded":
+            g = torch.ones((), dtype=p.dtype).expand(p.shape)
+        elif kind in ("nan", "inf"):
+            g = torch.where(g > 0.5, float(kind), g)
+        elif kind == "zeros":
+            g = torch.zeros_like(p)
+        elif kind == "tiny":
+            g = g * (1e-30 if p.dtype not in HALF else 1e-6)
+        p.grad = g.detach()
+
+
+def closure(ps: Sequence[Any], labels: Tensor) -> Callable[[], Tensor]:
+    """A loss with integer labels in it."""
+
+    def loss() -> Tensor:
+        for p in ps:
+            p.grad = None
+        x = torch.stack([(p * p).sum().float() for p in ps if p.requires_grad])
+        value = torch.nn.functional.cross_entropy(x.view(1, -1), labels)
+        value.backward()
+        return value
+
+    return loss
+
+
+def resized(opt: Any, ps: list[Any], i: int, change: Callable[[Tensor], Tensor]) -> None:
+    """Another parameter in the place of one, its states changed alike, as 3-D Gaussian splatting grows and prunes."""
+    old = ps[i]
+    entry = opt.state.pop(old)
+    for n, x in [*entry.items()]:
+        if isinstance(x, Tensor) and x.shape == old.shape:
+            entry[n] = change(x)
+    ps[i] = torch.nn.Parameter(change(old.detach()))
+    for group in opt.param_groups:
+        group["params"][:] = [ps[i] if p is old else p for p in group["params"]]
+    opt.state[ps[i]] = entry
+
+
+def grown(x: Tensor) -> Tensor:
+    return torch.cat([x, x[:1]])
+
+
+def in_thread(call: Callable[..., Any], *args: Any) -> None:
+    """Call it in a thread of its own; its exception is ours."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call(*args)
+        except BaseException as e:
+            raised.append(e)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if raised:
+        raise raised[0]
+
+
+def several_threads(steps: Sequence[Callable[..., Any]]) -> None:
+    """All at once, each for parameters of its own."""
+    raised: list[BaseException] = []
+
+    def run(step: Callable[..., Any]) -> None:
+        try:
+            step()
+        except BaseException as e:
+            raised.append(e)
+
+    threads = [threading.Thread(target=run, args=(step,)) for step in steps]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if raised:
+        raise raised[0]
+
+
+def in_mode(mode: Any, call: Callable[..., Any], *args: Any) -> None:
+    with mode:
+        call(*args)
+
+
+def states(opt: Any, ps: Sequence[Any]) -> list[Tensor]:
+    """Copies of all states, counters apart."""
+    entries = [opt.state[p] for p in ps if p in opt.state]
+    return [x.clone() for e in entries for n, x in e.items() if isinstance(x, Tensor) and n != "step"]
+
+
+def same(got: Sequence[Tensor], want: Sequence[Tensor]) -> bool:
+    """Bit for bit, dtypes included."""
+    pairs = zip(got, want, strict=False)
+    equal = (a.dtype == b.dtype and torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in pairs)
+    return len(got) == len(want) and all(equal)
+
+
+def clears_its_own() -> bool:
+    """Whether `clear_cache` deletes a kernel in a folder that the user names, and nothing else there."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, own = pathlib.Path(name), pathlib.Path(name) / "npu_fuse_pass"
+        own.mkdir(mode=0o700)
+        others = ["libother.so.1", "notes.so", "npu_fuse_pass/mine.so", "thesis.sources.tex"]
+        for file in others:
+            (folder / file).write_text("precious")
+        (own / f"{'0' * 32}-{'0' * 16}.so").write_text("a kernel")
+        before = os.environ.get("NPU_FUSE_CACHE_DIR")
+        os.environ["NPU_FUSE_CACHE_DIR"] = name
+        try:
+            npu_fuse_pass.clear_cache()
+        finally:
+            os.environ.pop("NPU_FUSE_CACHE_DIR")
+            if before is not None:
+                os.environ["NPU_FUSE_CACHE_DIR"] = before
+        return sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()) == others
+
+
+@dataclasses.dataclass
+class Run:
+    """What one run of a program showed, a row for each line that ran.
+
+    Attributes:
+        seen: what there was after each line, by name.
+        errors: the exception of each line, or None.
+        fused: of each line that stepped: True; or False, where it may have stepped as the original.
+        reasons: why something was not fused.
+        said: warnings of the package.
+        broken: what holds for every optimizer and did not here.
+    """
+
+    seen: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    errors: list[BaseException | None] = dataclasses.field(default_factory=list)
+    fused: list[bool] = dataclasses.field(default_factory=list)
+    reasons: list[str] = dataclasses.field(default_factory=list)
+    said: list[str] = dataclasses.field(default_factory=list)
+    broken: list[str] = dataclasses.field(default_factory=list)
+
+    def promise(self, what: str, kept: bool) -> None:
+        """Note what does not hold."""
+        if not kept:
+            self.broken.append(what)
+
+
+BACKENDS = {"captured": "eager", "compiled": "npu_fused"}
+
+
+def run(lines: Sequence[str], mode: str) -> Run:
+    """Run a program.
+
+    Args:
+        mode: "eager"; "captured", which Dynamo captures and runs as it is; "compiled"; "stock", eagerly with
+            torch.optim's class (the text after "#=" in the line that makes the optimizer).
+    """
+    torch._dynamo.reset()
+    npu_fuse_pass.clear_reports()
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(False)
+    backend = BACKENDS.get(mode)
+    observed: dict[str, Any] = {}
+    names = {
+        **globals(),
+        "__name__": "program",
+        "ps": [],
+        "mode": mode,
+        "labels": torch.tensor([0]),
+        "observe": observed.__setitem__,
+    }
+    names["compiled"] = (lambda f: torch.compile(f, backend=backend)) if backend else (lambda f: f)
+    result = Run()
+    names["promise"] = result.promise
+    for line in lines:
+        text, _, stock = line.partition("  #= ")
+        error = None
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                exec(compile(stock if stock and mode == "stock" else text, "<program>", "exec"), names)
+            except Exception as e:
+                error = e
+        result.said += [str(w.message) for w in caught if "npu_fused" in str(w.message)]
+        result.errors.append(error)
+        result.seen.append(_look(names, "look(" in line or line is lines[-1]) | observed)
+        if line.startswith(STEPS):
+            if error is not None:
+                break  # who refuses a step may have done part of it
+            reports = npu_fuse_pass.reports()
+            result.fused.append(bool(reports) and bool(reports[-1].groups) and not reports[-1].fallback)
+    for report in npu_fuse_pass.reports():
+        result.reasons += [report.fallback] if report.fallback else []
+        result.reasons += [str(u) for u in report.unfused]
+    return result
+
+
+def look() -> None:
+    """States are compared after this line; elsewhere nobody touches them, so that nothing is hidden by looking."""
+
+
+def _look(names: dict[str, Any], states: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {"average": names["average"].clone()} if "average" in names else {}
+    for i, p in enumerate(names["ps"]):
+        found[f"p{i}"] = p.detach().clone()
+        found[f"p{i}.grad"] = None if p.grad is None else p.grad.detach().clone()
+        if states and "opt" in names and p in names["opt"].state:
+            for n, x in [*names["opt"].state[p].items()]:
+                if x is not None:
+                    found[f"p{i}.{n}"] = torch.as_tensor(x).detach().clone()
+    return found
+
+
+def differs(got: Any, want: Any) -> str:
+    """How a value differs from what is wanted; "" if it does not."""
+    if not isinstance(got, Tensor) or not isinstance(want, Tensor):
+        return "" if got is want or (type(got) is type(want) and got == want) else f"{got!r} not {want!r}"
+    if got.dtype != want.dtype or got.shape != want.shape:
+        return f"{got.dtype} {tuple(got.shape)} not {want.dtype} {tuple(want.shape)}"
+    relative, absolute = LIMITS.get(got.dtype, (0.0, 0.0))
+    if torch.allclose(got.double(), want.double(), rtol=relative, atol=absolute, equal_nan=True):
+        return ""
+    a, b = got.double().flatten(), want.double().flatten()
+    wrong = ~torch.isclose(a, b, rtol=relative, atol=absolute, equal_nan=True)
+    return f"{a[wrong][:3].tolist()} not {b[wrong][:3].tolist()}"
+
+
+def compare(lines: Sequence[str], got: Run, want: Run, shared: bool = False) -> tuple[str, str]:
+    """The kind of the first difference and what it is, or ("", "").
+
+    Args:
+        shared: of states, only those that both have, in the wanted one's dtype.
+    """
+    for i, line in enumerate(lines[: len(want.errors)]):
+        a, b = got.errors[i], want.errors[i]
+        if shared and (isinstance(a, npu_fuse_pass.OptionError) or ((a or b) and not line.startswith(STEPS))):
+            break  # asked for what torch.optim's class does not offer, or copied what it does not copy
+        if type(a) is not type(b):
+            return "error", f"line {i}, {line!r}: {_told(a)} not {_told(b)}"
+        if a is not None and line.startswith(STEPS):
+            break  # ours refuses before anything is changed, torch.optim's class in between
+        for name in want.seen[i].keys() | got.seen[i].keys():
+            x, y = (seen[i].get(name) for seen in (got.seen, want.seen))
+            if shared and (x is None or y is None or name.endswith(".step")):
+                continue
+            difference = differs(x, y)
+            if difference:
+                return "value", f"line {i}, {line!r}: {name} is {difference}"
+        if i + 1 == len(got.errors):
+            break
+    return "", ""
+
+
+def _told(e: BaseException | None) -> str:
+    return "no error" if e is None else f"{type(e).__name__} ({str(e).strip()[:150]!r})"
+
+
+def check(lines: Sequence[str], reasons: bool = True) -> tuple[str, str, Run]:
+    """The kind of the first finding and what it is, and the compiled run.
+
+    Kinds: "value", "error"; "stock value", "stock error" (ours, run eagerly, and torch.optim's class); "promise" (what
+    holds for every optimizer does not); "silent"
+    (nothing was fused, without a reason); "reason" (something was not fused, where `reasons` allows none).
+    """
+    text = "\n".join(lines)
+    stock = any(line.startswith(("opt = torch.optim.", "opt = Drawing")) for line in lines)
+    half = "F16" in text  # and BF16
+    eager = run(lines, "eager")
+    captured = run(lines, "captured") if stock and half else None
+    got = run(lines, "compiled")
+    kind, what = compare(lines, got, captured or eager)
+    if kind == "error":
+        kind, what = compare(lines, got, captured or run(lines, "captured"))  # what is torch's own is so there, too
+    other = half or ("state_dtype" in text and "F64" in text) or "inference_mode()" in text
+    if not kind and "#=" in text and not other:
+        kind, what = compare(lines, eager, run(lines, "stock"), shared=True)
+        kind = kind and f"stock {kind}"
+    if not kind and eager.broken + got.broken:
+        kind, what = "promise", (eager.broken + got.broken)[0]
+    if not kind and got.fused and not any(got.fused) and not got.reasons:
+        kind, what = "silent", f"{len(got.fused)} steps, nothing fused and no reason"
+    if not kind and not reasons and (got.reasons or got.said):
+        kind, what = "reason", "; ".join([*got.reasons, *got.said])
+    return kind, what, got
