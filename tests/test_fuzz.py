@@ -45,6 +45,7 @@ def search(seed: int, programs: int, only: tuple[str, ...] = ()) -> run.Outcome:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not FULL, reason="the slow tier")
 def test_random_programs() -> None:
     outcome = search(SEED, PROGRAMS)
     assert outcome.fused >= 0.6 * outcome.steps, outcome
