@@ -126,9 +126,7 @@ def test_the_graph_of_every_optimizer_steps_like_the_optimizer(case, dtype):
         for p, q in zip(params, twins, strict=True):
             q.copy_(p)
             for name, value in opt.state.get(p, {}).items():
-                twin.state[q][name] = (
-                    value.clone()
-                )  # a state that is assigned counts as it is at the next step, as torch.optim
+                twin.state[q][name] = value.clone()  # what is assigned is read at the next step, as in torch.optim
     gm = well_formed(last_report().fused_graph)
     for some in (params, twins):
         set_gradients(some, gradients(some, 7))
