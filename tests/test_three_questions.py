@@ -26,7 +26,7 @@ NOT_FUSED = {
         "tests/broken/value_in_python.py:26, in step",
         "What to do: decide with torch.where",
     ],
-    "unknown_operation": ["Centred.step: sort: gives torch.int64", "what to do: rewrite this operation"],
+    "unknown_operation": ["Centred.step: sort: this operation has no place", "what to do: rewrite this operation"],
     "fused_flag": ["AdamW.step: no graph reached the backend: fused=True", "construct the optimizer without it"],
 }
 
