@@ -38,7 +38,7 @@ RULES = [
         "values = [e[name].detach() if name in e else None for e in [entries[1], entries[0], *entries[2:]]]",
         CHECKPOINT,
     ),
-    Mutation("counters begin anew at a checkpoint", "adopt", "batch.steps[i] = step", "batch.steps[i] = 0", CHECKPOINT),
+    Mutation("counters begin anew at a checkpoint", "adopt", "view.fill_(step)", "view.fill_(0)", CHECKPOINT),
     Mutation(
         "a parameter that begins anew keeps its state",
         "_bring",
@@ -84,7 +84,11 @@ RULES = [
     ),
     # the step's operation
     Mutation(
-        "an eager step counts from zero", "run_rules", "step = batch.steps[i] + 1", "step = batch.steps[i]", EAGER
+        "an eager step counts from zero",
+        "run_rules",
+        "step = batch.step_views[i] + 1",
+        "step = batch.step_views[i] + 0",
+        EAGER,
     ),
     Mutation(
         "an eager step forgets what it made of the states",

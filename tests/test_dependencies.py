@@ -26,6 +26,10 @@ MAY_LOAD_COMPILER = ("npu_fuse_pass.backend", "npu_fuse_pass.hook")
 MAY_USE_PRIVATE_TORCH = ("npu_fuse_pass.backend", "npu_fuse_pass.capture", "npu_fuse_pass.lowerings")
 NO_PUBLIC_NAME = ("torch._ops.OpOverload",)  # the class of operations
 PRIVATE_TORCH_EXCEPTIONS = {
+    "npu_fuse_pass.fx_nodes.effects": {
+        "torch.utils._python_dispatch.TorchDispatchMode": "sees what an operation writes and draws",
+        "torch._subclasses.fake_tensor.FakeTensorMode": "without values and memory",
+    },
     "npu_fuse_pass.rules.core_op": {
         "torch._guards.TracingContext.extract_stack": "where a function that is traced calls the step"
     },

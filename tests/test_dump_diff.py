@@ -60,8 +60,8 @@ def test_the_same(diff, dumps):
 def test_a_number_in_the_graph(diff):
     status, said = diff("adam", "lr")
     assert status == 1
-    assert "01_updates.txt: was: x0 = -(1/(1 - 0.9^step')·0.5)" in said
-    assert "01_updates.txt: is: x0 = -(1/(1 - 0.9^step')·0.25)" in said
+    assert any(line.startswith("01_updates.txt: was: ") and "(1 - 0.9^step')·0.5)" in line for line in said)
+    assert any(line.startswith("01_updates.txt: is: ") and "(1 - 0.9^step')·0.25)" in line for line in said)
     assert any(line.startswith("02_groups.txt: is: ") and " 0.25 " in line for line in said)
     assert not any(line.startswith("group ") for line in said)
 

@@ -1,4 +1,4 @@
-"""`rehome="params"`: who is re-homed, who is refused, and that nothing but addresses changes."""
+"""`flatten="params"`: who is re-homed, who is refused, and that nothing but addresses changes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def adjacent(params: list[Any]) -> bool:
 @over(ONE_EACH)
 def test_steps_are_the_same(case: Case) -> None:
     both = parameters(), parameters()
-    flat, plain = case.build(both[0], rehome="params"), case.build(both[1])
+    flat, plain = case.build(both[0], flatten="params"), case.build(both[1])
     strides = [p.stride() for p in both[1]]
     assert adjacent(both[0])
     assert not adjacent(both[1])
@@ -61,12 +61,12 @@ def test_only_what_is_asked_for_moves() -> None:
     params[1].requires_grad_(False)
     frozen = params[1].data_ptr()
     with pytest.raises(OptionError, match=r'flatten=True: allowed are None and "params"'):
-        optimizers.NpuFusedAdam(params, rehome=True)  # type: ignore[arg-type]
-    optimizers.NpuFusedAdam(params, rehome="params")
+        optimizers.NpuFusedAdam(params, flatten=True)  # type: ignore[arg-type]
+    optimizers.NpuFusedAdam(params, flatten="params")
     assert params[1].data_ptr() == frozen
     assert adjacent([params[0], params[2], params[3]])
     before = [p.data_ptr() for p in params]
-    optimizers.lion(params, rehome="params")  # they are adjacent already
+    optimizers.lion(params, flatten="params")  # they are adjacent already
     assert [p.data_ptr() for p in params] == before
 
 
@@ -100,7 +100,7 @@ def test_refused_when_made(kind: str) -> None:
     params = parameters()
     addresses = [p.data_ptr() for p in params]
     with pytest.raises(OptionError, match=reason):
-        optimizers.NpuFusedSGD([*params, make(params)], lr=0.1, rehome="params")
+        optimizers.NpuFusedSGD([*params, make(params)], lr=0.1, flatten="params")
     assert [p.data_ptr() for p in params] == addresses
 
 
@@ -108,7 +108,7 @@ def test_refused_when_made(kind: str) -> None:
 def test_refused_when_added(kind: str) -> None:
     make, reason = REFUSED[kind]
     params = parameters()
-    opt = optimizers.NpuFusedSGD(params, lr=0.1, rehome="params")
+    opt = optimizers.NpuFusedSGD(params, lr=0.1, flatten="params")
     new = [make(params), nn.Parameter(torch.ones(2))]
     addresses = [p.data_ptr() for p in (*params, new[1])]
     with pytest.raises(OptionError, match=reason):
@@ -128,7 +128,7 @@ def test_a_distributed_tensor_is_refused() -> None:
     try:
         sharded = nn.Parameter(distribute_tensor(torch.ones(4, 2), DeviceMesh("cpu", [0, 1]), [Shard(0)]))
         with pytest.raises(OptionError, match=r"parameter 1 is a DTensor"):
-            optimizers.NpuFusedAdam([nn.Parameter(torch.ones(2)), sharded], rehome="params")
+            optimizers.NpuFusedAdam([nn.Parameter(torch.ones(2)), sharded], flatten="params")
     finally:
         dist.destroy_process_group()
 
@@ -138,13 +138,13 @@ def test_a_private_npu_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(rehome, "npu_format", lambda p: 29)
     monkeypatch.setattr(rehome, "_device_type", lambda p: "npu")
     with pytest.raises(OptionError, match="private NPU format 29"):
-        optimizers.NpuFusedAdam([p, nn.Parameter(torch.ones(2))], rehome="params")
+        optimizers.NpuFusedAdam([p, nn.Parameter(torch.ones(2))], flatten="params")
 
 
 @pytest.fixture
 def trained() -> tuple[list[nn.Parameter], Any]:
     params = parameters()
-    opt = optimizers.NpuFusedAdam(params, rehome="params")
+    opt = optimizers.NpuFusedAdam(params, flatten="params")
     set_gradients(params, 0)
     opt.step()
     return params, opt

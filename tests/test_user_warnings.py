@@ -23,13 +23,16 @@ def _compile_afresh() -> None:
     npu_fuse_pass.clear_reports()
 
 
-class Integers(torch.optim.SGD):
-    counts = torch.ones(3, 4, dtype=torch.int64)
+class Viewed(torch.optim.Optimizer):
+    """Writes to a part of a parameter, which no kernel does."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, dict(lr=lr))
 
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:
         for p in self.param_groups[0]["params"]:
-            p.mul_(self.counts)
+            p[0].sub_(p.grad[0])
 
 
 @npu_fuse_pass.rule(defaults={"lr": 0.1})
@@ -38,7 +41,7 @@ def cumulated(param: Tensor, grad: Tensor, *, lr: Tensor) -> Tensor:
 
 
 def while_compiling_a_class() -> Callable[[], Any]:
-    return torch.compile(ready(Integers).step, backend="npu_fused")
+    return torch.compile(ready(Viewed).step, backend="npu_fused")
 
 
 def while_compiling_a_rule() -> Callable[[], Any]:
