@@ -211,6 +211,50 @@ def test_errors_are_relative_to_what_was_added_up() -> None:
     assert relative_error(torch.empty(0), torch.empty(0), None) == 0.0
 
 
+def noisy(p: torch.Tensor, g: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """An update with draws between its kernels, and a tensor of integers that it counts up."""
+    drawn = torch.empty_like(p).uniform_() * torch.rand_like(p)
+    p.sub_(g * drawn.cumsum(0), alpha=0.1)
+    seen.add_((p > 0).to(torch.int32) + 1)
+    return seen * 2
+
+
+def run_noisy(backend: str | None, **options: Any) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    p, g, seen = torch.linspace(-1, 2, 12).reshape(3, 4), torch.ones(3, 4), torch.zeros(3, 4, dtype=torch.int32)
+    step = noisy if backend is None else torch.compile(noisy, backend=backend, **options)
+    with torch.no_grad():
+        returned = [step(p, g, seen) for _ in range(3)]
+    return [p, seen, *returned, torch.get_rng_state()]
+
+
+def test_steps_that_draw_and_write_integers() -> None:
+    """Both forms begin with the same generators and the same integers."""
+    want = run_noisy(None)
+    got = run_noisy("npu_fused", options={"check_numerics": True})
+    assert all(map(torch.equal, got, want))
+    (report,) = npu_fuse_pass.reports()
+    assert report.groups and not report.fallback and report.checked_steps == 3
+
+
+def test_a_wrong_integer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from npu_fuse_pass.lowerings import staged
+
+    run = staged._run
+
+    def wrong(call: Any, values: list[Any]) -> None:
+        run(call, values)
+        for _, result in call.written:
+            if values[result].dtype == torch.int32:
+                values[result] = values[result] + 1
+
+    monkeypatch.setattr(staged, "_run", wrong)
+    told = r"12 elements of '\w*seen\w*' \(3, 4\), of torch.int32"
+    with pytest.raises(npu_fuse_pass.NumericsError, match=told) as caught:
+        run_noisy("npu_fused", options={"check_numerics": True})
+    assert "seen" in caught.value.tensor and caught.value.step == 1
+
+
 def test_a_wrong_value_of_the_option_is_refused() -> None:
     with pytest.raises(npu_fuse_pass.OptionError, match="check_numerics=1; allowed are True and False"):
         npu_fuse_pass.explain(MAKE["Adam"](parameters(SHAPES)), check_numerics=1)

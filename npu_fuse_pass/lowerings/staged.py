@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -39,7 +39,7 @@ class Program:
         Raises:
             Mismatch: nothing was changed, the random numbers that were drawn are in the generators again.
         """
-        drawn = _Generators([call for _, calls in self._stages for call in calls])
+        drawn = Generators([call for _, calls in self._stages for call in calls])
         try:
             for program, calls in self._stages:
                 program(values, complete)
@@ -91,13 +91,22 @@ def _number(t: Tensor, kind: Callable[[Any], Any]) -> Any:
     return round(float(t)) if kind is int else kind(t)
 
 
-class _Generators:
-    """What the generators hold from which original operations may draw: the default one, and those they are given."""
+class Generators:
+    """What the generators hold from which original operations may draw, to be put back.
 
-    def __init__(self, calls: Sequence[Call]) -> None:
+    Args:
+        calls: the operations; those of the CPU and those that calls are given.
+        devices: theirs as well.
+    """
+
+    def __init__(self, calls: Sequence[Call], devices: Iterable[torch.device] = ()) -> None:
         given = [v for call in calls for v in (*call.args, *call.kwargs.values()) if isinstance(v, torch.Generator)]
         self._states = [(g, g.get_state()) for g in (torch.default_generator, *given)] if calls else []
+        apart = [(torch.get_device_module(d), d) for d in devices if calls and d.type != "cpu"]
+        self._of_devices = [(module, d, module.get_rng_state(d)) for module, d in apart]
 
     def restore(self) -> None:
         for generator, state in self._states:
             generator.set_state(state)
+        for module, device, state in self._of_devices:
+            module.set_rng_state(state, device)

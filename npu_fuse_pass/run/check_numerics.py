@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from npu_fuse_pass.errors import NumericsError
 from npu_fuse_pass.ir.types import Group, Grouped, Leaf
+from npu_fuse_pass.lowerings.staged import Generators
 from npu_fuse_pass.report.report import CompileReport
 from npu_fuse_pass.rules.core_op import Stepping
 
@@ -29,6 +30,7 @@ def one_ulp(dtype: torch.dtype) -> float:
 
 
 Values = list[Tensor | None]
+T = TypeVar("T", bound=Sequence[Any] | None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,9 @@ class SideBySide:
         self._leaves = grouped.leaves
         self._allowed = one_ulp if rounds_once else lambda dtype: TOLERANCE.get(dtype, 0.0)
         self._report = report
+        self._stores = grouped.stores
+        self._calls = [call for stage in grouped.stages for call in stage.calls]
+        self._devices = {leaf.device for leaf in grouped.leaves if leaf.shape}
         self._writes = [
             _Write(member[slot], group, m, slot)
             for group in grouped.groups
@@ -61,13 +66,9 @@ class SideBySide:
 
     @torch.no_grad()
     def __call__(
-        self,
-        values: Values,
-        fused: Callable[[], None],
-        original: Callable[[], Sequence[Any] | None],
-        optimizers: Iterable[Stepping],
-    ) -> None:
-        """One step.
+        self, values: Values, fused: Callable[[], None], original: Callable[[], T], optimizers: Iterable[Stepping]
+    ) -> T:
+        """One step. Both forms draw the same random numbers.
 
         Args:
             values: of all leaves; those of "output" leaves are filled in, with the original's.
@@ -75,16 +76,22 @@ class SideBySide:
             original: runs the original step and gives what its graph returns.
             optimizers: whose parameters can be named.
 
+        Returns:
+            What the original does.
+
         Raises:
             NumericsError: a written tensor differs by more than its dtype's tolerance.
             Mismatch, GraphRefused: as the program; nothing was changed.
         """
-        written = {w.leaf: t for w in self._writes if (t := _value(values, w.leaf)) is not None}
+        leaves = [*(w.leaf for w in self._writes), *(leaf for leaf, _ in self._stores)]
+        written = {i: t for i in leaves if (t := _value(values, i)) is not None}
         before = {i: t.detach().clone() for i, t in written.items()}
+        drawn = Generators(self._calls, self._devices)
         fused()
-        got = {w.leaf: t.detach().clone() for w in self._writes if (t := _value(values, w.leaf)) is not None}
+        got = {i: t.detach().clone() for i in leaves if (t := _value(values, i)) is not None}
         for i, t in written.items():
             t.detach().copy_(before[i])
+        drawn.restore()
         returned = original()
         for i, leaf in enumerate(self._leaves):
             if leaf.kind == "output" and returned is not None and isinstance(returned[leaf.index], Tensor):
@@ -93,6 +100,23 @@ class SideBySide:
         found = [(w, e) for w in self._writes if w.leaf in got and (e := self._error(w, got, before, values))]
         if found:
             raise self._difference(found, values, optimizers)
+        for stored, _ in self._stores:
+            self._compare_store(stored, got[stored], values[stored])
+        return returned
+
+    def _compare_store(self, leaf: int, got: Tensor, want: Tensor | None) -> None:
+        """What an operation that stays has left in a tensor of a dtype that no kernel writes: the same numbers."""
+        assert want is not None
+        differing = int(((got != want) & ((got == got) | (want == want))).sum())
+        if differing:
+            name, step = self._leaves[leaf].name, self._report.checked_steps
+            text = (
+                f"step {step} of this compile: {differing} elements of {name!r} {tuple(want.shape)}, of {want.dtype}, "
+                "differ from the original's. The tensors hold the original's values. No kernel writes such a tensor: "
+                "an operation that stays as it is does, or reads what a kernel has made wrongly (docs/numerics.md). "
+                'options={"platform": "eager"} trains without fusion'
+            )
+            raise NumericsError(text, "", f"{name!r} {tuple(want.shape)}", name, float("inf"), step)
 
     def _error(self, write: _Write, got: Mapping[int, Tensor], before: Mapping[int, Tensor], values: Values) -> float:
         """The largest relative error of a written tensor; 0 within the tolerance."""

@@ -116,11 +116,12 @@ class GraphStep:
         if variant.inference and not torch.is_inference_mode_enabled():
             return self._gm.forward(*args)  # which torch refuses
         try:
+            checked = None
             if variant.check is None:
                 program(values, complete=True)
             else:
                 fused = functools.partial(program, values, complete=True)
-                variant.check(values, fused, functools.partial(self._gm.forward, *args), optimizers)
+                checked = variant.check(values, fused, functools.partial(self._gm.forward, *args), optimizers)
         except Mismatch as e:
             return self._unfused(refusal(e, optimizers), args)
         except GraphRefused as e:
@@ -129,6 +130,8 @@ class GraphStep:
             return self._gm.forward(*args)
         for o in optimizers:
             o._after()
+        if checked is not None:
+            return checked
         return tuple(_returned(output, values) for output in variant.captured.returned)
 
     def _unfused(self, reason: Reason, args: Sequence[Any]) -> Any:
