@@ -75,6 +75,27 @@ def test_stock_optimizers_are_looked_at(foreach: bool, monkeypatch: pytest.Monke
     assert_fused(last_report(), parameters=len(params))
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_numbers_that_members_share_are_looked_at_once(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An lr that changes is a tensor of the graph, one for all parameters of a group."""
+    shapes = [(3, 4)] * 10
+    params = parameters(shapes)
+    twins = clones(params)
+    split = [slice(None)] if groups == 1 else [slice(4), slice(4, None)]
+    opt, eager = (torch.optim.SGD([dict(params=ps[s]) for s in split], lr=0.1) for ps in (params, twins))
+    step, found = compiled(opt, fullgraph=False), looks(monkeypatch)
+    for seed in range(7):
+        for o, ps in ((opt, params), (eager, twins)):
+            for i, group in enumerate(o.param_groups):
+                group["lr"] = 0.1 / (1 + seed + i)
+            set_gradients(ps, gradients(ps, seed))
+        step()
+        eager.step()
+    assert found[-2:] == [True, True]
+    assert_close(params, twins, 1e-6)
+    assert_fused(last_report(), parameters=len(params))
+
+
 def side_by_side(
     params: Params, step: Any, twins: Params, eager: Any, steps: int, at_five: Callable[[Params], Any] = len
 ) -> None:

@@ -6,7 +6,6 @@ import array
 import ctypes
 import math
 from collections.abc import Callable, Collection, Sequence, Set
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from npu_fuse_pass.ir.types import Group, Leaf
 from npu_fuse_pass.lowerings.cpu import build as cpu_build
 from npu_fuse_pass.lowerings.cpu.codegen import generate
 from npu_fuse_pass.lowerings.cpu.native_look import Looking
-from npu_fuse_pass.lowerings.cpu.tables import Args, Column, Tables, Values
+from npu_fuse_pass.lowerings.cpu.tables import Args, Column, Moving, Tables, Values
 from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.tensors.memory import NOWHERE, in_order, materialised, memory_order
 from npu_fuse_pass.tensors.same import SameTensors
@@ -77,8 +76,8 @@ class Kernel:
         self._counters = [c for c in moving if elsewhere.isdisjoint(c.indices)]
         self._one_by_one = [c for c in moving if not elsewhere.isdisjoint(c.indices)]
         self._same = SameTensors()
-        columns = (*self._varying, *self._counters)
-        self.looking = Looking(array.array("B", [c.written for c in columns for _ in members]))
+        self._moving = Moving((*self._varying, *self._counters))
+        self.looking = Looking(self._moving.written)
         self._kinds: object = None
         self._own = own
         self._snapshots = snapshots
@@ -90,9 +89,7 @@ class Kernel:
 
     def bind(self, values: Values, complete: bool, kinds: object) -> None:
         """Fill the tables with this call's addresses."""
-        varying: list[Any] = []
-        for column in (*self._varying, *self._counters):
-            varying += column.of(values)
+        varying = self._moving.of(values)
         if self._bound and self._all_active:
             addresses = self.looking.same(varying)
             if addresses is not None or kinds == self._kinds is not None or self._same.match(varying):
@@ -129,11 +126,9 @@ class Kernel:
         self._enter(addresses)
 
     def _enter(self, addresses: array.array[int]) -> None:
-        tensors = [(self._tables.tensors, column) for column in self._varying]
-        scalars = [(self._tables.scalars, column) for column in self._counters]
-        for k, (table, column) in enumerate(tensors + scalars):
+        tables = [*[self._tables.tensors] * len(self._varying), *[self._tables.scalars] * len(self._counters)]
+        for table, (column, here) in zip(tables, self._moving.by_column(addresses), strict=True):
             begin = column.rank * self._n
-            here = addresses[k * self._n : (k + 1) * self._n]
             if here != table[begin : begin + self._n]:
                 table[begin : begin + self._n] = here
                 self.moved |= column.written

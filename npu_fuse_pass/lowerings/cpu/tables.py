@@ -5,7 +5,7 @@ from __future__ import annotations
 import array
 import ctypes
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -123,7 +123,35 @@ class Column:
         return found
 
 
-def _getter(indices: Sequence[int]) -> Callable[[Values], Any]:
+class Moving:
+    """The leaves of columns whose tensors may be others at every call, each once.
+
+    Members that share a number (lr) have one tensor for it, and a list with a tensor in it twice is like no other to
+    `SameTensors`.
+
+    Attributes:
+        written: for each leaf, 1 if it is written, else 0.
+    """
+
+    def __init__(self, columns: Sequence[Column]) -> None:
+        leaves = list(dict.fromkeys(i for column in columns for i in column.indices))
+        place = {leaf: k for k, leaf in enumerate(leaves)}
+        written = {i for column in columns if column.written for i in column.indices}
+        self.written = array.array("B", [i in written for i in leaves])
+        self._columns = [(column, _getter([place[i] for i in column.indices])) for column in columns]
+        self._get = _getter(leaves) if leaves else lambda values: []
+
+    def of(self, values: Values) -> list[Any]:
+        """Their tensors at this call."""
+        return list(self._get(values))
+
+    def by_column(self, addresses: array.array[int]) -> Iterator[tuple[Column, array.array[int]]]:
+        """The columns, and for each the addresses of its members' tensors."""
+        for column, get in self._columns:
+            yield column, array.array("q", get(addresses))
+
+
+def _getter(indices: Sequence[int]) -> Callable[[Any], Any]:
     """Takes these positions out of a list; adjacent ones, as those of our optimizers are, as a slice."""
     begin, end = indices[0], indices[-1] + 1
     adjacent = list(indices) == list(range(begin, end))
