@@ -28,6 +28,7 @@ _LAZY = {
     "Rule": "rules",
     "Init": "rules",
     "RuleOptimizer": "rules.optimizer",
+    "compact": "rules.checkpoint",
     "npu_fused": "backend",
     "compile_step": "tools.compile_step",
     "explain": "tools.explain",

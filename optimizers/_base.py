@@ -59,14 +59,11 @@ class NpuFusedOptimizer(RuleOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state dict of this class or of torch.optim's class of the same algorithm.
 
-        Options that the saved groups lack keep their defaults.
-
         Raises:
-            ValueError: a saved option has a value that is not allowed. Nothing is changed then.
+            ValueError: a saved option has a value that is not allowed, or as in the base class; nothing is changed.
         """
         known = {name: value for name, value in self.defaults.items() if value is not required}
-        groups = [{**known, **group} for group in state_dict["param_groups"]]
-        groups = [{**group, **self.checked(group)} for group in groups]
+        groups = [{**group, **self.checked({**known, **group})} for group in state_dict["param_groups"]]
         super().load_state_dict({**state_dict, "param_groups": groups})
 
     @torch.no_grad()

@@ -206,6 +206,10 @@ def check_state(
             got = f"{value.dtype}, {value.layout}, of shape {tuple(value.shape)}"
             raise ValueError(f"state {name!r} of {label} is {got}; {allowed}")
     step = entry.get("step", 0)
+    needed = "step" in rule.keywords and any(rule.states[n].condition is None for n in names)
+    if needed and "step" not in entry and not entry.keys().isdisjoint(names):
+        listed = ", ".join(map(repr, entry))
+        raise ValueError(f"the state of {label} has {listed} and lacks 'step', which {rule.name} computes with")
     one = step.numel() == 1 and not step.is_complex() if isinstance(step, Tensor) else isinstance(step, numbers.Real)
     if not one:
         raise ValueError(f"state 'step' of {label} is {step!r}; allowed are a number and a tensor of one")

@@ -7,7 +7,6 @@ nothing that a training loop does between two steps can make it recompile, and i
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks, required
 
 from npu_fuse_pass.errors import OptionError
-from npu_fuse_pass.rules import core_op
+from npu_fuse_pass.rules import checkpoint, core_op
 from npu_fuse_pass.rules.checks import check_rule
 from npu_fuse_pass.rules.declaration import Declaration
 from npu_fuse_pass.rules.prelude import Prelude
@@ -275,37 +274,58 @@ class RuleOptimizer(torch.optim.Optimizer):
     # Saving and loading ----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """torch.optim's layout and names; tensors are copies of their own and "step" is a float32 tensor."""
+        """torch.optim's layout and names.
+
+        As torch's, its tensors share the memory of the states and follow the next steps; deepcopy it to keep values.
+        They are views of buffers that many parameters share: `npu_fuse_pass.compact` gives every tensor memory of its
+        own. "step" is a float32 tensor. Groups also have torch's options that our class lacks, at torch's defaults.
+        """
         packed: dict[str, Any] = super().state_dict()
-        packed["state"] = {k: _copied(entry) for k, entry in packed["state"].items()}
+        packed["state"] = {k: checkpoint.aliases(entry) for k, entry in packed["state"].items()}
+        if self.torch_class is not None:
+            others = checkpoint.torch_options(self.torch_class)
+            packed["param_groups"] = [{**others, **group} for group in packed["param_groups"]]
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state dict of this or a torch.optim optimizer; values are copied into the flat buffers.
 
+        Hyperparameters that a saved group lacks keep the defaults that this optimizer was made with.
+
         Raises:
             ValueError: the groups do not fit, a hyperparameter is of another kind than its default (or outside of its
-                range), or a state has another shape than its parameter; nothing is changed.
+                range), or the states of a parameter lack one, are another optimizer's or of a wrong kind or shape;
+                nothing is changed.
         """
+        known = {name: value for name, value in self.defaults.items() if value is not required}
+        state_dict = {**state_dict, "param_groups": [{**known, **group} for group in state_dict["param_groups"]]}
         for group in state_dict["param_groups"]:
             self._check_group({name: value for name, value in group.items() if name != "params"})
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        names = {n for group in self.param_groups for n in self.rule_for(group).states}
-        for index, param in zip(ids, params, strict=False):
-            for name, value in state_dict["state"].get(index, {}).items():
-                if name in names and isinstance(value, Tensor) and value.shape != param.shape:
-                    shapes = f"{tuple(value.shape)}; its parameter has {tuple(param.shape)}"
-                    raise ValueError(f"the state {name!r} of parameter {index} has shape {shapes}")
-        last_hook = self.register_load_state_dict_pre_hook(lambda _, given: _sealed(given))
+        self._check_saved(state_dict)
+        last_hook = self.register_load_state_dict_pre_hook(lambda _, given: checkpoint.sealed(given))
         try:
             super().load_state_dict(state_dict)
         finally:
             last_hook.remove()
 
+    def _check_saved(self, state_dict: Mapping[str, Any]) -> None:
+        """Refuse saved states from which no step could go on."""
+        saved = state_dict["param_groups"]
+        if [len(group["params"]) for group in saved] != [len(group["params"]) for group in self.param_groups]:
+            return  # which torch refuses
+        for given, group in zip(saved, self.param_groups, strict=True):
+            indices = {id(p): index for p, index in zip(group["params"], given["params"], strict=True)}
+            complete = {**given, "params": group["params"]}
+            rule = self.rule_for(complete)
+            for params, settings in self.settings(complete):
+                for p in params:
+                    entry = state_dict["state"].get(indices[id(p)])
+                    if entry is not None:
+                        checkpoint.check_saved(rule, settings, p, entry, f"parameter {indices[id(p)]}")
+
     def __getstate__(self) -> dict[str, Any]:
         fields = {k: v for k, v in self.__dict__.items() if k not in _TRANSIENT}
-        return {**fields, "state": {p: _copied(entry) for p, entry in self.state.items()}}
+        return {**fields, "state": {p: checkpoint.copied(entry) for p, entry in self.state.items()}}
 
     def __setstate__(self, fields: dict[str, Any]) -> None:
         state = {p: self._unsealed(p, entry) for p, entry in fields["state"].items()}
@@ -317,7 +337,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         """A loaded entry, with its tensors where the parameter is and in the dtype that states are stored in."""
         if not isinstance(entry, Mapping):
             return entry
-        opened = {name: self._stored(name, param, v.tensor) for name, v in entry.items() if isinstance(v, _Sealed)}
+        opened = {
+            name: self._stored(name, param, v.tensor) for name, v in entry.items() if isinstance(v, checkpoint.Sealed)
+        }
         return {**entry, **opened}
 
     def _stored(self, name: str, param: Any, value: Tensor) -> Tensor:
@@ -336,27 +358,3 @@ class RuleOptimizer(torch.optim.Optimizer):
         super().__setattr__(name, value)
 
     torch._dynamo.eval_frame.skip_code(__setattr__.__code__)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sealed:
-    """A state on its way through torch's load_state_dict, which would round a tensor to the parameter's dtype."""
-
-    tensor: Tensor
-
-
-def _sealed(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    def seal(entry: Any) -> Any:
-        if not isinstance(entry, Mapping):
-            return entry
-        return {name: _Sealed(v) if isinstance(v, Tensor) else v for name, v in entry.items()}
-
-    return {**state_dict, "state": {k: seal(entry) for k, entry in state_dict["state"].items()}}
-
-
-def _copied(entry: dict[str, Any]) -> dict[str, Any]:
-    """A state entry without views; a view would carry its whole flat buffer into every file."""
-    copied = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in dict.items(entry)}
-    if isinstance(copied.get("step"), Tensor):
-        copied["step"] = copied["step"].float()
-    return copied

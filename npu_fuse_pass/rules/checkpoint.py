@@ -1,0 +1,98 @@
+"""State dicts: what they show of the states, and what is refused when one is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from npu_fuse_pass.rules.batch import check_state
+from npu_fuse_pass.rules.declaration import Declaration
+
+
+def compact(state_dict: Any) -> Any:
+    """A copy of a state dict (or of any nest of dicts, lists and tuples) in which every tensor has memory of its own.
+
+    `state_dict()` of an optimizer of this package gives views of buffers that many parameters share. torch.save writes
+    such a buffer once, whole; safetensors refuses shared memory. Use this for saving with safetensors, for saving
+    one state alone, or for keeping values that the next step changes.
+
+    Args:
+        state_dict: what `opt.state_dict()` returned, or a part of it.
+
+    Returns:
+        The same nest; tensors are clones with their shape, dtype, device and order of dimensions in memory.
+    """
+    return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), state_dict)
+
+
+def aliases(entry: dict[str, Any]) -> dict[str, Any]:
+    """A state entry as state dicts show it: tensors that share the states' memory; "step" is a float32 copy."""
+    return _with_float_step({n: v.detach() if isinstance(v, Tensor) else v for n, v in dict.items(entry)})
+
+
+def copied(entry: dict[str, Any]) -> dict[str, Any]:
+    """A state entry with memory of its own."""
+    return _with_float_step({n: v.detach().clone() if isinstance(v, Tensor) else v for n, v in dict.items(entry)})
+
+
+def _with_float_step(entry: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(entry.get("step"), Tensor):
+        entry["step"] = entry["step"].float()
+    return entry
+
+
+def torch_options(cls: Callable[..., torch.optim.Optimizer]) -> dict[str, Any]:
+    """The options that groups of a class of torch.optim hold, with its defaults.
+
+    A state dict holds them beside our own, because torch.distributed.checkpoint reads into a torch optimizer only what
+    has all of its options. Those that our classes lack have no effect at their defaults.
+    """
+    return dict(cls([torch.zeros(1)]).defaults)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sealed:
+    """A state on its way through torch's load_state_dict, which would round a tensor to the parameter's dtype."""
+
+    tensor: Tensor
+
+
+def sealed(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict whose states torch's load_state_dict leaves alone."""
+
+    def seal(entry: Any) -> Any:
+        if not isinstance(entry, Mapping):
+            return entry
+        return {name: Sealed(v) if isinstance(v, Tensor) else v for name, v in entry.items()}
+
+    return {**state_dict, "state": {k: seal(entry) for k, entry in state_dict["state"].items()}}
+
+
+def check_saved(rule: Declaration, settings: Mapping[str, Any], param: Tensor, entry: object, label: str) -> None:
+    """Refuse the saved states of one parameter from which no step could go on.
+
+    Args:
+        rule: of the parameter's group.
+        settings: the hyperparameters that the group will have.
+        param: the parameter that they are for.
+        entry: state name -> value.
+        label: names the parameter in an error.
+
+    Raises:
+        ValueError: it is no mapping, is of another kind of optimizer, or `check_state` refuses it.
+    """
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"the saved state of {label} is {entry!r}; allowed is a dict of states by name")
+    present = {name: value for name, value in entry.items() if value is not None}
+    names = rule.states_of(settings)
+    if not present or not names:
+        return
+    held, expected = ", ".join(map(repr, present)), ", ".join(map(repr, names))
+    if present.keys().isdisjoint({*names, "step"}):
+        raise ValueError(f"the saved state of {label} has {held}, of another optimizer; {rule.name} keeps {expected}")
+    check_state(rule, settings, param, present, label)
