@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from npu_fuse_pass.rules.batch import check_state
 from npu_fuse_pass.rules.declaration import Declaration
@@ -25,9 +24,13 @@ def compact(state_dict: Any) -> Any:
         state_dict: what `opt.state_dict()` returned, or a part of it.
 
     Returns:
-        The same nest; tensors are clones with their shape, dtype, device and order of dimensions in memory.
+        The same nest, of plain dicts; tensors are clones with their shape, dtype, device and order of dimensions in memory.
     """
-    return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), state_dict)
+    if isinstance(state_dict, Tensor):
+        return state_dict.detach().clone()
+    if isinstance(state_dict, dict):
+        return {name: compact(value) for name, value in state_dict.items()}
+    return type(state_dict)(map(compact, state_dict)) if type(state_dict) in (list, tuple) else state_dict
 
 
 def aliases(entry: dict[str, Any]) -> dict[str, Any]:
