@@ -24,7 +24,7 @@ def compact(state_dict: Any) -> Any:
         state_dict: what `opt.state_dict()` returned, or a part of it.
 
     Returns:
-        The same nest, of plain dicts; tensors are clones with their shape, dtype, device and order of dimensions in memory.
+        The same nest, of plain dicts; tensors are clones with their shape, dtype, device and order in memory.
     """
     if isinstance(state_dict, Tensor):
         return state_dict.detach().clone()
