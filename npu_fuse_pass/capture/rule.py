@@ -45,14 +45,14 @@ class _Roles:
 def capture_batches(batches: Sequence[Batch]) -> Captured:
     """Updates of all parameters; leaves are, batch after batch: params, grads, states, steps, numbers."""
     captured = Captured([], [], [])
-    totals: dict[tuple[object, ...], int] = {}
+    traces = _Traces()
     for batch in batches:
         roles = _Roles(["param", "grad", *batch.flat], ["step", *batch.hyper.names])
         members = _add_leaves(captured.leaves, batch, roles)
         if any(b.repeats for b in batches):
             continue
         try:
-            updates, moved = _updates_of(batch, roles, members, totals)
+            updates, moved = _updates_of(batch, roles, members, traces)
             captured.updates += updates
             captured.moved += moved
         except Unsupported as e:
@@ -83,8 +83,43 @@ def _add_leaves(leaves: list[Leaf], batch: Batch, roles: _Roles) -> list[tuple[i
     return [(*(first + r * n + i for r in range(per_member)), *shared) for i in range(n)]
 
 
+class _Traces:
+    """Formulas of this capture: batches that differ in numbers alone (a learning rate for each layer) share them.
+
+    Attributes:
+        totals: number of each total, by what it sums over.
+    """
+
+    def __init__(self) -> None:
+        self.totals: dict[tuple[object, ...], int] = {}
+        self._calls: dict[object, object] = {}
+        self._updates: dict[object, tuple[Update, float]] = {}
+
+    def calls(self, batch: Batch, shape: tuple[int, ...]) -> object:
+        """As `_calls`."""
+        key = (*_structure(batch), shape)
+        if key not in self._calls:
+            self._calls[key] = _calls(batch, shape)
+        return self._calls[key]
+
+    def update(self, batch: Batch, roles: _Roles, shape: tuple[int, ...], calls: object) -> tuple[Update, float]:
+        """As `_trace`."""
+        numbers = tuple(self.totals.setdefault(_total_key(batch, name), len(self.totals)) for name in batch.totals)
+        key = (*_structure(batch), numbers, calls)
+        if key not in self._updates:
+            self._updates[key] = _trace(batch, roles, shape, numbers)
+        return self._updates[key]
+
+
+def _structure(batch: Batch) -> tuple[object, ...]:
+    """What the formula of a batch depends on, beside shapes."""
+    stored = tuple((name, flat.dtype) for name, flat in batch.flat.items())
+    dtypes = (batch.dtype, batch.grad_dtype, stored)
+    return (id(batch.rule), dtypes, tuple(batch.hyper.static.items()), tuple(batch.hyper.names), batch.counts)
+
+
 def _updates_of(
-    batch: Batch, roles: _Roles, members: list[tuple[int, ...]], totals: dict[tuple[object, ...], int]
+    batch: Batch, roles: _Roles, members: list[tuple[int, ...]], traces: _Traces
 ) -> tuple[list[Update], int]:
     """Also the bytes that the rule's operations move for them, one after the other."""
     by_shape: dict[tuple[int, ...], list[int]] = {}
@@ -92,10 +127,10 @@ def _updates_of(
         by_shape.setdefault(tuple(p.shape) or (1,), []).append(i)  # 0-dim as one element, as in eager steps
     by_calls: dict[object, list[tuple[int, ...]]] = {}
     for shape in by_shape:
-        by_calls.setdefault(_calls(batch, shape), []).append(shape)
+        by_calls.setdefault(traces.calls(batch, shape), []).append(shape)
     updates, moved = [], 0.0
-    for shapes in by_calls.values():
-        update, per_element = _trace(batch, roles, shapes[0], totals)
+    for calls, shapes in by_calls.items():
+        update, per_element = traces.update(batch, roles, shapes[0], calls)
         chosen = sorted(i for shape in shapes for i in by_shape[shape])
         moved += per_element * sum(batch.numels[i] for i in chosen)
         updates.append(dataclasses.replace(update, members=[members[i] for i in chosen]))
@@ -143,10 +178,12 @@ class _Record(TorchDispatchMode):
         return result
 
 
-def _trace(
-    batch: Batch, roles: _Roles, shape: tuple[int, ...], totals: dict[tuple[object, ...], int]
-) -> tuple[Update, float]:
-    """The update of one parameter of this shape, and how many bytes its operations move for each element."""
+def _trace(batch: Batch, roles: _Roles, shape: tuple[int, ...], totals: Sequence[int]) -> tuple[Update, float]:
+    """The update of one parameter of this shape, and how many bytes its operations move for each element.
+
+    Args:
+        totals: the numbers of the batch's totals.
+    """
     interpreter = Interpreter(LISTS, keeps=False)
     dtypes = {"param": batch.dtype, "grad": batch.grad_dtype, **{n: f.dtype for n, f in batch.flat.items()}}
     cells = {
@@ -159,8 +196,7 @@ def _trace(
     numbers = _group_numbers(batch, scalars)
     contributions, graphs = [], []
     sums = {}
-    for name in batch.totals:
-        number = totals.setdefault(_total_key(batch, name), len(totals))
+    for name, number in zip(batch.totals, totals, strict=True):
         sums[name] = Cell(dataclasses.replace(step.val, expr=b.total(number)))
 
         def contribution(t: dict[str, Tensor], k: dict[str, Any], name: str = name) -> Any:

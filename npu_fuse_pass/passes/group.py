@@ -48,8 +48,10 @@ def _groups(updates: Sequence[Update], leaves: list[Leaf]) -> tuple[Group, ...]:
             leaves.append(leaf)
         return extra[key]
 
+    known: dict[tuple[int, int], _Canonical] = {}  # by what is written: batches of one formula share it
     for update in updates:
-        canonical = _canonicalise(update)
+        shared = id(update.writes), id(update.contributions)
+        canonical = known.get(shared) or known.setdefault(shared, _canonicalise(update))
         text = canonical.formula.text
         if text not in found:
             labels = tuple(_label(update, e) for e in canonical.sources)

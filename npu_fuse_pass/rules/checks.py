@@ -21,6 +21,17 @@ def wanted_keywords(rule: Declaration) -> list[str]:
     return [n for n in dict.fromkeys([*rule.keywords, *of_totals]) if n not in internal]
 
 
+def structure(rule: Declaration, settings: Mapping[str, Any]) -> tuple[object, ...]:
+    """What `check_rule` depends on; equal for parameter groups that differ in numbers alone.
+
+    Raises:
+        RuleError: a hyperparameter is of a kind that no rule takes.
+    """
+    static, numbers = split_keywords(wanted_keywords(rule), settings)
+    sizes = tuple((name, len(value) if isinstance(value, tuple) else None) for name, value in numbers.items())
+    return id(rule), static, sizes, rule.states_of(settings), rule.totals_of(settings)
+
+
 def check_rule(rule: Declaration, settings: Mapping[str, Any]) -> None:
     """Run a rule once on meta tensors: its shapes and count of results, and that it decides nothing by values.
 

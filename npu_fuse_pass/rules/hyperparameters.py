@@ -33,6 +33,7 @@ class Hyper:
         static, numbers = split_keywords(self._wanted, settings)
         self.static = dict(static)
         self.names = list(_flat(numbers))
+        self._places = {name: i for i, name in enumerate(self.names)}
         self._sizes = {name: len(value) if isinstance(value, tuple) else None for name, value in numbers.items()}
         self._values = array.array("d", [0.0] * max(1, len(self.names)))
         self.scalars = list(torch.frombuffer(self._values, dtype=torch.float64).unbind())[: len(self.names)]
@@ -47,7 +48,7 @@ class Hyper:
     def fill(self, settings: Mapping[str, Any]) -> bool:
         """Take this step's numbers over; False where the settings no longer have this structure."""
         given = list(map(settings.get, self._wanted))
-        if self._given is not None and all(map(operator.is_, given, self._given)):
+        if self._given is not None and (all(map(operator.is_, given, self._given)) or self._exchange(given)):
             return True
         static, numbers = split_keywords(self._wanted, settings)
         flat = _flat(numbers)
@@ -56,6 +57,18 @@ class Hyper:
         for i, value in enumerate(flat.values()):
             self._values[i] = value
         self._given = given if all(map(_immutable, given)) else None
+        return True
+
+    def _exchange(self, given: list[Any]) -> bool:
+        """Take over what changed if it is floats alone, as learning rates are; False: nothing is taken over."""
+        assert self._given is not None
+        pairs = zip(self._wanted, given, self._given, strict=True)
+        changed = [(name, new, old) for name, new, old in pairs if new is not old]
+        if not all(type(new) is float and type(old) is float for _, new, old in changed):
+            return False
+        for name, new, _ in changed:
+            self._values[self._places[name]] = new
+        self._given = given
         return True
 
 

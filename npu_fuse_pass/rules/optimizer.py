@@ -17,7 +17,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from npu_fuse_pass.errors import OptionError
 from npu_fuse_pass.rules import checkpoint, core_op
-from npu_fuse_pass.rules.checks import check_rule
+from npu_fuse_pass.rules.checks import check_rule, structure
 from npu_fuse_pass.rules.declaration import Declaration
 from npu_fuse_pass.rules.prelude import Prelude
 from npu_fuse_pass.rules.ranges import check_kinds, check_ranges
@@ -96,11 +96,16 @@ class RuleOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self.state = States()
         self._start()
+        checked: set[object] = set()
         for group in self.param_groups:
+            rule = self.rule_for(group)
             for _, settings in self.settings(group):
-                check_kinds(self.rule_for(group), settings)
-                check_ranges(self.rule_for(group), settings)
-                check_rule(self.rule_for(group), settings)
+                check_kinds(rule, settings)
+                check_ranges(rule, settings)
+                key = structure(rule, settings)
+                if key not in checked:
+                    check_rule(rule, settings)
+                    checked.add(key)
         self._settle_groups(self.param_groups)
 
     @classmethod
