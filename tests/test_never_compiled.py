@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from typing import Any
 
 import pytest
@@ -49,3 +50,42 @@ def test_not_where_it_is_compiled(form: str, caplog: pytest.LogCaptureFixture) -
         train(compiled, 2)
     assert not messages(caplog)
     assert_fused(last_report(), parameters=1)
+
+
+@pytest.mark.parametrize("backend", ["inductor", "aot_eager", "eager"])
+def test_within_another_backends_function(backend: str) -> None:
+    """A compiled step that another backend inlines is not fused, and a warning says so once; what it tells is true."""
+    params = parameters(((3,), (2, 2)))
+    set_gradients(params, gradients(params, 0))
+    others = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    set_gradients(others, gradients(params, 0))
+    opt, eager = optimizers.NpuFusedAdam(params, lr=0.1), optimizers.NpuFusedAdam(others, lr=0.1)
+    step = torch.compile(opt.step, backend="npu_fused")
+
+    @torch.compile(backend=backend)
+    def inside(x: torch.Tensor) -> torch.Tensor:
+        y = (x * 2).sum()
+        step()
+        return y
+
+    with pytest.warns(UserWarning, match=r"step of NpuFusedAdam is part of a graph that another backend"):
+        inside(torch.ones(4))
+    npu_fuse_pass.clear_reports()
+
+    @torch.compiler.disable
+    def apart() -> None:
+        step()
+
+    @torch.compile(backend=backend)
+    def outside(x: torch.Tensor) -> torch.Tensor:
+        y = (x * 2).sum()
+        apart()
+        return y
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        inside(torch.ones(4))
+        outside(torch.ones(4))
+    train(eager.step, 3)
+    assert_fused(last_report(), parameters=2)
+    assert all(torch.allclose(p, q) for p, q in zip(params, others, strict=True))

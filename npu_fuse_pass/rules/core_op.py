@@ -28,6 +28,7 @@ from torch import Tensor
 from npu_fuse_pass.rules import pending
 from npu_fuse_pass.rules.batch import Batch
 from npu_fuse_pass.rules.pending import Keeping
+from npu_fuse_pass.user_warnings import warn
 
 
 class Stepping(Keeping, Protocol):
@@ -82,6 +83,7 @@ class Surface:
 
     params: list[Tensor]
     handle: str
+    said: bool = False  # that the step is part of another backend's graph
     apart: str | None = None  # why and where a function's graph had to end before the step, the latest
 
     def update(self, found_inf: Tensor | None) -> None:
@@ -191,6 +193,13 @@ def _step(ticket: Tensor, optimizer: str) -> None:
 def _update(params: list[Tensor], grads: list[Tensor], found_inf: Tensor | None, handle: str) -> None:
     """A whole step on the given tensors, which stand for the optimizer's own (a compiler may have cloned them)."""
     optimizer = optimizer_of(handle)
+    if not optimizer._prelude.compiled and not optimizer._surface.said:
+        optimizer._surface.said = True
+        warn(
+            f"npu_fused: the step of {type(optimizer).__name__} is part of a graph that another backend compiled, "
+            'where it runs parameter by parameter, unfused. Compile that function with backend="npu_fused", or call '
+            "the compiled step in a function of its own under @torch.compiler.disable"
+        )
     own = [p for p in optimizer._surface.params if p.grad is not None]
     given = {id(p): (param, p.grad, grad) for p, param, grad in zip(own, params, grads, strict=True)}
     optimizer._before(None)  # hooks may change gradients
