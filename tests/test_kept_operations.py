@@ -4,6 +4,7 @@ around what stays as it is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor
 
 import npu_fuse_pass
 from npu_fuse_pass.match import find
+
+from .support import tier
 
 Body = Callable[..., Any]
 
@@ -360,6 +363,107 @@ def test_numbers_that_change(name: str, number: type) -> None:
 
     compare(body, lambda k: number(k) if number is int else k + 0.5, steps=4, fused=False)
     assert any(r.groups and not r.fallback for r in npu_fuse_pass.reports())
+
+
+# of positive numbers in float64: what a number that is a function's argument may meet
+WIDE: dict[str, tuple[Callable[[Tensor, float], Any], ...]] = {
+    "operators": (
+        lambda g, t: g * (1 - 0.05 * t),
+        lambda g, t: t / g - t,
+        lambda g, t: (g + 1) ** t,
+        lambda g, t: t**g,
+        lambda g, t: g // t,
+        lambda g, t: g % t,
+    ),
+    "functions": (
+        lambda g, t: torch.add(g, g, alpha=-t),
+        lambda g, t: torch.sub(g, g, alpha=t),
+        lambda g, t: torch.addcmul(g, g, g, value=t),
+        lambda g, t: torch.addcdiv(g, g, g + 1, value=t),
+        lambda g, t: torch.lerp(g, g * g, t),
+        lambda g, t: torch.lerp(g, g * g, 1 - t),
+        lambda g, t: g.clamp(t / 4, 2 * t),
+        lambda g, t: torch.where(g > 1, t, g),
+        lambda g, t: g.masked_fill(g > 1, t),
+        lambda g, t: torch.maximum(g, torch.full_like(g, t)),
+    ),
+    "in place": (
+        lambda g, t: g.clone().mul_(t).add_(g, alpha=t).sub_(g, alpha=t),
+        lambda g, t: g.clone().addcmul_(g, g, value=t).addcdiv_(g, g + 1, value=-t),
+        lambda g, t: g.clone().lerp_(g * g, t).pow_(t).clamp_(max=4 * t),
+        lambda g, t: g.clone().fill_(t),
+    ),
+    "lists": (
+        lambda g, t: torch._foreach_mul([g, g], t)[0],
+        lambda g, t: torch._foreach_mul([g, g], [t, 2 * t])[1],
+        lambda g, t: torch._foreach_add([g], [g], alpha=t)[0],
+        lambda g, t: torch._foreach_addcmul([g], [g], [g], value=t)[0],
+        lambda g, t: torch._foreach_addcdiv([g], [g], [g + 1], [t])[0],
+        lambda g, t: torch._foreach_lerp([g], [g * g], t)[0],
+        lambda g, t: torch._foreach_pow([g], t)[0],
+    ),
+    "tensors": (
+        lambda g, t: g * torch.tensor(t, dtype=torch.float64),
+        lambda g, t: g * torch.tensor(t),  # a float32, in both
+        lambda g, t: g * torch.as_tensor(t, dtype=torch.float64),
+        lambda g, t: g * torch.full((), t, dtype=torch.float64),
+        lambda g, t: g * g.new_full((), t),
+        lambda g, t: g * torch.tensor([[t]], dtype=torch.float64),
+    ),
+    "Python": (
+        lambda g, t: g * max(t, 0.2) * min(t, 0.7),
+        lambda g, t: g * math.sqrt(t) + t**0.5,
+        lambda g, t: g * abs(-t) * float(t),
+        lambda g, t: g * (t // 0.03) + t % 0.03,
+        lambda g, t: g.cumsum(0) * t + g.flip(0).renorm(2, 0, t),  # both stay as they are
+    ),
+}
+
+
+@pytest.mark.parametrize("name", tier(list(WIDE)))
+def test_numbers_are_float64_from_end_to_end(name: str) -> None:
+    """A number that is a function's argument is no float32 anywhere on its way."""
+
+    def body(p: Tensor, g: Tensor, t: Any) -> None:
+        for form in WIDE[name]:
+            p.add_(form(g, t))
+
+    runs = []
+    npu_fuse_pass.clear_reports()
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        p, g = torch.ones(4, 6, dtype=torch.float64), torch.linspace(0.1, 3, 24, dtype=torch.float64).reshape(4, 6)
+        step = torch.compile(body, backend="npu_fused") if compiled else body
+        with torch.no_grad():
+            for t in (0.3, 0.1, 0.7):
+                step(p, g, t)
+        runs.append(p)
+    torch.testing.assert_close(runs[1], runs[0], rtol=1e-14, atol=0)
+    reports = npu_fuse_pass.reports()
+    assert reports and all(r.groups and not r.fallback for r in reports), reports
+
+
+@pytest.mark.parametrize("cls", [torch.optim.AdamW], ids=lambda cls: cls.__name__)
+def test_hyperparameters_that_are_arguments_are_float64(cls: Any) -> None:
+    runs = []
+    npu_fuse_pass.clear_reports()
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        p = torch.nn.Parameter(torch.linspace(0.1, 3, 12, dtype=torch.float64))
+        opt = cls([p], lr=0.1, weight_decay=0.1, foreach=False)
+
+        def body(lr: float, weight_decay: float, opt: Any = opt) -> None:
+            opt.param_groups[0].update(lr=lr, weight_decay=weight_decay)
+            opt.step()
+
+        step = torch.compile(body, backend="npu_fused") if compiled else body
+        for k, t in enumerate((0.1, 0.05, 0.025, 0.3)):
+            p.grad = torch.linspace(1 - k, 2, 12, dtype=torch.float64)
+            step(t, t / 3)
+        runs.append(p.detach())
+    torch.testing.assert_close(runs[1], runs[0], rtol=1e-13, atol=0)
+    reports = npu_fuse_pass.reports()
+    assert reports and all(r.groups and not r.fallback for r in reports), reports
 
 
 def test_a_reason_of_the_match_may_name_what_is_no_slot() -> None:

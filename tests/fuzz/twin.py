@@ -91,6 +91,11 @@ def param(shape: tuple[int, ...], dtype: torch.dtype = F32, kind: str = "plain",
     return torch.nn.Parameter(value, requires_grad=kind != "frozen")
 
 
+def dtype_of_numbers(ps: Sequence[Any]) -> Any:
+    """Float64 where parameters are: what torch computes with numbers in float32 it rounds to that (docs/limits.md)."""
+    return F64 if any(p.dtype == F64 for p in ps) else F32
+
+
 def overlapping(n: int, by: int) -> list[Any]:
     """Two parameters that share some of their memory, or (by 0) all."""
     memory = torch.linspace(-1, 1, n + by)
@@ -326,11 +331,14 @@ def differs(got: Any, want: Any) -> str:
     return f"{a[wrong][:3].tolist()} not {b[wrong][:3].tolist()}"
 
 
-def compare(lines: Sequence[str], got: Run, want: Run, shared: bool = False) -> tuple[str, str]:
+def compare(
+    lines: Sequence[str], got: Run, want: Run, shared: bool = False, also: Run | None = None
+) -> tuple[str, str]:
     """The kind of the first difference and what it is, or ("", "").
 
     Args:
         shared: of states, only those that both have, in the wanted one's dtype.
+        also: what this run shows is right, too.
     """
     for i, line in enumerate(lines[: len(want.errors)]):
         a, b = got.errors[i], want.errors[i]
@@ -345,7 +353,7 @@ def compare(lines: Sequence[str], got: Run, want: Run, shared: bool = False) -> 
             if shared and (x is None or y is None or name.endswith(".step")):
                 continue
             difference = differs(x, y)
-            if difference:
+            if difference and not (also and i < len(also.seen) and not differs(x, also.seen[i].get(name))):
                 return "value", f"line {i}, {line!r}: {name} is {difference}"
         if i + 1 == len(got.errors):
             break
@@ -366,12 +374,11 @@ def check(lines: Sequence[str], reasons: bool = True) -> tuple[str, str, Run]:
     text = "\n".join(lines)
     stock = any(line.startswith(("opt = torch.optim.", "opt = Drawing")) for line in lines)
     half = "F16" in text  # and BF16
-    eager = run(lines, "eager")
-    captured = run(lines, "captured") if stock and half else None
-    got = run(lines, "compiled")
-    kind, what = compare(lines, got, captured or eager)
-    if kind == "error" or (kind and stock):  # torch's own is so there, too: float32 counters in a float64 step, say
-        kind, what = compare(lines, got, captured or run(lines, "captured"))
+    eager, got = run(lines, "eager"), run(lines, "compiled")
+    kind, what = compare(lines, got, eager)
+    if kind == "error" or (kind and stock):
+        # value by value: in half precision what Dynamo captures rounds elsewhere, in float64 its counters are float32
+        kind, what = compare(lines, got, run(lines, "captured"), also=eager)
     other = half or ("state_dtype" in text and "F64" in text) or "inference_mode()" in text
     if not kind and "#=" in text and not other:
         kind, what = compare(lines, eager, run(lines, "stock"), shared=True)
