@@ -31,6 +31,8 @@ _LAZY = {
     "compact": "rules.checkpoint",
     "npu_fused": "backend",
     "compile_step": "tools.compile_step",
+    "compile_optimizer_": "tools.compile_optimizer",
+    "restore_optimizer_": "tools.compile_optimizer",
     "explain": "tools.explain",
     "fuse_pass": "hook",
     "FusePass": "hook",

@@ -16,13 +16,15 @@ from npu_fuse_pass import lower
 from npu_fuse_pass.errors import FuseError, OptionError
 from npu_fuse_pass.options import KERNELS, LAYOUTS, PLATFORMS, Options
 from npu_fuse_pass.report.causes import FIRST, Cause, recompile
-from npu_fuse_pass.report.logs import warn_unfused
+from npu_fuse_pass.report.logs import switched_off, warn_unfused
 from npu_fuse_pass.report.net import net
 from npu_fuse_pass.report.report import CompileReport, record, reports
 from npu_fuse_pass.rules import core_op
+from npu_fuse_pass.rules.torch_steps import look_after_compiled_steps
 from npu_fuse_pass.run.graph_step import graph_step, told
 from npu_fuse_pass.run.rule_step import RuleStep
 
+look_after_compiled_steps()
 _OPTIONS = frozenset(f.name for f in dataclasses.fields(Options))
 
 
@@ -53,8 +55,9 @@ def npu_fused(
     Raises:
         OptionError: an unknown option or value; the message names the allowed ones.
     """
+    look_after_compiled_steps()
     chosen = Options(**_checked_options(mode, options))
-    if all(node.op in ("placeholder", "get_attr", "output") for node in gm.graph.nodes):
+    if switched_off() or all(node.op in ("placeholder", "get_attr", "output") for node in gm.graph.nodes):
         return gm.forward  # Dynamo compiles empty graphs too, around what it does not capture
     report = CompileReport(chosen.platform)
     with net(report, chosen):

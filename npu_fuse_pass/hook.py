@@ -11,8 +11,9 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from npu_fuse_pass import pipeline
-from npu_fuse_pass.options import Options
+from npu_fuse_pass.options import Options, disabled
 from npu_fuse_pass.passes.splice import splice
+from npu_fuse_pass.report.logs import switched_off
 
 
 class FusePass(CustomGraphPass):
@@ -47,6 +48,8 @@ class FusePass(CustomGraphPass):
         Raises:
             UnfusedError: `strict`, and something was left unfused; the graph is unchanged.
         """
+        if switched_off():
+            return
         gm = graph if isinstance(graph, fx.GraphModule) else graph.owning_module or fx.GraphModule({}, graph)
         fused = pipeline.fuse_functional(gm, Options(strict=self._strict), kernels=not given)
         if fused is None or fused.graph is None:
@@ -57,7 +60,7 @@ class FusePass(CustomGraphPass):
 
     def uuid(self) -> str:
         """Identifies this version of the pass in Inductor's cache. Graphs from the cache have no report."""
-        return f"npu_fuse_pass {_sources()} {self._strict}"
+        return f"npu_fuse_pass {_sources()} {self._strict} {disabled()}"
 
 
 @functools.cache

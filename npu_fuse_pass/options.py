@@ -48,6 +48,11 @@ class Target:
         return {"nodes": "graph", "kernel nodes": f"graph {self.platform}"}.get(self.form, self.platform)
 
 
+def disabled() -> bool:
+    """Whether NPU_FUSE_DISABLE=1 switches everything off: original steps run, and nothing is compiled or fused."""
+    return os.environ.get("NPU_FUSE_DISABLE") == "1"
+
+
 def _switch(variable: str) -> Any:
     """A bool that an environment variable sets to 1."""
     return dataclasses.field(default_factory=lambda: os.environ.get(variable) == "1")

@@ -67,6 +67,7 @@ class Code(enum.Enum):
 
     # where it runs
     COMPILER = ("No C++ compiler works here.", "install g++ or clang++, or set CXX to one that works")
+    DISABLED = ("NPU_FUSE_DISABLE=1 switches everything off.", "take NPU_FUSE_DISABLE out of the environment")
     PLATFORM = ("The platform cannot be used here.", None)
     OTHER_DEVICE = (
         "A platform is given tensors of another device.",

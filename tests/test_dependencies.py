@@ -46,6 +46,10 @@ PRIVATE_TORCH_EXCEPTIONS = {
     },
     "npu_fuse_pass.rules.state": {"torch._dynamo.disable": "keeps `opt.state` out of graphs"},
     "npu_fuse_pass.rules.registration": {"torch._dynamo.register_backend": "tells Dynamo the backend's name once"},
+    "npu_fuse_pass.rules.torch_steps": {
+        "torch._dynamo.callback.callback_handler": "asks to be called when a compile begins"
+    },
+    "npu_fuse_pass.tools.plain_step": {"torch._dynamo.eval_frame": "tells what torch.compile made of a step"},
     "npu_fuse_pass.dump.folder": {"torch._dynamo.utils.get_debug_dir": "where TORCH_COMPILE_DEBUG=1 puts files"},
     "npu_fuse_pass.rules.checks": {"torch.utils._python_dispatch.TorchDispatchMode": "sees what a rule reads"},
     "npu_fuse_pass.tensors.same": {"torch._C._dynamo.guards.TensorGuards": "compares a list of tensors in one call"},

@@ -604,6 +604,14 @@ def test_states_of_ours_that_share_memory() -> None:
     assert refusal(shared, [opt]).code is Code.STATES
 
 
+def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NPU_FUSE_DISABLE", "1")
+    report = npu_fuse_pass.explain(torch.optim.SGD(ones((4,)), lr=0.1))
+    assert [reason.code for reason in report.reasons] == [Code.DISABLED]
+    monkeypatch.delenv("NPU_FUSE_DISABLE")
+    assert not npu_fuse_pass.explain(torch.optim.SGD(ones((4,)), lr=0.1)).reasons
+
+
 RAISED = {*OPERATIONS, *STEPS, *(code for code, _, _ in EXPLAINED.values())}
 RAISED |= {
     Code.STEPS_TWICE,
@@ -616,6 +624,7 @@ RAISED |= {
     Code.MATCH,
     Code.PLATFORM,
     Code.COMPILER,
+    Code.DISABLED,
 }
 RAISED |= {Code.GE_OPERATION, Code.GE_STATE, Code.GE_BETWEEN, Code.GE_REFUSED, Code.INTERNAL}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import time
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 
 import torch._logging._internal as torch_logging
 
+from npu_fuse_pass.options import disabled
 from npu_fuse_pass.reasons import Reason
 from npu_fuse_pass.report.report import CompileReport
 from npu_fuse_pass.user_warnings import warn
@@ -66,3 +68,15 @@ def warn_unfused(reasons: Sequence[Reason]) -> None:
     """The one warning of a compile, or of a kind of step, that runs unfused: why, and what to do."""
     text = f"npu_fused: not fused, the original step runs: {'; '.join(reason.advised for reason in reasons)}"
     warn(text)
+
+
+def switched_off() -> bool:
+    """Whether NPU_FUSE_DISABLE=1 switches everything off, which one line of the log says."""
+    if disabled():
+        _say_disabled()
+    return disabled()
+
+
+@functools.cache
+def _say_disabled() -> None:
+    log.warning("npu_fused: NPU_FUSE_DISABLE=1 switches everything off: the original steps run")

@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from npu_fuse_pass.options import disabled
 from npu_fuse_pass.rules import pending
 from npu_fuse_pass.rules.batch import Batch
 from npu_fuse_pass.rules.pending import Keeping
@@ -36,7 +37,7 @@ class Stepping(Keeping, Protocol):
 
     _surface: Surface
 
-    def _before(self, closure: Callable[[], Any] | None) -> Any: ...
+    def _before(self, closure: Callable[[], Any] | None, in_graph: bool = False) -> Any: ...
     def _after(self) -> None: ...
     @property
     def has_hooks(self) -> bool: ...
@@ -180,10 +181,11 @@ def _step(ticket: Tensor, optimizer: str) -> None:
     stepping = optimizer_of(optimizer)
     run_eager(stepping)
     ticket.add_(1)
-    if int(ticket) == _MANY and not stepping._prelude.compiled:
+    if int(ticket) == _MANY and not stepping._prelude.compiled and not disabled():
         log.warning(
-            "%s has made %d steps without a fused kernel, parameter by parameter: it was never compiled. Instead of "
-            'opt.step call what torch.compile(opt.step, backend="npu_fused") or npu_fuse_pass.compile_step(opt) gives',
+            "%s has made %d steps without a fused kernel, parameter by parameter: it was never compiled. Call "
+            "npu_fuse_pass.compile_optimizer_(opt), or instead of opt.step what npu_fuse_pass.compile_step(opt) or "
+            'torch.compile(opt.step, backend="npu_fused") gives',
             type(stepping).__name__,
             _MANY,
         )
@@ -202,7 +204,7 @@ def _update(params: list[Tensor], grads: list[Tensor], found_inf: Tensor | None,
         )
     own = [p for p in optimizer._surface.params if p.grad is not None]
     given = {id(p): (param, p.grad, grad) for p, param, grad in zip(own, params, grads, strict=True)}
-    optimizer._before(None)  # hooks may change gradients
+    optimizer._before(None, in_graph=True)  # hooks may change gradients
     if found_inf is None or not bool(found_inf):
         run_rules([_on_given(batch, given) for batch in optimizer._prelude.batches])
     optimizer._after()

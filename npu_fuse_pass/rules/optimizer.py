@@ -181,11 +181,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         return self.step(closure)
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
-    def _before(self, closure: Callable[[], Any] | None) -> Any:
-        """Everything ahead of the core."""
+    def _before(self, closure: Callable[[], Any] | None, in_graph: bool = False) -> Any:
+        """Everything ahead of the core. Hooks that only watch see no step that is part of a larger graph."""
         if closure is not None and not callable(closure):
             raise TypeError(f"closure={closure!r} is not callable; pass a function that returns the loss, or None")
-        self.__dict__["_call"] = self._run_pre_hooks((closure,) if closure is not None else ())
+        self.__dict__["_call"] = self._run_pre_hooks((closure,) if closure is not None else (), in_graph)
         args, kwargs = self._call
         closure = args[0] if args else kwargs.get("closure")
         loss = None
@@ -209,12 +209,15 @@ class RuleOptimizer(torch.optim.Optimizer):
     @property
     def has_hooks(self) -> bool:
         """Whether functions are registered that run before or after a step."""
-        own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
-        return bool(own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+        own = (self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks)
+        every = (*own, _global_optimizer_pre_hooks, _global_optimizer_post_hooks)
+        return any(not getattr(hook, "only_watches", False) for hooks in every for hook in hooks.values())
 
-    def _run_pre_hooks(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _run_pre_hooks(self, args: tuple[Any, ...], in_graph: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
         kwargs: dict[str, Any] = {}
         for hook in itertools.chain(_global_optimizer_pre_hooks.values(), self._optimizer_step_pre_hooks.values()):
+            if in_graph and getattr(hook, "only_watches", False):
+                continue
             result = hook(self, args, kwargs)
             if result is not None:
                 if not (isinstance(result, tuple) and len(result) == 2):

@@ -13,12 +13,15 @@ from typing import Any
 
 import torch
 
+from npu_fuse_pass.rules.torch_steps import look_after_compiled_steps
+
 _lock = threading.Lock()
 
 
 def register_backend() -> None:
     """Make the name known, where it is not yet."""
     with _lock:
+        look_after_compiled_steps()
         _register()
 
 

@@ -94,7 +94,7 @@ class GraphStep:
         if self._numbers and any(uses_kept(o, (args[i] for i in self._numbers)) for o in optimizers):
             return self._unfused(Code.KEPT("the graph uses a number that the optimizer reads or counts itself"), args)
         for o in optimizers:
-            o._before(None)
+            o._before(None, in_graph=True)
         if optimizers and self._look() != self._state:
             self._plan()
         kept = self._kept()

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from npu_fuse_pass import backend
 from npu_fuse_pass.errors import NotCapturedError
 from npu_fuse_pass.report.causes import graph_break
+from npu_fuse_pass.report.logs import switched_off
+from npu_fuse_pass.rules.hidden import hidden
 from npu_fuse_pass.run import torch_class
 from npu_fuse_pass.run.check_numerics import names_of
-from npu_fuse_pass.tools.hidden import hidden, uses_fused
+from npu_fuse_pass.tools.fused_option import FusedOption
+from npu_fuse_pass.tools.plain_step import ORIGINAL, is_hooked, plain_step
 from npu_fuse_pass.tools.twin import twin
 from npu_fuse_pass.user_warnings import warn
 
@@ -22,7 +27,9 @@ def compile_step(opt: torch.optim.Optimizer, **options: Any) -> CompiledStep:
     """A compiled step of `opt`: call it instead of `opt.step`, with or without a closure.
 
     It has recompiles of its own (instances of one class otherwise share torch's limit of 8), switches fused=True off
-    with a warning, and notices what a backend cannot: steps that never reach it.
+    with a warning, and notices what a backend cannot: steps that never reach it. Step hooks run outside of what is
+    compiled, and so does a closure. It may be put in the place of `opt.step`, before or after schedulers;
+    `compile_optimizer_` does that, and more.
 
     Args:
         opt: any torch.optim.Optimizer.
@@ -31,31 +38,94 @@ def compile_step(opt: torch.optim.Optimizer, **options: Any) -> CompiledStep:
     Raises:
         OptionError: an unknown option or value.
     """
-    if uses_fused(opt):
-        _switch_fused_off(opt)
-    return CompiledStep(opt, options)
+    step = CompiledStep(opt, options)
+    if not switched_off():
+        step.fused_option.switch_off()
+    return step
+
+
+def _compiled(step: Callable[..., Any], watched: backend.Watched) -> Callable[..., Any]:
+    """What does the work of a step. Every compiled step of an optimizer, however it is asked for, is made here."""
+    return backend.isolated(step, watched)
 
 
 class CompiledStep:
     """What `compile_step` gives.
 
+    Attributes:
+        running: whether a step is being done by it.
+        fused_option: fused=True of the optimizer, which every step finds switched off.
+
     Raises:
         UnfusedError: `strict`, and something is left unfused; nothing was changed.
         NumericsError: `check_numerics`, and a fused update differs; the original's values are in place.
         NotCapturedError: when called for the second time, if no update reached the backend; names reason and remedy.
-            Both steps were done, eagerly.
+            Both steps were done, eagerly. `compile_optimizer_` warns instead, unless `strict`.
     """
 
-    def __init__(self, opt: torch.optim.Optimizer, options: dict[str, Any]) -> None:
+    _wrapped_by_lr_sched = True  # torch's schedulers would wrap it in a function that sets what `__call__` sets
+
+    def __init__(self, opt: torch.optim.Optimizer, options: dict[str, Any], by: str = "compile_step") -> None:
         self._opt = opt
+        self._by = by
         self._watched = backend.Watched(options)
         self._breaks = backend.break_counts()
-        self._step = backend.isolated(opt.step, self._watched)
+        self._original = plain_step(opt)
+        self._calls_closure_first = self._prefers_foreach = False
+        if is_hooked(self._original):
+            inner = self._original.__wrapped__  # type: ignore[attr-defined]
+            module = inner.__module__
+            self._calls_closure_first = module.startswith("torch.optim.") and module != "torch.optim.lbfgs"
+            self._prefers_foreach = by == "compile_optimizer_" and module in ("torch.optim.adam", "torch.optim.adamw")
+            self._between_hooks: Callable[..., Any] = types.MethodType(inner, opt)
+            self._compiled_update = _compiled(self._between_hooks, self._watched)
+            hooked = torch.optim.Optimizer.profile_hook_step(self._closure_then_update)
+            self._step: Callable[..., Any] = types.MethodType(hooked, opt)
+        else:
+            self._step = _compiled(self._original, self._watched)
+        self._closure: Callable[[], Any] | None = None
+        # one object for all closures: Dynamo compiles a step anew for every other function that it is given
+        self._call_closure = torch.compiler.disable(lambda: self._closure())  # type: ignore[misc]
+        self.fused_option = FusedOption(opt, by)
         self._steps = 0
-        self._compiled = False
+        self._any_compiled = False
         self._warned = False
+        self._released = switched_off()
+        self.running = False
+        setattr(self, ORIGINAL, self._original)
+
+    @property
+    def __self__(self) -> torch.optim.Optimizer:
+        """As of a method of the optimizer."""
+        return self._opt
+
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        """As of a method of the optimizer: a function that takes it first."""
+
+        def step(opt: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+            return self(*args, **kwargs)
+
+        functools.update_wrapper(step, getattr(self._original, "__func__", self._original))
+        step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+        setattr(step, ORIGINAL, self._original)
+        return step
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():  # inlined into a larger graph, whose backend compiles it
+            return self._original(*args, **kwargs)
+        self._opt._opt_called = True  # type: ignore[attr-defined]  # for schedulers, which ask whether a step was done
+        running, self.running = self.running, True
+        try:
+            if self._released:
+                return self._original(*args, **kwargs)
+            self.fused_option.switch_off()
+            with self._as_foreach():
+                return self._checked(*args, **kwargs)
+        finally:
+            self.running = running
+
+    def _checked(self, *args: Any, **kwargs: Any) -> Any:
         self._watched.ran.clear()
         torch_step = None
         if self._watched.options["check_numerics"] and not (args or kwargs):  # a closure makes gradients in the step
@@ -68,7 +138,7 @@ class CompiledStep:
                 raise
             raise own from e
         if self._watched.ran:
-            self._compiled = True
+            self._any_compiled = True
             if torch_step is not None:
                 report = self._watched.ran[-1]
                 report.checked_against[1:] = [torch_step.name]
@@ -78,21 +148,68 @@ class CompiledStep:
             self._missed()
         return result
 
+    def _closure_then_update(self, opt: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        """What lies between the hooks. A closure runs a model, which is nothing for this backend."""
+        closure = args[0] if args else kwargs.get("closure")
+        if not callable(closure):
+            return self._update(*args, **kwargs)
+        if self._calls_closure_first and len(args) + len(kwargs) == 1:
+            with torch.enable_grad():
+                loss = closure()
+            self._update()
+            return loss
+        given = {"closure": self._call_closure} if not args else {}
+        before, self._closure = self._closure, closure
+        try:
+            return self._compiled_update(*[self._call_closure, *args[1:]][: len(args)], **{**kwargs, **given})
+        finally:
+            self._closure = before
+
+    def _update(self, *args: Any, **kwargs: Any) -> Any:
+        """The step without a closure. Dynamo would never look again at one that had nothing to do."""
+        step = self._compiled_update if has_gradients(self._opt) else self._between_hooks
+        return step(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _as_foreach(self) -> Iterator[None]:
+        """Let Adam take its foreach form where neither was asked for.
+
+        Its for-loop form, while it is compiled, divides by lr: at 0 that is NaN where the captured step runs unfused.
+        """
+        groups = [g for g in self._opt.param_groups if self._prefers_foreach and _may_be_foreach(g)]
+        for group in groups:
+            group["foreach"] = True
+        try:
+            yield
+        finally:
+            for group in groups:
+                group["foreach"] = None
+
     def _missed(self) -> None:
         """A step that updated parameters, but not in a compiled graph."""
         self._steps += 1
         name = type(self._opt).__name__
-        if self._compiled and not self._warned:
+        if self._any_compiled and not self._warned:
             self._warned = True
             warn(
                 f"npu_fused: a step of {name} ran eagerly: torch compiles no further variant of it. What changes "
                 "between steps costs variants: make lr a tensor, keep gradients from becoming None (set_to_none=False)"
             )
-        if not self._compiled and self._steps >= 2:
+        if not self._any_compiled and self._steps >= 2:
             broken = graph_break(backend.last_break(self._breaks) or "TORCH_LOGS=graph_breaks says why")
             why = (hidden(self._opt) or broken.led_by("Dynamo broke or skipped every graph")).advised
             done = f"two steps of {name} ran, both eagerly, and torch handed no update to the backend"
-            raise NotCapturedError(f"{done}. {why}")
+            error = NotCapturedError(f"{done}. {why}")
+            if self._by == "compile_step" or self._watched.options["strict"]:
+                raise error
+            if not self._warned:
+                self._warned = True
+                warn(f"npu_fused: nothing was compiled: {error}")
+
+    def release(self) -> None:
+        """Run the original from now on, with fused=True where it was."""
+        self._released = True
+        self.fused_option.restore()
 
 
 def has_gradients(opt: torch.optim.Optimizer) -> bool:
@@ -100,16 +217,9 @@ def has_gradients(opt: torch.optim.Optimizer) -> bool:
     return any(p.grad is not None for group in opt.param_groups for p in group["params"])
 
 
-def _switch_fused_off(opt: torch.optim.Optimizer) -> None:
-    warn(
-        f"npu_fused: {type(opt).__name__} was constructed with fused=True, which torch hides from every backend; "
-        "compile_step has switched it off. Construct the optimizer without it to avoid this warning"
-    )
-    for settings in (opt.defaults, *opt.param_groups):
-        if settings.get("fused"):
-            settings["fused"] = False
-    opt._step_supports_amp_scaling = False  # type: ignore[attr-defined]  # GradScaler then unscales before the step
-    for entry in opt.state.values():
-        step = entry.get("step")
-        if isinstance(step, Tensor):  # fused kernels keep counters on the device
-            entry["step"] = step.cpu()
+def _may_be_foreach(group: dict[str, Any]) -> bool:
+    """Whether a group of torch's Adam leaves its form open, and the foreach form takes its settings and dtype."""
+    if group.get("foreach", False) is not None or group.get("fused") or group.get("differentiable"):
+        return False
+    half = any(p.dtype is torch.float16 for p in group["params"][:1])  # docs/limits.md
+    return not half and not isinstance(group.get("lr"), torch.Tensor)

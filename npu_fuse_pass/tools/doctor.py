@@ -12,9 +12,9 @@ from torch import Tensor
 
 from npu_fuse_pass.errors import FuseError, NumericsError
 from npu_fuse_pass.report.report import CompileReport
+from npu_fuse_pass.rules.hidden import hidden
 from npu_fuse_pass.rules.optimizer import RuleOptimizer
 from npu_fuse_pass.tools.explain import try_on_copy
-from npu_fuse_pass.tools.hidden import hidden
 from npu_fuse_pass.tools.observe import Observed, measure
 
 _OURS = "an optimizer of ours or a rule never recompiles for it"

@@ -13,9 +13,10 @@ from npu_fuse_pass import backend
 from npu_fuse_pass.errors import FuseError
 from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.report.causes import graph_break
+from npu_fuse_pass.report.logs import switched_off
 from npu_fuse_pass.report.report import CompileReport
+from npu_fuse_pass.rules.hidden import hidden
 from npu_fuse_pass.tools.compile_step import has_gradients
-from npu_fuse_pass.tools.hidden import hidden
 from npu_fuse_pass.tools.twin import twin as _twin
 
 
@@ -52,7 +53,7 @@ class Trial:
 def try_on_copy(opt: torch.optim.Optimizer, options: dict[str, Any]) -> Trial:
     """As `explain`, with the copy's compiled step."""
     watched = backend.Watched(options)
-    reason = hidden(opt)
+    reason = Code.DISABLED("NPU_FUSE_DISABLE=1 is set") if switched_off() else hidden(opt)
     if reason is not None:
         return Trial(CompileReport(watched.options["platform"], fallbacks=[reason]))
     twin, breaks = _twin(opt), backend.break_counts()

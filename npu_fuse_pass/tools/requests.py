@@ -15,8 +15,8 @@ from npu_fuse_pass.errors import NumericsError
 from npu_fuse_pass.reasons import Reason
 from npu_fuse_pass.report.causes import graph_break
 from npu_fuse_pass.report.report import CompileReport, reports
+from npu_fuse_pass.rules.hidden import hidden
 from npu_fuse_pass.run.graph_step import graph_break_of
-from npu_fuse_pass.tools.hidden import hidden
 
 _OWN_BREAK = ", in _use_grad)"  # torch breaks the graph itself around every step of its optimizers
 

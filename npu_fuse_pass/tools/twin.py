@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npu_fuse_pass.tools.plain_step import PATCHED
+
 
 def twin(opt: torch.optim.Optimizer, missing_gradients: bool = True) -> torch.optim.Optimizer:
     """A copy of an optimizer with memory of its own, laid out and shared as that of the original.
@@ -22,11 +24,13 @@ def twin(opt: torch.optim.Optimizer, missing_gradients: bool = True) -> torch.op
             memo[id(p)] = _copied(p, memo, missing_gradients)
     if type(opt).__getstate__ is torch.optim.Optimizer.__getstate__:  # which keeps no attributes of subclasses
         made = object.__new__(type(opt))
-        fields = {k: v for k, v in vars(opt).items() if not (k == "step" or k.endswith("_hooks"))}
+        fields = {k: v for k, v in vars(opt).items() if not (k in PATCHED or k.endswith("_hooks"))}
         vars(made).update(copy.deepcopy(fields, memo))
         vars(made).update({k: OrderedDict() for k in vars(opt) if k.endswith("_hooks")})
         return made
     made = copy.deepcopy(opt, memo)
+    for name in PATCHED:
+        vars(made).pop(name, None)
     for name in [k for k in vars(made) if k.endswith("_hooks")]:
         vars(made)[name] = OrderedDict()
     return made

@@ -1,0 +1,55 @@
+"""torch's own fused kernels (fused=True), which it hides from every backend: switched off, and on again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npu_fuse_pass.rules.hidden import uses_fused
+from npu_fuse_pass.user_warnings import warn
+
+
+class FusedOption:
+    """The option of an optimizer whose step is compiled.
+
+    Args:
+        opt: the optimizer.
+        by: the function that was called to compile it, for the warning.
+    """
+
+    def __init__(self, opt: torch.optim.Optimizer, by: str) -> None:
+        self._opt, self._by = opt, by
+        self._were_on: list[dict[str, Any]] = []
+
+    def switch_off(self) -> None:
+        """Take the form that backends are shown, with a warning; also after a checkpoint brought fused=True along."""
+        opt = self._opt
+        if not uses_fused(opt):
+            return
+        warn(
+            f"npu_fused: {type(opt).__name__} was constructed with fused=True, which torch hides from every backend; "
+            f"{self._by} has switched it off. Construct the optimizer without it to avoid this warning"
+        )
+        for settings in (opt.defaults, *opt.param_groups):
+            if settings.get("fused"):
+                settings["fused"] = False
+                self._were_on.append(settings)
+        opt._step_supports_amp_scaling = False  # type: ignore[attr-defined]  # GradScaler then unscales before the step
+        for entry in opt.state.values():
+            step = entry.get("step")
+            if isinstance(step, Tensor):  # fused kernels keep counters on the device
+                entry["step"] = step.cpu()
+
+    def restore(self) -> None:
+        """Switch it on again where it was."""
+        if not self._were_on:
+            return
+        for settings in self._were_on:
+            settings["fused"] = True
+        self._were_on.clear()
+        self._opt._step_supports_amp_scaling = True  # type: ignore[attr-defined]
+        for p, entry in self._opt.state.items():
+            if isinstance(entry.get("step"), Tensor):
+                entry["step"] = entry["step"].to(p.device)

@@ -1,0 +1,39 @@
+"""An optimizer's step without what torch, or this package, puts around it."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import lr_scheduler
+
+# what stands in the fields of an optimizer whose step was replaced: `compile_optimizer_` sets all three
+PATCHED = ("step", "__getstate__", "_npu_fused")
+ORIGINAL = "_npu_fused_original"  # what a compiled step keeps the step under that it was made of
+
+
+def plain_step(opt: torch.optim.Optimizer) -> Callable[..., Any]:
+    """`opt.step` without the wrappers of torch's schedulers, of torch.compile and of this package; others stay."""
+    step: Any = opt.step
+    while isinstance(step, types.FunctionType):
+        if _is_of(step, lr_scheduler) and hasattr(step, "__wrapped__"):
+            step = types.MethodType(step.__wrapped__, opt)
+        elif _is_of(step, torch._dynamo.eval_frame) and hasattr(step, "_torchdynamo_orig_callable"):
+            step = step._torchdynamo_orig_callable
+        else:
+            break
+    return getattr(step, ORIGINAL, step)  # type: ignore[no-any-return]
+
+
+def is_hooked(step: Callable[..., Any]) -> bool:
+    """Whether a step is what torch makes of a class's method: the method itself, with the hooks around it."""
+    return getattr(step, "__code__", None) is _HOOKED
+
+
+def _is_of(function: types.FunctionType, module: types.ModuleType) -> bool:
+    return function.__code__.co_filename == module.__file__
+
+
+_HOOKED = torch.optim.Optimizer.profile_hook_step(lambda self: None).__code__
