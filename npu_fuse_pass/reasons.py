@@ -112,6 +112,10 @@ class Code(enum.Enum):
         "Other parameters have gradients than when the graph was captured.",
         "set and drop gradients outside of the compiled function",
     )
+    SHARDED = (
+        "A rule takes norms or sums of parameters of which this process holds a part (DTensors).",
+        "nothing: the step runs on the DTensors, operation by operation; a rule without norms is fused",
+    )
     REPEATED = ("A parameter is listed more than once in a group.", "list every parameter once")
     KEPT = (
         "A compiled function uses a state or a tensor hyperparameter of an optimizer whose step is in its graph.",

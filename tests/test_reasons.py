@@ -395,7 +395,24 @@ def other_gradients() -> Steps:
     return torch.compile(step, backend=drops), torch.compile(step, backend="npu_fused")
 
 
+def sharded() -> Steps:
+    def step(cls: Callable[..., torch.optim.Optimizer]) -> Callable[[], Any]:
+        def run() -> None:
+            torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+            try:
+                mesh = init_device_mesh("cpu", (1,))
+                params = ones((4,), wrap=lambda t: distribute_tensor(t, mesh, [Shard(0)]))
+                compiled(cls(params, lr=0.1))()
+            finally:
+                torch.distributed.destroy_process_group()
+
+        return run
+
+    return step(optimizers.NpuFusedLamb), step(optimizers.NpuFusedAdamW)
+
+
 STEPS: dict[Code, Callable[[], Steps]] = {
+    Code.SHARDED: sharded,
     Code.SHARED_MEMORY: shared_memory,
     Code.NO_MEMORY: no_memory,
     Code.KEPT: kept,

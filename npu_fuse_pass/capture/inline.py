@@ -34,6 +34,8 @@ def expand_rule(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], 
     if any(leaf.optimizer == handle for leaf in interpreter.leaves):  # states of the first step would be read again
         raise Unsupported("step", "one optimizer steps more than once in this function", Code.STEPS_TWICE)
     optimizer = core_op.optimizer_of(handle)
+    if any(batch.is_dtensors for batch in optimizer._prelude.batches):
+        raise Unsupported("rule_update", "the parameters are DTensors; compile the step by itself", Code.NO_MEMORY)
     own = [p for p in optimizer._surface.params if p.grad is not None]
     if len(own) != len(params):
         raise Unsupported(

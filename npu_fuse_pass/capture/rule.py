@@ -51,6 +51,10 @@ def capture_batches(batches: Sequence[Batch]) -> Captured:
         members = _add_leaves(captured.leaves, batch, roles)
         if any(b.repeats for b in batches):
             continue
+        if batch.needs_whole:
+            text = f"rule {batch.rule.name} takes norms or sums of whole parameters, and these are sharded DTensors"
+            captured.unfused.append(Code.SHARDED(text))
+            continue
         try:
             updates, moved = _updates_of(batch, roles, members, traces)
             captured.updates += updates

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from npu_fuse_pass.errors import GradientError
-from npu_fuse_pass.rules.checks import reads_step
+from npu_fuse_pass.rules.checks import is_pointwise, reads_step
 from npu_fuse_pass.rules.declaration import Declaration
 from npu_fuse_pass.rules.hyperparameters import Hyper
 from npu_fuse_pass.rules.state import ParamState, States
 from npu_fuse_pass.tensors.buffers import flat_buffer, reference_strides
 from npu_fuse_pass.tensors.memory import same_memory
 from npu_fuse_pass.tensors.same import SameTensors
+from npu_fuse_pass.tensors.sharded import as_dtensor, is_dtensor, local, local_gradient, local_state, sharding
 
 _grad = operator.attrgetter("grad")
 
@@ -35,7 +36,9 @@ class Batch:
     rule: Declaration
     group: int
     part: int
-    params: list[Tensor]
+    owners: list[Tensor]  # as the optimizer lists them; DTensors show here which part `params` are
+    params: list[Tensor]  # what this process holds of them
+    sharding: str | None
     dtype: torch.dtype
     grad_dtype: torch.dtype
     device: torch.device
@@ -52,6 +55,7 @@ class Batch:
     pointers: list[int]
     inference: bool  # whether it writes tensors that only inference mode may write
     repeats: bool  # whether its parameters are listed in an earlier batch already, whose states it shares
+    needs_whole: bool  # whether the rule takes norms or sums of parameters of which this process holds a part
     counts: bool  # whether its parameters have a step counter: those with a state do, and those whose rule reads it
     all_seen: bool = False
     same: SameTensors = dataclasses.field(default_factory=SameTensors)
@@ -61,7 +65,9 @@ class Batch:
     def grads(self) -> list[Tensor | None]:
         """This step's gradients; None for a parameter that is left out."""
         if self._grads is None:
-            self._grads = list(map(_grad, self.params))
+            self._grads = list(map(_grad, self.owners))
+            if self.is_dtensors:
+                self._grads = list(map(local_gradient, self.owners, self._grads))
         return self._grads
 
     @grads.setter
@@ -72,6 +78,10 @@ class Batch:
         """Read them anew when somebody asks for them."""
         self._grads = None
 
+    @property
+    def is_dtensors(self) -> bool:
+        return self.sharding in ("shard", "replica")
+
     def keywords(self, step: Tensor) -> dict[str, Any]:
         """The keywords of the rule at one step count, totals excepted."""
         return {**self.hyper.static, **self.hyper.views, "step": step}
@@ -80,9 +90,9 @@ class Batch:
         return {name: views[index] for name, views in self.views.items()}
 
 
-def batch_key(param: Tensor, grad: Tensor | None) -> tuple[torch.dtype, torch.dtype, torch.device]:
+def batch_key(param: Tensor, grad: Tensor | None) -> tuple[torch.dtype, torch.dtype, torch.device, str | None]:
     """What parameters of one batch have in common beside the group."""
-    return param.dtype, param.dtype if grad is None else grad.dtype, param.device
+    return param.dtype, param.dtype if grad is None else grad.dtype, param.device, sharding(param)
 
 
 def make_batch(
@@ -90,18 +100,20 @@ def make_batch(
     group: int,
     part: int,
     settings: Mapping[str, Any],
-    params: list[Tensor],
+    owners: list[Tensor],
     state: States,
     state_dtype: torch.dtype | None,
 ) -> Batch:
-    """Allocate flat buffers for `params` and copy in what the optimizer's state holds for them.
+    """Allocate flat buffers for parameters and copy in what the optimizer's state holds for them.
 
     Args:
         state_dtype: of the states; None: the parameters' own.
     """
     hyper = Hyper(rule, settings)
     names = rule.states_of(settings)
-    dtype, grad_dtype, device = batch_key(params[0], next((p.grad for p in params if p.grad is not None), None))
+    grad = next((p.grad for p in owners if p.grad is not None), None)
+    dtype, grad_dtype, device, spread = batch_key(owners[0], grad)
+    params = list(map(local, owners))
     stored = state_dtype or dtype
     flat: dict[str, Tensor] = {}
     views = {}
@@ -114,7 +126,9 @@ def make_batch(
         rule=rule,
         group=group,
         part=part,
+        owners=owners,
         params=params,
+        sharding=spread,
         dtype=dtype,
         grad_dtype=grad_dtype,
         device=device,
@@ -131,6 +145,7 @@ def make_batch(
         pointers=[],
         inference=False,
         repeats=False,
+        needs_whole=spread == "shard" and not is_pointwise(rule, hyper.static, hyper.views, flat),
         counts=bool(flat) or reads_step(rule, hyper.static, hyper.views, rule.totals_of(settings)),
     )
     adopt(batch, state)
@@ -139,11 +154,12 @@ def make_batch(
 
 def repeated(batch: Batch, params: Sequence[Tensor]) -> Batch:
     """A batch that updates some parameters of another one once more, on the same states."""
-    at = {id(p): i for i, p in enumerate(batch.params)}
+    at = {id(p): i for i, p in enumerate(batch.owners)}
     places = [at[id(p)] for p in params]
     return dataclasses.replace(
         batch,
-        params=list(params),
+        owners=list(params),
+        params=list(map(local, params)),
         views={name: [views[i] for i in places] for name, views in batch.views.items()},
         step_views=[batch.step_views[i] for i in places],
         shown=[batch.shown[i] for i in places],
@@ -167,7 +183,7 @@ def expose(batch: Batch, state: States) -> None:
     """Make the states of parameters that were updated for the first time visible in `opt.state`."""
     if batch.all_seen or not batch.counts:
         return
-    for i, (param, grad) in enumerate(zip(batch.params, batch.grads, strict=True)):
+    for i, (param, grad) in enumerate(zip(batch.owners, batch.grads, strict=True)):
         if grad is not None and not batch.seen[i]:
             _show(batch, i, state.entry(param))
             batch.seen[i] = True
@@ -176,7 +192,7 @@ def expose(batch: Batch, state: States) -> None:
 
 def expose_updated(batch: Batch, state: States) -> None:
     """As `expose` after a step that something interrupted: of the parameters that it has updated."""
-    for i, param in enumerate(batch.params):
+    for i, param in enumerate(batch.owners):
         if batch.counts and not batch.seen[i] and batch.step_views[i] > 0:
             _show(batch, i, state.entry(param))
             batch.seen[i] = True
@@ -202,6 +218,9 @@ def check_state(
         allowed = f"allowed is a dense real tensor of the parameter's shape {tuple(param.shape)}"
         if not isinstance(value, Tensor):
             raise ValueError(f"state {name!r} of {label} is {value!r}; {allowed}")
+        if is_dtensor(value) != is_dtensor(param):
+            kinds = f"{type(value).__name__}, its parameter a {type(param).__name__}"
+            raise ValueError(f"state {name!r} of {label} is a {kinds}; distribute both in the same way")
         if value.shape != param.shape or value.is_complex() or value.layout is not torch.strided:
             got = f"{value.dtype}, {value.layout}, of shape {tuple(value.shape)}"
             raise ValueError(f"state {name!r} of {label} is {got}; {allowed}")
@@ -223,6 +242,9 @@ def check_gradient(param: Tensor, grad: Tensor) -> None:
         raise GradientError(f"a gradient or parameter is {grad.dtype}; allowed are real floating-point dtypes")
     if grad.shape != param.shape:
         raise GradientError(f"a gradient has shape {tuple(grad.shape)}; its parameter has {tuple(param.shape)}")
+    if is_dtensor(grad) != is_dtensor(param):
+        kinds = f"{type(grad).__name__}; its parameter is a {type(param).__name__}"
+        raise GradientError(f"a gradient is a {kinds}: both or none of them may be DTensors")
     if grad.device != param.device:
         raise GradientError(f"a gradient is on {grad.device}; its parameter is on {param.device}")
 
@@ -253,21 +275,22 @@ def adopt(batch: Batch, existing: States) -> None:
     A parameter that has none of its states begins anew. What is no longer in its entry keeps its value, with memory of
     its own: somebody may put it back later.
     """
-    entries = [existing.entry(p).present() if dict.__contains__(existing, p) else {} for p in batch.params]
+    entries = [existing.entry(p).present() if dict.__contains__(existing, p) else {} for p in batch.owners]
     begun = [not batch.flat or not batch.flat.keys().isdisjoint(entry) for entry in entries]
     # torch.optim.SGD keeps no counter: a parameter that has a state has been updated at least once
     steps = [float(entry.get("step", bool(batch.flat))) if b else 0.0 for b, entry in zip(begun, entries, strict=True)]
     for shown, entry in zip(batch.shown, entries, strict=True):
         for name in [name for name, t in shown.items() if entry.get(name) is not t]:
-            t = shown.pop(name)
+            t = local(shown.pop(name))
             t.data = t.clone()
     for name, views in batch.views.items():
-        values = [entry[name].detach() if name in entry else None for entry in entries]
+        known = [entry[name].detach() if name in entry else None for entry in entries]
+        values = [v if v is None else local_state(v, p) for v, p in zip(known, batch.owners, strict=True)]
         _bring(values, views, batch.rule.states[name].value)
     for view, step in zip(batch.step_views, steps, strict=True):
         view.fill_(step)
     batch.seen = [bool(entry and batch.counts) for entry in entries]
-    for i, param in enumerate(batch.params):
+    for i, param in enumerate(batch.owners):
         if batch.seen[i]:
             _show(batch, i, existing.entry(param))
     batch.all_seen = all(batch.seen)
@@ -292,8 +315,9 @@ def _show(batch: Batch, index: int, entry: ParamState) -> None:
     """Put a parameter's states into its entry: tensors that nobody else uses, so that they can be given away."""
     shown = batch.shown[index]
     for name, view in {"step": batch.step_views[index], **batch.states(index)}.items():
+        spread = batch.is_dtensors and name != "step"
         if name not in shown:
-            shown[name] = view.detach()
-        elif not same_memory(shown[name], view):
-            shown[name].data = view
+            shown[name] = as_dtensor(view.detach(), batch.owners[index]) if spread else view.detach()
+        elif not same_memory(local(shown[name]), view):
+            local(shown[name]).data = view
     entry.take(shown)

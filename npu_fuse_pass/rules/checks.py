@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -115,3 +115,64 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.seen |= any(x is self._watched for x in (*args, *(kwargs or {}).values()))
         return function(*args, **(kwargs or {}))
+
+
+def is_pointwise(
+    rule: Declaration, static: Mapping[str, Any], numbers: Mapping[str, Any], states: Iterable[str]
+) -> bool:
+    """Whether a new element depends on the elements in its place alone: no norms, sums or totals of whole tensors.
+
+    False also where it cannot be told.
+    """
+    if rule.totals:
+        return False
+    tensors = {n: torch.empty((2, 3), device="meta") for n in ("param", "grad", *states)}
+    keywords, watch = meta_keywords(static, numbers, ()), _Pointwise()
+    try:
+        with watch:
+            results(rule, tensors, keywords, ())
+    except Exception:  # whatever a rule cannot do on meta tensors
+        return False
+    return watch.pointwise
+
+
+def check_flat_shards(rule: Declaration, settings: Mapping[str, Any]) -> None:
+    """Refuse a rule that takes norms for parameters that FSDP1 keeps as parts of a flat tensor.
+
+    Raises:
+        RuleError: says what to use.
+    """
+    static, numbers = split_keywords(wanted_keywords(rule), settings)
+    if not is_pointwise(rule, dict(static), numbers, rule.states_of(settings)):
+        raise RuleError(
+            f"rule {rule.name!r} takes norms or sums of whole parameters, and FullyShardedDataParallel gives it flat "
+            "shards, each a part of a parameter; use torch.distributed.fsdp.fully_shard, whose DTensors know the whole"
+        )
+
+
+class _Pointwise(TorchDispatchMode):
+    """Notices operations on tensors that are not of their elements one by one."""
+
+    _others = (
+        "_to_copy",
+        "alias",
+        "clone",
+        "detach",
+        "empty_like",
+        "full_like",
+        "lift_fresh",
+        "ones_like",
+        "zeros_like",
+    )
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.pointwise = True
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        known = torch.Tag.pointwise in function.tags or function._schema.name.removeprefix("aten::") in self._others
+        result = function(*args, **kwargs)
+        given = [x for a in (*args, *kwargs.values()) for x in (a if isinstance(a, (list, tuple)) else (a,))]
+        self.pointwise &= known or not any(isinstance(x, Tensor) and x.ndim for x in given)
+        return result

@@ -19,7 +19,7 @@ import logging
 import os
 import types
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +29,7 @@ from npu_fuse_pass.options import disabled
 from npu_fuse_pass.rules import pending
 from npu_fuse_pass.rules.batch import Batch
 from npu_fuse_pass.rules.pending import Keeping
+from npu_fuse_pass.tensors.sharded import as_dtensor, is_dtensor, local, local_gradient
 from npu_fuse_pass.user_warnings import warn
 
 
@@ -132,13 +133,23 @@ def run_eager(optimizer: Stepping) -> None:
 
 def run_rules(batches: list[Batch]) -> None:
     """Totals, then every parameter's rule."""
+    if any(batch.needs_whole for batch in batches):
+        from torch.distributed.tensor.experimental import implicit_replication
+
+        with implicit_replication():  # counters and hyperparameters are plain numbers beside DTensors
+            _run_rules(batches)
+    else:
+        _run_rules(batches)
+
+
+def _run_rules(batches: list[Batch]) -> None:
     totals = [_totals(batch, batches) for batch in batches]
     for batch, sums in zip(batches, totals, strict=True):
-        for i, (param, grad) in enumerate(zip(batch.params, batch.grads, strict=True)):
+        for i, (param, grad) in enumerate(_pairs(batch)):
             if grad is None:
                 continue
             step = batch.step_views[i] + 1
-            states = {name: _dimmed(state) for name, state in batch.states(i).items()}
+            states = _states(batch, i)
             param, grad = _dimmed(param), _dimmed(grad)
             new, new_grad, new_states = batch.rule.apply(param, grad, states, {**batch.keywords(step), **sums})
             param.copy_(new)
@@ -148,6 +159,21 @@ def run_rules(batches: list[Batch]) -> None:
                 states[name].copy_(value)
             if batch.counts:
                 batch.step_views[i].copy_(step)
+
+
+def _pairs(batch: Batch) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Parameters and gradients: whole ones, as DTensors, where the rule takes norms of them."""
+    if not batch.needs_whole:
+        return zip(batch.params, batch.grads, strict=True)
+    held = zip(batch.params, batch.grads, batch.owners, strict=True)
+    return ((as_dtensor(p, owner), None if g is None else as_dtensor(g, owner)) for p, g, owner in held)
+
+
+def _states(batch: Batch, index: int) -> dict[str, Tensor]:
+    states = batch.states(index)
+    if batch.needs_whole:
+        states = {name: as_dtensor(state, batch.owners[index]) for name, state in states.items()}
+    return {name: _dimmed(state) for name, state in states.items()}
 
 
 def _dimmed(x: Tensor) -> Tensor:
@@ -169,10 +195,12 @@ def _total(name: str, batch: Batch, batches: list[Batch]) -> Tensor:
     for b in within:
         if name not in b.totals:
             continue
-        for i, (param, grad) in enumerate(zip(b.params, b.grads, strict=True)):
+        for i, (param, grad) in enumerate(_pairs(b)):
             if grad is not None:
-                states = {n: _dimmed(state) for n, state in b.states(i).items()}
-                part = rule.contribution(name, _dimmed(param), _dimmed(grad), states, b.keywords(b.step_views[i] + 1))
+                keywords = b.keywords(b.step_views[i] + 1)
+                part = rule.contribution(name, _dimmed(param), _dimmed(grad), _states(b, i), keywords)
+                if is_dtensor(part):
+                    part = part.full_tensor()  # type: ignore[attr-defined]
                 result = result + part.to(result.device)
     return result
 
@@ -212,9 +240,10 @@ def _update(params: list[Tensor], grads: list[Tensor], found_inf: Tensor | None,
 
 def _on_given(batch: Batch, given: Mapping[int, tuple[Tensor, Tensor | None, Tensor]]) -> Batch:
     pairs = []
-    for p, g in zip(batch.params, batch.grads, strict=True):
-        param, before, grad = given.get(id(p), (p, g, g))
-        pairs.append((param, grad if g is before else g))
+    for owner, p, g in zip(batch.owners, batch.params, batch.grads, strict=True):
+        param, before, grad = given.get(id(owner), (p, owner.grad, owner.grad))
+        same = owner.grad is before and grad is not None
+        pairs.append((local(param), local_gradient(owner, grad) if same else g))
     made = dataclasses.replace(batch, params=[p for p, _ in pairs])
     made.grads = [g for _, g in pairs]
     return made

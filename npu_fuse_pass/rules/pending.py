@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from npu_fuse_pass.rules.prelude import Prelude
+from npu_fuse_pass.tensors.sharded import is_dtensor
 
 _KNOWN = ("npu_fuse_pass", "torch")  # whose functions read nothing that a training function changes
 _LEAVES = (type, types.ModuleType, types.BuiltinFunctionType, types.CodeType, types.FrameType)
@@ -38,6 +39,8 @@ def why_apart(optimizer: Keeping, operation: object, handle: str) -> str:
         operation: the step in a graph, with `handle` as its last argument.
     """
     try:
+        if any(is_dtensor(p) for group in optimizer.param_groups for p in group["params"]):
+            return "the parameters are DTensors, whose local parts a kernel takes"
         tracer = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx()
         output = tracer.output
         changed = _changed(optimizer, output.side_effects)

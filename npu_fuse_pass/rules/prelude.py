@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from npu_fuse_pass.errors import OptionError
 from npu_fuse_pass.rules.batch import (
@@ -25,9 +26,11 @@ from npu_fuse_pass.rules.batch import (
     make_batch,
     repeated,
 )
+from npu_fuse_pass.rules.checks import check_flat_shards
 from npu_fuse_pass.rules.declaration import Declaration
 from npu_fuse_pass.rules.ranges import check_kinds
 from npu_fuse_pass.rules.state import States
+from npu_fuse_pass.tensors.sharded import local, sharding
 
 
 class Watch(Protocol):
@@ -76,6 +79,7 @@ class Prelude:
 
         Raises:
             GradientError: a gradient is of a kind that no rule takes; nothing has been changed.
+            RuleError: the rule takes norms, of which a flat shard of FSDP1 knows a part; nothing has been changed.
             ValueError: `opt.state` holds what no step can go on from; nothing has been changed.
             RuntimeError: a tensor that only inference mode may write is written; nothing has been changed.
         """
@@ -120,6 +124,8 @@ class Prelude:
     def release_gradients(self) -> None:
         """Let go of this step's gradients: the next forward pass needs the memory that zero_grad frees."""
         for batch in self.batches:
+            if batch.is_dtensors:  # what was written is a tensor inside of them
+                increment_version([p for p, g in zip(batch.owners, batch.grads, strict=True) if g is not None])
             batch.grads = [None] * len(batch.params)
         if self.watch is not None:
             self.watch.release()
@@ -151,6 +157,9 @@ class Prelude:
             optimizer.state = States(optimizer.state)
         state = optimizer.state
         self._check_states(optimizer, parts)
+        for _, rule, params, settings in parts:
+            if any(sharding(p) == "flat shard" for p in params):
+                check_flat_shards(rule, settings)
         state.changes.forget()
         try:
             self._make_batches(optimizer, parts, state)
@@ -203,7 +212,7 @@ class Prelude:
 
 def _serves(batch: Batch, rule: Declaration, part: int, settings: Mapping[str, Any], members: list[Tensor]) -> bool:
     """Whether an existing batch still is what would be made for these parameters."""
-    same = len(members) == len(batch.params) and all(map(operator.is_, members, batch.params))
+    same = len(members) == len(batch.owners) and all(map(operator.is_, members, batch.owners))
     return (
         same
         and not batch.repeats
@@ -216,6 +225,8 @@ def _serves(batch: Batch, rule: Declaration, part: int, settings: Mapping[str, A
 
 def _read_gradients(batch: Batch) -> bool:
     """Take this step's gradients into the batch; False where a parameter or gradient is no longer what it was."""
+    if batch.is_dtensors:
+        batch.params = list(map(local, batch.owners))
     params = batch.params
     batch.forget_gradients()
     grads = batch.grads

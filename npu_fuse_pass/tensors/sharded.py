@@ -1,0 +1,85 @@
+"""Parameters that are spread over processes: DTensors (FSDP2's fully_shard, tensor parallel) and FSDP1's flat shards.
+
+A rule without norms updates the elements that this process holds; a DTensor shows where they are. Nothing here
+communicates but `local_gradient`, where a gradient is laid out in another way than its parameter.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_dtensor(t: object) -> bool:
+    """Whether a tensor is a torch.distributed.tensor.DTensor; without importing torch.distributed."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
+
+
+def sharding(param: Tensor) -> str | None:
+    """How a parameter is spread: "flat shard" (FSDP1), "shard" or "replica" (DTensors); None: not at all."""
+    if is_dtensor(param):
+        layout: Any = param
+        return "replica" if all(p.is_replicate() for p in layout.placements) else "shard"
+    return "flat shard" if getattr(param, "_fsdp_flattened", False) and param.ndim < 2 else None
+
+
+@torch.no_grad()
+def local(t: Tensor) -> Tensor:
+    """The elements that this process holds, in the same memory; a tensor that is no DTensor itself."""
+    if not is_dtensor(t):
+        return t
+    held: Tensor | None = getattr(t, "_local_tensor", None)  # the object itself: to_local() makes one at each call
+    if held is None:
+        held = t.detach().to_local()  # type: ignore[attr-defined]
+    return held.wait() if hasattr(held, "wait") else held
+
+
+@torch.no_grad()
+def local_gradient(param: Tensor, grad: Tensor | None) -> Tensor | None:
+    """The part of a gradient that belongs to the elements of `param` that this process holds."""
+    if grad is None or not is_dtensor(param):
+        return grad
+    layout: Any = param
+    given: Any = grad
+    if given.placements != layout.placements:
+        given = given.redistribute(placements=layout.placements)
+    return local(given)
+
+
+@torch.no_grad()
+def as_dtensor(held: Tensor, param: Tensor) -> Tensor:
+    """The DTensor of which this process holds these elements, laid out as `param`."""
+    from torch.distributed.tensor import DTensor
+
+    layout: Any = param
+    mesh, placements = layout.device_mesh, layout.placements
+    first = _from_start(held)
+    return DTensor.from_local(first, mesh, placements, run_check=False, shape=layout.shape, stride=layout.stride())
+
+
+def _from_start(t: Tensor) -> Tensor:
+    """The same memory in a storage that begins with the tensor.
+
+    A DTensor takes over the offset of what it wraps, and with one its data_ptr() is not 0, by which copy.deepcopy knows
+    a tensor without memory of its own.
+    """
+    if not t.storage_offset():
+        return t
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+    start = t.storage_offset() * t.itemsize
+    piece: Any = t.untyped_storage()[start : start + extent * t.itemsize]
+    return torch.empty(0, dtype=t.dtype, device=t.device).set_(piece, 0, t.shape, t.stride())
+
+
+@torch.no_grad()
+def local_state(value: Tensor, param: Tensor) -> Tensor:
+    """The part of a state that belongs to the elements of `param` that this process holds."""
+    if is_dtensor(param) and is_dtensor(value):
+        held = local_gradient(param, value)
+        assert held is not None
+        return held
+    return value

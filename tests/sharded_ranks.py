@@ -1,0 +1,210 @@
+"""What test_sharded.py runs on every rank: each function raises where something is wrong."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import npu_fuse_pass
+import optimizers
+from optimizers.paddle import RMSProp
+
+OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
+    "SGD": lambda ps: optimizers.NpuFusedSGD(ps, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "AdamW": lambda ps: optimizers.NpuFusedAdamW(ps, lr=0.1),
+    "RMSpropTF": lambda ps: optimizers.NpuFusedRMSpropTF(ps, lr=0.1),
+    "lion": lambda ps: optimizers.lion(ps, lr=0.1),
+    "paddle": lambda ps: RMSProp(0.1, parameters=list(ps)),
+    "LAMB": lambda ps: optimizers.NpuFusedLamb(ps, lr=0.1),
+    "LAMB, global norm": lambda ps: optimizers.NpuFusedLamb(ps, lr=0.1, use_global_grad_norm=True),
+}
+WITH_NORMS = ("LAMB", "LAMB, global norm")
+
+
+def model(hidden: int = 5) -> torch.nn.Module:
+    """With 5 hidden units the shards are uneven, and with 4 ranks some are empty."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, hidden), torch.nn.Tanh(), torch.nn.Linear(hidden, 3, bias=False))
+
+
+def train(m: torch.nn.Module, opt: Any, step: Callable[[], Any], seeds: range) -> None:
+    for seed in seeds:
+        opt.zero_grad()
+        m(torch.randn(8, 6, generator=torch.Generator().manual_seed(seed))).square().mean().backward()
+        step()
+
+
+def whole(t: torch.Tensor) -> torch.Tensor:
+    return t.full_tensor() if isinstance(t, DTensor) else t.detach()
+
+
+def compare(sharded: Any, ours: Any, plain: Any, other: Any, what: str) -> None:
+    for p, q in zip(sharded.parameters(), plain.parameters(), strict=True):
+        pairs = [("param", p, q), *((n, ours.state[p][n], other.state[q][n]) for n in other.state.get(q, {}))]
+        for name, a, b in pairs:
+            assert isinstance(a, DTensor) is (name != "step"), f"{what}: {name} is a {type(a).__name__}"
+            far = (whole(a).double() - b.detach().double()).norm() / b.detach().double().norm()
+            assert far < 1e-5, f"{what}: {name} differs by {far:.2g}"
+
+
+def check_report(name: str) -> None:
+    report = npu_fuse_pass.reports()[-1]
+    if name in WITH_NORMS:
+        assert report.fallback is not None and "norms or sums of whole parameters" in str(report), str(report)
+    else:
+        assert report.fallback is None and report.groups, str(report)
+
+
+def shard_fully(m: torch.nn.Module, mesh: Any) -> None:
+    fully_shard(m[0], mesh=mesh)  # type: ignore[index]
+    fully_shard(m, mesh=mesh)
+
+
+def shard_tensors(m: torch.nn.Module, mesh: Any) -> None:
+    parallelize_module(m, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+
+
+def trajectories(mesh: Any, parallel: Callable[[Any, Any], None], hidden: int) -> None:
+    """As one process, compiled and eager."""
+    for name, make in OPTIMIZERS.items():
+        for compiled in (True, False):
+            torch._dynamo.reset()
+            npu_fuse_pass.clear_reports()
+            sharded, plain = model(hidden), model(hidden)
+            parallel(sharded, mesh)
+            ours, other = make(sharded.parameters()), make(plain.parameters())
+            step = torch.compile(ours.step, backend="npu_fused") if compiled else ours.step
+            versions = [p._version for p in sharded.parameters()]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                train(sharded, ours, step, range(4))
+            train(plain, other, other.step, range(4))
+            compare(sharded, ours, plain, other, f"{name}, compiled {compiled}")
+            assert all(p._version > v for p, v in zip(sharded.parameters(), versions, strict=True)), name
+            if compiled:
+                check_report(name)
+
+
+def fully(mesh: Any) -> None:
+    trajectories(mesh, shard_fully, hidden=5)
+
+
+def tensor_parallel(mesh: Any) -> None:
+    trajectories(mesh, shard_tensors, hidden=8)
+
+
+def checkpoints(mesh: Any) -> None:
+    """Saved by all ranks with torch.distributed.checkpoint, loaded into sharded parameters and into whole ones."""
+    folder = os.environ["SHARDED_FOLDER"]
+    m = model()
+    shard_fully(m, mesh)
+    opt = optimizers.NpuFusedAdamW(m.parameters(), lr=0.1)
+    train(m, opt, opt.step, range(3))
+    dcp.save({"o": get_optimizer_state_dict(m, opt), "m": m.state_dict()}, checkpoint_id=folder)
+    n = model()
+    shard_fully(n, mesh)
+    again = optimizers.NpuFusedAdamW(n.parameters(), lr=0.1)
+    train(n, again, again.step, range(7, 8))
+    read = {"o": get_optimizer_state_dict(n, again), "m": n.state_dict()}
+    dcp.load(read, checkpoint_id=folder)
+    set_optimizer_state_dict(n, again, read["o"])
+    n.load_state_dict(read["m"])
+    for p, q in zip(m.parameters(), n.parameters(), strict=True):
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(whole(opt.state[p][name]), whole(again.state[q][name])), name
+    train(m, opt, opt.step, range(3, 5))
+    train(n, again, torch.compile(again.step, backend="npu_fused"), range(3, 5))
+    for p, q in zip(m.parameters(), n.parameters(), strict=True):
+        assert torch.allclose(whole(p), whole(q), rtol=1e-6)
+    plain = copy.deepcopy(opt.state_dict())
+    other = model()
+    with_whole = optimizers.NpuFusedAdamW(other.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="is a DTensor"):
+        with_whole.load_state_dict(plain)
+
+
+def gradients_that_lie_otherwise(mesh: Any) -> None:
+    """A gradient is brought to where its parameter lies; a plain one is refused before anything is changed."""
+    p = torch.nn.Parameter(distribute_tensor(torch.arange(20.0).reshape(5, 4), mesh, [Shard(0)]))
+    q = torch.nn.Parameter(torch.arange(20.0).reshape(5, 4))
+    ours, other = optimizers.NpuFusedAdamW([p], lr=0.1), optimizers.NpuFusedAdamW([q], lr=0.1)
+    grad = torch.linspace(-1, 1, 20).reshape(5, 4)
+    for placements in ([Shard(1)], [Replicate()], [Shard(0)]):
+        p.grad, q.grad = distribute_tensor(grad, mesh, placements), grad.clone()
+        ours.step()
+        other.step()
+    assert torch.allclose(whole(p), q)
+
+
+def within_a_function(mesh: Any) -> None:
+    """A training function that is compiled as a whole: the step gets a graph of its own, fused."""
+    torch._dynamo.reset()
+    npu_fuse_pass.clear_reports()
+    p = torch.nn.Parameter(distribute_tensor(torch.arange(20.0).reshape(5, 4), mesh, [Shard(0)]))
+    q = torch.nn.Parameter(torch.arange(20.0).reshape(5, 4))
+    ours, other = optimizers.NpuFusedAdamW([p], lr=0.1), optimizers.NpuFusedAdamW([q], lr=0.1)
+    p.grad, q.grad = distribute_tensor(torch.ones(5, 4), mesh, [Shard(0)]), torch.ones(5, 4)
+
+    @torch.compile(backend="npu_fused")
+    def function() -> None:
+        ours.step()
+
+    for _ in range(3):
+        function()
+        other.step()
+    assert torch.allclose(whole(p), q)
+    check_report("AdamW")
+
+
+def flat_shards(mesh: Any) -> None:
+    """FSDP1: rules without norms are fused; one with norms is refused, and nothing is changed."""
+    del mesh
+    for name in ("AdamW", "LAMB"):
+        npu_fuse_pass.clear_reports()
+        sharded = FullyShardedDataParallel(model(), use_orig_params=True, device_id=torch.device("cpu"))
+        plain = model()
+        ours, other = OPTIMIZERS[name](sharded.parameters()), OPTIMIZERS[name](plain.parameters())
+        step = torch.compile(ours.step, backend="npu_fused")
+        if name == "LAMB":
+            before = [p.detach().clone() for p in sharded.parameters()]
+            with pytest.raises(npu_fuse_pass.RuleError, match=r"takes norms .*fully_shard"):
+                train(sharded, ours, step, range(1))
+            assert all(torch.equal(p, b) for p, b in zip(sharded.parameters(), before, strict=True))
+            continue
+        train(sharded, ours, step, range(4))
+        train(plain, other, other.step, range(4))
+        check_report(name)
+        with FullyShardedDataParallel.summon_full_params(sharded):
+            for p, q in zip(sharded.parameters(), plain.parameters(), strict=True):
+                assert torch.allclose(p, q, rtol=1e-5, atol=1e-7)
+
+
+SCENARIOS = (fully, tensor_parallel, checkpoints, gradients_that_lie_otherwise, within_a_function, flat_shards)
+
+
+def run(rank: int, world: int, store: str) -> None:
+    """Every scenario, one after the other; all failures in one error."""
+    torch.set_num_threads(1)
+    limit = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=limit)
+    mesh = init_device_mesh("cpu", (world,))
+    for scenario in SCENARIOS:
+        torch._dynamo.reset()
+        try:
+            scenario(mesh)
+        except BaseException as e:
+            raise RuntimeError(f"{scenario.__name__}: {type(e).__name__}: {e}") from e
+    dist.destroy_process_group()
