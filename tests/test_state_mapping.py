@@ -11,11 +11,23 @@ import pytest
 import torch
 from torch import Tensor
 
+import npu_fuse_pass
 from optimizers import NpuFusedAdam, NpuFusedSGD
 
 from .cases import BY_NAME, Case
 from .plain import Plain
-from .support import Step, assert_close, clones, error, gradients, parameters, set_gradients, tier
+from .support import (
+    Step,
+    assert_close,
+    assert_fused,
+    clones,
+    error,
+    gradients,
+    last_report,
+    parameters,
+    set_gradients,
+    tier,
+)
 from .unchanged import Unchanged
 
 SHAPES = [(4, 4), (5,), (4, 4), (2, 3, 2), ()]  # two of one shape: their states could be exchanged
@@ -309,6 +321,31 @@ def test_what_no_step_can_go_on_from_is_refused(mode: str, name: str, value: Any
     unchanged()
     step()
     step.check_fused(len(params))
+
+
+@modes
+def test_a_function_whose_step_is_refused_at_the_first_call(mode: str) -> None:
+    """While it is compiled, that is: the error is the same, and the next call is fused."""
+    params = parameters([(3, 4), (5,)])
+    opt = NpuFusedAdam(params)
+
+    def body() -> None:
+        for p in params:
+            p.grad.mul_(2)
+        opt.step()
+
+    opt.state[params[0]]["exp_avg_sq"] = torch.ones(3, 4)
+    npu_fuse_pass.clear_reports()
+    function = torch.compile(body, backend="npu_fused") if mode == "compiled" else body
+    set_gradients(params, gradients(params, 0))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="parameter 0 has 'exp_avg_sq' and lacks 'exp_avg'") as caught:
+            function()
+        assert type(caught.value) is ValueError
+    opt.state[params[0]].clear()
+    function()
+    if mode == "compiled":
+        assert_fused(last_report(), parameters=2)
 
 
 def test_a_parameter_that_grew_without_its_states_is_refused() -> None:

@@ -34,8 +34,33 @@ Kept = dict[str, list[Tensor | None]]
 def graph_step(gm: fx.GraphModule, options: Options, cause: Cause) -> Callable[..., Any]:
     """Compile any other graph: a stock optimizer's step, or a larger function in which optimizers of ours step."""
     handles = [str(n.args[3]) for n in gm.graph.nodes if n.target is core_op.rule_update]
+    try:
+        for handle in handles:
+            core_op.optimizer_of(handle)._prelude.prepare()
+    except (ValueError, RuntimeError):  # of the inputs; a GradientError is one of these
+        return _Later(gm, options, cause)
     step = GraphStep(gm, options, handles, cause)
     return step if step.fused else gm.forward
+
+
+class _Later:
+    """A step whose optimizer refuses what it is given while it is compiled: at the call it does so itself.
+
+    What a backend raises Dynamo wraps in an error of its own; and what was wrong may be right at the next call.
+    """
+
+    __slots__ = ("_cause", "_gm", "_options", "_step")
+
+    def __init__(self, gm: fx.GraphModule, options: Options, cause: Cause) -> None:
+        self._gm, self._options, self._cause = gm, options, cause
+        self._step: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        if self._step is None:
+            for node in self._gm.graph.find_nodes(op="call_function", target=core_op.rule_update):
+                core_op.optimizer_of(str(node.args[3]))._prelude.prepare()
+            self._step = graph_step(self._gm, self._options, self._cause)
+        return self._step(*args)
 
 
 class GraphStep:
