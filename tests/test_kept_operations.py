@@ -443,7 +443,7 @@ def test_numbers_are_float64_from_end_to_end(name: str) -> None:
     assert reports and all(r.groups and not r.fallback for r in reports), reports
 
 
-@pytest.mark.parametrize("cls", [torch.optim.AdamW], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.NAdam], ids=lambda cls: cls.__name__)
 def test_hyperparameters_that_are_arguments_are_float64(cls: Any) -> None:
     runs = []
     npu_fuse_pass.clear_reports()

@@ -30,13 +30,42 @@ def updates_of(
     Raises:
         Unsupported: one update would need tensors of different shapes.
     """
-    roots = [cell.val.expr for cell in cells.values()]
+    roots = _stored({i: cell.val.expr for i, cell in cells.items()}, leaves, builder)
     roots, contributions, totals = separate(roots, list(cells), leaves, builder, first_total)
     together = _Together(leaves, dict(zip(cells, roots, strict=True)), contributions)
     same = _Same(leaves)
     for written, added in together.components():
         same.add([(leaf, together.writes[leaf]) for leaf in written], added)
     return same.updates, totals
+
+
+def _stored(writes: Mapping[int, Expr], leaves: Sequence[Leaf], b: Builder) -> list[Expr]:
+    """The roots, where new 0-dim values are read by tensors as their leaves store them (NAdam's product of momenta).
+
+    What is counted up needs no rounding. A product is one of numbers of the leaf's dtype, as `mul_` computes it.
+    """
+    products = {i: e for i, e in writes.items() if e.op == "mul" and not e.tensor}
+    products = {i: e for i, e in products.items() if leaves[i].dtype.is_floating_point and leaves[i].dtype.itemsize < 8}
+    if not products:
+        return [*writes.values()]
+    order = postorder([*writes.values()])
+    numbers = {id(a) for e in order if e.tensor for a in e.args if not a.tensor}
+    for e in reversed(order):
+        if id(e) in numbers:
+            numbers.update(map(id, e.args))
+    dtypes = {id(e): leaves[i].dtype for i, e in products.items() if id(e) in numbers}
+    made: dict[int, Expr] = {}
+    unrounded: dict[int, Expr] = {}
+    for e in order:
+        args = tuple(made[id(a)] for a in e.args)
+        dtype = dtypes.get(id(e))
+        if dtype is None:
+            made[id(e)] = b.make(e.op, args, e.value, e.dtype, e.tensor) if args else e
+        else:
+            given = (a if a.op == "leaf" else b.cast(b.cast(a, dtype), torch.float64) for a in args)
+            unrounded[id(e)] = b.make(e.op, tuple(given), e.value, e.dtype, e.tensor)
+            made[id(e)] = b.cast(b.cast(unrounded[id(e)], dtype), torch.float64)
+    return [unrounded.get(id(e), made[id(e)]) for e in writes.values()]
 
 
 class _Together:
