@@ -39,7 +39,7 @@ _LAZY = {
     "CompileReport": "report.report",
     "reports": "report.report",
     "clear_reports": "report.report",
-    "clear_cache": "lowerings.cpu.cache",
+    "clear_cache": "lowerings.kernels.cache",
 }
 
 __all__ = [

@@ -46,8 +46,9 @@ def npu_fused(
             the original, whose values count, and raise NumericsError at the first difference (slow; otherwise
             NPU_FUSE_CHECK_NUMERICS=1); `torchair_config`: a torchair.CompilerConfig of mode "max-autotune", which
             torchair's compiler gets as it is; `layout`: how an NPU graph takes a group's tensors: "auto" (flat where
-            they are adjacent in memory), "flat" or "list" (one by one); `kernels`: on an NPU "auto" (dedicated
-            operations as exact as eager), "dedicated" (the fewest operations) or "elementwise"; `dump`: a folder in
+            they are adjacent in memory), "flat" or "list" (one by one); `kernels`: on an NPU "auto" (generated kernels
+            where the self-test has proved them, otherwise GE operations as exact as eager), "generated", "operations"
+            (of GE), "dedicated" (the fewest operations) or "elementwise"; `dump`: a folder in
             which every compile leaves files to read (otherwise NPU_FUSE_DUMP, or torch's debug folder under
             TORCH_COMPILE_DEBUG=1); `verify`: check what every stage promises, and raise internal errors instead of
             running the original (otherwise NPU_FUSE_VERIFY=1).

@@ -151,15 +151,24 @@ def _lower_npu(
 ) -> Lowered:
     from npu_fuse_pass.lowerings.npu import ge_texts, retry
     from npu_fuse_pass.lowerings.npu import program as npu
+    from npu_fuse_pass.lowerings.npu.environment import require
+    from npu_fuse_pass.lowerings.npu.kernels import choice, proof
 
+    try:
+        require()
+    except PlatformError as e:
+        if options.kernels != choice.GENERATED or wanted(options.dump) is None:
+            raise
+        return _look_at_kernels(leaves, groups, e)
     rows: list[GroupReport] = []
+    chosen = choice.choose(options.kernels)
 
     def show(program: npu.Program, refused: str | None = None) -> None:
         if not rows:
             rows.extend(group_report(p.group, leaves, "npu", p.kernel, 0, 0) for p in program.parts)
         for row, part in zip(rows, program.parts, strict=True):
             why = refused and "; ".join(filter(None, (refused, part.waits)))
-            row.kernel, row.note = part.kernel, why or row.note or part.note
+            row.kernel, row.note = part.kernel, why or row.note or "; ".join(filter(None, (part.note, chosen.why)))
         show_layouts(rows, [part.layout for part in program.parts])
 
     def planned(program: npu.Program) -> None:
@@ -171,13 +180,43 @@ def _lower_npu(
     texts = ge_texts.Texts() if wanted(options.dump) is not None else None
 
     def build(kernels: str, given: Values) -> npu.Program:
-        config = options.torchair_config
-        return npu.Program(leaves, groups, config, options.layout, given, planned, matches, kernels, texts)
+        config, hardware = options.torchair_config, chosen.hardware if kernels == choice.GENERATED else None
+        return npu.Program(leaves, groups, config, options.layout, given, planned, matches, kernels, texts, hardware)
 
-    program = retry.Retried(build, options.kernels, values, show, texts)
+    def started(program: npu.Program) -> None:
+        for row, part in zip(rows, program.parts, strict=True):
+            text = proof.changed(row.name, part.generated is not None)
+            row.note = "; ".join(filter(None, (row.note, text)))
+
+    program = retry.Retried(build, chosen.forms, values, show, started, texts)
     if values is not None:
         planned(program.chosen)
     return Lowered(program, rows)
+
+
+def _look_at_kernels(leaves: Sequence[Leaf], groups: Sequence[Group], missing: PlatformError) -> Lowered:
+    """What generated kernels would be, where nothing can run them; the original runs."""
+    from npu_fuse_pass.lowerings.npu.kernels import launch, look
+
+    rows, looked = [], look.look(leaves, groups)
+    for g in groups:
+        found = looked[g.name]
+        if isinstance(found, launch.Generated):
+            cost = found.kernels.bytes_per_element, len(found.kernels.launches)
+            row = group_report(g, leaves, "npu", launch.KERNEL, *cost)
+            row.note = f"to look at, it does not run here; {found.note}"
+        else:
+            row = group_report(g, leaves, "eager", "original graph", 0, 0)
+            row.note = f"no generated kernel: {found}"
+        rows.append(row)
+    return Lowered(None, rows, [missing.reason.led_by("kernels are only shown")])
+
+
+def npu_kernels(step: Grouped) -> str:
+    """Sources of generated NPU kernels, and the compiler's last IR where there is a compiler."""
+    from npu_fuse_pass.lowerings.npu.kernels import look
+
+    return look.text(look.look(step.leaves, step.all_groups))
 
 
 def _lower_npu_whole(step: Grouped, options: Options) -> Lowered:

@@ -12,7 +12,7 @@ PLATFORMS = ("auto", "cpu", "npu", "eager")
 LAYOUTS = ("auto", "flat", "list")
 
 
-KERNELS = ("auto", "dedicated", "elementwise")
+KERNELS = ("auto", "generated", "operations", "dedicated", "elementwise")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +65,10 @@ class Options:
     Attributes:
         platform: "auto" (by the tensors' device), "cpu", "npu" or "eager" (the original graph).
         strict: raise UnfusedError if anything is left unfused.
-        kernels: on an NPU: "auto" (dedicated operations as exact as eager), "dedicated" (the fewest operations; the
-            report says what is less exact) or "elementwise".
+        kernels: on an NPU: "auto" (generated kernels where the self-test has proved them on this machine, otherwise as
+            "operations"), "generated" (wherever they can be compiled and launched), "operations" (GE operations,
+            dedicated ones where they are as exact as eager), "dedicated" (the fewest operations; the report says what
+            is less exact) or "elementwise".
         check_numerics: run every step fused and as the original, and raise NumericsError at the first difference.
         torchair_config: a torchair.CompilerConfig, which torchair's compiler gets as it is; None is its default.
         layout: how an NPU graph takes a group's tensors: "auto" (flat where they are adjacent in memory), "flat" (the

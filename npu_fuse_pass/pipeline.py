@@ -225,7 +225,7 @@ def _finished(fused: Fused, options: Options, original: fx.GraphModule | None = 
     record(report)
     root = wanted(options.dump) if report.groups or report.unfused or report.fallback else None
     if root is not None:
-        _dump(root, fused, original)
+        _dump(root, fused, options, original)
     try:
         announce(report)
     except Exception:  # a report is something to read; training goes on without it
@@ -239,19 +239,23 @@ def _finished(fused: Fused, options: Options, original: fx.GraphModule | None = 
     return fused
 
 
-def _dump(root: pathlib.Path, fused: Fused, original: fx.GraphModule | None) -> None:
+def _dump(root: pathlib.Path, fused: Fused, options: Options, original: fx.GraphModule | None) -> None:
     """Leave files to read."""
     from npu_fuse_pass.dump.write import write, write_graphs
 
-    path, texts = write(root, functools.partial(_contents, fused, original)), getattr(fused.program, "texts", None)
+    path = write(root, functools.partial(_contents, fused, options, original))
+    texts = getattr(fused.program, "texts", None)
     if path is not None and texts is not None:
         texts.follow(functools.partial(write_graphs, path))  # GE graphs are made, or made again, at the first run
 
 
-def _contents(fused: Fused, original: fx.GraphModule | None = None) -> Contents:
+def _contents(fused: Fused, options: Options, original: fx.GraphModule | None = None) -> Contents:
     sources = lower.sources(fused.grouped) if "cpu" in fused.report.platform else {}
     texts = getattr(fused.program, "texts", None)
-    return Contents(original, fused.captured, fused.grouped, fused.report, sources, texts.graphs if texts else {})
+    graphs = dict(texts.graphs) if texts else {}
+    if options.kernels == "generated" and fused.report.platform == "npu" and "kernel" not in graphs:
+        graphs["kernel"] = lower.npu_kernels(fused.grouped)  # what would run if it could
+    return Contents(original, fused.captured, fused.grouped, fused.report, sources, graphs)
 
 
 def fused_graph(captured: Captured) -> fx.GraphModule:

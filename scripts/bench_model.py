@@ -17,12 +17,15 @@ from typing import Any
 import npu_peers
 import torch
 from bench_cases import WORKLOADS, Workload
-from npu_graphs import NoTorchNpu, emitted, lane
-from npu_model import CONSTANTS, Work, compare, device_seconds, host_seconds, nominal, seconds, static_graph
+from npu_graphs import NoTorchNpu, emitted, host_of_kernels, lane
+from npu_kernels_table import BLOCK, kernels_of
+from npu_model import CONSTANTS, Work, compare, device_seconds, eager, host_seconds, nominal, seconds, static_graph
 
 import optimizers
 
 APART, ADJACENT, FEWEST = "ours", "ours, adjacent", 'ours, adjacent, kernels="dedicated"'
+GENERATED, GENERATED_NODE = "ours, generated kernels", "ours, generated kernels, a GE node"
+GENERATED_MOVING = "ours, generated kernels, gradients move"
 STOCK, STOCK_ADJACENT = "torch.optim, compiled by ours", "torch.optim, compiled by ours, adjacent"
 _TRACED = 200  # parameters: with more, Dynamo takes a minute for one of torch.optim's steps
 
@@ -65,6 +68,36 @@ def variants(family: Family, workload: Workload) -> dict[str, tuple[Callable[[An
     return found
 
 
+def kernels(family: Family, workload: Workload, node: bool, moving: bool) -> Work:
+    """Generated kernels: their launches, the transfer of numbers, and that of the table where addresses have changed.
+
+    Args:
+        node: GE calls them from a graph; otherwise the step launches them itself.
+        moving: gradients are new tensors at every step.
+    """
+
+    def make(params: Any) -> Any:
+        return getattr(optimizers, family.ours)(params, **family.options)
+
+    chunks = sum(-(-torch.Size(s).numel() // BLOCK) for s in workload.shapes)
+    sizes, tables = [], 0
+    for made in kernels_of(make):
+        row = 8 * (2 + len(made.kernels.slots))
+        tables += chunks * row + 24 * len(workload.shapes)
+        sizes.append(4 * max(1, made.kernels.numbers) * len(workload.shapes))
+        for k in made.kernels.launches:
+            over_chunks = k.over == "chunks"
+            moved = k.bytes_per_element * workload.elements + chunks * (row + 4 * k.sums)
+            sizes.append(moved if over_chunks else 4 * chunks * made.kernels.sums + 24 * len(workload.shapes))
+    work = eager([*sizes, *([tables] if moving else [])])
+    return dataclasses.replace(
+        work,
+        launches=work.launches + node,
+        graph=node,
+        host=host_of_kernels(make, workload.shapes, adjacent=not moving),
+    )
+
+
 def contestants(family: Family, workload: Workload) -> tuple[dict[str, Work], dict[str, dict[str, int]]]:
     """Work of ours by variant, and the nodes of our graphs by type."""
     found, kinds = {}, {}
@@ -72,6 +105,9 @@ def contestants(family: Family, workload: Workload) -> tuple[dict[str, Work], di
         nodes, host = emitted(make, workload.shapes, adjacent, **options)
         found[name] = static_graph([size for _, size in nodes], host)
         kinds[name] = dict(collections.Counter(kind for kind, _ in nodes))
+    found[GENERATED] = kernels(family, workload, node=False, moving=False)
+    found[GENERATED_MOVING] = kernels(family, workload, node=False, moving=True)
+    found[GENERATED_NODE] = kernels(family, workload, node=True, moving=False)
     return found, kinds
 
 

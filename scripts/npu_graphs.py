@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 
 from npu_fuse_pass.backend import npu_fused
+from npu_fuse_pass.lowerings.npu.kernels import hardware
+from npu_fuse_pass.lowerings.npu.kernels.generate import Kernel
+from npu_fuse_pass.lowerings.npu.kernels.look import Looked
 
 Node = tuple[str, int]
 _VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "ExpandDims", "Identity")  # no task: the same memory
@@ -97,6 +100,37 @@ def emitted(
     if len(ran) != 1:
         raise RuntimeError(f"a step became {len(ran)} GE graphs; the model is of one")
     return nodes_of(*ran[0], interpreter, kernels), min(seconds[_FIRST:])
+
+
+class _Idle(Looked):
+    """Hardware on which kernels take no time."""
+
+    calls_back = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chunk = 4096
+
+    def __call__(self, kernel: Kernel, arguments: Sequence[int], rows: int) -> None:
+        """Nothing."""
+
+
+def host_of_kernels(make: Callable[[Any], Any], shapes: Sequence[tuple[int, ...]], adjacent: bool) -> float:
+    """Seconds of Python around a step that launches generated kernels itself, as `emitted` measures it."""
+    lane()
+    torch.compiler.reset()
+    params, gradients = ([torch.nn.Parameter(t) for t in _tensors(shapes, adjacent)], _tensors(shapes, adjacent))
+    seconds = []
+    with mock.patch.object(hardware, "current", _Idle):
+        given: dict[str, Any] = {"platform": "npu", "strict": True, "kernels": "generated"}
+        step = torch.compile(make(params).step, backend=npu_fused, options=given)
+        for _ in range(_FIRST + _ROUNDS):
+            for p, g in zip(params, gradients, strict=True):
+                p.grad = g if adjacent else torch.empty_like(g)
+            start = time.perf_counter()
+            step()  # type: ignore[no-untyped-call]
+            seconds.append(time.perf_counter() - start)
+    return min(seconds[_FIRST:])
 
 
 def _tensors(shapes: Sequence[tuple[int, ...]], adjacent: bool) -> list[Tensor]:

@@ -6,8 +6,8 @@
 Runs in the environment of the NPU lane, which `bash scripts/npu_lane.sh` makes. A cell is bytes for each parameter
 element, float32, then launches: compute nodes of the emitted GE graph today, with tensors that lie apart, and launches
 of generated kernels. "Least" is each tensor that the formula reads or writes once for every pass over memory that norms
-and totals force. Bytes of generated kernels are those of their arguments; that the compiler's last IR moves the same is
-what tests/npu_kernels proves (bash scripts/npu_kernels_lane.sh). Nothing here was launched.
+and totals force, and these passes. Bytes of generated kernels are those of their arguments; that the compiler's last IR
+moves the same is what tests/npu_kernels proves (bash scripts/npu_kernels_lane.sh). Nothing here was launched.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from npu_fuse_pass.capture.rule import capture_batches  # noqa: E402
 from npu_fuse_pass.ir.expr import REDUCTIONS, postorder  # noqa: E402
 from npu_fuse_pass.ir.types import Formula  # noqa: E402
 from npu_fuse_pass.lowerings.kernels.sweeps import plan  # noqa: E402
-from npu_fuse_pass.lowerings.npu.kernels.launch import generate_group  # noqa: E402
+from npu_fuse_pass.lowerings.npu.kernels.launch import Generated, generate_group  # noqa: E402
 from npu_fuse_pass.passes.group import group  # noqa: E402
 from optimizers.paddle import RMSProp  # noqa: E402
 
@@ -48,30 +48,30 @@ ROWS: dict[str, Make] = {
     "LAMB": lambda p: optimizers.NpuFusedLamb(p, lr=1e-3),
 }
 _SHAPE = (64, 64)
-_BLOCK = 2048
+BLOCK = 4096
+"""Elements of a chunk; tables alone depend on it."""
 
 
-def least(formula: Formula) -> int:
-    """Bytes for each element that no kernel for a formula can do without."""
+def least(formula: Formula) -> tuple[int, int]:
+    """Bytes for each element that no kernel for a formula can do without, and passes over memory."""
     order = postorder(formula.roots)
     if any(e.op in REDUCTIONS for e in order):
-        return sum(plan(formula).bytes)
+        found = plan(formula).bytes
+        return sum(found), len(found)
     used = {e.value for e in order if e.op == "leaf" and e.tensor}
     each = [*used, *(s for s in formula.written if formula.slots[s].tensor)]
-    return sum(slot.dtype.itemsize for s in each if isinstance(s, int) for slot in [formula.slots[s]])
+    return sum(slot.dtype.itemsize for s in each if isinstance(s, int) for slot in [formula.slots[s]]), 1
 
 
-def generated(make: Make) -> tuple[int, int, int]:
-    """Bytes per element and launches of generated kernels, and the least."""
+def kernels_of(make: Make) -> list[Generated]:
+    """The groups of an optimizer's step, with their kernels."""
     params = [torch.nn.Parameter(torch.zeros(_SHAPE)) for _ in range(2)]
     for p in params:
         p.grad = torch.zeros(_SHAPE)
     opt = make(params)
     opt._prelude.prepare()
     grouped = group(capture_batches(opt._prelude.batches))
-    kernels = [generate_group(g, grouped.leaves, lambda _: _BLOCK).kernels for g in grouped.groups]
-    bytes_per_element = sum(k.bytes_per_element for k in kernels)
-    return bytes_per_element, sum(len(k.launches) for k in kernels), sum(least(g.formula) for g in grouped.groups)
+    return [generate_group(g, grouped.leaves, lambda _: BLOCK) for g in grouped.groups]
 
 
 def table(parameters: int) -> Iterator[str]:
@@ -81,8 +81,10 @@ def table(parameters: int) -> Iterator[str]:
     for name, make in ROWS.items():
         nodes, _ = npu_graphs.emitted(make, [_SHAPE] * parameters, False)
         before = sum(size for _, size in nodes) / (parameters * _SHAPE[0] * _SHAPE[1])
-        now, launches, minimum = generated(make)
-        yield f"| {name} | {before:.0f} B, {len(nodes)} | {now} B, {launches} | {minimum} B |"
+        made = kernels_of(make)
+        now, launches = (sum(k.kernels.bytes_per_element for k in made), sum(len(k.kernels.launches) for k in made))
+        minimum, passes = map(sum, zip(*(least(k.group.formula) for k in made), strict=True))
+        yield f"| {name} | {before:.0f} B, {len(nodes)} | {now} B, {launches} | {minimum} B, {passes} |"
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ PACKAGES = ("npu_fuse_pass", "optimizers")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 # Packages besides the standard library and torch: inside functions only. Who may is in pyproject.toml's contracts.
-THIRD_PARTY = ("sympy", "torch_npu", "torchair")
+THIRD_PARTY = ("sympy", "torch_npu", "torchair", "ge")  # GE is in CANN
 # What is slow to import: only the backend, which torch.compile loads, and Inductor's hook may do so while loading.
 COMPILER = ("torch._dynamo", "torch._inductor", "torch._functorch")
 MAY_LOAD_COMPILER = ("npu_fuse_pass.backend", "npu_fuse_pass.hook")

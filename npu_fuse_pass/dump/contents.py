@@ -24,7 +24,7 @@ class Contents:
         sources: generated C++ of each group that has some, by the group's name; what all kernels begin with is an
             `#include`. `kernel_text.annotated` puts the names of the formula beside its values.
         ge_graphs: GE graphs in protobuf's text form, by what they are ("original", "optimized"); only on the NPU, and
-            the optimized one not before the first run.
+            the optimized one not before the first run. "kernel": generated kernels, source and last IR.
     """
 
     original: fx.GraphModule | None

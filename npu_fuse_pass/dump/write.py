@@ -34,6 +34,7 @@ _GE_FILES: dict[str, Callable[[Mapping[str, str]], str | None]] = {
     "05_ge_original.pbtxt": functools.partial(ge_text.file, "original"),
     "05_ge_optimized.pbtxt": functools.partial(ge_text.file, "optimized"),
     "05_ge.txt": ge_text.listing,
+    "06_npu_kernel.mlir": lambda graphs: graphs.get("kernel"),
 }
 
 
@@ -70,7 +71,9 @@ def _fill(path: pathlib.Path, files: Mapping[str, Callable[[Any], str | None]], 
     for name, text_of in files.items():
         try:
             text = text_of(what)
-            if text is not None:
+            if text is None:
+                (path / name).unlink(missing_ok=True)  # of a form that does not run any more
+            else:
                 (path / name).write_text(text, encoding="utf-8")
         except Exception as e:
             failed.append(f"{name} ({type(e).__name__}: {e})")

@@ -27,11 +27,14 @@ class Session:
         requests: in order.
     """
 
-    def __init__(self, out: pathlib.Path, platform: str | None, check_numerics: bool = False) -> None:
+    def __init__(
+        self, out: pathlib.Path, platform: str | None, check_numerics: bool = False, kernels: str | None = None
+    ) -> None:
         self.requests: list[Request] = []
         platforms = {} if platform is None else {"platform": platform}
         checks = {"check_numerics": True} if check_numerics else {}
-        self._options = {"dump": out, **platforms, **checks}
+        chosen = {} if kernels is None else {"kernels": kernels}
+        self._options = {"dump": out, **platforms, **checks, **chosen}
         self._known = backend.breaks()
         self._before = reports()
 

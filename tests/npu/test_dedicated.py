@@ -244,7 +244,9 @@ def test_elementwise_on_request_and_other_values(ge: harness.Recording) -> None:
     assert ADAM not in ge.graphs[0].counts()
     assert npu_fuse_pass.reports()[-1].groups[0].note == 'kernels="elementwise"'
     empty = torch.fx.GraphModule({}, torch.fx.Graph())
-    with pytest.raises(npu_fuse_pass.OptionError, match=r"kernels='fast'; allowed are \['auto', 'dedicated'"):
+    with pytest.raises(
+        npu_fuse_pass.OptionError, match=r"kernels='fast'; allowed are \['auto', 'generated', 'operations', 'dedicated'"
+    ):
         npu_fused(empty, [], options={"kernels": "fast"})
 
 

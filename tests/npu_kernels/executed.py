@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from npu_fuse_pass.capture.graph import capture
@@ -15,7 +14,7 @@ from npu_fuse_pass.ir.types import Group, Grouped, Leaf
 from npu_fuse_pass.lowerings.npu.kernels import block
 from npu_fuse_pass.lowerings.npu.kernels.generate import Kernel
 from npu_fuse_pass.lowerings.npu.kernels.launch import Generated, generate_group
-from npu_fuse_pass.lowerings.npu.kernels.program import Program
+from npu_fuse_pass.lowerings.npu.program import Program
 from npu_fuse_pass.passes.group import group
 from npu_fuse_pass.rules.batch import inputs_of
 from tests.npu_kernels import machine
@@ -34,15 +33,36 @@ def executable(text: str) -> machine.Kernel:
 
 
 class Cores:
-    """A launcher that executes the last IR, and counts."""
+    """Stands for hardware: the real compiler as far as it goes, launches that execute the last IR, and are counted.
 
-    def __init__(self, blocks: int = CORES) -> None:
-        self.blocks = blocks
+    Attributes:
+        chunk: the elements of a chunk; None: as many as the compiler has room for.
+        failing: makes a stage raise: "compile", "load", "launch", "write" (after it has written).
+    """
+
+    target, identity = "Ascend910B3", "the wheel"
+
+    def __init__(self, blocks: int = CORES, chunk: int | None = None, calls_back: bool = False) -> None:
+        self.blocks, self.chunk, self.calls_back = blocks, chunk, calls_back
         self.launched: list[str] = []
+        self.failing: dict[str, Exception] = {}
+
+    def _may_fail(self, stage: str) -> None:
+        if stage in self.failing:
+            raise self.failing[stage]
+
+    def last_ir(self, kernel: Kernel) -> str:
+        self._may_fail("compile")
+        return final_ir(kernel.text)
+
+    def load(self, kernel: Kernel) -> None:
+        self._may_fail("load")
 
     def __call__(self, kernel: Kernel, arguments: Sequence[int], rows: int) -> None:
+        self._may_fail("launch")
         self.launched.append(kernel.name)
         executable(kernel.text)(min(self.blocks, rows), *arguments)
+        self._may_fail("write")
 
 
 @functools.cache
@@ -68,6 +88,13 @@ def generated_groups(grouped: Grouped, size: int | None = None) -> list[Generate
     return [generated(g, grouped.leaves, size) for g in grouped.groups]
 
 
+def kernels_of(program: Program) -> list[Generated]:
+    """Those of all groups, each of which has some."""
+    found = [part.generated for part in program.parts]
+    assert all(made is not None for made in found), [part.note for part in program.parts]
+    return [made for made in found if made is not None]
+
+
 def captured_rules(optimizer: Any) -> Grouped:
     """The step of an optimizer of ours, in groups."""
     optimizer._prelude.prepare()
@@ -80,11 +107,11 @@ class RuleStep:
     """The step of an optimizer of ours by generated kernels."""
 
     def __init__(self, optimizer: Any, blocks: int = CORES, size: int | None = None) -> None:
-        self.optimizer, self.cores = optimizer, Cores(blocks)
+        self.optimizer, self.cores = optimizer, Cores(blocks, size)
         captured = captured_rules(optimizer)
-        self.groups = generated_groups(captured, size)
         self._leaves = captured.leaves
-        self._program = Program(captured.leaves, self.groups, self.cores, torch.device("cpu"))
+        self._program = Program(captured.leaves, captured.groups, hardware=self.cores)
+        self.groups = kernels_of(self._program)
 
     def step(self) -> None:
         self.optimizer._prelude.prepare()
@@ -97,7 +124,7 @@ class GraphBackend:
     """A backend for torch.compile: captured graphs of steps run by generated kernels; `run=False`: as they are."""
 
     def __init__(self, blocks: int = CORES, size: int | None = None, run: bool = True) -> None:
-        self.cores, self._size, self._run = Cores(blocks), size, run
+        self.cores, self._run = Cores(blocks, size), run
         self.groups: list[Generated] = []
         self.captured: list[Grouped] = []
 
@@ -111,9 +138,8 @@ class GraphBackend:
         self.captured.append(grouped)
         if not self._run:
             return gm.forward
-        groups = generated_groups(grouped, self._size)
-        self.groups += groups
-        program = Program(grouped.leaves, groups, self.cores, torch.device("cpu"))
+        program = Program(grouped.leaves, grouped.groups, hardware=self.cores)
+        self.groups += kernels_of(program)
 
         def run(*arguments: Tensor) -> tuple[Any, ...]:
             values: list[Any] = [None] * len(grouped.leaves)

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from npu_fuse_pass.lowerings.npu.kernels.generate import Kernel
-from npu_fuse_pass.lowerings.npu.kernels.program import Program
+from npu_fuse_pass.lowerings.npu.program import Program
 from npu_fuse_pass.rules.batch import inputs_of
 from tests.npu_kernels import machine
 from tests.npu_kernels.compiler import final_ir
-from tests.npu_kernels.executed import captured_rules, generated_groups
+from tests.npu_kernels.executed import Cores, captured_rules
 from tests.npu_kernels.races import Races
 from tests.npu_kernels.steps import OURS, Step, parameters, set_gradients
 
@@ -22,10 +22,11 @@ SIZES = (3 * 4096, 5000, 4 * 4096, 1, 9000, 700, 33)
 Edit = Callable[[str], str]
 
 
-class Watched:
-    """A launcher that executes one block under a watch; `edit` plants a mistake."""
+class Watched(Cores):
+    """Executes one block under a watch; `edit` plants a mistake."""
 
-    def __init__(self, edit: Edit) -> None:
+    def __init__(self, edit: Edit, size: int | None = None) -> None:
+        super().__init__(chunk=size)
         self._edit = edit
         self.seen: list[tuple[Kernel, Races]] = []
 
@@ -40,8 +41,8 @@ def watch(step: Step, edit: Edit = lambda text: text, size: int | None = None) -
     opt = step.build(params)
     set_gradients(params, 0)
     captured = captured_rules(opt)
-    watched = Watched(edit)
-    program = Program(captured.leaves, generated_groups(captured, size), watched, torch.device("cpu"))
+    watched = Watched(edit, size)
+    program = Program(captured.leaves, captured.groups, hardware=watched)
     given = inputs_of(opt._prelude.batches)
     program([*given, *[None] * (len(captured.leaves) - len(given))])
     return watched.seen
@@ -114,7 +115,7 @@ def test_two_inputs_at_one_address_give_wrong_numbers() -> None:
         opt = BY_NAME["adamw"].build(params)
         set_gradients(params, 0)
         captured = captured_rules(opt)
-        program = Program(captured.leaves, generated_groups(captured), Watched(change), torch.device("cpu"))
+        program = Program(captured.leaves, captured.groups, hardware=Watched(change))
         given = inputs_of(opt._prelude.batches)
         program([*given, *[None] * (len(captured.leaves) - len(given))])
         found.append(params[0].detach().clone())

@@ -15,8 +15,8 @@ import threading
 from collections.abc import Sequence
 
 from npu_fuse_pass.errors import PlatformError
-from npu_fuse_pass.lowerings.cpu import cache
 from npu_fuse_pass.lowerings.cpu.compiler import CompilerTimeoutError, compile_library, identity
+from npu_fuse_pass.lowerings.kernels import cache
 from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.user_warnings import warn
 

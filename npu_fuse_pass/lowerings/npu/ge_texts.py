@@ -19,7 +19,7 @@ class Texts:
     """The graphs of the program that was converted last.
 
     Attributes:
-        graphs: in protobuf's text form: "original", and "optimized" once it has run.
+        graphs: in protobuf's text form: "original", and "optimized" once it has run; "kernel": generated kernels.
     """
 
     def __init__(self) -> None:
@@ -31,6 +31,14 @@ class Texts:
     def follow(self, show: Callable[[Mapping[str, str]], None]) -> None:
         """`show` is called with the graphs whenever they have changed."""
         self._show = show
+
+    def kernels(self, text: str) -> None:
+        """Take the sources of generated kernels; "": none run now."""
+        self.graphs.pop("kernel", None)
+        if text:
+            self.graphs["kernel"] = text
+        elif self._show is not None:
+            self._show(self.graphs)
 
     def config(self, config: Any) -> Any:
         """A copy of torchair's configuration that makes it write its graphs.
@@ -47,7 +55,8 @@ class Texts:
         except Exception:  # a dump is something to read; training goes on without it
             log.debug("torchair writes no graphs", exc_info=True)
             return config
-        self.graphs.clear()
+        for kind in ("original", "optimized"):
+            self.graphs.pop(kind, None)
         self._waits = True
         return made
 

@@ -12,6 +12,7 @@ from npu_fuse_pass.lowerings.npu.emit import dedicated, elementwise, list_operat
 from npu_fuse_pass.lowerings.npu.emit import lists as npu_foreach
 from npu_fuse_pass.lowerings.npu.emit.dedicated_operations import series
 from npu_fuse_pass.lowerings.npu.emit.split import constants_of, slots_of, split
+from npu_fuse_pass.lowerings.npu.kernels.launch import KERNEL, Generated
 from npu_fuse_pass.lowerings.npu.plan import Plan, Run
 from npu_fuse_pass.match.result import Match, NoMatch
 from npu_fuse_pass.reasons import Code
@@ -23,7 +24,8 @@ class Part:
     """One group, how its formula is split and which members the graph updates as one.
 
     Members without elements have nothing to do on the device. `plan` says which are updated as one; `note` why what
-    computes the group does. `dedicated`: the writes to tensors are one operation per run.
+    computes the group does. `generated`: kernels of ours do; else `dedicated`: the writes to tensors are one operation
+    per run.
     """
 
     def __init__(
@@ -33,10 +35,39 @@ class Part:
         found: Match | NoMatch | None = None,
         chip: str = "",
         kernels: str = "auto",
+        generated: Generated | str = "",
     ) -> None:
         formula = group.formula
         self.group, self._leaves = group, leaves
         self.plan = Plan(())
+        self.generated = generated if isinstance(generated, Generated) else None
+        self.dedicated: dedicated.Dedicated | None = None
+        self._lists = False
+        if self.generated is not None:
+            self.splits = [self.generated.made]
+            chosen: dedicated.Dedicated | str = self.generated.note
+        else:
+            chosen = self._operations(found, chip, kernels)
+        first = formula.tensor_slots[:1]
+        self.on_device = [
+            i for i, member in enumerate(group.members) if all(0 not in leaves[member[s]].shape for s in first)
+        ]
+        if not first:
+            self.on_device = []
+        inputs = {m[s] for s in formula.scalar_slots for m in group.members}
+        self.on_the_device = {i for i in inputs if leaves[i].kind in _GIVEN and leaves[i].device.type != "cpu"}
+        """0-dim leaves that the host reads from there, see `host.mirror`."""
+        not_generated = f"no generated kernel: {generated}" if isinstance(generated, str) and generated else ""
+        why = chosen if isinstance(chosen, str) else chosen.note
+        self.note = "; ".join(filter(None, (not_generated, why, self.waits)))
+        for slot in formula.written:
+            targets = [member[slot] for member in group.members]
+            if len(set(targets)) != len(targets):
+                raise Unsupported(group.name, "several members write the same 0-dim tensor", Code.SAME_SCALAR)
+
+    def _operations(self, found: Match | NoMatch | None, chip: str, kernels: str) -> dedicated.Dedicated | str:
+        """By GE operations: how the formula is split, and the dedicated one, or why there is none."""
+        group, leaves, formula = self.group, self._leaves, self.group.formula
         totals = [s for s in formula.scalar_slots if leaves[group.members[0][s]].kind == "total"]
         chosen = dedicated.choose(group, found, totals, chip, kernels)
         self.dedicated = None if isinstance(chosen, str) else chosen
@@ -51,20 +82,7 @@ class Part:
         for made in self.splits:
             elementwise.check(made.device)
         self._lists = self._lists and npu_foreach.usable(self.splits[0].device)
-        first = formula.tensor_slots[:1]
-        self.on_device = [
-            i for i, member in enumerate(group.members) if all(0 not in leaves[member[s]].shape for s in first)
-        ]
-        if not first:
-            self.on_device = []
-        inputs = {m[s] for s in formula.scalar_slots for m in group.members}
-        self.on_the_device = {i for i in inputs if leaves[i].kind in _GIVEN and leaves[i].device.type != "cpu"}
-        """0-dim leaves that the host reads from there, see `host.mirror`."""
-        self.note = "; ".join(filter(None, (chosen if isinstance(chosen, str) else chosen.note, self.waits)))
-        for slot in formula.written:
-            targets = [member[slot] for member in group.members]
-            if len(set(targets)) != len(targets):
-                raise Unsupported(group.name, "several members write the same 0-dim tensor", Code.SAME_SCALAR)
+        return chosen
 
     @property
     def in_lists(self) -> bool:
@@ -74,6 +92,8 @@ class Part:
     @property
     def kernel(self) -> str:
         """What computes the group."""
+        if self.generated is not None:
+            return KERNEL
         if self.dedicated is not None:
             return self.dedicated.operation.name
         return list_operations.KERNEL if self.in_lists else "GE elementwise"
@@ -92,7 +112,7 @@ class Part:
     @property
     def plain(self) -> bool:
         """Whether there is nothing that kernels="elementwise" would leave out."""
-        return self.dedicated is None and not self._lists
+        return self.generated is None and self.dedicated is None and not self._lists
 
     def _cost_of_writes(self) -> tuple[int, int]:
         """GE operations, and bytes per element."""
@@ -118,6 +138,9 @@ class Part:
     @property
     def layout(self) -> Layout:
         """For the report: the plan, and what it costs."""
+        if self.generated is not None:
+            made = self.generated.kernels
+            return Layout("list", "", len(made.launches), made.bytes_per_element)
         first, slots = self.group.formula.tensor_slots[:1], self.group.formula.slots
         elements = moved = 0
         for run in self.plan.runs:

@@ -21,9 +21,16 @@ from npu_fuse_pass.ir.types import Group, Leaf
 from npu_fuse_pass.lowerings.npu.environment import chip, require, versions
 from npu_fuse_pass.lowerings.npu.execution import Run, refusal
 from npu_fuse_pass.lowerings.npu.ge_texts import Texts
+from npu_fuse_pass.lowerings.npu.graph import generated
 from npu_fuse_pass.lowerings.npu.graph import names as npu_names
 from npu_fuse_pass.lowerings.npu.graph.graph import build
 from npu_fuse_pass.lowerings.npu.host.host import Host
+from npu_fuse_pass.lowerings.npu.host.mirror import to_device
+from npu_fuse_pass.lowerings.npu.host.numbers import Rows
+from npu_fuse_pass.lowerings.npu.kernels import look
+from npu_fuse_pass.lowerings.npu.kernels.groups import generate_groups, with_totals
+from npu_fuse_pass.lowerings.npu.kernels.hardware import Hardware
+from npu_fuse_pass.lowerings.npu.kernels.launch import Cluster, Generated
 from npu_fuse_pass.lowerings.npu.layout.bind import Binder
 from npu_fuse_pass.lowerings.npu.layout.replan import Plans
 from npu_fuse_pass.lowerings.npu.part import Part
@@ -42,7 +49,8 @@ class Program:
         planned: called with the program when its graph was planned anew for the tensors of a step, before anything is
             changed.
         matches: by group name, which known kernel computes it; without them everything is elementwise.
-        kernels: the option, "auto", "dedicated" or "elementwise".
+        kernels: which GE operations, "auto", "dedicated" or "elementwise"; for groups without generated kernels.
+        hardware: for generated kernels; None: there are none.
         texts: gets the GE graphs in text form, where a dump is asked for.
 
     Raises:
@@ -62,11 +70,19 @@ class Program:
         matches: Mapping[str, Match | NoMatch] | None = None,
         kernels: str = "auto",
         texts: Texts | None = None,
+        hardware: Hardware | None = None,
     ) -> None:
-        self._torchair = require()
         self._leaves, self._config, self._planned, self._texts = leaves, config, planned, texts
-        device = chip() if matches else ""
-        self.parts = [Part(group, leaves, (matches or {}).get(group.name), device, kernels) for group in groups]
+        self._hardware = hardware
+        self._found = found = {} if hardware is None else generate_groups(leaves, groups, hardware)
+        # a step whose kernels nobody calls from a graph needs no torchair
+        made = [each for each in found.values() if isinstance(each, Generated)]
+        self._by_itself = hardware is not None and bool(made) and not hardware.calls_back
+        self._torchair: Any = None if self._by_itself else require()
+        device = chip() if matches and not self._by_itself else ""
+        self.parts = [
+            Part(g, leaves, (matches or {}).get(g.name), device, kernels, found.get(g.name, "")) for g in groups
+        ]
         self._host = Host(leaves, self.parts)
         self._plans = Plans(leaves, self.parts, layout)
         if values is not None:
@@ -85,7 +101,22 @@ class Program:
     def _make(self) -> None:
         """The graph for the present plans."""
         self._binder = Binder(self._leaves, self.parts)
-        self.graph = build(self._leaves, self.parts, self._binder)
+        self._clusters = self._clustered()
+        if self._texts is not None:
+            self._texts.kernels("" if self._hardware is None else look.text(self._found, self._hardware))
+        if self._by_itself:
+            place = {key: k for k, key in enumerate(self._binder.tensor_inputs)}
+            self._arguments = [
+                [[place[(made.group.members[m][s],)] for made, s, m in cluster.leaves(kind)] for kind in (True, False)]
+                for cluster, _ in self._clusters
+            ]
+            self._run = Run(self._launch, versions)
+            return
+        if self._clusters:
+            generated.serve()
+        self.graph = build(
+            self._leaves, self.parts, self._binder, {generated.known(cluster): cluster for cluster, _ in self._clusters}
+        )
         fakes = [n.meta["val"] for n in self.graph.graph.find_nodes(op="placeholder")]
         self._run = Run(lambda *_: (), versions)
         if fakes:
@@ -100,6 +131,31 @@ class Program:
                     raise GraphRefused(refusal("torchair does not convert this step's graph", e, versions())) from e
             if self._texts is not None:
                 self._texts.collect()
+
+    def _clustered(self) -> list[tuple[Cluster, list[int]]]:
+        """The nodes of generated kernels, and the places of their groups: those with totals are one."""
+        places = [k for k, part in enumerate(self.parts) if part.generated is not None]
+        coupled = [k for k in places if with_totals(self.parts[k].group, self._leaves)]
+        found = []
+        for together in [*([coupled] if coupled else []), *([k] for k in places if k not in coupled)]:
+            made = [g for k in together if (g := self.parts[k].generated) is not None]
+            rows = [numbers.first for k in together for numbers in self._binder.numbers[k] if isinstance(numbers, Rows)]
+            device = self._leaves[made[0].group.members[0][made[0].made.tensor_slots[0]]].device
+            assert self._hardware is not None
+            cluster = Cluster(made[0].group.name, made, self._leaves, rows, self._hardware, device)
+            found.append((cluster, together))
+        return found
+
+    def _launch(self, *inputs: Tensor) -> tuple[()]:
+        """What the graph does otherwise: every node launches its kernels, on the current stream."""
+        numbers, device = inputs[-1], inputs[0].device
+        if numbers.device != device:
+            numbers = to_device(numbers, device)  # the step's only transfer
+        addresses = list(map(Tensor.data_ptr, inputs))
+        for cluster, places in zip(self._clusters, self._arguments, strict=True):
+            written, read = ([addresses[k] for k in chosen] for chosen in places)
+            cluster[0](written, read, numbers.data_ptr())
+        return ()
 
     def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None:
         """Run the step; fills in the values of "output" leaves.
@@ -122,6 +178,8 @@ class Program:
                 if self._planned is not None:
                     self._planned(self)
             self._binder.bind(step, values)
+            for cluster, places in self._clusters:
+                cluster.active = [step.active[place] for place in places]
             try:
                 results = self._run(step.inputs, self._binder.written)
             finally:

@@ -1,13 +1,13 @@
-"""Two forms of an NPU program: with dedicated operations, and elementwise where GE refuses those.
+"""Forms of an NPU program, one after the other: generated kernels, GE operations, elementwise ones alone.
 
-GE refuses a graph when it is converted, or loaded, compiled and first run; nothing has changed then (`execution`), so
-the other form starts from the same values. Where GE refuses that one, too, the caller runs the original.
+A form is refused when it is converted, or loaded, compiled and first run; nothing has changed then (`execution`), so
+the next one starts from the same values. Where the last one is refused, too, the caller runs the original.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -18,55 +18,74 @@ from npu_fuse_pass.user_warnings import warn
 
 log = logging.getLogger(__name__)
 
+_WITHOUT = {"generated": "generated kernels"}
+
 
 class Retried:
     """The interface of `npu.Program`; `chosen` is the one that runs.
 
     Args:
         build: the program for a value of the option `kernels`, with the values of all leaves where they are known.
-        kernels: the option.
+        forms: such values, in the order in which they are tried.
         values: of all leaves, if they are known; not kept.
         show: brings the report up to date: the program that runs now, and why the one before it does not.
+        started: called after the first step of a form.
         texts: GE graphs of the program that runs now, where a dump is asked for.
 
     Raises:
-        GraphRefused: torchair converts neither form.
+        GraphRefused: torchair converts none of the forms.
+        Unsupported: the only form has no GE operation for something.
     """
 
     def __init__(
         self,
         build: Callable[[str, list[Tensor | None] | None], Program],
-        kernels: str,
+        forms: Sequence[str],
         values: list[Tensor | None] | None,
         show: Callable[[Program, str | None], None],
+        started: Callable[[Program], None],
         texts: Texts | None = None,
     ) -> None:
         self._build, self._show, self.texts = build, show, texts
+        self._forms, self._started, self._running = list(forms), started, False
         try:
-            self.chosen = build(kernels, values)
+            self.chosen = build(self._forms[0], values)
         except GraphRefused as e:
-            if kernels == "elementwise":
-                raise
-            self.chosen = self._elementwise(e, values)
+            self.chosen = self._next(e, values)
         else:
             show(self.chosen, None)
 
     def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None:
         """Run the step; as `npu.Program`."""
-        try:
-            self.chosen(values, complete)
-        except GraphRefused as e:
-            if all(part.plain for part in self.chosen.parts):
-                raise
-            self.chosen = self._elementwise(e, values)
-            self.chosen(values, complete)
-            warn(f"npu_fused: this step runs without dedicated operations: {e.reason.advised}")
+        said = []
+        while True:
+            try:
+                self.chosen(values, complete)
+                break
+            except GraphRefused as e:
+                if all(part.plain for part in self.chosen.parts):
+                    raise
+                without = _WITHOUT.get(self._forms[0], "dedicated operations")
+                self.chosen = self._next(e, values)
+                said.append(f"npu_fused: this step runs without {without}: {e.reason.advised}")
+        for text in said:
+            warn(text)
+        if not self._running:
+            self._running = True
+            self._started(self.chosen)
 
-    def _elementwise(self, refused: GraphRefused, values: list[Tensor | None] | None) -> Program:
-        log.info("trying without dedicated operations: %s", refused)
-        try:
-            program = self._build("elementwise", values)
-        except Unsupported as e:
-            raise GraphRefused(f"{refused} (and there is no elementwise form: {e})") from refused
-        self._show(program, refused.reason.advised)
-        return program
+    def _next(self, refused: GraphRefused, values: list[Tensor | None] | None) -> Program:
+        """The next form that is not refused when it is made; what was refused is not tried again."""
+        while len(self._forms) > 1:
+            before = self._forms.pop(0)
+            log.info("trying %s, not %s: %s", self._forms[0], before, refused)
+            try:
+                program = self._build(self._forms[0], values)
+            except Unsupported as e:
+                raise GraphRefused(f"{refused} (and there is no form of GE operations: {e})") from refused
+            except GraphRefused as e:
+                refused = e
+                continue
+            self._show(program, refused.reason.advised)
+            return program
+        raise refused

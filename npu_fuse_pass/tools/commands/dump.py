@@ -20,6 +20,7 @@ _FINE, _WANTING, _USAGE = 0, 1, 2
 _EXAMPLES = """examples:
   dump NpuFusedAdam --model resnet50 --out before        an optimizer of ours, over the shapes of a model
   dump SGD --option momentum=0.9 --params 8 --shape 64x64 --shape 64
+  dump NpuFusedLamb --platform npu                       generated NPU kernels to look at, no NPU or CANN needed
   dump --check --script train.py --epochs 1              every compile in a script of yours; exit status 1: see why
   dump --check-numerics --script train.py                every step fused and as the original: is it right?
   dump --diff before after                               exit status 0: the same; 1: what changed, in words"""
@@ -34,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", action="append", default=[], help="of the parameters, in turn (default: 256x256)")
     parser.add_argument("--model", help="the parameters' shapes of resnet50 or gpt2; nothing is downloaded")
     parser.add_argument("--platform", choices=("cpu", "npu"), help="what to compile for")
+    parser.add_argument(
+        "--kernels",
+        choices=("generated", "operations", "dedicated", "elementwise"),
+        help="on an NPU; without torch_npu kernels are generated to look at, and the original runs",
+    )
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the optimizer")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("npu_fuse_dump"), help="the folder for dumps")
     parser.add_argument("--check", action="store_true", help="fail unless everything is fused, and say why")
@@ -73,7 +79,8 @@ def _diff(one: pathlib.Path, two: pathlib.Path) -> int:
 def _dump(given: argparse.Namespace) -> int:
     from npu_fuse_pass.tools.follow import Session
 
-    session = Session(given.out, given.platform or (None if given.script else "cpu"), given.check_numerics)
+    platform = given.platform or (None if given.script else "cpu")
+    session = Session(given.out, platform, given.check_numerics, _kernels(given))
     before = set(given.out.glob("rank_*/compile_*"))
     failure = _script(session, given) if given.script else _named(session, given)
     problems = session.problems(ended=failure is None and not session.wrong)
@@ -92,6 +99,20 @@ def _dump(given: argparse.Namespace) -> int:
         print(f"{session.checked_steps} steps were compared with the original's" + ": no difference" * (not unchecked))
     wanting = session.wrong or failure or unchecked or (given.check and problems)
     return _WANTING if wanting else _FINE
+
+
+def _kernels(given: argparse.Namespace) -> str | None:
+    """The option `kernels`; without torch_npu there is nothing but generated ones to look at."""
+    from npu_fuse_pass.errors import PlatformError
+    from npu_fuse_pass.lowerings.npu.environment import require
+
+    if given.kernels or given.platform != "npu":
+        return str(given.kernels) if given.kernels else None
+    try:
+        require()
+    except PlatformError:
+        return "generated"
+    return None
 
 
 def _list(head: str, lines: list[str]) -> None:

@@ -56,8 +56,8 @@ class Outcome:
         return line + (f"\n          {self.why}" if self.why else "")
 
 
-def compare(case: Case, platform: str, device: str) -> Outcome:
-    """Five steps of a case, compiled for `platform` with parameters on `device`."""
+def compare(case: Case, platform: str, device: str, **options: Any) -> Outcome:
+    """Five steps of a case, compiled for `platform` and with other options, with parameters on `device`."""
     start = time.perf_counter()
     clear_reports()
     torch.compiler.reset()
@@ -65,7 +65,7 @@ def compare(case: Case, platform: str, device: str) -> Outcome:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="npu_fused")  # the report says it
-            error = _worst_error(case, platform, device)
+            error = _worst_error(case, device, {"platform": platform, **options})
     except Exception as e:  # the next case may still run
         why = first_line(e)
     made = [r for r in reports() if r.groups or r.unfused or r.fallback]
@@ -90,14 +90,14 @@ def _not_fused(made: Sequence[CompileReport], platform: str) -> str:
     return anonymous("; ".join(reasons)) or ("" if lowerings == {platform} else f"it ran on {sorted(lowerings)}")
 
 
-def _worst_error(case: Case, platform: str, device: str) -> float:
+def _worst_error(case: Case, device: str, options: dict[str, Any]) -> float:
     generator = torch.Generator().manual_seed(0)
     # as large as what the steps change, or an error of an update would drown in the parameter's size
     start = [torch.randn(s, generator=generator).mul_(0.1).to(case.dtype) for s in SHAPES]
     params = [torch.nn.Parameter(t.to(device, copy=True)) for t in start]
     wanted = [torch.nn.Parameter(t.double()) for t in start]
     opt, reference = case.make(params), case.make(wanted)
-    step = compile_step(opt, platform=platform)
+    step = compile_step(opt, **options)
     for k in range(1, STEPS + 1):
         generator = torch.Generator().manual_seed(100 * k)
         for i, (p, q) in enumerate(zip(params, wanted, strict=True)):

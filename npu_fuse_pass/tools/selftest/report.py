@@ -20,6 +20,7 @@ class Report:
     Attributes:
         doing: the part that runs; "" when all is done.
         verdict: one sentence; "" until there is one.
+        generated: parity with generated kernels; proof: what followed from it.
     """
 
     def __init__(self, path: pathlib.Path, platform_name: str, quick: bool) -> None:
@@ -28,6 +29,8 @@ class Report:
         self._date = datetime.date.today().isoformat()
         self.environment: list[Finding] = []
         self.parity: list[Any] = []
+        self.generated: list[Any] = []
+        self.proof = ""
         self.timing: list[Any] = []
         self.constants: dict[str, float] = {}
         self.doing = ""
@@ -57,10 +60,11 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""
         rows = {
-            name: list(map(dataclasses.asdict, getattr(self, name))) for name in ("environment", "parity", "timing")
+            name: list(map(dataclasses.asdict, getattr(self, name)))
+            for name in ("environment", "parity", "generated", "timing")
         }
         head = {"selftest": 1, "date": self._date, **self._settings, "doing": self.doing, "verdict": self.verdict}
-        return {**head, **rows, "constants": self.constants}
+        return {**head, **rows, "constants": self.constants, "proof": self.proof}
 
     def text(self) -> str:
         """The whole file."""
@@ -69,18 +73,21 @@ class Report:
         parts = [f"# npu-fuse-pass selftest\n\n{self._date}, {settings}\n\n{verdict}"]
         parts.append("## Environment\n\n" + "\n".join(f"- {_cell(f)}" for f in self.environment))
         if self.parity:
-            parts.append(f"## Parity with float64 on the CPU, five steps\n\n{self._parity()}")
+            parts.append(f"## Parity with float64 on the CPU, five steps\n\n{self._parity(self.parity)}")
         if self.constants:
             listed = ", ".join(f"{name}: {value:.1f}" for name, value in self.constants.items())
             parts.append(f"## This device\n\n{listed}")
         if self.timing:
             parts.append(f"## Milliseconds per step, synchronised, medians of interleaved steps\n\n{self._timing()}")
+        if self.proof:
+            rows = f"\n\n{self._parity(self.generated)}" if self.generated else ""
+            parts.append(f"## The same with generated kernels\n\n{self.proof}{rows}")
         parts.append(f"## All of it\n\n```json\n{json.dumps(self.to_json(), indent=1)}\n```\n")
         return "\n\n".join(parts)
 
-    def _parity(self) -> str:
+    def _parity(self, outcomes: list[Any]) -> str:
         rows = []
-        for o in self.parity:
+        for o in outcomes:
             error = "-" if o.error is None else f"{o.error:.1e}"
             rows.append([o.name, o.verdict, error, f"{o.tolerance:.0e}", "; ".join(dict.fromkeys(o.kernels)), o.why])
         return _table(["optimizer", "verdict", "max relative error", "allowed", "kernels", "why"], rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from npu_fuse_pass.tools.selftest.environment import look
+from npu_fuse_pass.tools.selftest.private import anonymous
 from npu_fuse_pass.tools.selftest.report import Report
 
 
@@ -27,6 +28,8 @@ def run(report: Report, platform: str, quick: bool, say: Callable[[str], None]) 
             return False
     failed = _parity(report, platform, quick, say)
     failed += _times(report, platform, quick, say)
+    if platform == "npu":
+        failed += _generated(report, quick, say)
     ran = f"{len(report.parity)} optimizers compared"
     if failed:
         report.finish(f"**FAILED**: {ran}, {len(failed)} failed: {'; '.join(failed)}")
@@ -47,6 +50,50 @@ def _parity(report: Report, platform: str, quick: bool, say: Callable[[str], Non
         if outcome.verdict != "ok":
             failed.append(f"{case.name} ({outcome.verdict})")
     return failed
+
+
+def _generated(report: Report, quick: bool, say: Callable[[str], None]) -> list[str]:
+    """Parity with generated kernels, last of all: they were never launched on a machine like this one.
+
+    Where all agree with float64, a record in the kernel cache says so, and `kernels="auto"` takes them from then on.
+    """
+    from npu_fuse_pass.lowerings.npu.kernels import ascend, hardware, proof
+    from npu_fuse_pass.lowerings.npu.kernels.compiler import Refused
+    from npu_fuse_pass.lowerings.npu.kernels.launch import KERNEL
+    from npu_fuse_pass.tools.selftest import cases, parity
+
+    failed, made, machine = [], 0, ascend.machine()
+    proof.withdraw(machine)
+    try:
+        hardware.current()
+    except Refused as e:
+        report.proof = f"No generated kernels: {anonymous(str(e))}"
+        say(report.proof)
+        return []
+    for case in cases.cases(quick):
+        report.proof = "not finished"
+        report.begin(f"parity of {case.name} with generated kernels")
+        outcome = parity.compare(case, "npu", "npu", kernels="generated")
+        report.generated.append(outcome)
+        say(f"generated kernels: {outcome}")
+        made += any(KERNEL in kernel for kernel in outcome.kernels)
+        if outcome.verdict != "ok":
+            failed.append(f"{case.name} with generated kernels ({outcome.verdict})")
+    report.proof = _recorded(failed, made, quick, lambda: proof.record(machine, made))
+    say(report.proof)
+    return failed
+
+
+def _recorded(failed: list[str], made: int, quick: bool, record: Callable[[], str]) -> str:
+    default = 'kernels="auto" goes on with GE operations'
+    if failed:
+        return f"**Not proved**: {len(failed)} failed; {default}."
+    if not made or quick:
+        why = "with --quick too few are compared" if made else "no group had one, and the reports' notes say why"
+        return f"Not proved: {why}; {default}."
+    if problem := record():
+        return f"{made} optimizers agree with float64, but that cannot be noted ({anonymous(problem)}): {default}."
+    return f'**Proved**: {made} optimizers agree with float64; kernels="auto" takes generated kernels on this machine.'
 
 
 def _times(report: Report, platform: str, quick: bool, say: Callable[[str], None]) -> list[str]:

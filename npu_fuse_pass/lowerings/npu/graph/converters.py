@@ -13,6 +13,7 @@ from npu_fuse_pass.ir.types import Formula, group_name
 from npu_fuse_pass.lowerings.npu.emit import dedicated, elementwise
 from npu_fuse_pass.lowerings.npu.emit import lists as npu_foreach
 from npu_fuse_pass.lowerings.npu.emit.list_operations import LISTS
+from npu_fuse_pass.lowerings.npu.graph import generated
 from npu_fuse_pass.lowerings.npu.graph import names as npu_names
 from npu_fuse_pass.lowerings.npu.graph.graph import (
     device_contribute,
@@ -53,6 +54,7 @@ def register(torchair: Any) -> None:
         converters[op] = npu_names.naming(functools.partial(_convert_device, make), get_default_ge_graph)
     for op, make in whole.items():
         converters[op] = npu_names.naming(functools.partial(_convert, make), get_default_ge_graph, group_name)
+    generated.register(torchair)
     for op, converter in converters.items():
         if not hasattr(op, "_ge_converter"):
             torchair.register_fx_node_ge_converter(op)(converter)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,11 @@ from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.ir.fused_op import multi_tensor_contribute, multi_tensor_update, parsed
 from npu_fuse_pass.ir.types import Leaf
 from npu_fuse_pass.lowerings.npu.emit import dedicated, elementwise, list_operations
+from npu_fuse_pass.lowerings.npu.graph import generated
 from npu_fuse_pass.lowerings.npu.graph import names as npu_names
 from npu_fuse_pass.lowerings.npu.host.numbers import Packed
 from npu_fuse_pass.lowerings.npu.host.step import Leaves
+from npu_fuse_pass.lowerings.npu.kernels.launch import Cluster
 from npu_fuse_pass.lowerings.npu.layout.bind import Binder
 from npu_fuse_pass.lowerings.npu.part import Part
 from npu_fuse_pass.lowerings.npu.plan import Run
@@ -135,9 +137,15 @@ for _name, (_kernel, _fake) in _KERNELS.items():
     torch.library.register_fake(f"npu_fused::{_name}", _fake, lib=_library)
 
 
-def build(leaves: Sequence[Leaf], parts: Sequence[Part], binder: Binder) -> fx.GraphModule:
-    """The graph of a step. Placeholders carry fake tensors in `meta["val"]`."""
-    return _Build(leaves, parts, binder).module()
+def build(
+    leaves: Sequence[Leaf], parts: Sequence[Part], binder: Binder, clusters: Mapping[str, Cluster] | None = None
+) -> fx.GraphModule:
+    """The graph of a step. Placeholders carry fake tensors in `meta["val"]`.
+
+    Args:
+        clusters: of groups with generated kernels, by the names of `generated.known`.
+    """
+    return _Build(leaves, parts, binder).module(clusters or {})
 
 
 class _Build:
@@ -152,17 +160,18 @@ class _Build:
             name = "".join(c if c.isalnum() else "_" for c in leaves[key[0]].name)
             self._nodes[key] = self._graph.placeholder(name)
             self._nodes[key].meta["val"] = _empty(mode, numel, dtype, device)
-        packed = {dtype: self._graph.placeholder("numbers") for dtype in binder.number_inputs}
+        names = {dtype: "numbers" if k == 0 else f"numbers_{k}" for k, dtype in enumerate(binder.number_inputs)}
+        packed = {dtype: self._graph.placeholder(name) for dtype, name in names.items()}
         for dtype, node in packed.items():
             node.meta["val"] = _empty(mode, binder.number_inputs[dtype], dtype, binder.numbers_on)
         self._packed = packed
         self._unpacked: dict[tuple[torch.dtype, bool], fx.Node] = {}
 
-    def module(self) -> fx.GraphModule:
+    def module(self, clusters: Mapping[str, Cluster]) -> fx.GraphModule:
         totals = self._totals()
         writes: list[tuple[list[fx.Node], Any]] = []
         outputs: dict[int, fx.Node] = {}
-        for part, numbers in zip(self._parts, self._binder.numbers, strict=True):
+        for part, numbers in self._of_operations():
             made = part.splits[0]
             target: Any = device_lists if part.in_lists else device_update
             target = target if part.dedicated is None else device_dedicated
@@ -173,15 +182,34 @@ class _Build:
                 if written:
                     values = node if len(written) == len(keys) else [_taken(node, i) for i in written]
                     writes.append(([self._nodes[keys[i]] for i in written], values))
+        writes += [self._node(name, cluster) for name, cluster in clusters.items()]
         for write in writes:
             self._graph.call_function(device_write, write)
         self._graph.output(tuple(outputs[i] for i in self._binder.outputs))
         return fx.GraphModule(torch.nn.Module(), self._graph, "NpuStep")
 
+    def _of_operations(self) -> Iterator[tuple[Part, list[Packed]]]:
+        """The groups that GE operations compute, and where their numbers lie."""
+        for part, numbers in zip(self._parts, self._binder.numbers, strict=True):
+            packed = [n for n in numbers if isinstance(n, Packed)]
+            if part.generated is None:
+                yield part, packed
+
+    def _node(self, name: str, cluster: Cluster) -> tuple[list[fx.Node], Any]:
+        """The node of generated kernels; what it writes, and itself, which is the list of new values."""
+        written, read = (
+            [self._nodes[(made.group.members[m][s],)] for made, s, m in cluster.leaves(kind)] for kind in (True, False)
+        )
+        args = (written, read, self._packed[torch.float32], name)
+        node = self._graph.call_function(generated.generated_update, args)
+        node.name = cluster.name
+        npu_names.mark(node, cluster.name)
+        return written, node
+
     def _totals(self) -> dict[int, fx.Node]:
         """For every total: the sum of what all members contribute."""
         terms: dict[int, list[fx.Node]] = {}
-        for part, numbers in zip(self._parts, self._binder.numbers, strict=True):
+        for part, numbers in self._of_operations():
             if len(part.splits) > 1:
                 kinds = list(range(len(part.group.formula.contributions)))
                 for node, results in self._fused(device_contribute, part, numbers[1], kinds, {}):

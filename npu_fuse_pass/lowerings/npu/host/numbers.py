@@ -69,6 +69,20 @@ class Packed:
         return [*chosen, torch.tensor([float(active[m]) for m in self._flags], dtype=torch.float64, device="cpu")]
 
 
+class Rows:
+    """Where the numbers of a group with generated kernels lie: a row for each member."""
+
+    def __init__(self, group: Group, made: Split, offset: int) -> None:
+        self.made, self.first, self._members = made, offset, len(group.members)
+        self.count = max(1, self._members * len(made.values))  # a node has numbers in any case
+
+    def pieces(self, found: Sequence[Tensor], active: Sequence[bool]) -> list[Tensor]:
+        """As those of `Packed`."""
+        if not found:
+            return [torch.zeros(1, dtype=torch.float64, device="cpu")]
+        return [torch.stack([v.expand(self._members) for v in found], dim=1).flatten()]
+
+
 def numels(group: Group, leaves: Sequence[Leaf]) -> list[int]:
     """The elements of every member's tensors."""
     first = group.formula.tensor_slots[:1]

@@ -27,6 +27,7 @@ class Step:
         self.flat: dict[Leaves, Tensor] = {}
         self.used: dict[Leaves, Tensor] = {}  # the tensors behind the inputs, of members that take part
         self.copies = 0
+        self.made: dict[int, Tensor] = {}  # leaves that the step makes, as inputs of generated kernels
         self.orders: dict[int, tuple[bool, tuple[int, ...]]] = {}  # per tensor: takes part, strides it is read in
         self.copy_back: list[tuple[Tensor, Tensor]] = []
 

@@ -11,7 +11,7 @@ from npu_fuse_pass.lowerings.npu.kernels.pipes import waiting_loads
 
 BUFFER_BYTES = 192 * 1024
 """Of a vector core, on all chips so far."""
-_STEP = 256
+STEP = 256
 _LARGEST = 8192
 
 
@@ -49,15 +49,15 @@ def largest(kernels: Callable[[int], Kernels], compiled: Callable[[Kernel], str]
 
     # how the compiler shares buffers is not known here, and a larger block than one that does may do again: so down
     # from what would fit if nothing but the tensors were in memory
-    block = _first(kernels(_STEP))
-    while block >= _STEP:
+    block = _first(kernels(STEP))
+    while block >= STEP:
         if fits(block):
             return block
-        block -= _STEP
-    raise NoBlock(f"no chunk of {_STEP} elements or more has two buffers for every copy: {why}")
+        block -= STEP
+    raise NoBlock(f"no chunk of {STEP} elements or more has two buffers for every copy: {why}")
 
 
 def _first(kernels: Kernels) -> int:
     """Two buffers for every tensor that a launch reads, and hardly one for what it computes."""
     reads = max(sum(2 * SIZES[p.dtype] for p in k.pointers if p.slot >= 0 and not p.written) for k in kernels.launches)
-    return min(_LARGEST, BUFFER_BYTES // (reads + 4) // _STEP * _STEP)
+    return min(_LARGEST, BUFFER_BYTES // (reads + 4) // STEP * STEP)

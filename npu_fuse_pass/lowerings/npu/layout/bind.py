@@ -16,7 +16,7 @@ from torch import Tensor
 from npu_fuse_pass.errors import Mismatch
 from npu_fuse_pass.ir.types import Leaf
 from npu_fuse_pass.lowerings.npu.emit import elementwise
-from npu_fuse_pass.lowerings.npu.host.numbers import Packed
+from npu_fuse_pass.lowerings.npu.host.numbers import Packed, Rows
 from npu_fuse_pass.lowerings.npu.host.rows import picked
 from npu_fuse_pass.lowerings.npu.host.step import Key, Leaves, Step
 from npu_fuse_pass.lowerings.npu.layout.bind_alike import Alike
@@ -43,7 +43,7 @@ class Binder:
         self._parts = parts
         self.tensor_inputs: dict[Leaves, Key] = {}
         self.number_inputs: dict[torch.dtype, int] = {}
-        self.numbers: list[list[Packed]] = []
+        self.numbers: list[list[Packed | Rows]] = []
         self.outputs: list[int] = []
         for part in parts:
             self._add_tensors(part)
@@ -51,7 +51,9 @@ class Binder:
             self.numbers.append([])
             for made in part.splits:
                 offset = self.number_inputs.get(dtype, 0)
-                numbers = Packed(part.group, made, part.plan.runs, offset)
+                numbers: Packed | Rows = Packed(part.group, made, part.plan.runs, offset)
+                if part.generated is not None:
+                    numbers = Rows(part.group, made, offset)
                 self.numbers[-1].append(numbers)
                 if numbers.count:
                     self.number_inputs[dtype] = offset + numbers.count
@@ -73,7 +75,7 @@ class Binder:
         for run in part.plan.runs:
             for s in part.group.formula.tensor_slots:
                 for key in self.inputs_of(part, run, s):
-                    if self._leaves[key[0]].kind == "output":
+                    if self._leaves[key[0]].kind == "output" and part.generated is None:
                         self.outputs += key
                     else:
                         size = sum(math.prod(self._leaves[i].shape) for i in key)
@@ -137,6 +139,8 @@ class Binder:
         for s in formula.tensor_slots:  # a tensor may belong to two groups
             if step.orders.setdefault(member[s], (active[m], strides)) != (active[m], strides):
                 raise Mismatch("two updates of one tensor disagree on its memory order, or one of them is left out")
+        for s in (s for s in slots if s not in inputs and part.generated is not None):
+            self._bind_new(member[s], strides, step, active[m])
         for s in (s for s in slots if s in inputs):
             leaves, t = (member[s],), values[member[s]]
             key = self.tensor_inputs[leaves]
@@ -155,6 +159,15 @@ class Binder:
                     step.copy_back.append((t, dense))
             step.flat[leaves] = dense.as_strided((key[0],), (1,))
 
+    def _bind_new(self, i: int, strides: tuple[int, ...], step: Step, active: bool) -> None:
+        """A tensor that the step makes, which a generated kernel writes as any other."""
+        key, leaf = self.tensor_inputs[(i,)], self._leaves[i]
+        step.copies += 1  # another one at every step
+        if active:
+            step.made[i] = torch.empty_strided(leaf.shape, strides, dtype=leaf.dtype, device=leaf.device)
+            step.used[(i,)] = step.made[i]
+        step.flat[(i,)] = step.made[i].as_strided((key[0],), (1,)) if active else self._placeholder(key)
+
     def _placeholder(self, key: Key) -> Tensor:
         if key not in self._scratch:
             self._scratch[key] = torch.zeros(key[0], dtype=key[1], device=key[2])
@@ -166,6 +179,8 @@ class Binder:
             target.detach().copy_(dense)
         for i, result in zip(self.outputs, results, strict=True):
             values[i] = result.as_strided(self._leaves[i].shape, step.orders[i][1])
+        for i, new in step.made.items():
+            values[i] = new
         for part, active, changes in zip(self._parts, step.active, self._changes, strict=True):
             if not all(active):
                 changes = self._changes_of(part, [m for m, a in zip(part.group.members, active, strict=True) if a])

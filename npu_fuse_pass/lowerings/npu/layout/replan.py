@@ -32,7 +32,10 @@ class Plans:
         members = [(part, part.group.members[m]) for part in parts for m in part.on_device]
         uses = collections.Counter(m[s] for part, m in members for s in part.group.formula.tensor_slots)
         self._leaves, self._parts = leaves, parts
-        self._planners = [Planner(part.group, part.on_device, leaves, uses, layout) for part in parts]
+        layouts = [layout if part.generated is None else "list" for part in parts]  # a kernel has a table of addresses
+        self._planners = [
+            Planner(part.group, part.on_device, leaves, uses, each) for part, each in zip(parts, layouts, strict=True)
+        ]
         self._looks, self._left, self._made = _LOOKS, _PLANS, False
         self._use([planner.alone("its tensors were not seen yet") for planner in self._planners])
 

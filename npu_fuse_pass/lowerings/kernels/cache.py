@@ -17,7 +17,8 @@ import tempfile
 import time
 
 _OWN = "npu_fuse_pass"
-_LIBRARY, _NOTE = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}\.so"), re.compile(r"[0-9a-f]{32}\.so\.sha256")
+_LIBRARY = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}\.(so|o|ir|block|proof|runs)")
+_NOTE = re.compile(r"[0-9a-f]{32}\.(so|o|ir|block|proof|runs)\.sha256")
 _BUILD = "build-"
 _ABANDONED = 6 * 3600.0  # seconds after which no build is at work any more
 
@@ -60,21 +61,21 @@ def build_folder(folder: pathlib.Path | None = None) -> tempfile.TemporaryDirect
     return tempfile.TemporaryDirectory(prefix=_BUILD, dir=folder, ignore_cleanup_errors=True)
 
 
-def publish(library: pathlib.Path, folder: pathlib.Path, key: str) -> None:
+def publish(library: pathlib.Path, folder: pathlib.Path, key: str, kind: str = "so") -> None:
     """Move a library into the cache under its content's hash; the note that points there comes last."""
     digest = _digest(library)
     note = library.with_name("note")
     note.write_text(digest)
-    os.replace(library, folder / f"{key}-{digest[:16]}.so")
-    os.replace(note, folder / f"{key}.so.sha256")
+    os.replace(library, folder / f"{key}-{digest[:16]}.{kind}")
+    os.replace(note, folder / f"{key}.{kind}.sha256")
 
 
-def trusted(folder: pathlib.Path, key: str) -> pathlib.Path | None:
+def trusted(folder: pathlib.Path, key: str, kind: str = "so") -> pathlib.Path | None:
     """The cached library, if it and its note are ours and it holds what was once built."""
-    note = folder / f"{key}.so.sha256"
+    note = folder / f"{key}.{kind}.sha256"
     try:
         digest = note.read_text()
-        library = folder / f"{key}-{digest[:16]}.so"
+        library = folder / f"{key}-{digest[:16]}.{kind}"
         for path in (library, note):
             status = path.lstat()
             if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
@@ -84,8 +85,51 @@ def trusted(folder: pathlib.Path, key: str) -> pathlib.Path | None:
         return None
 
 
+def kept(key: str, kind: str) -> bytes | None:
+    """What the cache holds of a kind under a key; None where there is nothing, or nothing that can be trusted."""
+    try:
+        path = trusted(usable(cache_folder()), key, kind)
+        return None if path is None else path.read_bytes()
+    except (OSError, RuntimeError):
+        return None
+
+
+def keep(key: str, kind: str, content: bytes) -> str:
+    """Put something into the cache, in place of what it holds there; why that is not possible, or ""."""
+    try:
+        folder = usable(cache_folder())
+        before = trusted(folder, key, kind)
+        with build_folder(folder) as temporary:
+            path = pathlib.Path(temporary, "content")
+            path.write_bytes(content)
+            publish(path, folder, key, kind)
+        if before is not None and before != trusted(folder, key, kind):
+            before.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as e:
+        return f"{type(e).__name__}: {e}"
+    return ""
+
+
+def drop(key: str, kind: str) -> None:
+    """Take something out of the cache."""
+    with contextlib.suppress(OSError, RuntimeError):
+        folder = usable(cache_folder())
+        path = trusted(folder, key, kind)
+        (folder / f"{key}.{kind}.sha256").unlink(missing_ok=True)
+        if path is not None:
+            path.unlink(missing_ok=True)
+
+
+def key_of(*parts: str) -> str:
+    """A key for all that a result depends on."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
 def clear_cache() -> None:
-    """Remove every compiled kernel from disk, and nothing else; those already loaded stay usable."""
+    """Remove every compiled kernel from disk, and nothing else; those already loaded stay usable.
+
+    What is kept beside kernels for an NPU goes, too: whether the self-test has proved them here.
+    """
     folder = cache_folder()
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for path in list(folder.iterdir()):

@@ -1,0 +1,93 @@
+"""Which groups of a step get generated kernels, and why the others do not."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+from npu_fuse_pass.errors import FuseError
+from npu_fuse_pass.ir.types import Group, Leaf
+from npu_fuse_pass.lowerings.kernels import cache
+from npu_fuse_pass.lowerings.npu.kernels import block
+from npu_fuse_pass.lowerings.npu.kernels.final_ir import facts
+from npu_fuse_pass.lowerings.npu.kernels.generate import Kernel, Kernels
+from npu_fuse_pass.lowerings.npu.kernels.hardware import Hardware
+from npu_fuse_pass.lowerings.npu.kernels.launch import Generated, generate_group
+
+
+def generate_groups(
+    leaves: Sequence[Leaf], groups: Sequence[Group], hardware: Hardware
+) -> Mapping[str, Generated | str]:
+    """For every group, by its name, its kernels, compiled and loaded; or why GE operations compute it.
+
+    Args:
+        leaves: of the step.
+        groups: all of them.
+        hardware: what compiles and loads.
+    """
+    used = collections.Counter(m[s] for g in groups for m in g.members for s in g.formula.tensor_slots)
+    found = {g.name: _generated(g, leaves, used, hardware) for g in groups}
+    # a total is added up over all that contribute, before anybody reads it: by kernels or by GE operations
+    coupled = [g.name for g in groups if with_totals(g, leaves)]
+    refused = [name for name in coupled if isinstance(found[name], str)]
+    for name in coupled if refused else ():
+        if not isinstance(found[name], str):
+            found[name] = f"it shares a total with {refused[0]}: {found[refused[0]]}"
+    left = [name for name, made in found.items() if isinstance(made, str) and made]
+    if left and not hardware.calls_back:
+        why = f"this CANN calls no kernels from a graph, so all of a step's groups have to be kernels, and {left[0]}"
+        found = {n: made if isinstance(made, str) else f"{why} is not: {found[left[0]]}" for n, made in found.items()}
+    return found
+
+
+def with_totals(group: Group, leaves: Sequence[Leaf]) -> bool:
+    """Whether a group adds to a total or reads one."""
+    read = any(leaves[m[s]].kind == "total" for m in group.members for s in group.formula.scalar_slots)
+    return read or bool(group.formula.contributions)
+
+
+def _generated(group: Group, leaves: Sequence[Leaf], used: Mapping[int, int], hardware: Hardware) -> Generated | str:
+    slots, written = group.formula.tensor_slots, set(group.formula.written)
+    if not slots or all(0 in leaves[m[slots[0]]].shape for m in group.members):
+        return ""  # nothing is computed on a device
+    if any(used[m[s]] > 1 for m in group.members for s in slots if s in written):
+        return "a tensor that it writes has a part in two updates, and kernels write in place"
+    try:
+        made = generate_group(group, leaves, lambda kernels: hardware.chunk or _block(kernels, hardware))
+        for kernel in made.kernels.launches:
+            hardware.load(kernel)
+        return dataclasses.replace(made, note=_note(made.kernels, hardware))
+    except FuseError as e:
+        return str(e)
+
+
+def _note(kernels: Kernels, hardware: Hardware) -> str:
+    """How far a group's kernels are proven before they run, for the report."""
+    if not hardware.identity:
+        return f"chunks of {kernels.block} elements, a guess; not compiled"
+    found = [(k, facts(hardware.last_ir(k))) for k in kernels.launches if k.over == "chunks"]
+    used, limit = max(f.buffer_bytes for _, f in found), found[0][1].buffer_limit
+    as_asked = all(f.bytes_per_element == k.bytes_per_element for k, f in found)
+    moved = sum(f.bytes_per_element for _, f in found)
+    counted = f"{moved} bytes per element counted in its last IR" + ("" if as_asked else ", more than asked for")
+    return (
+        f"accepted by the compiler for {hardware.target}, {counted}, chunks of {kernels.block} elements, two buffers "
+        f"for every copy, {used} of {limit} bytes of a core's memory"
+    )
+
+
+def _block(kernels: Callable[[int], Kernels], hardware: Hardware) -> int:
+    """The elements of a chunk; the search compiles a kernel some ten times, so its result is kept."""
+    sources = [k.text for k in kernels(block.STEP).launches]
+    key = cache.key_of(*sources, hardware.identity)
+    kept = cache.kept(key, "block")
+    if kept is not None and kept.isdigit():
+        return int(kept)
+
+    def compiled(kernel: Kernel) -> str:
+        return hardware.last_ir(kernel)
+
+    found = block.largest(kernels, compiled)
+    cache.keep(key, "block", str(found).encode())
+    return found

@@ -1,0 +1,283 @@
+"""`torch.compile(opt.step, backend="npu_fused")` with generated kernels, through the real torchair.
+
+A group is one GE node; the interpreter of GE graphs runs it by executing the compiler's last IR. What is refused, at
+whatever stage, steps down to GE operations and then to the original, which start from what nothing has changed.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+sys.path.append(str(pathlib.Path(__file__).parent.parent / "npu"))
+
+import harness
+import kernels
+import placement
+from interpreter import Node
+
+import npu_fuse_pass
+from npu_fuse_pass.backend import npu_fused
+from npu_fuse_pass.lowerings.npu.graph import generated
+from npu_fuse_pass.lowerings.npu.kernels import ascend, compiler, groups, hardware, proof
+from npu_fuse_pass.report.report import CompileReport
+from tests.npu_kernels import steps
+from tests.npu_kernels.executed import Cores
+from tests.npu_kernels.steps import OURS, STOCK, Step, parameters, set_gradients
+from tests.npu_kernels.test_executed import assert_close
+
+SIZES = (1, 7, 2049, 363)
+BY_NAME = {step.name: step for step in [*OURS, *STOCK]}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records of proofs, and of what ran last, are this test's own; the compiler's results are kept in memory."""
+    (tmp_path / "cache").mkdir(mode=0o700)
+    monkeypatch.setenv("NPU_FUSE_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def ge(monkeypatch: pytest.MonkeyPatch) -> Iterator[harness.Recording]:
+    """GE's graphs; nodes of generated kernels call back."""
+    monkeypatch.setitem(kernels.KERNELS, generated.TYPE, called_back)
+    npu_fuse_pass.clear_reports()
+    torch._dynamo.reset()
+    with harness.record() as recording:
+        yield recording
+    torch._dynamo.reset()
+
+
+def called_back(node: Node) -> list[Tensor]:
+    """As GE: on copies here, which torchair's outputs are written back from."""
+    *tensors, numbers = (t.clone() for t in node.tensors())
+    written, read = tensors[: len(node.op.output_desc)], tensors[len(node.op.output_desc) :]
+    addresses = [[t.data_ptr() for t in given] for given in (written, read)]
+    generated.call(node.op.attr["kernel"].s.decode(), *addresses, numbers.data_ptr())
+    return written
+
+
+@pytest.fixture
+def cores(monkeypatch: pytest.MonkeyPatch) -> Cores:
+    """The hardware of this machine."""
+    made = Cores(chunk=1024, calls_back=True)
+    monkeypatch.setattr(hardware, "current", lambda: made)
+    return made
+
+
+def triple(step: Step, dtype: torch.dtype = torch.float32) -> list[Any]:
+    """An optimizer to be compiled, the same eager, and in float64."""
+    return [step.build([torch.nn.Parameter(p.detach().to(d)) for p in parameters(SIZES, dtype)])
+            for d in (dtype, dtype, torch.float64)]  # fmt: skip
+
+
+def train(opts: Sequence[Any], count: int, missing: Sequence[Sequence[int]] = ((),), **options: Any) -> list[str]:
+    """Steps of all, the first one compiled; what was warned."""
+    step = torch.compile(opts[0].step, backend=npu_fused, options={"platform": "npu", **options})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for k in range(count):
+            for opt in opts:
+                set_gradients(opt.param_groups[0]["params"], k, missing[k % len(missing)])
+            step()
+            for opt in opts[1:]:
+                opt.step()
+    return [str(w.message) for w in caught if "npu_fused" in str(w.message)]
+
+
+def assert_same(opts: Sequence[Any]) -> None:
+    if hasattr(opts[0], "_prelude"):
+        opts[0]._prelude.expose_states()
+    assert_close(*(steps.tensors(opt) for opt in opts))
+
+
+def report() -> CompileReport:
+    return [r for r in npu_fuse_pass.reports() if r.groups][-1]  # type: ignore[no-any-return]
+
+
+ONE_NODE = ("adamw", "lamb", "lamb_global", "rmsprop_tf_momentum", "AdamW foreach", "SGD nesterov decay loop")
+
+
+@pytest.mark.parametrize("name", ONE_NODE)
+def test_a_group_is_one_node(name: str, ge: harness.Recording, cores: Cores) -> None:
+    opts = triple(BY_NAME[name])
+    with placement.watched() as given:
+        said = train(opts, 4, kernels="generated", strict=True)
+    assert_same(opts)
+    assert not said
+    assert [op.type for op in ge[-1].compute_ops()] == [generated.TYPE]
+    (op,) = ge[-1].compute_ops()
+    assert {d.name.rstrip("0123456789") for d in op.output_desc} == {"written"}
+    assert {d.name for d in op.output_desc} < {d.name for d in op.input_desc}
+    (row,) = report().groups
+    assert (row.lowering, row.kernel) == ("npu", "generated NPU kernel")
+    assert op.name == f"{row.name}/{generated.TYPE}"
+    assert cores.launched[-row.launches :] and len(set(cores.launched)) <= row.launches + 3
+    assert "accepted by the compiler for Ascend910B3" in row.note and "not proved on this machine" in row.note
+    assert f"{row.bytes_per_element} bytes per element counted" in row.note
+    tensors = [t for t in given[-1].inputs if t is not given[-1].inputs[-1]]
+    placed = placement.placed(given[-1], tensors)
+    assert len(placed.in_place) == len(op.output_desc) and len(placed.host) == 1
+
+
+def test_missing_gradients(ge: harness.Recording, cores: Cores) -> None:
+    opts = triple(BY_NAME["lamb_global"])
+    train(opts, 5, missing=((), (0, 3), (1, 2), (3,), ()), kernels="generated", strict=True)
+    assert_same(opts)
+
+
+def test_a_step_that_launches_by_itself(ge: harness.Recording, cores: Cores) -> None:
+    """Where GE has no callbacks, there is no graph; the step is the same."""
+    cores.calls_back = False
+    opts = triple(BY_NAME["adamw"])
+    train(opts, 3, kernels="generated", strict=True)
+    assert_same(opts)
+    assert not ge.graphs and len(cores.launched) == 3
+
+
+def test_float64_keeps_ge_operations_beside_kernels(ge: harness.Recording, cores: Cores) -> None:
+    for calls_back in (True, False):
+        cores.calls_back = calls_back
+        torch._dynamo.reset()
+        params = [torch.nn.Parameter(torch.ones(5)), torch.nn.Parameter(torch.ones(7, dtype=torch.float64))]
+        twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+        opts = [BY_NAME["adamw"].build(p) for p in (params, twins)]
+        train(opts, 2, kernels="generated")
+        for p, q in zip(params, twins, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+        rows = {row.dtype: row for row in report().groups}
+        assert (rows["f32"].kernel == "generated NPU kernel") == calls_back
+        assert rows["f64"].kernel != "generated NPU kernel"
+        assert "the vector unit has no float64" in rows["f64"].note
+        assert calls_back or "all of a step's groups have to be kernels" in rows["f32"].note
+
+
+STAGES = ("generation", "compile", "load", "conversion", "callback", "GE's load", "launch", "write")
+PLANTED = RuntimeError("EZ9999: planted")
+
+
+def fail(stage: str, ge: harness.Recording, cores: Cores, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a stage of the generated form fail, and no other form."""
+    if stage == "generation":
+
+        def refuse(*args: Any) -> Any:
+            raise compiler.Refused("EZ9999: planted")
+
+        monkeypatch.setattr(groups, "generate_group", refuse)
+    elif stage == "conversion":
+        from torchair._ge_concrete_graph import compat_ir
+
+        make = compat_ir.ge_op
+
+        def refuse_ours(op_type: str, *args: Any, **given: Any) -> Any:
+            if op_type == generated.TYPE:
+                raise PLANTED
+            return make(op_type, *args, **given)
+
+        monkeypatch.setattr(compat_ir, "ge_op", refuse_ours)
+    elif stage == "callback":
+        monkeypatch.setattr(ascend, "calls_back", lambda: True)  # and GE's module is not there
+    elif stage == "GE's load":
+        ge.failing["load"], ge.only = PLANTED, frozenset({generated.TYPE})
+    elif stage in ("launch", "write"):
+        cores.failing[stage] = PLANTED
+    else:
+        cores.failing[stage] = compiler.Refused("EZ9999: planted")
+
+
+BY_ITSELF = [(stage, True) for stage in ("generation", "compile", "load", "launch", "write")]
+
+
+@pytest.mark.parametrize(("stage", "by_itself"), [*((stage, False) for stage in STAGES), *BY_ITSELF])
+def test_steps_down_to_ge_operations(
+    stage: str, by_itself: bool, ge: harness.Recording, cores: Cores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cores.calls_back = not by_itself
+    opts = triple(BY_NAME["adamw"])
+    fail(stage, ge, cores, monkeypatch)
+    said = train(opts, 3, kernels="generated", strict=True)
+    assert_same(opts)
+    (row,) = report().groups
+    assert row.lowering == "npu" and row.kernel != "generated NPU kernel"
+    assert ("EZ9999: planted" if stage != "callback" else "GE does not take the callback") in row.note
+    assert report().fallback is None
+    first_run = stage in ("GE's load", "launch", "write")
+    assert [("without generated kernels" in text) for text in said] == [True] * first_run
+    assert ge[-1].runs == 3 and generated.TYPE not in ge[-1].counts()
+
+
+@pytest.mark.parametrize("stage", ["launch", "write"])
+def test_steps_down_to_the_original(stage: str, ge: harness.Recording, cores: Cores) -> None:
+    cores.failing[stage] = PLANTED
+    ge.failing["write"] = PLANTED
+    opts = triple(BY_NAME["adamw"])
+    said = train(opts, 3, kernels="generated")
+    for p, q in zip(opts[0].param_groups[0]["params"], opts[1].param_groups[0]["params"], strict=True):
+        assert torch.equal(p, q)
+    assert "EZ9999: planted" in str(report().fallback) and report().groups[0].lowering == "eager"
+    (text,) = said
+    assert "not fused" in text and "EZ9999: planted" in text
+
+
+MACHINE = {"chip": "Ascend910B3", "CANN": "9.2", "torch_npu": "2.13.0", "npu_fuse_pass": "0.1.0 abc"}
+
+
+def test_the_default_takes_what_is_proved(ge: harness.Recording, cores: Cores, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = dict(MACHINE)
+    monkeypatch.setattr(ascend, "machine", lambda: machine)
+
+    def kernel() -> tuple[bool, str, list[str]]:
+        torch._dynamo.reset()
+        opts = triple(BY_NAME["adamw"])
+        said = train(opts, 2)
+        assert_same(opts)
+        (row,) = report().groups
+        return row.kernel == "generated NPU kernel", row.note, said
+
+    used, note, said = kernel()
+    assert not used and "not proved on this machine, see python -m npu_fuse_pass selftest" in note and not said
+    assert proof.record(machine, 17) == ""
+    used, note, said = kernel()
+    assert used and "proved on this machine by the self-test of 20" in note and not said
+    for name in machine:  # another chip, CANN, torch_npu or version is another machine
+        machine[name] += "x"
+        assert not proof.proven(machine)
+        machine[name] = MACHINE[name]
+    proof.withdraw(machine)
+    used, note, said = kernel()
+    assert not used and "a generated kernel ran this group at the last start, now GE operations" in note
+    assert any("at the last start" in text for text in said)
+    used, note, said = kernel()
+    assert not used and "last start" not in note and not said
+    assert "CANN" in proof.record({**machine, "CANN": "unknown"}, 17)
+
+
+def test_bits_are_those_of_a_step_by_itself(ge: harness.Recording, cores: Cores) -> None:
+    found = []
+    for cores.calls_back in (True, False):
+        torch._dynamo.reset()
+        opt = triple(BY_NAME["lamb"])[0]
+        train([opt], 3, kernels="generated", strict=True)
+        found.append(steps.tensors(opt))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_dump(ge: harness.Recording, cores: Cores, tmp_path: pathlib.Path) -> None:
+    opts = triple(BY_NAME["lamb"])
+    train(opts, 1, kernels="generated", strict=True, dump=tmp_path)
+    (file,) = tmp_path.rglob("06_npu_kernel.mlir")
+    text = file.read_text()
+    assert "3 launches, 40 bytes per element" in text and "launch 3 of 3" in text
+    assert text.count("func.func @update_") >= 6 and "the compiler's last IR for Ascend910B3" in text
+    assert "hivm.hir.load" in text
+    cores.failing["launch"] = PLANTED  # what does not run is not there
+    torch._dynamo.reset()
+    train(triple(BY_NAME["lamb"]), 1, kernels="generated", dump=tmp_path / "two")
+    assert not list((tmp_path / "two").rglob("06_npu_kernel.mlir"))
