@@ -38,8 +38,15 @@ class NpuFusedOptimizer(RuleOptimizer):
         *,
         state_dtype: torch.dtype | None = None,
         flatten: str | None = None,
+        master_weights: bool = False,
     ) -> None:
-        super().__init__(params, {**defaults, **self.checked(defaults)}, state_dtype=state_dtype, flatten=flatten)
+        super().__init__(
+            params,
+            {**defaults, **self.checked(defaults)},
+            state_dtype=state_dtype,
+            flatten=flatten,
+            master_weights=master_weights,
+        )
 
     def checked(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The hyperparameters among `values`, in the form that groups hold; a ValueError for a wrong one."""

@@ -73,6 +73,7 @@ class NpuFusedAdam(NpuFusedOptimizer):
         amsgrad: divide by the largest second moment so far.
         state_dtype: dtype of the states; None means each parameter's own.
         flatten: "params" re-homes the parameters in one buffer per group and dtype (`RuleOptimizer` says more).
+        master_weights: keep what half-precision parameters round away (`RuleOptimizer` says more).
 
     Raises:
         ValueError: a value is not allowed.
@@ -92,6 +93,7 @@ class NpuFusedAdam(NpuFusedOptimizer):
         *,
         state_dtype: torch.dtype | None = None,
         flatten: str | None = None,
+        master_weights: bool = False,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
-        super().__init__(params, defaults, state_dtype=state_dtype, flatten=flatten)
+        super().__init__(params, defaults, state_dtype=state_dtype, flatten=flatten, master_weights=master_weights)

@@ -77,6 +77,7 @@ class NpuFusedRMSpropTF(NpuFusedOptimizer):
         lr_in_momentum: the learning rate enters the buffer, as in TensorFlow, not the update.
         state_dtype: dtype of the states; None means each parameter's own.
         flatten: "params" re-homes the parameters in one buffer per group and dtype (`RuleOptimizer` says more).
+        master_weights: keep what half-precision parameters round away (`RuleOptimizer` says more).
 
     Raises:
         ValueError: a value is not allowed.
@@ -98,7 +99,8 @@ class NpuFusedRMSpropTF(NpuFusedOptimizer):
         *,
         state_dtype: torch.dtype | None = None,
         flatten: str | None = None,
+        master_weights: bool = False,
     ) -> None:
         defaults = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
         defaults |= {"centered": centered, "decoupled_decay": decoupled_decay, "lr_in_momentum": lr_in_momentum}
-        super().__init__(params, defaults, state_dtype=state_dtype, flatten=flatten)
+        super().__init__(params, defaults, state_dtype=state_dtype, flatten=flatten, master_weights=master_weights)

@@ -240,7 +240,7 @@ def _plus(interpreter: Interpreter, cell: Cell, one: Expr) -> Any:
 
 def _total_key(batch: Batch, name: str) -> tuple[object, ...]:
     over = batch.rule.totals[name].over
-    return (id(batch.rule), name, batch.group if over == "group" else None)
+    return (id(batch.rule.itself), name, batch.group if over == "group" else None)
 
 
 def _group_numbers(batch: Batch, scalars: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from npu_fuse_pass.errors import GradientError
 from npu_fuse_pass.rules.checks import is_pointwise, reads_step
-from npu_fuse_pass.rules.declaration import Declaration
+from npu_fuse_pass.rules.declaration import RESIDUAL, Declaration
 from npu_fuse_pass.rules.hyperparameters import Hyper
 from npu_fuse_pass.rules.state import ParamState, States
 from npu_fuse_pass.tensors.buffers import flat_buffer, reference_strides
@@ -119,7 +119,8 @@ def make_batch(
     views = {}
     total = sum(p.numel() for p in params)
     for name in names:
-        flat[name] = flat_buffer(total, stored, device, list(flat.values()))
+        kept = torch.float32 if name == RESIDUAL else stored
+        flat[name] = flat_buffer(total, kept, device, list(flat.values()))
         views[name] = list(_views(flat[name], params))
     steps = torch.zeros(len(params), dtype=torch.float64, device="cpu")
     batch = Batch(

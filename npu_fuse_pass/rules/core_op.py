@@ -189,7 +189,9 @@ def _total(name: str, batch: Batch, batches: list[Batch]) -> Tensor:
     """A total in float64, over the parameters with a gradient of the group or of the optimizer."""
     rule = batch.rule
     within = [
-        b for b in batches if b.rule is rule and (rule.totals[name].over == "optimizer" or b.group == batch.group)
+        b
+        for b in batches
+        if b.rule.itself is rule.itself and (rule.totals[name].over == "optimizer" or b.group == batch.group)
     ]
     result = torch.zeros((), dtype=torch.float64, device="cpu")
     for b in within:
@@ -198,7 +200,7 @@ def _total(name: str, batch: Batch, batches: list[Batch]) -> Tensor:
         for i, (param, grad) in enumerate(_pairs(b)):
             if grad is not None:
                 keywords = b.keywords(b.step_views[i] + 1)
-                part = rule.contribution(name, _dimmed(param), _dimmed(grad), _states(b, i), keywords)
+                part = b.rule.contribution(name, _dimmed(param), _dimmed(grad), _states(b, i), keywords)
                 if is_dtensor(part):
                     part = part.full_tensor()  # type: ignore[attr-defined]
                 result = result + part.to(result.device)

@@ -79,6 +79,12 @@ class Declaration:
     name: str
     keywords: tuple[str, ...]
     ranges: Mapping[str, Range] = dataclasses.field(default_factory=dict)
+    base: Declaration | None = None  # what this one computes, with master weights
+
+    @property
+    def itself(self) -> Declaration:
+        """The rule as it was declared: the same for parameters with and without master weights."""
+        return self.base or self
 
     def states_of(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         """Names of the states that parameters of a group with these hyperparameters have."""
@@ -96,10 +102,12 @@ class Declaration:
         This is the semantics of the rule: eager steps call it, and the pass traces it.
         """
         work = arithmetic_dtype(param.dtype)
-        values = [states[n].to(work) if n in states else None for n in self.states]
-        result = self.function(param.to(work), grad.to(work), *values, **{k: keywords.get(k) for k in self.keywords})
+        own = self.itself.states
+        values = [states[n].to(work) if n in states else None for n in own]
+        exact = _exact(param, states, work)
+        result = self.function(exact, grad.to(work), *values, **{k: keywords.get(k) for k in self.keywords})
         new = list(result) if isinstance(result, (tuple, list)) else [result]
-        names = ["param", *(["grad"] if self.writes_grad else []), *self.states]
+        names = ["param", *(["grad"] if self.writes_grad else []), *own]
         if len(new) != len(names):
             raise RuleError(f"rule {self.name!r} returned {len(new)} values; it must return ({', '.join(names)})")
         old = {"param": param, "grad": grad, **states}
@@ -109,6 +117,8 @@ class Declaration:
                 out[name] = self._checked(name, value, old[name])
             elif value is not None:
                 raise RuleError(f"rule {self.name!r} returned a value for state {name!r}, which this group lacks")
+        if RESIDUAL in states:
+            out[RESIDUAL] = (new[0] - out["param"].to(work)).to(states[RESIDUAL].dtype)
         return out["param"], out.get("grad"), {n: out[n] for n in self.states if n in states}
 
     def contribution(
@@ -116,7 +126,11 @@ class Declaration:
     ) -> Tensor:
         """What one parameter adds to the total `name`: a 0-dim tensor."""
         work = arithmetic_dtype(param.dtype)
-        have = {"param": param.to(work), "grad": grad.to(work), **{n: s.to(work) for n, s in states.items()}}
+        have = {
+            "param": _exact(param, states, work),
+            "grad": grad.to(work),
+            **{n: s.to(work) for n, s in states.items()},
+        }
         wanted = list(inspect.signature(self.totals[name].function).parameters)
         unknown = [n for n in wanted if n not in have and n not in keywords and n not in self.states]
         if unknown:
@@ -137,6 +151,27 @@ class Declaration:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Declaration:
         return self  # immutable
+
+
+RESIDUAL = "master_residual"
+"""The state that holds what a parameter's dtype has rounded away of it."""
+
+
+def with_master_weights(rule: Declaration) -> Declaration:
+    """The rule on parameters of float32, of which a half-precision parameter holds what its dtype can, and a float32
+    state the rest.
+
+    Raises:
+        RuleError: the rule has a state of that name.
+    """
+    if RESIDUAL in rule.states:
+        raise RuleError(f"rule {rule.name!r} has a state {RESIDUAL!r}, the name of what master_weights keeps")
+    states = {**rule.states, RESIDUAL: zeros.when(lambda group: True)}  # a checkpoint may lack it
+    return dataclasses.replace(rule, states=states, base=rule)
+
+
+def _exact(param: Tensor, states: Mapping[str, Tensor], work: torch.dtype) -> Tensor:
+    return param.to(work) + states[RESIDUAL].to(work) if RESIDUAL in states else param.to(work)
 
 
 def is_number(value: object) -> bool:

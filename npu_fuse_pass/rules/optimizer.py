@@ -18,7 +18,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from npu_fuse_pass.errors import OptionError
 from npu_fuse_pass.rules import checkpoint, core_op
 from npu_fuse_pass.rules.checks import check_rule, structure
-from npu_fuse_pass.rules.declaration import Declaration
+from npu_fuse_pass.rules.declaration import RESIDUAL, Declaration
 from npu_fuse_pass.rules.prelude import Prelude
 from npu_fuse_pass.rules.ranges import check_kinds, check_ranges
 from npu_fuse_pass.rules.registration import register_backend
@@ -64,6 +64,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         flatten: "params" re-homes the parameters in one buffer per group and dtype, which gives an NPU one tensor to
             update instead of one for each parameter. They become views: `torch.save` of one stores the whole buffer,
             and who holds a parameter's old memory (`p.data`, `p.detach()`) no longer sees updates.
+        master_weights: float16 and bfloat16 parameters keep in a float32 state ("master_residual") what their dtype
+            rounds away, so that a step computes with float32 parameters: 8 more bytes of traffic and 4 of memory for
+            each element. Others are as without it. What is written to a parameter between steps counts.
 
     Raises:
         OptionError: an option has another value than these, or a parameter cannot be re-homed: it is tied to another
@@ -78,6 +81,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     rule: Declaration
     torch_class: type[torch.optim.Optimizer] | None = None  # computes the same from the same options and states
     found_inf: Tensor | None = None
+    master_weights = False
     _call: tuple[tuple[Any, ...], dict[str, Any]]  # what hooks make of the arguments of this step
 
     def __init__(
@@ -87,12 +91,16 @@ class RuleOptimizer(torch.optim.Optimizer):
         *,
         state_dtype: torch.dtype | None = None,
         flatten: str | None = None,
+        master_weights: bool = False,
     ) -> None:
         check_option(flatten)
+        if not isinstance(master_weights, bool):
+            raise OptionError(f"master_weights={master_weights!r}: allowed are True and False")
         if state_dtype is not None and not (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point):
             raise OptionError(f"state_dtype={state_dtype!r}: allowed are None and floating-point torch dtypes")
         self.state_dtype = state_dtype
         self.flatten = flatten
+        self.master_weights = master_weights
         super().__init__(params, defaults)
         self.state = States()
         self._start()
@@ -111,7 +119,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     @classmethod
     def from_rule(cls, rule: Declaration, params: Iterable[Any], hyperparameters: Settings) -> RuleOptimizer:
         """An optimizer for a bare rule; used by calling the rule."""
-        options = {k: hyperparameters[k] for k in ("state_dtype", "flatten") if k in hyperparameters}
+        options = {k: hyperparameters[k] for k in ("state_dtype", "flatten", "master_weights") if k in hyperparameters}
         unknown = sorted(hyperparameters.keys() - rule.defaults.keys() - options.keys())
         if unknown:
             raise TypeError(f"{rule.name}() has no hyperparameter {unknown[0]!r}; allowed are {sorted(rule.defaults)}")
@@ -353,7 +361,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _stored(self, name: str, param: Any, value: Tensor) -> Tensor:
         if name == "step" or not isinstance(param, Tensor):
             return value
-        dtype = self.state_dtype or param.dtype
+        dtype = torch.float32 if name == RESIDUAL else self.state_dtype or param.dtype
         return value.to(dtype=dtype if param.is_floating_point() else None, device=param.device)
 
     def __hash__(self) -> int:

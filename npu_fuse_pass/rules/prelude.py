@@ -27,7 +27,7 @@ from npu_fuse_pass.rules.batch import (
     repeated,
 )
 from npu_fuse_pass.rules.checks import check_flat_shards
-from npu_fuse_pass.rules.declaration import Declaration
+from npu_fuse_pass.rules.declaration import Declaration, arithmetic_dtype, with_master_weights
 from npu_fuse_pass.rules.ranges import check_kinds
 from npu_fuse_pass.rules.state import States
 from npu_fuse_pass.tensors.sharded import local, sharding
@@ -47,6 +47,7 @@ class Stepped(Protocol):
     state: defaultdict[Tensor, Any]
     state_dtype: torch.dtype | None
     flatten: str | None
+    master_weights: bool
 
     def rule_for(self, group: dict[str, Any]) -> Declaration: ...
     def settings(self, group: dict[str, Any]) -> list[tuple[list[Tensor], Mapping[str, Any]]]: ...
@@ -69,6 +70,7 @@ class Prelude:
         self.batches: list[Batch] = []
         self.version = 0
         self._parts: list[tuple[Declaration, list[Tensor]]] = []
+        self._exact: dict[Declaration, Declaration] = {}  # rules with master weights, by what they are made of
         self._outside: list[Tensor] = []
         self.watch: Watch | None = None
         self.watched = False
@@ -186,18 +188,27 @@ class Prelude:
                     again.setdefault((times[id(p)], batch_key(p, p.grad)), []).append(p)
             first: dict[Any, Batch] = {}
             for key, members in keyed.items():
-                old = next((b for b in self.batches if _serves(b, rule, index, settings, members)), None)
+                stepped = self._stepped(optimizer, rule, members[0])
+                old = next((b for b in self.batches if _serves(b, stepped, index, settings, members)), None)
                 if old is not None:
                     adopt(old, state)
                 elif optimizer.flatten is not None:
                     with contextlib.suppress(OptionError):  # then they stay where they are; the report says the layout
                         optimizer.settle([members])
-                first[key] = old or make_batch(rule, group, index, settings, members, state, optimizer.state_dtype)
+                first[key] = old or make_batch(stepped, group, index, settings, members, state, optimizer.state_dtype)
             batches += [*first.values(), *(repeated(first[key], members) for (_, key), members in again.items())]
         if batches != self.batches:  # a loaded checkpoint alone changes values, not the plan
             self.version += 1
         self.batches, self._outside = batches, outside
         self._parts = [(rule, list(params)) for _, rule, params, _ in parts]
+
+    def _stepped(self, optimizer: Stepped, rule: Declaration, param: Tensor) -> Declaration:
+        """The rule as it is computed for a parameter: half-precision ones may have master weights."""
+        if not optimizer.master_weights or arithmetic_dtype(param.dtype) is param.dtype:
+            return rule
+        if rule not in self._exact:
+            self._exact[rule] = with_master_weights(rule)
+        return self._exact[rule]
 
     def _check_states(
         self, optimizer: Stepped, parts: list[tuple[int, Declaration, list[Tensor], Mapping[str, Any]]]
@@ -207,7 +218,8 @@ class Prelude:
         numbers = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
         for _, rule, params, settings in parts:
             for p in (p for p in params if dict.__contains__(state, p)):
-                check_state(rule, settings, p, state.entry(p).present(), f"parameter {numbers[id(p)]}")
+                stepped = self._stepped(optimizer, rule, p)
+                check_state(stepped, settings, p, state.entry(p).present(), f"parameter {numbers[id(p)]}")
 
 
 def _serves(batch: Batch, rule: Declaration, part: int, settings: Mapping[str, Any], members: list[Tensor]) -> bool:

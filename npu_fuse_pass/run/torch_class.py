@@ -108,7 +108,13 @@ def of_rule(opt: RuleOptimizer) -> TorchStep | None:
     owner: Any = next(c for c in type(opt).__mro__ if "torch_class" in vars(c))
     cls: Any = owner.torch_class
     own_parts = type(opt).partitions is not RuleOptimizer.partitions
-    if cls is None or own_parts or opt.rule is not owner.rule or type(opt).rule_for is not RuleOptimizer.rule_for:
+    if (
+        cls is None
+        or own_parts
+        or opt.master_weights
+        or opt.rule is not owner.rule
+        or type(opt).rule_for is not RuleOptimizer.rule_for
+    ):
         return None
     known = inspect.signature(cls).parameters
     groups, params = [], []

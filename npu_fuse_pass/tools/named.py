@@ -75,7 +75,7 @@ def make(name: str, shapes: Sequence[Shape], options: Mapping[str, Any], device:
 def _arguments(factory: Callable[..., Any]) -> dict[str, bool]:
     """A constructor's arguments, and whether it needs each."""
     if isinstance(factory, Rule):
-        return {"params": True, **dict.fromkeys([*factory.defaults, "flatten", "state_dtype"], False)}
+        return {"params": True, **dict.fromkeys([*factory.defaults, "flatten", "master_weights", "state_dtype"], False)}
     parameters = inspect.signature(factory).parameters
     return {n: p.default is inspect.Parameter.empty for n, p in parameters.items()}
 

@@ -33,6 +33,7 @@ class PaddleOptimizer(RuleOptimizer):
         name: kept as an attribute without effect.
         state_dtype: dtype of the states; None means each parameter's own.
         flatten: "params" re-homes the parameters in one buffer per group and dtype (`RuleOptimizer` says more).
+        master_weights: keep what half-precision parameters round away (`RuleOptimizer` says more).
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class PaddleOptimizer(RuleOptimizer):
         *,
         state_dtype: torch.dtype | None = None,
         flatten: str | None = None,
+        master_weights: bool = False,
     ) -> None:
         if not isinstance(learning_rate, (float, LRScheduler, TorchLRScheduler)):
             raise TypeError(f"learning rate should be float or LRScheduler, got {type(learning_rate)} here")
@@ -55,7 +57,11 @@ class PaddleOptimizer(RuleOptimizer):
         self._scheduler = None if isinstance(learning_rate, float) else learning_rate
         lr = learning_rate if isinstance(learning_rate, float) else _current(learning_rate)
         super().__init__(
-            parameters, {"lr": lr, "learning_rate": 1.0, **options}, state_dtype=state_dtype, flatten=flatten
+            parameters,
+            {"lr": lr, "learning_rate": 1.0, **options},
+            state_dtype=state_dtype,
+            flatten=flatten,
+            master_weights=master_weights,
         )
 
     # Parameter groups ---------------------------------------------------------------------------------------

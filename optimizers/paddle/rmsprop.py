@@ -148,6 +148,7 @@ class RMSProp(PaddleOptimizer):
         name: kept as an attribute without effect.
         state_dtype: dtype of the states; None means each parameter's own.
         flatten: "params" re-homes the parameters in one buffer per group and dtype (`RuleOptimizer` says more).
+        master_weights: keep what half-precision parameters round away (`RuleOptimizer` says more).
 
     Raises:
         ValueError: learning_rate, rho, epsilon or momentum is None, or one of the last three is negative.
@@ -171,13 +172,22 @@ class RMSProp(PaddleOptimizer):
         *,
         state_dtype: torch.dtype | None = None,
         flatten: str | None = None,
+        master_weights: bool = False,
     ) -> None:
         if learning_rate is None:
             raise ValueError("learning_rate is not set.")
         options: dict[str, Any] = {"rho": rho, "epsilon": epsilon, "momentum": momentum, "centered": centered}
         options |= {"weight_decay": weight_decay, "grad_clip": grad_clip}
         _check_numbers(options)
-        super().__init__(learning_rate, parameters, options, name, state_dtype=state_dtype, flatten=flatten)
+        super().__init__(
+            learning_rate,
+            parameters,
+            options,
+            name,
+            state_dtype=state_dtype,
+            flatten=flatten,
+            master_weights=master_weights,
+        )
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuse a group with options that are not allowed."""
