@@ -19,6 +19,7 @@ from npu_fuse_pass.run import torch_class
 from npu_fuse_pass.run.check_numerics import names_of
 from npu_fuse_pass.tools.fused_option import FusedOption
 from npu_fuse_pass.tools.plain_step import ORIGINAL, is_hooked, plain_step
+from npu_fuse_pass.tools.symbolic import symbolic_numbers
 from npu_fuse_pass.tools.twin import twin
 from npu_fuse_pass.user_warnings import warn
 
@@ -46,7 +47,13 @@ def compile_step(opt: torch.optim.Optimizer, **options: Any) -> CompiledStep:
 
 def _compiled(step: Callable[..., Any], watched: backend.Watched) -> Callable[..., Any]:
     """What does the work of a step. Every compiled step of an optimizer, however it is asked for, is made here."""
-    return backend.isolated(step, watched)
+    compiled = backend.isolated(step, watched)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with symbolic_numbers():
+            return compiled(*args, **kwargs)
+
+    return run
 
 
 class CompiledStep:

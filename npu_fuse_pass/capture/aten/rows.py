@@ -59,7 +59,7 @@ ROWS.update({f"logical_{n}": _plain(n) for n in ("and", "or", "xor", "not")})
 ROWS.update({f"bitwise_{n}": _plain(n) for n in ("and", "or", "xor", "not")})
 ROWS.update({"sgn": ROWS["sign"], "sym_not": ROWS["logical_not"]})
 # Python's mathematics of a number that torch has made symbolic
-_SYMBOLIC = ("sqrt", "cos", "cosh", "sin", "sinh", "tan", "tanh", "acos", "asin", "atan", "log2")
+_SYMBOLIC = ("exp", "sqrt", "cos", "cosh", "sin", "sinh", "tan", "tanh", "acos", "asin", "atan", "log2")
 ROWS.update({f"_sym_{n}": ROWS[n] for n in _SYMBOLIC})
 ROWS.update({"less_equal": ROWS["le"], "greater_equal": ROWS["ge"], "max.other": ROWS["maximum"]})
 
@@ -217,7 +217,7 @@ _POWERS: dict[float, Callable[[Builder, Expr], Expr]] = {
 }
 
 
-@row("pow")
+@row("pow", "_sym_pow")
 def _pow(b: Builder, x: Expr, y: Expr) -> Expr:
     if y.op == "const" and isinstance(y.value, float) and y.value in _POWERS:
         return _POWERS[y.value](b, x)
@@ -238,6 +238,11 @@ def _clamp(b: Builder, x: Expr, min: Expr | None = None, max: Expr | None = None
 @row("where")
 def _where(b: Builder, condition: Expr, x: Expr, y: Expr) -> Expr:
     return b.op("where", condition, x, y)
+
+
+@row("_sym_log")
+def _sym_log(b: Builder, x: Expr, base: Expr | None = None) -> Expr:
+    return b.op("log", x) if base is None else b.op("div", b.op("log", x), b.op("log", base))
 
 
 @row("sym_max")

@@ -1,0 +1,60 @@
+"""Python's own numbers in a step that Dynamo traces: symbolic where they change, instead of a compile for each value.
+
+Dynamo makes an integer that changed symbolic, but fixes it again where `math.pow`, `math.log` or `math.exp` takes it:
+it looks for torch._sym_pow and its like, which torch lacks (it has _sym_sqrt and others). They are there while a step
+that `compile_step` made is called, and only then: other compiles do not meet them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+_lock = threading.Lock()
+_entered = 0
+
+
+def _sym_pow(x: Any, y: Any) -> Any:
+    """math.pow of symbolic numbers."""
+    return torch.sym_float(x) ** torch.sym_float(y)
+
+
+def _sym_log(x: Any, base: float = math.e) -> Any:
+    """math.log of a symbolic number."""
+    return torch._sym_log2(x) / math.log2(base)  # type: ignore[attr-defined]
+
+
+def _sym_exp(x: Any) -> Any:
+    """math.exp of a symbolic number."""
+    return math.e ** torch.sym_float(x)
+
+
+_ADDED = {
+    name: function
+    for name, function in {"_sym_pow": _sym_pow, "_sym_log": _sym_log, "_sym_exp": _sym_exp}.items()
+    if not hasattr(torch, name)
+}
+
+
+@contextlib.contextmanager
+def symbolic_numbers() -> Iterator[None]:
+    """While inside, a compile keeps `math`'s functions of changing numbers in the graph."""
+    global _entered
+    with _lock:
+        _entered += 1
+        if _entered == 1:
+            for name, function in _ADDED.items():
+                setattr(torch, name, function)
+    try:
+        yield
+    finally:
+        with _lock:
+            _entered -= 1
+            if not _entered:
+                for name in _ADDED:
+                    delattr(torch, name)
