@@ -56,8 +56,8 @@ def least(formula: Formula) -> tuple[int, int]:
     """Bytes for each element that no kernel for a formula can do without, and passes over memory."""
     order = postorder(formula.roots)
     if any(e.op in REDUCTIONS for e in order):
-        found = plan(formula).bytes
-        return sum(found), len(found)
+        planned = plan(formula)
+        return sum(planned.bytes), sum(len(stage.passes) for stage in planned.stages)
     used = {e.value for e in order if e.op == "leaf" and e.tensor}
     each = [*used, *(s for s in formula.written if formula.slots[s].tensor)]
     return sum(slot.dtype.itemsize for s in each if isinstance(s, int) for slot in [formula.slots[s]]), 1

@@ -9,19 +9,25 @@ import ctypes
 import os
 import pathlib
 import struct
+import sys
 import types
 from typing import Any
 
 import pytest
 import torch
 
+import npu_fuse_pass
+from npu_fuse_pass import lower
+from npu_fuse_pass.__main__ import main
 from npu_fuse_pass.ir.text import parse
+from npu_fuse_pass.ir.types import Grouped
 from npu_fuse_pass.lowerings.kernels import cache
 from npu_fuse_pass.lowerings.npu.emit.split import split_whole
 from npu_fuse_pass.lowerings.npu.graph import generated
 from npu_fuse_pass.lowerings.npu.kernels import ascend, choice, compiler, hardware, proof
 from npu_fuse_pass.lowerings.npu.kernels.compiler import Refused
 from npu_fuse_pass.lowerings.npu.kernels.generate import Kernel, generate
+from npu_fuse_pass.options import Options, Target
 
 TARGET = "Ascend910B2"
 IR = """// -----// IR Dump Before ConvertHIVMToStandard (convert-hivm-to-std) //----- //
@@ -250,6 +256,27 @@ def test_a_record_is_trusted_as_a_kernel_is(own_cache: pathlib.Path) -> None:
     assert proof.record(MACHINE, 17) == "" and proof.proven(MACHINE)
     proof.withdraw(MACHINE)
     assert not proof.proven(MACHINE) and not list(own_cache.rglob("*.proof"))
+
+
+def test_kernels_to_look_at_without_torch_npu(
+    own_cache: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither an NPU nor CANN nor torch_npu is needed to see what they are and what they move; the original runs."""
+    monkeypatch.setitem(sys.modules, "torch_npu", None)
+    monkeypatch.setattr(compiler, "_wheel", lambda: "")
+    given = ["NpuFusedLamb", "--params", "3", "--shape", "8", "--platform", "npu", "--out", str(own_cache / "dump")]
+    assert main(["dump", *given]) == 0
+    said = capsys.readouterr().out
+    assert "generated NPU kernel" in said and "kernels are only shown" in said
+    (row,) = npu_fuse_pass.reports()[-1].groups
+    assert (row.bytes_per_element, row.launches) == (40, 3)
+    assert "a guess; not compiled" in row.note
+    assert "torch_npu" in str(npu_fuse_pass.reports()[-1].fallback)
+    (file,) = (own_cache / "dump").rglob("06_npu_kernel.mlir")
+    text = file.read_text()
+    assert text.count("func.func @update_") == 3 and text.count("no last IR: there is no compiler") == 3
+    with pytest.raises(npu_fuse_pass.PlatformError, match='platform "npu" needs torch_npu'):
+        lower.lower(Grouped(), Target("npu"), Options(kernels="generated"))  # nothing to look at: it cannot run
 
 
 def test_the_forms_of_every_option(monkeypatch: pytest.MonkeyPatch) -> None:

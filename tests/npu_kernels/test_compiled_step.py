@@ -28,6 +28,8 @@ from npu_fuse_pass.backend import npu_fused
 from npu_fuse_pass.lowerings.npu.graph import generated
 from npu_fuse_pass.lowerings.npu.kernels import ascend, compiler, groups, hardware, proof
 from npu_fuse_pass.report.report import CompileReport
+from npu_fuse_pass.tools.selftest import cases, parity, session
+from npu_fuse_pass.tools.selftest.report import Report
 from tests.npu_kernels import steps
 from tests.npu_kernels.executed import Cores
 from tests.npu_kernels.steps import OURS, STOCK, Step, parameters, set_gradients
@@ -267,6 +269,46 @@ def test_bits_are_those_of_a_step_by_itself(ge: harness.Recording, cores: Cores)
         train([opt], 3, kernels="generated", strict=True)
         found.append(steps.tensors(opt))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+class Idle(Cores):
+    """Launches nothing, and says nothing."""
+
+    def __call__(self, *launch: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("made", "failing", "says"),
+    [
+        (Cores, None, "**Proved**: 2 optimizers agree with float64"),
+        (Idle, None, "**Not proved**: 2 failed"),
+        (Cores, "launch", "**Not proved**: 2 failed"),
+        (Cores, "compile", "Not proved: no group had one"),
+    ],
+    ids=["right", "wrong", "refused at the first run", "refused by the compiler"],
+)
+def test_the_self_test_proves(
+    made: type[Cores], failing: str | None, says: str, ge: harness.Recording, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: pathlib.Path,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(ascend, "machine", lambda: MACHINE)
+    cores = made(chunk=1024, calls_back=True)
+    cores.failing = {} if failing is None else {failing: compiler.Refused("planted")}
+    monkeypatch.setattr(hardware, "current", lambda: cores)
+    chosen = [
+        c for c in cases.cases(False) if c.name in ("NpuFusedAdamW", "NpuFusedLion", "lion", "NpuFusedLamb, adam")
+    ]
+    monkeypatch.setattr(cases, "cases", lambda quick: chosen[-2:])
+    compare = parity.compare
+    monkeypatch.setattr(parity, "compare", lambda case, platform, device, **o: compare(case, platform, "cpu", **o))
+    proof.record(MACHINE, 1)
+    report = Report(tmp_path / "report.md", "npu", False)
+    failed = session._generated(report, False, lambda line: None)
+    assert report.proof.startswith(says), report.proof
+    assert bool(proof.proven(MACHINE)) == ("**Proved" in says)
+    assert len(failed) == 2 * ("failed" in says)
+    assert says in report.text()
 
 
 def test_dump(ge: harness.Recording, cores: Cores, tmp_path: pathlib.Path) -> None:
