@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ from npu_fuse_pass.errors import NotCapturedError
 from npu_fuse_pass.report.logs import switched_off
 from npu_fuse_pass.rules.hidden import hidden, uses_fused
 from npu_fuse_pass.tools.compile_step import CompiledStep
-from npu_fuse_pass.tools.plain_step import PATCHED
+from npu_fuse_pass.tools.plain_step import PATCHED, function_of, plain_step
 from npu_fuse_pass.user_warnings import warn
 
 _STEP, _GETSTATE, _PATCH = PATCHED
@@ -80,8 +81,12 @@ class Patch:
         self.optimizer, self._options = opt, options
         self._previous = vars(opt).get(_STEP)
         self._warned = False
-        self._compiled = CompiledStep(opt, options, by="compile_optimizer_")
-        self._function = self._compiled.__func__
+        self._function = function_of(plain_step(opt), lambda *args, **kwargs: self.compiled(*args, **kwargs))
+
+    @functools.cached_property
+    def compiled(self) -> CompiledStep:
+        """The compiled step; a copy of an optimizer has no parameters yet while its patch is made."""
+        return CompiledStep(self.optimizer, self._options, by="compile_optimizer_")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _patched_copy, (self.optimizer, self._options)
@@ -90,7 +95,7 @@ class Patch:
         """Take the place of `step`, and watch who calls another one."""
         self.take_place()
         self.optimizer.register_step_pre_hook(self.watch)
-        self._compiled.fused_option.switch_off()
+        self.compiled.fused_option.switch_off()
 
     def take_place(self) -> None:
         """Take the place of `step`, and of `__getstate__`: torch's keeps no fields, so copies would be eager."""
@@ -109,11 +114,11 @@ class Patch:
         hooks = self.optimizer._optimizer_step_pre_hooks
         for key in [k for k, hook in hooks.items() if hook == self.watch]:
             del hooks[key]
-        self._compiled.release()
+        self.compiled.release()
 
     def watch(self, opt: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """A step hook: say so where the original runs beside the compiled step."""
-        if torch.compiler.is_compiling() or self._warned or self._compiled.running or not backend.compiling():
+        if torch.compiler.is_compiling() or self._warned or self.compiled.running or not backend.compiling():
             return
         self._warned = True
         warn(

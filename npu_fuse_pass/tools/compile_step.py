@@ -18,7 +18,7 @@ from npu_fuse_pass.rules.hidden import hidden
 from npu_fuse_pass.run import torch_class
 from npu_fuse_pass.run.check_numerics import names_of
 from npu_fuse_pass.tools.fused_option import FusedOption
-from npu_fuse_pass.tools.plain_step import ORIGINAL, is_hooked, plain_step
+from npu_fuse_pass.tools.plain_step import ORIGINAL, function_of, is_hooked, plain_step
 from npu_fuse_pass.tools.symbolic import symbolic_numbers
 from npu_fuse_pass.tools.twin import twin
 from npu_fuse_pass.user_warnings import warn
@@ -90,9 +90,6 @@ class CompiledStep:
             self._step: Callable[..., Any] = types.MethodType(hooked, opt)
         else:
             self._step = _compiled(self._original, self._watched)
-        self._closure: Callable[[], Any] | None = None
-        # one object for all closures: Dynamo compiles a step anew for every other function that it is given
-        self._call_closure = torch.compiler.disable(lambda: self._closure())  # type: ignore[misc]
         self.fused_option = FusedOption(opt, by)
         self._steps = 0
         self._any_compiled = False
@@ -109,14 +106,7 @@ class CompiledStep:
     @property
     def __func__(self) -> Callable[..., Any]:
         """As of a method of the optimizer: a function that takes it first."""
-
-        def step(opt: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-            return self(*args, **kwargs)
-
-        functools.update_wrapper(step, getattr(self._original, "__func__", self._original))
-        step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
-        setattr(step, ORIGINAL, self._original)
-        return step
+        return function_of(self._original, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():  # inlined into a larger graph, whose backend compiles it
@@ -165,12 +155,10 @@ class CompiledStep:
                 loss = closure()
             self._update()
             return loss
-        given = {"closure": self._call_closure} if not args else {}
-        before, self._closure = self._closure, closure
-        try:
-            return self._compiled_update(*[self._call_closure, *args[1:]][: len(args)], **{**kwargs, **given})
-        finally:
-            self._closure = before
+        apart = torch.compiler.disable(closure)
+        if args:
+            return self._compiled_update(apart, *args[1:], **kwargs)
+        return self._compiled_update(**{**kwargs, "closure": apart})
 
     def _update(self, *args: Any, **kwargs: Any) -> Any:
         """The step without a closure. Dynamo would never look again at one that had nothing to do."""

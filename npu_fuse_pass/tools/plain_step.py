@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,18 @@ def plain_step(opt: torch.optim.Optimizer) -> Callable[..., Any]:
         else:
             break
     return getattr(step, ORIGINAL, step)  # type: ignore[no-any-return]
+
+
+def function_of(original: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """`compiled` as the function of a method that stands for `original`; schedulers leave it as it is."""
+
+    def step(opt: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        return compiled(*args, **kwargs)
+
+    functools.update_wrapper(step, getattr(original, "__func__", original))
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    setattr(step, ORIGINAL, original)
+    return step
 
 
 def is_hooked(step: Callable[..., Any]) -> bool:
