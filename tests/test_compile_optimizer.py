@@ -255,7 +255,10 @@ def test_a_new_closure_at_every_step_is_no_new_compile(said: list[str]) -> None:
     def run(given: list[Any], opt: Any) -> None:
         set_gradients(given, gradients(given, 0))
         for seed in range(1, 11):
-            closures = [lambda s=seed: set_gradients(given, gradients(given, s)), functools.partial(closure, given, seed)]
+            closures = [
+                lambda s=seed: set_gradients(given, gradients(given, s)),
+                functools.partial(closure, given, seed),
+            ]
             opt.step(closures[seed % 2])
 
     run(params, npu_fuse_pass.compile_optimizer_(Sam(params)))
