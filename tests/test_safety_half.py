@@ -13,7 +13,7 @@ import npu_fuse_pass
 
 from .graphs import check
 from .papers_norms import Lion
-from .support import compiled, gradients, parameters, set_gradients
+from .support import assert_fused, compiled, gradients, last_report, parameters, set_gradients
 
 
 @pytest.fixture(autouse=True)
@@ -94,3 +94,27 @@ def test_half_precision_is_as_exact_as_the_original(cls: Any, options: Any, dtyp
                 exact.copy_(ours)
     for report in npu_fuse_pass.reports():
         assert report.fallback is None and not report.unfused, report
+
+
+def test_numbers_of_lists_round_as_atens_do() -> None:
+    """An in-place product with a Scalar takes the number in half precision, `x.mul_(number)` in float32."""
+    forms: list[Any] = [
+        lambda x: torch._foreach_mul_([x], 0.9),
+        lambda x: torch._foreach_mul_([x], [0.9]),
+        lambda x: x.copy_(torch._foreach_mul([x], 0.9)[0]),
+        lambda x: x.mul_(0.9),
+        lambda x: torch._foreach_div_([x], 0.9),
+        lambda x: torch._foreach_mul_([x], torch.tensor(0.9)),
+    ]
+
+    def body(xs: list[torch.Tensor]) -> None:
+        for x, form in zip(xs, [*forms, *forms], strict=True):
+            form(x)
+
+    start = torch.randn(1024, generator=torch.Generator().manual_seed(0))
+    made = [[start.to(d) for d in (torch.float16, torch.bfloat16) for _ in forms] for _ in range(2)]
+    npu_fuse_pass.clear_reports()
+    body(made[0])
+    torch.compile(body, backend="npu_fused")(made[1])
+    assert [i for i, (a, b) in enumerate(zip(*made, strict=True)) if not torch.equal(a, b)] == []
+    assert_fused(last_report(), parameters=len(made[0]))

@@ -18,7 +18,7 @@ from npu_fuse_pass.capture.aten.shaped import REAL, SHAPED, cast
 from npu_fuse_pass.capture.originals import Originals
 from npu_fuse_pass.capture.values import Cell, Val
 from npu_fuse_pass.errors import Unsupported
-from npu_fuse_pass.ir.expr import DTYPE_NAMES, Builder, postorder
+from npu_fuse_pass.ir.expr import DTYPE_NAMES, HALF, Builder, postorder
 from npu_fuse_pass.ir.types import Expanded, Leaf
 from npu_fuse_pass.reasons import Code
 
@@ -160,6 +160,20 @@ class Interpreter:
         if cell.leaf is not None:
             self.written[cell.leaf] = cell
 
+    def _narrowed(self, number: Any, like: Val) -> Any:
+        """A number as ATen's in-place product with a Scalar takes it in half precision: the tensor is the second factor.
+
+        Python's `x.mul_(0.9)` is another overload, whose number stays in float32.
+        """
+        if like.dtype not in HALF or not like.dimmed:
+            return number
+        if isinstance(number, float):
+            return float(torch.tensor(number, dtype=like.dtype, device="cpu"))
+        if not isinstance(number, Cell) or not number.val.number:
+            return number
+        half = self.builder.cast(number.val.expr, like.dtype)
+        return Cell(dataclasses.replace(number.val, expr=self.builder.cast(half, torch.float64)))
+
     def _leave_base(self, cell: Cell, name: str) -> None:
         """A view that is written: fine where nothing reads what it looked at any more."""
         base = cell.base[0] if cell.base is not None else None
@@ -177,7 +191,8 @@ class Interpreter:
             raise Unsupported(f"_foreach_{name}", "lists of different lengths", Code.SHAPES)
 
         def pick(x: Any, i: int) -> Any:
-            return x[i] if isinstance(x, (list, tuple)) else x
+            given = x[i] if isinstance(x, (list, tuple)) else x
+            return self._narrowed(given, args[0][i].val) if name == "mul_" and x is not args[0] else given
 
         return [
             self.call(name, tuple(pick(a, i) for a in args), {k: pick(v, i) for k, v in kwargs.items()})

@@ -7,8 +7,9 @@ from .optimizers import Drawn
 # row -> optimizers (all: "*", "ours", "stock", or a name), reason
 LEFT_OUT: dict[str, tuple[tuple[str, ...], str]] = {
     "twice": (
-        ("NpuFusedSGD",),
-        "at the first step torch.optim.SGD takes the gradient as its buffer at every listing, ours at the first one",
+        ("NpuFusedSGD", "Adam foreach", "SGD foreach"),
+        "at the first step torch.optim.SGD takes the gradient as its buffer at every listing, ours at the first one; "
+        "a captured foreach step of torch's is another one than its eager one",
     ),
     "grad is the parameter": (
         ("NpuFusedAdamW", "NpuFusedAdamW state_dtype"),
