@@ -161,7 +161,7 @@ class Interpreter:
             self.written[cell.leaf] = cell
 
     def _narrowed(self, number: Any, like: Val) -> Any:
-        """A number as ATen's in-place product with a Scalar takes it in half precision: the tensor is the second factor.
+        """A number as ATen takes it in half precision where a tensor is multiplied in place by a Scalar: first factor.
 
         Python's `x.mul_(0.9)` is another overload, whose number stays in float32.
         """
