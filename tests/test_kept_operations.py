@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import npu_fuse_pass
+from npu_fuse_pass.backend import npu_fused
 from npu_fuse_pass.match import find
 
 from .support import tier
@@ -248,6 +249,31 @@ def test_a_step_that_is_refused_draws_nothing() -> None:
             want, state = memory.clone(), torch.get_rng_state()
     assert torch.equal(memory, want)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_draws_follow_the_layout_of_the_call() -> None:
+    """Where Dynamo's guards let a graph run on tensors that lie otherwise: right, and the report says why unfused."""
+
+    def body(p: Tensor) -> None:
+        p.mul_(torch.ones_like(p).bernoulli_(0.5))
+
+    def backend(gm: torch.fx.GraphModule, given: Any) -> Any:
+        compiled.append(npu_fused(gm, given))
+        return compiled[0]
+
+    compiled: list[Any] = []
+    npu_fuse_pass.clear_reports()
+    start = torch.linspace(1, 2, 120).reshape(2, 3, 4, 5)
+    torch.compile(body, backend=backend)(start.clone(memory_format=torch.channels_last))
+    assert npu_fuse_pass.reports()[-1].groups and not npu_fuse_pass.reports()[-1].fallback
+    runs = []
+    for step in (body, compiled[0]):
+        torch.manual_seed(0)
+        p = start.clone()
+        step(p)
+        runs.append((p, torch.get_rng_state()))
+    assert torch.equal(runs[0][0], runs[1][0]) and torch.equal(runs[0][1], runs[1][1])
+    assert "lies otherwise in memory" in str(npu_fuse_pass.reports()[-1].fallback)
 
 
 # Integers and numbers ------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from npu_fuse_pass import pipeline
 from npu_fuse_pass.errors import GraphRefused, Mismatch
 from npu_fuse_pass.fx_nodes.effects import recorded
-from npu_fuse_pass.ir.types import Leaf, Output
+from npu_fuse_pass.ir.types import Captured, Leaf, Output
 from npu_fuse_pass.options import Options
 from npu_fuse_pass.reasons import Code, Reason
 from npu_fuse_pass.report.causes import FIRST, Cause
@@ -142,6 +142,8 @@ class GraphStep:
             return self._gm.forward(*args)  # which torch refuses
         try:
             checked = None
+            if any(isinstance(t := values[i], Tensor) and t.stride() != strides for i, strides in variant.layouts):
+                raise Mismatch("a tensor lies otherwise in memory than when the operations were captured that stay")
             if variant.check is None:
                 program(values, complete=True)
             else:
@@ -180,9 +182,29 @@ class _GraphVariant(Variant):
     def __init__(self, gm: fx.GraphModule, made: pipeline.Fused, options: Options) -> None:
         super().__init__(made, options)
         self.arguments = _Arguments(gm, made.grouped.leaves)
+        self.layouts = _layouts(gm, made.captured) if made.captured.stages else []
         self.written = [i for g in made.grouped.groups for s in g.formula.written for i in {m[s] for m in g.members}]
         self.inference: bool | None = None
         """Whether what the graph writes only inference mode may write, once that is known: Dynamo guards it."""
+
+
+def _layouts(gm: fx.GraphModule, captured: Captured) -> list[tuple[int, tuple[int, ...]]]:
+    """How the graph's tensors lay in memory when it was captured, by leaf.
+
+    Tensors that a step makes for operations that stay lie as they would without fusion, and random draws follow that.
+    Dynamo guards layouts, though not everywhere: a graph that ends before the step of an optimizer has been seen to run
+    on others.
+    """
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    found = []
+    for i, leaf in enumerate(captured.leaves):
+        if len(leaf.shape) > 1 and leaf.kind == "input" and leaf.optimizer is None:
+            example = recorded(placeholders[leaf.index])
+            if isinstance(example, Tensor) and all(type(n) is int for n in example.stride()):
+                found.append((i, example.stride()))
+        elif len(leaf.shape) > 1 and leaf.kind == "attribute":
+            found.append((i, operator.attrgetter(leaf.name)(gm).stride()))
+    return found
 
 
 def graph_break_of(gm: fx.GraphModule) -> str | None:
