@@ -229,6 +229,8 @@ def _lower_npu_whole(step: Grouped, options: Options) -> Lowered:
     for g in step.all_groups:
         row = group_report(g, step.leaves, "npu", "GE elementwise", *program.cost(g))
         row.writes = "leaves" if g in step.groups else "temporaries"
+        if options.kernels == "generated":
+            row.note = "no generated kernel: original operations between the updates are in one GE graph with them"
         rows.append(row)
     return Lowered(program, rows)
 
