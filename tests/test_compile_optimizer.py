@@ -234,6 +234,17 @@ def test_a_closure_runs_between_pre_hooks_and_the_update(maker: str, said: list[
     assert not [text for text in said if "npu_fuse" in text], said
 
 
+@pytest.mark.parametrize("maker", MAKERS)
+def test_steps_with_and_without_a_closure_are_one_compile(maker: str) -> None:
+    params = parameters(MATRICES)
+    opt = npu_fuse_pass.compile_optimizer_(MAKERS[maker](params))
+    train(params, lambda: opt.step())
+    opt.step(lambda: torch.tensor(1.0))
+    opt.step(closure=lambda: torch.tensor(1.0))
+    assert len(npu_fuse_pass.reports()) == 1
+    assert_all_fused()
+
+
 def test_who_calls_a_closure_in_between_keeps_it() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

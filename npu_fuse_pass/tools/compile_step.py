@@ -111,12 +111,14 @@ class CompiledStep:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():  # inlined into a larger graph, whose backend compiles it
             return self._original(*args, **kwargs)
-        self._opt._opt_called = True  # type: ignore[attr-defined]  # for schedulers, which ask whether a step was done
+        vars(self._opt)["_opt_called"] = True  # for schedulers, which ask whether a step was done
         running, self.running = self.running, True
         try:
             if self._released:
                 return self._original(*args, **kwargs)
             self.fused_option.switch_off()
+            if not self._prefers_foreach:
+                return self._checked(*args, **kwargs)
             with self._as_foreach():
                 return self._checked(*args, **kwargs)
         finally:
@@ -171,7 +173,7 @@ class CompiledStep:
 
         Its for-loop form, while it is compiled, divides by lr: at 0 that is NaN where the captured step runs unfused.
         """
-        groups = [g for g in self._opt.param_groups if self._prefers_foreach and _may_be_foreach(g)]
+        groups = [g for g in self._opt.param_groups if _may_be_foreach(g)]
         for group in groups:
             group["foreach"] = True
         try:
