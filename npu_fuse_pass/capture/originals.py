@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+import torch._prims_common
 from torch import Tensor, fx
-from torch._prims_common import is_non_overlapping_and_dense_or_false
 
 from npu_fuse_pass.capture.values import Cell, Scalars, Val
 from npu_fuse_pass.errors import Unsupported
@@ -199,9 +199,15 @@ def _index(val: Val) -> int:
     return val.expr.value
 
 
+def _is_dense(t: Tensor) -> bool:
+    common: Any = torch._prims_common  # older versions have the form alone that guards symbolic sizes
+    asked = getattr(common, "is_non_overlapping_and_dense_or_false", None) or common.is_non_overlapping_and_dense
+    return bool(asked(t))
+
+
 def _strides(example: Any) -> tuple[int, ...] | None:
     """How a computed tensor lies in memory without fusion."""
-    if not isinstance(example, Tensor) or not is_non_overlapping_and_dense_or_false(example):
+    if not isinstance(example, Tensor) or not _is_dense(example):
         return None
     return tuple(map(int, example.stride()))
 

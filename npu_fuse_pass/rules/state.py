@@ -6,6 +6,7 @@ into the flat buffers. Dynamo leaves all of it to Python: the graph of a compile
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, ItemsView, Mapping, ValuesView
 from typing import Any, TypeVar
@@ -18,7 +19,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def _in_python(method: F) -> F:
     reason = "npu_fused: opt.state is read or changed here, which Python has to do: states are kept outside of graphs"
-    made: F = torch._dynamo.disable(method, reason=reason)
+    takes_reason = "reason" in inspect.signature(torch._dynamo.disable).parameters  # since torch 2.8
+    made: F = torch._dynamo.disable(method, reason=reason) if takes_reason else torch._dynamo.disable(method)
     return made
 
 

@@ -57,7 +57,7 @@ def _make_method(opt: Any) -> None:
     vars(opt)["step"] = types.MethodType(bound, opt)
 
 
-def _warn_hidden(_: Any) -> None:
+def _warn_hidden(*_: Any) -> None:
     """One warning for an optimizer whose step Dynamo breaks up, or passes by, without a call of the backend."""
     for frame in _compiling():
         for opt in _optimizers(frame.f_locals):

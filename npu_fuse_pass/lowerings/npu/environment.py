@@ -12,7 +12,7 @@ from npu_fuse_pass.lowerings.npu.graph import converters, list_converters
 
 _INSTALL = (
     'platform "npu" needs torch_npu, which carries torchair, and CANN: pip install "npu-fuse-pass[npu]" '
-    "(torch_npu==2.13.0, protobuf>=4) where CANN's set_env.sh has been sourced"
+    "(torch_npu for this torch, protobuf>=4) where CANN's set_env.sh has been sourced"
 )
 
 

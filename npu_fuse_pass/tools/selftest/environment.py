@@ -18,7 +18,7 @@ from npu_fuse_pass.tools.selftest.private import anonymous, first_line
 
 INSTALL = (
     "a machine with an Ascend NPU, its driver and CANN is needed; there source CANN's set_env.sh and "
-    'pip install "npu-fuse-pass[npu]" (torch_npu==2.13.0, protobuf>=4)'
+    'pip install "npu-fuse-pass[npu]" (torch_npu for this torch, protobuf>=4)'
 )
 
 
@@ -118,9 +118,7 @@ def _protobuf() -> str:
 def _torch_npu() -> str:
     importlib.import_module("torch_npu")
     version = _version_of("torch_npu")
-    if not version.startswith("2.13.0"):
-        raise Missing(version, "this package was tested with torch_npu 2.13.0")
-    return version
+    return version if version.startswith("2.13.0") else f"{version} (this package was tested with 2.13.0)"
 
 
 def _torchair() -> str:
