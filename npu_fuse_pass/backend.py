@@ -15,6 +15,7 @@ from torch import fx
 from npu_fuse_pass import lower
 from npu_fuse_pass.errors import FuseError, OptionError
 from npu_fuse_pass.options import KERNELS, LAYOUTS, PLATFORMS, Options
+from npu_fuse_pass.reasons import Reason
 from npu_fuse_pass.report.causes import FIRST, Cause, recompile
 from npu_fuse_pass.report.logs import switched_off, warn_unfused
 from npu_fuse_pass.report.net import net
@@ -77,11 +78,13 @@ class Watched:
     Attributes:
         options: all of them, checked.
         ran: reports of the graphs with updates that have run since it was cleared.
+        no_rule: for reports: why Dynamo captures a step that could have been an update rule.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = _checked_options(None, options)
         self.ran: list[CompileReport] = []
+        self.no_rule: Reason | None = None
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         before = {id(r) for r in reports()}
@@ -89,6 +92,9 @@ class Watched:
         made = [r for r in reports() if id(r) not in before and (r.groups or r.unfused or r.fallback)]
         if not made:
             return compiled  # nothing is updated here: what surrounds a step, or a closure
+
+        for report in made:
+            report.no_rule = report.no_rule or self.no_rule
 
         def run(*args: Any) -> Any:
             self.ran += made

@@ -131,6 +131,7 @@ class Code(enum.Enum):
         "torch's own fused kernels (fused=True) are hidden from Dynamo.",
         "construct the optimizer without it, or use npu_fuse_pass.compile_step, which switches it off",
     )
+    NO_RULE = ("Dynamo captures a step of torch.optim: it is not one that an update rule is known to compute.", None)
     HIDDEN = ("Dynamo does not look into this optimizer's step.", None)
     NOT_CAPTURED = (
         "No update reached the backend.",

@@ -13,48 +13,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from npu_fuse_pass.rules import rule, zeros
+from npu_fuse_pass.algorithms.adam import adam
 
 from ._base import NpuFusedOptimizer
-
-States = tuple[Tensor, Tensor, Tensor | None]
-
-states = {"exp_avg": zeros, "exp_avg_sq": zeros, "max_exp_avg_sq": zeros.when(lambda group: bool(group["amsgrad"]))}
-
-
-def adam_update(
-    param: Tensor, grad: Tensor, old: States, step: Tensor, lr: Tensor, betas: tuple[Tensor, Tensor], eps: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The part that Adam and AdamW share: new moments and the bias-corrected update."""
-    (exp_avg, exp_avg_sq, max_exp_avg_sq), (beta1, beta2) = old, betas
-    exp_avg = beta1 * exp_avg + (1 - beta1) * grad
-    exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad * grad
-    if max_exp_avg_sq is not None:
-        max_exp_avg_sq = torch.maximum(max_exp_avg_sq, exp_avg_sq)
-    largest = exp_avg_sq if max_exp_avg_sq is None else max_exp_avg_sq
-    denominator = largest.sqrt() / (1 - beta2**step).sqrt() + eps
-    return param - lr / (1 - beta1**step) * exp_avg / denominator, exp_avg, exp_avg_sq, max_exp_avg_sq
-
-
-@rule(states=states, defaults={"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False})
-def adam(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    max_exp_avg_sq: Tensor | None,
-    *,
-    step: Tensor,
-    lr: Tensor,
-    betas: tuple[Tensor, Tensor],
-    eps: Tensor,
-    weight_decay: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """One update; weight decay is added to the gradient."""
-    grad = torch.where(weight_decay == 0, grad, grad + weight_decay * param)
-    return adam_update(param, grad, (exp_avg, exp_avg_sq, max_exp_avg_sq), step, lr, betas, eps)
 
 
 class NpuFusedAdam(NpuFusedOptimizer):

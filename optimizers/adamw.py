@@ -10,31 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from npu_fuse_pass.rules import rule
+from npu_fuse_pass.algorithms.adam import adamw
 
 from ._base import NpuFusedOptimizer
-from .adam import adam_update, states
-
-
-@rule(states=states, defaults={"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "amsgrad": False})
-def adamw(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    max_exp_avg_sq: Tensor | None,
-    *,
-    step: Tensor,
-    lr: Tensor,
-    betas: tuple[Tensor, Tensor],
-    eps: Tensor,
-    weight_decay: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """One update; weight decay shrinks the parameter first."""
-    param = (1 - lr * weight_decay) * param
-    return adam_update(param, grad, (exp_avg, exp_avg_sq, max_exp_avg_sq), step, lr, betas, eps)
 
 
 class NpuFusedAdamW(NpuFusedOptimizer):

@@ -336,7 +336,7 @@ MUTATIONS = [
     Mutation(
         "a deleted optimizer's plan stays",
         "RuleStep._drop",
-        '("_planned", "_variants", "_params")',
+        '("_planned", "_variants")',
         "()",
         ("tests/test_backend_lifetime.py::test_a_deleted_optimizer_takes_its_plan_along[adam]",),
     ),

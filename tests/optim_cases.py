@@ -169,13 +169,22 @@ def _writes(node: fx.Node) -> bool:
     return in_place or "out" in node.kwargs or (name.endswith("_") and not name.endswith("__"))
 
 
-def run(case: Case, backend: Any, prepare: Callable[..., None] | None = None, steps: int = STEPS) -> Result:
-    """Train, with another lr at every step; `prepare(params, opt, seed)` runs before each. Backend None is eager."""
+def run(
+    case: Case,
+    backend: Any,
+    prepare: Callable[..., None] | None = None,
+    steps: int = STEPS,
+    compiled: Callable[[Any], Callable[..., Any]] | None = None,
+) -> Result:
+    """Train, with another lr at every step; `prepare(params, opt, seed)` runs before each. Backend None is eager.
+
+    `compiled` makes a step of an optimizer in another way; then the backend has no say.
+    """
     torch._dynamo.reset()
     npu_fuse_pass.clear_reports()
     recorder = Recorder(backend)
     params, opt = case.build(eager=backend is None)
-    step = opt.step if backend is None else _compiled(case, opt, recorder)
+    step = opt.step if backend is None else compiled(opt) if compiled else _compiled(case, opt, recorder)
     losses = []
     for seed in range(steps):
         _set_rate(case, opt, 1 + seed % 3)

@@ -15,7 +15,7 @@ import npu_fuse_pass
 import optimizers
 from npu_fuse_pass.lowerings.cpu import kernel as cpu_kernel
 from npu_fuse_pass.rules import batch, core_op
-from npu_fuse_pass.run import graph_step
+from npu_fuse_pass.run import graph_step, rule_step
 
 from .support import assert_close, clones, gradients, parameters, set_gradients
 
@@ -150,20 +150,25 @@ def test_a_fault_of_two_units_in_the_last_place_is_noticed(monkeypatch: pytest.M
     assert 2**-7 < caught.value.error < 3e-2
 
 
-def test_a_wrong_stock_step_leaves_torchs_values(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("step_class", "dtype"), [(graph_step.GraphStep, torch.bfloat16), (rule_step.RuleStep, torch.float32)]
+)
+def test_a_wrong_stock_step_leaves_torchs_values(
+    step_class: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What was captured and what was fused agree, and both differ from the class itself."""
-    params = parameters(SHAPES)
+    params = parameters(SHAPES, dtype)
     others = clones(params)
     step = npu_fuse_pass.compile_step(torch.optim.SGD(params, lr=0.1), check_numerics=True)
     eager = torch.optim.SGD(others, lr=0.1)
-    forward = graph_step.GraphStep.__call__
+    forward = step_class.__call__
 
     def wrong(self: Any, *args: Any) -> Any:
         result = forward(self, *args)
         params[0].data.mul_(1.5)
         return result
 
-    monkeypatch.setattr(graph_step.GraphStep, "__call__", wrong)
+    monkeypatch.setattr(step_class, "__call__", wrong)
     with pytest.raises(npu_fuse_pass.NumericsError, match=r"torch\.optim\.SGD.*hold what torch's class gives"):
         train(params, step, 1)
     train(others, eager.step, 1)

@@ -144,8 +144,16 @@ def nothing(i: int, opt: Any, params: list[Any]) -> None:
     pass
 
 
-ADAM: Callable[[Any], Any] = lambda p: torch.optim.Adam(p, lr=0.01)  # noqa: E731
-MOMENTUM: Callable[[Any], Any] = lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9)  # noqa: E731
+class CapturedAdam(torch.optim.Adam):
+    """Dynamo captures the step of a subclass, which may be another one."""
+
+
+class CapturedSGD(torch.optim.SGD):
+    """As above."""
+
+
+ADAM: Callable[[Any], Any] = lambda p: CapturedAdam(p, lr=0.01)  # noqa: E731
+MOMENTUM: Callable[[Any], Any] = lambda p: CapturedSGD(p, lr=0.01, momentum=0.9)  # noqa: E731
 OURS: Callable[[Any], Any] = lambda p: optimizers.NpuFusedAdam(p, lr=0.01)  # noqa: E731
 RECOMPILES = {
     "lr": (ADAM, lr, "lr is a Python number", "torch.tensor"),

@@ -648,6 +648,20 @@ RAISED |= {
 RAISED |= {Code.GE_OPERATION, Code.GE_STATE, Code.GE_BETWEEN, Code.GE_REFUSED, Code.INTERNAL}
 
 
+def test_a_step_that_no_rule_computes() -> None:
+    """It is fused all the same, so that the reason is one beside the others."""
+    params = parameters(((3, 4),), torch.bfloat16)
+    for opt, captured in ((torch.optim.SGD(params, lr=0.1), True), (optimizers.NpuFusedSGD(params, lr=0.1), False)):
+        set_gradients(params, gradients(params, 0))
+        npu_fuse_pass.compile_step(opt)()
+        report = last_report()
+        assert (report.no_rule is not None and report.no_rule.code is Code.NO_RULE) == captured
+        assert report.replaces is None and not report.reasons
+
+
+RAISED |= {Code.NO_RULE}
+
+
 def test_every_code_is_raised_here_and_in_the_docs() -> None:
     assert set(Code) == RAISED
     assert reasons_table.PATH.read_text(encoding="utf-8") == reasons_table.text()

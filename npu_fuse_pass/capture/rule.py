@@ -47,7 +47,7 @@ def capture_batches(batches: Sequence[Batch]) -> Captured:
     captured = Captured([], [], [])
     traces = _Traces()
     for batch in batches:
-        roles = _Roles(["param", "grad", *batch.flat], ["step", *batch.hyper.names])
+        roles = _Roles(["param", "grad", *batch.stored], ["step", *batch.hyper.names])
         members = _add_leaves(captured.leaves, batch, roles)
         if any(b.repeats for b in batches):
             continue
@@ -72,13 +72,12 @@ def capture_batches(batches: Sequence[Batch]) -> Captured:
 
 def _add_leaves(leaves: list[Leaf], batch: Batch, roles: _Roles) -> list[tuple[int, ...]]:
     first, n = len(leaves), len(batch.params)
-    stored = {name: flat.dtype for name, flat in batch.flat.items()}
-    dtypes = {"param": batch.dtype, "grad": batch.grad_dtype, **stored}
+    dtypes = {"param": batch.dtype, "grad": batch.grad_dtype, **batch.stored}
     for role in [*roles.tensors, "step"]:
         for p in batch.params:
             name, index = f"{role}_{len(leaves)}", len(leaves)
             shape = tuple(p.shape) if role != "step" else ()
-            dtype, fixed = dtypes.get(role, torch.float64), role not in ("param", "grad")
+            dtype, fixed = dtypes.get(role, torch.float64), role in batch.fixed
             leaves.append(Leaf("input", name, index, 0.0, dtype, shape, batch.device, fixed))
     for name in batch.hyper.names:
         leaves.append(Leaf("input", f"{name}_{len(leaves)}", len(leaves), fixed=True))
@@ -117,7 +116,7 @@ class _Traces:
 
 def _structure(batch: Batch) -> tuple[object, ...]:
     """What the formula of a batch depends on, beside shapes."""
-    stored = tuple((name, flat.dtype) for name, flat in batch.flat.items())
+    stored = tuple(batch.stored.items())
     dtypes = (batch.dtype, batch.grad_dtype, stored)
     return (id(batch.rule), dtypes, tuple(batch.hyper.static.items()), tuple(batch.hyper.names), batch.counts)
 
@@ -146,7 +145,7 @@ def _calls(batch: Batch, shape: tuple[int, ...]) -> object:
     device = torch.device("meta")
     tensors = {"param": torch.empty(shape, dtype=batch.dtype, device=device)}
     tensors["grad"] = torch.empty(shape, dtype=batch.grad_dtype, device=device)
-    tensors |= {n: torch.empty(shape, dtype=f.dtype, device=device) for n, f in batch.flat.items()}
+    tensors |= {n: torch.empty(shape, dtype=dtype, device=device) for n, dtype in batch.stored.items()}
     keywords = meta_keywords(batch.hyper.static, batch.hyper.views, batch.totals)
     record = _Record([*tensors.values(), *(k for k in tree_leaves(keywords) if isinstance(k, Tensor))])
     try:
@@ -189,7 +188,7 @@ def _trace(batch: Batch, roles: _Roles, shape: tuple[int, ...], totals: Sequence
         totals: the numbers of the batch's totals.
     """
     interpreter = Interpreter(LISTS, keeps=False)
-    dtypes = {"param": batch.dtype, "grad": batch.grad_dtype, **{n: f.dtype for n, f in batch.flat.items()}}
+    dtypes = {"param": batch.dtype, "grad": batch.grad_dtype, **batch.stored}
     cells = {
         n: interpreter.add_leaf(Leaf("input", n, dtype=dtypes[n], shape=shape), tensor=True) for n in roles.tensors
     }
@@ -204,7 +203,7 @@ def _trace(batch: Batch, roles: _Roles, shape: tuple[int, ...], totals: Sequence
         sums[name] = Cell(dataclasses.replace(step.val, expr=b.total(number)))
 
         def contribution(t: dict[str, Tensor], k: dict[str, Any], name: str = name) -> Any:
-            states = {n: t[n] for n in batch.flat}
+            states = {n: t[n] for n in batch.stored}
             return batch.rule.contribution(name, t["param"], t["grad"], states, k)
 
         cell, graph = _run(interpreter, batch, contribution, shape, cells, {**numbers, "step": step})
@@ -214,11 +213,11 @@ def _trace(batch: Batch, roles: _Roles, shape: tuple[int, ...], totals: Sequence
         contributions.append((number, cell.val.expr))
 
     def update(t: dict[str, Tensor], k: dict[str, Any]) -> Any:
-        new, grad, states = batch.rule.apply(t["param"], t["grad"], {n: t[n] for n in batch.flat}, k)
+        new, grad, states = batch.rule.apply(t["param"], t["grad"], {n: t[n] for n in batch.stored}, k)
         return [new, *([grad] if grad is not None else []), *states.values()]
 
     results, graph = _run(interpreter, batch, update, shape, cells, {**numbers, "step": step, **sums})
-    targets = ["param", *(["grad"] if batch.rule.writes_grad else []), *batch.flat]
+    targets = ["param", *(["grad"] if batch.rule.writes_grad else []), *batch.stored]
     position = {n: i for i, n in enumerate(roles.labels)}
     writes = []
     for name, result in zip(targets, results, strict=True):

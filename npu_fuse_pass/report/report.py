@@ -115,6 +115,8 @@ class CompileReport:
         checked_against: "the original", and torch's own class where `check_numerics` compared with that too.
         graph_break: why and where Dynamo ended this graph, if the function goes on after it; nothing fuses across.
         apart: why and where a function's graph had to end before a step of ours, which is this graph.
+        replaces: the class of torch.optim whose step this is: the update rule of the same algorithm, on its states.
+        no_rule: why Dynamo captured a step that `compile_step` could not run as such a rule.
         decided: "weight_decay == 0": what is compiled holds for such numbers; another outcome is another compile.
     """
 
@@ -128,6 +130,8 @@ class CompileReport:
     cause_remedy: str | None = None
     graph_break: str | None = None
     apart: str | None = None
+    replaces: str | None = None
+    no_rule: Reason | None = None
     checked_steps: int = 0
     check_tolerance: dict[str, float] = dataclasses.field(default_factory=dict)
     checked_against: list[str] = dataclasses.field(default_factory=lambda: ["the original"])
@@ -185,6 +189,7 @@ class CompileReport:
             "seconds": dict(self.seconds),
             "groups": groups,
             "bytes_per_element": self.bytes_per_element,
+            "no_rule": self.no_rule and self.no_rule.to_json(),
             "unfused": [{"op": reason.op, "reason": reason.text} for reason in self.unfused],
             "fallback": self.fallback,
             "reasons": [reason.to_json() for reason in self.reasons],

@@ -39,11 +39,14 @@ class Printed(Protocol):
     cause: str
     graph_break: str | None
     apart: str | None
+    replaces: str | None
     checked_steps: int
     check_tolerance: dict[str, float]
     checked_against: list[str]
     decided: list[str]
 
+    @property
+    def no_rule(self) -> object | None: ...
     @property
     def groups(self) -> Sequence[Row]: ...
     @property
@@ -134,6 +137,10 @@ def remarks(report: Printed) -> list[str]:
         lines.append(f"the graph ends at a break: {report.graph_break}")
     if report.apart:
         lines.append(f"the step has a graph of its own: {report.apart}")
+    if report.replaces:
+        lines.append(f"in place of {report.replaces}.step: an update rule, on the optimizer's own states")
+    if report.no_rule:
+        lines.append(f"captured by Dynamo, not run as an update rule: {report.no_rule}")
     if report.decided:
         lines.append(f"compiled for {', '.join(report.decided)}")
     if report.checked_steps:

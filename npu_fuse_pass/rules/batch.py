@@ -43,6 +43,8 @@ class Batch:
     grad_dtype: torch.dtype
     device: torch.device
     flat: dict[str, Tensor]
+    stored: dict[str, torch.dtype]  # the states, and in which dtype they are kept
+    fixed: frozenset[str]  # which of the states and "step" stay where they are, whoever changes what between steps
     views: dict[str, list[Tensor]]
     steps: Tensor
     step_views: list[Tensor]
@@ -134,6 +136,8 @@ def make_batch(
         grad_dtype=grad_dtype,
         device=device,
         flat=flat,
+        stored={name: t.dtype for name, t in flat.items()},
+        fixed=frozenset((*names, "step")),
         views=views,
         steps=steps,
         step_views=list(steps.unbind()),
@@ -175,7 +179,7 @@ def repeated(batch: Batch, params: Sequence[Tensor]) -> Batch:
 
 def fill_hyper(batch: Batch, settings: Mapping[str, Any]) -> bool:
     """Write this step's numbers into the batch; False where the settings no longer fit its structure."""
-    if tuple(batch.flat) != batch.rule.states_of(settings) or batch.totals != batch.rule.totals_of(settings):
+    if tuple(batch.stored) != batch.rule.states_of(settings) or batch.totals != batch.rule.totals_of(settings):
         return False
     return batch.hyper.fill(settings)
 

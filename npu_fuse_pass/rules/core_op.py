@@ -38,8 +38,13 @@ class Stepping(Keeping, Protocol):
 
     _surface: Surface
 
+    @property
+    def _replaces(self) -> str | None: ...  # whose step it makes, where that is another optimizer's
+
     def _before(self, closure: Callable[[], Any] | None, in_graph: bool = False) -> Any: ...
     def _after(self) -> None: ...
+    def _run_original(self) -> None: ...
+    def _run_beside(self) -> None: ...
     @property
     def has_hooks(self) -> bool: ...
 
@@ -209,7 +214,7 @@ def _total(name: str, batch: Batch, batches: list[Batch]) -> Tensor:
 
 def _step(ticket: Tensor, optimizer: str) -> None:
     stepping = optimizer_of(optimizer)
-    run_eager(stepping)
+    stepping._run_original()
     ticket.add_(1)
     if int(ticket) == _MANY and not stepping._prelude.compiled and not disabled():
         log.warning(

@@ -82,6 +82,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     torch_class: type[torch.optim.Optimizer] | None = None  # computes the same from the same options and states
     found_inf: Tensor | None = None
     master_weights = False
+    _replaces: str | None = None
     _call: tuple[tuple[Any, ...], dict[str, Any]]  # what hooks make of the arguments of this step
 
     def __init__(
@@ -213,6 +214,14 @@ class RuleOptimizer(torch.optim.Optimizer):
         for hook in itertools.chain(self._optimizer_step_post_hooks.values(), _global_optimizer_post_hooks.values()):
             hook(self, *self._call)
         self.__dict__["_opt_called"] = True
+
+    def _run_original(self) -> None:
+        """One step without a compiler, in place of a compiled one."""
+        core_op.run_eager(self)
+
+    def _run_beside(self) -> None:
+        """The same on the tensors of a compiled one, to which it is compared."""
+        core_op.run_eager(self)
 
     @property
     def has_hooks(self) -> bool:

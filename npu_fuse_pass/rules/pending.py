@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from npu_fuse_pass.rules.prelude import Prelude
+from npu_fuse_pass.rules.prelude import Prepared
 from npu_fuse_pass.tensors.sharded import is_dtensor
 
 _KNOWN = ("npu_fuse_pass", "torch")  # whose functions read nothing that a training function changes
@@ -27,9 +27,12 @@ _LEAVES = (type, types.ModuleType, types.BuiltinFunctionType, types.CodeType, ty
 class Keeping(Protocol):
     """What an optimizer of ours keeps between its steps."""
 
-    param_groups: list[dict[str, Any]]
-    state: Any
-    _prelude: Prelude
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+    @property
+    def state(self) -> Any: ...
+    @property
+    def _prelude(self) -> Prepared: ...
 
 
 def why_apart(optimizer: Keeping, operation: object, handle: str) -> str:

@@ -40,6 +40,24 @@ class Watch(Protocol):
     def release(self) -> None: ...
 
 
+class Prepared(Protocol):
+    """What a compiled step reads of a prelude; see `Prelude`."""
+
+    batches: list[Batch]
+    version: int
+    watch: Watch | None
+    watched: bool
+    compiled: bool
+    objects: set[int]
+
+    @property
+    def kinds(self) -> object: ...
+    def prepare(self) -> None: ...
+    def expose_states(self) -> None: ...
+    def expose_updated(self) -> None: ...
+    def release_gradients(self) -> None: ...
+
+
 class Stepped(Protocol):
     """What a prelude asks of its optimizer; see `RuleOptimizer`."""
 
@@ -63,6 +81,7 @@ class Prelude:
         watch: has seen the tensors of these batches, and can tell whether they are as they were.
         compiled: this backend has planned kernels for it at least once.
         watched: that it is so at this step, so that `watch` has bound them already.
+        objects: ids of the tensors, gradients excepted, that are the same ones as long as no batch is made.
     """
 
     def __init__(self, optimizer: Stepped) -> None:
@@ -75,6 +94,7 @@ class Prelude:
         self.watch: Watch | None = None
         self.watched = False
         self.compiled = False
+        self.objects: set[int] = set()
 
     def prepare(self) -> None:
         """Bring the batches up to date with this step's gradients, numbers and parameters.
@@ -200,6 +220,7 @@ class Prelude:
         if batches != self.batches:  # a loaded checkpoint alone changes values, not the plan
             self.version += 1
         self.batches, self._outside = batches, outside
+        self.objects = {id(p) for b in batches for p in b.params}
         self._parts = [(rule, list(params)) for _, rule, params, _ in parts]
 
     def _stepped(self, optimizer: Stepped, rule: Declaration, param: Tensor) -> Declaration:

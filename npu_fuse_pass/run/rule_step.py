@@ -27,7 +27,7 @@ class RuleStep:
     """The compiled core of an optimizer of ours: plans kernels for its batches, and again when they change."""
 
     # Dynamo keeps what a backend gives it for good, and with it a copy of its __dict__: so there is none.
-    __slots__ = ("__weakref__", "_apart", "_optimizer", "_options", "_params", "_planned", "_variants", "_version")
+    __slots__ = ("__weakref__", "_apart", "_optimizer", "_options", "_planned", "_variants", "_version")
 
     def __init__(self, handle: str, options: Options, cause: Cause) -> None:
         self._optimizer = weakref.ref(core_op.optimizer_of(handle), self._drop)
@@ -44,19 +44,19 @@ class RuleStep:
         if before is not None:
             cause = before.changed(self._planned)
         self._version, prelude.compiled = prelude.version, True
-        self._params = {id(p) for b in prelude.batches for p in b.params}
         values = inputs_of(prelude.batches)
         self._variants = Variants(self._variant(cause, lambda leaf: values[leaf.index]))
 
     def _drop(self, optimizer: weakref.ref[Stepping]) -> None:
         """Let go of the plan of an optimizer that is gone."""
-        forget(self, ("_planned", "_variants", "_params"))
+        forget(self, ("_planned", "_variants"))
 
     def _variant(self, cause: Cause, number: pipeline.Number | None) -> Variant:
         optimizer = self._optimizer()
         assert optimizer is not None
         self._apart = optimizer._surface.apart
         made = pipeline.fuse_batches(optimizer._prelude.batches, self._options, cause, number, self._apart)
+        made.report.replaces = optimizer._replaces
         return Variant(made, self._options)
 
     def __call__(self, *args: Tensor) -> tuple[()]:
@@ -73,7 +73,7 @@ class RuleStep:
         else:
             done = self._run(optimizer, inputs_of(prelude.batches))
         if not done:
-            core_op.run_eager(optimizer)
+            optimizer._run_original()
         return ()
 
     def _run(self, optimizer: Stepping, values: list[Tensor | None]) -> bool:
@@ -84,18 +84,16 @@ class RuleStep:
         prelude = optimizer._prelude
         step = functools.partial(variant.program, values, kinds=prelude.kinds)
         if variant.check is not None:
-            original = functools.partial(core_op.run_eager, optimizer)
-            check = functools.partial(variant.check, values, step, original, [optimizer])
+            check = functools.partial(variant.check, values, step, optimizer._run_beside, [optimizer])
             return self._try(optimizer, variant, functools.partial(self._beside_torch, optimizer, variant, check))
         done = self._try(optimizer, variant, step)
         if done and variant.watching is not None and not variant.captured.decided:  # numbers choose a variant
-            prelude.watch = variant.watching if variant.watching.looks(self._params) else None
+            prelude.watch = variant.watching if variant.watching.looks(prelude.objects) else None
         return done
 
     def _beside_torch(self, optimizer: Stepping, variant: Variant, check: Callable[[], None]) -> None:
         """The check of a step, and after it that of what both forms of it share."""
-        assert isinstance(optimizer, RuleOptimizer)
-        torch_step = torch_class.of_rule(optimizer)
+        torch_step = torch_class.of_rule(optimizer) if isinstance(optimizer, RuleOptimizer) else None
         check()
         if torch_step is not None:
             optimizer._prelude.expose_states()
@@ -110,7 +108,8 @@ class RuleStep:
             optimizer._after()  # the step is done, as the original does it
             raise
         except Mismatch as e:
-            refused(variant.report, refusal(e, [optimizer]), self._options.strict)
+            ours = [optimizer] if isinstance(optimizer, RuleOptimizer) else []
+            refused(variant.report, refusal(e, ours), self._options.strict)
             return False
         except GraphRefused as e:
             falls_back(variant.report, e, self._options.strict)

@@ -79,7 +79,7 @@ class TorchStep:
 
     def _text(self, step: int, tensor: str, where: str, error: float, limit: float) -> str:
         blame = (
-            "The tensors hold what torch's class gives: the fault is in what torch.compile captured of it"
+            "The tensors hold what torch's class gives: the fault is in what was captured of it, or in its rule"
             if self.restore
             else "Both programs of this package agree, and the tensors hold what they give: the fault is in what they "
             "share, the rule, its hyperparameters, or where states lie"

@@ -19,7 +19,7 @@ from npu_fuse_pass.run import torch_class
 from npu_fuse_pass.run.check_numerics import names_of
 from npu_fuse_pass.tools.fused_option import FusedOption
 from npu_fuse_pass.tools.plain_step import ORIGINAL, function_of, is_hooked, plain_step
-from npu_fuse_pass.tools.symbolic import symbolic_numbers
+from npu_fuse_pass.tools.roads import captured, road
 from npu_fuse_pass.tools.twin import twin
 from npu_fuse_pass.user_warnings import warn
 
@@ -43,17 +43,6 @@ def compile_step(opt: torch.optim.Optimizer, **options: Any) -> CompiledStep:
     if not switched_off():
         step.fused_option.switch_off()
     return step
-
-
-def _compiled(step: Callable[..., Any], watched: backend.Watched) -> Callable[..., Any]:
-    """What does the work of a step. Every compiled step of an optimizer, however it is asked for, is made here."""
-    compiled = backend.isolated(step, watched)
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with symbolic_numbers():
-            return compiled(*args, **kwargs)
-
-    return run
 
 
 class CompiledStep:
@@ -85,11 +74,11 @@ class CompiledStep:
             self._calls_closure_first = module.startswith("torch.optim.") and module != "torch.optim.lbfgs"
             self._prefers_foreach = by == "compile_optimizer_" and module in ("torch.optim.adam", "torch.optim.adamw")
             self._between_hooks: Callable[..., Any] = types.MethodType(inner, opt)
-            self._compiled_update = _compiled(self._between_hooks, self._watched)
+            self._compiled_update = road(opt, self._between_hooks, self._watched)
             hooked = torch.optim.Optimizer.profile_hook_step(self._closure_then_update)
             self._step: Callable[..., Any] = types.MethodType(hooked, opt)
         else:
-            self._step = _compiled(self._original, self._watched)
+            self._step = captured(opt, self._original, self._watched)
         self.fused_option = FusedOption(opt, by)
         self._steps = 0
         self._any_compiled = False

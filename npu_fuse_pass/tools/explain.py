@@ -17,6 +17,7 @@ from npu_fuse_pass.report.logs import switched_off
 from npu_fuse_pass.report.report import CompileReport
 from npu_fuse_pass.rules.hidden import hidden
 from npu_fuse_pass.tools.compile_step import has_gradients
+from npu_fuse_pass.tools.roads import road
 from npu_fuse_pass.tools.twin import twin as _twin
 
 
@@ -57,7 +58,7 @@ def try_on_copy(opt: torch.optim.Optimizer, options: dict[str, Any]) -> Trial:
     if reason is not None:
         return Trial(CompileReport(watched.options["platform"], fallbacks=[reason]))
     twin, breaks = _twin(opt), backend.break_counts()
-    step = backend.isolated(twin.step, watched)
+    step = road(twin, twin.step, watched)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="npu_fused")  # the report says it

@@ -1,0 +1,325 @@
+"""What is looked at before every step of an optimizer of torch.optim that runs as a rule.
+
+The batches are those of `rules.batch`, but that nothing is kept apart: states are the tensors in `opt.state`, made by
+torch's own class and updated where they are, so that whatever else reads or writes them (checkpoints, an uncompiled
+step) finds what it expects, and what it puts there counts at the next step.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npu_fuse_pass.errors import FuseError, RuleError
+from npu_fuse_pass.reasons import Code, Reason
+from npu_fuse_pass.rules.batch import Batch, fill_hyper
+from npu_fuse_pass.rules.checks import reads_step
+from npu_fuse_pass.rules.declaration import Declaration
+from npu_fuse_pass.rules.hyperparameters import Hyper
+from npu_fuse_pass.rules.prelude import Watch
+from npu_fuse_pass.stock.classes import StockClass
+from npu_fuse_pass.stock.states import Entries, refused_state
+
+DTYPES = (torch.float32, torch.float64)
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class Refused(FuseError):  # noqa: N818 - a value for the binding, not an accident
+    """This step is not one that the rule computes; nothing was changed."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+class StockPrelude:
+    """As `rules.prelude.Prelude`, over an optimizer's own states.
+
+    Attributes:
+        objects: ids of the tensors, gradients excepted, that are known to be the same as long as no batch is made.
+    """
+
+    def __init__(self, opt: torch.optim.Optimizer, known: StockClass) -> None:
+        self._opt, self._class = opt, known
+        self.batches: list[Batch] = []
+        self.version = 0
+        self.watch: Watch | None = None
+        self.watched = False
+        self.compiled = False
+        self.objects: set[int] = set()
+        self._entries = Entries()
+        self._groups: list[tuple[Declaration, list[Tensor]]] = []
+        self._idle: list[Tensor] = []  # parameters whose first gradient changes the batches or their states
+        self._made: list[tuple[Tensor, str, Tensor]] = []  # states that this step begins, and torch's would, too
+
+    @property
+    def kinds(self) -> object:
+        """As `Prelude.kinds`."""
+        learned = [b.same.matched for b in self.batches]
+        return None if self.watched or None in learned else (self.version, learned)
+
+    def prepare(self) -> None:
+        """Bring the batches up to date with this step's gradients, numbers and states.
+
+        Raises:
+            Refused: the rule does not compute this step.
+        """
+        try:
+            if not self._fit():
+                self._make()
+                if not self._fit():
+                    raise Refused(Code.INTERNAL("batches do not fit right after they were made"))
+        except RuleError as e:  # hyperparameters that are no numbers
+            raise Refused(Code.NO_RULE(str(e))) from e
+        if any(batch.inference for batch in self.batches) and not torch.is_inference_mode_enabled():
+            raise Refused(Code.NO_RULE("a parameter or state was made under torch.inference_mode()"))
+
+    def expose_states(self) -> None:
+        """Show the states that this step has begun."""
+        if self._made:
+            for param, name, value in self._made:
+                self._opt.state[param][name] = value
+            self._made = []
+            self._entries.learn(self._opt.state)
+
+    def expose_updated(self) -> None:
+        """As `expose_states` after a step that something interrupted: of what it has updated."""
+        pairs = [pair for b in self.batches for pair in zip(b.params, b.step_views, strict=True)]
+        updated = {id(p) for p, step in pairs if step is not None and step > 0}
+        self._made = [made for made in self._made if id(made[0]) in updated]
+        self.expose_states()
+
+    def follow(self) -> None:
+        """Another step than the rule's has run on these tensors: what is kept beside them follows it."""
+        for param, name, value in self._made:
+            value.copy_(self._opt.state[param][name])
+        for batch in self.batches:
+            if "step" in batch.fixed and batch.counts:
+                batch.steps += torch.tensor([g is not None for g in batch.grads])
+
+    def refused_parameters(self) -> Reason | None:
+        """Why the rule's arithmetic is not torch's for these parameters."""
+        params = [p for group in self._opt.param_groups for p in group["params"]]
+        return next((r for i, p in enumerate(params) if (r := _refused(p, p, f"parameter {i}"))), None)
+
+    def begin_anew(self) -> None:
+        """Forget what was prepared: another step than the rule's runs."""
+        self._made, self._entries = [], Entries()
+        self.release_gradients()
+
+    def release_gradients(self) -> None:
+        """As `Prelude.release_gradients`."""
+        for batch in self.batches:
+            batch.grads = [None] * len(batch.params)
+        if self.watch is not None:
+            self.watch.release()
+
+    def _fit(self) -> bool:
+        groups = self._opt.param_groups
+        if len(groups) != len(self._groups) or any(p.grad is not None for p in self._idle):
+            return False
+        for group, (rule, params) in zip(groups, self._groups, strict=True):
+            given = group["params"]
+            if self._class.rule_of(group) is not rule or len(given) != len(params):
+                return False
+            if not all(map(operator.is_, given, params)):
+                return False
+        if not self._entries.same(self._opt.state):
+            return False
+        self.watched = self.watch is not None and self.watch.same()
+        if self.watched:
+            for batch in self.batches:
+                batch.forget_gradients()
+        return all((self.watched or _read(b)) and fill_hyper(b, groups[b.group]) for b in self.batches)
+
+    def _make(self) -> None:
+        self.watch, self.watched = None, False
+        self._made, self._idle = [], []
+        groups = self._opt.param_groups
+        labels = {id(p): f"parameter {i}" for i, p in enumerate(p for group in groups for p in group["params"])}
+        if len(labels) < sum(len(group["params"]) for group in groups):
+            raise Refused(Code.NO_RULE("a parameter is listed more than once"))
+        for group in groups:
+            _check(group["params"], labels)
+            self._initialise(group)
+        found: list[Batch] = []
+        for index, group in enumerate(groups):
+            rule = self._class.rule_of(group)
+            for members in self._members(group):
+                old = next((b for b in self.batches if _serves(b, rule, index, group, members)), None)
+                batch = old or _new(rule, index, group, members, self._class.counts)
+                self._bind(batch, labels)
+                found.append(batch)
+        if found != self.batches:
+            self.version += 1
+        self.batches = found
+        self._groups = [(self._class.rule_of(group), list(group["params"])) for group in groups]
+        self._entries.learn(self._opt.state)
+        kept = (t for b in found for row in (b.params, b.step_views, *b.views.values()) for t in row)
+        self.objects = {id(t) for t in kept if t is not None}
+
+    def _initialise(self, group: dict[str, Any]) -> None:
+        """Have torch's class make the states of parameters that have none."""
+        new = [p for p in group["params"] if p.grad is not None and not self._opt.state.get(p)]
+        if new:
+            make: Callable[..., Any] = self._opt._init_group  # type: ignore[attr-defined]
+            lists: list[list[Any]] = [[] for _ in list(inspect.signature(make).parameters)[1:]]
+            make({**group, "params": new}, *lists)
+
+    def _members(self, group: Mapping[str, Any]) -> Iterator[list[Tensor]]:
+        """The parameters of a group that are updated together."""
+        kinds: dict[torch.dtype, list[Tensor]] = {}
+        has_states = self._class.counts or self._class.rule_of(group).states_of(group)
+        for p in group["params"]:
+            begun = bool(self._opt.state.get(p))
+            member = p.requires_grad or p.grad is not None or begun
+            if member:
+                kinds.setdefault(p.dtype, []).append(p)
+            if p.grad is None and not (member and (begun or not has_states)):
+                self._idle.append(p)
+        yield from kinds.values()
+
+    def _bind(self, batch: Batch, labels: Mapping[int, str]) -> None:
+        """Take the states that are there now."""
+        batch.forget_gradients()
+        missing: list[Tensor | None] = [None] * len(batch.params)
+        entries = [self._opt.state.get(p) or {} for p in batch.params]
+        views = {name: missing.copy() for name in batch.stored}
+        for i, (p, grad, entry) in enumerate(zip(batch.params, batch.grads, entries, strict=True)):
+            for name in batch.stored:
+                value = entry.get(name)
+                if value is None and grad is not None:
+                    if "step" not in batch.fixed:
+                        raise Refused(Code.NO_RULE(f"{labels[id(p)]} has other states, and no {name!r}"))
+                    value = torch.zeros_like(grad)
+                    self._made.append((p, name, value))
+                elif value is not None and (reason := refused_state(p, name, value, labels[id(p)])):
+                    raise Refused(reason)
+                views[name][i] = value
+        batch.views = views  # type: ignore[assignment]
+        if "step" in batch.fixed:
+            begun = [any(entry.get(name) is not None for name in batch.stored) for entry in entries]
+            batch.steps.copy_(torch.tensor(begun))
+        else:
+            batch.step_views = [entry.get("step") for entry in entries]  # type: ignore[misc]
+            _check_counters(batch.step_views, batch.params, labels)
+
+
+def _new(rule: Declaration, index: int, group: Mapping[str, Any], params: list[Tensor], counted: bool) -> Batch:
+    """A batch without states. `counted`: "step" is one of them; otherwise what the rule needs of it is kept here."""
+    hyper = Hyper(rule, group)
+    names, first = rule.states_of(group), params[0]
+    steps = torch.zeros(0 if counted else len(params), dtype=torch.float64, device="cpu")
+    return Batch(
+        rule=rule,
+        group=index,
+        part=index,
+        owners=params,
+        params=params,
+        sharding=None,
+        dtype=first.dtype,
+        grad_dtype=first.dtype,
+        device=first.device,
+        flat={},
+        stored=dict.fromkeys(names, first.dtype),
+        fixed=frozenset() if counted else frozenset({"step"}),
+        views={},
+        steps=steps,
+        step_views=list(steps.unbind()),
+        shown=[],
+        hyper=hyper,
+        numels=[p.numel() for p in params],
+        seen=[],
+        totals=(),
+        strides=[p.stride() for p in params],
+        pointers=[],
+        inference=False,
+        repeats=False,
+        needs_whole=False,
+        counts=counted or bool(names) or reads_step(rule, hyper.static, hyper.views, ()),
+    )
+
+
+def _check(params: Sequence[Tensor], labels: Mapping[int, str]) -> None:
+    for p in params:
+        label = labels[id(p)]
+        reason = _refused(p, p, label) or (p.grad is not None and _refused(p, p.grad, f"the gradient of {label}"))
+        if reason:
+            raise Refused(reason)
+
+
+def _refused(p: Tensor, t: Tensor, label: str) -> Reason | None:
+    """Why the rule's arithmetic is not torch's for a parameter or its gradient."""
+    if t.dtype in (torch.float16, torch.bfloat16):
+        return Code.NO_RULE(f"{label} is {t.dtype}: torch rounds after every operation")
+    if p.dtype not in DTYPES or _odd(t, p.dtype) or t.shape != p.shape:
+        told = f"a {type(t).__name__}, {t.dtype}, {t.layout}, on {t.device}, of shape {tuple(t.shape)}"
+        return Code.NO_RULE(f"{label} is {told}")
+    return None
+
+
+def _check_counters(steps: Sequence[Any], params: Sequence[Tensor], labels: Mapping[int, str]) -> None:
+    for step, p in zip(steps, params, strict=True):
+        if step is not None and _odd_counter(step):
+            raise Refused(Code.NO_RULE(f"the state 'step' of {labels[id(p)]} is {step!r}"))
+    places = [step.data_ptr() for step in steps if step is not None]
+    if len(set(places)) < len(places):
+        raise Refused(Code.NO_RULE("two parameters share the state 'step'"))
+
+
+def _serves(batch: Batch, rule: Declaration, index: int, group: Mapping[str, Any], members: list[Tensor]) -> bool:
+    """Whether an existing batch still is what would be made for these parameters."""
+    return (
+        len(members) == len(batch.params)
+        and all(map(operator.is_, members, batch.params))
+        and batch.rule is rule
+        and batch.group == index
+        and [p.numel() for p in members] == batch.numels
+        and [p.stride() for p in members] == batch.strides
+        and {p.dtype for p in members} == {batch.dtype}
+        and tuple(batch.stored) == rule.states_of(group)
+        and fill_hyper(batch, group)
+    )
+
+
+def _read(batch: Batch) -> bool:
+    """Take this step's gradients into the batch; False where a tensor is no longer what it was."""
+    batch.forget_gradients()
+    counters = [] if "step" in batch.fixed else batch.step_views
+    rows: list[Sequence[Tensor | None]] = [batch.params, batch.grads, *batch.views.values(), counters]
+    tensors = [t for row in rows for t in row]
+    if batch.same.match(tensors):
+        return True
+    if not all(_fits(batch, i, p, g) for i, (p, g) in enumerate(zip(batch.params, batch.grads, strict=True))):
+        return False
+    batch.inference = any(t.is_inference() for row in (rows[0], *rows[2:]) for t in row if t is not None)
+    present = [t for t in tensors if t is not None]
+    if len(present) == len(tensors):
+        batch.same.learn(present)
+    return True
+
+
+def _fits(batch: Batch, index: int, param: Tensor, grad: Tensor | None) -> bool:
+    """Whether a parameter, its gradient and its states are what the batch was made for."""
+    if param.numel() != batch.numels[index] or param.stride() != batch.strides[index] or _odd(param, batch.dtype):
+        return False
+    if grad is None:
+        return True
+    own = (grad, *(views[index] for views in batch.views.values()))
+    return all(t is not None and t.shape == param.shape and not _odd(t, batch.dtype) for t in own) and not (
+        "step" not in batch.fixed and _odd_counter(batch.step_views[index])
+    )
+
+
+def _odd(t: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a tensor is of a kind for which the rule's arithmetic is not torch's."""
+    return type(t) not in _PLAIN or t.dtype != dtype or t.device.type != "cpu" or t.layout is not torch.strided
+
+
+def _odd_counter(step: object) -> bool:
+    return type(step) is not Tensor or step.dtype not in DTYPES or step.device.type != "cpu" or step.ndim != 0

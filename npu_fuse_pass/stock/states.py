@@ -1,0 +1,54 @@
+"""Which objects an optimizer of torch.optim keeps as its states, and whether they are still the same."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from npu_fuse_pass.reasons import Code, Reason
+
+States = Mapping[Tensor, dict[str, Any]]
+
+
+class Entries:
+    """Remembers `opt.state`: the dict, its entries, and what is in each, by identity."""
+
+    def __init__(self) -> None:
+        self._state: object = None
+        self._keys: list[Tensor] = []
+        self._entries: list[dict[str, Any]] = []
+        self._values: list[Any] = []
+
+    def learn(self, state: States) -> None:
+        """Know these from now on."""
+        self._state, self._keys, self._entries = state, list(state), list(state.values())
+        self._values = list(_values(self._entries))
+
+    def same(self, state: States) -> bool:
+        """Whether nothing was put in, taken out or exchanged."""
+        return (
+            state is self._state
+            and len(state) == len(self._keys)
+            and all(map(operator.is_, state, self._keys))
+            and all(map(operator.is_, state.values(), self._entries))
+            and sum(map(len, self._entries)) == len(self._values)
+            and all(map(operator.is_, _values(self._entries), self._values))
+        )
+
+
+def _values(entries: Iterable[dict[str, Any]]) -> Iterable[Any]:
+    return itertools.chain.from_iterable(map(dict.values, entries))
+
+
+def refused_state(param: Tensor, name: str, value: object, label: str) -> Reason | None:
+    """Why a state is not of the kind that torch makes."""
+    wanted = f"a {param.dtype} tensor of shape {tuple(param.shape)}"
+    if type(value) is not Tensor or value.layout != param.layout or value.device != param.device:
+        return Code.NO_RULE(f"the state {name!r} of {label} is not {wanted}")
+    if value.dtype != param.dtype or value.shape != param.shape:
+        return Code.NO_RULE(f"the state {name!r} of {label} is {value.dtype} of shape {tuple(value.shape)}")
+    return None

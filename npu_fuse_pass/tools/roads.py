@@ -1,0 +1,72 @@
+"""How a step is made fast: an optimizer of torch.optim as an update rule where that is proved, any other by Dynamo.
+
+Every compiled step of an optimizer, however it is asked for, is made here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from npu_fuse_pass import backend
+from npu_fuse_pass.reasons import Code, Reason
+from npu_fuse_pass.rules.optimizer import RuleOptimizer
+from npu_fuse_pass.stock.binding import Binding
+from npu_fuse_pass.stock.classes import stock_class
+from npu_fuse_pass.stock.prelude import Refused
+from npu_fuse_pass.tools.symbolic import symbolic_numbers
+
+
+def road(opt: torch.optim.Optimizer, step: Callable[..., Any], watched: backend.Watched) -> Callable[..., Any]:
+    """What makes the updates of a step.
+
+    Args:
+        opt: the optimizer.
+        step: what torch makes of its class's method, with the arguments of that; hooks run around the result.
+        watched: sees what is compiled.
+    """
+    known = stock_class(opt, step)
+    if isinstance(known, Reason):
+        return captured(opt, step, watched, known)
+    return StockRoad(Binding(opt, known), step, watched)
+
+
+def captured(
+    opt: torch.optim.Optimizer, step: Callable[..., Any], watched: backend.Watched, reason: Reason | None = None
+) -> Callable[..., Any]:
+    """A step that Dynamo captures; for the report: why it is not run as a rule."""
+    replaced = Code.NO_RULE(f"another function has taken the place of this {type(opt).__name__}'s step")
+    watched.no_rule = None if isinstance(opt, RuleOptimizer) else reason or replaced
+    compiled = backend.isolated(step, watched)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with symbolic_numbers():
+            return compiled(*args, **kwargs)
+
+    return run
+
+
+class StockRoad:
+    """The updates of an optimizer of torch.optim, by its rule for as long as that computes them."""
+
+    def __init__(self, binding: Binding, step: Callable[..., Any], watched: backend.Watched) -> None:
+        self._binding, self._step, self._watched = binding, step, watched
+        binding.core = backend.isolated(binding.core, watched)
+        self._captured: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not backend.compiling():
+            return self._step(*args, **kwargs)
+        reason = Code.NO_RULE("its step has arguments that a rule does not have") if args or kwargs else None
+        reason = reason or self._binding.why_not()
+        if reason is None:
+            try:
+                return self._binding.update()
+            except Refused as e:
+                reason = e.reason
+        if self._captured is None:
+            self._captured = captured(self._binding.optimizer, self._step, self._watched, reason)
+        self._watched.no_rule = reason
+        return self._captured(*args, **kwargs)
