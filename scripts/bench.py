@@ -5,6 +5,7 @@ medians, ratios medians over rounds. "ours" is the compiled call with everything
 kernels. Tables go to the terminal, numbers to bench-output/bench.json and a picture to bench-output/bench.png. Cells
 that miss what bench_cases.py aims at are listed, with the ratio that their bytes at the in-place bandwidth would give.
 
+--stock compares torch.optim's own classes under compile_step with ours of the same algorithm, and nothing else.
 --model npu measures nothing: it prints launches, bytes and modelled times of steps on an NPU (bench_model.py). It needs
 the environment of the NPU lane, so run it as: bash scripts/bench.sh --model npu [--only adamw]
 """
@@ -26,6 +27,7 @@ import torch
 from bench_call import call_cost
 from bench_cases import FAMILIES, WORKLOADS, Family, Workload, peers
 from bench_measure import compile_cost, extra_memory, inductor_cost, machine, race
+from bench_stock import stock_pairs
 
 import optimizers
 from npu_fuse_pass.lowerings.cpu import native_look
@@ -182,6 +184,18 @@ def print_stages(rows: Sequence[dict[str, Any]]) -> None:
     table(" | ".join(["parameters", "optimizer, seconds of:", *columns]), cells)
 
 
+def print_stock(rows: Sequence[dict[str, Any]]) -> None:
+    """The table of torch.optim's classes beside ours."""
+    columns = ["optimizer", "first call: ours, s", "stock", "ratio", "step with another lr: ours, ms", "stock", "ratio"]
+    cells = []
+    for r in rows:
+        first, step = r["first call"], r["step"]
+        calls = [f"{first['ours']:.2f}", f"{first['stock']:.2f}", f"{first['stock'] / first['ours']:.2f}x"]
+        steps = [f"{1e3 * step['ours']:.2f}", f"{1e3 * step['stock']:.2f}", f"{r['ratio']:.2f}x"]
+        cells.append([r["optimizer"], *calls, *steps])
+    table(" | ".join(columns), cells)
+
+
 def main() -> None:
     """Parse arguments, measure, print, write files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -196,6 +210,7 @@ def main() -> None:
         help="torch.compile with Inductor as a peer (half a minute more for each cell; up to 200 parameters)",
     )
     parser.add_argument("--stages", type=int, nargs="*", help="numbers of parameters to measure compile time at")
+    parser.add_argument("--stock", action="store_true", help="nothing but torch.optim's classes beside ours")
     parser.add_argument("--model", choices=["npu"], help="no measurement: launches, bytes and modelled times on an NPU")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("bench-output"))
     given = parser.parse_args()
@@ -204,6 +219,10 @@ def main() -> None:
 
         sys.exit(bench_model.main(given.only, given.out))
     warnings.filterwarnings("ignore", module="torch")
+    if given.stock:
+        print(f"{datetime.date.today().isoformat()}, {machine()}")
+        print_stock(stock_pairs(given.seconds or (1 if given.quick else 4), given.only))
+        return
     whole = not given.only
     counts = given.stages if given.stages is not None else (10, 100) if given.quick else STAGE_COUNTS
     rows = stages(counts, given.inductor) if whole or given.stages else []

@@ -17,20 +17,31 @@ import npu_fuse_pass
 from npu_fuse_pass.reasons import Code
 
 from .optim_cases import CASES, Case, run
-from .support import assert_close, assert_fused, clones, gradients, last_report, parameters, set_gradients, tier
+from .support import FULL, assert_close, assert_fused, clones, gradients, last_report, parameters, set_gradients, tier
 from .test_optim_db import assert_equal
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*", "ignore:.*switched it off.*")
 
-CLASSES = ("Adam", "AdamW", "SGD")
-DB = [case for case in CASES if case.name in CLASSES and case.form != "unwrapped"]
+CLASSES = ("Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "RAdam", "Rprop")
+ALL = [case for case in CASES if case.name in CLASSES and case.form != "unwrapped"]
+DB = ALL if FULL else tier([case for case in ALL if case.form == "method" and case.implementation != "fused"])
 SHAPES = ((3, 4), (5,), (2, 3, 2), ())
 STOCK: dict[str, Callable[..., Any]] = {
     "Adam": lambda p, **o: torch.optim.Adam(p, **{"lr": 0.02, "amsgrad": True, **o}),
     "AdamW": lambda p, **o: torch.optim.AdamW(p, **{"lr": 0.02, **o}),
     "SGD": lambda p, **o: torch.optim.SGD(p, **{"lr": 0.05, "momentum": 0.9, "dampening": 0.3, **o}),
+    "RMSprop": lambda p, **o: torch.optim.RMSprop(
+        p, **{"lr": 0.01, "eps": 0.1, "momentum": 0.9, "centered": True, **o}
+    ),
+    "Adagrad": lambda p, **o: torch.optim.Adagrad(p, **{"lr": 0.05, "lr_decay": 0.1, **o}),
+    "Adadelta": lambda p, **o: torch.optim.Adadelta(p, **{"lr": 0.5, **o}),
+    "Adamax": lambda p, **o: torch.optim.Adamax(p, **{"lr": 0.02, **o}),
+    "RAdam": lambda p, **o: torch.optim.RAdam(p, **{"lr": 0.02, "betas": (0.9, 0.9), **o}),
+    "Rprop": lambda p, **o: torch.optim.Rprop(p, **{"lr": 0.02, **o}),
     "SGD plain": lambda p, **o: torch.optim.SGD(p, **{"lr": 0.05, "weight_decay": 0.1, **o}),
 }
+
+NAMES = list(STOCK) if FULL else ["Adam", "SGD", "Rprop"]
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +106,7 @@ def assert_same_states(opt: Any, eager: Any, limit: float = 1e-5) -> None:
 # torch's database -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", tier(DB), ids=str)
+@pytest.mark.parametrize("case", DB, ids=str)
 def test_case(case: Case) -> None:
     """Every input of torch's database, as one group; what asks for another step is captured by Dynamo, and says so."""
     with warnings.catch_warnings(record=True) as caught:
@@ -200,7 +211,7 @@ def test_what_happens_between_steps_counts(name: str, change: Callable[[Twins], 
     assert sum(bool(r.groups) for r in npu_fuse_pass.reports()) == 1 + (change in (new_group, turned_around))
 
 
-@pytest.mark.parametrize("name", STOCK)
+@pytest.mark.parametrize("name", NAMES)
 def test_gradients_that_come_and_go(name: str) -> None:
     """States are made at the first gradient; without one a parameter, its counter and its states stay."""
     twins = Twins(name)
@@ -210,7 +221,7 @@ def test_gradients_that_come_and_go(name: str) -> None:
     rule_report(len(twins.params))
 
 
-@pytest.mark.parametrize("name", STOCK)
+@pytest.mark.parametrize("name", NAMES)
 def test_states_are_the_optimizers_own(name: str) -> None:
     """The same tensors from step to step: who holds one sees what steps make of it."""
     twins = Twins(name)
@@ -222,7 +233,7 @@ def test_states_are_the_optimizers_own(name: str) -> None:
     twins.check()
 
 
-@pytest.mark.parametrize("name", STOCK)
+@pytest.mark.parametrize("name", NAMES)
 def test_float64_and_several_groups_are_one_group_for_each_dtype(name: str) -> None:
     params = [*parameters(SHAPES), *parameters(SHAPES, torch.float64)]
     others = clones(params)
@@ -305,7 +316,6 @@ def test_a_copy_steps_by_itself(name: str) -> None:
 
 
 def test_a_loaded_checkpoint_of_another_optimizer() -> None:
-    """Its counters are shared objects, and a step must not count for two."""
     twins = Twins("Adam")
     twins.train(3)
     saved = twins.eager.state_dict()

@@ -6,7 +6,7 @@ import contextlib
 import operator
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -38,6 +38,7 @@ class Watch(Protocol):
 
     def same(self) -> bool: ...
     def release(self) -> None: ...
+    def look_at_dicts(self, dicts: Sequence[dict[Any, Any]]) -> Callable[[], bool] | None: ...
 
 
 class Prepared(Protocol):

@@ -16,7 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npu_fuse_pass.algorithms.adadelta import adadelta
+from npu_fuse_pass.algorithms.adagrad import adagrad
 from npu_fuse_pass.algorithms.adam import adam, adamw
+from npu_fuse_pass.algorithms.adamax import adamax
+from npu_fuse_pass.algorithms.radam import radam
+from npu_fuse_pass.algorithms.rmsprop import rmsprop
+from npu_fuse_pass.algorithms.rprop import rprop
 from npu_fuse_pass.algorithms.sgd import sgd
 from npu_fuse_pass.reasons import Code, Reason
 from npu_fuse_pass.rules.declaration import Declaration
@@ -59,14 +65,22 @@ class StockClass:
         return _ascending(rule) if group.get("maximize") else rule
 
 
+def _stock(rule: Declaration, *options: str, counts: bool = True) -> StockClass:
+    return StockClass(lambda group: rule, frozenset({*_COMMON, *options}), counts)
+
+
 _CLASSES: dict[type[torch.optim.Optimizer], StockClass] = {
     torch.optim.Adam: StockClass(
         lambda g: adamw if g.get("decoupled_weight_decay") else adam, frozenset(_ADAM), plain=True
     ),
     torch.optim.AdamW: StockClass(lambda g: adamw, frozenset(_ADAM), plain=True),
-    torch.optim.SGD: StockClass(
-        lambda g: sgd, frozenset({*_COMMON, "momentum", "dampening", "nesterov"}), counts=False
-    ),
+    torch.optim.SGD: _stock(sgd, "momentum", "dampening", "nesterov", counts=False),
+    torch.optim.RMSprop: _stock(rmsprop, "alpha", "eps", "momentum", "centered"),
+    torch.optim.Adagrad: _stock(adagrad, "lr_decay", "initial_accumulator_value", "eps"),
+    torch.optim.Adadelta: _stock(adadelta, "rho", "eps"),
+    torch.optim.Adamax: _stock(adamax, "betas", "eps"),
+    torch.optim.RAdam: _stock(radam, "betas", "eps", "decoupled_weight_decay"),
+    torch.optim.Rprop: _stock(rprop, "etas", "step_sizes"),
 }
 
 

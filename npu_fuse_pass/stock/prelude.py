@@ -132,6 +132,8 @@ class StockPrelude:
         if not self._entries.same(self._opt.state):
             return False
         self.watched = self.watch is not None and self.watch.same()
+        if self.watch is not None:
+            self._entries.look_natively(self.watch)
         if self.watched:
             for batch in self.batches:
                 batch.forget_gradients()

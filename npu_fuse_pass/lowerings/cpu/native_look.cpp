@@ -17,6 +17,7 @@
 extern "C" {  // Python.h is not on every machine that has a compiler
 PyObject* PyList_GetItem(PyObject*, intptr_t);
 PyObject* PyObject_Type(PyObject*);
+int PyDict_Next(PyObject*, intptr_t*, PyObject**, PyObject**);
 void Py_DecRef(PyObject*);
 }
 
@@ -198,6 +199,25 @@ void look_write(void* table_, const uint8_t* written) {
 // Lets go of gradients.
 void look_done(void* table) {
   static_cast<Table*>(table)->held.clear();
+}
+
+// Whether dicts hold the objects that they held, in this order: items are the key and the value of each, dict after dict.
+int look_dicts(PyObject* const* dicts, const int64_t* sizes, int64_t n, PyObject* const* items) {
+  constexpr int64_t AHEAD = 8, KEYS = 4;  // a dict's fifth word is where its keys are: a guess, and nothing but a hint
+  for (int64_t i = 0; i < n; i++) {
+    if (i + 2 * AHEAD < n) __builtin_prefetch(dicts[i + 2 * AHEAD]);
+    if (i + AHEAD < n) {
+      const char* keys = reinterpret_cast<char* const*>(dicts[i + AHEAD])[KEYS];
+      for (size_t at = 0; at < 192; at += 64) __builtin_prefetch(keys + at);
+    }
+    PyObject *key, *value;
+    intptr_t place = 0;
+    for (int64_t k = 0; k < sizes[i]; k++, items += 2) {
+      if (!PyDict_Next(dicts[i], &place, &key, &value) || key != items[0] || value != items[1]) return false;
+    }
+    if (PyDict_Next(dicts[i], &place, &key, &value)) return false;
+  }
+  return true;
 }
 
 // Whether tensors are as those learned; writes their addresses. look_done has to follow. given: a list of them; null:

@@ -74,6 +74,27 @@ class Look:
         self._library.look_done(self._table)
 
 
+class DictLook:
+    """Whether dicts hold the objects that they hold now, in the same order."""
+
+    def __init__(self, dicts: Sequence[dict[Any, Any]], library: Any) -> None:
+        self._held = [*dicts, *(x for d in dicts for item in d.items() for x in item)]
+        self._dicts = array.array("q", map(id, dicts))
+        self._sizes = array.array("q", map(len, dicts))
+        self._items = array.array("q", map(id, self._held[len(dicts) :]))
+        self._arguments = _at(self._dicts), _at(self._sizes), len(dicts), _at(self._items)
+        self._library = library
+
+    def __call__(self) -> bool:
+        return bool(self._library.look_dicts(*self._arguments))
+
+
+def look_at_dicts(dicts: Sequence[dict[Any, Any]]) -> DictLook | None:
+    """A look at dicts, if the library is there."""
+    library = _library.get("native")
+    return None if library is None else DictLook(dicts, library)
+
+
 class Looking:
     """The `Look` of one kernel: made as soon as it can be, and again when the tensors are of other kinds.
 
@@ -138,6 +159,7 @@ _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "look_same": ([*[_POINTER] * 3, _INTEGER], ctypes.c_int),
     "look_write": ([_POINTER, _POINTER], None),
     "look_done": ([_POINTER], None),
+    "look_dicts": ([_POINTER, _POINTER, _INTEGER, _POINTER], ctypes.c_int),
 }
 _library: dict[str, Any] = {}  # "native", when it is there, or "missing": why it never will be
 _pointer = ctypes.pythonapi.PyCapsule_GetPointer

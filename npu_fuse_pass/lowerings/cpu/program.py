@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Sequence, Set
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from npu_fuse_pass.errors import Mismatch, Unsupported
 from npu_fuse_pass.ir.totals import rounds, total_slots
 from npu_fuse_pass.ir.types import Group, Leaf
 from npu_fuse_pass.lowerings.cpu.kernel import Kernel
+from npu_fuse_pass.lowerings.cpu.native_look import look_at_dicts
 from npu_fuse_pass.lowerings.cpu.tables import Values
 from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.tensors.memory import NOWHERE, check_apart
@@ -106,6 +108,10 @@ class Program:
         `release` has to follow. Whoever asks knows that nobody put other parameters in their place.
         """
         return all(kernel.same() for kernel in self.kernels)
+
+    def look_at_dicts(self, dicts: Sequence[dict[Any, Any]]) -> Callable[[], bool] | None:
+        """What tells whether dicts hold the objects that they hold now, if that can be had natively."""
+        return look_at_dicts(dicts)
 
     def again(self) -> None:
         """Run the step on what `same` has found.
