@@ -50,6 +50,21 @@ def test_a_resumed_run_is_the_uninterrupted_one(case: Case, dtype: torch.dtype, 
     assert all(torch.equal(a, b) for a, b in zip(params, others, strict=True))
 
 
+@over(CASES)
+def test_a_checkpoint_that_its_optimizer_goes_on_with(case: Case) -> None:
+    """Not saved in between: what the other one does with its tensors does not reach this one."""
+    params, opt = make(case, BF16, F32)
+    step(params, opt, range(3))
+    others, other = make(case, BF16, F32)
+    for p, q in zip(params, others, strict=True):
+        q.data.copy_(p.data)
+    other.load_state_dict(opt.state_dict())
+    for seed in range(3, 8):
+        step(params, opt, range(seed, seed + 1))
+        step(others, other, range(seed, seed + 1))
+    assert all(torch.equal(a, b) for a, b in zip(params, others, strict=True))
+
+
 def test_a_resumed_run_compiled() -> None:
     params = parameters([(30, 10)], dtype=BF16)
     others = [torch.nn.Parameter(p.detach().clone()) for p in params]

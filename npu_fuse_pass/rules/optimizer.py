@@ -368,10 +368,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         return {**entry, **opened}
 
     def _stored(self, name: str, param: Any, value: Tensor) -> Tensor:
+        # copies: another optimizer may go on with the tensors of a checkpoint that was not saved in between
         if name == "step" or not isinstance(param, Tensor):
-            return value
+            return value.clone()
         dtype = torch.float32 if name == RESIDUAL else self.state_dtype or param.dtype
-        return value.to(dtype=dtype if param.is_floating_point() else None, device=param.device)
+        return value.to(dtype=dtype if param.is_floating_point() else None, device=param.device, copy=True)
 
     def __hash__(self) -> int:
         return id(self)
