@@ -60,6 +60,8 @@ def rule(
             is no bound. Looked at where an optimizer, a group or a loaded checkpoint gives them, not at every step.
 
     The keyword `step`, if the function takes it, is the number of this update of this parameter, from 1.
+    A group may hold other keys, too, as torch's do (`initial_lr`, `name`): no rule reads them, and they are kept. A
+    hyperparameter that is misspelt in a group is such a key; as an argument of the optimizer it is a TypeError.
     Arithmetic is float32 for fp16 and bf16 parameters; results are cast back to what is stored.
 
     Raises:
