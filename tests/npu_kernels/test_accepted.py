@@ -11,7 +11,7 @@ from npu_fuse_pass.ir.types import Formula
 from npu_fuse_pass.lowerings.npu.kernels.final_ir import facts
 from npu_fuse_pass.lowerings.npu.kernels.pipes import waiting_loads
 from tests.npu_kernels import steps
-from tests.npu_kernels.compiler import TARGETS, final_ir
+from tests.npu_kernels.compiler import TARGETS, Refused, final_ir
 from tests.npu_kernels.executed import generated_groups
 from tests.npu_kernels.steps import ALL, OURS, Step
 
@@ -34,6 +34,10 @@ WITH_SUMS = {"lamb": [40], "lamb_global": [44], "Lamb": [40], "ClippedSGD": [24]
 reads three and writes one. Global: a norm of all gradients before. The others: a pass over what is
 summed up (gradients; parameters; gradients and momentum), then the update."""
 NOT = {"NovoGrad": "a 0-dim state is computed from a tensor"}
+
+
+CRASHES = ("lamb_global",)
+"""The compiler for 950 crashes on these: GE operations compute the group there."""
 
 
 def check(step: Step, dtype: torch.dtype, targets: tuple[str, ...] = CLASSES[:1]) -> None:
@@ -78,7 +82,10 @@ def test_half(step: Step, dtype: torch.dtype) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [s for s in ALL if s.name not in NOT], ids=str)
 def test_each_kind_of_target(step: Step) -> None:
-    check(step, torch.float32, CLASSES)
+    if step.name in CRASHES:
+        with pytest.raises(Refused, match="does not take this kernel"):
+            check(step, torch.float32, CLASSES[2:])
+    check(step, torch.float32, CLASSES[:2] if step.name in CRASHES else CLASSES)
 
 
 @pytest.mark.parametrize("target", TARGETS)
