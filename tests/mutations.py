@@ -91,8 +91,8 @@ MUTATIONS = [
     Mutation(
         "a list operation takes the first entry of a list",
         "Interpreter._foreach",
-        "return x[i] if isinstance(x, (list, tuple)) else x",
-        "return x[0] if isinstance(x, (list, tuple)) else x",
+        "given = x[i] if isinstance(x, (list, tuple)) else x",
+        "given = x[0] if isinstance(x, (list, tuple)) else x",
         ("tests/test_group.py::test_members_that_interleave_their_operations",),
     ),
     Mutation(
@@ -343,8 +343,8 @@ MUTATIONS = [
     Mutation(
         "a loaded state is rounded to the parameter's dtype",
         "RuleOptimizer._stored",
-        "dtype = self.state_dtype or param.dtype",
-        "dtype = param.dtype",
+        "else self.state_dtype or param.dtype",
+        "else param.dtype",
         ("tests/test_resume.py::test_a_resumed_run_is_the_uninterrupted_one[torch.bfloat16-torch.float32-adam]",),
     ),
     # rules and the rewritten graph

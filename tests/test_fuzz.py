@@ -179,8 +179,8 @@ PLANTED = [
     Mutation(
         "loaded states are rounded to the parameter's dtype",
         "RuleOptimizer._stored",
-        "dtype = self.state_dtype or param.dtype",
-        "dtype = param.dtype",
+        "else self.state_dtype or param.dtype",
+        "else param.dtype",
         ("NpuFusedAdamW state_dtype",),
     ),
 ]
