@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import warnings
@@ -365,6 +366,15 @@ def test_what_takes_another_road_says_why(name: str) -> None:
     report = last_report()
     assert report.replaces is None and report.no_rule.code is Code.NO_RULE and says in report.no_rule.text
     assert says in str(report) and says in report.to_json()["no_rule"]["text"]
+
+
+def test_npus_take_another_road() -> None:
+    params = parameters(((3, 4),))
+    step = npu_fuse_pass.compile_step(torch.optim.SGD(params, lr=0.1), platform="npu")
+    set_gradients(params, gradients(params, 0))
+    with contextlib.suppress(npu_fuse_pass.PlatformError):  # where torch_npu is missing
+        step()
+    assert "CPUs alone" in str(step._watched.no_rule)
 
 
 def test_sparse_gradients_step_as_torch_does() -> None:

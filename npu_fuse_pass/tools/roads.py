@@ -60,6 +60,8 @@ class StockRoad:
         if not backend.compiling():
             return self._step(*args, **kwargs)
         reason = Code.NO_RULE("its step has arguments that a rule does not have") if args or kwargs else None
+        if self._watched.options["platform"] == "npu":
+            reason = Code.NO_RULE("rules run for classes of torch.optim on CPUs alone")
         reason = reason or self._binding.why_not()
         if reason is None:
             try:
