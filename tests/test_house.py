@@ -14,7 +14,7 @@ RULES = ["adam", "adamw", "lamb", "rmsprop_tf", "sgd"]
 
 @pytest.mark.parametrize("name", RULES)
 def test_an_optimizer_is_a_short_file(name: str) -> None:
-    assert 20 <= rooms.code_lines(ROOT / "optimizers" / f"{name}.py") <= 60
+    assert 20 <= rooms.code_lines(ROOT / "optimizers" / f"{name}.py") <= 65
 
 
 def test_lines_of_rooms_are_counted(tmp_path: pathlib.Path) -> None:

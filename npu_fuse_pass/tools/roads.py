@@ -40,6 +40,8 @@ def captured(
     replaced = Code.NO_RULE(f"another function has taken the place of this {type(opt).__name__}'s step")
     watched.no_rule = None if isinstance(opt, RuleOptimizer) else reason or replaced
     compiled = backend.isolated(step, watched)
+    if isinstance(opt, RuleOptimizer):  # its numbers are no part of the graph
+        return compiled
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with symbolic_numbers():
