@@ -27,7 +27,8 @@ def contents_of(step: Callable[[], Any], platform: str = "cpu") -> Contents:
     found: list[Contents] = []
 
     def backend(gm: fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
-        found.append(_contents(gm, pipeline.fuse_graph(gm, Options(platform))))
+        options = Options(platform)
+        found.append(pipeline._contents(pipeline.fuse_graph(gm, options), options, gm))
         return gm.forward
 
     torch._dynamo.reset()
@@ -40,8 +41,5 @@ def contents_of(step: Callable[[], Any], platform: str = "cpu") -> Contents:
 def contents_of_rule(opt: Any) -> Contents:
     """What there is to show of the step of an optimizer of ours by itself."""
     opt._before(None)
-    return _contents(None, pipeline.fuse_batches(opt._prelude.batches, Options("cpu")))
-
-
-def _contents(gm: fx.GraphModule | None, fused: pipeline.Fused) -> Contents:
-    return pipeline._contents(fused, gm)
+    options = Options("cpu")
+    return pipeline._contents(pipeline.fuse_batches(opt._prelude.batches, options), options)

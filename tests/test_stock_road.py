@@ -346,6 +346,10 @@ OTHERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "subclass": (lambda p: Own(p, lr=0.1), "Own may step otherwise than SGD"),
     "no rule": (lambda p: torch.optim.Muon(p, lr=0.1), "no rule is Muon's"),
     "step replaced": (replaced_step, "has taken the place"),
+    "Nesterov foreach": (
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, foreach=True),
+        "writes to the gradients",
+    ),
     "capturable": (lambda p: torch.optim.Adam(p, lr=0.1, capturable=True), "capturable=True"),
     "bfloat16": (lambda p: torch.optim.SGD([q.detach().bfloat16().requires_grad_() for q in p], lr=0.1), "bfloat16"),
     "complex": (lambda p: torch.optim.Adam([torch.randn(3, dtype=torch.complex64, requires_grad=True)]), "complex64"),
@@ -366,6 +370,36 @@ def test_what_takes_another_road_says_why(name: str) -> None:
     report = last_report()
     assert report.replaces is None and report.no_rule.code is Code.NO_RULE and says in report.no_rule.text
     assert says in str(report) and says in report.to_json()["no_rule"]["text"]
+
+
+WRITING: dict[str, dict[str, Any]] = {
+    "SGD": dict(lr=0.1, momentum=0.9),
+    "SGD Nesterov": dict(lr=0.1, momentum=0.9, nesterov=True),
+    "SGD Nesterov decay": dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "SGD Nesterov maximize": dict(lr=0.1, momentum=0.9, nesterov=True, maximize=True),
+    "Rprop": {},
+    "Rprop maximize": dict(maximize=True),
+    "Adam decay": dict(weight_decay=0.1),
+}
+
+
+@pytest.mark.parametrize("foreach", [True, False], ids=["foreach", "loop"])
+@pytest.mark.parametrize("name", WRITING)
+def test_gradients_are_what_torchs_step_leaves(name: str, foreach: bool) -> None:
+    """Some forms of torch's steps write to the gradients."""
+    cls = getattr(torch.optim, name.split()[0])
+    params = parameters(((3, 4), (5,)))
+    others = clones(params)
+    opt, eager = (cls(ps, foreach=foreach, **WRITING[name]) for ps in (params, others))
+    step = npu_fuse_pass.compile_step(opt)
+    for seed in range(3):
+        for ps in (params, others):
+            set_gradients(ps, gradients(ps, seed))
+        step()
+        eager.step()
+        assert_close([p.grad for p in params], [p.grad for p in others])
+    assert_close(params, others)
+    assert_fused(last_report(), parameters=2)
 
 
 def test_npus_take_another_road() -> None:

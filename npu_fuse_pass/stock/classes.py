@@ -57,6 +57,9 @@ class StockClass:
                 return Code.NO_RULE(f"{name}={group[name]!r} asks for another step than the rule's")
         if self.plain and group.get("foreach") and isinstance(group["lr"], Tensor):
             return Code.NO_RULE("foreach=True takes no tensor as lr")
+        in_place = group.get("nesterov") and group.get("foreach") and not group.get("maximize")
+        if in_place and not group["weight_decay"]:
+            return Code.NO_RULE("Nesterov momentum with foreach=True writes to the gradients")
         return None
 
     def rule_of(self, group: Group) -> Declaration:
