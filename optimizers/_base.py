@@ -59,7 +59,7 @@ class NpuFusedOptimizer(RuleOptimizer):
             ValueError: an option has a value that is not allowed. Nothing is changed then.
         """
         if isinstance(param_group, dict):
-            checked = self.checked({**self.defaults, **param_group})
+            checked = self.checked(self.complete(param_group))
             param_group.update({name: checked[name] for name in param_group.keys() & checked.keys()})
         super().add_param_group(param_group)
 
@@ -69,8 +69,7 @@ class NpuFusedOptimizer(RuleOptimizer):
         Raises:
             ValueError: a saved option has a value that is not allowed, or as in the base class; nothing is changed.
         """
-        known = {name: value for name, value in self.defaults.items() if value is not required}
-        groups = [{**group, **self.checked({**known, **group})} for group in state_dict["param_groups"]]
+        groups = [self.checked(self.complete(group)) for group in state_dict["param_groups"]]
         super().load_state_dict({**state_dict, "param_groups": groups})
 
     @torch.no_grad()

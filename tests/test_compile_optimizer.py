@@ -22,7 +22,7 @@ import optimizers
 from npu_fuse_pass.report import logs
 from npu_fuse_pass.rules.torch_steps import look_after_compiled_steps
 
-from .support import FULL, assert_close, assert_fused, clones, gradients, parameters, set_gradients, tier
+from .support import FULL, Unseen, assert_close, assert_fused, clones, gradients, parameters, set_gradients, tier
 
 MATRICES = ((3, 4), (5,))
 MAKERS: dict[str, Callable[..., Any]] = {
@@ -621,19 +621,6 @@ def test_what_torch_hides_stays_as_it_is_and_says_so(cls: Any) -> None:
     assert "step" not in vars(opt)
     with pytest.raises(npu_fuse_pass.NotCapturedError, match=cls.__name__):
         npu_fuse_pass.compile_optimizer_(opt, strict=True)
-
-
-class Unseen(torch.optim.Optimizer):
-    """An optimizer whose step its author keeps from Dynamo."""
-
-    def __init__(self, params: Any) -> None:
-        super().__init__(params, {})
-
-    @torch._dynamo.disable
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for p in self.param_groups[0]["params"]:
-            p.sub_(p.grad)
 
 
 def test_what_never_reaches_the_backend_trains_on_with_one_warning(said: list[str]) -> None:

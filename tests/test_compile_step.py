@@ -13,7 +13,7 @@ from torch import Tensor
 import npu_fuse_pass
 import optimizers.paddle
 
-from .support import assert_fused, clones, error, gradients, parameters, set_gradients
+from .support import Unseen, assert_fused, clones, error, gradients, parameters, set_gradients
 
 MATRICES = ((3, 4), (5, 2), (2, 2))
 OURS: dict[str, Any] = {
@@ -116,19 +116,6 @@ def test_what_never_reaches_a_backend_is_an_error_at_the_second_step(name: str) 
         run(stock.step, others, seed)
     for p, q in zip(params, others, strict=True):
         torch.testing.assert_close(p, q)
-
-
-class Unseen(torch.optim.Optimizer):
-    """An optimizer whose step its author keeps from Dynamo."""
-
-    def __init__(self, params: Any) -> None:
-        super().__init__(params, {})
-
-    @torch._dynamo.disable
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for p in self.param_groups[0]["params"]:
-            p.sub_(p.grad)
 
 
 def test_an_unknown_optimizer_that_never_reaches_the_backend() -> None:

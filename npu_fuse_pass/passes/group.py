@@ -51,7 +51,9 @@ def _groups(updates: Sequence[Update], leaves: list[Leaf]) -> tuple[Group, ...]:
     known: dict[tuple[int, int], _Canonical] = {}  # by what is written: batches of one formula share it
     for update in updates:
         shared = id(update.writes), id(update.contributions)
-        canonical = known.get(shared) or known.setdefault(shared, _canonicalise(update))
+        if shared not in known:
+            known[shared] = _canonicalise(update)
+        canonical = known[shared]
         text = canonical.formula.text
         if text not in found:
             labels = tuple(_label(update, e) for e in canonical.sources)

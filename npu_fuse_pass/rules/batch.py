@@ -24,7 +24,7 @@ from npu_fuse_pass.rules.state import ParamState, States
 from npu_fuse_pass.tensors.buffers import flat_buffer, reference_strides
 from npu_fuse_pass.tensors.memory import same_memory
 from npu_fuse_pass.tensors.same import SameTensors
-from npu_fuse_pass.tensors.sharded import as_dtensor, is_dtensor, local, local_gradient, local_state, sharding
+from npu_fuse_pass.tensors.sharded import as_dtensor, is_dtensor, local, local_part, sharding
 
 _grad = operator.attrgetter("grad")
 
@@ -54,11 +54,11 @@ class Batch:
     seen: list[bool]
     totals: tuple[str, ...]
     strides: list[tuple[int, ...]]
-    pointers: list[int]
-    inference: bool  # whether it writes tensors that only inference mode may write
-    repeats: bool  # whether its parameters are listed in an earlier batch already, whose states it shares
-    needs_whole: bool  # whether the rule takes norms or sums of parameters of which this process holds a part
     counts: bool  # whether its parameters have a step counter: those with a state do, and those whose rule reads it
+    needs_whole: bool = False  # whether the rule takes norms or sums of parameters of which this process holds a part
+    repeats: bool = False  # whether its parameters are listed in an earlier batch already, whose states it shares
+    inference: bool = False  # whether it writes tensors that only inference mode may write
+    pointers: list[int] = dataclasses.field(default_factory=list)
     all_seen: bool = False
     same: SameTensors = dataclasses.field(default_factory=SameTensors)
     _grads: list[Tensor | None] | None = dataclasses.field(default_factory=list)  # None: not read yet
@@ -69,7 +69,7 @@ class Batch:
         if self._grads is None:
             self._grads = list(map(_grad, self.owners))
             if self.is_dtensors:
-                self._grads = list(map(local_gradient, self.owners, self._grads))
+                self._grads = list(map(local_part, self.owners, self._grads))
         return self._grads
 
     @grads.setter
@@ -147,9 +147,6 @@ def make_batch(
         seen=[False] * len(params),
         totals=rule.totals_of(settings),
         strides=[p.stride() for p in params],
-        pointers=[],
-        inference=False,
-        repeats=False,
         needs_whole=spread == "shard" and not is_pointwise(rule, hyper.static, hyper.views, flat),
         counts=bool(flat) or reads_step(rule, hyper.static, hyper.views, rule.totals_of(settings)),
     )
@@ -290,8 +287,7 @@ def adopt(batch: Batch, existing: States) -> None:
             t.data = t.clone()
     for name, views in batch.views.items():
         known = [entry[name].detach() if name in entry else None for entry in entries]
-        values = [v if v is None else local_state(v, p) for v, p in zip(known, batch.owners, strict=True)]
-        _bring(values, views, batch.rule.states[name].value)
+        _bring(list(map(local_part, batch.owners, known)), views, batch.rule.states[name].value)
     for view, step in zip(batch.step_views, steps, strict=True):
         view.fill_(step)
     batch.seen = [bool(entry and batch.counts) for entry in entries]

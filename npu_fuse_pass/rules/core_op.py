@@ -29,7 +29,7 @@ from npu_fuse_pass.options import disabled
 from npu_fuse_pass.rules import pending
 from npu_fuse_pass.rules.batch import Batch
 from npu_fuse_pass.rules.pending import Keeping
-from npu_fuse_pass.tensors.sharded import as_dtensor, is_dtensor, local, local_gradient
+from npu_fuse_pass.tensors.sharded import as_dtensor, is_dtensor, local, local_part
 from npu_fuse_pass.user_warnings import warn
 
 
@@ -250,7 +250,7 @@ def _on_given(batch: Batch, given: Mapping[int, tuple[Tensor, Tensor | None, Ten
     for owner, p, g in zip(batch.owners, batch.params, batch.grads, strict=True):
         param, before, grad = given.get(id(owner), (p, owner.grad, owner.grad))
         same = owner.grad is before and grad is not None
-        pairs.append((local(param), local_gradient(owner, grad) if same else g))
+        pairs.append((local(param), local_part(owner, grad) if same else g))
     made = dataclasses.replace(batch, params=[p for p, _ in pairs])
     made.grads = [g for _, g in pairs]
     return made

@@ -278,9 +278,13 @@ class RuleOptimizer(torch.optim.Optimizer):
                 raise
             self._list_params()
 
+    def complete(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """A group with the defaults of what it lacks, as far as there are any."""
+        return {name: value for name, value in {**self.defaults, **group}.items() if value is not required}
+
     def _check_group(self, group: Mapping[str, Any]) -> None:
         """Refuse hyperparameters that no step could take."""
-        complete = {n: v for n, v in {**self.defaults, **group}.items() if v is not required}
+        complete = self.complete(group)
         for check in (check_kinds, check_ranges):
             check(self.rule_for(complete), self.hyperparameters(complete))
 
@@ -322,8 +326,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 range), or the states of a parameter lack one, are another optimizer's or of a wrong kind or shape;
                 nothing is changed.
         """
-        known = {name: value for name, value in self.defaults.items() if value is not required}
-        state_dict = {**state_dict, "param_groups": [{**known, **group} for group in state_dict["param_groups"]]}
+        state_dict = {**state_dict, "param_groups": [self.complete(group) for group in state_dict["param_groups"]]}
         for group in state_dict["param_groups"]:
             self._check_group({name: value for name, value in group.items() if name != "params"})
         self._check_saved(state_dict)

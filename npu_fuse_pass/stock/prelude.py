@@ -239,10 +239,6 @@ def _new(rule: Declaration, index: int, group: Mapping[str, Any], params: list[T
         seen=[],
         totals=(),
         strides=[p.stride() for p in params],
-        pointers=[],
-        inference=False,
-        repeats=False,
-        needs_whole=False,
         counts=counted or bool(names) or reads_step(rule, hyper.static, hyper.views, ()),
     )
 

@@ -1,7 +1,7 @@
 """Parameters that are spread over processes: DTensors (FSDP2's fully_shard, tensor parallel) and FSDP1's flat shards.
 
 A rule without norms updates the elements that this process holds; a DTensor shows where they are. Nothing here
-communicates but `local_gradient`, where a gradient is laid out in another way than its parameter.
+communicates but `local_part`, where a tensor is laid out in another way than its parameter.
 """
 
 from __future__ import annotations
@@ -39,12 +39,16 @@ def local(t: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def local_gradient(param: Tensor, grad: Tensor | None) -> Tensor | None:
-    """The part of a gradient that belongs to the elements of `param` that this process holds."""
-    if grad is None or not is_dtensor(param):
-        return grad
+def local_part(param: Tensor, t: Tensor | None) -> Tensor | None:
+    """Of a gradient or a state: the part that belongs to the elements of `param` that this process holds.
+
+    Args:
+        t: a DTensor if `param` is one; None stays None.
+    """
+    if t is None or not is_dtensor(param):
+        return t
     layout: Any = param
-    given: Any = grad
+    given: Any = t
     if given.placements != layout.placements:
         given = given.redistribute(placements=layout.placements)
     return local(given)
@@ -73,13 +77,3 @@ def _from_start(t: Tensor) -> Tensor:
     start = t.storage_offset() * t.itemsize
     piece: Any = t.untyped_storage()[start : start + extent * t.itemsize]
     return torch.empty(0, dtype=t.dtype, device=t.device).set_(piece, 0, t.shape, t.stride())
-
-
-@torch.no_grad()
-def local_state(value: Tensor, param: Tensor) -> Tensor:
-    """The part of a state that belongs to the elements of `param` that this process holds."""
-    if is_dtensor(param) and is_dtensor(value):
-        held = local_gradient(param, value)
-        assert held is not None
-        return held
-    return value

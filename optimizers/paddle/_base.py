@@ -87,7 +87,7 @@ class PaddleOptimizer(RuleOptimizer):
             ValueError: an option has a value that is not allowed, or a parameter is in another group.
         """
         if isinstance(param_group, dict):
-            self.check_group({**self.defaults, **param_group})
+            self.check_group(self.complete(param_group))
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         first = {p: i for i, p in reversed(list(enumerate(group["params"])))}
@@ -104,10 +104,9 @@ class PaddleOptimizer(RuleOptimizer):
             TypeError: a saved option is of a wrong type. Nothing is changed then.
             ValueError: a saved option has a value that is not allowed. Nothing is changed then.
         """
-        groups = [{**self.defaults, **group} for group in state_dict["param_groups"]]
-        for group in groups:
-            self.check_group(group)
-        super().load_state_dict({**state_dict, "param_groups": groups})
+        for group in state_dict["param_groups"]:
+            self.check_group(self.complete(group))
+        super().load_state_dict(state_dict)
 
     def hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
         """The keywords of the rule, from this step's options of a group."""
