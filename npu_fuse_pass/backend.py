@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -108,6 +109,15 @@ def isolated(step: Callable[..., Any], backend: Callable[..., Any]) -> Callable[
     known = inspect.signature(torch.compile).parameters
     options: dict[str, Any] = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}  # since torch 2.13
     return torch.compile(step, backend=backend, **options)
+
+
+@functools.cache
+def let_torch_hide_steps() -> None:
+    """Torch hides LBFGS.step and SparseAdam.step from Dynamo in the first torch.compile of a process: make that one.
+
+    Whoever reads `opt.step` before it has a step that Dynamo compiles in part.
+    """
+    torch.compile(lambda: None, backend="eager")
 
 
 def own_error(error: Exception) -> FuseError | None:

@@ -66,6 +66,7 @@ class CompiledStep:
         self._by = by
         self._watched = backend.Watched(options)
         self._breaks = backend.break_counts()
+        backend.let_torch_hide_steps()
         self._original = plain_step(opt)
         self._calls_closure_first = self._prefers_foreach = False
         if is_hooked(self._original):
