@@ -34,8 +34,8 @@ RULES = [
     Mutation(
         "a checkpoint's states go to the parameter before",
         "adopt",
-        "for v, p in zip(known, batch.owners, strict=True)]",
-        "for v, p in zip([known[1], known[0], *known[2:]], batch.owners, strict=True)]",
+        "_bring(list(map(local_part, batch.owners, known)),",
+        "_bring(list(map(local_part, batch.owners, [known[1], known[0], *known[2:]])),",
         CHECKPOINT,
     ),
     Mutation("counters begin anew at a checkpoint", "adopt", "view.fill_(step)", "view.fill_(0)", CHECKPOINT),
