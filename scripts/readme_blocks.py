@@ -1,6 +1,6 @@
-"""Run every Python code block of a Markdown file, each as its own script from an empty folder.
+"""Run every Python code block of Markdown files, each as its own script from an empty folder.
 
-    python scripts/readme_blocks.py README.md
+    python scripts/readme_blocks.py README.md docs/from_torch_npu.md
 
 The blocks run with the interpreter that runs this file, so that an empty environment with only the wheel
 shows what a newcomer gets. A block is left out only where the line before it says why:
@@ -86,13 +86,13 @@ def run(block: Block, timeout: float) -> subprocess.CompletedProcess[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=pathlib.Path)
+    parser.add_argument("files", type=pathlib.Path, nargs="+", metavar="FILE")
     parser.add_argument("--timeout", type=float, default=120, metavar="SECONDS", help="per block")
     args = parser.parse_args()
-    found = blocks(args.file.read_text(encoding="utf-8"))
+    found = [(file, block) for file in args.files for block in blocks(file.read_text(encoding="utf-8"))]
     failed = ran = 0
-    for number, block in enumerate(found, 1):
-        where = f"  [{number}/{len(found)}] {args.file.name}:{block.line}"
+    for number, (file, block) in enumerate(found, 1):
+        where = f"  [{number}/{len(found)}] {file.name}:{block.line}"
         if block.not_run is not None:
             print(f"{where}: not run: {block.not_run}", flush=True)
             continue

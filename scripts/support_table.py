@@ -1,7 +1,7 @@
-"""The README's table of optimizers, made from the reports of compiled steps.
+"""The table of optimizers in docs/optimizers.md, made from the reports of compiled steps.
 
 python scripts/support_table.py            # prints it as markdown
-python scripts/support_table.py --check    # fails if README.md has another one between its markers
+python scripts/support_table.py --check    # fails if the page has another one between its markers
 python scripts/support_table.py --write    # puts it there
 """
 
@@ -22,7 +22,7 @@ import torch  # noqa: E402
 import npu_fuse_pass  # noqa: E402
 import optimizers.paddle  # noqa: E402
 
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "optimizers.md"
 BEGIN, END = "<!-- support table: scripts/support_table.py -->", "<!-- end of the support table -->"
 SHAPES = ((4, 3), (17, 2), (3, 5), (8, 8))  # matrices: Muon takes no others
 HEAD = ["optimizer", "groups x updates", "kernel calls", "bytes/element", "result"]
@@ -90,26 +90,26 @@ def parts(text: str) -> tuple[str, str, str]:
     before, found, rest = text.partition(BEGIN)
     between, closed, after = rest.partition(END)
     if not (found and closed):
-        raise SystemExit(f"{README.name} has no lines {BEGIN!r} and {END!r}: put them where the table belongs")
+        raise SystemExit(f"{PAGE.name} has no lines {BEGIN!r} and {END!r}: put them where the table belongs")
     return before, between.strip(), after
 
 
 def main(arguments: Sequence[str]) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--check", action="store_true", help="fail if README.md has another table")
-    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    parser.add_argument("--check", action="store_true", help="fail if the page has another table")
+    parser.add_argument("--write", action="store_true", help="put the table into the page")
     chosen = parser.parse_args(arguments)
     made = table()
     if not (chosen.check or chosen.write):
         print(made)
         return 0
-    before, between, after = parts(README.read_text(encoding="utf-8"))
+    before, between, after = parts(PAGE.read_text(encoding="utf-8"))
     if chosen.write:
-        README.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}", encoding="utf-8")
+        PAGE.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}", encoding="utf-8")
     elif between != made:
         new = [line for line in made.splitlines() if line not in between.splitlines()]
-        print("README.md has another table; run python scripts/support_table.py --write. New lines:", *new, sep="\n")
+        print(f"{PAGE.name} has another table; run python scripts/support_table.py --write. New lines:", *new, sep="\n")
         return 1
     return 0
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the wheel, installs it with torch alone into an empty environment, and runs every Python block of README.md
-# there. Uses .venv for building.
+# Builds the wheel, installs it with torch alone into an empty environment, and runs every Python block of README.md and
+# of the pages that have whole programs there. Uses .venv for building.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -27,6 +27,7 @@ stage "environment (.venv)" environment test
 stage "build the wheel" build
 if [ "$FAILED" -eq 0 ]; then stage "install it into an empty environment" install; fi
 if [ "$FAILED" -eq 0 ]; then
-    stage "README.md" "$empty/venv/bin/python" scripts/readme_blocks.py README.md
+    stage "README.md and docs" "$empty/venv/bin/python" scripts/readme_blocks.py \
+        README.md docs/from_torch_npu.md docs/compiled_functions.md
 fi
 finish scripts/wheel_test.sh

@@ -1,4 +1,4 @@
-"""README's table of optimizers is what the reports say, and leaves no optimizer of torch out."""
+"""The table of optimizers in docs/optimizers.md is what the reports say, and leaves no optimizer of torch out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCRIPT = pathlib.Path(support_table.__file__)
 
 
 @pytest.mark.slow
-def test_readme_has_the_table_that_the_reports_give() -> None:
+def test_the_page_has_the_table_that_the_reports_give() -> None:
     """In a process of its own: names of kernels and counts do not depend on what ran before."""
     result = subprocess.run([sys.executable, SCRIPT, "--check"], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -34,11 +34,11 @@ def test_a_row_says_what_was_fused_and_what_was_not() -> None:
 
 
 def test_a_wrong_table_is_noticed(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{support_table.BEGIN}\n| old |\n{support_table.END}\nafter\n")
-    monkeypatch.setattr(support_table, "README", readme)
+    page = tmp_path / "optimizers.md"
+    page.write_text(f"before\n{support_table.BEGIN}\n| old |\n{support_table.END}\nafter\n")
+    monkeypatch.setattr(support_table, "PAGE", page)
     monkeypatch.setattr(support_table, "table", lambda: "| new |")
     assert support_table.main(["--check"]) == 1
     assert support_table.main(["--write"]) == 0
     assert support_table.main(["--check"]) == 0
-    assert readme.read_text() == f"before\n{support_table.BEGIN}\n| new |\n{support_table.END}\nafter\n"
+    assert page.read_text() == f"before\n{support_table.BEGIN}\n| new |\n{support_table.END}\nafter\n"
