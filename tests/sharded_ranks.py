@@ -22,6 +22,8 @@ import npu_fuse_pass
 import optimizers
 from optimizers.paddle import RMSProp
 
+from .support import FULL
+
 OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "SGD": lambda ps: optimizers.NpuFusedSGD(ps, lr=0.1, momentum=0.9, weight_decay=0.1),
     "AdamW": lambda ps: optimizers.NpuFusedAdamW(ps, lr=0.1),
@@ -169,6 +171,122 @@ def within_a_function(mesh: Any) -> None:
     check_report("AdamW")
 
 
+STOCK: dict[str, dict[str, Any]] = {
+    "AdamW": {"amsgrad": True},
+    "SGD": {"momentum": 0.9},
+    "Adam": {},
+    "RMSprop": {"momentum": 0.5, "centered": True},
+    "Adagrad": {},
+    "Adadelta": {},
+    "Adamax": {},
+    "RAdam": {},
+    "Rprop": {},
+}
+
+
+def stock_pair(name: str, mesh: Any) -> tuple[list[Any], Any, list[Any], Any]:
+    """torch's class over DTensors (one of them with an empty shard, one replicated) and a plain tensor; without."""
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(shape, generator=generator) for shape in ((5, 4), (1, 2), (3,), (3,))]
+    placed = [[Shard(0)], [Shard(0)], [Replicate()]]
+    plain = [torch.nn.Parameter(v.clone()) for v in values]
+    spread = [torch.nn.Parameter(distribute_tensor(v, mesh, p)) for v, p in zip(values, placed, strict=False)]
+    params = [*spread, torch.nn.Parameter(values[-1].clone())]
+    make = getattr(torch.optim, name)
+    return params, make(params, lr=0.1, **STOCK[name]), plain, make(plain, lr=0.1, **STOCK[name])
+
+
+def stock_step(params: list[Any], step: Callable[[], Any], plain: list[Any], other: Any, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p, q in zip(params, plain, strict=True):
+        q.grad = torch.randn(q.shape, generator=generator)
+        p.grad = distribute_tensor(q.grad, p.device_mesh, p.placements) if isinstance(p, DTensor) else q.grad.clone()
+    step()
+    other.step()
+
+
+def compare_stock(params: list[Any], opt: Any, plain: list[Any], other: Any, name: str) -> None:
+    for p, q in zip(params, plain, strict=True):
+        assert opt.state[p].keys() == other.state[q].keys(), name
+        for what, a, b in [("param", p, q), *((n, opt.state[p][n], other.state[q][n]) for n in other.state[q])]:
+            if isinstance(p, DTensor) and what != "step":
+                assert isinstance(a, DTensor) and a.placements == p.placements, (
+                    f"{name}: {what} is a {type(a).__name__}"
+                )
+            far = (whole(a).double() - b.detach().double()).norm() / b.detach().double().norm()
+            assert far < 1e-6, f"{name}: {what} differs by {far:.2g}"
+
+
+def stock_classes(mesh: Any) -> None:
+    """torch's classes as rules, on local parts; states are DTensors as torch's, and what is put there counts."""
+    for name in STOCK if FULL else ("AdamW", "SGD"):
+        npu_fuse_pass.clear_reports()
+        params, opt, plain, other = stock_pair(name, mesh)
+        step = npu_fuse_pass.compile_step(opt, strict=True)
+        versions = [p._version for p in params]
+        for seed in range(3):
+            stock_step(params, step, plain, other, seed)
+        report = npu_fuse_pass.reports()[-1]
+        assert report.replaces == f"torch.optim.{name}", str(report)
+        assert report.fallback is None and sum(g.updates for g in report.groups) == 4, str(report)
+        compare_stock(params, opt, plain, other, name)
+        assert all(p._version > v for p, v in zip(params, versions, strict=True)), name
+        for optimizer in (opt, other):
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        stock_step(params, step, plain, other, 3)
+        opt.step(), other.step()
+        stock_step(params, step, plain, other, 4)
+        compare_stock(params, opt, plain, other, f"{name}, loaded")
+
+
+def stock_gradients_that_lie_otherwise(mesh: Any) -> None:
+    """A gradient that is distributed in another way than its parameter: torch's own step, and the report says why."""
+    npu_fuse_pass.clear_reports()
+    p = torch.nn.Parameter(distribute_tensor(torch.arange(20.0).reshape(5, 4), mesh, [Shard(0)]))
+    q = torch.nn.Parameter(torch.arange(20.0).reshape(5, 4))
+    opt, other = torch.optim.AdamW([p], lr=0.1), torch.optim.AdamW([q], lr=0.1)
+    q.grad = torch.linspace(-1, 1, 20).reshape(5, 4)
+    p.grad = distribute_tensor(q.grad, mesh, [Replicate()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        npu_fuse_pass.compile_step(opt)()
+    other.step()
+    assert torch.allclose(whole(p), q), (whole(p) - q).abs().max()
+    report = npu_fuse_pass.reports()[-1]
+    assert "distributed in another way" in str(report.no_rule) and report.fallback is not None, str(report)
+
+
+def dynamo_road(mesh: Any) -> None:
+    """torch.compile of a step of torch's and of a function on a DTensor: on local parts, but no norms."""
+    torch._dynamo.reset()
+    npu_fuse_pass.clear_reports()
+    params, opt, plain, other = stock_pair("AdamW", mesh)
+    step = torch.compile(opt.step, backend="npu_fused")
+    versions = [p._version for p in params]
+    for seed in range(3):
+        stock_step(params, step, plain, other, seed)
+    compare_stock(params, opt, plain, other, "captured")
+    assert all(p._version > v for p, v in zip(params, versions, strict=True))
+    reports = npu_fuse_pass.reports()
+    assert reports and all(r.fallback is None and r.groups for r in reports), [*map(str, reports)]
+    p = params[0]
+
+    @torch.compile(backend="npu_fused")
+    @torch.no_grad()
+    def function(divided: bool) -> None:
+        p.div_(p.norm()) if divided else p.mul_(0.5)
+
+    for divided in (False, True):
+        npu_fuse_pass.clear_reports()
+        want = whole(p).detach() / whole(p).detach().norm() if divided else whole(p).detach() * 0.5
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            function(divided)
+        assert torch.allclose(whole(p), want, rtol=1e-6)
+        report = npu_fuse_pass.reports()[-1]
+        assert (report.fallback is not None) is divided, str(report)
+
+
 def flat_shards(mesh: Any) -> None:
     """FSDP1: rules without norms are fused; one with norms is refused, and nothing is changed."""
     del mesh
@@ -192,7 +310,17 @@ def flat_shards(mesh: Any) -> None:
                 assert torch.allclose(p, q, rtol=1e-5, atol=1e-7)
 
 
-SCENARIOS = (fully, tensor_parallel, checkpoints, gradients_that_lie_otherwise, within_a_function, flat_shards)
+SCENARIOS = (
+    fully,
+    tensor_parallel,
+    checkpoints,
+    gradients_that_lie_otherwise,
+    within_a_function,
+    stock_classes,
+    stock_gradients_that_lie_otherwise,
+    dynamo_road,
+    flat_shards,
+)
 
 
 def run(rank: int, world: int, store: str) -> None:

@@ -17,6 +17,7 @@ from npu_fuse_pass.capture.forward import beside_a_forward_pass, is_forward_pass
 from npu_fuse_pass.capture.inline import expand_rule
 from npu_fuse_pass.capture.interpreter import Interpreter
 from npu_fuse_pass.capture.list_ops import LISTS
+from npu_fuse_pass.capture.shards import of_this_process
 from npu_fuse_pass.capture.updates import updates_of
 from npu_fuse_pass.capture.values import Cell, Val
 from npu_fuse_pass.capture.walk import Recorded, run_graph
@@ -24,10 +25,24 @@ from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.fx_nodes.effects import writes_leaves
 from npu_fuse_pass.ir.types import Captured, Leaf, Output, Stage
 from npu_fuse_pass.reasons import Code
+from npu_fuse_pass.tensors.sharded import is_dtensor
 
 
 def capture(gm: fx.GraphModule) -> Captured:
-    """Read a graph into updates: one per set of written leaves that depend on each other's tensors."""
+    """Read a graph into updates: one per set of written leaves that depend on each other's tensors.
+
+    DTensors are read as what this process holds of them.
+    """
+    captured = _read(gm)
+    examples = [n.meta.get("val", n.meta.get("example_value")) for n in gm.graph.find_nodes(op="placeholder")]
+    given = [(i, leaf) for i, leaf in enumerate(captured.leaves) if leaf.optimizer is None]
+    tensors = {i: examples[leaf.index] for i, leaf in given if leaf.kind == "input"}
+    tensors |= {i: operator.attrgetter(leaf.name)(gm) for i, leaf in given if leaf.kind == "attribute"}
+    dtensors = {i: t for i, t in tensors.items() if is_dtensor(t)}
+    return of_this_process(captured, dtensors) if dtensors else captured
+
+
+def _read(gm: fx.GraphModule) -> Captured:
     interpreter = Interpreter({**LISTS, "rule_update": expand_rule})
     interpreter.grad_enabled = torch.is_grad_enabled()
     attributes: dict[str, Cell] = {}

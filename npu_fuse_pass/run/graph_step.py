@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.autograd.graph import increment_version
 
 from npu_fuse_pass import pipeline
 from npu_fuse_pass.errors import GraphRefused, Mismatch
@@ -26,6 +27,7 @@ from npu_fuse_pass.rules.pending import uses_kept
 from npu_fuse_pass.run.fallbacks import falls_back, refusal, refused
 from npu_fuse_pass.run.planned import Planned, forget
 from npu_fuse_pass.run.variants import Variant, Variants
+from npu_fuse_pass.tensors.sharded import is_dtensor, local
 
 Kept = dict[str, list[Tensor | None]]
 """What optimizers of ours keep, by their handles."""
@@ -155,6 +157,7 @@ class GraphStep:
             falls_back(variant.report, e, self._options.strict)
             variant.program = None
             return self._gm.forward(*args)
+        increment_version([t for i, t in variant.arguments.dtensors(args) if i in variant.written])
         for o in optimizers:
             o._after()
         if checked is not None:
@@ -235,6 +238,10 @@ class _Arguments:
                 self._kept.append((i, leaf.optimizer, leaf.index))
             elif leaf.kind == "input":
                 self._inputs.append((i, leaf.index))
+        examples = [recorded(n) for n in gm.graph.find_nodes(op="placeholder")]
+        given = [(i, index, examples[index]) for i, index in self._inputs]
+        kept = [(i, None, t) for i, t in enumerate(self._template) if t is not None]
+        self._dtensors = [(i, index) for i, index, t in (*given, *kept) if is_dtensor(t)]
 
     def __call__(self, args: Sequence[Any], kept: Kept) -> list[Any]:
         values = self._template.copy()
@@ -243,7 +250,13 @@ class _Arguments:
             values[i] = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
         for i, handle, index in self._kept:
             values[i] = kept[handle][index]
+        for i, t in self.dtensors(args):
+            values[i] = local(t)  # what a kernel works on
         return values
+
+    def dtensors(self, args: Sequence[Any]) -> list[tuple[int, Tensor]]:
+        """The DTensors of a call, with their leaves."""
+        return [(i, self._template[i] if index is None else args[index]) for i, index in self._dtensors]
 
 
 def _returned(output: Output, values: Sequence[Any]) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from npu_fuse_pass.errors import FuseError, RuleError
 from npu_fuse_pass.reasons import Code, Reason
@@ -24,6 +25,7 @@ from npu_fuse_pass.rules.hyperparameters import Hyper
 from npu_fuse_pass.rules.prelude import Watch
 from npu_fuse_pass.stock.classes import StockClass
 from npu_fuse_pass.stock.states import Entries, refused_state
+from npu_fuse_pass.tensors.sharded import alike, is_dtensor, local, sharding
 
 DTYPES = (torch.float32, torch.float64)
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -89,7 +91,7 @@ class StockPrelude:
 
     def expose_updated(self) -> None:
         """As `expose_states` after a step that something interrupted: of what it has updated."""
-        pairs = [pair for b in self.batches for pair in zip(b.params, b.step_views, strict=True)]
+        pairs = [pair for b in self.batches for pair in zip(b.owners, b.step_views, strict=True)]
         updated = {id(p) for p, step in pairs if step is not None and step > 0}
         self._made = [made for made in self._made if id(made[0]) in updated]
         self.expose_states()
@@ -115,6 +117,9 @@ class StockPrelude:
     def release_gradients(self) -> None:
         """As `Prelude.release_gradients`."""
         for batch in self.batches:
+            if batch.is_dtensors:  # what was written is a tensor inside of them
+                rows = zip(batch.owners, batch.shown, batch.grads, strict=True)
+                increment_version([t for p, shown, g in rows if g is not None for t in (p, *shown.values())])
             batch.grads = [None] * len(batch.params)
         if self.watch is not None:
             self.watch.release()
@@ -175,13 +180,13 @@ class StockPrelude:
 
     def _members(self, group: Mapping[str, Any]) -> Iterator[list[Tensor]]:
         """The parameters of a group that are updated together."""
-        kinds: dict[torch.dtype, list[Tensor]] = {}
+        kinds: dict[tuple[torch.dtype, bool], list[Tensor]] = {}
         has_states = self._class.counts or self._class.rule_of(group).states_of(group)
         for p in group["params"]:
             begun = bool(self._opt.state.get(p))
             member = p.requires_grad or p.grad is not None or begun
             if member:
-                kinds.setdefault(p.dtype, []).append(p)
+                kinds.setdefault((p.dtype, is_dtensor(p)), []).append(p)
             if p.grad is None and not (member and (begun or not has_states)):
                 self._idle.append(p)
         yield from kinds.values()
@@ -190,9 +195,11 @@ class StockPrelude:
         """Take the states that are there now."""
         batch.forget_gradients()
         missing: list[Tensor | None] = [None] * len(batch.params)
-        entries = [self._opt.state.get(p) or {} for p in batch.params]
+        entries = [self._opt.state.get(p) or {} for p in batch.owners]
         views = {name: missing.copy() for name in batch.stored}
-        for i, (p, grad, entry) in enumerate(zip(batch.params, batch.grads, entries, strict=True)):
+        batch.shown = [{} for _ in batch.owners]
+        for i, (p, entry) in enumerate(zip(batch.owners, entries, strict=True)):
+            grad = p.grad
             for name in batch.stored:
                 value = entry.get(name)
                 if value is None and grad is not None:
@@ -202,28 +209,30 @@ class StockPrelude:
                     self._made.append((p, name, value))
                 elif value is not None and (reason := refused_state(p, name, value, labels[id(p)])):
                     raise Refused(reason)
-                views[name][i] = value
+                if value is not None:
+                    views[name][i] = local(value)
+                    batch.shown[i][name] = value
         batch.views = views  # type: ignore[assignment]
         if "step" in batch.fixed:
             begun = [any(entry.get(name) is not None for name in batch.stored) for entry in entries]
             batch.steps.copy_(torch.tensor(begun))
         else:
             batch.step_views = [entry.get("step") for entry in entries]  # type: ignore[misc]
-            _check_counters(batch.step_views, batch.params, labels)
+            _check_counters(batch.step_views, batch.owners, labels)
 
 
 def _new(rule: Declaration, index: int, group: Mapping[str, Any], params: list[Tensor], counted: bool) -> Batch:
     """A batch without states. `counted`: "step" is one of them; otherwise what the rule needs of it is kept here."""
     hyper = Hyper(rule, group)
-    names, first = rule.states_of(group), params[0]
+    names, first, held = rule.states_of(group), params[0], list(map(local, params))
     steps = torch.zeros(0 if counted else len(params), dtype=torch.float64, device="cpu")
     return Batch(
         rule=rule,
         group=index,
         part=index,
         owners=params,
-        params=params,
-        sharding=None,
+        params=held,
+        sharding=sharding(first) if is_dtensor(first) else None,
         dtype=first.dtype,
         grad_dtype=first.dtype,
         device=first.device,
@@ -235,10 +244,10 @@ def _new(rule: Declaration, index: int, group: Mapping[str, Any], params: list[T
         step_views=list(steps.unbind()),
         shown=[],
         hyper=hyper,
-        numels=[p.numel() for p in params],
+        numels=[p.numel() for p in held],
         seen=[],
         totals=(),
-        strides=[p.stride() for p in params],
+        strides=[p.stride() for p in held],
         counts=counted or bool(names) or reads_step(rule, hyper.static, hyper.views, ()),
     )
 
@@ -255,7 +264,9 @@ def _refused(p: Tensor, t: Tensor, label: str) -> Reason | None:
     """Why the rule's arithmetic is not torch's for a parameter or its gradient."""
     if t.dtype in (torch.float16, torch.bfloat16):
         return Code.NO_RULE(f"{label} is {t.dtype}: torch rounds after every operation")
-    if p.dtype not in DTYPES or _odd(t, p.dtype) or t.shape != p.shape:
+    if is_dtensor(p) and is_dtensor(t) and not alike(p, t):
+        return Code.NO_RULE(f"{label} is distributed in another way than its parameter")
+    if p.dtype not in DTYPES or not alike(p, t) or _odd(local(t), p.dtype) or t.shape != p.shape:
         told = f"a {type(t).__name__}, {t.dtype}, {t.layout}, on {t.device}, of shape {tuple(t.shape)}"
         return Code.NO_RULE(f"{label} is {told}")
     return None
@@ -273,12 +284,12 @@ def _check_counters(steps: Sequence[Any], params: Sequence[Tensor], labels: Mapp
 def _serves(batch: Batch, rule: Declaration, index: int, group: Mapping[str, Any], members: list[Tensor]) -> bool:
     """Whether an existing batch still is what would be made for these parameters."""
     return (
-        len(members) == len(batch.params)
-        and all(map(operator.is_, members, batch.params))
+        len(members) == len(batch.owners)
+        and all(map(operator.is_, members, batch.owners))
         and batch.rule is rule
         and batch.group == index
-        and [p.numel() for p in members] == batch.numels
-        and [p.stride() for p in members] == batch.strides
+        and [local(p).numel() for p in members] == batch.numels
+        and [local(p).stride() for p in members] == batch.strides
         and {p.dtype for p in members} == {batch.dtype}
         and tuple(batch.stored) == rule.states_of(group)
         and fill_hyper(batch, group)
@@ -288,6 +299,11 @@ def _serves(batch: Batch, rule: Declaration, index: int, group: Mapping[str, Any
 def _read(batch: Batch) -> bool:
     """Take this step's gradients into the batch; False where a tensor is no longer what it was."""
     batch.forget_gradients()
+    if batch.is_dtensors:
+        if not all(p.grad is None or alike(p, p.grad) for p in batch.owners):
+            return False
+        batch.params = list(map(local, batch.owners))
+        batch.views = {name: [local(s[name]) if name in s else None for s in batch.shown] for name in batch.stored}  # type: ignore[misc]
     counters = [] if "step" in batch.fixed else batch.step_views
     rows: list[Sequence[Tensor | None]] = [batch.params, batch.grads, *batch.views.values(), counters]
     tensors = [t for row in rows for t in row]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from npu_fuse_pass.reasons import Code, Reason
 from npu_fuse_pass.rules.prelude import Watch
+from npu_fuse_pass.tensors.sharded import alike, local
 
 States = Mapping[Tensor, dict[str, Any]]
 
@@ -57,7 +58,9 @@ def _values(entries: Iterable[dict[str, Any]]) -> Iterable[Any]:
 def refused_state(param: Tensor, name: str, value: object, label: str) -> Reason | None:
     """Why a state is not of the kind that torch makes."""
     wanted = f"a {param.dtype} tensor of shape {tuple(param.shape)}"
-    if type(value) is not Tensor or value.layout != param.layout or value.device != param.device:
+    if not isinstance(value, Tensor) or not alike(param, value) or type(local(value)) is not Tensor:
+        return Code.NO_RULE(f"the state {name!r} of {label} is not {wanted}, distributed as its parameter is")
+    if value.layout != param.layout or value.device != param.device:
         return Code.NO_RULE(f"the state {name!r} of {label} is not {wanted}")
     if value.dtype != param.dtype or value.shape != param.shape:
         return Code.NO_RULE(f"the state {name!r} of {label} is {value.dtype} of shape {tuple(value.shape)}")

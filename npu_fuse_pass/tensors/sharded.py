@@ -54,6 +54,21 @@ def local_part(param: Tensor, t: Tensor | None) -> Tensor | None:
     return local(given)
 
 
+def holds_values(t: Tensor) -> bool:
+    """Whether a DTensor's local part has elements of it, and not what has to be added up first."""
+    layout: Any = t
+    return not any(p.is_partial() for p in layout.placements)
+
+
+def alike(param: Tensor, t: Tensor) -> bool:
+    """Whether a gradient or a state is spread as its parameter, or neither is spread at all."""
+    if not is_dtensor(param) or not is_dtensor(t):
+        return is_dtensor(param) == is_dtensor(t)
+    layout: Any = param
+    given: Any = t
+    return bool(given.device_mesh == layout.device_mesh and given.placements == layout.placements)
+
+
 @torch.no_grad()
 def as_dtensor(held: Tensor, param: Tensor) -> Tensor:
     """The DTensor of which this process holds these elements, laid out as `param`."""
