@@ -17,7 +17,7 @@ from npu_fuse_pass.errors import (
     UnfusedError,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # name -> module: loaded when first used, so that importing this package needs torch alone and little time
 _LAZY = {

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-FILES = ["README.md", "README.zh.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+FILES = ["README.md", "README.zh.md", "CHANGELOG.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
 FACT = re.compile(r"`[^`]+`|[A-Za-z]*\d+(?:[.x]\d+)*[x%]?|torch\.optim|torch_npu")

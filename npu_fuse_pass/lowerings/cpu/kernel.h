@@ -39,7 +39,11 @@ static inline float round_bfloat(float f) {
   return f;
 }
 static inline bfloat cut_bfloat(float f) { uint32_t u; memcpy(&u, &f, 4); return {uint16_t(u >> 16)}; }
+#if defined(__aarch64__) && !defined(__clang__) && __GNUC__ < 13  // g++ has no _Float16 there
+typedef __fp16 half;
+#else
 typedef _Float16 half;
+#endif
 static inline float widen(half x) { return float(x); }
 static inline float round_half(float f) { return float(half(f)); }
 static inline half cut_half(float f) { return half(f); }
