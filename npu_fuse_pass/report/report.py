@@ -180,7 +180,7 @@ class CompileReport:
             g.lowering, g.kernel, g.bytes_per_element, g.launches = "eager", f"original graph, not {g.kernel}", 0, 0
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dicts, lists, numbers and strings; the keys are stable and described by `report.schema.json`."""
+        """Plain dicts, lists, numbers and strings; the keys are stable, and `report/schema.py` has their schema."""
         groups = [g.to_json() for g in self.groups]
         rest = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.name.startswith("_")}
         del rest["fallbacks"]
