@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Every check and test of the project, on a fresh machine with Python, git and gcc: makes the environments that are
 # missing, then runs style and types, the tests, the page of a dump in a browser (as root on Debian it installs
-# Chromium; elsewhere it has to be there), the NPU lane, the lane of generated NPU kernels, and the README from the built
-# wheel. Arguments go to pytest, for example: bash scripts/test.sh -k lamb
+# Chromium; elsewhere it has to be there), the NPU lane, the lane of generated NPU kernels, 30 public optimizers, and
+# the README from the built wheel. Arguments go to pytest, for example: bash scripts/test.sh -k lamb
 # --slow runs the slow tier, too: all planted bugs, all cases of torch's database of optimizers and of other large tables
 # instead of every sixth, more random programs, the lanes' slow tests. It has no time limit.
 # Environment: PYTHON (which interpreter makes .venv), TEST_WORKERS (pytest processes; default: cores, at most 4).
@@ -25,7 +25,7 @@ workers="${TEST_WORKERS:-$((cores < 4 ? cores : 4))}"
 # Several processes share the cores: OpenMP's threads must not spin while they wait (up to 40 times slower otherwise).
 export OMP_WAIT_POLICY=PASSIVE
 
-STAGES=7
+STAGES=8
 stage "environment (.venv)" environment test
 if [ "$FAILED" -ne 0 ]; then finish scripts/test.sh; fi
 stage "style and types" bash scripts/check.sh
@@ -42,5 +42,6 @@ else
     not_run "NPU lane (.venv-npu)" "there is no scripts/npu_lane.sh"
 fi
 stage "NPU kernels lane (.venv-npu-kernels)" bash scripts/npu_kernels_lane.sh "${slow[@]}"
+stage "30 public optimizers (.venv-zoo)" bash scripts/zoo.sh --sample
 stage "built wheel and README, empty environment" bash scripts/wheel_test.sh
 finish scripts/test.sh

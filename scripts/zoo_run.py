@@ -1,0 +1,368 @@
+"""One class of scripts/zoo.py: compiled and eager, side by side, and what came of it."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from zoo_classes import Class, construct
+
+import npu_fuse_pass
+from npu_fuse_pass import backend
+from npu_fuse_pass.report.report import CompileReport
+
+STEPS, LR_AT = 6, 3  # compared steps; the one before which lr is halved
+TIMED = 9  # steps after them
+TOLERANCE = 1e-4  # |a - b| / max|b|, float32
+EXACT = 1e-9  # the same in float64, where float32 is further apart
+# how a step is made, of which the first counts that runs eagerly: without arguments; with a lr; with groups that say
+# use_muon; with a closure; after a backward pass that can be differentiated; and on matrices alone
+WAYS = ("plain", "lr", "muon", "closure", "graph", "matrices", "matrices, closure", "matrices, graph")
+
+# operations that compute nothing: memory, views, and reading one number
+_NOTHING = {
+    *("alias", "as_strided", "detach", "detach_", "empty", "empty_like", "empty_strided", "expand", "is_nonzero"),
+    *("item", "lift_fresh", "_local_scalar_dense", "narrow", "reshape", "resolve_conj", "resolve_neg", "result_type"),
+    *("select", "slice", "split", "squeeze", "t", "to", "transpose", "unbind", "unsqueeze", "view", "_to_copy"),
+}
+
+
+class Twin:
+    """A small model and an optimizer of it; two of them start the same and get the same gradients."""
+
+    def __init__(self, library: str, cls: Class, way: str, dtype: torch.dtype = torch.float32) -> None:
+        torch.manual_seed(0)
+        self.way = way
+        if "matrices" in way:
+            sizes = (32, 16, 12, 24, 8)
+            self.model = nn.Sequential(*(nn.Linear(i, o, bias=False) for i, o in itertools.pairwise(sizes)))
+            shape: tuple[int, ...] = (5, 32)
+        else:
+            convolution = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten())
+            self.model = nn.Sequential(*convolution, nn.Linear(32, 10), nn.LayerNorm(10))
+            shape = (5, 3, 4, 4)
+        self.model.to(dtype)
+        self.params = list(self.model.parameters())
+        generator = torch.Generator().manual_seed(1)
+        self.x = torch.randn(shape, generator=generator).to(dtype)
+        self.gradients = [
+            [(torch.randn(p.shape, generator=generator) * 0.1).to(dtype) for p in self.params] for _ in range(STEPS)
+        ]
+        given: Any = self.params
+        if "muon" in way:
+            matrices, rest = ([p for p in self.params if (p.ndim > 1) is yes] for yes in (True, False))
+            given = [dict(params=matrices, use_muon=True), dict(params=rest, use_muon=False)]
+        self.opt = construct(library, cls, given, self.model, **({"lr": 1e-3} if way == "lr" else {}))
+        if callable(getattr(self.opt, "train", None)):
+            self.opt.train()
+
+    def step(self, function: Callable[..., Any], i: int) -> float:
+        """Make step `i`, counted from 0; returns its seconds."""
+        if i + 1 == LR_AT:
+            for group in self.groups():
+                group["lr"] = group["lr"].mul_(0.5) if isinstance(group["lr"], Tensor) else group["lr"] * 0.5
+        torch.manual_seed(100 + i)
+        arguments = [self._closure(i)] if "closure" in self.way else []
+        if not arguments:
+            self._set_gradients(i)
+        start = time.perf_counter()
+        function(*arguments)
+        return time.perf_counter() - start
+
+    def groups(self) -> Iterator[dict[str, Any]]:
+        """Groups with a lr, each once: of the optimizer and of one that it wraps."""
+        seen: list[Any] = []
+        for opt in self._optimizers():
+            for group in opt.param_groups:
+                if group.get("lr") is not None and not any(group is s for s in seen):
+                    seen.append(group)
+                    yield group
+
+    def _optimizers(self) -> list[Any]:
+        found = [self.opt, *(getattr(self.opt, name, None) for name in ("optimizer", "base_optimizer"))]
+        return [o for o in found if isinstance(o, torch.optim.Optimizer)]
+
+    def _set_gradients(self, i: int) -> None:
+        if "graph" in self.way:
+            for p in self.params:
+                p.grad = None
+            self.model(self.x).square().mean().backward(create_graph=True)
+            return
+        for p, g in zip(self.params, self.gradients[i % STEPS], strict=True):
+            if p.grad is None:
+                p.grad = g.clone()
+            else:
+                p.grad.copy_(g)
+
+    def _closure(self, i: int) -> Callable[..., Tensor]:
+        def closure(*args: Any, **kwargs: Any) -> Tensor:
+            self._set_gradients(i)
+            return torch.tensor(1.0 / (i + 1))
+
+        return torch.compiler.disable(closure)  # type: ignore[no-any-return]
+
+    def values(self) -> dict[str, Any]:
+        """Copies of all tensors and numbers there are: parameters, states, groups."""
+        found: dict[str, Any] = {}
+        names = {id(p): f"parameter {i}" for i, p in enumerate(self.params)}
+
+        def walk(name: str, value: Any) -> None:
+            if isinstance(value, Tensor):
+                plain = type(value) in (Tensor, nn.Parameter)
+                found[name] = (value if plain else value.dequantize()).detach().clone()
+            elif isinstance(value, (int, float)) and not isinstance(value, bool):
+                found[name] = value
+            elif isinstance(value, dict):
+                for key, inner in value.items():
+                    walk(f"{name}.{names.get(id(key), '?') if isinstance(key, Tensor) else key}", inner)
+            elif isinstance(value, (list, tuple, collections.deque)):
+                for k, inner in enumerate(value):
+                    walk(f"{name}.{k}", inner)
+
+        for i, p in enumerate(self.params):
+            walk(f"parameter {i}", p)
+        for n, opt in enumerate(self._optimizers()):
+            for p, state in opt.state.items():
+                walk(f"optimizer {n}.state of {names.get(id(p), 'others')}", state)
+            for k, group in enumerate(opt.param_groups):
+                walk(f"optimizer {n}.group {k}", {key: v for key, v in group.items() if key != "params"})
+        return found
+
+
+def difference(got: dict[str, Any], want: dict[str, Any]) -> tuple[float, str]:
+    """The largest relative difference and where it is; infinite where keys, shapes or dtypes differ."""
+    if got.keys() != want.keys():
+        return float("inf"), f"only one has {sorted(got.keys() ^ want.keys())[0]}"
+    worst, where = 0.0, ""
+    for name, y in want.items():
+        x = got[name]
+        if isinstance(x, Tensor) and isinstance(y, Tensor) and (x.shape, x.dtype) != (y.shape, y.dtype):
+            return float("inf"), f"{name}: {tuple(x.shape)} {x.dtype}, eager {tuple(y.shape)} {y.dtype}"
+        a, b = (_wide(v) for v in (x, y))
+        if a.numel() and not torch.equal(a, b):
+            same = torch.equal(a.isfinite(), b.isfinite())
+            a, b = (t.nan_to_num(0, 0, 0) for t in (a, b))
+            found = float((a - b).abs().max() / b.abs().max().clamp(min=1e-15)) if same else float("inf")
+            worst, where = max((worst, where), (found, name))
+    return worst, where
+
+
+def _wide(value: Any) -> Tensor:
+    t = torch.as_tensor(value)
+    return torch.view_as_real(t).double() if t.is_complex() else t.double()
+
+
+def operations(step: Callable[[], Any]) -> dict[str, int]:
+    """ATen operations that compute something, as one step calls them."""
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        step()
+    found: dict[str, int] = collections.Counter()
+    for event in record.events() or ():
+        outer = event.cpu_parent is None or not event.cpu_parent.name.startswith("aten::")
+        if event.name.startswith("aten::") and outer and event.name[6:] not in _NOTHING:
+            found[event.name[6:]] += 1
+    return dict(found)
+
+
+@dataclasses.dataclass
+class Phase:
+    """What the steps of one twin showed.
+
+    Attributes:
+        compiles: of steps 1, 2, ...: graphs with updates that were compiled.
+        ran: reports of the graphs that ran in the step after the compared ones.
+        left: operations that this step called outside of fused kernels.
+        difference: to the eager twin, and where.
+        microseconds: of a step, the median of those after the compared ones.
+        breaks: why and where Dynamo broke graphs.
+        refused: why compile_step gave up, where it did.
+        error: of a step.
+    """
+
+    compiles: list[int] = dataclasses.field(default_factory=list)
+    ran: list[CompileReport] = dataclasses.field(default_factory=list)
+    causes: list[str] = dataclasses.field(default_factory=list)
+    left: dict[str, int] = dataclasses.field(default_factory=dict)
+    difference: tuple[float, str] = (0.0, "")
+    microseconds: float = 0.0
+    first: float = 0.0
+    breaks: list[str] = dataclasses.field(default_factory=list)
+    refused: str = ""
+    error: str = ""
+
+    @property
+    def storm(self) -> bool:
+        return len(self.compiles) >= STEPS and all(self.compiles[LR_AT:STEPS])
+
+
+def eager(twin: Twin, timed: bool = True) -> tuple[list[dict[str, Any]], Phase]:
+    """Values after each of the compared steps. What a library compiles itself runs as Python here."""
+    phase, values = Phase(), []
+    with mock.patch("torch.compile", lambda model=None, **kwargs: model if model is not None else lambda f: f):
+        for i in range(STEPS):
+            twin.step(twin.opt.step, i)
+            values.append(twin.values())
+        if timed:
+            _measure(twin, twin.opt.step, phase)
+    return values, phase
+
+
+def compiled(twin: Twin, want: list[dict[str, Any]], function: Callable[..., Any], watched: Any = None) -> Phase:
+    """The steps of `function`, compared with `want`; `watched` knows which graphs ran."""
+    phase = Phase()
+    try:
+        for i in range(STEPS):
+            npu_fuse_pass.clear_reports()
+            seconds = twin.step(function, i)
+            phase.first = phase.first or seconds
+            made = [r for r in npu_fuse_pass.reports() if r.groups or r.unfused or r.fallback]
+            phase.compiles.append(len(made))
+            phase.causes += [r.cause for r in made]
+            phase.difference = max(phase.difference, difference(twin.values(), want[i]))
+        if watched is not None:
+            if not phase.storm:
+                _measure(twin, function, phase, watched.ran)
+            phase.ran = list(watched.ran)
+    except npu_fuse_pass.NotCapturedError as e:
+        phase.refused = str(e)
+    except Exception as e:
+        phase.error = f"step {len(phase.compiles) + 1}: {type(e).__name__}: {_first_lines(str(e))}"
+    phase.breaks = backend.breaks()
+    return phase
+
+
+def _measure(twin: Twin, function: Callable[..., Any], phase: Phase, ran: list[CompileReport] | None = None) -> None:
+    twin.step(function, STEPS)
+    if ran is not None:
+        ran.clear()
+    twin.step(lambda *args: phase.left.update(operations(lambda: function(*args))), STEPS + 1)
+    kept = list(ran or ())
+    phase.microseconds = statistics.median(twin.step(function, STEPS + 2 + k) for k in range(TIMED)) * 1e6
+    if ran is not None:
+        ran[:] = kept
+
+
+def _first_lines(text: str) -> str:
+    return " ".join(text.split())[:400]
+
+
+def fused(library: str, cls: Class, way: str, want: list[dict[str, Any]], dtype: torch.dtype = torch.float32) -> Phase:
+    """compile_step, and plain torch.compile where that refuses."""
+    _forget()
+    twin = Twin(library, cls, way, dtype)
+    step = npu_fuse_pass.compile_step(twin.opt)
+    phase = compiled(twin, want, step, step._watched)
+    if not phase.refused:
+        return phase
+    _forget()
+    twin, watched = Twin(library, cls, way, dtype), backend.Watched({})
+    again = compiled(twin, want, backend.isolated(twin.opt.step, watched), watched)
+    again.refused, again.breaks = phase.refused, list(dict.fromkeys([*phase.breaks, *again.breaks]))
+    return again
+
+
+def baseline(library: str, cls: Class, way: str, want: list[dict[str, Any]]) -> Phase:
+    """The same steps through torch.compile(backend="eager")."""
+    _forget()
+    twin = Twin(library, cls, way)
+    return compiled(twin, want, torch.compile(twin.opt.step, backend="eager"))
+
+
+def _forget() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch._dynamo.utils.graph_break_reasons.clear()
+    npu_fuse_pass.clear_reports()
+
+
+def run(library: str, name: str, cls: Class) -> dict[str, Any]:
+    """Everything about one class, as JSON."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    row: dict[str, Any] = {"library": library, "name": name}
+    errors = []
+    for way in WAYS:
+        try:
+            twin = Twin(library, cls, way)
+            start = twin.values()
+            want, plain = eager(twin)
+            if all(torch.equal(want[-1][k], start[k]) for k in start if k.startswith("parameter")):
+                raise RuntimeError("no parameter changed")
+            break
+        except Exception as e:
+            errors.append(f"{type(e).__name__}: {_first_lines(str(e))}")
+    else:
+        return {**row, "result": "not run", "why": [errors[0]]}
+    ours = fused(library, cls, way, want)
+    dynamo, rounding = None, False
+    if ours.error or ours.difference[0] > TOLERANCE:
+        dynamo = baseline(library, cls, way, want)
+        rounding = not ours.error and _differs_by_rounding(library, cls, way)
+    result, why = verdict(ours, plain, dynamo, rounding)
+    return {
+        **row,
+        "way": way,
+        "result": result,
+        "why": why,
+        "compiles": ours.compiles,
+        "graphs": len(ours.ran),
+        "groups": sum(len(r.groups) for r in ours.ran),
+        "kernels": sum(g.launches for r in ours.ran for g in r.groups),
+        "left": ours.left,
+        "operations": sum(plain.left.values()),
+        "difference": ours.difference,
+        "dynamo": dynamo and (dynamo.error or dynamo.difference),
+        "rounding": rounding,
+        "refused": ours.refused,
+        "first": ours.first,
+        "microseconds": ours.microseconds,
+        "eager_microseconds": plain.microseconds,
+    }
+
+
+def _differs_by_rounding(library: str, cls: Class, way: str) -> bool:
+    """Whether the same steps agree in float64, so that only float32's roundings, enlarged, lie between them."""
+    try:
+        want, _ = eager(Twin(library, cls, way, torch.float64), timed=False)
+        return fused(library, cls, way, want, torch.float64).difference[0] < EXACT
+    except Exception:
+        return False
+
+
+def verdict(ours: Phase, plain: Phase, dynamo: Phase | None, rounding: bool) -> tuple[str, list[str]]:
+    """One of: fused | fused with k compiles | partly | not reached | wrong | crash; and why not all is fused."""
+    if ours.error:
+        if dynamo is not None and dynamo.error:
+            return "not reached", [f'torch.compile itself fails, with backend="eager" too: {dynamo.error}']
+        return "crash", [ours.error]
+    told = []
+    if ours.difference[0] > TOLERANCE and not rounding:
+        if dynamo is None or not (dynamo.error or dynamo.difference[0] > TOLERANCE):
+            return "wrong", [f"{ours.difference[1]} differs by {ours.difference[0]:.1e}"]
+        told = ['differs, and so it does with backend="eager"']
+    reasons = [str(reason) for r in ours.ran for reason in r.reasons]
+    total = sum(ours.compiles)
+    if not total:
+        return "not reached", [ours.refused or "Dynamo skips the step", *ours.breaks[:3]]
+    if ours.storm:
+        return "partly", [*told, f"compiles anew at every step: {ours.causes[-1]}", *reasons]
+    if not ours.ran:
+        return "partly", [*told, "steps run eagerly after the first ones", *ours.breaks[:3]]
+    if reasons:
+        return "partly", list(dict.fromkeys([*told, *reasons, *ours.breaks[:2]]))
+    if not any(r.groups for r in ours.ran):
+        return "not reached", [*told, *ours.breaks[:3]]
+    if sum(ours.left.values()) > 0:
+        left = ", ".join(f"{op} x{n}" for op, n in sorted(ours.left.items(), key=lambda item: -item[1])[:6])
+        return "partly", [*told, f"outside of what was captured: {left}", *ours.breaks[:3]]
+    return ("fused" if total == 1 else f"fused with {total} compiles"), told

@@ -1,0 +1,135 @@
+"""What scripts/zoo.py makes of steps: a difference, a result with its reasons, an order, a page."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "scripts"))  # its modules import each other as scripts do
+
+import zoo  # noqa: E402
+from zoo_classes import SAMPLE, construct  # noqa: E402
+from zoo_run import Phase, Twin, compiled, difference, eager, fused, verdict  # noqa: E402
+
+from npu_fuse_pass.reasons import Code  # noqa: E402
+from npu_fuse_pass.report.report import CompileReport, GroupReport  # noqa: E402
+
+
+class Halved(torch.optim.Optimizer):
+    """Its state remembers what it is asked to add; `reads` makes it read a tensor in Python."""
+
+    def __init__(self, params: Any, lr: float, reads: bool = False) -> None:
+        super().__init__(params, dict(lr=lr))
+        self.reads = reads
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> None:
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if self.reads and p.grad.sum() > 1e9:
+                continue
+            p.add_(p.grad, alpha=-self.param_groups[0]["lr"])
+
+
+class Reads(Halved):
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr, reads=True)
+
+
+def group(launches: int = 1) -> GroupReport:
+    return GroupReport("g", "p' = p", 6, "float32", "cpu", "cpu", "k", 12, launches)
+
+
+def ran(**fields: Any) -> Phase:
+    return Phase(**{"compiles": [1, 0, 1, 0, 0, 0], "ran": [CompileReport("cpu", groups=[group()])], **fields})
+
+
+def test_a_whole_step_and_a_step_that_reads_a_tensor() -> None:
+    want, plain = eager(Twin("tests", Halved, "plain"))
+    ours = fused("tests", Halved, "plain", want)
+    assert ours.difference[0] <= 1e-6 and ours.compiles[0] == 1 and plain.left == {"add_": 6}
+    assert verdict(ours, plain, None, False)[0].startswith("fused")
+    want, plain = eager(Twin("tests", Reads, "plain"))
+    result, why = verdict(fused("tests", Reads, "plain", want), plain, None, False)
+    assert result == "not reached" and "Data-dependent branching" in " ".join(why)
+
+
+def test_values_that_differ_are_seen_and_so_is_an_error() -> None:
+    want, plain = eager(Twin("tests", Halved, "plain"))
+    twin = Twin("tests", Halved, "plain")
+
+    def late() -> None:
+        twin.opt.step()
+        twin.params[3].data[0] += 0.5
+
+    wrong = compiled(twin, want, late)
+    assert verdict(wrong, plain, Phase(), False) == ("wrong", [f"parameter 3 differs by {wrong.difference[0]:.1e}"])
+    raised = compiled(Twin("tests", Halved, "plain"), want, lambda: 1 / 0)
+    assert verdict(raised, plain, Phase(), False) == ("crash", ["step 1: ZeroDivisionError: division by zero"])
+    assert verdict(raised, plain, Phase(error="too"), False)[0] == "not reached"
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        (torch.tensor([1.0, 4.0]), torch.tensor([1.0, 5.0]), 0.2),
+        (torch.ones(2), torch.ones(2, dtype=torch.float64), float("inf")),
+        (torch.ones(1), torch.ones(()), float("inf")),
+        (torch.tensor(float("nan")), torch.tensor(1.0), float("inf")),
+        (torch.tensor(float("nan")), torch.tensor(float("nan")), 0.0),
+        (3, 3, 0.0),
+    ],
+    ids=["value", "dtype", "shape", "nan", "both nan", "number"],
+)
+def test_differences(a: Any, b: Any, expected: float) -> None:
+    assert difference({"x": a}, {"x": b})[0] == pytest.approx(expected)
+    assert difference({"x": a}, {})[0] == float("inf")
+
+
+def test_results_and_their_reasons() -> None:
+    plain = Phase()
+    unfused = CompileReport("cpu", groups=[group()], unfused=[Code.OPERATION("has no place", op="mm")])
+    cases = {
+        "fused": ran(compiles=[1, 0, 0, 0, 0, 0]),
+        "fused with 2 compiles": ran(),
+        "partly: mm: has no place": ran(ran=[unfused]),
+        "partly: outside of what was captured: mul x2": ran(left={"mul": 2}),
+        "partly: compiles anew at every step: n == 3": ran(compiles=[1] * 6, causes=["n == 3"]),
+        "not reached: Dynamo skips the step": ran(compiles=[0] * 6, ran=[]),
+    }
+    for expected, ours in cases.items():
+        result, why = verdict(ours, plain, None, False)
+        assert ": ".join([result, *why]) == expected
+    assert verdict(ran(difference=(0.1, "p")), plain, Phase(), False)[0] == "wrong"
+    assert verdict(ran(difference=(0.1, "p")), plain, Phase(), rounding=True)[0] == "fused with 2 compiles"
+    assert verdict(ran(difference=(0.1, "p")), plain, Phase(difference=(0.1, "p")), False)[0] == "fused with 2 compiles"
+
+
+def test_the_order_of_results_and_the_sample() -> None:
+    ordered = ["fused", "fused with 2 compiles", "fused with 10 compiles", "partly", "not reached", "wrong", "crash"]
+    backwards = ordered[::-1]
+    assert sorted(backwards, key=zoo.rank) == ordered
+    assert len(SAMPLE) == 30 and all(zoo.rank(result) for result in SAMPLE.values())
+
+
+def test_the_page_counts_and_hides_where_the_libraries_are() -> None:
+    place = f"view: a part ({ROOT}/lib.py:3, in step) | more"
+    rows = [
+        dict(library="optimi", name="SGD", result="fused", why=[], kernels=1, microseconds=5.0, eager_microseconds=9.4),
+        dict(library="optimi", name="Adam", result="fused with 3 compiles", why=[]),
+        dict(library="timm.optim", name="Lion", result="partly", why=[place]),
+    ]
+    text = zoo.page(rows)
+    assert "3 classes of 2 public libraries" in text and "2 wholly fused, 1 partly, 0 not reached" in text
+    assert "| SGD | fused | 1 | 5 | 9 |  |" in text
+    assert "| Lion | partly | – | – | – | view: a part (lib.py:3, in step) \\| more |" in text
+
+
+def test_a_class_gets_usual_values_for_what_has_none() -> None:
+    model = torch.nn.Linear(3, 2)
+    opt = construct("tests", Halved, list(model.parameters()), model)
+    assert opt.param_groups[0]["lr"] == 1e-3 and opt.param_groups[0]["params"] == list(model.parameters())
