@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 import optimizers
+from npu_fuse_pass.errors import PlatformError
+from npu_fuse_pass.lowerings import eager, staged
+from npu_fuse_pass.lowerings.cpu import program as cpu
 from npu_fuse_pass.lowerings.cpu.kernel import Kernel
 from npu_fuse_pass.lowerings.cpu.program import Program
 
@@ -29,8 +32,8 @@ class Interrupt(BaseException):
     """What a test raises in the place of KeyboardInterrupt."""
 
 
-def interrupted(step: Callable[[], Any], at: int) -> bool:
-    """Whether a step was interrupted at the n-th call or return of a function while its kernels run."""
+def interrupted(step: Callable[[], Any], at: int, program: type[Any] = Program) -> bool:
+    """Whether a step was interrupted at the n-th call or return of a function while its program runs."""
     left = at
 
     def interrupt(frame: FrameType, event: str, arg: Any) -> None:
@@ -51,8 +54,8 @@ def interrupted(step: Callable[[], Any], at: int) -> bool:
         return inside
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("__call__", "again"):
-            patch.setattr(Program, name, profiled(getattr(Program, name)))
+        for name in {"__call__", "again"} & {*vars(program)}:
+            patch.setattr(program, name, profiled(getattr(program, name)))
         try:
             step()
         except Interrupt:
@@ -124,6 +127,63 @@ def test_all_or_nothing(make: Callable[[Any], Any]) -> None:
     assert outcomes == {"before", "after"}
     assert_fused(last_report(), parameters=5)
     assert len(last_report().groups) == 2
+
+
+def test_operations_between_kernels() -> None:
+    """Integers that they write, and the generator that they draw from, are of before or of after, too."""
+    p, count, other = torch.ones(4, 6), torch.ones((4, 6), dtype=torch.int64), torch.ones((4, 6), dtype=torch.int64)
+
+    def step() -> None:
+        p.sub_(torch.rand_like(p) * count, alpha=0.125)
+        count.mul_(3).add_(1)
+        other.add_(count)
+        p.mul_(0.5)
+
+    def now() -> list[Tensor]:
+        return [p.clone(), count.clone(), other.clone(), torch.get_rng_state()]
+
+    compiled = torch.compile(step, backend="npu_fused")
+    compiled()
+    before, after, outcomes = now(), [], set()
+    for at in range(-1, 1000, 3):
+        for tensor, value in zip((p, count, other), before, strict=False):
+            tensor.copy_(value)
+        torch.set_rng_state(before[-1])
+        went = interrupted(compiled, at, staged.Program)
+        after = after or now()
+        assert same(now(), before) or same(now(), after), f"interrupted at operation {at}"
+        outcomes.add("before" if same(now(), before) else "after")
+        if at > 1 and not went:
+            break
+    assert outcomes == {"before", "after"}
+    report = last_report()
+    assert report.groups and report.unfused and not report.fallback
+
+
+def test_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(*args: Any) -> Any:
+        raise PlatformError("no compiler")
+
+    monkeypatch.setattr(cpu, "Program", no_compiler)
+    params, twins = parameters(SHAPES, seed=0), parameters(SHAPES, seed=0)
+    opt, twin = _adam(params), _adam(twins)
+    step, outcomes = make_step(opt), set()
+    for at in range(-1, 2000, 25):
+        for given in (params, twins):
+            grads(given, at)
+        before = everything(params, opt)
+        went = interrupted(step, at, eager.Program)
+        untouched = went and same(everything(params, opt), before)
+        if untouched:
+            step()
+        outcomes.add("before" if untouched else "after")
+        twin.step()
+        for a, b in zip(everything(params, opt), everything(twins, twin), strict=True):
+            torch.testing.assert_close(a, b)
+        if at > 1 and not went:
+            break
+    assert outcomes == {"before", "after"}
+    assert [g.kernel for g in last_report().groups] == ["interpreter"]
 
 
 @pytest.mark.parametrize("at", [5, 60, 110])

@@ -10,6 +10,7 @@ from torch import Tensor
 from npu_fuse_pass.ir.fused_op import member_values, new_value
 from npu_fuse_pass.ir.totals import rounds
 from npu_fuse_pass.ir.types import Group, Leaf
+from npu_fuse_pass.lowerings.interrupts import to_the_end
 from npu_fuse_pass.tensors.memory import check_apart
 
 
@@ -19,6 +20,7 @@ class Program:
     def __init__(self, leaves: Sequence[Leaf], groups: Sequence[Group]) -> None:
         self._leaves = leaves
         self._groups = groups
+        self.written = False
 
     @torch.no_grad()
     def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None:
@@ -39,11 +41,16 @@ class Program:
                 made = member_values(group.formula, tensors, scalars)
                 for slot, e in group.formula.writes:
                     results.append((member[slot], new_value(group.formula, slot, made[id(e)], tensors)))
-        for leaf_index, value in results:
-            if self._leaves[leaf_index].kind in ("output", "temporary"):
-                values[leaf_index] = _laid_out(value, self._leaves[leaf_index])
-            else:
-                known[leaf_index].copy_(value)
+
+        def write() -> None:
+            for leaf_index, value in results:
+                if self._leaves[leaf_index].kind in ("output", "temporary"):
+                    values[leaf_index] = _laid_out(value, self._leaves[leaf_index])
+                else:
+                    known[leaf_index].copy_(value)
+            self.written = True
+
+        to_the_end(write)
 
     def _check_memory(self, values: Sequence[Tensor | None]) -> None:
         members = [m for g in self._groups for m in g.members]

@@ -13,6 +13,8 @@ from npu_fuse_pass.rules.prelude import Watch
 class Program(Protocol):
     """What a lowering gives: runs one step on the values of all leaves; what `kinds` is, see the CPU's."""
 
+    written: bool  # whether all is written, set as soon as it is, where interrupts are held until then
+
     def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None: ...
 
 

@@ -8,12 +8,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from npu_fuse_pass.errors import Mismatch
 from npu_fuse_pass.ir.types import Call, LeafRef
+from npu_fuse_pass.lowerings.interrupts import to_the_end
 
 
 class _Program(Protocol):
     def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None: ...
+
+
+class _Last(_Program, Protocol):
+    written: bool  # whether all is written, set as soon as it is, where interrupts are held until then
 
 
 class Program:
@@ -26,29 +30,39 @@ class Program:
     """
 
     def __init__(
-        self, stages: Sequence[tuple[_Program, Sequence[Call]]], last: _Program, stores: Sequence[tuple[int, int]] = ()
+        self, stages: Sequence[tuple[_Program, Sequence[Call]]], last: _Last, stores: Sequence[tuple[int, int]] = ()
     ) -> None:
         self._stages = stages
         self._last = last
         self._stores = stores
+        self.written = False
 
     @torch.no_grad()
     def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None:
         """Run the step on the values of all leaves; nothing is written before the last kernels.
 
         Raises:
-            Mismatch: nothing was changed, the random numbers that were drawn are in the generators again.
+            Mismatch: nothing was changed.
+
+        Whatever is raised before the last kernels, the random numbers that were drawn are in the generators again.
         """
         drawn = Generators([call for _, calls in self._stages for call in calls])
+        self._last.written = False
         try:
             for program, calls in self._stages:
                 program(values, complete)
                 for call in calls:
                     _run(call, values)
             self._last(values, complete)
-        except Mismatch:
-            drawn.restore()
-            raise
+            self._last.written = True
+        finally:
+            self.written = self._last.written
+            if self.written:
+                to_the_end(lambda: self._store(values))
+            else:
+                drawn.restore()
+
+    def _store(self, values: list[Tensor | None]) -> None:
         for leaf, result in self._stores:
             values[leaf].copy_(values[result])  # type: ignore[union-attr,arg-type]
 

@@ -7,7 +7,6 @@ checks that what lies there is what the kernel was made for, and copies where a 
 from __future__ import annotations
 
 import array
-import contextlib
 import itertools
 import math
 from collections.abc import Callable, Sequence, Set
@@ -22,10 +21,10 @@ from npu_fuse_pass.ir.types import Group, Leaf
 from npu_fuse_pass.lowerings.cpu.kernel import Kernel
 from npu_fuse_pass.lowerings.cpu.native_look import look_at_dicts
 from npu_fuse_pass.lowerings.cpu.tables import Values
+from npu_fuse_pass.lowerings.interrupts import again
 from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.tensors.memory import NOWHERE, check_apart
 
-_INTERRUPTS = 100  # that one step outlasts
 
 
 class Program:
@@ -65,6 +64,7 @@ class Program:
         self.kernels = [Kernel(g, leaves, addresses, snapshots, t) for g, t in zip(groups, totals, strict=True)]
         self._slower = slower
         self._summed = False
+        self.written = False
         written = {m[s] for g in groups for s in g.formula.written for m in g.members}
         self._outputs = [(i, leaves[i]) for i in sorted(written) if leaves[i].kind in ("output", "temporary")]
 
@@ -160,16 +160,19 @@ class Program:
                 kernel.call(kernel.update, threads)
         for kernel in self.kernels:
             kernel.finish()
+        self.written = True
 
     def _complete(self, values: Values, written: bool, threads: int) -> None:
         """Go on with a step that was interrupted, whatever interrupts that; `written`: all kernels' `write` is done."""
-        for _ in range(_INTERRUPTS):
-            with contextlib.suppress(BaseException):
-                for kernel in () if written else self.kernels:
-                    kernel.write(values)
-                written = True
-                self._run(threads)
-                return
+
+        def rest() -> None:
+            nonlocal written
+            for kernel in () if written else self.kernels:
+                kernel.write(values)
+            written = True
+            self._run(threads)
+
+        again(rest)
 
     def cost(self, kernel: Kernel) -> tuple[int, int]:
         """Bytes for each element and kernel calls of a step."""

@@ -59,6 +59,8 @@ class Program:
         Unsupported: a group computes what no GE operation in the whitelist does.
     """
 
+    written = False  # a graph runs as a whole
+
     def __init__(
         self,
         leaves: Sequence[Leaf],

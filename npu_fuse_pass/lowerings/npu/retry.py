@@ -37,6 +37,8 @@ class Retried:
         Unsupported: the only form has no GE operation for something.
     """
 
+    written = False  # a graph runs as a whole
+
     def __init__(
         self,
         build: Callable[[str, list[Tensor | None] | None], Program],

@@ -45,6 +45,8 @@ class Program:
         Unsupported: a group computes what no GE operation in the whitelist does, or the host would have to take part.
     """
 
+    written = False  # a graph runs as a whole
+
     def __init__(
         self, leaves: Sequence[Leaf], groups: Sequence[Group], calls: Sequence[Call], graph: fx.GraphModule, config: Any
     ) -> None:

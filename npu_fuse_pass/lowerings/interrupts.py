@@ -1,0 +1,30 @@
+"""What a signal's handler raises while a step is written (KeyboardInterrupt) is held until all of it is."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+INTERRUPTS = 100  # somebody who goes on for so long does not want to wait for the end of the step
+
+
+def to_the_end(write: Callable[[], None]) -> None:
+    """Call a function that may begin anew at any point, and again whenever it is interrupted.
+
+    Raises:
+        BaseException: the first interrupt, when all is written; an Exception at once.
+    """
+    try:
+        write()
+    except BaseException as e:
+        if not isinstance(e, Exception):
+            again(write)
+        raise
+
+
+def again(write: Callable[[], None]) -> None:
+    """Go on with what was interrupted, whatever interrupts that."""
+    for _ in range(INTERRUPTS):
+        with contextlib.suppress(BaseException):
+            write()
+            return
