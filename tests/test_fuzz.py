@@ -18,7 +18,7 @@ from .fuzz.parameters import PARAMETERS, RARE
 from .fuzz.shrink import shrink
 from .fuzz.twin import check
 from .mutations import Mutation
-from .planted import ROOT, copy_of_the_project, plant, run_tests
+from .planted import ROOT, copy_of_the_project, find, plant, run_tests
 from .support import FULL
 
 SEED, PROGRAMS = 1, 40 if FULL else 12  # a second each of an idle machine
@@ -141,6 +141,13 @@ PLANTED = [
     ),
     Mutation("opt.state.clear() is not noted", "_Noting.clear", "self.changes.made = True", "pass", ("ours",)),
     Mutation(
+        "a learning rate of 0 divides 0 by 0",
+        "_quotient",
+        "    if number is None:",
+        "    if True:",
+        ("AdamW loop",),
+    ),
+    Mutation(
         "what an operation that stays has written is lost",
         "_run",
         "values[result] = values[holder]",
@@ -164,8 +171,8 @@ PLANTED = [
     Mutation(
         "states of equal shapes are exchanged",
         "adopt",
-        "_bring(values, views, batch.rule.states[name].value)",
-        "_bring(values, views[::-1] if len({v.shape for v in views}) == 1 else views, batch.rule.states[name].value)",
+        "_bring(list(map(local_part, batch.owners, known)), views, batch.rule.states[name].value)",
+        "_bring(known, views[::-1] if len({v.shape for v in views}) == 1 else views, batch.rule.states[name].value)",
         ("NpuFusedSGD", "NpuFusedAdam"),
     ),
     Mutation(
@@ -183,6 +190,11 @@ PLANTED = [
         ("NpuFusedAdamW state_dtype",),
     ),
 ]
+
+
+def test_planted_bugs_are_of_todays_text() -> None:
+    for bug in PLANTED:
+        find(ROOT, bug.place, bug.old)
 
 
 @pytest.mark.slow
