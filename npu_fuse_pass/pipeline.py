@@ -235,7 +235,7 @@ def _finished(fused: Fused, options: Options, original: fx.GraphModule | None = 
     if options.strict and (report.unfused or report.fallback):
         raise UnfusedError("\n  ".join(["strict=True and not everything was fused:", *map(str, report.reasons)]))
     if report.fallbacks:
-        warn_unfused(report.fallbacks)
+        warn_unfused(report.fallbacks, interpreted=fused.program is not None)
     return fused
 
 

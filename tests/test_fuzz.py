@@ -21,7 +21,7 @@ from .mutations import Mutation
 from .planted import ROOT, copy_of_the_project, find, plant, run_tests
 from .support import FULL
 
-SEED, PROGRAMS = 1, 40 if FULL else 12  # a second each of an idle machine
+SEED, PROGRAMS = 2, 40  # about a minute of an idle machine
 SLOW = 600
 
 
@@ -141,11 +141,7 @@ PLANTED = [
     ),
     Mutation("opt.state.clear() is not noted", "_Noting.clear", "self.changes.made = True", "pass", ("ours",)),
     Mutation(
-        "a learning rate of 0 divides 0 by 0",
-        "_quotient",
-        "    if number is None:",
-        "    if True:",
-        ("AdamW loop",),
+        "a learning rate of 0 divides 0 by 0", "_quotient", "    if number is None:", "    if True:", ("AdamW loop",)
     ),
     Mutation(
         "what an operation that stays has written is lost",

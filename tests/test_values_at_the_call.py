@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import npu_fuse_pass
+import optimizers
 from npu_fuse_pass.rules import pending
 from optimizers import NpuFusedAdam
 
@@ -470,3 +471,36 @@ def test_where_torch_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     report = beside_eager(make)
     assert_fused(report, parameters=1)
     assert "this torch does not say what the function has changed before it (no notes)" in report.apart
+
+
+@pytest.mark.parametrize("remedy", [False, True])
+@pytest.mark.parametrize("name", ["adam", "lion"])
+def test_a_parameter_that_takes_the_place_of_another_is_no_silent_fault(name: str, remedy: bool) -> None:
+    """Dynamo does not notice it, and the function's own writes may go to the one of before; the remedy helps."""
+    build = NpuFusedAdam if name == "adam" else optimizers.lion
+    params, twins = parameters([(3,), (3,)], seed=0), parameters([(3,), (3,)], seed=0)
+    opt, twin = build(params), build(twins)
+
+    @torch.no_grad()
+    def function() -> None:
+        opt.step()
+        params[0].mul_(0.5)
+
+    step = torch.compile(function, backend="npu_fused")
+    for i in range(4):
+        if i == 2:
+            for ps, o in ((params, opt), (twins, twin)):
+                ps[0] = o.param_groups[0]["params"][0] = torch.nn.Parameter(torch.full((3,), 2.0))
+            if remedy:
+                torch._dynamo.reset()
+        for ps in (params, twins):
+            set_gradients(ps, gradients(ps, i))
+        step()
+        twin.step()
+        with torch.no_grad():
+            twins[0].mul_(0.5)
+    assert ("may go to the parameter of before" in last_report().cause) == (not remedy)
+    if remedy:
+        assert_close(params, twins)
+    else:
+        assert "torch._dynamo.reset()" in str(last_report().cause_remedy)

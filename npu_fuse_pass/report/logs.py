@@ -64,10 +64,10 @@ def _graph_text(report: CompileReport) -> str:
     return "" if graph is None else graph.print_readable(print_output=False)
 
 
-def warn_unfused(reasons: Sequence[Reason]) -> None:
+def warn_unfused(reasons: Sequence[Reason], interpreted: bool = False) -> None:
     """The one warning of a compile, or of a kind of step, that runs unfused: why, and what to do."""
-    text = f"npu_fused: not fused, the original step runs: {'; '.join(reason.advised for reason in reasons)}"
-    warn(text)
+    runs = "" if interpreted else ", the original step runs"  # the reason itself says what is interpreted
+    warn(f"npu_fused: not fused{runs}: {'; '.join(reason.advised for reason in reasons)}")
 
 
 def switched_off() -> bool:

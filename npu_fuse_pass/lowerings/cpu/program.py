@@ -26,7 +26,6 @@ from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.tensors.memory import NOWHERE, check_apart
 
 
-
 class Program:
     """All kernels of one captured step. `values` of a call are the tensors behind the leaves, by leaf index.
 
