@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 import npu_fuse_pass
+from npu_fuse_pass.tolerances import TRAJECTORY
 
 # |a - b| / (1e-3 + |b|), after a few steps. Half precision: some units in the last place of what is stored.
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 SHAPES: tuple[tuple[int, ...], ...] = ((3, 4), (5,), (2, 3, 2), ())
 MODES = ("eager", "compiled")
 FULL = os.environ.get("NPU_FUSE_FULL", "") not in ("", "0")  # the slow tier: bash scripts/test.sh --slow
@@ -117,7 +117,7 @@ def error(got: Tensor, want: Tensor) -> float:
 def assert_close(got: Sequence[Tensor], want: Sequence[Tensor], tolerance: float | None = None) -> None:
     """Every pair is within the tolerance of the first one's dtype (or the given one)."""
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
-        limit = TOLERANCE[a.dtype] if tolerance is None else tolerance
+        limit = TRAJECTORY[a.dtype] if tolerance is None else tolerance
         assert error(a, b) <= limit, f"parameter {i}: error {error(a, b):.3g} > {limit:.3g}\n{a}\n{b}"
 
 

@@ -35,13 +35,6 @@ from npu_fuse_pass.ir.text import serialise
 from npu_fuse_pass.ir.types import Formula, Slot
 from npu_fuse_pass.match.kernels import Kernel
 
-TOLERANCES = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-"""How far a matched kernel may be from the formula, per step and by the narrowest dtype of the update's tensors.
-
-The two are equal in exact arithmetic; with numbers in float64 only roundings of tensors differ. Relative to the largest
-value that an addition or subtraction of the update reads.
-"""
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Operands:
@@ -74,7 +67,8 @@ class Match:
         slots: those of the formula, and behind them one for every number in `constants`.
         constants: values of the additional slots.
         assumptions: what the equality needs beyond finite values.
-        tolerance: see `TOLERANCES`.
+        tolerance: how far the kernel may be from the formula, per step, by the narrowest dtype of the update's tensors;
+            relative to the largest value that an addition or subtraction of the update reads.
     """
 
     kernel: Kernel

@@ -16,9 +16,10 @@ from npu_fuse_pass.ir.expr import Expr
 from npu_fuse_pass.match.algebra import Algebra, Value
 from npu_fuse_pass.match.kernels import Kernel
 from npu_fuse_pass.match.polynomial import generators_of
-from npu_fuse_pass.match.result import TOLERANCES, Match
+from npu_fuse_pass.match.result import Match
 from npu_fuse_pass.match.verify import Relation, disagreement
 from npu_fuse_pass.match.write import Writer
+from npu_fuse_pass.tolerances import MATCHED
 
 
 class DiffersError(Exception):
@@ -67,7 +68,7 @@ class Attempt:
         assumed += ["0 <= beta < 1, t > 0"] if self._powers else []
         used = set().union(*(self._values[name].generators() for name in kernel.scalars))
         assumed += ["what stands under roots is not negative"] if used & algebra.inside.keys() else []
-        tolerance = max(TOLERANCES[d] for d in dtypes if d in TOLERANCES)
+        tolerance = max(MATCHED[d] for d in dtypes if d in MATCHED)
         found = Match(kernel, self._roles, inputs, scalars, writer.slots, writer.constants, tuple(assumed), tolerance)
         wrong = disagreement(algebra.formula, found, self._known, algebra.compared)
         if wrong:

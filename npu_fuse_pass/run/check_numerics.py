@@ -15,18 +15,10 @@ from npu_fuse_pass.ir.types import Group, Grouped, Leaf
 from npu_fuse_pass.lowerings.staged import Generators
 from npu_fuse_pass.report.report import CompileReport
 from npu_fuse_pass.rules.core_op import Stepping
+from npu_fuse_pass.tolerances import CHECKED_GRAPH, CHECKED_RULE
 
-# Relative error that one step may have, by the dtype of what is written: ten times what README.md promises of a step
-# (1e-6, 1e-14), so that what is reported is wrong and not rounded. In half precision torch's optimizers round after
-# every operation: about four units in the last place of what is stored.
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 # An element is measured against its old and new value, and at least against this share of the tensor's largest.
 _FLOOR = 1e-3
-
-
-def one_ulp(dtype: torch.dtype) -> float:
-    """The tolerance where both sides round once, when they store: a unit in the last place in half precision."""
-    return torch.finfo(dtype).eps if dtype.is_floating_point and dtype.itemsize == 2 else TOLERANCE.get(dtype, 0.0)
 
 
 Values = list[Tensor | None]
@@ -49,7 +41,7 @@ class SideBySide:
     def __init__(self, grouped: Grouped, report: CompileReport, rounds_once: bool = False) -> None:
         """`rounds_once`: the original computes in float32 and rounds what it stores, as rules do."""
         self._leaves = grouped.leaves
-        self._allowed = one_ulp if rounds_once else lambda dtype: TOLERANCE.get(dtype, 0.0)
+        self._allowed = CHECKED_RULE if rounds_once else CHECKED_GRAPH
         self._report = report
         self._stores = grouped.stores
         self._calls = [call for stage in grouped.stages for call in stage.calls]
@@ -131,8 +123,8 @@ class SideBySide:
         The original computes with those in their own dtype, the fused step in float64.
         """
         leaves = [self._leaves[i] for i in write.group.members[write.member]]
-        read = [self._allowed(leaf.dtype) for leaf in leaves if not leaf.shape]
-        return max([self._allowed(self._leaves[write.leaf].dtype), *read])
+        read = [self._allowed.get(leaf.dtype, 0.0) for leaf in leaves if not leaf.shape]
+        return max([self._allowed.get(self._leaves[write.leaf].dtype, 0.0), *read])
 
     def _difference(
         self, found: Sequence[tuple[_Write, float]], values: Values, optimizers: Iterable[Stepping]

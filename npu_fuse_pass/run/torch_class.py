@@ -17,11 +17,8 @@ from torch import Tensor
 
 from npu_fuse_pass.errors import NumericsError
 from npu_fuse_pass.rules.optimizer import RuleOptimizer
-from npu_fuse_pass.run.check_numerics import one_ulp, relative_error
-
-# How far a captured step of torch.optim may be from an uncompiled one: it takes bias corrections from its counters, in
-# whose float32 1 - 0.999 has an error of 6e-5. In half precision differences of rounded values are rounded again.
-_CAPTURED = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.125}
+from npu_fuse_pass.run.check_numerics import relative_error
+from npu_fuse_pass.tolerances import CHECKED_RULE, CHECKED_UNCOMPILED
 
 States = Mapping[Tensor, Mapping[str, Any]]
 
@@ -69,7 +66,7 @@ class TorchStep:
         for place, (want, got) in enumerate(pairs):
             for name in want.keys() & got.keys():
                 error = relative_error(got[name], want[name].reshape(got[name].shape), old[place].get(name))
-                limit = one_ulp(got[name].dtype) if rounds_once else _CAPTURED.get(got[name].dtype, 0.0)
+                limit = (CHECKED_RULE if rounds_once else CHECKED_UNCOMPILED).get(got[name].dtype, 0.0)
                 if error > limit:
                     if self.restore:
                         _restore(pairs)

@@ -17,12 +17,6 @@ from npu_fuse_pass.rules.batch import inputs_of
 from tests.cases import Case
 
 SHAPES = [(4, 5), (3,), (1,), (2, 1, 6), (0, 3), (2, 3, 2, 2)]
-TOLERANCE = {
-    torch.float32: 1e-6,  # one rounding more or less than eager in a few places: no FMA, norms in float32
-    torch.float64: 1e-14,
-    torch.float16: 2e-3,  # arithmetic is float32; a result may round to the neighbour, 2**-11
-    torch.bfloat16: 1.6e-2,  # 2**-8, the same
-}
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:

@@ -13,13 +13,14 @@ from typing import Any
 import harness
 import pytest
 import torch
-from steps import TOLERANCE, assert_close, set_gradients
+from steps import assert_close, set_gradients
 from torch import Tensor
 
 import npu_fuse_pass
 import optimizers
 from npu_fuse_pass.backend import npu_fused
 from npu_fuse_pass.lowerings.npu.emit import elementwise
+from npu_fuse_pass.tolerances import PROMISED
 from optimizers import paddle
 from scripts import conversion_cases
 from scripts.conversion_cases import Make, Row
@@ -82,7 +83,7 @@ def test_a_stock_optimizer(row: Row, ge_graphs: harness.Recording) -> None:
 
 @pytest.mark.parametrize("name", conversion_cases.RULES)
 def test_a_rule_that_a_user_wrote(name: str, ge_graphs: harness.Recording) -> None:
-    same_numbers(conversion_cases.RULES[name], TOLERANCE)
+    same_numbers(conversion_cases.RULES[name], PROMISED)
     assert_all_fused(ge_graphs)
 
 
@@ -155,7 +156,7 @@ CASES = [
 def test_ours_with_all_options(name: str, case: Mapping[str, int], ge_graphs: harness.Recording) -> None:
     make, values = OPTIONS[name]
     options = {option: values[option][index] for option, index in case.items()}
-    same_numbers(lambda params: make(params, **options), TOLERANCE)
+    same_numbers(lambda params: make(params, **options), PROMISED)
     assert_all_fused(ge_graphs)
 
 

@@ -10,13 +10,14 @@ import harness
 import kernels as ge_kernels
 import pytest
 import torch
-from steps import TOLERANCE, OnNpu, assert_close, assert_same, parameters, set_gradients, twins
+from steps import OnNpu, assert_close, assert_same, parameters, set_gradients, twins
 
 import npu_fuse_pass
 from npu_fuse_pass.backend import npu_fused
 from npu_fuse_pass.lowerings.npu.emit import dedicated_operations, elementwise, list_operations
 from npu_fuse_pass.lowerings.npu.environment import require
 from npu_fuse_pass.match import kernels
+from npu_fuse_pass.tolerances import PROMISED
 from tests.cases import BY_NAME
 
 ADAM, ADAMW, AMSGRAD, MOMENTUM = "AdamApplyOneAssign", "ApplyAdamW", "ApplyAdamWithAmsgradV2", "FusedMulApplyMomentum"
@@ -94,7 +95,7 @@ OURS: dict[str, tuple[tuple[str, int], tuple[str, int]]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", PROMISED, ids=str)
 @pytest.mark.parametrize("chosen", ["auto", "dedicated"])
 @pytest.mark.parametrize("name", OURS)
 def test_five_steps(name: str, chosen: str, dtype: torch.dtype) -> None:
@@ -118,7 +119,7 @@ def test_five_steps(name: str, chosen: str, dtype: torch.dtype) -> None:
     assert [g.runs for g in graphs] == [5]
     assert set(graphs[0].counts()) <= set(elementwise.DOCUMENTS)
     rounds = kernel in (ADAMW, AMSGRAD) and dtype == torch.float32
-    assert_same(ours, eager, 2e-5 if rounds else TOLERANCE[dtype])
+    assert_same(ours, eager, 2e-5 if rounds else PROMISED[dtype])
 
 
 def test_a_hundred_steps_against_float64() -> None:

@@ -7,13 +7,14 @@ from typing import Any
 import harness
 import pytest
 import torch
-from steps import TOLERANCE, OnNpu, assert_same, captured_step, parameters, set_gradients, twins
+from steps import OnNpu, assert_same, captured_step, parameters, set_gradients, twins
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from npu_fuse_pass import pipeline
 from npu_fuse_pass.lowerings.npu.emit import elementwise
 from npu_fuse_pass.lowerings.npu.environment import require
 from npu_fuse_pass.rules.batch import inputs_of
+from npu_fuse_pass.tolerances import PROMISED
 from tests.cases import BY_NAME, CASES, Case, over
 
 
@@ -37,7 +38,7 @@ def test_the_rewritten_graph_converts(case: Case) -> None:
     assert_same(ours, eager, 1e-6)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", PROMISED, ids=str)
 @over(CASES)
 def test_five_steps(case: Case, dtype: torch.dtype) -> None:
     """Numbers change every step and the graph is converted once."""
@@ -55,7 +56,7 @@ def test_five_steps(case: Case, dtype: torch.dtype) -> None:
             eager.step()
     assert [g.runs for g in graphs] == [5]
     assert set(graphs[0].counts()) <= set(elementwise.DOCUMENTS)
-    assert_same(ours, eager, TOLERANCE[dtype])
+    assert_same(ours, eager, PROMISED[dtype])
 
 
 @over([BY_NAME["adam"], BY_NAME["lamb_global"]])

@@ -14,9 +14,7 @@ from typing import Any
 import torch
 
 import npu_fuse_pass.ir.fused_op  # noqa: F401  (what a fused node computes)
-
-# |fused - captured| / (1e-3 + |captured|) may be as large as this
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+from npu_fuse_pass.tolerances import TRAJECTORY
 
 # what follows differs from step to step
 SWITCHES: list[str] = []
@@ -75,7 +73,7 @@ def differences(signed: bool, on: bool) -> Iterator[str]:
                 yield f"{place}: the fused graph gives {b.dtype}"
             elif not (torch.equal(a.isnan(), b.isnan()) and torch.equal(a.isinf(), b.isinf())):
                 yield f"{place}: NaN or infinite elements, captured {counts(a)}, fused {counts(b)}"
-            elif worst > TOLERANCE.get(a.dtype, 0.0):
+            elif worst > TRAJECTORY.get(a.dtype, 0.0):  # of |fused - captured| / (1e-3 + |captured|)
                 yield f"{place}: relative difference up to {worst:.3g}"
 
 

@@ -12,19 +12,13 @@ import torch
 from torch import Tensor
 
 from npu_fuse_pass.report.report import CompileReport, clear_reports, reports
+from npu_fuse_pass.tolerances import SELF_TEST
 from npu_fuse_pass.tools.compile_step import compile_step
 from npu_fuse_pass.tools.selftest.cases import Case
 from npu_fuse_pass.tools.selftest.private import anonymous, first_line
 
 SHAPES = [(64, 33), (7,), (1,), (3, 5, 2), (16, 4, 3, 3)]
 STEPS = 5
-# Largest relative error after five steps. float32: rounding leaves 1e-6; an NPU may round division and square root
-# otherwise than IEEE does. Half precision: a parameter is rounded at every step, and an error of one unit stays.
-TOLERANCE = {
-    torch.float32: 1e-5,
-    torch.float16: STEPS * torch.finfo(torch.float16).eps,
-    torch.bfloat16: STEPS * torch.finfo(torch.bfloat16).eps,
-}
 _WITHOUT_GRADIENT = (3, 1)  # at this step, this parameter
 
 
@@ -69,7 +63,7 @@ def compare(case: Case, platform: str, device: str, **options: Any) -> Outcome:
     except Exception as e:  # the next case may still run
         why = first_line(e)
     made = [r for r in reports() if r.groups or r.unfused or r.fallback]
-    tolerance = TOLERANCE[case.dtype]
+    tolerance = SELF_TEST[case.dtype]
     if error is None:
         verdict = "ERROR"
     elif not error <= tolerance:  # NaN too
