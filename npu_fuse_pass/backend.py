@@ -115,7 +115,7 @@ def isolated(step: Callable[..., Any], backend: Callable[..., Any]) -> Callable[
 def let_torch_hide_steps() -> None:
     """Torch hides LBFGS.step and SparseAdam.step from Dynamo in the first torch.compile of a process: make that one.
 
-    Whoever reads `opt.step` before it has a step that Dynamo compiles in part.
+    An `opt.step` that was read before that is a step that Dynamo compiles in part.
     """
     torch.compile(lambda: None, backend="eager")
 
@@ -196,7 +196,7 @@ def _check_torchair_config(config: Any, platform: str) -> None:
 
 
 def _has_rules(gm: fx.GraphModule) -> bool:
-    """Whether an optimizer of ours steps in the graph, or ends it because the step has to be apart."""
+    """Whether a rule optimizer steps in the graph, or ends it because the step has to be apart."""
     if any(node.target is core_op.rule_update for node in gm.graph.nodes):
         return True
     ended = getattr(gm, "compile_subgraph_reason", None)
@@ -205,7 +205,7 @@ def _has_rules(gm: fx.GraphModule) -> bool:
 
 
 def _rule_step(gm: fx.GraphModule) -> str | None:
-    """The handle of the optimizer, if the graph is the core of one of ours."""
+    """The handle of the optimizer, if the graph is the core of a rule optimizer."""
     calls = [n for n in gm.graph.nodes if n.op not in ("placeholder", "output")]
     if len(calls) == 1 and calls[0].target is core_op.rule_step:
         return str(calls[0].args[1])

@@ -202,7 +202,7 @@ def _matches(grouped: Grouped, seconds: dict[str, float]) -> Matches:
 
 
 def _rewritten(grouped: Grouped) -> fx.GraphModule:
-    """The fused graph; its time is in nobody's way, so it is logged and not in the report."""
+    """The fused graph; its time delays no step, so it is logged and not in the report."""
     with timed({}, "rewrite") as said:
         graph = rewrite(grouped)
         said.append(f"{len(graph.graph.nodes)} nodes")

@@ -1,4 +1,4 @@
-"""Warnings that name the line of whoever trains, not one of this package's or of torch's."""
+"""Warnings that name the user's line, not one of this package's or of torch's."""
 
 from __future__ import annotations
 

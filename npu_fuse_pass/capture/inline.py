@@ -1,4 +1,4 @@
-"""Expansion of `rule_update` nodes: the step of an optimizer of ours inside a larger captured graph.
+"""Expansion of `rule_update` nodes: the step of a rule optimizer inside a larger captured graph.
 
 The rule is traced once per kind of parameter, as for a step by itself, and its expressions are put over what the graph
 has computed so far: a gradient that was clipped before, a parameter that is averaged afterwards.

@@ -57,7 +57,7 @@ class Originals:
         """Leave an operation as it is: the same target with the same arguments.
 
         What it reads becomes a temporary, what it gives a leaf. What it writes in place is a tensor of the same value
-        that nobody else reads; what it leaves there takes the place of the old value.
+        that nothing else reads; what it leaves there takes the place of the old value.
 
         Returns:
             A cell, a list of cells, or None, as the operation does.

@@ -16,7 +16,7 @@ class Contents:
     """One compile.
 
     Attributes:
-        original: the graph that Dynamo captured; None for the step of an optimizer of ours by itself, which is read
+        original: the graph that Dynamo captured; None for the step of a rule optimizer by itself, which is read
             from its rule.
         captured: leaves, updates and what is not fused.
         grouped: the same as groups, stage by stage.

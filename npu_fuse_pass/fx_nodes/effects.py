@@ -22,7 +22,7 @@ class Effect:
     Attributes:
         written: arguments that it writes in place.
         returned: for each of its results the argument that it is itself, or None.
-        ordered: it draws random numbers, or may do what nobody can see: such calls keep their order.
+        ordered: it draws random numbers, or may have effects that cannot be seen: such calls keep their order.
     """
 
     written: tuple[Place, ...]

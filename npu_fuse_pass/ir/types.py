@@ -26,7 +26,7 @@ class Leaf:
             "total" (number `index`), "output" (a new tensor that the graph returns at `index`), "temporary" (a new
             tensor that an original operation reads) or "result" (what an original operation gives or writes).
         fixed: its address does not change from step to step.
-        optimizer: the handle of an optimizer of ours that holds it, at `index` of `inputs_of`; None: an argument.
+        optimizer: the handle of the rule optimizer that holds it, at `index` of `inputs_of`; None: an argument.
         strides: of a "temporary": how it lies in memory, as it would without fusion; None: as its member does.
     """
 
@@ -185,7 +185,7 @@ class Call:
     """An operation that stays as it is, between fused kernels: what is called, on which leaves, giving which.
 
     The step's own tensors are written by the last kernels only. So what the operation writes in place are tensors that
-    nobody else reads, and what it leaves there are leaves of kind "result".
+    nothing else reads, and what it leaves there are leaves of kind "result".
 
     Attributes:
         node: its name in the captured graph.
@@ -224,7 +224,7 @@ class Output:
 
 @dataclasses.dataclass(frozen=True)
 class Expanded:
-    """What a node stands for that is the step of an optimizer of ours.
+    """What a node stands for that is the step of a rule optimizer.
 
     Attributes:
         updates: its own; members name leaves of its own.

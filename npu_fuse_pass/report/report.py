@@ -114,7 +114,7 @@ class CompileReport:
         check_tolerance: the relative difference that it allows, by the dtype of what is written; empty without it.
         checked_against: "the original", and torch's own class where `check_numerics` compared with that too.
         graph_break: why and where Dynamo ended this graph, if the function goes on after it; nothing fuses across.
-        apart: why and where a function's graph had to end before a step of ours, which is this graph.
+        apart: why and where a function's graph had to end before a rule optimizer's step, which is this graph.
         replaces: the class of torch.optim whose step this is: the update rule of the same algorithm, on its states.
         no_rule: why Dynamo captured a step that `compile_step` could not run as such a rule.
         decided: "weight_decay == 0": what is compiled holds for such numbers; another outcome is another compile.

@@ -44,7 +44,7 @@ class Batch:
     device: torch.device
     flat: dict[str, Tensor]
     stored: dict[str, torch.dtype]  # the states, and in which dtype they are kept
-    fixed: frozenset[str]  # which of the states and "step" stay where they are, whoever changes what between steps
+    fixed: frozenset[str]  # which of the states and "step" stay where they are, whatever is changed between steps
     views: dict[str, list[Tensor]]
     steps: Tensor
     step_views: list[Tensor]
@@ -77,7 +77,7 @@ class Batch:
         self._grads = grads
 
     def forget_gradients(self) -> None:
-        """Read them anew when somebody asks for them."""
+        """Read them anew when they are next asked for."""
         self._grads = None
 
     @property
@@ -203,7 +203,7 @@ def expose_updated(batch: Batch, state: States) -> None:
 def check_state(
     rule: Declaration, settings: Mapping[str, Any], param: Tensor, entry: Mapping[str, Any], label: str
 ) -> None:
-    """Refuse what somebody put into `opt.state` and no step can go on from, before anything is changed.
+    """Refuse an entry of `opt.state` that no step can go on from, before anything is changed.
 
     Raises:
         ValueError: names the parameter and the state, and says what is allowed.
@@ -275,7 +275,7 @@ def adopt(batch: Batch, existing: States) -> None:
     """Bring loaded, assigned or earlier values into the buffers, and views of these into the entries.
 
     A parameter that has none of its states begins anew. What is no longer in its entry keeps its value, with memory of
-    its own: somebody may put it back later.
+    its own, so that it can be put back later.
     """
     entries = [existing.entry(p).present() if dict.__contains__(existing, p) else {} for p in batch.owners]
     begun = [not batch.flat or not batch.flat.keys().isdisjoint(entry) for entry in entries]
@@ -313,7 +313,7 @@ def _bring(values: Sequence[Tensor | None], views: Sequence[Tensor], fill: float
 
 
 def _show(batch: Batch, index: int, entry: ParamState) -> None:
-    """Put a parameter's states into its entry: tensors that nobody else uses, so that they can be given away."""
+    """Put a parameter's states into its entry: tensors that are used nowhere else, so that they can be given away."""
     shown = batch.shown[index]
     for name, view in {"step": batch.step_views[index], **batch.states(index)}.items():
         spread = batch.is_dtensors and name != "step"

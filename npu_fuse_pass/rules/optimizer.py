@@ -56,14 +56,14 @@ class RuleOptimizer(torch.optim.Optimizer):
     """An optimizer whose update is a `Rule`. Subclass it for a named class, or call a Rule to get one.
 
     Args:
-        params: parameters or parameter groups, as torch.optim takes them. A group may hold any other key, for whoever
-            reads it (schedulers keep `initial_lr` there): keys that are no hyperparameters have no effect on a step.
+        params: parameters or parameter groups, as torch.optim takes them. A group may hold other keys as well
+            (schedulers keep `initial_lr` there): keys that are no hyperparameters have no effect on a step.
         defaults: hyperparameters of the groups; plain Python numbers, which schedulers may change at any time.
         state_dtype: dtype of the states; None means each parameter's own, as in torch.optim. `torch.float32` is
             advisable for half-precision parameters.
         flatten: "params" re-homes the parameters in one buffer per group and dtype, which gives an NPU one tensor to
             update instead of one for each parameter. They become views: `torch.save` of one stores the whole buffer,
-            and who holds a parameter's old memory (`p.data`, `p.detach()`) no longer sees updates.
+            and a reference to a parameter's old memory (`p.data`, `p.detach()`) no longer sees updates.
         master_weights: float16 and bfloat16 parameters keep in a float32 state ("master_residual") what their dtype
             rounds away, so that a step computes with float32 parameters: 8 more bytes of traffic and 4 of memory for
             each element. Others are as without it. What is written to a parameter between steps counts.

@@ -25,7 +25,7 @@ _LEAVES = (type, types.ModuleType, types.BuiltinFunctionType, types.CodeType, ty
 
 
 class Keeping(Protocol):
-    """What an optimizer of ours keeps between its steps."""
+    """What a rule optimizer keeps between its steps."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]: ...

@@ -76,7 +76,7 @@ class Stepped(Protocol):
 class Prelude:
     """The batches of an optimizer, made when first needed and again whenever they no longer fit.
 
-    `version` counts how often they were made: whoever derives something from the batches compares it.
+    `version` counts how often they were made; compare it before using what was derived from earlier batches.
 
     Attributes:
         watch: has seen the tensors of these batches, and can tell whether they are as they were.

@@ -1,4 +1,4 @@
-"""torch learns the backend's name from an optimizer of ours, ahead of `torch.compile(..., backend="npu_fused")`.
+"""torch learns the backend's name from a rule optimizer, ahead of `torch.compile(..., backend="npu_fused")`.
 
 By itself it looks a name up when it is first asked for, and where several threads ask at once it refuses all but one.
 """

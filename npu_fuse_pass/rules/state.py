@@ -36,7 +36,7 @@ class Changes:
         self._handed_out: dict[int, tuple[Tensor, tuple[object, ...]]] = {}
 
     def hand_out(self, value: object) -> None:
-        """Watch the memory of a tensor that whoever trains may keep."""
+        """Watch the memory of a tensor that the caller may keep."""
         if isinstance(value, Tensor) and id(value) not in self._handed_out:
             self._handed_out[id(value)] = (value, _memory(value))
 

@@ -14,7 +14,7 @@ from npu_fuse_pass.tensors.memory import check_apart
 
 
 def refusal(mismatch: Mismatch, optimizers: Iterable[Stepping]) -> Reason:
-    """Why a step is refused. Where it is for memory of ours, eager steps are as wrong, and that has to be said."""
+    """Why a step is refused. Where states share memory, eager steps are as wrong, and that has to be said."""
     batches = [b for o in optimizers for b in o._prelude.batches]
     if mismatch.reason.code is Code.SHARED_MEMORY and not _states_apart(batches):
         return Code.STATES("states of this optimizer share memory, so that eager steps are wrong as well")

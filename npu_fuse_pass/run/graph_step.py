@@ -1,4 +1,4 @@
-"""The step of any other graph: a stock optimizer's, or a larger function in which optimizers of ours step."""
+"""The step of any other graph: a stock optimizer's, or a larger function in which rule optimizers step."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ REPLACED = Cause(
 )
 
 Kept = dict[str, list[Tensor | None]]
-"""What optimizers of ours keep, by their handles."""
+"""Tensors that rule optimizers hold, by their handles."""
 
 
 def graph_step(gm: fx.GraphModule, options: Options, cause: Cause) -> Callable[..., Any]:
-    """Compile any other graph: a stock optimizer's step, or a larger function in which optimizers of ours step."""
+    """Compile any other graph: a stock optimizer's step, or a larger function in which rule optimizers step."""
     handles = [str(n.args[3]) for n in gm.graph.nodes if n.target is core_op.rule_update]
     try:
         for handle in handles:
@@ -72,7 +72,7 @@ class _Later:
 
 
 class GraphStep:
-    """A captured graph: its leaves are the graph's arguments and attributes, and what optimizers of ours keep."""
+    """A captured graph: its leaves are the graph's arguments and attributes, and what rule optimizers hold."""
 
     # Dynamo keeps what a backend gives it for good, and with it a copy of its __dict__: so there is none.
     __slots__ = (

@@ -1,4 +1,4 @@
-"""What a plan for an optimizer of ours was made for."""
+"""What a plan for a rule optimizer was made for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from npu_fuse_pass.rules.batch import Batch
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """What a plan for an optimizer of ours was made for, to tell later what changed."""
+    """What a plan for a rule optimizer was made for, to tell later what changed."""
 
     facts: dict[str, object]
 

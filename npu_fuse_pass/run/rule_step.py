@@ -24,7 +24,7 @@ from npu_fuse_pass.run.variants import Variant, Variants
 
 
 class RuleStep:
-    """The compiled core of an optimizer of ours: plans kernels for its batches, and again when they change."""
+    """The compiled core of a rule optimizer: plans kernels for its batches, and again when they change."""
 
     # Dynamo keeps what a backend gives it for good, and with it a copy of its __dict__: so there is none.
     __slots__ = ("__weakref__", "_apart", "_optimizer", "_options", "_planned", "_variants", "_version")
@@ -77,7 +77,7 @@ class RuleStep:
         return ()
 
     def _run(self, optimizer: Stepping, values: list[Tensor | None]) -> bool:
-        """A step on all tensors as Python objects; whether it is done."""
+        """Run a step on all tensors as Python objects; True if it is done, else the original has to run."""
         variant = self._variants.of(lambda leaf: values[leaf.index], self._variant)
         if variant.program is None:
             return False
@@ -101,7 +101,7 @@ class RuleStep:
             torch_step.compare(optimizer.state, names_of([optimizer]), variant.report.checked_steps, rounds_once=True)
 
     def _try(self, optimizer: Stepping, variant: Variant, step: Callable[[], None]) -> bool:
-        """Run a step that may be refused before it has changed anything; whether it ran."""
+        """Run a step that may be refused before it has changed anything; True if it ran."""
         try:
             step()
         except NumericsError:

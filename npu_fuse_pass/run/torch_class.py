@@ -1,6 +1,6 @@
 """`check_numerics` beside torch's own class, uncompiled: it sees what both of this package's programs have in common.
 
-The fused step and the original one of an optimizer of ours read the same states, counters and numbers. Where those lie
+The fused step and the original one of a rule optimizer read the same states, counters and numbers. Where those lie
 wrongly (two states in one place, one parameter's beside another's), both are wrong alike; torch's class, on copies of
 what the optimizer shows, is not.
 """
@@ -98,7 +98,7 @@ def of_stock(
 
 
 def of_rule(opt: RuleOptimizer) -> TorchStep | None:
-    """Torch's class for an optimizer of ours, on copies in float64 of what it shows; None where torch has none.
+    """Torch's class for a rule optimizer, on copies in float64 of what it shows; None where torch has none.
 
     States that no step has made yet are left for torch to make.
     """

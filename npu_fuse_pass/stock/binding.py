@@ -18,7 +18,7 @@ class Binding:
     """What `core_op` steps for an optimizer of torch.optim.
 
     Attributes:
-        core: the captured operation; whoever compiles sets what it is compiled to.
+        core: the captured operation; the caller replaces it by its compiled form.
         refused: why the rule does not compute its steps.
     """
 

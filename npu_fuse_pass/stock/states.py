@@ -27,7 +27,7 @@ class Entries:
         self._look: Callable[[], bool] | None = None
 
     def look_natively(self, watch: Watch) -> None:
-        """Have somebody faster look from now on, if that can be had."""
+        """Look natively from now on, if that can be had."""
         if self._look is None:
             self._look = watch.look_at_dicts([self._state, *self._entries])
 

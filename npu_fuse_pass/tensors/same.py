@@ -30,7 +30,11 @@ class SameTensors:
         return same
 
     def learn(self, tensors: Sequence[Tensor]) -> bool:
-        """Remember these, unless that was done too often; whether it is done. Whoever calls has found them right."""
+        """Remember the kinds of these tensors, which the caller has checked.
+
+        Returns:
+            False after 8 lists that were learned: nothing is remembered then.
+        """
         if self._learned == _LEARNED_AT_MOST:
             return False
         self._learned += 1

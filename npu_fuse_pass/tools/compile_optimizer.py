@@ -1,4 +1,4 @@
-"""`compile_optimizer_`: a compiled step in the place of an optimizer's own, for whoever calls `opt.step`."""
+"""`compile_optimizer_`: a compiled step in the place of an optimizer's own, for everything that calls `opt.step`."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ O = TypeVar("O", bound=torch.optim.Optimizer)  # noqa: E741
 
 
 def compile_optimizer_(opt: O, **options: Any) -> O:
-    """Compile the step of `opt` in place: whoever calls `opt.step` from now on calls the compiled one.
+    """Compile the step of `opt` in place: every call of `opt.step` from now on is one of the compiled step.
 
     `opt.step` stays a bound method, may be patched before or after schedulers are made, and does what
     `npu_fuse_pass.compile_step` does. Copies (`copy.deepcopy`, pickle, `torch.save` of the optimizer) are compiled as
-    well; who loads such a pickle needs this package. Who took `opt.step` before this call and kept it runs the
+    well; loading such a pickle needs this package. An `opt.step` that was taken before this call and kept runs the
     original: the first such step warns. `restore_optimizer_` undoes all this.
 
     Args:
@@ -62,7 +62,7 @@ def compile_optimizer_(opt: O, **options: Any) -> O:
 
 
 def restore_optimizer_(opt: O) -> O:
-    """Undo `compile_optimizer_`: `opt.step` is what it was before, and who kept the compiled one runs the original.
+    """Undo `compile_optimizer_`: `opt.step` is what it was before, and a compiled one that was kept runs the original.
 
     Returns:
         `opt` itself; unchanged where it was not compiled.
@@ -92,7 +92,7 @@ class Patch:
         return _patched_copy, (self.optimizer, self._options)
 
     def install(self) -> None:
-        """Take the place of `step`, and watch who calls another one."""
+        """Take the place of `step`, and watch for calls of another one."""
         self.take_place()
         self.optimizer.register_step_pre_hook(self.watch)
         self.compiled.fused_option.switch_off()
@@ -104,7 +104,7 @@ class Patch:
         vars(opt).update({_STEP: step, _GETSTATE: getstate, _PATCH: self})
 
     def remove(self) -> None:
-        """Undo `install`. A wrapper that somebody has put around the step since then stays, and runs it eagerly."""
+        """Undo `install`. A wrapper put around the step since then stays, and runs it eagerly."""
         fields = vars(self.optimizer)
         ours = getattr(fields.get(_STEP), "__func__", None) is self._function
         for name in PATCHED if ours else (_GETSTATE, _PATCH):

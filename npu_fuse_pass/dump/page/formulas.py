@@ -1,4 +1,4 @@
-"""The step of an optimizer of ours before fusing: the operations of its rule, as they were traced."""
+"""The step of a rule optimizer before fusing: the operations of its rule, as they were traced."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ _CHAIN = 8  # elements over several parameters beyond which those of one operati
 
 
 def before(contents: Contents) -> Before:
-    """The operations before fusing: those that were captured; of an optimizer of ours, those of its rule."""
+    """The operations before fusing: those that were captured; of a rule optimizer, those of its rule."""
     return of_formulas(contents) if contents.original is None else _Provenance(contents).before()
 
 

@@ -37,7 +37,7 @@ def page(contents: Contents, measured: Mapping[str, float] | None = None) -> str
 
     Args:
         contents: what the stages made.
-        measured: seconds per step, where somebody measured them: "before", "after".
+        measured: seconds per step, where they were measured: "before", "after".
 
     Returns:
         HTML. Names are data to it, whatever they hold.

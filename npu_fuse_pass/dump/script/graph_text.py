@@ -14,7 +14,7 @@ _LONG = 100
 
 
 def original(contents: Contents) -> str | None:
-    """The captured graph; of an optimizer of ours by itself its rules, which Dynamo's graph only names."""
+    """The captured graph; of a rule optimizer by itself its rules, which Dynamo's graph only names."""
     inputs = inputs_of(contents)
     lines = list(_described(contents, inputs))
     if contents.original is None:

@@ -1,4 +1,4 @@
-"""The original step as a graph that can be written down: the captured one, with the rules of optimizers of ours."""
+"""The original step as a graph that can be written down: the captured one, with the rules of rule optimizers."""
 
 from __future__ import annotations
 

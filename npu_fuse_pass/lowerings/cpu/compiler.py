@@ -1,7 +1,7 @@
 """The C++ compiler as a program: which one, what it is called with, and what it does when it fails or hangs.
 
 It runs in a process group of its own. A group that does not end in time, or is still at work when the interpreter ends,
-is killed; nobody waits for it.
+is killed, without waiting for it.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class Kernel:
     Attributes:
         contribute, update: its functions.
         done: whether each of them is through with this step; they set it themselves.
-        moved: what it writes may lie elsewhere than when somebody last set this to False.
+        moved: what it writes may lie elsewhere than when this was last set to False.
     """
 
     moved = True

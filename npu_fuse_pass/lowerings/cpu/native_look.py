@@ -1,7 +1,7 @@
 """One native look at a step's tensors instead of several Python calls for each of them.
 
-`cpu_look.cpp` is compiled in the background when the first kernel with many tensors is made (two seconds, once for each
-version of torch) and kept with the kernels. Until it is there, and where it cannot be had, Python looks.
+`native_look.cpp` is compiled in the background when the first kernel with many tensors is made (two seconds, once for
+each version of torch) and kept with the kernels. Until it is there, and where it cannot be had, Python looks.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ class Look:
         weakref.finalize(self, library.look_free, table).atexit = False
 
     def same(self, given: list[Tensor] | None) -> bool:
-        """Whether tensors are of the same kinds, contiguous in memory of theirs; `done` has to follow.
+        """True if tensors are of the same kinds, contiguous in memory of theirs; the caller calls `done` next.
 
         Args:
-            given: those of this step; None: those known and their present gradients. Whoever asks keeps them alive.
+            given: those of this step; None: those known and their present gradients. The caller keeps them alive.
         """
         listed = None if given is None else id(given)
         return bool(self._library.look_same(self._table, listed, _at(self.addresses), torch.get_num_threads()))
@@ -121,7 +121,7 @@ class Looking:
         return self._look.addresses if self._look is not None and self._found else None
 
     def learn(self, tensors: Sequence[Tensor]) -> None:
-        """Know these from now on. Whoever calls has found that the kernel may run on them."""
+        """Remember the kinds of these tensors, on which the caller has found that the kernel may run."""
         if self._left and (library := _library.get("native")) is not None:
             self._left -= 1
             with contextlib.suppress(Unsupported):
@@ -196,7 +196,7 @@ def _end() -> None:
 
 
 def wait() -> bool:
-    """Wait until the library is there or cannot be had; whether it is there."""
+    """Wait until the library is there or cannot be had; True if it is there."""
     thread = _start()
     if thread.is_alive():
         thread.join()

@@ -103,8 +103,9 @@ class Program:
         return not self._outputs and not self._snapshots and all(kernel.looks(params) for kernel in self.kernels)
 
     def same(self) -> bool:
-        """Whether the parameters of the last call and their present gradients are all as they were; then `again` or
-        `release` has to follow. Whoever asks knows that nobody put other parameters in their place.
+        """True if the parameters of the last call and their present gradients are as they were.
+
+        The caller has checked that they are still the optimizer's parameters, and calls `again` or `release` next.
         """
         return all(kernel.same() for kernel in self.kernels)
 

@@ -24,7 +24,7 @@ _ABANDONED = 6 * 3600.0  # seconds after which no build is at work any more
 
 
 def cache_folder() -> pathlib.Path:
-    """Where kernels are kept; whether it is there and can be used is another question.
+    """The folder where kernels are kept; `usable` checks that it is there and can be used.
 
     Raises:
         RuntimeError: there is no home folder.
@@ -37,7 +37,7 @@ def usable(folder: pathlib.Path) -> pathlib.Path:
     """Make the folder if need be; the folder without links on the way to it.
 
     Raises:
-        OSError: it cannot be made or written, somebody else may write it, or nothing can be loaded from it.
+        OSError: it cannot be made or written, another user may write it, or nothing can be loaded from it.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder = folder.resolve()

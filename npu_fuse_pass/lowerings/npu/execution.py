@@ -85,7 +85,7 @@ def wait_for(devices: Iterable[torch.device]) -> None:
 
 
 def refusal(lead: str, error: BaseException, versions: str) -> str:
-    """A message that holds everything needed to find out what happened on somebody else's machine."""
+    """A message that holds everything needed to find out what happened on another machine."""
     return f"{lead}: {_first_words(error)} [{versions}]"
 
 

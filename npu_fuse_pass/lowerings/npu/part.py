@@ -24,8 +24,8 @@ class Part:
     """One group, how its formula is split and which members the graph updates as one.
 
     Members without elements have nothing to do on the device. `plan` says which are updated as one; `note` why what
-    computes the group does. `generated`: kernels of ours do; else `dedicated`: the writes to tensors are one operation
-    per run.
+    computes the group does. `generated`: its kernels, where they are generated; else `dedicated`: the writes to tensors
+    are one operation per run.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""`python -m npu_fuse_pass selftest`: environment, parity and times on somebody's own device, in one report."""
+"""`python -m npu_fuse_pass selftest`: environment, parity and times on this machine's device, in one report."""

@@ -32,7 +32,7 @@ class Case:
 
 
 def cases(quick: bool) -> list[Case]:
-    """All cases, or one for each of ours and torch's most used."""
+    """All cases, or one for each of our optimizers and torch's most used."""
     return [case for case in (*_ours(), *_stock()) if case.quick or not quick]
 
 

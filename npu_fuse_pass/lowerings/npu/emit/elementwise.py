@@ -45,7 +45,7 @@ DOCUMENTS: dict[str, str] = {
     **{o.name: o.document for o in OPERATIONS},
     **list_operations.DOCUMENTS,
 }
-"""The whitelist: GE operation type -> the document that defines it. Nothing else may appear in a graph of ours."""
+"""The whitelist: GE operation type -> the document that defines it. Nothing else may appear in a graph."""
 
 
 def check(formula: Formula) -> None:

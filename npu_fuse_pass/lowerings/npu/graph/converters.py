@@ -29,7 +29,7 @@ Make = Callable[..., Emitter]
 
 
 def register(torchair: Any) -> None:
-    """Give torchair a converter for every node of ours that has none yet."""
+    """Give torchair a converter for every node of this package that has none yet."""
     from torchair._ge_concrete_graph import compat_ir
     from torchair.ge._ge_graph import get_default_ge_graph
 

@@ -36,7 +36,10 @@ _served: list[bool] = []
 
 
 def known(cluster: Cluster) -> str:
-    """A name by which `call` finds what launches a node's kernels, as long as somebody keeps it."""
+    """Register what launches a node's kernels, and return the name by which `call` finds it.
+
+    The reference is weak: the caller keeps `cluster`.
+    """
     name = f"{cluster.name}.{next(_serial)}"
     _clusters[name] = cluster
     return name

@@ -1,7 +1,7 @@
 """The graph that the NPU program gives to torchair: 1-D tensors and packed numbers, fused nodes, writes at the end.
 
 It has few nodes, because torchair takes most of a millisecond for each (fake tensors, patterns, texts for a log that
-nobody may read): a group is one fused node, whose list of new values goes as it is to one that writes it.
+nothing may read): a group is one fused node, whose list of new values goes as it is to one that writes it.
 """
 
 from __future__ import annotations

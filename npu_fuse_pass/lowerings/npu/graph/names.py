@@ -34,7 +34,7 @@ def naming(
     Args:
         converter: its first argument that is text is a formula.
         graph_of: gives torchair's graph that is being made.
-        group_of: the name for a formula, where nobody has marked the node; None: it is not a group's whole formula.
+        group_of: the name for a formula, where the node is not marked; None: it is not a group's whole formula.
     """
 
     @functools.wraps(converter)

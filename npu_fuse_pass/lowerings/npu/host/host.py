@@ -45,7 +45,12 @@ class Host:
 
     @torch.no_grad()
     def look(self, values: Values, complete: bool) -> Step:
-        """A step as far as it is known before it is bound. `complete`: dtypes are to be checked."""
+        """The host's half of a step: its numbers and active members, before tensors are bound.
+
+        Args:
+            values: of all leaves; None for a gradient that is missing.
+            complete: check dtypes too.
+        """
         step = Step(complete)
         self._mirror.look(values)
         each = zip(self._evaluate, self._given, self._all_given, self._states, strict=True)

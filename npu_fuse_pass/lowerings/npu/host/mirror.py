@@ -1,7 +1,7 @@
 """0-dim tensors that lie on a device: what the host knows of them, so that a step need not wait to read them.
 
 Reading waits until the device has done all that was started on it. A step computes the new values of such a tensor on
-the host, though: what it has written, it knows. So a value is read once, and again where somebody else has written it.
+the host, though: what it has written, it knows. So a value is read once, and again where something else has written it.
 """
 
 from __future__ import annotations

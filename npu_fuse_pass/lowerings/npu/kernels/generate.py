@@ -2,8 +2,8 @@
 
 A pass runs over chunks of all members at once, as many at a time as there are vector cores. Where it computes norms or
 sums, it leaves one partial result per chunk; the launch after it combines those of each member in the chunks' order and
-computes what follows from them alone. What members contribute to a total is added up in the members' order by whoever
-reads the total. So no bit depends on the number of cores.
+computes what follows from them alone. What members contribute to a total is added up in the members' order where
+the total is read. So no bit depends on the number of cores.
 
 Memory is reached by absolute addresses, divided by the size of an element, against bases that are zero: no tensor is
 special, and one that moved is one other number in the table of chunks.

@@ -19,7 +19,7 @@ class Hardware(Protocol):
         target: the chip that is compiled for.
         identity: everything on which binaries depend beside their source; "": nothing is compiled.
         chunk: the elements of a chunk; None: as many as the compiler has room for.
-        calls_back: whether GE calls what runs a node of ours; otherwise a step launches kernels itself, without GE.
+        calls_back: whether GE calls what runs a node of generated kernels; if not, a step launches them without GE.
     """
 
     target: str

@@ -59,7 +59,7 @@ class Operations:
         return self._body.apply(_NAMED[op], values, values[-1].dtype)
 
     def cast(self, value: Value, dtype: str, mode: str = "") -> Value:
-        """A value in another element type; numbers are float32 already and get rounded by whoever computes them."""
+        """A value in another element type; numbers are float32 already, and rounded where they are computed."""
         if value.dtype == dtype and not mode:
             return value
         if value.size == NUMBER:

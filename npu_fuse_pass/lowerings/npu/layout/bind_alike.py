@@ -64,7 +64,7 @@ class Alike:
         self._addresses = _addresses(self._firsts(values))
 
     def bind(self, step: Step, values: Values) -> bool:
-        """Give a step its tensor inputs if it is like the one that was learned; whether it is.
+        """Give a step its tensor inputs if it is like the one that was learned; True if it is.
 
         Raises:
             Mismatch: two tensors share memory and at least one of them is written.

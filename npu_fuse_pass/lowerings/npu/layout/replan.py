@@ -40,7 +40,7 @@ class Plans:
         self._use([planner.alone("its tensors were not seen yet") for planner in self._planners])
 
     def update(self, values: Values, numbers: Sequence[Sequence[Tensor]], active: Sequence[Sequence[bool]]) -> bool:
-        """Make the plans fit a step; whether they changed.
+        """Make the plans fit a step; True if they changed.
 
         Args:
             values: of all leaves.
