@@ -75,7 +75,7 @@ SAMPLE = {
     "pytorch_optimizer.APOLLO": "fused with 3 compiles",
     "pytorch_optimizer.AccSGD": "fused with 3 compiles",
     "pytorch_optimizer.Gravity": "fused with 3 compiles",
-    "pytorch_optimizer.LaProp": "partly",
+    "pytorch_optimizer.LaProp": "fused with 3 compiles",
     "pytorch_optimizer.MADGRAD": "partly",
 }
 

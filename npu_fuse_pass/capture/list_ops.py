@@ -9,33 +9,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
 
 from npu_fuse_pass.capture.aten.pointwise import evaluate
 from npu_fuse_pass.capture.interpreter import Expansion, Interpreter
+from npu_fuse_pass.capture.stacked import OF_SCALARS, STACKED, order_of
 from npu_fuse_pass.capture.values import Cell, Scalars
 from npu_fuse_pass.errors import Unsupported
-from npu_fuse_pass.fx_nodes.names import operation_name
 from npu_fuse_pass.reasons import Code
-
-_OF_SCALARS = ("linalg_vector_norm", "norm", "sum", "max", "amax", "min", "amin")
-
-
-def _stack(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    cells: Sequence[Cell] = args[0]
-    if any(c.val.shape or c.val.expr.tensor for c in cells):
-        return NotImplemented
-    if any(operation_name(user) not in _OF_SCALARS or _order(user) not in (1, 2, math.inf) for user in node.users):
-        return NotImplemented
-    return Scalars(tuple(c.read() for c in cells))
-
-
-def _order(user: fx.Node) -> Any:
-    named = user.kwargs.get("ord", user.kwargs.get("p", 2))
-    return user.args[1] if "norm" in str(user.target) and len(user.args) > 1 else named
 
 
 def _of_scalars(name: str) -> Expansion:
@@ -45,7 +28,7 @@ def _of_scalars(name: str) -> Expansion:
         if set(kwargs) - {"ord", "p", "dtype"} or len(args) > 2:
             raise Unsupported(name, "over some of the dimensions of stacked scalars", Code.REDUCTION)
         b, entries = interpreter.builder, args[0].entries
-        order = _order(node) if "norm" in name else None
+        order = order_of(node) if "norm" in name else None
         if order == 2:
             entries = tuple(evaluate(b, "mul", (v, v), {}) for v in entries)
         elif order is not None:
@@ -75,7 +58,7 @@ def _unscale(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwa
 
 
 LISTS: dict[str, Expansion] = {
-    "stack": _stack,
-    **{name: _of_scalars(name) for name in _OF_SCALARS},
+    **STACKED,
+    **{name: _of_scalars(name) for name in OF_SCALARS},
     "_amp_foreach_non_finite_check_and_unscale_": _unscale,
 }

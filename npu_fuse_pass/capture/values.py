@@ -34,9 +34,9 @@ class Val:
         return self.dtype not in DTYPE_NAMES and (self.dimmed or self.dtype != torch.int64)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Scalars:
-    """0-dim tensors stacked into one vector, of which only a norm or a sum is taken."""
+    """0-dim tensors stacked into one vector, which is read and written entry by entry."""
 
     entries: tuple[Val, ...]
 
