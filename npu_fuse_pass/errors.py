@@ -83,6 +83,13 @@ class Mismatch(FuseError):  # noqa: N818 - raised by kernels for their caller, n
         self.reason = code(text)
 
 
+class Declined(Mismatch):
+    """Another process, which holds parts of the same tensors, does not run this step; nothing was changed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text, Code.SHARDED)
+
+
 class Unsupported(FuseError):  # noqa: N818 - a value that stages pass on, not an accident
     """This part of a graph cannot become part of a fused kernel. Carried into the report, never to the user."""
 

@@ -60,6 +60,9 @@ def lower(
     Raises:
         UnfusedError: `strict`, and the layout that was asked for is not possible.
     """
+    if any(leaf.across for leaf in step.leaves) and (target.platform == "npu" or target.form != "program"):
+        text = f"norms or sums of tensors that are spread over processes are not lowered for {target}"
+        return Lowered(None, [], [Code.SHARDED(text)])
     made_by = LOWERINGS[target.platform if target.form == "program" else target.form]
     try:
         if target == Target("npu") and any(stage.calls for stage in step.stages):
@@ -87,9 +90,10 @@ def sources(step: Grouped) -> Mapping[str, str]:
     """Generated C++ by the name of its group; what all kernels begin with is an `#include`."""
     begin = '#include "kernel.h"  // npu_fuse_pass/lowerings/cpu/kernel.h\n'
     texts = {}
+    in_pieces = any(leaf.across for leaf in step.leaves)
     for groups in (*(stage.groups for stage in step.stages), step.groups):
         for g, totals in zip(groups, total_slots(groups, step.leaves), strict=True):
-            texts[g.name] = codegen.generate(g.name, g.formula, totals).text.replace(codegen.PRELUDE, begin)
+            texts[g.name] = codegen.generate(g.name, g.formula, totals, in_pieces).text.replace(codegen.PRELUDE, begin)
     return texts
 
 
@@ -107,6 +111,8 @@ def _lower_cpu(
     try:
         program = cpu.Program(leaves, groups, slower)
     except PlatformError as e:
+        if any(leaf.across for leaf in leaves):
+            return Lowered(None, [], [e.reason])
         rows = [group_report(g, leaves, "interpreter", "interpreter", 0, 0) for g in groups]
         return Lowered(eager.Program(leaves, groups), rows, [e.reason.led_by("the fused graph is interpreted")])
     rows += [group_report(k.group, leaves, "cpu", k.group.name, *program.cost(k)) for k in program.kernels]

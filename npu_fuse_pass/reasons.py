@@ -113,8 +113,8 @@ class Code(enum.Enum):
         "set and drop gradients outside of the compiled function",
     )
     SHARDED = (
-        "A rule takes norms or sums of parameters of which this process holds a part (DTensors).",
-        "nothing: the step runs on the DTensors, operation by operation; a rule without norms is fused",
+        "A step of tensors of which this process holds parts (DTensors) cannot run fused here, or not everywhere.",
+        "step in optimizers by compile_step, which fuses norms of DTensors; look at the reports of the other processes",
     )
     REPEATED = ("A parameter is listed more than once in a group.", "list every parameter once")
     KEPT = (

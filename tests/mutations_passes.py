@@ -41,8 +41,8 @@ PASSES = [
     Mutation(
         "parameters that one thread takes alone are updated twice",
         "_Stage._driver",
-        "if (a.active[m] && a.numel[m] > small)",
-        "if (a.active[m])",
+        "a.active[m] && a.numel[m] > small",
+        "a.active[m]",
         _passes("the_fewest_bytes_the_same_bits[scaled]"),
     ),
 ]

@@ -20,6 +20,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import npu_fuse_pass
 import optimizers
+from npu_fuse_pass import pipeline
+from npu_fuse_pass.lowerings.cpu import build, compiler
 from optimizers.paddle import RMSProp
 
 from .support import FULL
@@ -33,7 +35,6 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "LAMB": lambda ps: optimizers.NpuFusedLamb(ps, lr=0.1),
     "LAMB, global norm": lambda ps: optimizers.NpuFusedLamb(ps, lr=0.1, use_global_grad_norm=True),
 }
-WITH_NORMS = ("LAMB", "LAMB, global norm")
 
 
 def model(hidden: int = 5) -> torch.nn.Module:
@@ -64,10 +65,7 @@ def compare(sharded: Any, ours: Any, plain: Any, other: Any, what: str) -> None:
 
 def check_report(name: str) -> None:
     report = npu_fuse_pass.reports()[-1]
-    if name in WITH_NORMS:
-        assert report.fallback is not None and "norms or sums of whole parameters" in str(report), str(report)
-    else:
-        assert report.fallback is None and report.groups, str(report)
+    assert report.fallback is None and report.groups, f"{name}: {report}"
 
 
 def shard_fully(m: torch.nn.Module, mesh: Any) -> None:
@@ -79,9 +77,10 @@ def shard_tensors(m: torch.nn.Module, mesh: Any) -> None:
     parallelize_module(m, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
 
 
-def trajectories(mesh: Any, parallel: Callable[[Any, Any], None], hidden: int) -> None:
+def trajectories(mesh: Any, parallel: Callable[[Any, Any], None], hidden: int, names: Any = tuple(OPTIMIZERS)) -> None:
     """As one process, compiled and eager."""
-    for name, make in OPTIMIZERS.items():
+    for name in names:
+        make = OPTIMIZERS[name]
         for compiled in (True, False):
             torch._dynamo.reset()
             npu_fuse_pass.clear_reports()
@@ -287,6 +286,185 @@ def dynamo_road(mesh: Any) -> None:
         assert (report.fallback is not None) is divided, str(report)
 
 
+@npu_fuse_pass.rule(states={"m": npu_fuse_pass.zeros}, defaults={"lr": 0.1})
+def extremes(param: Any, grad: Any, m: Any, *, lr: Any) -> Any:
+    """A mean, an extreme, and a norm that depends on both; `numel` is that of the whole parameter."""
+    m = 0.9 * m + grad / (grad.abs().amax() + 1.0) + 0.1 * grad.mean()
+    return param - lr * m / (m.norm() + grad.amin().abs() + param.numel()), m
+
+
+SPREAD: dict[str, Callable[[Any], Any]] = {
+    "LAMB": OPTIMIZERS["LAMB"],
+    "LAMB, global norm": OPTIMIZERS["LAMB, global norm"],
+    "extremes": lambda ps: extremes(ps),
+}
+DEPENDENT = {"LAMB": 1, "LAMB, global norm": 2, "extremes": 2}  # passes that wait for all processes
+
+
+class Pair:
+    """The same steps of an optimizer over tensors that are spread over processes and of one over whole ones."""
+
+    def __init__(self, name: str, mesh: Any, placements: Any, compiled: bool = True) -> None:
+        npu_fuse_pass.clear_reports()
+        torch._dynamo.reset()
+        generator = torch.Generator().manual_seed(0)
+        values = [torch.randn(5, 3, generator=generator) for _ in placements]
+        self.plain = [torch.nn.Parameter(v.clone()) for v in values]
+        spread = [torch.nn.Parameter(distribute_tensor(v, mesh, p)) for v, p in zip(values, placements, strict=True)]
+        self.spread: list[Any] = [*spread, torch.nn.Parameter(values[0].clone())]
+        self.plain.append(torch.nn.Parameter(values[0].clone()))
+        self.opt, self.other = SPREAD[name](self.spread), SPREAD[name](self.plain)
+        self.call = npu_fuse_pass.compile_step(self.opt) if compiled else self.opt.step
+        self.name, self.mesh = name, mesh
+
+    def gradients(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for p, q in zip(self.spread, self.plain, strict=True):
+            q.grad = torch.randn(q.shape, generator=generator)
+            p.grad = q.grad.clone()
+            if isinstance(p, DTensor):
+                p.grad = distribute_tensor(q.grad, self.mesh, p.placements)
+
+    def step(self) -> int:
+        """Both; how many collectives the one over spread tensors has needed."""
+        counted, real = [], {n: getattr(dist, n) for n in ("all_reduce", "all_gather")}
+        for n, function in real.items():
+            setattr(dist, n, lambda *a, function=function, **k: (counted.append(1), function(*a, **k))[1])
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.call()
+        finally:
+            for n, function in real.items():
+                setattr(dist, n, function)
+        self.other.step()
+        return len(counted)
+
+    def compare(self, what: str) -> None:
+        for p, q in zip(self.spread, self.plain, strict=True):
+            for n, a, b in [("param", p, q), *((n, self.opt.state[p][n], s) for n, s in self.other.state[q].items())]:
+                far = (whole(a).double() - b.detach().double()).norm() / b.detach().double().norm()
+                assert far < 1e-6, f"{self.name}, {what}: {n} differs by {far:.2g}"
+
+    @property
+    def fused(self) -> bool:
+        report = npu_fuse_pass.reports()[-1]
+        return report.fallback is None and bool(report.groups)
+
+
+def placed(mesh: Any) -> list[Any]:
+    """All ways in which two dimensions can be laid out on a mesh of one or two."""
+    if mesh.ndim == 1:
+        return [[Shard(0)], [Shard(1)], [Replicate()], [Shard(0)]]
+    pairs = [(Shard(0), Shard(1)), (Replicate(), Shard(0)), (Shard(1), Replicate()), (Shard(0), Shard(0))]
+    return [*map(list, pairs), [Replicate(), Replicate()]]
+
+
+def norms(mesh: Any) -> None:
+    """Fused, on meshes of one and two dimensions; a collective for each dependent pass and dimension of the mesh."""
+    world = mesh.size()
+    for shape in [(world,), (2, world // 2)]:
+        over = mesh if len(shape) == 1 else init_device_mesh("cpu", shape, mesh_dim_names=("data", "tensor"))
+        for name in SPREAD if FULL else ("LAMB, global norm",) if len(shape) == 1 else ("extremes",):
+            pair = Pair(name, over, placed(over))
+            for seed in range(4):
+                pair.gradients(seed)
+                collectives = pair.step()
+                first = (seed == 0) * len(shape)  # to agree on the road
+                assert collectives == DEPENDENT[name] * len(shape) + first, f"{name}, {shape}: {collectives}"
+            assert pair.fused, str(npu_fuse_pass.reports()[-1])
+            pair.compare(f"mesh {shape}")
+
+
+def fully_and_tensor_parallel(mesh: Any) -> None:
+    """FSDP2 over tensor parallel: both shard the same dimension of a tensor."""
+    over = init_device_mesh("cpu", (2, mesh.size() // 2), mesh_dim_names=("data", "tensor"))
+
+    def parallel(m: torch.nn.Module, _: Any) -> None:
+        shard_tensors(m, over["tensor"])
+        shard_fully(m, over["data"])
+
+    trajectories(over, parallel, hidden=8, names=("LAMB, global norm",))
+
+
+def missing_gradients(mesh: Any) -> None:
+    """A process without gradients takes part as one that holds zeros of them, compiled or not."""
+    for compiled in (True, False) if FULL else (True,):
+        pair = Pair("LAMB, global norm", mesh, placed(mesh), compiled)
+        for seed, missing in enumerate(([], [0], [0], [0, 1, 3], [], [])):
+            pair.gradients(seed)
+            for i in missing:  # the last process lacks them
+                if mesh.get_rank() == mesh.size() - 1:
+                    pair.spread[i].grad._local_tensor.zero_()
+                pair.plain[i].grad = whole(pair.spread[i].grad)
+                if mesh.get_rank() == mesh.size() - 1:
+                    pair.spread[i].grad = None
+            if seed == 4:  # and all of one, which is then left out
+                pair.spread[1].grad = pair.plain[1].grad = None
+            pair.step()
+        assert not compiled or pair.fused, str(npu_fuse_pass.reports()[-1])
+        pair.compare(f"missing gradients, compiled {compiled}")
+
+
+def no_compiler() -> None:
+    os.environ["CXX"] = "false"  # ends with an error, whatever it is asked for
+    os.environ["NPU_FUSE_CACHE_DIR"] = os.environ["SHARDED_FOLDER"] + "-none"
+    os.makedirs(os.environ["NPU_FUSE_CACHE_DIR"], mode=0o700, exist_ok=True)
+    build._loaded.clear()
+    ask_again()
+
+
+def ask_again() -> None:
+    for known in (compiler.compiler, compiler.identity):
+        known.cache_clear()
+
+
+def fault_inside() -> None:
+    def fails(*args: Any) -> Any:
+        raise AssertionError("a fault that was put here")
+
+    pipeline.group = fails
+
+
+def faults(mesh: Any) -> None:
+    """One process cannot run a step fused, for good or at one step: all make the same step, and say why."""
+    broken = mesh.get_rank() == mesh.size() - 1
+    for fault in (no_compiler, fault_inside) if FULL else (no_compiler,):
+        environment, real, loaded = dict(os.environ), pipeline.group, dict(build._loaded)
+        if broken:
+            fault()
+        try:
+            pair = Pair("LAMB, global norm", mesh, placed(mesh))
+            for seed in range(3):
+                pair.gradients(seed)
+                pair.step()
+            pair.compare(fault.__name__)
+            told = str(npu_fuse_pass.reports()[-1])
+            assert not pair.fused and ("another process" in told) is not broken, told
+        finally:
+            os.environ.clear()
+            os.environ.update(environment)
+            pipeline.group = real
+            build._loaded.update(loaded)
+            ask_again()
+    pair = Pair("LAMB, global norm", mesh, placed(mesh))
+    for seed in range(4):
+        pair.gradients(seed)
+        if seed == 2:  # here one process's gradient is its parameter's own memory
+            if broken:
+                pair.spread[0].grad = DTensor.from_local(
+                    pair.spread[0]._local_tensor, mesh, [Shard(0)], shape=(5, 3), stride=(3, 1)
+                )
+            pair.plain[0].grad = whole(pair.spread[0].grad).clone()
+        before = len(npu_fuse_pass.reports())
+        collectives = pair.step()
+        assert collectives == (3, 2, 2, 3)[seed], collectives  # agree, go on, decline and agree, agree again
+        assert len(npu_fuse_pass.reports()) == before + (seed == 0)
+    told = str(npu_fuse_pass.reports()[-1])
+    assert ("another process" in told) is not broken and ("share memory" in told) is broken, told
+    pair.compare("memory that is shared at one step")
+
+
 def flat_shards(mesh: Any) -> None:
     """FSDP1: rules without norms are fused; one with norms is refused, and nothing is changed."""
     del mesh
@@ -311,6 +489,7 @@ def flat_shards(mesh: Any) -> None:
 
 
 SCENARIOS = (
+    *([fully_and_tensor_parallel] if FULL else []),
     fully,
     tensor_parallel,
     checkpoints,
@@ -319,6 +498,9 @@ SCENARIOS = (
     stock_classes,
     stock_gradients_that_lie_otherwise,
     dynamo_road,
+    norms,
+    missing_gradients,
+    faults,
     flat_shards,
 )
 

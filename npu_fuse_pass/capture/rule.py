@@ -28,6 +28,7 @@ from npu_fuse_pass.ir.types import Captured, Leaf, Slot, Traced, Update
 from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.rules.batch import Batch
 from npu_fuse_pass.rules.checks import meta_keywords, results
+from npu_fuse_pass.tensors.sharded import across
 
 
 @dataclasses.dataclass
@@ -51,10 +52,6 @@ def capture_batches(batches: Sequence[Batch]) -> Captured:
         members = _add_leaves(captured.leaves, batch, roles)
         if any(b.repeats for b in batches):
             continue
-        if batch.needs_whole:
-            text = f"rule {batch.rule.name} takes norms or sums of whole parameters, and these are sharded DTensors"
-            captured.unfused.append(Code.SHARDED(text))
-            continue
         try:
             updates, moved = _updates_of(batch, roles, members, traces)
             captured.updates += updates
@@ -74,11 +71,15 @@ def _add_leaves(leaves: list[Leaf], batch: Batch, roles: _Roles) -> list[tuple[i
     first, n = len(leaves), len(batch.params)
     dtypes = {"param": batch.dtype, "grad": batch.grad_dtype, **batch.stored}
     for role in [*roles.tensors, "step"]:
-        for p in batch.params:
+        for p, owner in zip(batch.params, batch.owners, strict=True):
             name, index = f"{role}_{len(leaves)}", len(leaves)
             shape = tuple(p.shape) if role != "step" else ()
             dtype, fixed = dtypes.get(role, torch.float64), role in batch.fixed
-            leaves.append(Leaf("input", name, index, 0.0, dtype, shape, batch.device, fixed))
+            spread = across(owner) if batch.needs_whole and role != "step" else ()
+            whole = owner.numel() if spread else 0
+            leaves.append(
+                Leaf("input", name, index, 0.0, dtype, shape, batch.device, fixed, across=spread, whole=whole)
+            )
     for name in batch.hyper.names:
         leaves.append(Leaf("input", f"{name}_{len(leaves)}", len(leaves), fixed=True))
     per_member = len(roles.tensors) + 1
@@ -126,7 +127,7 @@ def _updates_of(
 ) -> tuple[list[Update], int]:
     """Also the bytes that the rule's operations move for them, one after the other."""
     by_shape: dict[tuple[int, ...], list[int]] = {}
-    for i, p in enumerate(batch.params):
+    for i, p in enumerate(batch.owners):  # a rule may compute with the shape of the whole
         by_shape.setdefault(tuple(p.shape) or (1,), []).append(i)  # 0-dim as one element, as in eager steps
     by_calls: dict[object, list[tuple[int, ...]]] = {}
     for shape in by_shape:

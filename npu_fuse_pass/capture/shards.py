@@ -43,7 +43,7 @@ def _why_not(captured: Captured, dtensors: Mapping[int, Tensor]) -> Reason | Non
 def _why_not_alone(update: Update, captured: Captured, dtensors: Mapping[int, Tensor]) -> Reason | None:
     """Why the parts of an update's tensors that are here are not enough to compute it."""
     roots = [e for _, e in (*update.writes, *update.contributions)]
-    reduced = update.contributions or any(e.op in REDUCTIONS for e in postorder(roots))
+    reduced = update.contributions or any(e.op in (*REDUCTIONS, "numel") for e in postorder(roots))
     for member in update.members:
         tensors = [dtensors.get(i) for i in member if captured.leaves[i].shape]
         spread = [t for t in tensors if t is not None]

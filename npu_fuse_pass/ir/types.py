@@ -28,6 +28,8 @@ class Leaf:
         fixed: its address does not change from step to step.
         optimizer: the handle of the rule optimizer that holds it, at `index` of `inputs_of`; None: an argument.
         strides: of a "temporary": how it lies in memory, as it would without fusion; None: as its member does.
+        across: the process groups over which its other elements are spread, where reductions are of all of them.
+        whole: how many elements it has with these.
     """
 
     kind: Literal["input", "attribute", "constant", "total", "output", "temporary", "result"]
@@ -40,6 +42,8 @@ class Leaf:
     fixed: bool = False
     optimizer: str | None = None
     strides: tuple[int, ...] | None = None
+    across: tuple[Any, ...] = ()
+    whole: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -133,7 +133,15 @@ def make_core(handle: str) -> Callable[[Tensor], None]:
 @torch.no_grad()
 def run_eager(optimizer: Stepping) -> None:
     """One step without a compiler: totals first, then every parameter's rule."""
-    run_rules(optimizer._prelude.batches)
+    run_rules(_met(optimizer))
+
+
+def _met(optimizer: Stepping) -> list[Batch]:
+    """The batches of a step that every process with parts of its parameters makes unfused."""
+    prelude = optimizer._prelude
+    if any(batch.needs_whole for batch in prelude.batches):
+        prelude.meeting.unfused(prelude.batches)
+    return prelude.batches
 
 
 def run_rules(batches: list[Batch]) -> None:
@@ -241,7 +249,7 @@ def _update(params: list[Tensor], grads: list[Tensor], found_inf: Tensor | None,
     given = {id(p): (param, p.grad, grad) for p, param, grad in zip(own, params, grads, strict=True)}
     optimizer._before(None, in_graph=True)  # hooks may change gradients
     if found_inf is None or not bool(found_inf):
-        run_rules([_on_given(batch, given) for batch in optimizer._prelude.batches])
+        run_rules([_on_given(batch, given) for batch in _met(optimizer)])
     optimizer._after()
 
 

@@ -28,6 +28,7 @@ from npu_fuse_pass.rules.batch import (
 )
 from npu_fuse_pass.rules.checks import check_flat_shards
 from npu_fuse_pass.rules.declaration import Declaration, arithmetic_dtype, with_master_weights
+from npu_fuse_pass.rules.meeting import Meeting
 from npu_fuse_pass.rules.ranges import check_kinds
 from npu_fuse_pass.rules.state import States
 from npu_fuse_pass.tensors.sharded import local, sharding
@@ -50,6 +51,7 @@ class Prepared(Protocol):
     watched: bool
     compiled: bool
     objects: set[int]
+    meeting: Meeting
 
     @property
     def kinds(self) -> object: ...
@@ -83,6 +85,7 @@ class Prelude:
         compiled: this backend has planned kernels for it at least once.
         watched: that it is so at this step, so that `watch` has bound them already.
         objects: ids of the tensors, gradients excepted, that are the same ones as long as no batch is made.
+        meeting: with other processes, where steps communicate.
     """
 
     def __init__(self, optimizer: Stepped) -> None:
@@ -96,6 +99,7 @@ class Prelude:
         self.watched = False
         self.compiled = False
         self.objects: set[int] = set()
+        self.meeting = Meeting()
 
     def prepare(self) -> None:
         """Bring the batches up to date with this step's gradients, numbers and parameters.

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from torch import Tensor
 
 from npu_fuse_pass import pipeline
-from npu_fuse_pass.errors import GraphRefused, Mismatch, NumericsError
+from npu_fuse_pass.errors import Declined, GraphRefused, Mismatch, NumericsError
 from npu_fuse_pass.options import Options
+from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.report.causes import FIRST, Cause
 from npu_fuse_pass.rules import core_op
 from npu_fuse_pass.rules.batch import inputs_of
@@ -68,13 +69,32 @@ class RuleStep:
         newest = self._variants.newest
         if optimizer._surface.apart is not self._apart:  # a function has begun to call a step compiled before
             self._apart = newest.report.apart = optimizer._surface.apart
-        if prelude.watched and newest.watching is not None and newest.watching is prelude.watch:
+        if any(batch.needs_whole for batch in prelude.batches):
+            done = self._together(optimizer)
+        elif prelude.watched and newest.watching is not None and newest.watching is prelude.watch:
             done = self._try(optimizer, newest, newest.watching.again)
         else:
             done = self._run(optimizer, inputs_of(prelude.batches))
         if not done:
             optimizer._run_original()
         return ()
+
+    def _together(self, optimizer: Stepping) -> bool:
+        """A step with norms of tensors of which this process holds parts: all processes run it fused, or none."""
+        batches, meeting = optimizer._prelude.batches, optimizer._prelude.meeting
+        newest = self._variants.newest
+        while meeting.agree(batches, getattr(getattr(newest.program, "spread", None), "opening", None)):
+            try:
+                if not self._run(optimizer, inputs_of(batches)):
+                    meeting.agree(batches, None)
+                    return False
+                return True
+            except Declined:
+                meeting.dissolve()
+        if newest.program is not None:
+            reason = Code.SHARDED("another process, which holds parts of the same parameters, cannot run it fused")
+            refused(newest.report, reason, self._options.strict)
+        return False
 
     def _run(self, optimizer: Stepping, values: list[Tensor | None]) -> bool:
         """Run a step on all tensors as Python objects; True if it is done, else the original has to run."""
@@ -106,6 +126,8 @@ class RuleStep:
             step()
         except NumericsError:
             optimizer._after()  # the step is done, as the original does it
+            raise
+        except Declined:
             raise
         except Mismatch as e:
             ours = [optimizer] if isinstance(optimizer, RuleOptimizer) else []

@@ -22,6 +22,7 @@ from npu_fuse_pass.rules.batch import Batch, fill_hyper
 from npu_fuse_pass.rules.checks import reads_step
 from npu_fuse_pass.rules.declaration import Declaration
 from npu_fuse_pass.rules.hyperparameters import Hyper
+from npu_fuse_pass.rules.meeting import Meeting
 from npu_fuse_pass.rules.prelude import Watch
 from npu_fuse_pass.stock.classes import StockClass
 from npu_fuse_pass.stock.states import Entries, refused_state
@@ -54,6 +55,7 @@ class StockPrelude:
         self.watched = False
         self.compiled = False
         self.objects: set[int] = set()
+        self.meeting = Meeting()
         self._entries = Entries()
         self._groups: list[tuple[Declaration, list[Tensor]]] = []
         self._idle: list[Tensor] = []  # parameters whose first gradient changes the batches or their states

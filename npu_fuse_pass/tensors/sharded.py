@@ -54,6 +54,13 @@ def local_part(param: Tensor, t: Tensor | None) -> Tensor | None:
     return local(given)
 
 
+def across(param: Tensor) -> tuple[Any, ...]:
+    """The process groups over which a DTensor's elements are spread: one for each dimension of the mesh that shards."""
+    layout: Any = param
+    dimensions = enumerate(layout.placements) if is_dtensor(param) else ()
+    return tuple(layout.device_mesh.get_group(d) for d, p in dimensions if not p.is_replicate())
+
+
 def holds_values(t: Tensor) -> bool:
     """Whether a DTensor's local part has elements of it, and not what has to be added up first."""
     layout: Any = t

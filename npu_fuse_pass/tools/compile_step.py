@@ -15,8 +15,10 @@ from npu_fuse_pass.errors import NotCapturedError
 from npu_fuse_pass.report.causes import graph_break
 from npu_fuse_pass.report.logs import switched_off
 from npu_fuse_pass.rules.hidden import hidden
+from npu_fuse_pass.rules.optimizer import RuleOptimizer
 from npu_fuse_pass.run import torch_class
 from npu_fuse_pass.run.check_numerics import names_of
+from npu_fuse_pass.tensors.sharded import is_dtensor
 from npu_fuse_pass.tools.fused_option import FusedOption
 from npu_fuse_pass.tools.plain_step import ORIGINAL, function_of, is_hooked, plain_step
 from npu_fuse_pass.tools.roads import captured, road
@@ -154,7 +156,8 @@ class CompiledStep:
 
     def _update(self, *args: Any, **kwargs: Any) -> Any:
         """The step without a closure. Dynamo would never look again at one that had nothing to do."""
-        step = self._compiled_update if has_gradients(self._opt) else self._between_hooks
+        ready = has_gradients(self._opt) or is_spread(self._opt)  # other processes may have gradients
+        step = self._compiled_update if ready else self._between_hooks
         return step(*args, **kwargs)
 
     @contextlib.contextmanager
@@ -202,6 +205,11 @@ class CompiledStep:
 def has_gradients(opt: torch.optim.Optimizer) -> bool:
     """Whether a step of `opt` has anything to do."""
     return any(p.grad is not None for group in opt.param_groups for p in group["params"])
+
+
+def is_spread(opt: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer of ours has parameters that are spread over processes, which step together."""
+    return isinstance(opt, RuleOptimizer) and any(is_dtensor(p) for group in opt.param_groups for p in group["params"])
 
 
 def _may_be_foreach(group: dict[str, Any]) -> bool:

@@ -25,6 +25,7 @@ BLOCK = 8
 """Values that a lane adds before it keeps track of what rounding loses, which is most of a sum's work. Only where no
 tensor is float64: what is made of the sum is then rounded further than those last bits."""
 
+_SPREAD = "struct Spread : Args { const int64_t* whole; };  // elements with those that other processes hold\n"
 PRELUDE = (pathlib.Path(__file__).parent / "kernel.h").read_text(encoding="utf-8")
 
 
@@ -38,29 +39,42 @@ class Source:
     partial: int  # doubles per chunk
     bytes_per_element: int  # read and written over all passes
     contribute_bytes: int  # of these, those of the contributions
+    pieces: tuple[tuple[str, ...], ...] = ()  # of each stage, where they are exported one by one in place of it
+    reduced: tuple[tuple[tuple[tuple[int, str], ...], ...], ...] = ()  # by each piece: where in scratch, and how
 
 
-def generate(name: str, formula: Formula, totals: Collection[int] | None = ()) -> Source:
-    """C++ source of the kernel of one group; `totals`: see `sweeps.plan`."""
-    made = plan(formula, totals)
+def generate(name: str, formula: Formula, totals: Collection[int] | None = (), in_pieces: bool = False) -> Source:
+    """C++ source of the kernel of one group; `totals`: see `sweeps.plan`.
+
+    `in_pieces`: a function for each section with the pass behind it, and nothing is written before the last one; what
+    a piece has reduced may be changed before the next.
+    """
+    made = plan(formula, totals, late=in_pieces)
     names = [f"{name}_contribute", name][-len(made.stages) :]
     var = {id(e): f"v{i}" for i, e in enumerate(postorder(formula.roots))}
     numbers = range(2 - len(names), 2)
-    stages = [_Stage(*given, formula, var) for given in zip(names, numbers, made.stages, strict=True)]
+    stages = [_Stage(*given, formula, var, in_pieces) for given in zip(names, numbers, made.stages, strict=True)]
     scratch = max(len(s.stored) for s in stages) or 1
     partial = 2 * max(max((len(r) for r in s.reductions), default=0) for s in stages) or 1
     header = "\n".join(f"// {line}" for line in formula.text.splitlines())
     sizes = f"static const int64_t SCRATCH = {scratch}, PARTIAL = {partial};\n"
-    text = "\n".join([header, PRELUDE, sizes, *(s.text() for s in stages)])
+    more = [_SPREAD] if in_pieces else []
+    text = "\n".join([header, PRELUDE, *more, sizes, *(s.text() for s in stages)])
     contribute = made.bytes[0] if formula.contributions else 0
-    return Source(text, tuple(names), scratch, partial, sum(made.bytes), contribute)
+    pieces = tuple(tuple(f"{s.name}_{k}" for k in range(s.last + 1)) for s in stages) if in_pieces else ()
+    exported = tuple(name for stage in pieces for name in stage) if in_pieces else tuple(names)
+    reduced = tuple(tuple(tuple((s.stored[id(e)], e.op) for e in row) for row in s.reductions) for s in stages)
+    return Source(text, exported, scratch, partial, sum(made.bytes), contribute, pieces, reduced)
 
 
 class _Stage:
     """One exported function: scalar sections and passes in turn."""
 
-    def __init__(self, name: str, number: int, stage: Stage, formula: Formula, var: dict[int, str]) -> None:
+    def __init__(
+        self, name: str, number: int, stage: Stage, formula: Formula, var: dict[int, str], in_pieces: bool
+    ) -> None:
         self.name = name
+        self.in_pieces = in_pieces
         self.number = number
         self.formula = formula
         self.writes = stage.writes
@@ -80,12 +94,14 @@ class _Stage:
     def text(self) -> str:
         parts = [self._section(k) for k in range(self.last + 1)]
         parts += [self._pass(k, p) for k, p in enumerate(self.passes)]
+        if self.in_pieces:
+            return "\n".join([*parts, *(self._piece(k) for k in range(self.last + 1))])
         return "\n".join([*parts, self._driver()])
 
     def _section(self, k: int) -> str:
         """The scalars of phase k of one member; first the reductions of the pass before, from its chunks in order."""
         lines = [f"static inline void {self.name}_scalars{k}(const Args& a, int64_t m) {{"]
-        lines += ["  double* s = a.scratch + m * SCRATCH;", *(self._combine(k - 1) if k else [])]
+        lines += ["  double* s = a.scratch + m * SCRATCH;", *(self._combine(k - 1) if k and not self.in_pieces else [])]
         defined: set[int] = set()
         for e in self.order:
             if e.tensor or self.phase[id(e)] != k or e.op in REDUCTIONS:
@@ -171,6 +187,36 @@ class _Stage:
             lines.append(f"    s[{self.stored[id(e)]}] = std::isfinite(x) ? x + y : x; }}")
         return lines
 
+    def _piece(self, k: int) -> str:
+        """The scalars of one phase, the pass behind them, and what that has reduced."""
+        n = self.name
+        lines = []
+        if k < self.last:
+            body = ["  double* s = a.scratch + m * SCRATCH;", *self._combine(k)]
+            lines = [f"static inline void {n}_combine{k}(const Args& a, int64_t m) {{", *body, "}"]
+        lines += [f'extern "C" void {n}_{k}(const Args* args) {{', "  const Args& a = *args;"]
+        lines += [
+            "  #pragma omp parallel num_threads(a.threads) if (a.threads > 1)",
+            "  {",
+            *self._turn(k, "a.active[m]"),
+        ]
+        if k < self.last:
+            lines += ["    #pragma omp for schedule(static)", "    for (int64_t m = 0; m < a.members; ++m)"]
+            nothing = " ".join(f"s[{self.stored[id(e)]}] = {_NEUTRAL[e.op]};" for e in self.reductions[k])
+            lines.append(f"      if (a.active[m]) {n}_combine{k}(a, m);")
+            lines.append(f"      else {{ double* s = a.scratch + m * SCRATCH; {nothing} }}")
+        return "\n".join([*lines, "  }", "}"])
+
+    def _turn(self, k: int, which: str) -> list[str]:
+        """The scalars of one phase and the pass behind them, of members."""
+        lines = ["    #pragma omp for schedule(static)", "    for (int64_t m = 0; m < a.members; ++m)"]
+        lines.append(f"      if ({which}) {self.name}_scalars{k}(a, m);")
+        if k < len(self.passes):
+            lines += ["    #pragma omp for schedule(dynamic, a.grain)"]
+            lines += ["    for (int64_t c = 0; c < a.chunks; ++c) {", "      const int64_t m = a.chunk_member[c];"]
+            lines += [f"      if ({which}) {self.name}_pass{k}(a, m, c);", "    }"]
+        return lines
+
     def _driver(self) -> str:
         n, several = self.name, len(self.passes) > 1
         lines = [f'extern "C" void {n}(const Args* args) {{', "  const Args& a = *args;"]
@@ -180,14 +226,9 @@ class _Stage:
         lines += ["  #pragma omp parallel num_threads(a.threads) if (a.threads > 1)", "  {"]
         if several:
             lines += self._small_members()
-        here = "if (a.active[m] && a.numel[m] > small)" if several else "if (a.active[m])"
+        here = "a.active[m] && a.numel[m] > small" if several else "a.active[m]"
         for k in range(self.last + 1):
-            lines += ["    #pragma omp for schedule(static)", "    for (int64_t m = 0; m < a.members; ++m)"]
-            lines.append(f"      {here} {n}_scalars{k}(a, m);")
-            if k < len(self.passes):
-                lines += ["    #pragma omp for schedule(dynamic, a.grain)"]
-                lines += ["    for (int64_t c = 0; c < a.chunks; ++c) {", "      const int64_t m = a.chunk_member[c];"]
-                lines += [f"      {here} {n}_pass{k}(a, m, c);", "    }"]
+            lines += self._turn(k, here)
         return "\n".join([*lines, "  }", f"  a.done[{self.number}] = 1;", "}"])
 
     def _small_members(self) -> list[str]:
@@ -221,6 +262,8 @@ class _Stage:
         args = [self.var[id(a)] for a in e.args]
         if e.op == "cast":
             return cast(e, args[0])
+        if e.op == "numel" and self.in_pieces:
+            return "double(static_cast<const Spread&>(a).whole[m])"
         if _remembered(e):
             return f"p{self.var[id(e)]}({', '.join(args)})"
         return CPP[e.op].format(*args)

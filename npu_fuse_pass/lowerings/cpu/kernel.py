@@ -6,6 +6,7 @@ import array
 import ctypes
 import math
 from collections.abc import Callable, Collection, Sequence, Set
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,10 @@ class Kernel:
     """One group: its functions, its tables, and the tensors of the current call.
 
     Attributes:
-        contribute, update: its functions.
+        contribute, update: its functions; nothing of the kind where it is called in pieces.
+        pieces: functions, for each of these two; none where it is called as a whole.
+        reduced: what each piece reduces: where in `scratch`, and how.
+        scratch: its numbers between pieces, [member][number].
         done: whether each of them is through with this step; they set it themselves.
         moved: what it writes may lie elsewhere than when this was last set to False.
     """
@@ -49,8 +53,9 @@ class Kernel:
         own: dict[int, int],
         snapshots: dict[int, int],
         totals: Collection[int] | None,
+        in_pieces: bool = False,
     ) -> None:
-        source = generate(group.name, group.formula, totals)
+        source = generate(group.name, group.formula, totals, in_pieces)
         library = cpu_build.load(source.text, [*source.stages, "find_overlap"])
         functions = [getattr(library, name) for name in source.stages]
         for f in functions:
@@ -58,7 +63,11 @@ class Kernel:
         self.group = group
         self.source = source
         self.update = functions[-1]
-        self.contribute = functions[0] if len(functions) > 1 else None
+        self.contribute = functions[0] if group.formula.contributions and not in_pieces else None
+        by_name = dict(zip(source.stages, functions, strict=True))
+        none: tuple[tuple[Any, ...], ...] = ((), ())
+        self.pieces = [*none, *([by_name[name] for name in stage] for stage in source.pieces)][-2:]
+        self.reduced = [*none, *source.reduced][-2:]
         formula, members = group.formula, group.members
         self._n = len(members)
         self._leaves = leaves
@@ -66,8 +75,11 @@ class Kernel:
         self._find_overlap.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64] * 2
         self._find_overlap.restype = ctypes.c_int64
         self._numels = [_numel(leaves, formula.tensor_slots, m) for m in members]
-        self._tables = Tables(formula, self._numels, source.scratch, source.partial)
+        counts = [max(leaves[i].whole for i in m) for m in members]
+        wholes = [whole or numel for whole, numel in zip(counts, self._numels, strict=True)]
+        self._tables = Tables(formula, self._numels, source.scratch, source.partial, wholes)
         self.done = self._tables.done
+        self.scratch = torch.frombuffer(self._tables.scratch, dtype=torch.float64)
         self._columns = [Column(rank, slot, group, leaves) for rank, slot in enumerate(formula.tensor_slots)]
         self._scalar_columns = [Column(rank, slot, group, leaves) for rank, slot in enumerate(formula.scalar_slots)]
         self._varying = [c for c in self._columns if not c.fixed]

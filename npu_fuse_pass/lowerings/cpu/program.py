@@ -20,6 +20,7 @@ from npu_fuse_pass.ir.totals import rounds, total_slots
 from npu_fuse_pass.ir.types import Group, Leaf
 from npu_fuse_pass.lowerings.cpu.kernel import Kernel
 from npu_fuse_pass.lowerings.cpu.native_look import look_at_dicts
+from npu_fuse_pass.lowerings.cpu.spread import Spread
 from npu_fuse_pass.lowerings.cpu.tables import Values
 from npu_fuse_pass.lowerings.interrupts import again
 from npu_fuse_pass.reasons import Code
@@ -60,7 +61,10 @@ class Program:
         snapshots = {i: base + 8 * (self._snapshots_at + k) for k, i in enumerate(self._snapshots)}
         self._rounds = rounds(groups, leaves)
         totals = total_slots(groups, leaves)
-        self.kernels = [Kernel(g, leaves, addresses, snapshots, t) for g, t in zip(groups, totals, strict=True)]
+        in_pieces = any(leaf.across for leaf in leaves)
+        given = zip(groups, totals, strict=True)
+        self.kernels = [Kernel(g, leaves, addresses, snapshots, t, in_pieces) for g, t in given]
+        self.spread = Spread(self.kernels, leaves, self._rounds, self._add_totals) if in_pieces else None
         self._slower = slower
         self._summed = False
         self.written = False
@@ -77,6 +81,7 @@ class Program:
 
         Raises:
             Mismatch: nothing was changed; the caller runs the original instead.
+            Declined: another process does not run this step fused; nothing was changed.
         """
         for i, leaf in self._outputs:
             values[i] = self._new(i, leaf, values)
@@ -100,7 +105,10 @@ class Program:
         Args:
             params: ids of the parameters; beside them and their gradients no tensor may be another one at a next step.
         """
-        return not self._outputs and not self._snapshots and all(kernel.looks(params) for kernel in self.kernels)
+        alone = self.spread is None
+        return (
+            alone and not self._outputs and not self._snapshots and all(kernel.looks(params) for kernel in self.kernels)
+        )
 
     def same(self) -> bool:
         """True if the parameters of the last call and their present gradients are as they were.
@@ -136,8 +144,12 @@ class Program:
         written = False
         self._summed = False
         try:
+            if self.spread is not None:
+                self.spread.begin()
             for kernel in self.kernels:
                 kernel.write(values)
+            if self.spread is not None:
+                self.spread.open(threads)
             written = True
             self._run(threads)
         except BaseException as e:
@@ -147,6 +159,11 @@ class Program:
 
     def _run(self, threads: int) -> None:
         """What of the step is not done yet."""
+        if self.spread is not None:
+            self.spread.finish(threads)
+            for kernel in self.kernels:
+                kernel.finish()
+            return
         if not self._summed:
             for _ in range(self._rounds):
                 for kernel in self.kernels:

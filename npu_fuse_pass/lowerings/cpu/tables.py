@@ -39,6 +39,7 @@ class Args(ctypes.Structure):
                 "partial",
                 "contributions",
                 "done",
+                "whole",  # which kernels in pieces know alone
             ]
         ),
     ]
@@ -51,11 +52,14 @@ class Tables:
         tensors, scalars: addresses, [slot][member]; tags: the scalars' dtypes.
         active: per member, 1 if it takes part.
         contributions: what the kernel adds to totals, [contribution][member].
+        scratch: its numbers between sections, [member][number].
         done: whether it is through with contributing and with updating; it sets them itself.
         args: all of it, as the kernel gets it, at `pointer`.
     """
 
-    def __init__(self, formula: Formula, numels: Sequence[int], scratch: int, partial: int) -> None:
+    def __init__(
+        self, formula: Formula, numels: Sequence[int], scratch: int, partial: int, wholes: Sequence[int] = ()
+    ) -> None:
         n = len(numels)
         self.tensors = array.array("q", [0]) * max(1, n * len(formula.tensor_slots))
         self.scalars = array.array("q", [0]) * max(1, n * len(formula.scalar_slots))
@@ -71,6 +75,7 @@ class Tables:
                 start.extend(starts)
             first.append(len(start))
         chunks, elements = len(start), sum(numels)
+        self.scratch = array.array("d", [0.0]) * (n * scratch)
         self._arrays: dict[str, array.array[Any]] = {
             "numel": array.array("q", numels),
             "active": self.active,
@@ -80,10 +85,11 @@ class Tables:
             "chunk_member": member,
             "chunk_start": start,
             "first_chunk": first,
-            "scratch": array.array("d", [0.0]) * (n * scratch),
+            "scratch": self.scratch,
             "partial": array.array("d", [0.0]) * max(1, chunks * partial),
             "contributions": self.contributions,
             "done": self.done,
+            "whole": array.array("q", wholes or numels),
         }
         pointers = {name: a.buffer_info()[0] for name, a in self._arrays.items()}
         self.args = Args(members=n, chunks=chunks, elements=elements, **pointers)

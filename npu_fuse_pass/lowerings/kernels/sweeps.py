@@ -81,13 +81,15 @@ class Plan:
         return [sum(sizes[slot] for p in stage.passes for slot in p.moved) for stage in self.stages]
 
 
-def plan(formula: Formula, totals: Collection[int] | None = ()) -> Plan:
+def plan(formula: Formula, totals: Collection[int] | None = (), late: bool = False) -> Plan:
     """The stages that move the fewest bytes, as far as that was found; of equal ones, that with the later writes.
 
     Args:
         totals: the scalar slots that hold totals; None: contributions are computed several times and must not write.
+        late: nothing is written before the last pass.
     """
-    return _Search(formula, totals).found()
+    search = _Search(formula, totals)
+    return search.late() if late else search.found()
 
 
 class _Search:
@@ -100,9 +102,13 @@ class _Search:
             slot: [*self._early(slot, e, totals), END] for slot, e in formula.writes if formula.slots[slot].tensor
         }
 
+    def late(self) -> Plan:
+        """All writes last."""
+        return self._planned(dict.fromkeys(self._moments, END))[0]
+
     def found(self) -> Plan:
         """Every write as early as possible, then each of them later where that costs nothing; or all of them last."""
-        last, _ = self._planned(dict.fromkeys(self._moments, END))
+        last = self.late()
         when, best = self._valid({slot: moments[0] for slot, moments in self._moments.items()})
         waiting = sorted(self._moments)
         while waiting:
