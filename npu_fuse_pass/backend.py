@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch._dynamo
-from torch import fx
+from torch import Tensor, fx
 
 from npu_fuse_pass import lower
 from npu_fuse_pass.errors import FuseError, OptionError
@@ -24,7 +24,7 @@ from npu_fuse_pass.report.report import CompileReport, record, reports
 from npu_fuse_pass.rules import core_op
 from npu_fuse_pass.rules.torch_steps import look_after_compiled_steps
 from npu_fuse_pass.run.graph_step import graph_step, told
-from npu_fuse_pass.run.rule_step import RuleStep
+from npu_fuse_pass.run.rule_step import RuleSteps
 
 look_after_compiled_steps()
 _OPTIONS = frozenset(f.name for f in dataclasses.fields(Options))
@@ -64,9 +64,9 @@ def npu_fused(
         return gm.forward  # Dynamo compiles empty graphs too, around what it does not capture
     report = CompileReport(chosen.platform)
     with net(report, chosen):
-        handle = _rule_step(gm)
-        if handle is not None:
-            return RuleStep(handle, chosen, _cause(with_rules=True))
+        if _is_rule_step(gm):
+            core_op.note_compile()
+            return RuleSteps(gm.forward, chosen, _cause(with_rules=True), example_inputs[0])
         return graph_step(gm, chosen, _cause(_has_rules(gm)))
     record(report)
     warn_unfused(report.fallbacks)
@@ -90,6 +90,8 @@ class Watched:
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         before = {id(r) for r in reports()}
         compiled = npu_fused(gm, example_inputs, options=self.options)
+        if isinstance(compiled, RuleSteps):
+            return lambda ticket: compiled(ticket, self.ran)
         made = [r for r in reports() if id(r) not in before and (r.groups or r.unfused or r.fallback)]
         if not made:
             return compiled  # nothing is updated here: what surrounds a step, or a closure
@@ -109,6 +111,47 @@ def isolated(step: Callable[..., Any], backend: Callable[..., Any]) -> Callable[
     known = inspect.signature(torch.compile).parameters
     options: dict[str, Any] = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}  # since torch 2.13
     return torch.compile(step, backend=backend, **options)
+
+
+class SharedCore:
+    """The core of rule optimizers, compiled once for all steps that `compile_step` makes with the same options."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self._options = dict(options)
+        self._ran: dict[int, list[CompileReport]] = {}
+        self._compiled = isolated(core_op.make_core(), self._backend)
+
+    def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        compiled = npu_fused(gm, example_inputs, options=self._options)
+        if not isinstance(compiled, RuleSteps):
+            return compiled
+        return lambda ticket: compiled(ticket, self._ran.get(id(ticket)))
+
+    def run(self, watched: Watched, ticket: Tensor) -> None:
+        """The step of the optimizer on the ticket, for whoever watches it."""
+        self._ran[id(ticket)] = watched.ran
+        try:
+            self._compiled(ticket)
+        finally:
+            self._ran.pop(id(ticket), None)
+
+
+_cores: dict[object, SharedCore] = {}
+_compile = torch.compile
+
+
+def shared_core(watched: Watched) -> Callable[[Tensor], None]:
+    """A compiled core for one optimizer; those with the same options share what Dynamo makes of it.
+
+    Where somebody has put a function of their own in the place of torch.compile, that sees every one of them.
+    """
+    options = watched.options
+    if torch.compile is not _compile or options["torchair_config"] is not None:
+        return isolated(core_op.make_core(), watched)
+    key = tuple(options.items())
+    if key not in _cores:
+        _cores[key] = SharedCore(options)
+    return functools.partial(_cores[key].run, watched)
 
 
 @functools.cache
@@ -204,9 +247,7 @@ def _has_rules(gm: fx.GraphModule) -> bool:
     return any(os.path.dirname(frame.filename) == os.path.dirname(core_op.__file__) for frame in frames)
 
 
-def _rule_step(gm: fx.GraphModule) -> str | None:
-    """The handle of the optimizer, if the graph is the core of a rule optimizer."""
+def _is_rule_step(gm: fx.GraphModule) -> bool:
+    """Whether the graph is the core of rule optimizers."""
     calls = [n for n in gm.graph.nodes if n.op not in ("placeholder", "output")]
-    if len(calls) == 1 and calls[0].target is core_op.rule_step:
-        return str(calls[0].args[1])
-    return None
+    return len(calls) == 1 and calls[0].target is core_op.rule_step

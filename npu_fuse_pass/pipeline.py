@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from npu_fuse_pass import lower
 from npu_fuse_pass.capture.graph import capture
-from npu_fuse_pass.capture.rule import capture_batches
+from npu_fuse_pass.capture.rule import capture_batches, outline
 from npu_fuse_pass.dump.contents import Contents
 from npu_fuse_pass.dump.folder import wanted
 from npu_fuse_pass.errors import UnfusedError
@@ -37,7 +37,7 @@ from npu_fuse_pass.passes.specialise import decide
 from npu_fuse_pass.report.causes import FIRST, Cause
 from npu_fuse_pass.report.logs import announce, timed, warn_unfused
 from npu_fuse_pass.report.net import net
-from npu_fuse_pass.report.report import CompileReport, record
+from npu_fuse_pass.report.report import CompileReport, is_listed, record
 from npu_fuse_pass.report.rows import Matches, show_matches
 from npu_fuse_pass.rules.batch import Batch, inputs_of
 
@@ -52,6 +52,7 @@ class Fused:
 
     Attributes:
         graph: the rewritten graph, where another compiler takes it over.
+        another: makes a program like this one for the tensors of another optimizer.
     """
 
     report: CompileReport
@@ -59,6 +60,7 @@ class Fused:
     grouped: Grouped = dataclasses.field(default_factory=Grouped)
     program: Program | None = None
     graph: fx.GraphModule | None = None
+    another: Callable[[], Program] | None = None
 
 
 def fuse_graph(
@@ -94,10 +96,46 @@ def fuse_batches(
     cause: Cause = FIRST,
     number: Number | None = None,
     apart: str | None = None,
+    replaces: str | None = None,
 ) -> Fused:
-    """Fuse the step of an optimizer with update rules; as `fuse_graph`. `apart`: for the report."""
+    """Fuse the step of an optimizer with update rules; as `fuse_graph`. `apart`, `replaces`: for the report.
+
+    The first compiles of optimizers that are alike are one, for as long as its report is listed in `reports()`.
+    """
+    key = None
+    if cause is FIRST and apart is None and not options.check_numerics and wanted(options.dump) is None:
+        with net(_report(options, cause), options):
+            key = _key(batches, options, replaces)
+    if key is not None and (known := _known.get(key)) is not None and is_listed(known.report):
+        return dataclasses.replace(known, program=known.another() if known.another is not None else None)
+    fused = _fuse_batches(batches, options, cause, number, apart, replaces)
+    another = getattr(fused.program, "another", None)
+    if key is not None and another is not None and not fused.report.reasons:
+        for old in [k for k, f in _known.items() if not is_listed(f.report)]:
+            _known.pop(old, None)
+        _known[key] = dataclasses.replace(fused, program=None, another=another)
+    return fused
+
+
+_known: dict[object, Fused] = {}
+
+
+def _key(batches: Sequence[Batch], options: Options, replaces: str | None) -> object | None:
+    """Of a compile that serves every optimizer with the same key; None where it serves one alone."""
+    found = outline(batches)
+    return None if found is None else (found, replaces, options.platform, options.strict, options.verify)
+
+
+def _fuse_batches(
+    batches: Sequence[Batch],
+    options: Options,
+    cause: Cause,
+    number: Number | None,
+    apart: str | None,
+    replaces: str | None,
+) -> Fused:
     report = _report(options, cause)
-    report.apart = apart
+    report.apart, report.replaces = apart, replaces
     with net(report, options), _without_collection():
         with timed(report.seconds, "capture") as said:
             captured = capture_batches(batches)

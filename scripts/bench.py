@@ -19,6 +19,7 @@ import json
 import pathlib
 import statistics
 import sys
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,6 +30,7 @@ from bench_cases import FAMILIES, WORKLOADS, Family, Workload, peers
 from bench_measure import compile_cost, extra_memory, inductor_cost, machine, race
 from bench_stock import stock_pairs
 
+import npu_fuse_pass
 import optimizers
 from npu_fuse_pass.lowerings.cpu import native_look
 
@@ -184,6 +186,31 @@ def print_stages(rows: Sequence[dict[str, Any]]) -> None:
     table(" | ".join(["parameters", "optimizer, seconds of:", *columns]), cells)
 
 
+def print_many(count: int = 60) -> None:
+    """The first steps of many optimizers of one kind, one for each parameter, as optimizer-in-backward has them."""
+    rows = []
+    for name, make in (("NpuFusedAdamW", optimizers.NpuFusedAdamW), ("torch.optim.AdamW", torch.optim.AdamW)):
+        for how in ("compile_step", "torch.compile"):
+            params = [torch.nn.Parameter(torch.ones(8, 8)) for _ in range(count)]
+            for p in params:
+                p.grad = torch.ones_like(p)
+            opts = [make([p], lr=0.1) for p in params]
+            npu_fuse_pass.clear_reports()
+            torch._dynamo.reset()
+            start = time.perf_counter()
+            for opt in opts:
+                step = (
+                    npu_fuse_pass.compile_step(opt)
+                    if how == "compile_step"
+                    else torch.compile(opt.step, backend="npu_fused")
+                )
+                step()
+            taken = time.perf_counter() - start
+            fused = sum(bool(r.groups) for r in npu_fuse_pass.reports())
+            rows.append([name, how, fused, f"{taken:.1f} s"])
+    table(f"{count} optimizers of one kind | compiled by | reports | first steps", rows)
+
+
 def print_stock(rows: Sequence[dict[str, Any]]) -> None:
     """The table of torch.optim's classes beside ours."""
     columns = ["optimizer", "first call: ours, s", "stock", "ratio", "step with another lr: ours, ms", "stock", "ratio"]
@@ -211,6 +238,7 @@ def main() -> None:
     )
     parser.add_argument("--stages", type=int, nargs="*", help="numbers of parameters to measure compile time at")
     parser.add_argument("--stock", action="store_true", help="nothing but torch.optim's classes beside ours")
+    parser.add_argument("--many", action="store_true", help="nothing but the first steps of 60 optimizers of one kind")
     parser.add_argument("--model", choices=["npu"], help="no measurement: launches, bytes and modelled times on an NPU")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("bench-output"))
     given = parser.parse_args()
@@ -219,6 +247,10 @@ def main() -> None:
 
         sys.exit(bench_model.main(given.only, given.out))
     warnings.filterwarnings("ignore", module="torch")
+    if given.many:
+        print(f"{datetime.date.today().isoformat()}, {machine()}")
+        print_many()
+        return
     if given.stock:
         print(f"{datetime.date.today().isoformat()}, {machine()}")
         print_stock(stock_pairs(given.seconds or (1 if given.quick else 4), given.only))

@@ -107,7 +107,7 @@ RULES = [
     # the optimizer
     Mutation(
         "a step with an infinite gradient is made",
-        "RuleOptimizer.step",
+        "RuleOptimizer._step_with",
         "if self.found_inf is None or not bool(self.found_inf):",
         "if True:",
         _equal("found_inf[eager-SGD]"),

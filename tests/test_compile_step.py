@@ -68,8 +68,8 @@ def test_every_instance_has_its_own_limit() -> None:
     def compiled_instances(compile_it: Any) -> int:
         torch._dynamo.reset()
         npu_fuse_pass.clear_reports()
-        for _ in range(11):
-            params = parameters(((3,),))
+        for i in range(11):
+            params = parameters(((3 + i,),))
             train(params, compile_it(torch.optim.SGD(params, lr=0.1)), range(2))
         return sum(bool(r.groups) for r in npu_fuse_pass.reports())
 

@@ -7,6 +7,7 @@ another shape share the trace if the rule makes the same calls with the same num
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from npu_fuse_pass.capture.interpreter import Interpreter
 from npu_fuse_pass.capture.list_ops import LISTS
+from npu_fuse_pass.capture.threads import while_compiling
 from npu_fuse_pass.capture.values import Cell, Val
 from npu_fuse_pass.capture.walk import is_known, run_graph
 from npu_fuse_pass.errors import Unsupported
@@ -45,6 +47,10 @@ class _Roles:
 
 def capture_batches(batches: Sequence[Batch]) -> Captured:
     """Updates of all parameters; leaves are, batch after batch: params, grads, states, steps, numbers."""
+    return while_compiling(functools.partial(_capture, batches))
+
+
+def _capture(batches: Sequence[Batch]) -> Captured:
     captured = Captured([], [], [])
     traces = _Traces()
     for batch in batches:
@@ -65,6 +71,26 @@ def capture_batches(batches: Sequence[Batch]) -> Captured:
             Code.REPEATED("a parameter is listed twice, and its second update begins behind the first")
         )
     return captured
+
+
+def outline(batches: Sequence[Batch]) -> tuple[object, ...] | None:
+    """Equal for two optimizers if `capture_batches` gives the same of both; None where that is not known.
+
+    What a rule calls is found out anew, on tensors without values: its code may read what has changed in the meantime.
+    """
+    traces = _Traces()
+    found: list[object] = [torch.get_default_dtype()]
+    for b in batches:
+        if b.repeats or b.needs_whole:
+            return None
+        shapes = [tuple(p.shape) for p in b.params]
+        calls = {shape: traces.calls(b, shape or (1,)) for shape in dict.fromkeys(shapes)}
+        if any(called == (shape or (1,)) for shape, called in calls.items()):
+            return None  # a rule that does not say
+        totals = tuple(traces.totals.setdefault(_total_key(b, name), len(traces.totals)) for name in b.totals)
+        own = (b.rule, *_structure(b), b.group, b.part, b.device, b.fixed)
+        found += [own, totals, tuple(shapes), tuple(calls.values())]
+    return tuple(found)
 
 
 def _add_leaves(leaves: list[Leaf], batch: Batch, roles: _Roles) -> list[tuple[int, ...]]:
@@ -176,6 +202,8 @@ class _Record(TorchDispatchMode):
         return (self._names[id(t)], t.ndim)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        others = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and id(t) not in self._names]
+        self.calls += [("a constant", t.dtype, repr(t.tolist())) for t in others]  # which is none of a rule's arguments
         self.calls.append((str(function), *self.describe((args, kwargs or {}))))
         result = function(*args, **(kwargs or {}))
         self.calls.append(tuple(self.describe(result)))

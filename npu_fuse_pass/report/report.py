@@ -248,6 +248,11 @@ def clear_reports() -> None:
     _reports.clear()
 
 
+def is_listed(report: CompileReport) -> bool:
+    """Whether `reports()` has this very one."""
+    return any(report is listed for listed in _reports)
+
+
 def record(report: CompileReport) -> None:
     """Keep a report."""
     _reports.append(report)

@@ -1,8 +1,9 @@
 """The operations that a captured step consists of, and their eager kernel: the rule, parameter by parameter.
 
-`npu_fused::rule_step(Tensor(a!) ticket, str optimizer) -> ()` names the optimizer instead of taking its tensors: what
-Dynamo wraps is what costs compile time and guards (about 3.4 ms and 1.1 us per tensor). The ticket is a counter that
-the operation writes, so that no compiler drops or reorders it.
+`npu_fused::rule_step(Tensor(a!) ticket) -> ()` takes one tensor that names the optimizer instead of its tensors: what
+Dynamo wraps is what costs compile time and guards (about 3.4 ms and 1.1 us per tensor). The ticket also holds a counter
+that the operation writes, so that no compiler drops or reorders it. What Dynamo captures of all optimizers is the same,
+so that it compiles it once for all of them.
 
 `npu_fused::rule_update(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor? found_inf, str optimizer) -> ()` is the step as
 part of a larger graph (clipping before it, an average of the parameters after it): that graph has to see which tensors
@@ -52,12 +53,13 @@ class Stepping(Keeping, Protocol):
 log = logging.getLogger(__name__)
 
 _optimizers: weakref.WeakValueDictionary[str, Stepping] = weakref.WeakValueDictionary()
+_cores = itertools.count()
 _handles = map(str, itertools.count())  # strings: Dynamo makes a number that differs at a second compile symbolic
 
 _MANY = 100  # steps without a kernel, after which that is said
 
 _library = torch.library.Library("npu_fused", "FRAGMENT")
-_library.define("rule_step(Tensor(a!) ticket, str optimizer) -> ()")
+_library.define("rule_step(Tensor(a!) ticket) -> ()")
 _library.define("rule_update(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor? found_inf, str optimizer) -> ()")
 rule_step = torch.ops.npu_fused.rule_step.default
 rule_update = torch.ops.npu_fused.rule_update.default
@@ -117,17 +119,52 @@ def _place() -> str:
     return f" ({frame.filename}:{frame.lineno}, in {frame.name})" if frame is not None else ""
 
 
-def make_core(handle: str) -> Callable[[Tensor], None]:
-    """The function that Dynamo captures: one operation.
+def make_ticket(handle: str) -> Tensor:
+    """What `rule_step` is given: how many steps it has made, and which optimizer."""
+    ticket = torch.tensor([0, int(handle)], dtype=torch.int64, device="cpu")
+    ticket._npu_fused_handle = handle  # type: ignore[attr-defined]
+    return ticket
 
-    Every optimizer gets a code object of its own, because instances that share one share torch's limit of 8 compiles.
-    """
+
+def handle_on(ticket: Tensor) -> str:
+    """The handle on a ticket, or on a compiler's copy of one."""
+    found = getattr(ticket, "_npu_fused_handle", None)
+    return str(int(ticket[1])) if found is None else found
+
+
+def make_core() -> Callable[[Tensor], None]:
+    """The function that Dynamo captures: one operation. Its code is its own, and so is torch's limit of 8 compiles."""
 
     def core(ticket: Tensor) -> None:
-        rule_step(ticket, handle)
+        rule_step(ticket)
 
-    code = core.__code__.replace(co_name=f"npu_fused_core_{handle}")
+    code = core.__code__.replace(co_name=f"npu_fused_core_{next(_cores)}")
     return types.FunctionType(code, core.__globals__, code.co_name, None, core.__closure__)
+
+
+class _Shared:
+    """The core that optimizers take which nobody has compiled yet.
+
+    Once there are two compiled forms of it (for other options, say), later optimizers take a new one: how many compiles
+    torch allows an optimizer then hardly depends on what others did.
+    """
+
+    def __init__(self) -> None:
+        self.core, self.compiles = make_core(), 0
+
+    def note_compile(self) -> None:
+        self.compiles += 1
+        if self.compiles > 1:
+            self.core, self.compiles = make_core(), 0
+
+
+_shared = _Shared()
+note_compile = _shared.note_compile
+
+
+def shared_core() -> Callable[[Tensor], None]:
+    """The core that an optimizer without compiled steps begins with."""
+    return _shared.core
 
 
 @torch.no_grad()
@@ -220,11 +257,11 @@ def _total(name: str, batch: Batch, batches: list[Batch]) -> Tensor:
     return result
 
 
-def _step(ticket: Tensor, optimizer: str) -> None:
-    stepping = optimizer_of(optimizer)
+def _step(ticket: Tensor) -> None:
+    stepping = optimizer_of(handle_on(ticket))
     stepping._run_original()
-    ticket.add_(1)
-    if int(ticket) == _MANY and not stepping._prelude.compiled and not disabled():
+    ticket[0].add_(1)
+    if int(ticket[0]) == _MANY and not stepping._prelude.compiled and not disabled():
         log.warning(
             "%s has made %d steps without a fused kernel, parameter by parameter: it was never compiled. Call "
             "npu_fuse_pass.compile_optimizer_(opt), or instead of opt.step what npu_fuse_pass.compile_step(opt) or "
@@ -266,5 +303,5 @@ def _on_given(batch: Batch, given: Mapping[int, tuple[Tensor, Tensor | None, Ten
 
 _library.impl("rule_step", _step, "CompositeExplicitAutograd")
 _library.impl("rule_update", _update, "CompositeExplicitAutograd")
-torch.library.register_fake("npu_fused::rule_step", lambda ticket, optimizer: None, lib=_library)
+torch.library.register_fake("npu_fused::rule_step", lambda ticket: None, lib=_library)
 torch.library.register_fake("npu_fused::rule_update", lambda params, grads, found_inf, optimizer: None, lib=_library)

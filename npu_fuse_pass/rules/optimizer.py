@@ -174,15 +174,22 @@ class RuleOptimizer(torch.optim.Optimizer):
             if reason:
                 torch._dynamo.graph_break(msg=core_op.APART.format(reason))
             return self._surface.update(self.found_inf)
+        if not self._prelude.compiled:
+            self.__dict__["_core"] = core_op.shared_core()
+        return self._step_with(self._core, closure)
+
+    def _step_with(self, core: Callable[[Tensor], None], closure: Callable[[], Any] | None = None) -> Any:
         loss = self._before(closure)
         try:
             if self.found_inf is None or not bool(self.found_inf):
-                self._core(self._ticket)
+                core(self._ticket)
             self._after()
         except BaseException:
             self._prelude.expose_updated()
             raise
         return loss
+
+    torch._dynamo.eval_frame.skip_code(_step_with.__code__)
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def _step_apart(self, closure: Callable[[], Any]) -> Any:
@@ -251,9 +258,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Fields that are made anew in every process and in every copy."""
         register_backend()
         self._prelude = Prelude(self)
-        self._ticket = torch.zeros(1, dtype=torch.int64, device="cpu")
         self._surface = core_op.Surface([], core_op.register(self))
-        self._core = core_op.make_core(self._surface.handle)
+        self._ticket = core_op.make_ticket(self._surface.handle)
+        self._core = core_op.shared_core()
         self._homes = Homes()
         self._list_params()
 

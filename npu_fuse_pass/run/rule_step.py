@@ -1,4 +1,4 @@
-"""The step of a rule optimizer: what the backend gives to Dynamo for its core."""
+"""The steps of rule optimizers: what the backend gives to Dynamo for their core."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from npu_fuse_pass.errors import Declined, GraphRefused, Mismatch, NumericsError
 from npu_fuse_pass.options import Options
 from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.report.causes import FIRST, Cause
+from npu_fuse_pass.report.logs import warn_unfused
+from npu_fuse_pass.report.net import net
+from npu_fuse_pass.report.report import CompileReport, record
 from npu_fuse_pass.rules import core_op
 from npu_fuse_pass.rules.batch import inputs_of
 from npu_fuse_pass.rules.core_op import Stepping
@@ -24,18 +27,65 @@ from npu_fuse_pass.run.planned import Planned, forget
 from npu_fuse_pass.run.variants import Variant, Variants
 
 
-class RuleStep:
-    """The compiled core of a rule optimizer: plans kernels for its batches, and again when they change."""
+class RuleSteps:
+    """The compiled core: finds the optimizer on the ticket, and the step that was planned for it at its first call.
+
+    Args:
+        original: the core as it was captured.
+        cause: why Dynamo compiles, for the reports of optimizers that had been compiled before.
+        ticket: of the optimizer for which it does.
+    """
 
     # Dynamo keeps what a backend gives it for good, and with it a copy of its __dict__: so there is none.
-    __slots__ = ("__weakref__", "_apart", "_optimizer", "_options", "_planned", "_variants", "_version")
+    __slots__ = ("__weakref__", "_cause", "_options", "_original", "_steps")
 
-    def __init__(self, handle: str, options: Options, cause: Cause) -> None:
-        self._optimizer = weakref.ref(core_op.optimizer_of(handle), self._drop)
+    def __init__(self, original: Callable[..., object], options: Options, cause: Cause, ticket: Tensor) -> None:
+        self._original, self._options, self._cause = original, options, cause
+        self._steps: dict[str, RuleStep | CompileReport] = {}
+        handle = core_op.handle_on(ticket)
+        self._steps[handle] = self._begun(handle)
+
+    def __call__(self, ticket: Tensor, ran: list[CompileReport] | None = None) -> tuple[()]:
+        """A step of the optimizer on the ticket; its report goes to `ran`."""
+        handle = core_op.handle_on(ticket)
+        step = self._steps.get(handle)
+        if step is None:
+            step = self._steps[handle] = self._begun(handle)
+        if ran is not None:
+            ran.append(step if isinstance(step, CompileReport) else step.report)
+        if isinstance(step, CompileReport):
+            self._original(ticket)
+        else:
+            step()
+        return ()
+
+    def _begun(self, handle: str) -> RuleStep | CompileReport:
+        """The step of an optimizer; where planning it has failed, the report that says so."""
+        optimizer = core_op.optimizer_of(handle)
+        cause = self._cause if optimizer._prelude.compiled else FIRST
+        report = CompileReport(self._options.platform, cause=cause.text, cause_remedy=cause.remedy)
+        with net(report, self._options):
+            return RuleStep(optimizer, self._options, cause, functools.partial(self._steps.pop, handle, None))
+        record(report)
+        warn_unfused(report.fallbacks)
+        return report
+
+
+class RuleStep:
+    """The step of one rule optimizer: plans kernels for its batches, and again when they change."""
+
+    def __init__(self, optimizer: Stepping, options: Options, cause: Cause, gone: Callable[[], object]) -> None:
+        self._optimizer = weakref.ref(optimizer, self._drop)
         self._options = options
+        self._gone = gone
         self._planned: Planned | None = None
         self._apart: str | None = None
         self._plan(cause)
+
+    @property
+    def report(self) -> CompileReport:
+        """Of what runs now."""
+        return self._variants.newest.report
 
     def _plan(self, cause: Cause = FIRST) -> None:
         optimizer = self._optimizer()
@@ -51,16 +101,19 @@ class RuleStep:
     def _drop(self, optimizer: weakref.ref[Stepping]) -> None:
         """Let go of the plan of an optimizer that is gone."""
         forget(self, ("_planned", "_variants"))
+        self._gone()
 
     def _variant(self, cause: Cause, number: pipeline.Number | None) -> Variant:
         optimizer = self._optimizer()
         assert optimizer is not None
         self._apart = optimizer._surface.apart
-        made = pipeline.fuse_batches(optimizer._prelude.batches, self._options, cause, number, self._apart)
-        made.report.replaces = optimizer._replaces
+        made = pipeline.fuse_batches(
+            optimizer._prelude.batches, self._options, cause, number, self._apart, optimizer._replaces
+        )
         return Variant(made, self._options)
 
-    def __call__(self, *args: Tensor) -> tuple[()]:
+    def __call__(self) -> None:
+        """One step of the optimizer."""
         optimizer = self._optimizer()
         assert optimizer is not None
         prelude = optimizer._prelude
@@ -77,7 +130,6 @@ class RuleStep:
             done = self._run(optimizer, inputs_of(prelude.batches))
         if not done:
             optimizer._run_original()
-        return ()
 
     def _together(self, optimizer: Stepping) -> bool:
         """A step with norms of tensors of which this process holds parts: all processes run it fused, or none."""

@@ -31,8 +31,8 @@ class Binding:
         self._prelude = StockPrelude(opt, known)
         self._replaces = f"torch.optim.{type(opt).__name__}"
         self._surface = core_op.Surface([], core_op.register(self))
-        self._ticket = torch.zeros(1, dtype=torch.int64, device="cpu")
-        self.core: Callable[[Tensor], None] = core_op.make_core(self._surface.handle)
+        self.ticket = core_op.make_ticket(self._surface.handle)
+        self.core: Callable[[Tensor], None] = core_op.shared_core()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -65,7 +65,7 @@ class Binding:
             raise
         try:
             if self._prelude.watched or any(g is not None for b in self._prelude.batches for g in b.grads):
-                self.core(self._ticket)
+                self.core(self.ticket)
             self._after()
         except BaseException:
             self._prelude.expose_updated()

@@ -5,6 +5,7 @@ Every compiled step of an optimizer, however it is asked for, is made here.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,8 @@ def captured(
     opt: torch.optim.Optimizer, step: Callable[..., Any], watched: backend.Watched, reason: Reason | None = None
 ) -> Callable[..., Any]:
     """A step that Dynamo captures; for the report: why it is not run as a rule."""
+    if isinstance(opt, RuleOptimizer) and getattr(step, "__func__", None) is RuleOptimizer.step:
+        return functools.partial(_of_rules, opt, backend.shared_core(watched))
     replaced = Code.NO_RULE(f"another function has taken the place of this {type(opt).__name__}'s step")
     watched.no_rule = None if isinstance(opt, RuleOptimizer) else reason or replaced
     compiled = backend.isolated(step, watched)
@@ -50,12 +53,16 @@ def captured(
     return run
 
 
+def _of_rules(opt: RuleOptimizer, core: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return opt._step_with(core, *args, **kwargs)
+
+
 class StockRoad:
     """The updates of an optimizer of torch.optim, by its rule for as long as that computes them."""
 
     def __init__(self, binding: Binding, step: Callable[..., Any], watched: backend.Watched) -> None:
         self._binding, self._step, self._watched = binding, step, watched
-        binding.core = backend.isolated(binding.core, watched)
+        binding.core = backend.shared_core(watched)
         self._captured: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

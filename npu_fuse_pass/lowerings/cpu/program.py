@@ -7,6 +7,7 @@ checks that what lies there is what the kernel was made for, and copies where a 
 from __future__ import annotations
 
 import array
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence, Set
@@ -34,6 +35,9 @@ class Program:
         leaves: of the captured step.
         groups: over them.
         slower: called when a step turns out to be slower than it could be, with the reason.
+
+    Attributes:
+        another: makes a program of the same kernels, for other tensors.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class Program:
     ) -> None:
         for group in groups:
             _check(group, leaves)
+        self.another = functools.partial(Program, leaves, groups, slower)
         self._leaves = leaves
         numbers = [leaf.value for leaf in leaves if leaf.kind == "constant"]
         contributed = {number for g in groups for totals in g.totals for number in totals}  # read by nobody, maybe
