@@ -81,7 +81,7 @@ def outline(batches: Sequence[Batch]) -> tuple[object, ...] | None:
     traces = _Traces()
     found: list[object] = [torch.get_default_dtype()]
     for b in batches:
-        if b.repeats or b.needs_whole:
+        if b.repeats or b.sharding is not None:  # a rule may compute with the shape of the whole
             return None
         shapes = [tuple(p.shape) for p in b.params]
         calls = {shape: traces.calls(b, shape or (1,)) for shape in dict.fromkeys(shapes)}
