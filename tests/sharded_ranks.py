@@ -212,7 +212,7 @@ def compare_stock(params: list[Any], opt: Any, plain: list[Any], other: Any, nam
                 assert isinstance(a, DTensor) and a.placements == p.placements, (
                     f"{name}: {what} is a {type(a).__name__}"
                 )
-            far = (whole(a).double() - b.detach().double()).norm() / b.detach().double().norm()
+            far = (whole(a).double() - b.detach().double()).norm() / b.detach().double().norm().clamp(min=1e-30)
             assert far < 1e-6, f"{name}: {what} differs by {far:.2g}"
 
 
@@ -233,7 +233,8 @@ def stock_classes(mesh: Any) -> None:
         for optimizer in (opt, other):
             optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         stock_step(params, step, plain, other, 3)
-        opt.step(), other.step()
+        if name != "Rprop":  # which torch itself does not run on DTensors
+            opt.step(), other.step()
         stock_step(params, step, plain, other, 4)
         compare_stock(params, opt, plain, other, f"{name}, loaded")
 
