@@ -20,7 +20,7 @@ from .support import assert_fused, compiled, last_report, set_gradients
 from .test_numerics import STOCK, tensors_of
 
 # around the size of a chunk (16384), of a thread's share, of a vector; odd sizes have tails
-SHAPES = [(131, 67), (16384,), (16385,), (5,), (), (40_000,), (8, 6, 5, 7), (300, 301)]
+SHAPES = [(131, 67), (16384,), (16385,), (5,), (), (40_000,), (8, 6, 5, 7), (300, 301), (5,)]
 STEPS = 2
 
 

@@ -17,7 +17,7 @@ from npu_fuse_pass.run.check_numerics import relative_error
 
 from .support import clones, error, gradients, parameters, set_gradients
 
-SHAPES = ((3, 4), (5,), (2, 3), ())
+SHAPES = ((3, 4), (5,), (2, 3), (), (5,))
 MATRICES = SHAPES[:3]  # a parameter without dimensions is a group of its own in torch's Adam
 MAKE: dict[str, Callable[[Any], Any]] = {
     "Adam": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.1),

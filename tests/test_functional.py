@@ -38,7 +38,7 @@ STOCK: dict[str, tuple[Any, dict[str, Any]]] = {
     "ASGD": (OPTIM.ASGD, {}),
 }
 FOREACH = pytest.mark.parametrize("foreach", [True, False], ids=["foreach", "loop"])
-SHAPES = ((3, 4), (5,), (2, 3, 2))
+SHAPES = ((3, 4), (5,), (2, 3, 2), (5,))
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ from .kernel_cache import Path, counting_compiler, forget, own_cache
 from .support import assert_close, assert_fused, clones, compiled, gradients, last_report, parameters, set_gradients
 
 Params = list[torch.nn.Parameter]
-SHAPES = ((3, 4), (5,), (2, 3), (), (1,))
+SHAPES = ((3, 4), (5,), (2, 3), (), (1,), (5,))
 
 
 def watched(opt: Any) -> bool:

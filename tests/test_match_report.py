@@ -21,7 +21,7 @@ from npu_fuse_pass.report.report import KernelMatch
 
 from .support import assert_fused, compiled, gradients, last_report, parameters, set_gradients
 
-SHAPES = [(3, 4), (5,), (2, 3)]
+SHAPES = [(3, 4), (5,), (2, 3), (5,)]
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from .graphs import ulps
 from .support import assert_fused, clones, compiled, gradients, last_report, parameters, set_gradients
 
 LIMITS = {torch.float32: 1e-6, torch.float64: 1e-14}
-SHAPES = [(300, 100), (3, 4), (20001,), (), (16, 8, 3, 3), (1,), (0, 3)]
+SHAPES = [(300, 100), (3, 4), (20001,), (), (16, 8, 3, 3), (1,), (0, 3), (3, 4)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from npu_fuse_pass import rule, zeros
 from .cases import ONE_EACH, Case, over
 from .support import compiled, gradients, last_report, parameters, profiled, set_gradients, train
 
-SHAPES = [(3, 4), (5,), (40, 50), (2, 3, 2)]
+SHAPES = [(3, 4), (5,), (40, 50), (2, 3, 2), (5,)]
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ import npu_fuse_pass
 from .cases import BY_NAME, ONE_EACH, Case
 from .support import assert_close, assert_fused, error, gradients, last_report, parameters, set_gradients
 
-SHAPES = [(3, 4), (5,), (2, 3, 2), (40,)]
+SHAPES = [(3, 4), (5,), (2, 3, 2), (40,), (5,)]
 MAX_NORM = 1.0
 
 

@@ -19,7 +19,7 @@ import optimizers
 from npu_fuse_pass.lowerings.npu.layout import bind, bind_alike
 from npu_fuse_pass.tensors.same import SameTensors
 
-SHAPES = [(4, 5), (3,), (2, 2), (5, 4)]
+SHAPES = [(4, 5), (3,), (2, 2), (5, 4), (3,)]
 MAKE: dict[str, Callable[[Parameters], Any]] = {
     "ours": lambda p: optimizers.NpuFusedAdam(p, lr=0.02),
     "stock": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, foreach=False),

@@ -21,7 +21,7 @@ from npu_fuse_pass.tolerances import PROMISED
 from tests.cases import BY_NAME
 
 ADAM, ADAMW, AMSGRAD, MOMENTUM = "AdamApplyOneAssign", "ApplyAdamW", "ApplyAdamWithAmsgradV2", "FusedMulApplyMomentum"
-SHAPES = [(4, 5), (3,), (2, 1, 6)]
+SHAPES = [(4, 5), (3,), (2, 1, 6), (3,)]
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ from npu_fuse_pass.lowerings.npu.layout import bind, bind_alike
 from tests import graphs
 from tests.cases import BY_NAME
 
-SHAPES = [(4, 5), (3,), (2, 2)]
+SHAPES = [(4, 5), (3,), (2, 2), (3,)]
 NPU = torch.device("privateuseone:0")  # "npu" has that name where torch_npu is imported
 
 

@@ -21,7 +21,7 @@ from npu_fuse_pass.lowerings.npu.graph import graph as npu_graph
 from scripts import conversion_cases
 from scripts.conversion_cases import OURS, RULES, Make
 
-SHAPES = [(4, 5), (7,), (2, 1, 3)]
+SHAPES = [(4, 5), (7,), (2, 1, 3), (7,)]
 STOCK = {row.name: row.make for row in conversion_cases.STOCK}
 CASES: dict[str, Make] = {**OURS, **STOCK, **{f"rule {name}": make for name, make in RULES.items()}}
 Tensors = dict[str, Tensor]

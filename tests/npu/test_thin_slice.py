@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-SHAPES = [(4, 5), (3,), (), (2, 1, 6)]
+SHAPES = [(4, 5), (3,), (), (2, 1, 6), (3,)]
 LR, MOMENTUM = 0.1, 0.9
 
 

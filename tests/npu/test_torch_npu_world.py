@@ -25,7 +25,7 @@ import optimizers
 from npu_fuse_pass.backend import npu_fused
 from scripts.conversion_cases import OURS
 
-SHAPES = [(4, 5), (7,), (2, 3)]
+SHAPES = [(4, 5), (7,), (2, 3), (7,)]
 
 
 @pytest.fixture
