@@ -504,3 +504,25 @@ def test_a_parameter_that_takes_the_place_of_another_is_no_silent_fault(name: st
         assert_close(params, twins)
     else:
         assert "torch._dynamo.reset()" in str(last_report().cause_remedy)
+
+
+def test_a_step_without_gradients_in_a_function_calls_its_hooks() -> None:
+    params, twins = parameters([(3,), (3,)], seed=0), parameters([(3,), (3,)], seed=0)
+    opt, twin = NpuFusedAdam(params), torch.optim.Adam(twins)
+
+    def function() -> None:
+        with torch.no_grad():
+            params[0].add_(0.5)
+        opt.step()
+
+    step = torch.compile(function, backend="npu_fused")
+    for ps, o in ((params, opt), (twins, twin)):
+        o.register_step_post_hook(lambda *_, p=ps[0]: (p.detach().mul_(0.5), None)[1])
+    for i in range(3):
+        for ps in (params, twins):
+            set_gradients(ps, gradients(ps, i) if i == 1 else [None, None])
+        step()
+        with torch.no_grad():
+            twins[0].add_(0.5)
+        twin.step()
+    assert_close(params, twins)

@@ -98,8 +98,7 @@ class Surface:
     def update(self, found_inf: Tensor | None) -> None:
         """The step as an operation on tensors; parameters without a gradient are left out, as a guard of the graph."""
         params = [p for p in self.params if p.grad is not None]
-        if params:
-            rule_update(params, [p.grad for p in params], found_inf, self.handle)
+        rule_update(params, [p.grad for p in params], found_inf, self.handle)  # without any it still calls step hooks
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
