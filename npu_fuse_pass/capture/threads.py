@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-import torch._dynamo
 
 T = TypeVar("T")
 
@@ -35,11 +34,12 @@ def while_compiling(work: Callable[[], T]) -> T:
     code = anything.__code__.replace(co_name="npu_fused_while_compiling")  # its own: torch counts compiles of one
     function = types.FunctionType(code, globals(), code.co_name)
     _compile(function, backend=backend)(torch.zeros(1, device="cpu"))
-    _forget(code)
+    forget = getattr(torch._dynamo, "reset_code", None)  # what Dynamo has made, which it would keep
+    if forget is not None:
+        forget(code)
     if errors:
         raise errors.pop()
     return done.pop() if done else asked.pop()()  # torch.compiler.set_stance may forbid compiles
 
 
 _compile = torch.compile
-_forget = getattr(torch._dynamo, "reset_code", lambda code: None)  # what Dynamo has made, which it would keep
