@@ -336,8 +336,8 @@ MUTATIONS = [
     Mutation(
         "a deleted optimizer's plan stays",
         "RuleStep._drop",
-        '("_planned", "_variants")',
-        "()",
+        "        self._gone()",
+        "        pass",
         ("tests/test_backend_lifetime.py::test_a_deleted_optimizer_takes_its_plan_along[adam]",),
     ),
     Mutation(

@@ -80,7 +80,7 @@ RULES = [
         "Prelude._make",
         "                    check_gradient(p, p.grad)",
         "                    pass",
-        ("tests/test_bad_input.py::test_wrong_gradients[first step-sparse-eager-adam]",),
+        ("tests/test_bad_input.py::test_wrong_gradients[first step-complex-eager-adam]",),
     ),
     # the step's operation
     Mutation(

@@ -367,6 +367,8 @@ def test_copies_are_plain() -> None:
         assert type(made) is dict
         assert made.keys() == {"step", "exp_avg", "exp_avg_sq"}
         assert torch.equal(made["exp_avg"], entry["exp_avg"])
+    loaded = pickle.loads(pickle.dumps(opt))
+    assert all(t.untyped_storage().nbytes() == t.nbytes for made in loaded.state.values() for t in made.values())
     everything = copy.copy(opt.state)
     assert all(everything[p]["exp_avg"] is opt.state[p]["exp_avg"] for p in params)
     other = copy.deepcopy(opt)

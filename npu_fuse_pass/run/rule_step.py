@@ -23,7 +23,7 @@ from npu_fuse_pass.rules.optimizer import RuleOptimizer
 from npu_fuse_pass.run import torch_class
 from npu_fuse_pass.run.check_numerics import names_of
 from npu_fuse_pass.run.fallbacks import falls_back, refusal, refused
-from npu_fuse_pass.run.planned import Planned, forget
+from npu_fuse_pass.run.planned import Planned
 from npu_fuse_pass.run.variants import Variant, Variants
 
 
@@ -100,7 +100,6 @@ class RuleStep:
 
     def _drop(self, optimizer: weakref.ref[Stepping]) -> None:
         """Let go of the plan of an optimizer that is gone."""
-        forget(self, ("_planned", "_variants"))
         self._gone()
 
     def _variant(self, cause: Cause, number: pipeline.Number | None) -> Variant:
