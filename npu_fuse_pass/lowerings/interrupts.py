@@ -12,13 +12,12 @@ def to_the_end(write: Callable[[], None]) -> None:
     """Call a function that may begin anew at any point, and again whenever it is interrupted.
 
     Raises:
-        BaseException: the first interrupt, when all is written; an Exception at once.
+        BaseException: the first interrupt, when all is written; a handler may raise an Exception, too.
     """
     try:
         write()
-    except BaseException as e:
-        if not isinstance(e, Exception):
-            again(write)
+    except BaseException:
+        again(write)
         raise
 
 

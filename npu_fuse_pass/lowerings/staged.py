@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from npu_fuse_pass.ir.types import Call, LeafRef
-from npu_fuse_pass.lowerings.interrupts import to_the_end
+from npu_fuse_pass.lowerings.interrupts import again
 
 
 class _Program(Protocol):
@@ -29,13 +29,14 @@ class Program:
         stores: leaves that get the values of other leaves then.
     """
 
+    written = False  # nobody asks a program of several stages
+
     def __init__(
         self, stages: Sequence[tuple[_Program, Sequence[Call]]], last: _Last, stores: Sequence[tuple[int, int]] = ()
     ) -> None:
         self._stages = stages
         self._last = last
         self._stores = stores
-        self.written = False
 
     @torch.no_grad()
     def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None:
@@ -55,12 +56,13 @@ class Program:
                     _run(call, values)
             self._last(values, complete)
             self._last.written = True
-        finally:
-            self.written = self._last.written
-            if self.written:
-                to_the_end(lambda: self._store(values))
+            self._store(values)
+        except BaseException:
+            if self._last.written:
+                again(lambda: self._store(values))
             else:
                 drawn.restore()
+            raise
 
     def _store(self, values: list[Tensor | None]) -> None:
         for leaf, result in self._stores:

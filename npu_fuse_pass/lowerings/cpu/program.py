@@ -166,9 +166,13 @@ class Program:
         """What of the step is not done yet."""
         if self.spread is not None:
             self.spread.finish(threads)
-            for kernel in self.kernels:
-                kernel.finish()
-            return
+        else:
+            self._run_alone(threads)
+        for kernel in self.kernels:
+            kernel.finish()
+        self.written = True
+
+    def _run_alone(self, threads: int) -> None:
         if not self._summed:
             for _ in range(self._rounds):
                 for kernel in self.kernels:
@@ -180,9 +184,6 @@ class Program:
         for kernel in self.kernels:
             if not kernel.done[1]:
                 kernel.call(kernel.update, threads)
-        for kernel in self.kernels:
-            kernel.finish()
-        self.written = True
 
     def _complete(self, values: Values, written: bool, threads: int) -> None:
         """Go on with a step that was interrupted, whatever interrupts that; `written`: all kernels' `write` is done."""
