@@ -12,7 +12,7 @@ from typing import Any
 from npu_fuse_pass.dump import folder, table
 from npu_fuse_pass.dump.contents import Contents
 from npu_fuse_pass.dump.page import page
-from npu_fuse_pass.dump.script import graph_text, script_text
+from npu_fuse_pass.dump.script import files
 from npu_fuse_pass.dump.text import ge_text, group_text, kernel_text
 from npu_fuse_pass.user_warnings import warn
 
@@ -20,10 +20,10 @@ log = logging.getLogger(__name__)
 
 # file -> its text; None: there is nothing to show
 _FILES: dict[str, Callable[[Contents], str | None]] = {
-    "00_dynamo_graph.py": graph_text.original,
+    "00_dynamo_graph.py": files.captured,
     "01_updates.txt": group_text.updates,
     "02_groups.txt": group_text.groups,
-    "03_fused_graph.py": script_text.script,
+    "03_fused_graph.py": files.script,
     "04_kernel.cpp": kernel_text.kernels,
     "summary.json": lambda c: json.dumps(c.report.to_json(), indent=1, ensure_ascii=False) + "\n",
     "table.txt": lambda c: table.table(c.report),

@@ -39,6 +39,11 @@ def rewrite(step: Grouped) -> fx.GraphModule:
     return fx.GraphModule(torch.nn.Module(), graph, "FusedStep")
 
 
+def argument_name(leaf: Leaf) -> str:
+    """What the fused graph calls a leaf that it gets."""
+    return leaf.name.replace("[", "_").replace("]", "").replace(".", "_")
+
+
 def _group_nodes(
     graph: fx.Graph,
     leaves: Sequence[Leaf],
@@ -89,7 +94,7 @@ def _leaf_nodes(graph: fx.Graph, leaves: Sequence[Leaf]) -> dict[int, fx.Node]:
     nodes: dict[int, fx.Node] = {}
     for index, leaf in enumerate(leaves):
         if leaf.kind in ("input", "attribute"):
-            nodes[index] = graph.placeholder(leaf.name.replace("[", "_").replace("]", "").replace(".", "_"))
+            nodes[index] = graph.placeholder(argument_name(leaf))
     for index, leaf in enumerate(leaves):
         if leaf.kind == "constant":
             nodes[index] = _number(graph, leaf.value)

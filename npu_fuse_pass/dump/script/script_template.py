@@ -9,33 +9,39 @@ import math  # noqa: F401
 import operator  # noqa: F401
 import sys
 from collections.abc import Iterator
+from math import inf, nan  # noqa: F401
 from typing import Any
 
 import torch
+from torch import device  # noqa: F401
 
 import npu_fuse_pass.ir.fused_op  # noqa: F401  (what a fused node computes)
 from npu_fuse_pass.tolerances import TRAJECTORY
 
 # what follows differs from step to step
+INPUTS: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
 SWITCHES: list[str] = []
 ZEROS: list[str] = []
-INPUTS: dict[str, Any] = {}
+RETURNED: list[int] = []
 
 
-def captured(**given: Any) -> list[Any]:
-    """The captured graph; what it returns as new tensors."""
-    return []
+class Captured:
+    """The captured graph."""
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        """What it returns, in order; RETURNED are new tensors."""
 
 
-def fused(**given: Any) -> list[Any]:
-    """The fused graph, likewise."""
-    return []
+class Fused:
+    """The fused graph."""
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        """The new tensors that the captured one returns."""
 
 
 # what follows is the same for every step
-def value(kind: Any, signed: bool) -> torch.Tensor:
+def value(dtype: torch.dtype, shape: tuple[int, ...], signed: bool) -> torch.Tensor:
     """A random tensor; `signed`: also with negative elements."""
-    dtype, shape = kind
     if not dtype.is_floating_point:
         return torch.randint(0, 2 if dtype == torch.bool else 9, shape).to(dtype)
     made = torch.rand(shape, dtype=torch.float64) * 0.8 + 0.1
@@ -43,17 +49,12 @@ def value(kind: Any, signed: bool) -> torch.Tensor:
     return torch.mul(made, signs).to(dtype)
 
 
-def inputs(signed: bool, on: bool) -> dict[str, Any]:
+def inputs(signed: bool, on: bool) -> dict[str, torch.Tensor]:
     """Arguments for both graphs; `on`: switches are not zero."""
     torch.manual_seed(0)
-    made: dict[str, Any] = {
-        name: [value(k, signed) for k in kinds] if isinstance(kinds, list) else value(kinds, signed)
-        for name, kinds in INPUTS.items()
-    }
-    switched = {name: made[name] for name in [*ZEROS, *([] if on else SWITCHES)]}
-    for tensors in switched.values():
-        for tensor in tensors if isinstance(tensors, list) else [tensors]:
-            tensor.zero_()
+    made = {name: value(*kind, signed) for name, kind in INPUTS.items()}
+    for name in [*ZEROS, *([] if on else SWITCHES)]:
+        made[name].zero_()
     return made
 
 
@@ -61,20 +62,19 @@ def differences(signed: bool, on: bool) -> Iterator[str]:
     """What differs between the two graphs, in words."""
     theirs = inputs(signed, on)
     ours = copy.deepcopy(theirs)
-    theirs["returned"] = list(captured(**theirs))
-    ours["returned"] = list(fused(**ours))
-    for name, want in theirs.items():
-        pairs = zip(want, ours[name], strict=True) if isinstance(want, list) else [(want, ours[name])]
-        for i, (a, b) in enumerate(pairs):
-            error = ((b.double() - a.double()).abs() / (1e-3 + a.double().abs())).nan_to_num(0.0, 0.0)
-            worst = float(error.max()) if error.numel() else 0.0
-            place = f"{name}[{i}], {a.dtype} {tuple(a.shape)}"
-            if a.dtype != b.dtype:
-                yield f"{place}: the fused graph gives {b.dtype}"
-            elif not (torch.equal(a.isnan(), b.isnan()) and torch.equal(a.isinf(), b.isinf())):
-                yield f"{place}: NaN or infinite elements, captured {counts(a)}, fused {counts(b)}"
-            elif worst > TRAJECTORY.get(a.dtype, 0.0):  # of |fused - captured| / (1e-3 + |captured|)
-                yield f"{place}: relative difference up to {worst:.3g}"
+    returned = Captured().forward(*theirs.values())
+    theirs |= {f"returned[{i}]": returned[i] for i in RETURNED}
+    ours |= zip((f"returned[{i}]" for i in RETURNED), Fused().forward(*ours.values()), strict=True)
+    for name, a in theirs.items():
+        b, place = ours[name], f"{name}, {a.dtype} {tuple(a.shape)}"
+        error = ((b.double() - a.double()).abs() / (1e-3 + a.double().abs())).nan_to_num(0.0, 0.0)
+        worst = float(error.max()) if error.numel() else 0.0
+        if a.dtype != b.dtype:
+            yield f"{place}: the fused graph gives {b.dtype}"
+        elif not (torch.equal(a.isnan(), b.isnan()) and torch.equal(a.isinf(), b.isinf())):
+            yield f"{place}: NaN or infinite elements, captured {counts(a)}, fused {counts(b)}"
+        elif worst > TRAJECTORY.get(a.dtype, 0.0):  # of |fused - captured| / (1e-3 + |captured|)
+            yield f"{place}: relative difference up to {worst:.3g}"
 
 
 def counts(x: torch.Tensor) -> str:
