@@ -8,16 +8,21 @@ from collections.abc import Callable
 INTERRUPTS = 100  # somebody who goes on for so long does not want to wait for the end of the step
 
 
-def to_the_end(write: Callable[[], None]) -> None:
+def to_the_end(write: Callable[[], None], refused: Callable[[BaseException], bool] = lambda e: False) -> None:
     """Call a function that may begin anew at any point, and again whenever it is interrupted.
+
+    Args:
+        write: does the same when it is called again.
+        refused: of what it has raised: nothing is written, and nothing will be.
 
     Raises:
         BaseException: the first interrupt, when all is written; a handler may raise an Exception, too.
     """
     try:
         write()
-    except BaseException:
-        again(write)
+    except BaseException as e:
+        if not refused(e):
+            again(write)
         raise
 
 

@@ -23,7 +23,7 @@ from npu_fuse_pass.lowerings.cpu.kernel import Kernel
 from npu_fuse_pass.lowerings.cpu.native_look import look_at_dicts
 from npu_fuse_pass.lowerings.cpu.spread import Spread
 from npu_fuse_pass.lowerings.cpu.tables import Values
-from npu_fuse_pass.lowerings.interrupts import again
+from npu_fuse_pass.lowerings.interrupts import to_the_end
 from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.tensors.memory import NOWHERE, check_apart
 
@@ -146,21 +146,22 @@ class Program:
     def _compute(self, values: Values) -> None:
         """All kernels, or none: what a signal's handler raises between two of them (KeyboardInterrupt) is held."""
         threads = torch.get_num_threads()
-        written = False
+        bound = False
         self._summed = False
-        try:
-            if self.spread is not None:
-                self.spread.begin()
-            for kernel in self.kernels:
-                kernel.write(values)
-            if self.spread is not None:
-                self.spread.open(threads)
-            written = True
+        if self.spread is not None:
+            self.spread.begin()
+
+        def step() -> None:
+            nonlocal bound
+            if not bound:
+                for kernel in self.kernels:
+                    kernel.write(values)
+                if self.spread is not None:
+                    self.spread.open(threads)
+            bound = True
             self._run(threads)
-        except BaseException as e:
-            if written or not isinstance(e, Exception):  # an Exception of `write` is a refusal
-                self._complete(values, written, threads)
-            raise
+
+        to_the_end(step, refused=lambda e: not bound and isinstance(e, Exception))
 
     def _run(self, threads: int) -> None:
         """What of the step is not done yet."""
@@ -184,18 +185,6 @@ class Program:
         for kernel in self.kernels:
             if not kernel.done[1]:
                 kernel.call(kernel.update, threads)
-
-    def _complete(self, values: Values, written: bool, threads: int) -> None:
-        """Go on with a step that was interrupted, whatever interrupts that; `written`: all kernels' `write` is done."""
-
-        def rest() -> None:
-            nonlocal written
-            for kernel in () if written else self.kernels:
-                kernel.write(values)
-            written = True
-            self._run(threads)
-
-        again(rest)
 
     def cost(self, kernel: Kernel) -> tuple[int, int]:
         """Bytes for each element and kernel calls of a step."""
