@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import itertools
 import math
 import os
 import sys
+import threading
 import types
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -170,6 +172,18 @@ def assert_one_fused_step(call: Callable[[], Any], copies: bool = False) -> None
 
 
 COPYING = ("aten::copy_", "aten::detach", "aten::empty_strided", "aten::empty_like", "detach", "aten::as_strided")
+
+
+def at_once(*calls: Callable[[], T]) -> list[T]:
+    """What functions return that begin together in threads of their own; raises what one of them raises."""
+    start = threading.Barrier(len(calls))
+
+    def run(call: Callable[[], T]) -> T:
+        start.wait()
+        return call()
+
+    with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
+        return [future.result() for future in [pool.submit(run, call) for call in calls]]
 
 
 def forget_scripts() -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import pickle
 import sys
-import threading
 import weakref
 from typing import Any
 
@@ -18,7 +18,7 @@ from npu_fuse_pass.lowerings.cpu import program as cpu_program
 from optimizers import NpuFusedAdam
 
 from .cases import BY_NAME, ONE_EACH, Case, over
-from .support import assert_close, assert_fused, compiled, parameters, profiled, stated_calls, train
+from .support import assert_close, assert_fused, at_once, compiled, parameters, profiled, stated_calls, train
 
 
 def test_versions_are_counted() -> None:
@@ -67,21 +67,7 @@ def test_two_threads() -> None:
     for i, name in enumerate(("adam", "lamb")):
         params = parameters([(50, 60), (7,)], seed=i)
         made.append((params, compiled(BY_NAME[name].build(params)), BY_NAME[name].oracle(params)))
-    start, errors = threading.Barrier(2), []
-
-    def work(params: Any, step: Any, oracle: Any) -> None:
-        try:
-            start.wait()
-            train(params, step, oracle, range(30))
-        except BaseException as e:
-            errors.append(e)
-
-    threads = [threading.Thread(target=work, args=m) for m in made]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert not errors
+    at_once(*(functools.partial(train, *one, range(30)) for one in made))
     for params, step, oracle in made:
         assert_close(params, oracle.values, 2e-3)
         assert sorted(profiled(step)[0]) in [stated_calls(r) for r in npu_fuse_pass.reports()]

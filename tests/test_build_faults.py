@@ -7,7 +7,6 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import types
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ import optimizers
 from npu_fuse_pass.lowerings.cpu import compiler as cpu_compiler
 
 from .kernel_cache import GXX, Path, counting_compiler, fused, own_cache, record_loads, script, train_compiled
-from .support import last_report
+from .support import at_once, last_report
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -251,23 +250,14 @@ def test_threads_ask_for_the_backend_at_once(monkeypatch: pytest.MonkeyPatch) ->
     from npu_fuse_pass.rules import registration
 
     registration._register.cache_clear()
-    failed: list[BaseException] = []
 
     def work() -> None:
         p = torch.nn.Parameter(torch.ones(3))
         p.grad = torch.ones(3)
-        try:
-            torch.compile(optimizers.NpuFusedSGD([p], lr=0.1).step, backend="npu_fused")()
-            assert torch.allclose(p, torch.full((3,), 0.9))
-        except BaseException as e:
-            failed.append(e)
+        torch.compile(optimizers.NpuFusedSGD([p], lr=0.1).step, backend="npu_fused")()
+        assert torch.allclose(p, torch.full((3,), 0.9))
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert not failed
+    at_once(*[work] * 4)
     assert entry is not None
 
 
@@ -278,16 +268,5 @@ def test_threads_build_at_once(kernel_cache: Path, tmp_path: Path, monkeypatch: 
     from npu_fuse_pass.lowerings.cpu import build
 
     source = 'extern "C" int seven() { return 7; }'
-    start, found = threading.Barrier(3), []
-
-    def work() -> None:
-        start.wait()
-        found.append(build.load(source, ["seven"]).seven())
-
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert found == [7, 7, 7]
+    assert at_once(*[lambda: build.load(source, ["seven"]).seven()] * 3) == [7, 7, 7]
     assert calls() == 1

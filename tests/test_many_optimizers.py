@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import gc
-import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +21,7 @@ from npu_fuse_pass.capture import rule as capture
 from npu_fuse_pass.rules import core_op
 from npu_fuse_pass.stock import binding
 
-from .support import FULL, assert_fused
+from .support import FULL, assert_fused, at_once
 
 COUNT = 60 if FULL else 12
 
@@ -156,22 +156,8 @@ def test_threads() -> None:
     began()
     kinds = [optimizers.NpuFusedAdamW, heavy_ball] * 2
     made, expected = [make(kind, 3) for kind in kinds], [make(kind, 3) for kind in kinds]
-    start, errors = threading.Barrier(len(made)), []
-
-    def work(params: Any, opts: Any) -> None:
-        try:
-            steps = [by_torch(opt) for opt in opts]
-            start.wait()
-            train(params, steps, rounds=5)
-        except BaseException as e:
-            errors.append(e)
-
-    threads = [threading.Thread(target=work, args=m) for m in made]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert not errors
+    works = [(params, [by_torch(opt) for opt in opts]) for params, opts in made]
+    at_once(*(functools.partial(train, params, steps, rounds=5) for params, steps in works))
     for (params, _), (others, eager) in zip(made, expected, strict=True):
         train(others, [opt.step for opt in eager], rounds=5)
         for p, q in zip(params, others, strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ import npu_fuse_pass
 from npu_fuse_pass import ones, rule, total
 
 from .rules import same_compiled
-from .support import assert_close, compiled, gradients, last_report, parameters, set_gradients
+from .support import assert_close, at_once, compiled, gradients, last_report, parameters, set_gradients
 
 SHAPED: dict[str, Callable[..., Any]] = {
     "numel": lambda param, grad, m, *, lr: (param - lr * grad / param.numel(), m),
@@ -117,12 +116,7 @@ def test_a_rule_does_not_change() -> None:
     made = rule(defaults={"lr": 0.1})(lambda param, grad, *, lr: param - lr * grad)
     with pytest.raises(AttributeError):
         made.name = "other"  # type: ignore[misc]
-    results: list[Any] = []
-    threads = [threading.Thread(target=lambda: results.append(made(parameters()))) for _ in range(2)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    results = at_once(*[lambda: made(parameters())] * 2)
     assert results[0].param_groups[0]["lr"] == 0.1
     results[0].defaults["lr"] = results[0].param_groups[0]["lr"] = 5
     assert made.defaults["lr"] == results[1].param_groups[0]["lr"] == 0.1

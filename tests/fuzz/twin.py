@@ -10,13 +10,13 @@ import os
 os.environ.setdefault("NPU_FUSE_VERIFY", "1")  # internal errors are findings, not fallbacks
 
 # ruff: noqa: F401 (programs use these)
+import concurrent.futures
 import copy
 import dataclasses
 import gc
 import pathlib
 import pickle
 import tempfile
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -156,38 +156,15 @@ def grown(x: Tensor) -> Tensor:
 
 def in_thread(call: Callable[..., Any], *args: Any) -> None:
     """Call it in a thread of its own; its exception is ours."""
-    raised: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            call(*args)
-        except BaseException as e:
-            raised.append(e)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if raised:
-        raise raised[0]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(call, *args).result()
 
 
 def several_threads(steps: Sequence[Callable[..., Any]]) -> None:
     """All at once, each for parameters of its own."""
-    raised: list[BaseException] = []
-
-    def run(step: Callable[..., Any]) -> None:
-        try:
-            step()
-        except BaseException as e:
-            raised.append(e)
-
-    threads = [threading.Thread(target=run, args=(step,)) for step in steps]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if raised:
-        raise raised[0]
+    with concurrent.futures.ThreadPoolExecutor(len(steps)) as pool:
+        for future in [pool.submit(step) for step in steps]:
+            future.result()
 
 
 def in_mode(mode: Any, call: Callable[..., Any], *args: Any) -> None:
