@@ -29,7 +29,7 @@ import optimizers.paddle
 from npu_fuse_pass.lowerings.cpu.kernel import _TAGS, Kernel
 from npu_fuse_pass.lowerings.cpu.tables import Args
 
-COMPILER = ["aarch64-linux-gnu-g++", "-std=c++17", "-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno"]
+COMPILER = ["aarch64-linux-gnu-g++", "-std=c++14", "-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno"]
 COMPILER += ["-fno-trapping-math", "-fno-strict-aliasing", "-w", "-mcpu=tsv110"]  # Kunpeng 920, beside most Ascend NPUs
 EMULATOR = ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", "-cpu", "max"]
 SIZES = {tag: dtype.itemsize for dtype, tag in _TAGS.items()}
