@@ -17,6 +17,7 @@ from npu_fuse_pass.rules.optimizer import RuleOptimizer
 from npu_fuse_pass.stock.binding import Binding
 from npu_fuse_pass.stock.classes import stock_class
 from npu_fuse_pass.stock.prelude import Refused
+from npu_fuse_pass.tools.first_step import first_eagerly
 from npu_fuse_pass.tools.symbolic import symbolic_numbers
 
 
@@ -50,7 +51,7 @@ def captured(
         with symbolic_numbers():
             return compiled(*args, **kwargs)
 
-    return run
+    return first_eagerly(opt, step, run)
 
 
 def _of_rules(opt: RuleOptimizer, core: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
