@@ -182,20 +182,28 @@ def _views_come_last(vectors: set[fx.Node]) -> bool:
 
 
 def _reshape(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A computed number as a tensor of one element, or the other way round: it meets tensors of any shape."""
-    made = recorded(node)
+    """A computed number as a tensor of one element, or the other way round: it meets tensors of any shape.
+
+    What torch has recorded is the shape that a tensor has at the end: `squeeze_` changes that of the tensor itself.
+    """
+    made, in_place = recorded(node), operation_name(node).endswith("_")
     if not args or not isinstance(args[0], Cell) or not isinstance(made, Tensor):
         return NotImplemented
     val, b = args[0].read(), interpreter.builder
     if val.expr.tensor or val.number or not val.dtype.is_floating_point or made.dtype != val.dtype:
         return NotImplemented
     shape = tuple(map(int, made.shape))
-    if math.prod(val.shape) != 1 or math.prod(shape) != 1 or shape == val.shape:
+    if math.prod(val.shape) != 1 or math.prod(shape) != 1 or (in_place and args[0].leaf is not None):
         return NotImplemented
     expr = b.cast(val.expr, val.dtype)
-    return Cell(Val(expr if shape else b.cast(expr, torch.float64), val.dtype, shape), None, (args[0], args[0].val))
+    new = val if shape == val.shape else Val(expr if shape else b.cast(expr, torch.float64), val.dtype, shape)
+    if not in_place:
+        return Cell(new, None, (args[0], args[0].val))
+    args[0].val = new
+    return args[0]
 
 
+_RESHAPES = ("reshape", "view", "squeeze", "unsqueeze", "flatten", "ravel", "view_as", "reshape_as")
 STACKED: dict[str, Expansion] = {
     **{name + end: _entrywise(name + end) for name in sorted(_ENTRYWISE) for end in ("", "_")},
     "stack": _stack,
@@ -203,6 +211,5 @@ STACKED: dict[str, Expansion] = {
     "as_tensor": _numbers,
     "unbind": _unbind,
     "getitem": _getitem,
-    "reshape": _reshape,
-    "view": _reshape,
+    **dict.fromkeys((*_RESHAPES, "squeeze_", "unsqueeze_"), _reshape),
 }

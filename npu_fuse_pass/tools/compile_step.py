@@ -30,9 +30,10 @@ def compile_step(opt: torch.optim.Optimizer, **options: Any) -> CompiledStep:
     """A compiled step of `opt`: call it instead of `opt.step`, with or without a closure.
 
     It has recompiles of its own (instances of one class otherwise share torch's limit of 8), switches fused=True off
-    with a warning, and notices what a backend cannot: steps that never reach it. The first step of a class that is neither
-    ours nor torch's is eager where it makes states. Step hooks run outside of what is compiled, and so does a closure.
-    It may be put in the place of `opt.step`, before or after schedulers; `compile_optimizer_` does that, and more.
+    with a warning, and notices what a backend cannot: steps that never reach it. The first step of a class that is
+    neither ours nor torch's is eager where it makes states. Step hooks run outside of what is compiled, and so does a
+    closure. It may be put in the place of `opt.step`, before or after schedulers; `compile_optimizer_` does that, and
+    more.
 
     Args:
         opt: any torch.optim.Optimizer.

@@ -1,7 +1,7 @@
 """The first step of an optimizer that nobody here knows: it runs as it is, and what is compiled finds its states made.
 
-Dynamo would compile the first step as a graph of its own. Where states are copies of tensors, or are made behind a branch
-that it cannot follow, it would skip that code for good, though no later step runs it.
+Dynamo would compile the first step as a graph of its own. Where states are copies of tensors, or are made behind a
+branch that it cannot follow, it would skip that code for good, though no later step runs it.
 """
 
 from __future__ import annotations
@@ -33,6 +33,6 @@ def first_eagerly(
 
 
 def _has_states(opt: torch.optim.Optimizer) -> bool:
-    """Whether every parameter that is trained has a state; an optimizer without any looks as if its first came later."""
+    """Whether every parameter that is trained has a state; without any, the first step is eager, too."""
     trained = [p for group in opt.param_groups for p in group["params"] if p.requires_grad]
     return bool(trained) and all(opt.state.get(p) for p in trained)
