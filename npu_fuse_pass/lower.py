@@ -10,6 +10,7 @@ from torch import Tensor
 
 from npu_fuse_pass.dump.folder import wanted
 from npu_fuse_pass.errors import GraphRefused, PlatformError, UnfusedError, Unsupported
+from npu_fuse_pass.ir.expr import postorder
 from npu_fuse_pass.ir.fused_op import multi_tensor_update
 from npu_fuse_pass.ir.totals import total_slots
 from npu_fuse_pass.ir.types import Group, Grouped, Leaf
@@ -23,6 +24,7 @@ from npu_fuse_pass.report.report import GroupReport
 from npu_fuse_pass.report.rows import Matches, group_report, show_layouts
 
 Values = list[Tensor | None] | None  # of the leaves, where they are known before the step is called
+_MASTER = "step on a CPU, or use master_weights=True"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,9 @@ def lower(
     if any(leaf.across for leaf in step.leaves) and (target.platform == "npu" or target.form != "program"):
         text = f"norms or sums of tensors that are spread over processes are not lowered for {target}"
         return Lowered(None, [], [Code.SHARDED(text)])
+    rounds = any(e.op == "stochastic" for g in step.all_groups for e in postorder(g.formula.roots))
+    if rounds and (target.platform == "npu" or target.form != "program"):
+        return Lowered(None, [], [Code.PLATFORM(f"stochastic rounding is not lowered for {target}", "", _MASTER)])
     made_by = LOWERINGS[target.platform if target.form == "program" else target.form]
     try:
         if target == Target("npu") and any(stage.calls for stage in step.stages):

@@ -39,6 +39,7 @@ class NpuFusedOptimizer(RuleOptimizer):
         state_dtype: torch.dtype | None = None,
         flatten: str | None = None,
         master_weights: bool = False,
+        stochastic_rounding: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -46,6 +47,7 @@ class NpuFusedOptimizer(RuleOptimizer):
             state_dtype=state_dtype,
             flatten=flatten,
             master_weights=master_weights,
+            stochastic_rounding=stochastic_rounding,
         )
 
     def checked(self, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,6 +36,7 @@ class NpuFusedAdam(NpuFusedOptimizer):
         state_dtype: dtype of the states; None means each parameter's own.
         flatten: "params" re-homes the parameters in one buffer per group and dtype (`RuleOptimizer` says more).
         master_weights: keep what half-precision parameters round away (`RuleOptimizer` says more).
+        stochastic_rounding: round new values of half-precision parameters by chance (`RuleOptimizer` says more).
 
     Raises:
         ValueError: a value is not allowed.
@@ -56,6 +57,8 @@ class NpuFusedAdam(NpuFusedOptimizer):
         state_dtype: torch.dtype | None = None,
         flatten: str | None = None,
         master_weights: bool = False,
+        stochastic_rounding: bool = False,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
-        super().__init__(params, defaults, state_dtype=state_dtype, flatten=flatten, master_weights=master_weights)
+        half: Any = {"master_weights": master_weights, "stochastic_rounding": stochastic_rounding}
+        super().__init__(params, defaults, state_dtype=state_dtype, flatten=flatten, **half)

@@ -76,6 +76,7 @@ class NpuFusedLamb(NpuFusedOptimizer):
         state_dtype: dtype of the states; None means each parameter's own.
         flatten: "params" re-homes the parameters in one buffer per group and dtype (`RuleOptimizer` says more).
         master_weights: keep what half-precision parameters round away (`RuleOptimizer` says more).
+        stochastic_rounding: round new values of half-precision parameters by chance (`RuleOptimizer` says more).
 
     Raises:
         ValueError: a value is not allowed.
@@ -96,11 +97,13 @@ class NpuFusedLamb(NpuFusedOptimizer):
         state_dtype: torch.dtype | None = None,
         flatten: str | None = None,
         master_weights: bool = False,
+        stochastic_rounding: bool = False,
     ) -> None:
         self.checked({"adam": adam, "use_global_grad_norm": use_global_grad_norm})
         self.adam, self.use_global_grad_norm = adam, use_global_grad_norm
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults, state_dtype=state_dtype, flatten=flatten, master_weights=master_weights)
+        half: Any = {"master_weights": master_weights, "stochastic_rounding": stochastic_rounding}
+        super().__init__(params, defaults, state_dtype=state_dtype, flatten=flatten, **half)
 
     def hyperparameters(self, group: dict[str, Any]) -> Mapping[str, Any]:
         """The group's options and the attributes."""

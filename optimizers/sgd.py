@@ -41,6 +41,7 @@ class NpuFusedSGD(NpuFusedOptimizer):
         state_dtype: dtype of the states; None means each parameter's own.
         flatten: "params" re-homes the parameters in one buffer per group and dtype (`RuleOptimizer` says more).
         master_weights: keep what half-precision parameters round away (`RuleOptimizer` says more).
+        stochastic_rounding: round new values of half-precision parameters by chance (`RuleOptimizer` says more).
 
     Raises:
         ValueError: lr is missing, or a value is not allowed.
@@ -61,10 +62,12 @@ class NpuFusedSGD(NpuFusedOptimizer):
         state_dtype: torch.dtype | None = None,
         flatten: str | None = None,
         master_weights: bool = False,
+        stochastic_rounding: bool = False,
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "dampening": dampening}
         defaults |= {"weight_decay": weight_decay, "nesterov": nesterov}
-        super().__init__(params, defaults, state_dtype=state_dtype, flatten=flatten, master_weights=master_weights)
+        half: Any = {"master_weights": master_weights, "stochastic_rounding": stochastic_rounding}
+        super().__init__(params, defaults, state_dtype=state_dtype, flatten=flatten, **half)
 
     def checked(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """As in the base class; also refuses nesterov without what it needs."""

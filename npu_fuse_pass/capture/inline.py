@@ -36,6 +36,9 @@ def expand_rule(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], 
     optimizer = core_op.optimizer_of(handle)
     if any(batch.is_dtensors for batch in optimizer._prelude.batches):
         raise Unsupported("rule_update", "the parameters are DTensors; compile the step by itself", Code.NO_MEMORY)
+    if any(batch.rounding.names for batch in optimizer._prelude.batches):
+        words = "rounds stochastically, which a step by itself can do in a kernel"
+        raise Unsupported("rule_update", words, Code.OPERATION, "compile opt.step by itself")
     own = [p for p in optimizer._surface.params if p.grad is not None]
     if len(own) != len(params):
         raise Unsupported(

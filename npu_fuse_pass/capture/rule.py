@@ -54,7 +54,7 @@ def _capture(batches: Sequence[Batch]) -> Captured:
     captured = Captured([], [], [])
     traces = _Traces()
     for batch in batches:
-        roles = _Roles(["param", "grad", *batch.stored], ["step", *batch.hyper.names])
+        roles = _Roles(["param", "grad", *batch.stored], ["step", *batch.rounding.names, *batch.hyper.names])
         members = _add_leaves(captured.leaves, batch, roles)
         if any(b.repeats for b in batches):
             continue
@@ -96,19 +96,20 @@ def outline(batches: Sequence[Batch]) -> tuple[object, ...] | None:
 def _add_leaves(leaves: list[Leaf], batch: Batch, roles: _Roles) -> list[tuple[int, ...]]:
     first, n = len(leaves), len(batch.params)
     dtypes = {"param": batch.dtype, "grad": batch.grad_dtype, **batch.stored}
-    for role in [*roles.tensors, "step"]:
+    of_each = [*roles.tensors, "step", *batch.rounding.names]
+    for role in of_each:
         for p, owner in zip(batch.params, batch.owners, strict=True):
             name, index = f"{role}_{len(leaves)}", len(leaves)
-            shape = tuple(p.shape) if role != "step" else ()
+            shape = tuple(p.shape) if role in roles.tensors else ()
             dtype, fixed = dtypes.get(role, torch.float64), role in batch.fixed
-            spread = across(owner) if batch.needs_whole and role != "step" else ()
+            spread = across(owner) if batch.needs_whole and role in roles.tensors else ()
             whole = owner.numel() if spread else 0
             leaves.append(
                 Leaf("input", name, index, 0.0, dtype, shape, batch.device, fixed, across=spread, whole=whole)
             )
     for name in batch.hyper.names:
         leaves.append(Leaf("input", f"{name}_{len(leaves)}", len(leaves), fixed=True))
-    per_member = len(roles.tensors) + 1
+    per_member = len(of_each)
     shared = range(first + per_member * n, len(leaves))
     return [(*(first + r * n + i for r in range(per_member)), *shared) for i in range(n)]
 
@@ -145,7 +146,8 @@ def _structure(batch: Batch) -> tuple[object, ...]:
     """What the formula of a batch depends on, beside shapes."""
     stored = tuple(batch.stored.items())
     dtypes = (batch.dtype, batch.grad_dtype, stored)
-    return (id(batch.rule), dtypes, tuple(batch.hyper.static.items()), tuple(batch.hyper.names), batch.counts)
+    numbers = (*batch.rounding.names, *batch.hyper.names)
+    return (id(batch.rule), dtypes, tuple(batch.hyper.static.items()), numbers, batch.counts)
 
 
 def _updates_of(
@@ -174,6 +176,7 @@ def _calls(batch: Batch, shape: tuple[int, ...]) -> object:
     tensors["grad"] = torch.empty(shape, dtype=batch.grad_dtype, device=device)
     tensors |= {n: torch.empty(shape, dtype=dtype, device=device) for n, dtype in batch.stored.items()}
     keywords = meta_keywords(batch.hyper.static, batch.hyper.views, batch.totals)
+    keywords |= batch.rounding.keyword(lambda name: torch.empty((), dtype=torch.float64, device=device))
     record = _Record([*tensors.values(), *(k for k in tree_leaves(keywords) if isinstance(k, Tensor))])
     try:
         with record:
@@ -216,7 +219,7 @@ def _trace(batch: Batch, roles: _Roles, shape: tuple[int, ...], totals: Sequence
     Args:
         totals: the numbers of the batch's totals.
     """
-    interpreter = Interpreter(LISTS, keeps=False)
+    interpreter = Interpreter({**LISTS, "stochastic_round": _stochastic}, keeps=False)
     dtypes = {"param": batch.dtype, "grad": batch.grad_dtype, **batch.stored}
     cells = {
         n: interpreter.add_leaf(Leaf("input", n, dtype=dtypes[n], shape=shape), tensor=True) for n in roles.tensors
@@ -245,7 +248,8 @@ def _trace(batch: Batch, roles: _Roles, shape: tuple[int, ...], totals: Sequence
         new, grad, states = batch.rule.apply(t["param"], t["grad"], {n: t[n] for n in batch.stored}, k)
         return [new, *([grad] if grad is not None else []), *states.values()]
 
-    results, graph = _run(interpreter, batch, update, shape, cells, {**numbers, "step": step, **sums})
+    rounding = batch.rounding.keyword(scalars.__getitem__)
+    results, graph = _run(interpreter, batch, update, shape, cells, {**numbers, "step": step, **sums, **rounding})
     targets = ["param", *(["grad"] if batch.rule.writes_grad else []), *batch.stored]
     position = {n: i for i, n in enumerate(roles.labels)}
     writes = []
@@ -256,10 +260,20 @@ def _trace(batch: Batch, roles: _Roles, shape: tuple[int, ...], totals: Sequence
     slots = [Slot(True, dtypes[n]) for n in roles.tensors] + [Slot(False, torch.float64) for _ in roles.scalars]
     stored = sum(2 * slots[p].dtype.itemsize for p, _ in writes if slots[p].tensor)  # copying the results
     keywords = [*tree_leaves(_group_numbers(batch, position)), "step", *(f"total {n}" for n, _ in contributions)]
+    keywords += [position[name] for name in batch.rounding.names]
     arguments = (*(position[n] for n in cells), *keywords)
     traced = Traced(batch.rule.name, graph, tuple(graphs), arguments)
     update_of_one = Update(writes, contributions, [], roles.labels, slots, traced)
     return update_of_one, interpreter.moved / max(1, math.prod(shape)) + stored
+
+
+def _stochastic(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cell:
+    """`stochastic_round(x, like, seed, parameter, first, step)`."""
+    x, like, *numbers = (cell.read() for cell in args)
+    b = interpreter.builder
+    given = (b.cast(x.expr, torch.float32), like.expr, *(n.expr for n in numbers))
+    interpreter.moves([x], [like], fused=True)
+    return Cell(dataclasses.replace(like, expr=b.make("stochastic", given, None, like.dtype, True)))
 
 
 def _plus(interpreter: Interpreter, cell: Cell, one: Expr) -> Any:

@@ -20,6 +20,7 @@ from torch import Tensor
 from npu_fuse_pass.ir.expr import Expr, postorder
 from npu_fuse_pass.ir.text import parse
 from npu_fuse_pass.ir.types import Formula
+from npu_fuse_pass.tensors.stochastic import stochastic_round
 
 _library = torch.library.Library("npu_fused", "FRAGMENT")
 _library.define("multi_tensor_update(Tensor[] tensors, Tensor[] scalars, int members, str formula) -> Tensor[]")
@@ -41,6 +42,7 @@ _TORCH: dict[str, Callable[..., Tensor]] = {
     "sum": lambda x: x.double().sum(),
     "amax": lambda x: x.double().amax(),
     "amin": lambda x: x.double().amin(),
+    "stochastic": stochastic_round,
 }
 
 

@@ -405,6 +405,7 @@ class Algebra:
 
 _RATIONAL: dict[str, Callable[..., Value]] = {
     "cast": lambda x: x,
+    "stochastic": lambda x, *_: x,
     "add": lambda x, y: x + y,
     "sub": lambda x, y: x - y,
     "mul": lambda x, y: x * y,

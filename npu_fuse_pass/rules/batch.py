@@ -18,8 +18,9 @@ from torch import Tensor
 
 from npu_fuse_pass.errors import GradientError
 from npu_fuse_pass.rules.checks import is_pointwise, reads_step
-from npu_fuse_pass.rules.declaration import RESIDUAL, Declaration
+from npu_fuse_pass.rules.declaration import RESIDUAL, Declaration, arithmetic_dtype
 from npu_fuse_pass.rules.hyperparameters import Hyper
+from npu_fuse_pass.rules.rounding import Rounding
 from npu_fuse_pass.rules.state import ParamState, States
 from npu_fuse_pass.tensors.buffers import flat_buffer, reference_strides
 from npu_fuse_pass.tensors.memory import same_memory
@@ -56,6 +57,7 @@ class Batch:
     strides: list[tuple[int, ...]]
     counts: bool  # whether its parameters have a step counter: those with a state do, and those whose rule reads it
     needs_whole: bool = False  # whether the rule takes norms or sums of parameters of which this process holds a part
+    rounding: Rounding = dataclasses.field(default_factory=Rounding)
     repeats: bool = False  # whether its parameters are listed in an earlier batch already, whose states it shares
     inference: bool = False  # whether it writes tensors that only inference mode may write
     pointers: list[int] = dataclasses.field(default_factory=list)
@@ -84,9 +86,10 @@ class Batch:
     def is_dtensors(self) -> bool:
         return self.sharding in ("shard", "replica")
 
-    def keywords(self, step: Tensor) -> dict[str, Any]:
-        """The keywords of the rule at one step count, totals excepted."""
-        return {**self.hyper.static, **self.hyper.views, "step": step}
+    def keywords(self, step: Tensor, index: int) -> dict[str, Any]:
+        """The keywords of the rule for one parameter at one step count, totals excepted."""
+        rounding = self.rounding.keyword(lambda name: self.rounding.views[name][index])
+        return {**self.hyper.static, **self.hyper.views, "step": step, **rounding}
 
     def states(self, index: int) -> dict[str, Tensor]:
         return {name: views[index] for name, views in self.views.items()}
@@ -105,11 +108,13 @@ def make_batch(
     owners: list[Tensor],
     state: States,
     state_dtype: torch.dtype | None,
+    rounds: bool = False,
 ) -> Batch:
     """Allocate flat buffers for parameters and copy in what the optimizer's state holds for them.
 
     Args:
         state_dtype: of the states; None: the parameters' own.
+        rounds: whether new values of half precision are rounded stochastically.
     """
     hyper = Hyper(rule, settings)
     names = rule.states_of(settings)
@@ -125,6 +130,7 @@ def make_batch(
         flat[name] = flat_buffer(total, kept, device, list(flat.values()))
         views[name] = list(_views(flat[name], params))
     steps = torch.zeros(len(params), dtype=torch.float64, device="cpu")
+    rounding = Rounding(len(params)) if rounds and arithmetic_dtype(dtype) is not dtype else Rounding()
     batch = Batch(
         rule=rule,
         group=group,
@@ -137,7 +143,7 @@ def make_batch(
         device=device,
         flat=flat,
         stored={name: t.dtype for name, t in flat.items()},
-        fixed=frozenset((*names, "step")),
+        fixed=frozenset((*names, "step", *rounding.names)),
         views=views,
         steps=steps,
         step_views=list(steps.unbind()),
@@ -148,7 +154,8 @@ def make_batch(
         totals=rule.totals_of(settings),
         strides=[p.stride() for p in params],
         needs_whole=spread == "shard" and not is_pointwise(rule, hyper.static, hyper.views, flat),
-        counts=bool(flat) or reads_step(rule, hyper.static, hyper.views, rule.totals_of(settings)),
+        rounding=rounding,
+        counts=bool(flat or rounding.names) or reads_step(rule, hyper.static, hyper.views, rule.totals_of(settings)),
     )
     adopt(batch, state)
     return batch
@@ -164,6 +171,7 @@ def repeated(batch: Batch, params: Sequence[Tensor]) -> Batch:
         params=list(map(local, params)),
         views={name: [views[i] for i in places] for name, views in batch.views.items()},
         step_views=[batch.step_views[i] for i in places],
+        rounding=batch.rounding.part(places),
         shown=[batch.shown[i] for i in places],
         numels=[batch.numels[i] for i in places],
         seen=[batch.seen[i] for i in places],
@@ -260,6 +268,8 @@ def inputs_of(batches: Sequence[Batch]) -> list[Tensor | None]:
         for views in b.views.values():
             found += views
         found += b.step_views
+        for numbers_of_each in b.rounding.views.values():
+            found += numbers_of_each
         found += b.hyper.scalars
     return found
 

@@ -200,7 +200,7 @@ def _run_rules(batches: list[Batch]) -> None:
             step = batch.step_views[i] + 1
             states = _states(batch, i)
             param, grad = _dimmed(param), _dimmed(grad)
-            new, new_grad, new_states = batch.rule.apply(param, grad, states, {**batch.keywords(step), **sums})
+            new, new_grad, new_states = batch.rule.apply(param, grad, states, {**batch.keywords(step, i), **sums})
             param.copy_(new)
             if new_grad is not None:
                 grad.copy_(new_grad)
@@ -248,7 +248,7 @@ def _total(name: str, batch: Batch, batches: list[Batch]) -> Tensor:
             continue
         for i, (param, grad) in enumerate(_pairs(b)):
             if grad is not None:
-                keywords = b.keywords(b.step_views[i] + 1)
+                keywords = b.keywords(b.step_views[i] + 1, i)
                 part = b.rule.contribution(name, _dimmed(param), _dimmed(grad), _states(b, i), keywords)
                 if is_dtensor(part):
                     part = part.full_tensor()  # type: ignore[attr-defined]

@@ -12,8 +12,12 @@ import torch
 from torch import Tensor
 
 from npu_fuse_pass.errors import RuleError
+from npu_fuse_pass.rules.rounding import ROUNDING, by_chance
 
 Condition = Callable[[Mapping[str, Any]], bool]
+
+OPTIONS = ("state_dtype", "flatten", "master_weights", "stochastic_rounding")
+"""What every rule's optimizer takes beside hyperparameters."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +118,11 @@ class Declaration:
         out: dict[str, Tensor] = {}
         for name, value in zip(names, new, strict=True):
             if name in old:
-                out[name] = self._checked(name, value, old[name])
+                self._check(name, value, old[name])
+                if name == "param" and ROUNDING in keywords:
+                    out[name] = by_chance(value.to(work), param, keywords[ROUNDING], keywords["step"])
+                else:
+                    out[name] = value.to(old[name].dtype)
             elif value is not None:
                 raise RuleError(f"rule {self.name!r} returned a value for state {name!r}, which this group lacks")
         if RESIDUAL in states:
@@ -140,14 +148,13 @@ class Declaration:
             raise RuleError(f"total {name!r} of rule {self.name!r} must return a 0-dim tensor, got {value!r}")
         return value.double()
 
-    def _checked(self, name: str, value: Any, old: Tensor) -> Tensor:
+    def _check(self, name: str, value: Any, old: Tensor) -> None:
         if not isinstance(value, Tensor):
             raise RuleError(f"rule {self.name!r} returned {type(value).__name__} for {name!r}; it must be a tensor")
         if value.shape != old.shape:
             raise RuleError(
                 f"rule {self.name!r} returned shape {tuple(value.shape)} for {name!r}; it must be {tuple(old.shape)}"
             )
-        return value.to(old.dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Declaration:
         return self  # immutable

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks, required
 
-from npu_fuse_pass.errors import OptionError
+from npu_fuse_pass.errors import OptionError, RuleError
 from npu_fuse_pass.rules import checkpoint, core_op
 from npu_fuse_pass.rules.checks import check_rule, structure
-from npu_fuse_pass.rules.declaration import RESIDUAL, Declaration
+from npu_fuse_pass.rules.declaration import OPTIONS, RESIDUAL, Declaration
 from npu_fuse_pass.rules.prelude import Prelude
 from npu_fuse_pass.rules.ranges import check_kinds, check_ranges
 from npu_fuse_pass.rules.registration import register_backend
 from npu_fuse_pass.rules.rehome import Homes, check_option
+from npu_fuse_pass.rules.rounding import SEED, check_seed
 from npu_fuse_pass.rules.state import States
 
 Settings = Mapping[str, Any]
@@ -67,10 +68,16 @@ class RuleOptimizer(torch.optim.Optimizer):
         master_weights: float16 and bfloat16 parameters keep in a float32 state ("master_residual") what their dtype
             rounds away, so that a step computes with float32 parameters: 8 more bytes of traffic and 4 of memory for
             each element. Others are as without it. What is written to a parameter between steps counts.
+        stochastic_rounding: on a CPU, new values of float16 and bfloat16 parameters are rounded up or down by chance,
+            the more likely the nearer that is, instead of to nearest: no memory and no traffic besides. The random
+            numbers depend on the group's "rounding_seed" (a whole number below 2**32, 0 unless a group says otherwise;
+            a state dict has it), the parameter's place in the optimizer, its step and the element. Others are as
+            without it.
 
     Raises:
         OptionError: an option has another value than these, or a parameter cannot be re-homed: it is tied to another
             one, a view of another tensor, a tensor subclass (DTensor) or in a private NPU format. Nothing is changed.
+        RuleError: stochastic_rounding=True, and the rule has a hyperparameter "rounding_seed".
 
     Groups hold plain numbers. `opt.state` is changed as torch.optim's, and the next step goes on from it: entries and
     states may be put in, taken out, exchanged and given other memory; a parameter without states begins anew. Tensors
@@ -82,6 +89,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     torch_class: type[torch.optim.Optimizer] | None = None  # computes the same from the same options and states
     found_inf: Tensor | None = None
     master_weights = False
+    stochastic_rounding = False
     _replaces: str | None = None
     _call: tuple[tuple[Any, ...], dict[str, Any]]  # what hooks make of the arguments of this step
 
@@ -93,15 +101,29 @@ class RuleOptimizer(torch.optim.Optimizer):
         state_dtype: torch.dtype | None = None,
         flatten: str | None = None,
         master_weights: bool = False,
+        stochastic_rounding: bool = False,
     ) -> None:
         check_option(flatten)
-        if not isinstance(master_weights, bool):
-            raise OptionError(f"master_weights={master_weights!r}: allowed are True and False")
+        for name, value in (("master_weights", master_weights), ("stochastic_rounding", stochastic_rounding)):
+            if not isinstance(value, bool):
+                raise OptionError(f"{name}={value!r}: allowed are True and False")
+        if master_weights and stochastic_rounding:
+            raise OptionError(
+                "master_weights=True and stochastic_rounding=True: a residual keeps what rounding takes away, so that "
+                "it is to nearest; choose one of them"
+            )
         if state_dtype is not None and not (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point):
             raise OptionError(f"state_dtype={state_dtype!r}: allowed are None and floating-point torch dtypes")
         self.state_dtype = state_dtype
         self.flatten = flatten
         self.master_weights = master_weights
+        self.stochastic_rounding = stochastic_rounding
+        if stochastic_rounding:
+            if SEED in defaults:
+                raise RuleError(
+                    f"{type(self).__name__} has a hyperparameter {SEED!r}, where stochastic_rounding has its"
+                )
+            defaults = {**defaults, SEED: 0}
         super().__init__(params, defaults)
         self.state = States()
         self._start()
@@ -111,6 +133,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             for _, settings in self.settings(group):
                 check_kinds(rule, settings)
                 check_ranges(rule, settings)
+                self._check_rounding(group)
                 key = structure(rule, settings)
                 if key not in checked:
                     check_rule(rule, settings)
@@ -120,7 +143,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     @classmethod
     def from_rule(cls, rule: Declaration, params: Iterable[Any], hyperparameters: Settings) -> RuleOptimizer:
         """An optimizer for a bare rule; used by calling the rule."""
-        options = {k: hyperparameters[k] for k in ("state_dtype", "flatten", "master_weights") if k in hyperparameters}
+        options = {k: hyperparameters[k] for k in OPTIONS if k in hyperparameters}
         unknown = sorted(hyperparameters.keys() - rule.defaults.keys() - options.keys())
         if unknown:
             raise TypeError(f"{rule.name}() has no hyperparameter {unknown[0]!r}; allowed are {sorted(rule.defaults)}")
@@ -294,6 +317,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         complete = self.complete(group)
         for check in (check_kinds, check_ranges):
             check(self.rule_for(complete), self.hyperparameters(complete))
+        self._check_rounding(complete)
+
+    def _check_rounding(self, group: Mapping[str, Any]) -> None:
+        if self.stochastic_rounding:
+            check_seed(group)
 
     def _settle_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         if self.flatten is not None:

@@ -69,6 +69,7 @@ class Stepped(Protocol):
     state_dtype: torch.dtype | None
     flatten: str | None
     master_weights: bool
+    stochastic_rounding: bool
 
     def rule_for(self, group: dict[str, Any]) -> Declaration: ...
     def settings(self, group: dict[str, Any]) -> list[tuple[list[Tensor], Mapping[str, Any]]]: ...
@@ -170,6 +171,8 @@ class Prelude:
         if self.watched:
             for batch in self.batches:
                 batch.forget_gradients()
+        for batch in self.batches:
+            batch.rounding.fill(optimizer.param_groups[batch.group])
         return all((self.watched or _read_gradients(b)) and fill_hyper(b, parts[b.part][3]) for b in self.batches)
 
     def _make(self, optimizer: Stepped, parts: list[tuple[int, Declaration, list[Tensor], Mapping[str, Any]]]) -> None:
@@ -199,6 +202,7 @@ class Prelude:
     ) -> None:
         batches: list[Batch] = []
         outside: list[Tensor] = []
+        numbers = _numbers(optimizer)
         for index, (group, rule, params, settings) in enumerate(parts):
             keyed: dict[Any, list[Tensor]] = {}
             again: dict[Any, list[Tensor]] = {}
@@ -220,7 +224,9 @@ class Prelude:
                 elif optimizer.flatten is not None:
                     with contextlib.suppress(OptionError):  # then they stay where they are; the report says the layout
                         optimizer.settle([members])
-                first[key] = old or make_batch(stepped, group, index, settings, members, state, optimizer.state_dtype)
+                stored, rounds = optimizer.state_dtype, optimizer.stochastic_rounding
+                first[key] = old or make_batch(stepped, group, index, settings, members, state, stored, rounds)
+                first[key].rounding.place(members, numbers)
             batches += [*first.values(), *(repeated(first[key], members) for (_, key), members in again.items())]
         if batches != self.batches:  # a loaded checkpoint alone changes values, not the plan
             self.version += 1
@@ -241,11 +247,16 @@ class Prelude:
     ) -> None:
         state = optimizer.state
         assert isinstance(state, States)
-        numbers = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+        numbers = _numbers(optimizer)
         for _, rule, params, settings in parts:
             for p in (p for p in params if dict.__contains__(state, p)):
                 stepped = self._stepped(optimizer, rule, p)
                 check_state(stepped, settings, p, state.entry(p).present(), f"parameter {numbers[id(p)]}")
+
+
+def _numbers(optimizer: Stepped) -> dict[int, int]:
+    """Which parameter each is, by its `id`."""
+    return {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
 
 
 def _serves(batch: Batch, rule: Declaration, part: int, settings: Mapping[str, Any], members: list[Tensor]) -> bool:

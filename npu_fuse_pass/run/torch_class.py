@@ -109,6 +109,7 @@ def of_rule(opt: RuleOptimizer) -> TorchStep | None:
         cls is None
         or own_parts
         or opt.master_weights
+        or opt.stochastic_rounding
         or opt.rule is not owner.rule
         or type(opt).rule_for is not RuleOptimizer.rule_for
     ):

@@ -6,6 +6,7 @@ communicates but `local_part`, where a tensor is laid out in another way than it
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -59,6 +60,26 @@ def across(param: Tensor) -> tuple[Any, ...]:
     layout: Any = param
     dimensions = enumerate(layout.placements) if is_dtensor(param) else ()
     return tuple(layout.device_mesh.get_group(d) for d, p in dimensions if not p.is_replicate())
+
+
+def first_element(param: Tensor) -> int:
+    """The number of the first element that this process holds; replicas have the same.
+
+    Of a tensor that is sharded by its first dimension alone that is its place in the whole; shards of other kinds are
+    numbered far apart from each other.
+    """
+    coordinate = param.device_mesh.get_coordinate() if is_dtensor(param) else None  # type: ignore[attr-defined]
+    if coordinate is None:  # no DTensor, or a process that holds nothing of it
+        return 0
+    layout: Any = param
+    shards = [d for d, p in enumerate(layout.placements) if not p.is_replicate()]
+    if len(shards) == 1 and layout.placements[shards[0]].is_shard(0):
+        rows = -(-param.shape[0] // layout.device_mesh.size(shards[0])) * int(coordinate[shards[0]])
+        return int(min(rows, param.shape[0]) * math.prod(param.shape[1:]))
+    place = 0
+    for d in shards:
+        place = place * int(layout.device_mesh.size(d)) + int(coordinate[d])
+    return place << 40
 
 
 def holds_values(t: Tensor) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from npu_fuse_pass.errors import OptionError
+from npu_fuse_pass.rules.declaration import OPTIONS
 from npu_fuse_pass.rules.decorator import Rule
 from npu_fuse_pass.tools.model_shapes import MODELS, Shape
 
@@ -75,7 +76,7 @@ def make(name: str, shapes: Sequence[Shape], options: Mapping[str, Any], device:
 def _arguments(factory: Callable[..., Any]) -> dict[str, bool]:
     """A constructor's arguments, and whether it needs each."""
     if isinstance(factory, Rule):
-        return {"params": True, **dict.fromkeys([*factory.defaults, "flatten", "master_weights", "state_dtype"], False)}
+        return {"params": True, **dict.fromkeys([*factory.defaults, *sorted(OPTIONS)], False)}
     parameters = inspect.signature(factory).parameters
     return {n: p.default is inspect.Parameter.empty for n, p in parameters.items()}
 

@@ -34,6 +34,7 @@ class PaddleOptimizer(RuleOptimizer):
         state_dtype: dtype of the states; None means each parameter's own.
         flatten: "params" re-homes the parameters in one buffer per group and dtype (`RuleOptimizer` says more).
         master_weights: keep what half-precision parameters round away (`RuleOptimizer` says more).
+        stochastic_rounding: round new values of half-precision parameters by chance (`RuleOptimizer` says more).
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class PaddleOptimizer(RuleOptimizer):
         state_dtype: torch.dtype | None = None,
         flatten: str | None = None,
         master_weights: bool = False,
+        stochastic_rounding: bool = False,
     ) -> None:
         if not isinstance(learning_rate, (float, LRScheduler, TorchLRScheduler)):
             raise TypeError(f"learning rate should be float or LRScheduler, got {type(learning_rate)} here")
@@ -62,6 +64,7 @@ class PaddleOptimizer(RuleOptimizer):
             state_dtype=state_dtype,
             flatten=flatten,
             master_weights=master_weights,
+            stochastic_rounding=stochastic_rounding,
         )
 
     # Parameter groups ---------------------------------------------------------------------------------------

@@ -149,6 +149,7 @@ class RMSProp(PaddleOptimizer):
         state_dtype: dtype of the states; None means each parameter's own.
         flatten: "params" re-homes the parameters in one buffer per group and dtype (`RuleOptimizer` says more).
         master_weights: keep what half-precision parameters round away (`RuleOptimizer` says more).
+        stochastic_rounding: round new values of half-precision parameters by chance (`RuleOptimizer` says more).
 
     Raises:
         ValueError: learning_rate, rho, epsilon or momentum is None, or one of the last three is negative.
@@ -173,6 +174,7 @@ class RMSProp(PaddleOptimizer):
         state_dtype: torch.dtype | None = None,
         flatten: str | None = None,
         master_weights: bool = False,
+        stochastic_rounding: bool = False,
     ) -> None:
         if learning_rate is None:
             raise ValueError("learning_rate is not set.")
@@ -187,6 +189,7 @@ class RMSProp(PaddleOptimizer):
             state_dtype=state_dtype,
             flatten=flatten,
             master_weights=master_weights,
+            stochastic_rounding=stochastic_rounding,
         )
 
     def check_group(self, group: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from npu_fuse_pass.ir.expr import DTYPE_NAMES, REDUCTIONS, Expr, postorder
 from npu_fuse_pass.ir.types import Formula
 from npu_fuse_pass.lowerings.cpu.cpp_ops import CPP, CPP_TYPES, STORED, cast, cpp_type, rounded
 from npu_fuse_pass.lowerings.kernels.sweeps import Pass, Stage, kept_scalars, plan
+from npu_fuse_pass.tensors.stochastic import ROW
 
 CHUNK = 16384
 LANES = 16
@@ -26,7 +27,9 @@ BLOCK = 8
 tensor is float64: what is made of the sum is then rounded further than those last bits."""
 
 _SPREAD = "struct Spread : Args { const int64_t* whole; };  // elements with those that other processes hold\n"
-PRELUDE = (pathlib.Path(__file__).parent / "kernel.h").read_text(encoding="utf-8")
+_HERE = pathlib.Path(__file__).parent
+PRELUDE = (_HERE / "kernel.h").read_text(encoding="utf-8")
+_STOCHASTIC = (_HERE / "stochastic.h").read_text(encoding="utf-8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +62,7 @@ def generate(name: str, formula: Formula, totals: Collection[int] | None = (), i
     header = "\n".join(f"// {line}" for line in formula.text.splitlines())
     sizes = f"static const int64_t SCRATCH = {scratch}, PARTIAL = {partial};\n"
     more = [_SPREAD] if in_pieces else []
+    more += [_STOCHASTIC] if any(e.op == "stochastic" for s in made.stages for e in s.order) else []
     text = "\n".join([header, PRELUDE, *more, sizes, *(s.text() for s in stages)])
     contribute = made.bytes[0] if formula.contributions else 0
     pieces = tuple(tuple(f"{s.name}_{k}" for k in range(s.last + 1)) for s in stages) if in_pieces else ()
@@ -138,6 +142,7 @@ class _Stage:
         written = {slot for slot, _ in work.writes}
         lines += [self._pointer(slot, slot in written) for slot in sorted({*work.places.values(), *written})]
         lines += [f"  const {cpp_type(e)} {self.var[id(e)]} = {self._unstore(e)};" for e in scalars]
+        lines += [self._noise(e) for e in body if e.op == "stochastic"]
         inner = [f"const {cpp_type(e)} {self.var[id(e)]} = {self._loaded(work.places[id(e)])};" for e in loads]
         inner += [f"const {cpp_type(e)} {self.var[id(e)]} = {self._value(e)};" for e in body]
         inner += [f"t{slot}[i] = {self._narrow(slot, e)};" for slot, e in work.writes]
@@ -262,11 +267,20 @@ class _Stage:
         args = [self.var[id(a)] for a in e.args]
         if e.op == "cast":
             return cast(e, args[0])
+        if e.op == "stochastic":
+            return f"stochastic_{STORED[DTYPE_NAMES[e.dtype]]}({args[0]}, q{self.var[id(e)]}[i])"
         if e.op == "numel" and self.in_pieces:
             return "double(static_cast<const Spread&>(a).whole[m])"
         if _remembered(e):
             return f"p{self.var[id(e)]}({', '.join(args)})"
         return CPP[e.op].format(*args)
+
+    def _noise(self, e: Expr) -> str:
+        """The random bits of a chunk, made where a cache holds them."""
+        seed, parameter, first, step = (self.var[id(a)] for a in e.args[2:])
+        name = self.var[id(e)]
+        made = f"random_bits(b{name}, int64_t({first}) + start, n, {seed}, {parameter}, {step})"
+        return f"  uint16_t b{name}[{CHUNK + 2 * ROW}];\n  const uint16_t* __restrict__ q{name} = {made};"
 
     def _narrow(self, slot: int, e: Expr) -> str:
         dtype = DTYPE_NAMES[self.formula.slots[slot].dtype]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from npu_fuse_pass.errors import Mismatch
+from npu_fuse_pass.ir.expr import postorder
 from npu_fuse_pass.ir.types import Group, Leaf
 from npu_fuse_pass.lowerings.cpu import build as cpu_build
 from npu_fuse_pass.lowerings.cpu.codegen import generate
@@ -91,6 +92,9 @@ class Kernel:
         self._moving = Moving((*self._varying, *self._counters))
         self.looking = Looking(self._moving.written)
         self._kinds: object = None
+        # whose elements are counted, in their order: what a tensor that is rounded stochastically replaces
+        rounded = (e.args[1] for e in postorder(formula.roots) if e.op == "stochastic")
+        self._counted = {like.value for like in rounded if isinstance(like.value, int)}
         self._own = own
         self._snapshots = snapshots
         self._keep: list[Tensor] = []
@@ -205,7 +209,8 @@ class Kernel:
             if not self._tables.active[m]:
                 continue
             tensors = [values[member[c.slot]] for c in self._columns]
-            strides = memory_order([t for t in tensors if t is not None])
+            leading = [values[member[slot]] for slot in self._counted] or tensors
+            strides = memory_order([t for t in leading if t is not None])
             for column, t in zip(self._columns, tensors, strict=True):
                 assert t is not None
                 if complete and t.dtype != column.dtype:
