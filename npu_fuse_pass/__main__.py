@@ -10,10 +10,11 @@ from typing import Protocol
 
 # command -> what it does, in a line; the module of that name in `commands` does it, loaded when it is asked for
 COMMANDS: dict[str, str] = {
-    "doctor": "what fusing would gain for the optimizers of a training script, and what stands in the way",
     "dump": "what a step becomes, as files and a page; why it is not fused; what changed between two dumps",
     "selftest": "check this machine: environment, numbers and times, into one report to attach to an issue",
 }
+# other name -> what it stands for
+ALIASES: dict[str, list[str]] = {"doctor": ["dump", "--check", "--steps", "3"]}
 
 
 class Command(Protocol):
@@ -33,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, or 1 for what the command checks and finds wanting; argparse exits with 2.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    given = [*ALIASES.get(given[0], given[:1]), *given[1:]] if given else given
     parser = argparse.ArgumentParser(prog="python -m npu_fuse_pass", description=__doc__)
+    parser.epilog = "\n".join(f"{name} is {' '.join(words)}" for name, words in ALIASES.items())
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, purpose in COMMANDS.items():
         of_command = commands.add_parser(name, help=purpose, description=purpose)

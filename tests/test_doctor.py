@@ -132,6 +132,14 @@ def test_errors_are_clear(name: str, tmp_path: pathlib.Path, capsys: pytest.Capt
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "given", ["doctor --steps 0 --script x.py", "dump --steps 2 --script x.py", "dump SGD --steps 2"]
+)
+def test_steps_are_those_of_a_script_that_is_checked(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(given.split()) == 2
+    assert "it goes with --check --script" in capsys.readouterr().err
+
+
 # The broken examples, answered by commands alone ----------------------------------------------------------------------
 
 DOCTOR = ["doctor", "--steps", "2", "--script"]

@@ -22,6 +22,7 @@ _EXAMPLES = """examples:
   dump SGD --option momentum=0.9 --params 8 --shape 64x64 --shape 64
   dump NpuFusedLamb --platform npu                       generated NPU kernels to look at, no NPU or CANN needed
   dump --check --script train.py --epochs 1              every compile in a script of yours; exit status 1: see why
+  dump --check --steps 3 --script train.py               before you change it: what fusing gains, what is in the way
   dump --check-numerics --script train.py                every step fused and as the original: is it right?
   dump --diff before after                               exit status 0: the same; 1: what changed, in words"""
 
@@ -44,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("npu_fuse_dump"), help="the folder for dumps")
     parser.add_argument("--check", action="store_true", help="fail unless everything is fused, and say why")
     parser.add_argument(
+        "--steps", type=int, metavar="N", help="with --check: run N eager steps of the script, and fused ones on copies"
+    )
+    parser.add_argument(
         "--check-numerics", action="store_true", help="compare every step with the original's; fail at a difference"
     )
     parser.add_argument("--time", action="store_true", help="measure the optimizer's step, eager and compiled, too")
@@ -54,16 +58,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Exit status 0; 1: --check or --diff found something; 2: what was asked for cannot be done."""
+    """Exit status 0; 1: --check or --diff found something; 2: what was asked for cannot be done, or nothing steps."""
     asked = [what for what in ("optimizer", "script", "diff") if getattr(given, what)]
     if len(asked) != 1:
         return _refuse("give one of: the name of an optimizer, --script train.py, --diff A B")
     if given.time and not given.optimizer:
         return _refuse("--time measures the step of an optimizer that is given by its name")
+    if given.steps is not None and not (given.check and given.script and given.steps > 0):
+        return _refuse(
+            f"--steps {given.steps}: it goes with --check --script, and at least one step has to be looked at"
+        )
     from npu_fuse_pass.errors import FuseError
 
     try:
-        return _diff(*given.diff) if given.diff else _dump(given)
+        return _diff(*given.diff) if given.diff else _examine(given) if given.steps else _dump(given)
     except FuseError as e:
         return _refuse(str(e))
 
@@ -74,6 +82,27 @@ def _diff(one: pathlib.Path, two: pathlib.Path) -> int:
     found = changes(one, two)
     print(*(found or [f"{one} and {two} show the same"]), sep="\n")
     return _WANTING if found else _FINE
+
+
+def _examine(given: argparse.Namespace) -> int:
+    """What fusing would gain for the optimizers of a script that knows nothing of it, and what stands in the way."""
+    from npu_fuse_pass.tools.doctor import examine
+    from npu_fuse_pass.tools.observe import observe
+
+    script, arguments = _existing(given)
+    try:
+        seen = observe(script, arguments, given.steps)
+    except (Exception, SystemExit):
+        traceback.print_exc()
+        return _refuse(f"{script} failed before one of its optimizers had made {given.steps} steps: see above")
+    if not seen:
+        return _refuse(
+            f"{script} ended without a step of any torch.optim.Optimizer. Does it train when it is called like this? "
+            f"Its arguments were {arguments}"
+        )
+    found = [examine(one, given.check_numerics) for one in seen]
+    print("\n\n".join(map(str, found)))
+    return _WANTING if any(d.findings for d in found) else _FINE
 
 
 def _dump(given: argparse.Namespace) -> int:
@@ -156,18 +185,24 @@ def _time(given: argparse.Namespace, page: pathlib.Path) -> None:
 
 def _script(session: Session, given: argparse.Namespace) -> str | None:
     """A script; gives why it failed."""
-    from npu_fuse_pass.errors import OptionError
     from npu_fuse_pass.tools.follow import run_script
 
-    script, *arguments = given.script
-    if not pathlib.Path(script).is_file():
-        raise OptionError(f"there is no script {script!r}")
+    script, arguments = _existing(given)
     try:
         status = run_script(session, script, arguments)
     except Exception as e:
         traceback.print_exc()
         return f"{script}: {type(e).__name__}: {e}"
     return f"{script} ended with exit status {status}" if status else None
+
+
+def _existing(given: argparse.Namespace) -> tuple[str, list[str]]:
+    from npu_fuse_pass.errors import OptionError
+
+    script, *arguments = given.script
+    if not pathlib.Path(script).is_file():
+        raise OptionError(f"there is no script {script!r}")
+    return script, arguments
 
 
 def _indented(text: str) -> str:
