@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .support import assert_close, assert_one_fused_step, clones, compiled, gradients, parameters, set_gradients, train
+from .tolerances import RULE
 
 SHAPES = [(3, 4), (4, 3), (30, 4), (2, 3), (5,), (100,), (2, 3, 4), (40, 50), ()]
 
@@ -18,8 +19,7 @@ def same_compiled(made: Any, shapes: Any = SHAPES, dtype: torch.dtype = torch.fl
     step, eager = compiled(made(params)), made(others).step
     train(params, step)
     train(others, eager)
-    limit = {torch.float64: 1e-13, torch.float32: 1e-5}[dtype]
-    assert_close(params, others, limit)
+    assert_close(params, others, RULE[dtype])
     if fused:
         step.check(len(params))
         set_gradients(params, gradients(params, 9))

@@ -10,11 +10,11 @@ import torch
 
 import optimizers
 import optimizers.paddle as paddle
+from npu_fuse_pass.tolerances import TRAJECTORY
 
 from .goldens import Golden, all_goldens, error, flat
 from .support import MODES, Step
 
-LIMIT = {"float64": 1e-11, "float32": 2e-4}
 OURS = {
     "SGD": optimizers.NpuFusedSGD,
     "Adam": optimizers.NpuFusedAdam,
@@ -73,7 +73,7 @@ def check_states(golden: Golden, dtype: str, opt: Any, params: list[Any]) -> Non
             continue  # Paddle keeps mean_grad also where it is not centered
         got = flat(having)
         assert got.shape == want.shape, name
-        assert error(got, want) <= LIMIT[dtype], name
+        assert error(got, want) <= TRAJECTORY[getattr(torch, dtype)], name
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -81,7 +81,7 @@ def check_states(golden: Golden, dtype: str, opt: Any, params: list[Any]) -> Non
 def test_trajectory(golden: Golden, mode: str) -> None:
     for dtype in golden.dtypes:
         got, opt, params = run(golden, dtype, mode)
-        assert error(got, golden.trajectory(dtype)) <= LIMIT[dtype], dtype
+        assert error(got, golden.trajectory(dtype)) <= TRAJECTORY[getattr(torch, dtype)], dtype
         check_states(golden, dtype, opt, params)
 
 
@@ -91,7 +91,7 @@ def test_stock_class_compiled(golden: Golden) -> None:
         torch._dynamo.reset()  # torch.optim's classes share torch's limit of 8 compiles
         got, opt, params = run(golden, dtype, "compiled", stock=True)
         want = golden.trajectory(dtype)
-        assert error(got, want) <= LIMIT[dtype], dtype
+        assert error(got, want) <= TRAJECTORY[getattr(torch, dtype)], dtype
         check_states(golden, dtype, opt, params)
 
 

@@ -27,6 +27,7 @@ from .spellings import Spelling
 from .spellings_more import SPELLINGS
 from .support import clones, gradients, parameters, set_gradients
 from .test_match import apart, over
+from .tolerances import DEDICATED
 
 
 def run_dedicated(
@@ -88,11 +89,7 @@ RULES: list[tuple[Any, dict[str, Any]]] = [
 ]
 
 
-# Operations compute 1 - beta2 and 1 - beta2_power themselves: of 0.999 in float32 that is 1.3e-5 off.
-NUMBERS = {torch.float64: 2e-6, torch.float32: 2e-5}
-
-
-@pytest.mark.parametrize("numbers", NUMBERS, ids=str)
+@pytest.mark.parametrize("numbers", DEDICATED, ids=str)
 @pytest.mark.parametrize(("cls", "options"), RULES, ids=[f"{i}-{c.__name__}" for i, (c, _) in enumerate(RULES)])
 def test_steps_of_the_dedicated_operation_are_the_optimizers(
     cls: Any, options: dict[str, Any], numbers: torch.dtype
@@ -115,10 +112,10 @@ def test_steps_of_the_dedicated_operation_are_the_optimizers(
         both[1].step()
         steps_with_the_operation(both[0], numbers)
         for got, want, old in zip(params, others, before, strict=True):
-            assert apart(got.detach(), want.detach(), old) <= NUMBERS[numbers]
+            assert apart(got.detach(), want.detach(), old) <= DEDICATED[numbers]
         for p, q in zip(params, others, strict=True):
             for name, want in both[1].state[q].items():
-                assert apart(both[0].state[p][name], want) <= NUMBERS[numbers], name
+                assert apart(both[0].state[p][name], want) <= DEDICATED[numbers], name
 
 
 def steps_with_the_operation(opt: Any, numbers: torch.dtype) -> None:

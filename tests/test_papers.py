@@ -12,10 +12,10 @@ import npu_fuse_pass
 
 from .papers_norms import INLINE, WITH_LISTS
 from .support import clones, compiled, gradients, parameters, profiled, set_gradients, stated_calls
+from .tolerances import PAPER
 
 F32, F64 = torch.float32, torch.float64
 SHAPES: dict[torch.dtype, list[tuple[int, ...]]] = {F32: [(3, 4), (5,), (20, 30)], F64: [(7,), (2, 3, 2)]}
-LIMITS = {F32: 2e-6, F64: 1e-14}
 RATES = (0.01, 0.02, 0.015, 0.005, 0.03, 0.0)
 
 
@@ -43,7 +43,7 @@ def assert_same(got: Any, want: Any, before: Any) -> None:
         assert got == pytest.approx(want, rel=1e-14)
         return
     assert (got.shape, got.dtype) == (want.shape, want.dtype)
-    assert relative(got, want, before) <= LIMITS[got.dtype], (got, want)
+    assert relative(got, want, before) <= PAPER[got.dtype], (got, want)
 
 
 def train_both(cls: Any, foreach: bool) -> tuple[Any, Any]:

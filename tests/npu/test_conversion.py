@@ -24,13 +24,9 @@ from npu_fuse_pass.tolerances import PROMISED
 from optimizers import paddle
 from scripts import conversion_cases
 from scripts.conversion_cases import Make, Row
+from tests.tolerances import ADADELTA_NPU, STOCK_NPU
 
 TENSORS = [((4, 5), torch.float32), ((7,), torch.float32), ((3, 2), torch.float16), ((2, 1, 4), torch.bfloat16)]
-# A stock optimizer rounds every operation to half precision; where eager torch rounds once (addcmul, lerp, add with
-# alpha) GE rounds twice. Every step adds some units in the last place, 2**-11 and 2**-8, of each operand.
-STOCK_TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-2, torch.bfloat16: 8e-2}
-# Adadelta takes the root of what it adds to eps = 1e-6, where float16 has steps of 6e-8: six percent of the sum.
-ADADELTA_TOLERANCE = {**STOCK_TOLERANCE, torch.float16: 5e-2}
 
 
 @pytest.fixture
@@ -77,7 +73,7 @@ def assert_all_fused(graphs: harness.Recording, steps: int = 5) -> None:
 
 @pytest.mark.parametrize("row", conversion_cases.STOCK, ids=lambda row: row.name)
 def test_a_stock_optimizer(row: Row, ge_graphs: harness.Recording) -> None:
-    same_numbers(row.make, ADADELTA_TOLERANCE if "Adadelta" in row.name else STOCK_TOLERANCE)
+    same_numbers(row.make, ADADELTA_NPU if "Adadelta" in row.name else STOCK_NPU)
     assert_all_fused(ge_graphs)
 
 

@@ -24,6 +24,7 @@ import npu_fuse_pass
 import optimizers
 from npu_fuse_pass.backend import npu_fused
 from scripts.conversion_cases import OURS
+from tests.tolerances import TORCH_NPU
 
 SHAPES = [(4, 5), (7,), (2, 3), (7,)]
 
@@ -122,8 +123,6 @@ CHECKPOINTS: dict[str, list[dict[str, Any]]] = {
         dict(lr=0.02, momentum=0.9, decoupled_decay=True, weight_decay=0.1),
     ],
 }
-# float16: the originals compute in it, ours in float32; some units in the last place for each of six steps.
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-2}
 CASES = [
     pytest.param(name, options, id=f"{name}-{k}")
     for name, all_of in CHECKPOINTS.items()
@@ -164,12 +163,12 @@ def test_a_checkpoint_of_the_original(name: str, options: dict[str, Any], torch_
     assert [g.runs for g in graphs] == [3]
     assert_fused(len(params))
     for p, q in zip(mine, params, strict=True):
-        assert_close(p.detach(), q.detach(), TOLERANCE[p.dtype])
+        assert_close(p.detach(), q.detach(), TORCH_NPU[p.dtype])
         for state, value in original.state[q].items():
             if state == "step":
                 assert int(ours.state[p]["step"]) == value == 6
             else:
-                assert_close(ours.state[p][state], value, TOLERANCE[p.dtype])
+                assert_close(ours.state[p][state], value, TORCH_NPU[p.dtype])
 
 
 ORDERS = {
