@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from . import sharded_ranks
+from . import sharded_stacks
 from .support import FULL
 
 
 @pytest.mark.parametrize("world", [2, 4] if FULL else [2])
 def test_ranks(world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every scenario of sharded_ranks.py, in processes of their own."""
+    """Every scenario of sharded_ranks.py and sharded_stacks.py, in processes of their own."""
     monkeypatch.setenv("SHARDED_FOLDER", str(tmp_path / "checkpoint"))
-    torch.multiprocessing.spawn(sharded_ranks.run, (world, str(tmp_path / "store")), nprocs=world)
+    sharded_stacks.save_alone()
+    torch.multiprocessing.spawn(sharded_stacks.run, (world, str(tmp_path / "store")), nprocs=world)
+    sharded_stacks.load_alone()

@@ -77,7 +77,7 @@ def test_files_hold_every_value_once(tmp_path: Path) -> None:
 
 
 def test_compact() -> None:
-    """Each tensor has memory of its own, as safetensors asks; values, order in memory and the rest are kept."""
+    """Each tensor has memory of its own, as some libraries ask; values, order in memory and the rest are kept."""
     params = [torch.nn.Parameter(torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)), *parameters([(3,)])]
     opt = optimizers.NpuFusedLamb(params)
     train(params, opt.step, seeds=range(2))

@@ -17,8 +17,8 @@ def compact(state_dict: Any) -> Any:
     """A copy of a state dict (or of any nest of dicts, lists and tuples) in which every tensor has memory of its own.
 
     `state_dict()` of an optimizer of this package gives views of buffers that many parameters share. torch.save writes
-    such a buffer once, whole; safetensors refuses shared memory. Use this for saving with safetensors, for saving
-    one state alone, or for keeping values that the next step changes.
+    such a buffer once, but whole, even for one state of it. Use this for saving one state alone, for keeping values
+    that the next step changes, or for what refuses views (safetensors 0.8 takes those that do not overlap).
 
     Args:
         state_dict: what `opt.state_dict()` returned, or a part of it.
