@@ -11,7 +11,6 @@ from torch import Tensor
 
 import optimizers
 from npu_fuse_pass.rules import rule, zeros
-from optimizers.paddle import RMSProp
 
 Make = Callable[[Any], torch.optim.Optimizer]
 
@@ -128,14 +127,7 @@ RULES: dict[str, Make] = {
     "clamped_sign_momentum": lambda p: clamped_sign_momentum(p, lr=0.02),
     "lars": lambda p: lars(p, lr=0.1),
 }
-OURS: dict[str, Make] = {
-    "NpuFusedSGD": lambda p: optimizers.NpuFusedSGD(p, lr=0.02, momentum=0.9),
-    "NpuFusedAdam": lambda p: optimizers.NpuFusedAdam(p, lr=0.02),
-    "NpuFusedAdamW": lambda p: optimizers.NpuFusedAdamW(p, lr=0.02),
-    "NpuFusedLamb": lambda p: optimizers.NpuFusedLamb(p, lr=0.02),
-    "NpuFusedRMSpropTF": lambda p: optimizers.NpuFusedRMSpropTF(p, lr=0.02, momentum=0.9),
-    "paddle RMSProp": lambda p: RMSProp(0.02, parameters=p),
-}
+OURS: dict[str, Make] = {row.optimizer: row.build for row in optimizers.one_each(optimizers.ROWS)}
 MUON = Row("Muon", _stock("Muon", lr=0.02))
 ADAFACTOR = Row("Adafactor", _stock("Adafactor", lr=0.02))
 STOCK = [

@@ -8,6 +8,8 @@ python scripts/support_table.py --write    # puts it there
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import pathlib
 import sys
 import warnings
@@ -20,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import npu_fuse_pass  # noqa: E402
-import optimizers.paddle  # noqa: E402
+import optimizers  # noqa: E402
 
 PAGE = ROOT / "docs" / "optimizers.md"
 BEGIN, END = "<!-- support table: scripts/support_table.py -->", "<!-- end of the support table -->"
@@ -41,9 +43,14 @@ def rows() -> Iterator[tuple[str, Make]]:
     for name in ("Muon", "Adafactor", "LBFGS", "SparseAdam"):
         yield f"`torch.optim.{name}`", _made(torch.optim, name)
     yield "`torch.optim.Adam`, `AdamW`, `SGD`, `Adagrad` with `fused=True`", _made(torch.optim, "Adam", fused=True)
-    for name in ("NpuFusedSGD", "NpuFusedAdam", "NpuFusedAdamW", "NpuFusedRMSpropTF", "NpuFusedLamb", "lion"):
-        yield f"`optimizers.{name}`", _made(optimizers, name, lr=0.01)
-    yield "`optimizers.paddle.RMSProp`", lambda p: optimizers.paddle.RMSProp(0.01, parameters=p)
+    for row in optimizers.one_each(optimizers.ROWS):
+        yield f"`optimizers.{row.optimizer}`", functools.partial(_defaults, row)
+
+
+def _defaults(row: optimizers.Row, params: Any) -> torch.optim.Optimizer:
+    """All options but the learning rate have their defaults."""
+    made: torch.optim.Optimizer = dataclasses.replace(row, options=row.rate).build(params)
+    return made
 
 
 def _made(module: Any, name: str, **options: Any) -> Make:

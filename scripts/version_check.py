@@ -1,4 +1,4 @@
-"""Sixteen optimizers fuse and agree with eager: python scripts/version_check.py, in an environment with any torch.
+"""Sixteen optimizers fuse and agree with eager: python scripts/version_check.py, with any torch.
 
 Each is compiled with torch.compile and with compile_step and makes five steps beside an eager twin. Printed is what is
 not fused or differs by more than 1e-6 (norm of a tensor), and the number of failures, which is also the exit status:
@@ -16,16 +16,9 @@ import torch
 
 import npu_fuse_pass
 import optimizers
-from optimizers.paddle import RMSProp
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "NpuFusedSGD": lambda ps: optimizers.NpuFusedSGD(ps, lr=0.1, momentum=0.9),
-    "NpuFusedAdam": lambda ps: optimizers.NpuFusedAdam(ps),
-    "NpuFusedAdamW": lambda ps: optimizers.NpuFusedAdamW(ps),
-    "NpuFusedLamb": lambda ps: optimizers.NpuFusedLamb(ps),
-    "NpuFusedRMSpropTF": lambda ps: optimizers.NpuFusedRMSpropTF(ps),
-    "lion": lambda ps: optimizers.lion(ps),
-    "paddle.RMSProp": lambda ps: RMSProp(0.1, parameters=ps),
+    **{row.optimizer: row.build for row in optimizers.one_each(optimizers.ROWS)},
     "torch.optim.SGD": lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9),
     "torch.optim.Adam": lambda ps: torch.optim.Adam(ps),
     "torch.optim.Adam, foreach": lambda ps: torch.optim.Adam(ps, foreach=True),

@@ -13,6 +13,8 @@ from npu_fuse_pass import pipeline
 from npu_fuse_pass.dump.contents import Contents
 from npu_fuse_pass.options import Options
 
+from .graphs import batches_of
+
 
 def parameters(count: int, shapes: Sequence[tuple[int, ...]] = ((3, 4), (5,))) -> list[torch.nn.Parameter]:
     """Small parameters with gradients, shapes in turn."""
@@ -40,6 +42,5 @@ def contents_of(step: Callable[[], Any], platform: str = "cpu") -> Contents:
 
 def contents_of_rule(opt: Any) -> Contents:
     """What there is to show of the step of an optimizer of ours by itself."""
-    opt._before(None)
     options = Options("cpu")
-    return pipeline._contents(pipeline.fuse_batches(opt._prelude.batches, options), options)
+    return pipeline._contents(pipeline.fuse_batches(batches_of(opt), options), options)

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, fx
 
 from npu_fuse_pass.capture.graph import capture
+from npu_fuse_pass.capture.rule import capture_batches
 from npu_fuse_pass.ir.types import Captured, Group
 from npu_fuse_pass.lowerings import eager
 from npu_fuse_pass.lowerings.cpu import program as cpu
 from npu_fuse_pass.passes.group import group
+from npu_fuse_pass.rules.batch import Batch, inputs_of
 
 PROGRAMS: dict[str, Callable[..., Any]] = {"kernel": cpu.Program, "interpreter": eager.Program}
 
@@ -42,6 +44,32 @@ def fused(function: Callable[..., Any], *examples: Tensor) -> tuple[Captured, li
     captured = capture(traced(function, *examples))
     assert not captured.unfused, captured.unfused
     return with_groups(captured)
+
+
+def batches_of(optimizer: Any) -> list[Batch]:
+    """The parts of the next step of an optimizer with a rule, with this step's gradients and numbers."""
+    optimizer._prelude.prepare()
+    batches: list[Batch] = optimizer._prelude.batches
+    return batches
+
+
+def captured_step(optimizer: Any) -> Captured:
+    """The next step of an optimizer with a rule, all of which can be fused."""
+    captured = capture_batches(batches_of(optimizer))
+    assert not captured.unfused, captured.unfused
+    return captured
+
+
+def inputs_of_step(optimizer: Any) -> list[Tensor | None]:
+    """The values of a captured step's inputs; a group's own leaves come after them."""
+    return inputs_of(batches_of(optimizer))
+
+
+def step_with(optimizer: Any, core: Callable[[list[Tensor | None]], Any]) -> None:
+    """`optimizer.step()`, in which `core` computes on the step's inputs what else a compiled step would."""
+    optimizer._before(None)
+    core(inputs_of_step(optimizer))
+    optimizer._after()
 
 
 def with_groups(captured: Captured) -> tuple[Captured, list[Group]]:

@@ -1,11 +1,13 @@
 """The formulas of the originals written again by hand, in float64, one parameter at a time: the oracles.
 
 Nothing here uses the code under test. A formula gets the parameter, its gradient, its state (a dict that it
-fills), the number of the update from 1, and the options; it returns the new parameter.
+fills), the number of the update from 1, and the options; it returns the new parameter. One that takes
+`global_norm` gets the norm of all gradients. `Case.formula` finds it by the name of the rule.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -48,7 +50,7 @@ def adamw(p: Tensor, g: Tensor, s: dict[str, Tensor], t: int, **o: Any) -> Tenso
 def lamb(p: Tensor, g: Tensor, s: dict[str, Tensor], t: int, *, global_norm: float, **o: Any) -> Tensor:
     (beta1, beta2), lr, eps = o.get("betas", (0.9, 0.999)), o.get("lr", 1e-3), o.get("eps", 1e-6)
     wd = o.get("weight_decay", 0.0)
-    if o.get("use_global_grad_norm") and global_norm > 1:
+    if o.get("use_global_grad_norm") and not global_norm <= 1:  # a NaN reaches every parameter
         g = g / global_norm
     m = s["exp_avg"] = beta1 * s.get("exp_avg", torch.zeros_like(p)) + (1 - beta1) * g
     v = s["exp_avg_sq"] = beta2 * s.get("exp_avg_sq", torch.zeros_like(p)) + (1 - beta2) * g**2
@@ -133,7 +135,8 @@ class Oracle:
     def step(self, grads: Sequence[Tensor | None]) -> None:
         """One update; None skips a parameter."""
         squares = [float(g.double().square().sum()) for g in grads if g is not None]
-        extra = {"global_norm": math.sqrt(sum(squares))} if self.formula is lamb else {}
+        wants_norm = "global_norm" in inspect.signature(self.formula).parameters
+        extra = {"global_norm": math.sqrt(sum(squares))} if wants_norm else {}
         for i, grad in enumerate(grads):
             if grad is not None:
                 self.counts[i] += 1

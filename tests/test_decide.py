@@ -14,14 +14,14 @@ import npu_fuse_pass
 import optimizers
 from npu_fuse_pass import rule, zeros
 from npu_fuse_pass.backend import npu_fused
-from npu_fuse_pass.capture.rule import capture_batches
 from npu_fuse_pass.ir import types
 from npu_fuse_pass.ir.expr import postorder
 from npu_fuse_pass.options import Target
 from npu_fuse_pass.passes.specialise import decide
-from npu_fuse_pass.run import rule_step
 from tests.dumped import parameters
 from tests.test_dump_files import run_script
+
+from .graphs import captured_step, inputs_of_step
 
 Rule = Callable[..., Any]
 
@@ -35,10 +35,8 @@ def forget() -> Iterator[None]:
 
 def decided(optimizer: Any) -> types.Captured:
     """The captured step of an optimizer, decided with its numbers."""
-    optimizer._before(None)
-    batches = optimizer._prelude.batches
-    values = rule_step.inputs_of(batches)
-    return decide(capture_batches(batches), lambda leaf: values[leaf.index])
+    values = inputs_of_step(optimizer)
+    return decide(captured_step(optimizer), lambda leaf: values[leaf.index])
 
 
 def made_with(test: Callable[[Tensor], Tensor]) -> Rule:

@@ -12,7 +12,7 @@ import torch
 import npu_fuse_pass
 import optimizers
 
-from .cases import CASES, Case, over
+from .cases import BY_NAME, CASES, Case, over
 from .support import assert_close, assert_fused, clones, compiled, gradients, last_report, parameters, set_gradients
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -100,11 +100,11 @@ def test_others_are_as_without_it() -> None:
 
 def test_checkpoints() -> None:
     """The residual is saved and loaded as it is; a checkpoint without it begins at nothing rounded away."""
-    params, opt, others, other = beside(CASES[3], BF16)
+    params, opt, others, other = beside(BY_NAME["adam"], BF16)
     train(params, opt.step, others, other.step, range(3))
     for copied in (copy.deepcopy(opt.state_dict()), pickle.loads(pickle.dumps(opt.state_dict()))):
         again = clones(params)
-        resumed = CASES[3].build(again, state_dtype=F32, master_weights=True)
+        resumed = BY_NAME["adam"].build(again, state_dtype=F32, master_weights=True)
         resumed.load_state_dict(copied)
         assert all(torch.equal(a, b) for a, b in zip(exact(params, opt), exact(again, resumed), strict=True))
     train(params, opt.step, others, other.step, range(3, 5))
@@ -120,7 +120,7 @@ def test_checkpoints() -> None:
 
 
 def test_what_is_written_to_a_parameter_counts() -> None:
-    params, opt, others, other = beside(CASES[3], BF16)
+    params, opt, others, other = beside(BY_NAME["adam"], BF16)
     step = compiled(opt)
     train(params, step, others, other.step, range(3))
     with torch.no_grad():

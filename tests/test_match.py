@@ -10,12 +10,12 @@ from torch import Tensor
 
 import optimizers
 from npu_fuse_pass.capture.graph import capture
-from npu_fuse_pass.capture.rule import capture_batches
 from npu_fuse_pass.ir.types import Captured, Group
 from npu_fuse_pass.match.find import match_group
 from npu_fuse_pass.match.kernels import KERNELS
 from npu_fuse_pass.match.result import Match, NoMatch
 
+from . import graphs
 from .graphs import with_groups
 from .near_misses import NEAR_MISSES, WHOLE
 from .spellings import STEPS, VALUES, Spelling
@@ -209,8 +209,7 @@ def test_rules(make: Any, options: dict[str, Any], kernel: str, dtype: torch.dty
     opt = make(params, **options)
     set_gradients(params, gradients(params, 0))
     opt.step()
-    captured = capture_batches(opt._prelude.batches)
-    captured, (only,) = with_groups(captured)
+    captured, (only,) = with_groups(graphs.captured_step(opt))
     found = match_group(only, captured.leaves)
     assert (found.kernel.name if isinstance(found, Match) else "") == kernel, found
     if isinstance(found, Match):

@@ -13,16 +13,14 @@ import torch
 from torch import Tensor
 
 import optimizers
-from npu_fuse_pass.capture.rule import capture_batches
 from npu_fuse_pass.ir.fused_op import evaluate
 from npu_fuse_pass.ir.text import parse
 from npu_fuse_pass.ir.types import Captured, Group, Leaf
 from npu_fuse_pass.lowerings.npu.emit.split import split
 from npu_fuse_pass.match.find import match
 from npu_fuse_pass.match.result import Match
-from npu_fuse_pass.rules.batch import inputs_of
 
-from .graphs import with_groups
+from .graphs import captured_step, step_with, with_groups
 from .spellings import Spelling
 from .spellings_more import SPELLINGS
 from .support import clones, gradients, parameters, set_gradients
@@ -120,17 +118,17 @@ def test_steps_of_the_dedicated_operation_are_the_optimizers(
 
 def steps_with_the_operation(opt: Any, numbers: torch.dtype) -> None:
     """`opt.step()` with the core replaced by dedicated operations."""
-    opt._before(None)
-    captured = capture_batches(opt._prelude.batches)
-    captured, groups = with_groups(captured)
-    values = inputs_of(opt._prelude.batches)
-    for made, found in zip(groups, match(groups, captured.leaves), strict=True):
-        assert isinstance(found, Match), found
-        inactive = {i for member in made.members for i in member if is_missing(captured, values, i)}
-        made.members = [member for member in made.members if not inactive & {*member}]
-        with torch.no_grad():
-            run_dedicated(captured, made, found, values, numbers)
-    opt._after()
+
+    def core(values: list[Tensor | None]) -> None:
+        captured, groups = with_groups(captured_step(opt))
+        for made, found in zip(groups, match(groups, captured.leaves), strict=True):
+            assert isinstance(found, Match), found
+            inactive = {i for member in made.members for i in member if is_missing(captured, values, i)}
+            made.members = [member for member in made.members if not inactive & {*member}]
+            with torch.no_grad():
+                run_dedicated(captured, made, found, values, numbers)
+
+    step_with(opt, core)
 
 
 def is_missing(captured: Captured, values: list[Tensor | None], i: int) -> bool:

@@ -31,7 +31,7 @@ from npu_fuse_pass.passes.rewrite import rewrite
 from npu_fuse_pass.passes.specialise import decide
 from npu_fuse_pass.rules.batch import inputs_of
 
-from .graphs import traced
+from .graphs import batches_of, captured_step, traced
 from .support import compiled, gradients, last_report, parameters, set_gradients
 
 SHAPES = [(3, 4), (5,), (3, 4)]
@@ -54,7 +54,6 @@ def _adamw() -> Any:
     params = parameters(SHAPES)
     opt = optimizers.NpuFusedAdamW(params, lr=0.01)
     set_gradients(params, gradients(params, 0))
-    opt._prelude.prepare()
     return opt
 
 
@@ -84,7 +83,7 @@ def _plain(value: Any) -> Any:
 
 def test_no_stage_changes_its_input() -> None:
     gm, opt = _graph(), _adamw()
-    batches = opt._prelude.batches
+    batches = batches_of(opt)
     _unchanged([gm], lambda: capture(gm))
     _unchanged([[p.detach() for b in batches for p in b.params]], lambda: capture_batches(batches))
     for captured, values in ((capture(gm), None), (capture_batches(batches), inputs_of(batches))):
@@ -160,7 +159,7 @@ BROKEN: list[tuple[Callable[[Captured], None], str]] = [
 
 @pytest.mark.parametrize(("change", "complaint"), BROKEN, ids=[f.__name__ for f, _ in BROKEN])
 def test_a_broken_promise_of_capture_is_noticed(change: Callable[[Captured], None], complaint: str) -> None:
-    step = capture_batches(_adamw()._prelude.batches)
+    step = captured_step(_adamw())
     verify.captured(step)
     change(step)
     with pytest.raises(verify.BrokenPromiseError, match=complaint):
@@ -168,20 +167,20 @@ def test_a_broken_promise_of_capture_is_noticed(change: Callable[[Captured], Non
 
 
 def test_a_broken_promise_of_grouping_is_noticed() -> None:
-    grouped = group(capture_batches(_adamw()._prelude.batches))
+    grouped = group(captured_step(_adamw()))
     verify.grouped(grouped)
     grouped.groups[0].members[0] = grouped.groups[0].members[0][::-1]
     with pytest.raises(verify.BrokenPromiseError, match=grouped.groups[0].name):
         verify.grouped(grouped)
     with pytest.raises(verify.BrokenPromiseError, match="names no leaf"):
-        verify.grouped(dataclasses.replace(group(capture_batches(_adamw()._prelude.batches)), leaves=()))
+        verify.grouped(dataclasses.replace(group(captured_step(_adamw())), leaves=()))
 
 
 def test_the_option_verifies(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(verify, "captured", seen.append)
     monkeypatch.setattr(verify, "grouped", seen.append)
-    batches = _adamw()._prelude.batches
+    batches = batches_of(_adamw())
     pipeline.fuse_batches(batches, Options("cpu", verify=False))
     assert not seen
     pipeline.fuse_batches(batches, Options("cpu", verify=True))

@@ -14,10 +14,8 @@ from hypothesis import given
 from torch import Tensor
 
 from npu_fuse_pass import Init, rule, total
-from npu_fuse_pass.capture.rule import capture_batches
-from npu_fuse_pass.rules.batch import inputs_of
 
-from .graphs import PROGRAMS, with_groups
+from .graphs import PROGRAMS, captured_step, step_with, with_groups
 from .rules_noise import RUNS, UNIT, Errors, Noisy, assert_within, narrow, settled, tolerance
 from .rules_programs import Exactly, Program, apply
 from .rules_strategy import programs
@@ -97,15 +95,11 @@ def fused_step(opt: Any, how: str, found: list[Any]) -> Callable[[], None]:
     made: list[Any] = []
 
     def step() -> None:
-        opt._before(None)
         if not made:
-            captured = capture_batches(opt._prelude.batches)
-            assert not captured.unfused, captured.unfused
-            captured, groups = with_groups(captured)
+            captured, groups = with_groups(captured_step(opt))
             found.append({g.formula.text: len(g.members) for g in groups})
             made.append(PROGRAMS[how](captured.leaves, groups))
-        made[0](inputs_of(opt._prelude.batches))
-        opt._after()
+        step_with(opt, made[0])
 
     return step
 

@@ -35,7 +35,7 @@ from npu_fuse_pass.rules import core_op
 from npu_fuse_pass.run.fallbacks import refusal
 from scripts import reasons_table
 
-from .graphs import traced
+from .graphs import batches_of, traced
 from .kernel_cache import forget, own_cache
 from .support import gradients, last_report, parameters, set_gradients
 
@@ -174,7 +174,7 @@ def test_two_steps_in_one_graph_are_told_as_such() -> None:
         (step,) = (node for node in gm.graph.nodes if node.target is core_op.rule_update)
         with gm.graph.inserting_after(step):
             gm.graph.node_copy(step, lambda node: node)
-        opt._prelude.prepare()
+        batches_of(opt)
         found.append({reason.code for reason in capture(gm).unfused})
         return gm.forward
 
@@ -623,10 +623,10 @@ def test_a_forward_pass_and_an_update_in_one_graph() -> None:
 
 def test_states_of_ours_that_share_memory() -> None:
     opt = optimizers.NpuFusedAdam([torch.nn.Parameter(torch.ones(3)) for _ in range(2)])
-    opt._prelude.prepare()
+    (batch,) = batches_of(opt)
     shared = Mismatch("two tensors overlap", Code.SHARED_MEMORY)
     assert refusal(shared, [opt]).code is Code.SHARED_MEMORY
-    views = opt._prelude.batches[0].views["exp_avg"]
+    views = batch.views["exp_avg"]
     views[1] = views[0]
     assert refusal(shared, [opt]).code is Code.STATES
 

@@ -13,10 +13,9 @@ from npu_fuse_pass.ir.fused_op import multi_tensor_contribute, multi_tensor_upda
 from npu_fuse_pass.ir.types import Grouped
 from npu_fuse_pass.lowerings.cpu import program as cpu
 from npu_fuse_pass.passes.rewrite import rewrite
-from npu_fuse_pass.rules.batch import inputs_of
 
 from .cases import CASES, over
-from .graphs import fused
+from .graphs import fused, inputs_of_step
 from .support import compiled, gradients, last_report, parameters, set_gradients
 
 
@@ -130,8 +129,7 @@ def test_the_graph_of_every_optimizer_steps_like_the_optimizer(case, dtype):
     gm = well_formed(last_report().fused_graph)
     for some in (params, twins):
         set_gradients(some, gradients(some, 7))
-    opt._prelude.prepare()
-    arguments = inputs_of(opt._prelude.batches)
+    arguments = inputs_of_step(opt)
     assert len(gm.graph.find_nodes(op="placeholder")) == len(arguments)
     with torch.no_grad():
         gm(*arguments)

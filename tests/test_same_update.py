@@ -14,6 +14,7 @@ from torch import Tensor
 from npu_fuse_pass import rule, zeros
 
 from .cases import ONE_EACH, Case, over
+from .graphs import batches_of
 from .support import compiled, gradients, last_report, parameters, profiled, set_gradients, train
 
 SHAPES = [(3, 4), (5,), (40, 50), (2, 3, 2), (5,)]
@@ -154,7 +155,7 @@ def run_renamed(case: Case, name: str | None) -> Any:
     step = compiled(opt)
     train(params, step)
     step.check(len(params))
-    assert name is None or {batch.rule.name for batch in opt._prelude.batches} == {name}
+    assert name is None or {batch.rule.name for batch in batches_of(opt)} == {name}
     groups = [(g.name, g.kernel, g.formula, g.updates) for g in last_report().groups]
     set_gradients(params, gradients(params, 9))
     return groups, profiled(step)[0], params

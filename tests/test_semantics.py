@@ -12,7 +12,7 @@ import torch
 import optimizers
 from optimizers import NpuFusedAdam, NpuFusedAdamW, NpuFusedLamb, NpuFusedRMSpropTF, NpuFusedSGD
 
-from .cases import NPU, Case, over
+from .cases import NPU, ONE_EACH, Case, over
 from .support import parameters, train
 
 CLASSES = [NpuFusedSGD, NpuFusedAdam, NpuFusedAdamW, NpuFusedLamb, NpuFusedRMSpropTF]
@@ -217,6 +217,7 @@ def test_no_attribute_of_the_original_scaler(cls: Any) -> None:
 
 
 def test_public_names() -> None:
-    assert set(optimizers.__all__) == {c.__name__ for c in CLASSES} | {"lion"}
-    assert all(issubclass(c, torch.optim.Optimizer) for c in CLASSES)
-    assert isinstance(optimizers.lion(parameters(), lr=0.1), torch.optim.Optimizer)
+    assert {*optimizers.__all__} == {row.optimizer for row in optimizers.ROWS} - {"paddle.RMSProp"}
+    assert {c.__name__ for c in CLASSES} <= {*optimizers.__all__}
+    assert all(isinstance(case.build(parameters()), torch.optim.Optimizer) for case in ONE_EACH)
+    assert all(getattr(optimizers, row.optimizer) is row.make for row in optimizers.ROWS if "." not in row.optimizer)

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from npu_fuse_pass import rule, total, zeros
-from npu_fuse_pass.capture.rule import capture_batches
-from npu_fuse_pass.rules.batch import inputs_of
 
-from .graphs import PROGRAMS, check, fused, run, with_groups
+from .graphs import PROGRAMS, captured_step, check, fused, run, step_with, with_groups
 from .support import assert_close, clones, compiled, gradients, parameters, set_gradients
 
 
@@ -261,12 +259,9 @@ def test_a_rule_counts_from_one_and_sums_over_all_parameters() -> None:
         for own in (params, others):
             set_gradients(own, gradients(own, seed))
         eager.step()
-        opt._before(None)
-        captured = capture_batches(opt._prelude.batches)
-        captured, groups = with_groups(captured)
-        assert not captured.unfused and [len(g.members) for g in groups] == [3]
-        PROGRAMS["kernel"](captured.leaves, groups)(inputs_of(opt._prelude.batches))
-        opt._after()
+        captured, groups = with_groups(captured_step(opt))
+        assert [len(g.members) for g in groups] == [3]
+        step_with(opt, PROGRAMS["kernel"](captured.leaves, groups))
         for p, q in zip(params, others, strict=True):
             torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
 

@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_fuse_pass.capture.rule import capture_batches
-from npu_fuse_pass.ir.types import Captured
 from npu_fuse_pass.lowerings.npu import program as npu
 from npu_fuse_pass.match.find import match
 from npu_fuse_pass.passes.group import group
-from npu_fuse_pass.rules.batch import inputs_of
 from tests.cases import Case
+from tests.graphs import captured_step, step_with
 
 SHAPES = [(4, 5), (3,), (1,), (2, 1, 6), (0, 3), (2, 3, 2, 2)]
 
@@ -33,13 +31,6 @@ def set_gradients(params: Sequence[Tensor], seed: int, missing: Sequence[int] = 
         p.grad = None if i in missing else grad
 
 
-def captured_step(optimizer: Any) -> Captured:
-    optimizer._prelude.prepare()
-    captured = capture_batches(optimizer._prelude.batches)
-    assert not captured.unfused, captured.unfused
-    return captured
-
-
 class OnNpu:
     """Runs an optimizer's steps through the lowering, as the backend does; `kernels`: with dedicated operations."""
 
@@ -51,9 +42,7 @@ class OnNpu:
         self.program = npu.Program(grouped.leaves, grouped.groups, matches=found, kernels=kernels)
 
     def step(self) -> None:
-        self.optimizer._prelude.prepare()
-        self.program(inputs_of(self.optimizer._prelude.batches))
-        self.optimizer._prelude.expose_states()
+        step_with(self.optimizer, self.program)
 
 
 def assert_same(got: Any, wanted: Any, tolerance: float) -> None:

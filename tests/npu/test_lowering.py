@@ -7,15 +7,15 @@ from typing import Any
 import harness
 import pytest
 import torch
-from steps import OnNpu, assert_same, captured_step, parameters, set_gradients, twins
+from steps import OnNpu, assert_same, parameters, set_gradients, twins
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from npu_fuse_pass import pipeline
 from npu_fuse_pass.lowerings.npu.emit import elementwise
 from npu_fuse_pass.lowerings.npu.environment import require
-from npu_fuse_pass.rules.batch import inputs_of
 from npu_fuse_pass.tolerances import PROMISED
 from tests.cases import BY_NAME, CASES, Case, over
+from tests.graphs import captured_step, inputs_of_step, step_with
 
 
 @over(CASES)
@@ -27,12 +27,11 @@ def test_the_rewritten_graph_converts(case: Case) -> None:
     gm = pipeline.fused_graph(captured_step(ours))
     require()
     mode = FakeTensorMode()
-    values = [v.detach() for v in inputs_of(ours._prelude.batches) if v is not None]
+    values = [v.detach() for v in inputs_of_step(ours) if v is not None]
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), values, strict=True):
         node.meta["val"] = mode.from_tensor(value)
     with harness.record() as graphs:
-        harness.convert(gm, mode)(*values)
-    ours._prelude.expose_states()
+        step_with(ours, lambda _: harness.convert(gm, mode)(*values))
     eager.step()
     assert set(graphs[0].counts()) <= set(elementwise.DOCUMENTS)
     assert_same(ours, eager, 1e-6)

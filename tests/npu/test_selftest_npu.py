@@ -11,6 +11,7 @@ import harness
 import pytest
 
 from npu_fuse_pass.tools.selftest import cases, parity
+from tests.cases import BY_NAME
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -40,9 +41,11 @@ def test_it_ends_plainly_where_cann_is_missing(tmp_path: pathlib.Path) -> None:
     assert "source CANN's set_env.sh first" in text
 
 
-@pytest.mark.parametrize("name", ["NpuFusedAdam", "NpuFusedLamb", "NpuFusedAdamW, bfloat16 parameters"])
+@pytest.mark.parametrize("name", ["adam", "lamb", "adamw, bfloat16 parameters"])
 def test_parity_through_torchair(name: str) -> None:
-    (case,) = [c for c in cases.cases(quick=False) if c.name == name]
+    row, comma, half = name.partition(", ")
+    label = BY_NAME[row].label + comma + half
+    (case,) = [c for c in cases.cases(quick=False) if c.name == label]
     with harness.record() as graphs:
         outcome = parity.compare(case, "npu", "cpu")
     assert outcome.verdict == "ok", outcome

@@ -9,14 +9,13 @@ from typing import Any
 from torch import Tensor, fx
 
 from npu_fuse_pass.capture.graph import capture
-from npu_fuse_pass.capture.rule import capture_batches
 from npu_fuse_pass.ir.types import Group, Grouped, Leaf
 from npu_fuse_pass.lowerings.npu.kernels import block
 from npu_fuse_pass.lowerings.npu.kernels.generate import Kernel
 from npu_fuse_pass.lowerings.npu.kernels.launch import Generated, generate_group
 from npu_fuse_pass.lowerings.npu.program import Program
 from npu_fuse_pass.passes.group import group
-from npu_fuse_pass.rules.batch import inputs_of
+from tests.graphs import captured_step, inputs_of_step
 from tests.npu_kernels import machine
 from tests.npu_kernels.compiler import final_ir
 
@@ -97,10 +96,7 @@ def kernels_of(program: Program) -> list[Generated]:
 
 def captured_rules(optimizer: Any) -> Grouped:
     """The step of an optimizer of ours, in groups."""
-    optimizer._prelude.prepare()
-    captured = capture_batches(optimizer._prelude.batches)
-    assert not captured.unfused, captured.unfused
-    return group(captured)
+    return group(captured_step(optimizer))
 
 
 class RuleStep:
@@ -114,8 +110,7 @@ class RuleStep:
         self.groups = kernels_of(self._program)
 
     def step(self) -> None:
-        self.optimizer._prelude.prepare()
-        given = inputs_of(self.optimizer._prelude.batches)
+        given = inputs_of_step(self.optimizer)
         values = [*given, *[None] * (len(self._leaves) - len(given))]
         self._program(values, complete=True)
 

@@ -299,10 +299,9 @@ def test_the_self_test_proves(
     cores = made(chunk=1024, calls_back=True)
     cores.failing = {} if failing is None else {failing: compiler.Refused("planted")}
     monkeypatch.setattr(hardware, "current", lambda: cores)
-    chosen = [
-        c for c in cases.cases(False) if c.name in ("NpuFusedAdamW", "NpuFusedLion", "lion", "NpuFusedLamb, adam")
-    ]
-    monkeypatch.setattr(cases, "cases", lambda quick: chosen[-2:])
+    chosen = [c for c in cases.cases(False) if c.name in ("lion, weight_decay=0.1", "NpuFusedLamb, adam=True")]
+    assert len(chosen) == 2
+    monkeypatch.setattr(cases, "cases", lambda quick: chosen)
     compare = parity.compare
     monkeypatch.setattr(parity, "compare", lambda case, platform, device, **o: compare(case, platform, "cpu", **o))
     proof.record(MACHINE, 1)

@@ -11,7 +11,7 @@ import torch
 
 from npu_fuse_pass.lowerings.npu.kernels.generate import Kernel
 from npu_fuse_pass.lowerings.npu.program import Program
-from npu_fuse_pass.rules.batch import inputs_of
+from tests.graphs import inputs_of_step
 from tests.npu_kernels import machine
 from tests.npu_kernels.compiler import final_ir
 from tests.npu_kernels.executed import Cores, captured_rules
@@ -43,7 +43,7 @@ def watch(step: Step, edit: Edit = lambda text: text, size: int | None = None) -
     captured = captured_rules(opt)
     watched = Watched(edit, size)
     program = Program(captured.leaves, captured.groups, hardware=watched)
-    given = inputs_of(opt._prelude.batches)
+    given = inputs_of_step(opt)
     program([*given, *[None] * (len(captured.leaves) - len(given))])
     return watched.seen
 
@@ -116,7 +116,7 @@ def test_two_inputs_at_one_address_give_wrong_numbers() -> None:
         set_gradients(params, 0)
         captured = captured_rules(opt)
         program = Program(captured.leaves, captured.groups, hardware=Watched(change))
-        given = inputs_of(opt._prelude.batches)
+        given = inputs_of_step(opt)
         program([*given, *[None] * (len(captured.leaves) - len(given))])
         found.append(params[0].detach().clone())
     assert not torch.allclose(*found)

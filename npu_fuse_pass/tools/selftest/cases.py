@@ -37,37 +37,16 @@ def cases(quick: bool) -> list[Case]:
 
 
 def _ours() -> list[Case]:
+    """Every row of the optimizers' table; the first one of each optimizer for `--quick`, and in half precision, too."""
     import optimizers
-    from optimizers.paddle import RMSProp
 
-    def row(name: str, cls: Any, quick: bool = False, dtype: torch.dtype = torch.float32, **options: Any) -> Case:
-        return Case(name, lambda params: cls(params, **options), True, dtype, quick)
+    def case(row: Any, quick: bool = False, dtype: torch.dtype = torch.float32, **more: Any) -> Case:
+        name = row.label if dtype is torch.float32 else f"{row.label}, {str(dtype).rpartition('.')[2]} parameters"
+        return Case(name, lambda params: row.build(params, **more), True, dtype, quick)
 
-    def paddle(params: Params, **options: Any) -> Any:
-        return RMSProp(parameters=params, **options)
-
-    sgd, adam, adamw = optimizers.NpuFusedSGD, optimizers.NpuFusedAdam, optimizers.NpuFusedAdamW
-    lamb, rms = optimizers.NpuFusedLamb, optimizers.NpuFusedRMSpropTF
-    f16, bf16, f32 = torch.float16, torch.bfloat16, torch.float32
-    return [
-        row("NpuFusedSGD", sgd, lr=0.05),
-        row("NpuFusedSGD, momentum", sgd, True, lr=0.05, momentum=0.9, dampening=0.3, weight_decay=0.1),
-        row("NpuFusedSGD, Nesterov", sgd, lr=0.05, momentum=0.9, nesterov=True),
-        row("NpuFusedAdam", adam, True, lr=0.02, weight_decay=0.05),
-        row("NpuFusedAdam, amsgrad", adam, lr=0.02, amsgrad=True),
-        row("NpuFusedAdam, float16 parameters", adam, dtype=f16, lr=0.02, state_dtype=f32),
-        row("NpuFusedAdamW", adamw, True, lr=0.02, weight_decay=0.1),
-        row("NpuFusedAdamW, amsgrad", adamw, lr=0.02, weight_decay=0.1, amsgrad=True),
-        row("NpuFusedAdamW, bfloat16 parameters", adamw, dtype=bf16, lr=0.02, state_dtype=f32),
-        row("NpuFusedLamb", lamb, True, lr=0.02, weight_decay=0.1),
-        row("NpuFusedLamb, adam", lamb, lr=0.02, adam=True),
-        row("NpuFusedLamb, global norm", lamb, lr=0.02, use_global_grad_norm=True),
-        row("NpuFusedRMSpropTF", rms, lr=0.02, weight_decay=0.1),
-        row("NpuFusedRMSpropTF, momentum", rms, True, lr=0.02, momentum=0.9, decoupled_decay=True, weight_decay=0.01),
-        row("NpuFusedRMSpropTF, centered", rms, lr=0.02, eps=1e-3, momentum=0.9, centered=True, lr_in_momentum=False),
-        row("lion", optimizers.lion, True, lr=0.01, weight_decay=0.1),
-        row("paddle RMSProp", paddle, True, learning_rate=0.02, momentum=0.9, centered=True, epsilon=1e-3),
-    ]
+    first = optimizers.one_each(optimizers.ROWS)
+    half = [case(row, dtype=d, state_dtype=torch.float32) for row in first for d in (torch.float16, torch.bfloat16)]
+    return [*(case(row, quick=row in first) for row in optimizers.ROWS), *half]
 
 
 def _stock() -> list[Case]:
