@@ -16,7 +16,7 @@ import npu_fuse_pass
 from npu_fuse_pass.backend import npu_fused
 from npu_fuse_pass.match import find
 
-from .support import tier
+from .support import FULL, tier
 
 Body = Callable[..., Any]
 
@@ -323,7 +323,11 @@ NARROW = ("half", "clamp", "power", "compared", "chosen", "to bool", "sum", "ful
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [*((n, torch.int64) for n in INTEGERS), *((n, d) for n in NARROW for d in (torch.int32, torch.uint8))],
+    [
+        *((n, torch.int64) for n in INTEGERS),
+        *((n, torch.int32) for n in (INTEGERS if FULL else NARROW)),
+        *((n, torch.uint8) for n in NARROW),
+    ],
     ids=str,
 )
 def test_integers(name: str, dtype: torch.dtype) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._dynamo.utils import counters
 
 import npu_fuse_pass
-from npu_fuse_pass.tools.symbolic import symbolic_numbers
+from npu_fuse_pass.tools.symbolic import reading_numbers, symbolic_numbers
 
 from .support import FULL, assert_close, clones, gradients, parameters, set_gradients
 
@@ -74,6 +76,138 @@ def test_counts(name: str, in_group: bool) -> None:
     reports = npu_fuse_pass.reports()
     assert counters["stats"]["unique_graphs"] <= 4
     assert all(report.groups and report.fallback is None and not report.reasons for report in reports)
+
+
+def adam_like(p: Tensor, g: Tensor, state: dict[str, Any]) -> None:
+    step = state["count"].add_(1).item()
+    state["average"].lerp_(g, 1 - (0.9**step - 0.9) / (0.9**step - 1))
+    p.sub_(state["average"], alpha=0.1 / (1 + step / (step + 1)))
+
+
+def clipped(p: Tensor, g: Tensor, state: dict[str, Any]) -> None:
+    state["average"].add_(g)
+    p.sub_(g, alpha=0.1 / max(1.0, state["average"].norm().item()))
+
+
+def summed(p: Tensor, g: Tensor, state: dict[str, Any]) -> None:
+    state["sum"] = state.get("sum", 0.0) + float((g * g).sum())
+    p.sub_(g, alpha=0.1 / math.sqrt(state["sum"]))
+
+
+def branching(p: Tensor, g: Tensor, state: dict[str, Any]) -> None:
+    if state["average"].add_(g).sum().item() > 0:
+        g = -g
+    p.sub_(g, alpha=0.1)
+
+
+class Reading(torch.optim.Optimizer):
+    """Reads numbers of tensors in Python."""
+
+    def __init__(self, params: Any, update: Callable[[Tensor, Tensor, dict[str, Any]], None], dtype: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+        self.update, self.dtype = update, dtype
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            if not state:
+                state["count"], state["average"] = torch.tensor(0, dtype=self.dtype), torch.zeros_like(p)
+            self.update(p, p.grad, state)
+
+
+class ByName(torch.optim.Optimizer):
+    """Fills lists that it gives to `_init_group` by keyword."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    def _init_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        for p in group["params"]:
+            params.append(p)
+            self.state[p].setdefault("average", torch.zeros_like(p))
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            params: list[Tensor] = []
+            self._init_group(group, params=params)
+            for p in params:
+                p.sub_(self.state[p]["average"].add_(p.grad), alpha=group["lr"])
+
+
+def trained(opt: Any, step: Any, seeds: Any) -> list[Any]:
+    params = opt.param_groups[0]["params"]
+    for seed in seeds:
+        set_gradients(params, gradients(params, seed))
+        step()
+    return [*params, *(value for p in params for value in opt.state[p].values())]
+
+
+@pytest.mark.parametrize(
+    ("update", "dtype"),
+    [(adam_like, torch.int32), (adam_like, torch.float32), (clipped, torch.int64), (summed, torch.int64)],
+    ids=["int32", "float32", "norm", "float"],
+)
+def test_numbers_that_are_read_from_tensors_are_part_of_the_graph(update: Any, dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    npu_fuse_pass.clear_reports()
+    params = parameters([(3, 4), (5,)])
+    opt, eager = (Reading(ps, update, dtype) for ps in (params, clones(params)))
+    got, want = trained(opt, npu_fuse_pass.compile_step(opt), range(5)), trained(eager, eager.step, range(5))
+    assert_equal_kinds_and_close(got, want)
+    assert_fused_and_whole(npu_fuse_pass.reports())
+
+
+def assert_equal_kinds_and_close(got: list[Any], want: list[Any]) -> None:
+    assert [(type(x), getattr(x, "dtype", None)) for x in got] == [(type(x), getattr(x, "dtype", None)) for x in want]
+    assert_close([torch.as_tensor(x).float() for x in got], [torch.as_tensor(x).float() for x in want])
+
+
+def assert_fused_and_whole(reports: list[Any]) -> None:
+    assert reports and all(r.groups and r.fallback is None and not r.reasons for r in reports)
+    assert all(sum(g.updates for g in r.groups if g.writes == "leaves") >= 2 for r in reports)
+
+
+def test_a_branch_on_a_number_that_is_read_stays_pythons() -> None:
+    torch._dynamo.reset()
+    npu_fuse_pass.clear_reports()
+    params = parameters([(3, 4), (5,)])
+    opt, eager = (Reading(ps, branching, torch.int64) for ps in (params, clones(params)))
+    step = npu_fuse_pass.compile_optimizer_(opt).step
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="npu_fused")
+        got = trained(opt, step, range(6))
+    assert_equal_kinds_and_close(got, trained(eager, eager.step, range(6)))
+
+
+def test_lists_that_dynamo_would_leave_empty() -> None:
+    params = parameters([(3, 4), (5,)])
+    opt, eager = (ByName(ps) for ps in (params, clones(params)))
+    step = npu_fuse_pass.compile_step(opt)
+    trained(opt, step, range(1))
+    with pytest.raises(npu_fuse_pass.NotCapturedError, match=r"_init_group by keyword.*by position"):
+        trained(opt, step, range(1, 2))
+    assert_close(trained(opt, opt.step, ()), trained(eager, eager.step, range(2)))
+    assert "_init_group by keyword" in str(npu_fuse_pass.explain(opt).fallback)
+
+
+def test_reading_is_on_for_our_compiles_alone() -> None:
+    config, seen = torch._dynamo.config, []
+
+    def look(*args: Any) -> None:
+        seen.append(config.capture_scalar_outputs)
+
+    with reading_numbers():
+        look()
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+        with reading_numbers():
+            look()
+        look()
+    look()
+    assert seen == [True, False, True, True, False]
 
 
 def test_nobody_elses_compiles_are_touched() -> None:

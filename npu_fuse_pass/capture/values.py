@@ -10,6 +10,8 @@ from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.ir.expr import DTYPE_NAMES, Expr
 from npu_fuse_pass.reasons import Code
 
+COUNTERS = (torch.int64, torch.int32)  # integers that expressions compute with, as float64, where they are 0-dim
+
 
 @dataclasses.dataclass(frozen=True)
 class Val:
@@ -31,7 +33,7 @@ class Val:
     @property
     def opaque(self) -> bool:
         """Whether no expression can read it: original operations can. Its expression is a leaf, then."""
-        return self.dtype not in DTYPE_NAMES and (self.dimmed or self.dtype != torch.int64)
+        return self.dtype not in DTYPE_NAMES and (self.dimmed or self.dtype not in COUNTERS)
 
 
 @dataclasses.dataclass

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from npu_fuse_pass.reasons import Code, Reason
@@ -20,6 +27,9 @@ _HIDDEN: dict[type[torch.optim.Optimizer], Reason] = {
         remedy=_RULE,
     ),
 }
+_BY_NAME = Code.HIDDEN(
+    "Dynamo leaves lists empty that a step gives to _init_group by keyword", remedy="give them by position"
+)
 _FUSED = Code.FUSED_OPTION("fused=True: torch's own fused kernels are hidden from Dynamo")
 
 
@@ -27,7 +37,24 @@ def hidden(opt: torch.optim.Optimizer) -> Reason | None:
     """Why torch never shows this optimizer's step to a backend; None if it does."""
     if uses_fused(opt):
         return _FUSED
+    if fills_lists_by_name(opt):
+        return _BY_NAME
     return next((reason for cls, reason in _HIDDEN.items() if isinstance(opt, cls)), None)
+
+
+def fills_lists_by_name(opt: torch.optim.Optimizer) -> bool:
+    """Whether its step gives `_init_group` lists by keyword: Dynamo calls that itself, and goes on with empty ones."""
+    return _calls_by_keyword(type(opt).step)
+
+
+@functools.cache
+def _calls_by_keyword(step: Callable[..., Any]) -> bool:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(step)))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return any(isinstance(c.func, ast.Attribute) and c.func.attr == "_init_group" and c.keywords for c in calls)
 
 
 def uses_fused(opt: torch.optim.Optimizer) -> bool:

@@ -13,12 +13,13 @@ import torch
 
 from npu_fuse_pass import backend
 from npu_fuse_pass.reasons import Code, Reason
+from npu_fuse_pass.rules.hidden import fills_lists_by_name
 from npu_fuse_pass.rules.optimizer import RuleOptimizer
 from npu_fuse_pass.stock.binding import Binding
 from npu_fuse_pass.stock.classes import stock_class
 from npu_fuse_pass.stock.prelude import Refused
 from npu_fuse_pass.tools.first_step import first_eagerly
-from npu_fuse_pass.tools.symbolic import symbolic_numbers
+from npu_fuse_pass.tools.symbolic import reading_numbers, symbolic_numbers
 
 
 def road(opt: torch.optim.Optimizer, step: Callable[..., Any], watched: backend.Watched) -> Callable[..., Any]:
@@ -47,8 +48,12 @@ def captured(
     if isinstance(opt, RuleOptimizer):  # its numbers are no part of the graph
         return compiled
 
+    if fills_lists_by_name(opt):
+        return step
+    numbers_read = reading_numbers()
+
     def run(*args: Any, **kwargs: Any) -> Any:
-        with symbolic_numbers():
+        with symbolic_numbers(), numbers_read:
             return compiled(*args, **kwargs)
 
     return first_eagerly(opt, step, run)

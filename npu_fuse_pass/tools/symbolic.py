@@ -58,3 +58,12 @@ def symbolic_numbers() -> Iterator[None]:
             if not _entered:
                 for name in _ADDED:
                     delattr(torch, name)
+
+
+def reading_numbers() -> contextlib.AbstractContextManager[None]:
+    """While inside, a compile of this thread keeps numbers that `item()` reads in the graph, instead of ending it.
+
+    Dynamo's own check of what it assumes of such numbers is off: it cannot write a quotient of two of them, and fails.
+    `torch._check` of a number is a node of the graph, and stays.
+    """
+    return torch._dynamo.config.patch(capture_scalar_outputs=True, do_not_emit_runtime_asserts=True)  # type: ignore[no-any-return]

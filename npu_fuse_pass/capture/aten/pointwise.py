@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from npu_fuse_pass.capture.aten.rows import ROWS
-from npu_fuse_pass.capture.values import Val
+from npu_fuse_pass.capture.values import COUNTERS, Val
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.ir.expr import C_FUNCTIONS, HALF, Builder
 from npu_fuse_pass.reasons import Code
@@ -57,7 +57,7 @@ def evaluate(b: Builder, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
     if vals and all(v.number for v in vals):
         integer = dtype == torch.int64 and name in _EXACT | _OF_INTEGERS
         return Val(result, torch.int64 if integer else torch.float64, (), number=True)
-    if not dtype.is_floating_point and (dimmed or dtype != torch.int64 or name not in _EXACT):
+    if not dtype.is_floating_point and (dimmed or dtype not in COUNTERS or name not in _EXACT):
         raise Unsupported(name, f"gives {dtype}: it stays as it is", Code.DTYPE)
     if not dimmed and dtype in HALF:
         return Val(b.cast(b.cast(result, dtype), torch.float64), dtype, shape)

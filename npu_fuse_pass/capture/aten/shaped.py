@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from npu_fuse_pass.capture.aten.pointwise import evaluate
-from npu_fuse_pass.capture.values import Val
+from npu_fuse_pass.capture.values import COUNTERS, Val
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.ir.expr import DTYPE_NAMES, HALF, Builder, Expr
 from npu_fuse_pass.reasons import Code
@@ -36,7 +36,7 @@ def cast(b: Builder, x: Val, dtype: torch.dtype) -> Val:
         raise Unsupported("to", f"converts {x.dtype} to {dtype}", Code.DTYPE)
     if dtype in (torch.float32, *HALF):
         return Val(b.cast(b.cast(x.expr, dtype), torch.float64), dtype, x.shape)
-    if dtype == torch.int64:
+    if dtype in COUNTERS:
         return Val(b.op("trunc", x.expr), dtype, x.shape)
     if dtype == torch.bool:
         return Val(b.op("ne", x.expr, b.const(0)), dtype, x.shape)
