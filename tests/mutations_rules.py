@@ -9,6 +9,10 @@ def _equal(*names: str) -> tuple[str, ...]:
     return tuple(f"tests/test_equal_shapes.py::test_{name}" for name in names)
 
 
+def _rounding(name: str) -> tuple[str, ...]:
+    return (f"tests/test_stochastic_rounding.py::test_{name}",)
+
+
 STATES = _equal("states_are_those_of_their_parameters[compiled-Adam]")
 EAGER = _equal("states_are_those_of_their_parameters[eager-Adam]")
 CHECKPOINT = _equal("a_checkpoint_of_torchs[eager-Adam]")
@@ -52,6 +56,42 @@ RULES = [
         "if grad is not None and not batch.seen[i]:",
         "if not batch.seen[i]:",
         FIRST,
+    ),
+    # stochastic rounding
+    Mutation(
+        "every group rounds with seed 0",
+        "Rounding.fill",
+        "self._numbers[0] = float(seed)",
+        "self._numbers[0] = 0.0",
+        _rounding("groups_and_missing_gradients"),
+    ),
+    Mutation(
+        "all parameters are rounded by the same random bits",
+        "Rounding.place",
+        "[numbers[id(p)] for p in owners]",
+        "[0 for p in owners]",
+        _rounding("eager_steps_are_those_of_the_reference[torch.bfloat16-sgd]"),
+    ),
+    Mutation(
+        "every chunk is rounded by the random bits of the first",
+        "_Stage._noise",
+        "int64_t({first}) + start",
+        "int64_t({first})",
+        _rounding("threads_and_chunks[torch.float16]"),
+    ),
+    Mutation(
+        "elements are counted in a gradient's order",
+        "Kernel._bind_by_member",
+        "[values[member[slot]] for slot in self._counted] or tensors",
+        "[values[member[c.slot]] for c in self._columns if not c.written]",
+        _rounding("memory_in_another_order"),
+    ),
+    Mutation(
+        "without states every step is rounded by the same random bits",
+        "make_batch",
+        "bool(flat or rounding.names)",
+        "bool(flat)",
+        _rounding("resumed_runs_go_on_bit_for_bit[loaded]"),
     ),
     # the prelude
     Mutation(

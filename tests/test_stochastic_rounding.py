@@ -217,7 +217,7 @@ def test_compiled_steps_round_as_eager_ones(case: Case, dtype: torch.dtype) -> N
     assert moved == last_report().groups[0].bytes_per_element
 
 
-@HALVES
+@pytest.mark.parametrize("dtype", [BF16, F16] if FULL else [F16], ids=str)
 def test_threads_and_chunks(dtype: torch.dtype) -> None:
     """The same bits with any number of threads, for tensors of several chunks, and many of them."""
     threads, shapes = torch.get_num_threads(), [(40000,), *[(129,)] * 20]
@@ -256,7 +256,7 @@ def test_memory_in_another_order() -> None:
 def test_a_small_lr_moves_parameters() -> None:
     """Where rounding to nearest loses the steps: less error against float64, in less memory than master weights."""
     errors = {}
-    for chance in (False, True):
+    for chance in (True, False) if FULL else (True,):
         params = parameters([(50, 20)], dtype=BF16)
         others = [torch.nn.Parameter(p.detach().double()) for p in params]
         start = params[0].detach().double()
@@ -270,7 +270,7 @@ def test_a_small_lr_moves_parameters() -> None:
             torchs.step()
         errors[chance] = float((params[0].detach().double() - others[0].detach()).mean().abs())
         moved = float((others[0].detach() - start).mean().abs())
-    assert errors[True] < 0.05 * moved and errors[False] > 0.3 * moved, (errors, moved)
+    assert errors[True] < 0.05 * moved and errors.get(False, moved) > 0.3 * moved, (errors, moved)
 
 
 @pytest.mark.parametrize("how", ["loaded", "deepcopy", "pickle"] if FULL else ["loaded"])
