@@ -12,14 +12,22 @@ import torch
 
 import npu_fuse_pass
 import optimizers
-from npu_fuse_pass.ir.types import Grouped
-from npu_fuse_pass.lower import lower
-from npu_fuse_pass.options import Options, Target
-from npu_fuse_pass.passes.group import group
+from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.tensors.stochastic import philox, random_bits, rounded, stochastic_round
 
 from .cases import BY_NAME, CASES, Case, over
-from .support import FULL, assert_fused, clones, compiled, gradients, last_report, parameters, set_gradients, tier
+from .support import (
+    FULL,
+    assert_fused,
+    assert_one_fused_step,
+    clones,
+    compiled,
+    gradients,
+    last_report,
+    parameters,
+    set_gradients,
+    tier,
+)
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 HALVES = pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
@@ -210,6 +218,7 @@ def test_compiled_steps_round_as_eager_ones(case: Case, dtype: torch.dtype) -> N
         pairs = zip(params, others, strict=True)
         assert sum(int((p != q).sum()) for p, q in pairs) <= 0.02 * sum(p.numel() for p in params)
     assert_fused(last_report(), parameters=len(params))
+    assert_one_fused_step(step.function)  # no tensor of random numbers, nor a copy
     nearest = case.build(clones(params), state_dtype=F32)
     set_gradients(nearest.param_groups[0]["params"], [p.grad for p in params])
     moved = last_report().groups[0].bytes_per_element
@@ -407,8 +416,7 @@ def test_where_it_is_not_fused() -> None:
         train(params, function, others, other.step, range(3))
     assert equal(params, others)
     assert last_report().fallback is not None and "compile opt.step by itself" in str(last_report()), last_report()
-    captured = npu_fuse_pass.capture.rule.capture_batches(opt._prelude.batches)  # type: ignore[attr-defined]
-    leaves = [*captured.leaves]
-    step = Grouped(leaves=tuple(leaves), groups=group(captured).groups)
-    lowered = lower(step, Target("npu"), Options())
-    assert lowered.program is None and "stochastic rounding is not lowered" in str(lowered.fallbacks[0])
+    step = compiled(opt, platform="npu")
+    with pytest.warns(UserWarning, match="stochastic rounding is not lowered for npu"):
+        train(params, step.function, others, other.step, range(3, 5))
+    assert equal(params, others) and [reason.code for reason in last_report().fallbacks] == [Code.PLATFORM]
