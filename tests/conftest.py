@@ -14,12 +14,22 @@ os.environ.setdefault("NPU_FUSE_VERIFY", "1")  # in processes that tests start, 
 
 
 @pytest.fixture(autouse=True, scope="session")
-def native_look() -> None:
-    """Without it, most tests have too few parameters for the native look."""
+def native_look() -> int:
+    """Without it, most tests have too few parameters for the native look; returns how many it takes otherwise."""
     from npu_fuse_pass.lowerings.cpu import native_look as cpu_look
 
-    cpu_look.WORTH = 1
+    usual, cpu_look.WORTH = cpu_look.WORTH, 1
     cpu_look.wait()
+    return usual
+
+
+@pytest.fixture
+def usual_look(native_look: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """As users have it: few tensors are looked at in Python. Returns from how many on the look is native."""
+    from npu_fuse_pass.lowerings.cpu import native_look as cpu_look
+
+    monkeypatch.setattr(cpu_look, "WORTH", native_look)
+    return native_look
 
 
 @pytest.fixture
