@@ -29,7 +29,9 @@ STAGES=8
 stage "environment (.venv)" environment test
 if [ "$FAILED" -ne 0 ]; then finish scripts/test.sh; fi
 stage "style and types" bash scripts/check.sh
-stage "tests ($workers at a time)" "$PY" -m pytest -n "$workers" -m "not npu and not browser" --durations=10 "${given[@]}"
+# worksteal: neighbours run in one process, which makes what a file's tests share, and their kernels, once
+stage "tests ($workers at a time)" \
+    "$PY" -m pytest -n "$workers" --dist worksteal -m "not npu and not browser" --durations=10 "${given[@]}"
 lacking="$(no_browser)"
 if [ -z "$lacking" ]; then
     stage "the page of a dump in Chromium" env NPU_FUSE_BROWSER=1 "$PY" -m pytest -m browser tests/test_page_browser.py

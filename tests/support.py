@@ -186,6 +186,11 @@ def at_once(*calls: Callable[[], T]) -> list[T]:
         return [future.result() for future in [pool.submit(run, call) for call in calls]]
 
 
+def another_hash_seed() -> str:
+    """For PYTHONHASHSEED of a process whose hashes of strings are others than this one's."""
+    return "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+
+
 def forget_scripts() -> None:
     """Dynamo as in a new process, for scripts that run in this one.
 

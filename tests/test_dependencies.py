@@ -219,16 +219,14 @@ def run(code: str, cwd: pathlib.Path, blocked: tuple[str, ...] = ()) -> str:
 @pytest.mark.parametrize(
     ("module", "given"),
     [
-        ("npu_fuse_pass", "torch"),
         ("npu_fuse_pass.rules.declaration", "torch"),
-        ("optimizers", "torch._dynamo"),  # `step` is marked for Dynamo when the class is made
-        ("optimizers.paddle", "torch._dynamo"),
+        ("optimizers.paddle", "torch._dynamo"),  # `step` is marked for Dynamo when the class is made
     ],
 )
 def test_import_needs_torch_alone_and_loads_lazily(module: str, given: str, tmp_path: pathlib.Path) -> None:
     code = f"import {given}\nbefore = set(sys.modules)\nimport {module}\nprint(*(set(sys.modules) - before))\n"
     new = set(run(code, tmp_path, blocked=("numpy", "torch_npu", "torchair")).split())
-    assert module in new
+    assert {module, module.partition(".")[0]} <= new  # the package's own imports are among them
     assert not {n.split(".")[0] for n in new} - set(sys.stdlib_module_names) - {*PACKAGES, "torch"}
     assert not {n for n in new if within(n, (*COMPILER, "npu_fuse_pass.backend", "npu_fuse_pass.pipeline"))}
     if module.startswith("npu_fuse_pass"):
