@@ -171,6 +171,13 @@ def _norm(b: Builder, x: Val, ord: Any = 2, dim: Any = None, *args: Any, **kwarg
     return _stored(b, b.op("sqrt", whole) if order == 2 else b.op("pow", whole, b.const(1 / order)), dtype)
 
 
+def _linalg_norm(b: Builder, x: Val, ord: Any = None, *args: Any, **kwargs: Any) -> Val:
+    """Of all elements where no order is given; with one, of a matrix, it is another norm."""
+    if ord is not None and len(x.shape) > 1:
+        raise Unsupported("linalg_norm", "takes a norm of a matrix; without an order it can fuse", Code.REDUCTION)
+    return _norm(b, x, 2 if ord is None else ord, *args, **kwargs)
+
+
 def _dot(b: Builder, x: Val, y: Val) -> Val:
     if x.shape != y.shape or not (x.expr.tensor and y.expr.tensor):
         raise Unsupported("dot", "of a constant tensor or of different shapes", Code.SHAPES)
@@ -280,6 +287,7 @@ SHAPED: dict[str, Callable[..., Val]] = {
     "nan_to_num": _nan_to_num,
     "norm": _norm,
     "linalg_vector_norm": _norm,
+    "linalg_norm": _linalg_norm,
     "dot": _dot,
     "vdot": _dot,
     **{
