@@ -179,6 +179,17 @@ def break_counts() -> dict[str, int]:
     return dict(torch._dynamo.utils.counters["graph_break"])
 
 
+def broken_at(before: int) -> str | None:
+    """Why and where Dynamo first ended a graph since there were `before` of `number_of_breaks`; skipped loops, too."""
+    found = torch._dynamo.utils.graph_break_reasons[before:]
+    return told(found[0]) if found else None
+
+
+def number_of_breaks() -> int:
+    """How often Dynamo has ended a graph in this process."""
+    return len(torch._dynamo.utils.graph_break_reasons)
+
+
 def last_break(before: Mapping[str, int]) -> str | None:
     """Why Dynamo broke a graph since there were so many `break_counts`; one reason."""
     grown = [reason for reason, count in break_counts().items() if count > before.get(reason, 0)]

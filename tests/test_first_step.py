@@ -138,6 +138,26 @@ def test_what_never_reaches_the_backend_is_said_at_the_second_step(in_place: boo
     assert_close(params, others)
 
 
+class Looping(Stateless):
+    """Reads a value in a loop, which Dynamo then skips as a whole."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            if p.grad.sum() > 0:
+                p.sub_(p.grad)
+
+
+def test_the_error_says_why_and_where_a_loop_is_skipped() -> None:
+    params = parameters(SHAPES)
+    step = npu_fuse_pass.compile_step(Looping(params))
+    with pytest.raises(
+        npu_fuse_pass.NotCapturedError, match=r"Data-dependent branching \(.*test_first_step.py:\d+, in step"
+    ):
+        train(step, params, range(2))
+    assert "test_first_step.py:" in str(npu_fuse_pass.explain(Looping(params)).fallback)
+
+
 def test_a_parameter_whose_gradient_comes_later() -> None:
     """Its state is made within a compiled step, or eagerly where Dynamo refuses, and is right."""
     params = parameters(SHAPES)
