@@ -33,6 +33,28 @@ def usual_look(native_look: int, monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 @pytest.fixture
+def afresh() -> Iterator[None]:
+    """Nothing is compiled or reported yet: instances of one class share torch's limit of 8 compiles."""
+    import torch
+
+    import npu_fuse_pass
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    npu_fuse_pass.clear_reports()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def same_numbers() -> None:
+    """Random numbers are the same at every run."""
+    import torch
+
+    torch.manual_seed(0)
+
+
+@pytest.fixture
 def on_meta() -> Iterator[None]:
     """Another default device than the CPU, under which a tensor that nobody places has no values."""
     import torch

@@ -52,10 +52,7 @@ slot 4: scalar
 write $2 = %2
 write $3 = %5"""
 
-
-@pytest.fixture(autouse=True)
-def _same_numbers() -> None:
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("same_numbers")
 
 
 def example(n: int = 5) -> list[Tensor]:

@@ -15,10 +15,7 @@ from npu_fuse_pass.capture.graph import capture
 from .graphs import check, traced
 from .test_capture import f64
 
-
-@pytest.fixture(autouse=True)
-def _same_numbers() -> None:
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("same_numbers")
 
 
 def test_shared_scalars_that_read_each_other():

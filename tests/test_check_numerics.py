@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -28,13 +28,7 @@ MAKE: dict[str, Callable[[Any], Any]] = {
     "paddle RMSProp": lambda p: optimizers.paddle.RMSProp(0.01, parameters=p),
 }
 
-
-@pytest.fixture(autouse=True)
-def _compile_afresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    npu_fuse_pass.clear_reports()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("afresh")
 
 
 def stepper(make: Callable[[Any], Any], dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Any, Any, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -28,13 +28,7 @@ PAIRS: dict[str, tuple[Callable[..., Any], type[torch.optim.Optimizer], dict[str
     "SGD nesterov": (optimizers.NpuFusedSGD, torch.optim.SGD, dict(lr=0.01, momentum=0.9, nesterov=True)),
 }
 
-
-@pytest.fixture(autouse=True)
-def _compile_afresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    npu_fuse_pass.clear_reports()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("afresh")
 
 
 def train(params: Any, step: Callable[[], Any], steps: int = 4) -> None:

@@ -58,12 +58,7 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, 0.05, anneal_epochs=2),
 }
 
-
-@pytest.fixture(autouse=True)
-def _compile_afresh() -> None:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    npu_fuse_pass.clear_reports()
+pytestmark = pytest.mark.usefixtures("afresh")
 
 
 @pytest.fixture

@@ -33,12 +33,7 @@ HIDDEN: dict[str, tuple[Any, str]] = {
     "Adafactor": (lambda p: torch.optim.Adafactor(p), "item"),
 }
 
-
-@pytest.fixture(autouse=True)
-def _compile_afresh() -> None:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    npu_fuse_pass.clear_reports()
+pytestmark = pytest.mark.usefixtures("afresh")
 
 
 def train(params: list[Any], step: Any, seeds: Any = range(4)) -> None:

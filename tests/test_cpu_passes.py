@@ -30,10 +30,7 @@ SHAPES: list[tuple[int, ...]] = [(3, 5), (130, 300), (301, 401), (0,), (), (17,)
 MATRICES = SHAPES[:3]
 LR, BETA = 0.1, 0.9
 
-
-@pytest.fixture(autouse=True)
-def _afresh() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("afresh")
 
 
 # Rules, each with what it does in float64 and what it has to move --------------------------------------------------

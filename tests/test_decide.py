@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,12 +25,7 @@ from .graphs import captured_step, inputs_of_step
 
 Rule = Callable[..., Any]
 
-
-@pytest.fixture(autouse=True)
-def forget() -> Iterator[None]:
-    npu_fuse_pass.clear_reports()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("afresh")
 
 
 def decided(optimizer: Any) -> types.Captured:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from npu_fuse_pass.__main__ import main
 from npu_fuse_pass.lowerings.cpu import kernel as cpu_kernel
@@ -21,10 +20,7 @@ BROKEN = pathlib.Path(__file__).parent / "broken"
 HEAD = "import torch, optimizers\np = torch.nn.Parameter(torch.randn(1000))\nq = torch.nn.Parameter(torch.randn(500))\n"
 LOOP = "for _ in range(9):\n    p.grad, q.grad = torch.randn(1000), torch.randn(500)\n    {step}\n"
 
-
-@pytest.fixture(autouse=True)
-def _compile_afresh() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("afresh")
 
 
 def diagnose(folder: pathlib.Path, made: str, step: str = "opt.step()", **given: bool) -> Diagnosis:

@@ -53,11 +53,7 @@ class Stateless(torch.optim.Optimizer):
             p.sub_(p.grad)
 
 
-@pytest.fixture(autouse=True)
-def _compile_afresh() -> None:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    npu_fuse_pass.clear_reports()
+pytestmark = pytest.mark.usefixtures("afresh")
 
 
 def train(step: Any, params: list[Any], seeds: Any) -> None:

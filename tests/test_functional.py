@@ -40,11 +40,7 @@ STOCK: dict[str, tuple[Any, dict[str, Any]]] = {
 FOREACH = pytest.mark.parametrize("foreach", [True, False], ids=["foreach", "loop"])
 SHAPES = ((3, 4), (5,), (2, 3, 2), (5,))
 
-
-@pytest.fixture(autouse=True)
-def _compile_afresh() -> None:
-    torch._dynamo.reset()
-    npu_fuse_pass.clear_reports()
+pytestmark = pytest.mark.usefixtures("afresh")
 
 
 def steps(opt: Any, params: list[Any], backend: Any, count: int = 3) -> None:

@@ -24,10 +24,7 @@ from .formulas import FORMULAS
 from .graphs import check, fused, traced
 from .support import another_hash_seed, compiled, gradients, last_report, parameters, set_gradients
 
-
-@pytest.fixture(autouse=True)
-def _same_numbers() -> None:
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("same_numbers")
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)

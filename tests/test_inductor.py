@@ -17,11 +17,7 @@ import npu_fuse_pass
 from .support import clones, error, gradients, last_report, parameters, profiled, set_gradients
 from .test_functional import SHAPES, STOCK, assert_rewritten, steps
 
-
-@pytest.fixture(autouse=True)
-def _compile_afresh() -> None:
-    torch._dynamo.reset()
-    npu_fuse_pass.clear_reports()
+pytestmark = pytest.mark.usefixtures("afresh")
 
 
 HOOKS = ("post_grad_custom_pre_pass", "post_grad_custom_post_pass", "joint_custom_post_pass")

@@ -41,11 +41,7 @@ assert all(r.fallback is None and len(r.groups) == 1 for r in npu_fuse_pass.repo
 npu_fuse_pass.reports()[-1].fused_graph
 """
 
-
-@pytest.fixture(autouse=True)
-def _compile_afresh() -> None:
-    torch._dynamo.reset()
-    npu_fuse_pass.clear_reports()
+pytestmark = pytest.mark.usefixtures("afresh")
 
 
 # TORCH_LOGS and TORCH_TRACE, as a user sets them ----------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -32,13 +32,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "NpuFusedAdamW": lambda p: optimizers.NpuFusedAdamW(p, lr=0.1),
 }
 
-
-@pytest.fixture(autouse=True)
-def _compile_afresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    npu_fuse_pass.clear_reports()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("afresh")
 
 
 def _run(model: str, optimizer: str, form: str, **options: Any) -> list[Tensor]:

@@ -40,11 +40,7 @@ STOCK = [
 everything = pytest.mark.parametrize("case", [*CASES, *STOCK], ids=lambda c: c.name)
 OPTIONS = {"fullgraph": False}  # torch's own classes have graph breaks
 
-
-@pytest.fixture(autouse=True)
-def _compile_afresh() -> None:
-    """Instances of one of torch's classes share Dynamo's limit of 8 compiles."""
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("afresh")  # instances of one of torch's classes share Dynamo's limit of 8 compiles
 
 
 def tensors_of(opt: Any, p: Tensor) -> dict[str, Tensor]:

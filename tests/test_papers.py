@@ -18,10 +18,7 @@ F32, F64 = torch.float32, torch.float64
 SHAPES: dict[torch.dtype, list[tuple[int, ...]]] = {F32: [(3, 4), (5,), (20, 30)], F64: [(7,), (2, 3, 2)]}
 RATES = (0.01, 0.02, 0.015, 0.005, 0.03, 0.0)
 
-
-@pytest.fixture(autouse=True)
-def _compile_afresh() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("afresh")
 
 
 def relative(got: Tensor, want: Tensor, before: Tensor) -> float:

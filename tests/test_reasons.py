@@ -39,11 +39,7 @@ from .graphs import batches_of, traced
 from .kernel_cache import forget, own_cache
 from .support import gradients, last_report, parameters, set_gradients
 
-
-@pytest.fixture(autouse=True)
-def _alone() -> None:
-    torch._dynamo.reset()
-    npu_fuse_pass.clear_reports()
+pytestmark = pytest.mark.usefixtures("afresh")
 
 
 def warned(call: Callable[[], Any]) -> list[str]:

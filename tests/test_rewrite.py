@@ -18,10 +18,7 @@ from .cases import CASES, over
 from .graphs import fused, inputs_of_step
 from .support import compiled, gradients, last_report, parameters, set_gradients
 
-
-@pytest.fixture(autouse=True)
-def _same_numbers() -> None:
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("same_numbers")
 
 
 def step(lr: Any, p: Any, g: Any, m: Any, q: Any, h: Any, n: Any) -> None:

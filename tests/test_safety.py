@@ -16,10 +16,7 @@ import optimizers
 from .papers_norms import Lion
 from .support import assert_fused, compiled, gradients, last_report, parameters, set_gradients
 
-
-@pytest.fixture(autouse=True)
-def _compile_afresh() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("afresh")
 
 
 class Own(torch.optim.Optimizer):

@@ -11,17 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-import npu_fuse_pass
 import optimizers
 
 from .papers_norms import Lamb, Lion
 from .support import assert_fused, clones, compiled, gradients, last_report, parameters, set_gradients
 
-
-@pytest.fixture(autouse=True)
-def _compile_afresh() -> None:
-    torch._dynamo.reset()
-    npu_fuse_pass.clear_reports()
+pytestmark = pytest.mark.usefixtures("afresh")
 
 
 # Nothing to fuse -----------------------------------------------------------------------------------------------------

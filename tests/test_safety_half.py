@@ -15,10 +15,7 @@ from .graphs import check
 from .papers_norms import Lion
 from .support import assert_fused, compiled, gradients, last_report, parameters, set_gradients
 
-
-@pytest.fixture(autouse=True)
-def _compile_afresh() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("afresh")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -23,10 +23,7 @@ from .support import compiled, error
 
 LARGE = 150_000  # several threads and chunks
 
-
-@pytest.fixture(autouse=True)
-def _compile_afresh() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("afresh")
 
 
 MAKERS: dict[str, Callable[[Any], Any]] = {

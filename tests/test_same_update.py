@@ -19,11 +19,7 @@ from .support import compiled, gradients, last_report, parameters, profiled, set
 
 SHAPES = [(3, 4), (5,), (40, 50), (2, 3, 2), (5,)]
 
-
-@pytest.fixture(autouse=True)
-def _compile_afresh() -> None:
-    """Instances of one class share torch's limit of 8 compiles."""
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("afresh")  # instances of one class share torch's limit of 8 compiles
 
 
 NUMBERS = dict(lr=0.02, beta1=0.9, beta2=0.99, eps=1e-6, weight_decay=0.05)

@@ -16,10 +16,7 @@ from npu_fuse_pass import rule, total, zeros
 from .graphs import PROGRAMS, captured_step, check, fused, run, step_with, with_groups
 from .support import assert_close, clones, compiled, gradients, parameters, set_gradients
 
-
-@pytest.fixture(autouse=True)
-def _same_numbers() -> None:
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("same_numbers")
 
 
 # Capture -------------------------------------------------------------------------------------------------------------

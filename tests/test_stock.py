@@ -37,11 +37,7 @@ STOCK = [
 ]
 SHAPES = [(3, 4), (5,), (40, 50), (2, 3, 2), (5,)]
 
-
-@pytest.fixture(autouse=True)
-def _compile_afresh() -> None:
-    """Instances of one class share torch's limit of 8 compiles."""
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("afresh")  # instances of one class share torch's limit of 8 compiles
 
 
 def take_over(opt: Any, params: list[Any], others: list[Any], stock: Any) -> None:

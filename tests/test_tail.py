@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -19,13 +19,7 @@ from .support import assert_close, assert_fused, error, gradients, last_report, 
 SHAPES = [(3, 4), (5,), (2, 3, 2), (40,), (5,)]
 MAX_NORM = 1.0
 
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    npu_fuse_pass.clear_reports()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("afresh")
 
 
 class Tail:

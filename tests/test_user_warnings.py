@@ -16,11 +16,7 @@ import optimizers
 
 from .support import gradients, parameters, set_gradients
 
-
-@pytest.fixture(autouse=True)
-def _compile_afresh() -> None:
-    torch._dynamo.reset()
-    npu_fuse_pass.clear_reports()
+pytestmark = pytest.mark.usefixtures("afresh")
 
 
 class Viewed(torch.optim.Optimizer):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -17,6 +19,20 @@ collect_ignore_glob = [] if AVAILABLE else ["*.py"]
 
 if AVAILABLE and os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") != "0":
     raise pytest.UsageError("torch_npu is installed but CANN's stand-ins are not set up. Run: bash scripts/npu_lane.sh")
+
+
+@pytest.fixture
+def ge_graphs() -> Iterator[Any]:
+    """A `harness.Recording` of the GE graphs of a test."""
+    import harness
+    import torch
+
+    import npu_fuse_pass
+
+    npu_fuse_pass.clear_reports()
+    with harness.record() as graphs:
+        yield graphs
+    torch._dynamo.reset()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -29,14 +29,6 @@ from tests.tolerances import ADADELTA_NPU, STOCK_NPU
 TENSORS = [((4, 5), torch.float32), ((7,), torch.float32), ((3, 2), torch.float16), ((2, 1, 4), torch.bfloat16)]
 
 
-@pytest.fixture
-def ge_graphs() -> Iterator[harness.Recording]:
-    npu_fuse_pass.clear_reports()
-    with harness.record() as graphs:
-        yield graphs
-    torch._dynamo.reset()
-
-
 def parameters() -> list[torch.nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
     return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape, dtype in TENSORS]

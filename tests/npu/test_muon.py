@@ -25,14 +25,6 @@ BETWEEN = {"AxpyV2", "MatMul", "MatMulV2", "Transpose"}
 LR = 0.02
 
 
-@pytest.fixture
-def ge_graphs() -> Iterator[harness.Recording]:
-    npu_fuse_pass.clear_reports()
-    with harness.record() as graphs:
-        yield graphs
-    torch._dynamo.reset()
-
-
 @pytest.fixture(params=MUON_NPU)  # with one word of its source changed Muon iterates in float32
 def muon(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """An optimizer, its eager twin, and how far the parameters may be apart after one step."""

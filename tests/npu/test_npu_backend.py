@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import harness
@@ -20,14 +20,6 @@ from npu_fuse_pass.lowerings.npu.environment import require
 from npu_fuse_pass.passes.group import group
 from npu_fuse_pass.report import report
 from tests.cases import BY_NAME
-
-
-@pytest.fixture
-def ge_graphs() -> Iterator[harness.Recording]:
-    with harness.record() as graphs:
-        yield graphs
-    torch._dynamo.reset()
-
 
 STOCK: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adam": lambda p: torch.optim.Adam(p, lr=0.02, weight_decay=0.1, foreach=False),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import harness
@@ -15,14 +14,6 @@ from npu_fuse_pass.backend import npu_fused
 from tests.cases import BY_NAME
 
 OPTIONS: dict[str, Any] = {"platform": "npu"}
-
-
-@pytest.fixture
-def ge_graphs() -> Iterator[harness.Recording]:
-    npu_fuse_pass.clear_reports()
-    with harness.record() as graphs:
-        yield graphs
-    torch._dynamo.reset()
 
 
 def tail_of(opt: Any, averages: list[torch.Tensor], scale: torch.Tensor | None) -> Any:
