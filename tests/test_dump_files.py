@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 import pathlib
 import re
@@ -17,6 +18,8 @@ import pytest
 import torch
 
 import npu_fuse_pass
+from npu_fuse_pass import pipeline
+from npu_fuse_pass.options import Options
 
 from .dump_cases import CASES, compiled
 from .support import gradients, profiled, set_gradients
@@ -96,6 +99,23 @@ def test_the_script_is_a_program(dumps, tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run([sys.executable, "wrong.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert result.returncode == 1 and "params___0, torch.float32 (4, 3): relative difference" in result.stdout, result
+
+
+def test_the_script_has_what_its_graphs_call(tmp_path):
+    """Also what fx calls by names of its own."""
+    graph = torch.fx.Graph()
+    param, grad, rate = map(graph.placeholder, ("param", "grad", "rate"))
+    for node, value in ((param, torch.ones(3)), (grad, torch.ones(3)), (rate, 0.5)):
+        node.meta["example_value"] = value
+    scaled = graph.call_function(torch.Tensor.mul, (grad, graph.call_function(math.pow, (rate, 2))))
+    graph.call_function(torch.Tensor.sub_, (param, scaled))
+    graph.output(())
+    gm = torch.fx.GraphModule(torch.nn.Module(), graph)
+    pipeline.fuse_graph(gm, Options("cpu", dump=tmp_path)).report.raise_if_unfused()
+    (script,) = tmp_path.rglob("03_fused_graph.py")
+    text = script.read_text()
+    assert "torch_Tensor_sub_ = torch.Tensor.sub_" in text and "from math import pow as math_pow" in text
+    assert run_script(script)[0] == 0
 
 
 @pytest.mark.parametrize("folder", COMPILES)

@@ -27,11 +27,13 @@ class CapturedStep:
     Attributes:
         graph: gets these leaves in order, gives what the captured graph returns.
         functions: names of the functions that it calls as modules, by their graphs' source.
+        globals: what these functions call by names that fx gives, `math_sqrt` for example.
     """
 
     def __init__(self, contents: Contents, arguments: Mapping[int, str]) -> None:
         self.graph = fx.Graph()
         self.functions: dict[str, str] = {}
+        self.globals: dict[str, Any] = {}
         self._names: dict[fx.GraphModule, str] = {}
         self._leaves = {i: self.graph.placeholder(name) for i, name in arguments.items()}
         if contents.original is None:
@@ -123,8 +125,9 @@ class CapturedStep:
                 nodes[node] = function.call_function(torch.scalar_tensor, (value.item(),), {"dtype": value.dtype})
             elif node not in nodes:
                 nodes[node] = function.node_copy(node, nodes.__getitem__)
-        source = function.python_code("self").src
-        return self.functions.setdefault(source, f"{_identifier(rule)}_{len(self.functions)}")
+        code = function.python_code("self")
+        self.globals |= code.globals
+        return self.functions.setdefault(code.src, f"{_identifier(rule)}_{len(self.functions)}")
 
 
 def _idle(node: fx.Node) -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import builtins
 import math
 import os
 import pathlib
 import re
 import textwrap
+import types
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import fx
 
@@ -20,6 +23,7 @@ from npu_fuse_pass.passes.rewrite import argument_name
 
 _LARGE = 2**22  # elements; above that the script works on smaller tensors
 _SMALL = 16
+_IMPORTED = ("inf", "nan", "NoneType", "torch", "device", "fx_pytree", "pytree")  # by the template, or not needed
 _TEMPLATE = pathlib.Path(__file__).parent / "script_template.py"
 _BEGIN, _END = "# what follows differs from step to step\n", "# what follows is the same for every step\n"
 
@@ -45,8 +49,19 @@ def script(contents: Contents) -> str | None:
     step = CapturedStep(contents, arguments)
     returned = sorted(leaf.index for leaf in contents.grouped.leaves if leaf.kind == "output")
     sources = [*_class("Captured", step.graph, step.functions), "", "", *_class("Fused", gm.graph, {})]
+    names = step.globals | step.graph.python_code("self").globals | gm.graph.python_code("self").globals
     body = "\n".join(
-        [*_inputs(contents, arguments), f"RETURNED = {returned}  # what is new", "", "", *sources, "", "", ""]
+        [
+            *_imports(names),
+            *_inputs(contents, arguments),
+            f"RETURNED = {returned}  # what is new",
+            "",
+            "",
+            *sources,
+            "",
+            "",
+            "",
+        ]
     )
     for g in contents.grouped.all_groups:
         body = body.replace(repr(g.formula.text), f"FORMULA_{g.name}")
@@ -67,6 +82,17 @@ def _class(name: str, graph: fx.Graph, functions: Mapping[str, str]) -> Iterator
     for source, function in {**functions, graph.python_code("self").src: "forward"}.items():
         yield textwrap.indent(source.strip().replace("def forward(", f"def {function}(", 1), "    ")
         yield ""
+
+
+def _imports(names: Mapping[str, Any]) -> Iterator[str]:
+    """Statements that define names which fx gives to what it calls."""
+    for name, value in names.items():
+        if name in _IMPORTED or vars(builtins).get(name) is value:
+            continue
+        if isinstance(value, types.MethodDescriptorType):
+            yield f"{name} = torch.Tensor.{value.__name__}"
+        else:
+            yield f"from {value.__module__} import {value.__qualname__} as {name}"
 
 
 def _formulas(contents: Contents) -> Iterator[str]:
