@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # Does the package work with another torch? bash scripts/versions.sh [VERSION...] (default: the oldest, one between, the
-# newest that was tried). Each version gets an environment of its own (.venv-torch-VERSION, about 2 GB, without nvidia's
-# packages: scripts/cuda_stubs.py makes stand-ins for their libraries) and runs scripts/version_check.py.
+# newest that was tried). Each version gets an environment of its own (.venv-torch-VERSION-python3.X, about 2 GB, without
+# nvidia's packages: scripts/cuda_stubs.py makes stand-ins for their libraries) and runs scripts/version_check.py.
 # Environment: PYTHON (which interpreter makes the environments).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
+PYTHON_VERSION="$("${PYTHON:-python3}" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
+
 with_torch() {
-    local version="$1" venv="$ROOT/.venv-torch-$1"
+    local version="$1" venv="$ROOT/.venv-torch-$1-python$PYTHON_VERSION"
     if ! "$venv/bin/python" -c '' 2>/dev/null; then
         "${PYTHON:-python3}" -m venv --clear "$venv"
         "$venv/bin/python" -m pip install --progress-bar off --quiet --no-deps "torch==$version"
