@@ -18,7 +18,7 @@ from npu_fuse_pass.lowerings.cpu import compiler as cpu_compiler
 from optimizers import NpuFusedAdam
 
 from .cases import BY_NAME
-from .support import assert_close, assert_fused, compiled, last_report, parameters, train
+from .support import SHAPES, assert_close, assert_fused, compiled, last_report, parameters, train
 
 GXX = shutil.which("g++") or "g++"
 Path = pathlib.Path
@@ -93,5 +93,5 @@ def train_compiled() -> tuple[Any, list[str]]:
 def fused() -> list[str]:
     """Train compiled and fused; returns the warnings."""
     report, messages = train_compiled()
-    assert_fused(report, parameters=4)
+    assert_fused(report, parameters=len(SHAPES))
     return messages

@@ -9,7 +9,7 @@ import torch
 from .support import assert_close, assert_one_fused_step, clones, compiled, gradients, parameters, set_gradients, train
 from .tolerances import RULE
 
-SHAPES = [(3, 4), (4, 3), (30, 4), (2, 3), (5,), (100,), (2, 3, 4), (40, 50), ()]
+SHAPES = [(3, 4), (4, 3), (30, 4), (2, 3), (5,), (100,), (2, 3, 4), (40, 50), (), (5,)]
 
 
 def same_compiled(made: Any, shapes: Any = SHAPES, dtype: torch.dtype = torch.float32, fused: bool = True) -> Any:

@@ -20,7 +20,7 @@ import npu_fuse_pass
 from npu_fuse_pass.tolerances import TRAJECTORY
 
 # |a - b| / (1e-3 + |b|), after a few steps. Half precision: some units in the last place of what is stored.
-SHAPES: tuple[tuple[int, ...], ...] = ((3, 4), (5,), (2, 3, 2), ())
+SHAPES: tuple[tuple[int, ...], ...] = ((3, 4), (5,), (2, 3, 2), (), (5,))
 MODES = ("eager", "compiled")
 FULL = os.environ.get("NPU_FUSE_FULL", "") not in ("", "0")  # the slow tier: bash scripts/test.sh --slow
 

@@ -16,7 +16,7 @@ from optimizers import NpuFusedAdam, NpuFusedAdamW
 from .cases import BY_NAME, Case, over
 from .support import Step, assert_close, assert_one_fused_step, compiled, gradients, parameters, set_gradients
 
-SHAPES = [(4, 6), (2, 3, 4, 4), (8,)]
+SHAPES = [(4, 6), (2, 3, 4, 4), (8,), (4, 6)]
 CASES = [BY_NAME[n] for n in ("adam", "lamb")]
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 

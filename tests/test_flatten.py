@@ -18,7 +18,7 @@ from npu_fuse_pass.rules import rehome
 
 from .cases import ONE_EACH, Case, over
 
-SHAPES = ((4, 3), (5,), (), (2, 3, 2, 2))
+SHAPES = ((4, 3), (5,), (), (5,), (2, 3, 2, 2))
 
 
 def parameters(seed: int = 0) -> list[nn.Parameter]:
@@ -85,12 +85,16 @@ class Wrapped(Tensor):
 BASE = torch.randn(7)
 # what cannot be re-homed, beside the parameters that are given; and what the error says
 REFUSED: dict[str, tuple[Callable[[list[Any]], Any], str]] = {
-    "tied": (lambda params: nn.Parameter(params[0].data.view(-1)), r"parameter 0 and parameter 4 are tied"),
-    "view": (lambda params: nn.Parameter(BASE[:3]), r"parameter 4 is a view of another tensor.*clone\(\)"),
-    "expanded": (lambda params: nn.Parameter(BASE[:1].expand(3)), "parameter 4 is a view of another tensor"),
-    "subclass": (lambda params: Wrapped(torch.ones(3)).requires_grad_(), "parameter 4 is a Wrapped"),
-    "lazy": (lambda params: nn.UninitializedParameter(), "parameter 4 is not initialised yet"),
-    "meta": (lambda params: nn.Parameter(torch.ones(3, device="meta")), "parameter 4 has no elements to move"),
+    "tied": (lambda params: nn.Parameter(params[0].data.view(-1)), r"parameter 0 and parameter 5 are tied"),
+    "view": (lambda params: nn.Parameter(BASE[:3]), r"parameter 5 is a view of another tensor.*clone\(\)"),
+    "expanded": (lambda params: nn.Parameter(BASE[:1].expand(3)), r"parameter 5 is expanded.*clone\(\)"),
+    "expanded in a storage of its size": (
+        lambda params: nn.Parameter(torch.randn(4, 3)[:1].expand(4, 3)),
+        r"parameter 5 is expanded.*clone\(\)",
+    ),
+    "subclass": (lambda params: Wrapped(torch.ones(3)).requires_grad_(), "parameter 5 is a Wrapped"),
+    "lazy": (lambda params: nn.UninitializedParameter(), "parameter 5 is not initialised yet"),
+    "meta": (lambda params: nn.Parameter(torch.ones(3, device="meta")), "parameter 5 has no elements to move"),
 }
 
 

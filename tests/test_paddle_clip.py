@@ -67,7 +67,7 @@ def test_global_norm_is_that_of_all_dtypes_and_regularizers_of_a_group(mode: str
     params = [*parameters(dtype=torch.float64)[:2], *parameters(dtype=torch.float32)[2:]]
     params[0].regularizer = L1Decay(0.1)
     opt = RMSProp(0.02, parameters=params, grad_clip=ClipGradByGlobalNorm(0.7))
-    loop = Loop(params, clip=("global", 0.7), decay=[("l1", 0.1), *[(None, 0.0)] * 3])
+    loop = Loop(params, clip=("global", 0.7), decay=[("l1", 0.1), *[(None, 0.0)] * (len(params) - 1)])
     check(params, opt, [loop], mode, missing=lambda i, t: i == 3 and t % 2 == 1)
 
 
@@ -83,9 +83,9 @@ def test_global_norm_leaves_the_bits_of_small_gradients(mode: str) -> None:
 @both_modes
 def test_groups_of_different_kinds_of_clipping(mode: str) -> None:
     params = parameters(dtype=torch.float64)
-    clips = [ClipGradByGlobalNorm(0.5), ClipGradByNorm(0.5), ClipGradByValue(0.2), None]
+    clips = [ClipGradByGlobalNorm(0.5), ClipGradByNorm(0.5), ClipGradByValue(0.2), None, ClipGradByNorm(0.3)]
     groups = [{"params": [p], "grad_clip": c} for p, c in zip(params, clips, strict=True)]
-    wanted = [("global", 0.5), ("norm", 0.5), ("value", -0.2, 0.2), None]
+    wanted = [("global", 0.5), ("norm", 0.5), ("value", -0.2, 0.2), None, ("norm", 0.3)]
     loops = [Loop([p], clip=c) for p, c in zip(params, wanted, strict=True)]
     check(params, RMSProp(0.02, parameters=groups, grad_clip=ClipGradByValue(1.0)), loops, mode)
 

@@ -49,9 +49,9 @@ def test_clear_grad_makes_zeros_or_none(clear: str) -> None:
     kept = params[0].grad
     assert getattr(opt, clear)() is None
     assert params[0].grad is kept
-    assert [None if p.grad is None else int(p.grad.count_nonzero()) for p in params] == [0, 0, 0, None]
+    assert [None if p.grad is None else int(p.grad.count_nonzero()) for p in params] == [0, 0, 0, 0, None]
     getattr(opt, clear)(set_to_zero=False)
-    assert [p.grad for p in params] == [None] * 4
+    assert [p.grad for p in params] == [None] * len(params)
 
 
 def test_zero_grad_is_torchs() -> None:
@@ -148,17 +148,17 @@ def test_minimize_with_a_clip_that_writes_gradients() -> None:
 @pytest.mark.parametrize("how", ["parameters", "no_grad_set"])
 def test_minimize_updates_the_chosen_parameters(by: str, how: str) -> None:
     params = parameters(dtype=torch.float64)
-    names = [f"layer.{i}" for i in range(4)]
+    names = [f"layer.{i}" for i in range(len(params))]
     opt = RMSProp(0.02, parameters=list(zip(names, params, strict=True)))
     before = [p.detach().clone() for p in params]
     loop = Loop(params)
     items = params if by == "parameter" else names
-    chosen = {"parameters": items[:2]} if how == "parameters" else {"no_grad_set": {items[2], items[3]}}
+    chosen = {"parameters": items[:2]} if how == "parameters" else {"no_grad_set": {*items[2:]}}
     _, pairs = opt.minimize(quadratic(params), **chosen)
     assert [p for p, _ in pairs] == params[:2]
-    loop.step([2 * before[0], 2 * before[1], None, None])
+    loop.step([2 * before[0], 2 * before[1], None, None, None])
     assert_close(params, loop.values)
-    assert [p.grad is None for p in params] == [False, False, True, True]
+    assert [p.grad is None for p in params] == [False, False, True, True, True]
 
 
 def test_minimize_leaves_other_gradients_alone() -> None:
@@ -170,7 +170,7 @@ def test_minimize_leaves_other_gradients_alone() -> None:
     kept = [(p.grad, p.grad._version) for p in params[1:]]
     opt.minimize(loss, parameters=params[:1], no_grad_set=set())
     assert all(p.grad is g and g._version == v for p, (g, v) in zip(params[1:], kept, strict=True))
-    assert [torch.equal(p, b) for p, b in zip(params, before, strict=True)] == [False, True, True, True]
+    assert [torch.equal(p, b) for p, b in zip(params, before, strict=True)] == [False, True, True, True, True]
 
 
 @pytest.mark.parametrize(

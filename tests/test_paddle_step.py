@@ -141,7 +141,7 @@ def test_a_parameters_regularizer_overrides_weight_decay(mode: str, default: Any
     params[1].regularizer = L2Decay(0.4)
     params[2].regularizer = None  # as if it were not set
     rest = {"None": (None, 0.0), "0.2": ("l2", 0.2)}.get(str(default), ("l1", 0.3))
-    loop = Loop(params, decay=[("l1", 0.1), ("l2", 0.4), rest, rest])
+    loop = Loop(params, decay=[("l1", 0.1), ("l2", 0.4), rest, rest, rest])
     check(params, RMSProp(0.02, parameters=params, weight_decay=default), [loop], mode)
 
 
@@ -172,7 +172,7 @@ def test_changed_numbers_take_effect_without_another_compile() -> None:
         numbers = {"rho": 0.9 - 0.1 * t, "epsilon": 10.0**-t, "momentum": 0.9 - 0.2 * t}
         opt.param_groups[0].update(numbers)
         loop.options |= {**numbers, "lr": 0.02 / (t + 1), "clip": ("global", 1.0 + t)}
-        loop.options["decay"] = [("l2", 0.1 * t), ("l1", 0.3 * t), *[("l2", 0.1 * t)] * 2]
+        loop.options["decay"] = [("l2", 0.1 * t), ("l1", 0.3 * t), *[("l2", 0.1 * t)] * 3]
 
     check(params, opt, [loop], "compiled", between=change)
 

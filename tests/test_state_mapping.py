@@ -391,3 +391,45 @@ def test_reading_takes_nothing_anew() -> None:
         version = opt._prelude.version
     assert len(seen) == 1 == version
     step.check(len(params))
+
+
+@modes
+@pytest.mark.parametrize("given", ["before any step", "after two"])
+def test_states_of_a_parameter_without_a_gradient_count_when_it_has_one(mode: str, given: str) -> None:
+    """As torch.optim's: nobody reads them before, so that they may be there one by one; then they have to be whole."""
+    params = parameters([(3, 4), (5,), (5,)])
+    others = clones(params)
+    opt, stock = NpuFusedAdam(params, lr=0.1), torch.optim.Adam(others, lr=0.1)
+    step, seeds = Step(opt, mode), iter(range(10))
+
+    def both(missing: int | None = None) -> None:
+        grads = [None if i == missing else g for i, g in enumerate(gradients(params, next(seeds)))]
+        set_gradients(params, grads)
+        set_gradients(others, grads)
+        step()
+        stock.step()
+        assert_close(params, others)
+
+    if given == "after two":
+        both()
+        both()
+        for some, o in ((params, opt), (others, stock)):
+            o.state[some[1]].pop("exp_avg")
+    else:
+        opt.state[params[1]]["exp_avg_sq"] = torch.full((5,), 0.5)
+    both(missing=1)
+    both(missing=1)
+    step.check_fused(2)
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(ValueError, match="parameter 1 has .*'exp_avg_sq'.* and lacks 'exp_avg'"):
+        set_gradients(params, gradients(params, 9))
+        step()
+    assert all(map(torch.equal, params, before))
+    for some, o in ((params, opt), (others, stock)):
+        if given == "after two":
+            o.state[some[1]]["exp_avg"] = torch.full((5,), 0.25)
+        else:
+            o.state[some[1]].update(step=torch.tensor(3.0), exp_avg=torch.zeros(5), exp_avg_sq=torch.full((5,), 0.5))
+    both()
+    both()
+    step.check_fused(3)

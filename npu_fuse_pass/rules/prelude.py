@@ -186,19 +186,23 @@ class Prelude:
         if not isinstance(optimizer.state, States):
             optimizer.state = States(optimizer.state)
         state = optimizer.state
-        self._check_states(optimizer, parts)
+        unready = self._check_states(optimizer, parts)
         for _, rule, params, settings in parts:
             if any(sharding(p) == "flat shard" for p in params):
                 check_flat_shards(rule, settings)
         state.changes.forget()
         try:
-            self._make_batches(optimizer, parts, state)
+            self._make_batches(optimizer, parts, state, unready)
         except BaseException:
             state.changes.made = True  # half of it is: the next step begins anew
             raise
 
     def _make_batches(
-        self, optimizer: Stepped, parts: list[tuple[int, Declaration, list[Tensor], Mapping[str, Any]]], state: States
+        self,
+        optimizer: Stepped,
+        parts: list[tuple[int, Declaration, list[Tensor], Mapping[str, Any]]],
+        state: States,
+        unready: set[int],
     ) -> None:
         batches: list[Batch] = []
         outside: list[Tensor] = []
@@ -209,7 +213,7 @@ class Prelude:
             times: Counter[int] = Counter()
             for p in params:
                 times[id(p)] += 1
-                if not (p.requires_grad or p.grad is not None or p in state):
+                if id(p) in unready or not (p.requires_grad or p.grad is not None or p in state):
                     outside.append(p)
                 elif times[id(p)] == 1:
                     keyed.setdefault(batch_key(p, p.grad), []).append(p)
@@ -244,14 +248,25 @@ class Prelude:
 
     def _check_states(
         self, optimizer: Stepped, parts: list[tuple[int, Declaration, list[Tensor], Mapping[str, Any]]]
-    ) -> None:
+    ) -> set[int]:
+        """Refuse states that no step can go on from; of parameters without a gradient, return the ids instead.
+
+        As in torch.optim, nothing reads these yet: they may become whole before the first gradient comes.
+        """
         state = optimizer.state
         assert isinstance(state, States)
+        unready: set[int] = set()
         numbers = _numbers(optimizer)
         for _, rule, params, settings in parts:
             for p in (p for p in params if dict.__contains__(state, p)):
                 stepped = self._stepped(optimizer, rule, p)
-                check_state(stepped, settings, p, state.entry(p).present(), f"parameter {numbers[id(p)]}")
+                try:
+                    check_state(stepped, settings, p, state.entry(p).present(), f"parameter {numbers[id(p)]}")
+                except ValueError:
+                    if p.grad is not None:
+                        raise
+                    unready.add(id(p))
+        return unready
 
 
 def _numbers(optimizer: Stepped) -> dict[int, int]:

@@ -88,6 +88,8 @@ def _unusual(p: Tensor) -> str | None:
         return f"is a {type(p).__name__}, which does not hold its elements itself"
     if p.layout is not torch.strided or p.device.type == "meta":
         return f"has no elements to move: layout {p.layout}, device {p.device}"
+    if any(n > 1 and stride == 0 for n, stride in zip(p.shape, p.stride(), strict=True)):
+        return f"is expanded, so that several of its elements are one in memory; {_OWN}"
     if _device_type(p) == "npu" and npu_format(p) not in _PLAIN_FORMATS:
         return f"has the private NPU format {npu_format(p)}; torch_npu.npu_format_cast(p, 2) makes it plain"
     return None

@@ -14,7 +14,7 @@ from torch import Tensor
 import npu_fuse_pass
 from npu_fuse_pass.backend import npu_fused
 
-SHAPES = ((4, 5), (3,), (), (2, 1, 6), (7,))
+SHAPES = ((4, 5), (3,), (), (2, 1, 6), (3,))
 Parameters = list[torch.nn.Parameter]
 
 

@@ -14,7 +14,7 @@ from npu_fuse_pass.passes.group import group
 from tests.cases import Case
 from tests.graphs import captured_step, step_with
 
-SHAPES = [(4, 5), (3,), (1,), (2, 1, 6), (0, 3), (2, 3, 2, 2)]
+SHAPES = [(4, 5), (3,), (1,), (2, 1, 6), (0, 3), (3,), (2, 3, 2, 2)]
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
