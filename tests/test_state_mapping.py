@@ -421,8 +421,8 @@ def test_states_of_a_parameter_without_a_gradient_count_when_it_has_one(mode: st
     both(missing=1)
     step.check_fused(2)
     before = [p.detach().clone() for p in params]
-    with pytest.raises(ValueError, match="parameter 1 has .*'exp_avg_sq'.* and lacks 'exp_avg'"):
-        set_gradients(params, gradients(params, 9))
+    set_gradients(params, gradients(params, 9))
+    with pytest.raises(ValueError, match=r"parameter 1 has .*'exp_avg_sq'.* and lacks 'exp_avg'"):
         step()
     assert all(map(torch.equal, params, before))
     for some, o in ((params, opt), (others, stock)):
