@@ -35,20 +35,19 @@ _FUSED = Code.FUSED_OPTION("fused=True: torch's own fused kernels are hidden fro
 
 def hidden(opt: torch.optim.Optimizer) -> Reason | None:
     """Why torch never shows this optimizer's step to a backend; None if it does."""
-    if uses_fused(opt):
-        return _FUSED
-    if fills_lists_by_name(opt):
+    return _FUSED if uses_fused(opt) else hidden_class(opt)
+
+
+def hidden_class(opt: torch.optim.Optimizer) -> Reason | None:
+    """Why torch shows no step of this optimizer's class to a backend, whatever its options; None if it does."""
+    if _calls_by_keyword(type(opt).step):
         return _BY_NAME
     return next((reason for cls, reason in _HIDDEN.items() if isinstance(opt, cls)), None)
 
 
-def fills_lists_by_name(opt: torch.optim.Optimizer) -> bool:
-    """Whether its step gives `_init_group` lists by keyword: Dynamo calls that itself, and goes on with empty ones."""
-    return _calls_by_keyword(type(opt).step)
-
-
 @functools.cache
 def _calls_by_keyword(step: Callable[..., Any]) -> bool:
+    """Whether it gives `_init_group` lists by keyword: Dynamo calls that itself, and goes on with empty ones."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(step)))
     except (OSError, TypeError, SyntaxError):

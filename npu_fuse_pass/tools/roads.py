@@ -13,7 +13,7 @@ import torch
 
 from npu_fuse_pass import backend
 from npu_fuse_pass.reasons import Code, Reason
-from npu_fuse_pass.rules.hidden import fills_lists_by_name
+from npu_fuse_pass.rules.hidden import hidden_class
 from npu_fuse_pass.rules.optimizer import RuleOptimizer
 from npu_fuse_pass.stock.binding import Binding
 from npu_fuse_pass.stock.classes import stock_class
@@ -48,7 +48,7 @@ def captured(
     if isinstance(opt, RuleOptimizer):  # its numbers are no part of the graph
         return compiled
 
-    if fills_lists_by_name(opt):
+    if hidden_class(opt) is not None:
         return step
     numbers_read = reading_numbers()
 
