@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,17 @@ import optimizers
 from npu_fuse_pass import rule, zeros
 
 from .cases import ONE_EACH, Case, over
-from .support import assert_close, assert_fused, clones, compiled, last_report, parameters, train
+from .support import (
+    assert_close,
+    assert_fused,
+    clones,
+    compiled,
+    gradients,
+    last_report,
+    parameters,
+    set_gradients,
+    train,
+)
 from .unchanged import Unchanged
 
 TORCH_TWINS = [
@@ -221,3 +232,25 @@ def test_groups_hold_torchs_options() -> None:
     for ours, stock, options in TORCH_TWINS:
         saved = ours(parameters(), **options).state_dict()["param_groups"][0]
         assert stock(parameters(), **options).state_dict()["param_groups"][0].items() <= saved.items()
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, copy.copy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deep", "copy", "dump"]
+)
+def test_copies_have_no_hooks(copied: Any) -> None:
+    """As torch.optim's: a hook holds what is the original's, and a lambda cannot be pickled."""
+    params = parameters()
+    opt = optimizers.NpuFusedAdam(params)
+    called: list[str] = []
+    opt.register_step_pre_hook(lambda *_: called.append("before"))
+    opt.register_step_post_hook(lambda *_: called.append("after"))
+    opt.register_state_dict_post_hook(lambda *_: called.append("saved"))
+    opt.register_load_state_dict_post_hook(lambda *_: called.append("loaded"))
+    other = copied(opt)
+    set_gradients(other.param_groups[0]["params"], gradients(params, 0))
+    other.step()
+    other.load_state_dict(other.state_dict())
+    assert not called
+    opt.load_state_dict(opt.state_dict())
+    opt.step()
+    assert called == ["saved", "loaded", "before", "after"]

@@ -387,7 +387,9 @@ class RuleOptimizer(torch.optim.Optimizer):
                         checkpoint.check_saved(rule, settings, p, entry, f"parameter {indices[id(p)]}")
 
     def __getstate__(self) -> dict[str, Any]:
-        fields = {k: v for k, v in self.__dict__.items() if k not in _TRANSIENT}
+        # without hooks, as torch.optim's copies: what they hold belongs to the original
+        hooks = [k for k in self.__dict__ if k.startswith("_optimizer_") and k.endswith("_hooks")]
+        fields = {k: v for k, v in self.__dict__.items() if k not in (*_TRANSIENT, *hooks)}
         return {**fields, "state": {p: checkpoint.copied(entry) for p, entry in self.state.items()}}
 
     def __setstate__(self, fields: dict[str, Any]) -> None:
