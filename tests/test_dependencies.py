@@ -26,7 +26,10 @@ MAY_LOAD_COMPILER = ("npu_fuse_pass.backend", "npu_fuse_pass.hook")
 MAY_USE_PRIVATE_TORCH = ("npu_fuse_pass.backend", "npu_fuse_pass.capture", "npu_fuse_pass.lowerings")
 NO_PUBLIC_NAME = ("torch._ops.OpOverload",)  # the class of operations
 PRIVATE_TORCH_EXCEPTIONS = {
-    "npu_fuse_pass.tools.symbolic": {"torch._sym_log2": "beside what Dynamo has for math.log2"},
+    "npu_fuse_pass.tools.symbolic": {
+        "torch._sym_log2": "beside what Dynamo has for math.log2",
+        "torch._dynamo.config.patch": "numbers that item() reads stay in the graph of this thread's compile",
+    },
     "npu_fuse_pass.fx_nodes.effects": {
         "torch.utils._python_dispatch.TorchDispatchMode": "sees what an operation writes and draws",
         "torch._subclasses.fake_tensor.FakeTensorMode": "without values and memory",

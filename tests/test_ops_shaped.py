@@ -104,6 +104,7 @@ REDUCTIONS: dict[str, tuple[Callable[[Any, Any], Any], Callable[[Any, Any], Any]
     "min": (lambda x, y: torch.min(x), lambda x, y: x.min()),
     "mean": (lambda x, y: x.mean(), lambda x, y: x.mean()),
     "norm": (lambda x, y: x.norm(), lambda x, y: numpy.sqrt((x * x).sum())),
+    "linalg_norm": (lambda x, y: torch.linalg.norm(x), lambda x, y: numpy.sqrt((x * x).sum())),
     "linalg_vector_norm": (lambda x, y: torch.linalg.vector_norm(x), lambda x, y: numpy.sqrt((x * x).sum())),
     "linalg_vector_norm 1": (lambda x, y: torch.linalg.vector_norm(x, 1), lambda x, y: abs(x).sum()),
     "linalg_vector_norm inf": (lambda x, y: torch.linalg.vector_norm(x, math.inf), lambda x, y: abs(x).max()),
