@@ -169,7 +169,7 @@ def test_numbers_that_change_reuse_the_graph(ge: harness.Recording) -> None:
         step()
         eager.step()
     assert [g.runs for g in ge.graphs] == [len(changes)]
-    assert ge.graphs[0].counts()[ADAM] == 5
+    assert ge.graphs[0].counts()[ADAM] == len([p for p in ours.param_groups[0]["params"] if p.numel()])
     assert len(npu_fuse_pass.reports()) == 1
     assert_same(ours, eager, 1e-6)
 
