@@ -52,9 +52,9 @@ RULES = [
     ),
     Mutation(
         "a parameter without a gradient counts a step",
-        "expose",
-        "if grad is not None and not batch.seen[i]:",
-        "if not batch.seen[i]:",
+        "updated_first",
+        "if grad is not None and not batch.seen[i]]",
+        "if not batch.seen[i]]",
         FIRST,
     ),
     # stochastic rounding

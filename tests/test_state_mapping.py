@@ -433,3 +433,22 @@ def test_states_of_a_parameter_without_a_gradient_count_when_it_has_one(mode: st
     both()
     both()
     step.check_fused(3)
+
+
+@modes
+def test_entries_come_in_the_order_of_the_parameters(mode: str) -> None:
+    """As torch.optim's, which `popitem` shows, whatever is computed together; a late one comes last."""
+    params = [*parameters([(3,), (3,)], torch.float64), *parameters([(5,), (4,)]), *parameters([(3,)], torch.float64)]
+    params = [params[i] for i in (0, 2, 1, 3, 4)]
+    others = clones(params)
+    opt, stock = NpuFusedAdam(params), torch.optim.Adam(others)
+    step = Step(opt, mode)
+    for seed in range(2):
+        for some in (params, others):
+            set_gradients(some, [None if i == 1 and not seed else g for i, g in enumerate(gradients(some, seed))])
+        step()
+        stock.step()
+        names = {id(p): i for some in (params, others) for i, p in enumerate(some)}
+        assert [names[id(p)] for p in opt.state] == [names[id(p)] for p in stock.state]
+        assert [*opt.state_dict()["state"]] == [*stock.state_dict()["state"]]
+    step.check_fused(5)

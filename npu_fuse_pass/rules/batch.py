@@ -189,23 +189,23 @@ def fill_hyper(batch: Batch, settings: Mapping[str, Any]) -> bool:
     return batch.hyper.fill(settings)
 
 
-def expose(batch: Batch, state: States) -> None:
-    """Make the states of parameters that were updated for the first time visible in `opt.state`."""
+def updated_first(batch: Batch) -> list[int]:
+    """Members that this step updates, and whose states `opt.state` does not show yet."""
     if batch.all_seen or not batch.counts:
-        return
-    for i, (param, grad) in enumerate(zip(batch.owners, batch.grads, strict=True)):
-        if grad is not None and not batch.seen[i]:
-            _show(batch, i, state.entry(param))
-            batch.seen[i] = True
-    batch.all_seen = all(batch.seen)
+        return []
+    return [i for i, grad in enumerate(batch.grads) if grad is not None and not batch.seen[i]]
 
 
-def expose_updated(batch: Batch, state: States) -> None:
-    """As `expose` after a step that something interrupted: of the parameters that it has updated."""
-    for i, param in enumerate(batch.owners):
-        if batch.counts and not batch.seen[i] and batch.step_views[i] > 0:
-            _show(batch, i, state.entry(param))
-            batch.seen[i] = True
+def updated_so_far(batch: Batch) -> list[int]:
+    """As `updated_first` after a step that something interrupted: members that it has updated."""
+    members = range(len(batch.owners)) if batch.counts else ()
+    return [i for i in members if not batch.seen[i] and batch.step_views[i] > 0]
+
+
+def expose(batch: Batch, index: int, state: States) -> None:
+    """Make a member's states visible in `opt.state`."""
+    _show(batch, index, state.entry(batch.owners[index]))
+    batch.seen[index] = True
 
 
 def check_state(

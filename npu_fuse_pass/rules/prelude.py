@@ -21,10 +21,11 @@ from npu_fuse_pass.rules.batch import (
     check_gradient,
     check_state,
     expose,
-    expose_updated,
     fill_hyper,
     make_batch,
     repeated,
+    updated_first,
+    updated_so_far,
 )
 from npu_fuse_pass.rules.checks import check_flat_shards
 from npu_fuse_pass.rules.declaration import Declaration, arithmetic_dtype, with_master_weights
@@ -136,18 +137,23 @@ class Prelude:
 
     def expose_states(self) -> None:
         """Show the states of parameters that were updated for the first time in `opt.state`."""
-        optimizer = self._optimizer()
-        assert optimizer is not None and isinstance(optimizer.state, States)
-        for batch in self.batches:
-            expose(batch, optimizer.state)
+        self._expose(updated_first)
 
     def expose_updated(self) -> None:
         """As `expose_states` after a step that something interrupted (KeyboardInterrupt): of what it has updated."""
+        self._expose(updated_so_far)
+
+    def _expose(self, members: Callable[[Batch], list[int]]) -> None:
         optimizer = self._optimizer()
         assert optimizer is not None
-        if isinstance(optimizer.state, States):
-            for batch in self.batches:
-                expose_updated(batch, optimizer.state)
+        new = [(batch, i) for batch in self.batches for i in members(batch)]
+        if not new or not isinstance(optimizer.state, States):
+            return
+        numbers = _numbers(optimizer)  # entries come in the order of the parameters, as torch.optim's do
+        for batch, i in sorted(new, key=lambda member: numbers[id(member[0].owners[member[1]])]):
+            expose(batch, i, optimizer.state)
+        for batch in self.batches:
+            batch.all_seen = all(batch.seen)
 
     def release_gradients(self) -> None:
         """Let go of this step's gradients: the next forward pass needs the memory that zero_grad frees."""
@@ -270,8 +276,9 @@ class Prelude:
 
 
 def _numbers(optimizer: Stepped) -> dict[int, int]:
-    """Which parameter each is, by its `id`."""
-    return {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    """Which parameter each is, by its `id`; of one that is listed twice the first place."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return {id(p): i for i, p in reversed([*enumerate(params)])}
 
 
 def _serves(batch: Batch, rule: Declaration, part: int, settings: Mapping[str, Any], members: list[Tensor]) -> bool:
