@@ -4,7 +4,8 @@
 # Chromium; elsewhere it has to be there), the NPU lane, the lane of generated NPU kernels, 30 public optimizers, and
 # the README from the built wheel. Arguments go to pytest, for example: bash scripts/test.sh -k lamb
 # --slow runs the slow tier, too: all planted bugs, all cases of torch's database of optimizers and of other large tables
-# instead of every sixth, more random programs, the lanes' slow tests. It has no time limit.
+# instead of every sixth, more random programs, the lanes' slow tests, and the training libraries (scripts/stacks.sh). It
+# has no time limit.
 # Environment: PYTHON (which interpreter makes .venv), TEST_WORKERS (pytest processes; default: cores, at most 4).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -25,7 +26,7 @@ workers="${TEST_WORKERS:-$((cores < 4 ? cores : 4))}"
 # Several processes share the cores: OpenMP's threads must not spin while they wait (up to 40 times slower otherwise).
 export OMP_WAIT_POLICY=PASSIVE
 
-STAGES=8
+STAGES=$((8 + ${#slow[@]}))
 stage "environment (.venv)" environment test
 if [ "$FAILED" -ne 0 ]; then finish scripts/test.sh; fi
 stage "style and types" bash scripts/check.sh
@@ -45,5 +46,8 @@ else
 fi
 stage "NPU kernels lane (.venv-npu-kernels)" bash scripts/npu_kernels_lane.sh "${slow[@]}"
 stage "30 public optimizers (.venv-zoo)" bash scripts/zoo.sh --sample
+if [ "${#slow[@]}" -gt 0 ]; then
+    stage "training libraries (.venv-stacks)" bash scripts/stacks.sh
+fi
 stage "built wheel and README, empty environment" bash scripts/wheel_test.sh
 finish scripts/test.sh

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Training libraries with a compiled step: makes .venv-stacks, which has the libraries and sees .venv's torch, and runs
+# tests/stacks in it. Every test trains a tiny random model beside its eager twin. The last lines are the table of
+# docs/compatibility.md. Arguments go to pytest, for example: bash scripts/stacks.sh -k lightning
+# Environment: PYTHON (which interpreter makes .venv).
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+VENV="$ROOT/.venv-stacks"
+
+stacks_environment() {
+    local want stamp="$VENV/.installed"
+    want="$(fingerprint requirements/base.txt requirements/test.txt requirements/stacks.txt)"
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && "$VENV/bin/python" -c '' 2>/dev/null; then
+        echo ".venv-stacks has requirements/stacks.txt already"
+        return
+    fi
+    rm -f "$stamp"
+    echo "making .venv-stacks with requirements/stacks.txt"
+    "$PY" -m venv --without-pip --clear "$VENV"
+    "$PY" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$("$VENV/bin/python" -c \
+        'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
+    "$PY" -m pip --python "$VENV/bin/python" --no-input install --progress-bar off --quiet --no-deps \
+        --no-build-isolation -r requirements/stacks.txt
+    echo "$want" >"$stamp"
+}
+
+stacks_tests() {
+    # Nothing is fetched: the models are made of random numbers.
+    HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE PYTHONPATH="$ROOT" \
+        "$VENV/bin/python" -m pytest tests/stacks --durations=5 "$@"
+}
+
+STAGES=3
+stage "environment (.venv)" environment test
+if [ "$FAILED" -ne 0 ]; then finish scripts/stacks.sh; fi
+stage "environment (.venv-stacks)" stacks_environment
+if [ "$FAILED" -ne 0 ]; then finish scripts/stacks.sh; fi
+stage "tests/stacks" stacks_tests "$@"
+finish scripts/stacks.sh
