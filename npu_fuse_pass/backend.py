@@ -174,26 +174,20 @@ def compiling() -> bool:
     return not torch._dynamo.config.disable and torch._dynamo.eval_frame._stance.stance != "force_eager"
 
 
-def break_counts() -> dict[str, int]:
-    """How often Dynamo broke graphs in this process, for each reason in its words."""
-    return dict(torch._dynamo.utils.counters["graph_break"])
+class NewBreaks:
+    """What Dynamo says of graphs that it has ended since this was made."""
 
+    def __init__(self) -> None:
+        self._counts = dict(torch._dynamo.utils.counters["graph_break"])
+        self._told = len(torch._dynamo.utils.graph_break_reasons)
 
-def broken_at(before: int) -> str | None:
-    """Why and where Dynamo first ended a graph since there were `before` of `number_of_breaks`; skipped loops, too."""
-    found = torch._dynamo.utils.graph_break_reasons[before:]
-    return told(found[0]) if found else None
-
-
-def number_of_breaks() -> int:
-    """How often Dynamo has ended a graph in this process."""
-    return len(torch._dynamo.utils.graph_break_reasons)
-
-
-def last_break(before: Mapping[str, int]) -> str | None:
-    """Why Dynamo broke a graph since there were so many `break_counts`; one reason."""
-    grown = [reason for reason, count in break_counts().items() if count > before.get(reason, 0)]
-    return grown[-1].splitlines()[0] if grown else None
+    def reason(self) -> str | None:
+        """Why it ended one: the first with its file and line, else the last that it only counted; None: none."""
+        if found := torch._dynamo.utils.graph_break_reasons[self._told :]:
+            return told(found[0])
+        counts = torch._dynamo.utils.counters["graph_break"]
+        grown = [reason for reason, count in counts.items() if count > self._counts.get(reason, 0)]
+        return grown[-1].splitlines()[0] if grown else None
 
 
 def breaks() -> list[str]:

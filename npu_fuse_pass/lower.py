@@ -24,7 +24,6 @@ from npu_fuse_pass.report.report import GroupReport
 from npu_fuse_pass.report.rows import Matches, group_report, show_layouts
 
 Values = list[Tensor | None] | None  # of the leaves, where they are known before the step is called
-_MASTER = "step on a CPU, or use master_weights=True"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +61,8 @@ def lower(
     Raises:
         UnfusedError: `strict`, and the layout that was asked for is not possible.
     """
-    if any(leaf.across for leaf in step.leaves) and (target.platform == "npu" or target.form != "program"):
-        text = f"norms or sums of tensors that are spread over processes are not lowered for {target}"
-        return Lowered(None, [], [Code.SHARDED(text)])
-    rounds = any(e.op == "stochastic" for g in step.all_groups for e in postorder(g.formula.roots))
-    if rounds and (target.platform == "npu" or target.form != "program"):
-        return Lowered(None, [], [Code.PLATFORM(f"stochastic rounding is not lowered for {target}", "", _MASTER)])
+    if (target.platform == "npu" or target.form != "program") and (reason := _not_lowered(step, target)):
+        return Lowered(None, [], [reason])
     made_by = LOWERINGS[target.platform if target.form == "program" else target.form]
     try:
         if target == Target("npu") and any(stage.calls for stage in step.stages):
@@ -89,6 +84,16 @@ def lower(
         made = [(lowered.program, c) for lowered, c in zip(before, calls, strict=True) if lowered.program is not None]
         program = staged.Program(made, program, step.stores)
     return Lowered(program, [*rows, *last.rows], fallbacks)
+
+
+def _not_lowered(step: Grouped, target: Target) -> Reason | None:
+    """Why an NPU and other compilers' graphs lack what the step computes; None if they do not."""
+    if any(leaf.across for leaf in step.leaves):
+        return Code.SHARDED(f"norms or sums of tensors that are spread over processes are not lowered for {target}")
+    if any(e.op == "stochastic" for g in step.all_groups for e in postorder(g.formula.roots)):
+        remedy = "step on a CPU, or use master_weights=True"
+        return Code.PLATFORM(f"stochastic rounding is not lowered for {target}", "", remedy)
+    return None
 
 
 def sources(step: Grouped) -> Mapping[str, str]:

@@ -37,6 +37,17 @@ environment() {
     echo "$want" >"$stamp"
 }
 
+# libraries NAME: make $VENV anew, an environment that sees .venv's torch, with requirements/NAME.txt.
+libraries() {
+    local folder='import sysconfig; print(sysconfig.get_path("purelib"))'
+    rm -f "$VENV/.installed"
+    echo "making $(basename "$VENV") with requirements/$1.txt"
+    "$PY" -m venv --without-pip --clear "$VENV"
+    "$PY" -c "$folder" >"$("$VENV/bin/python" -c "$folder")/shared.pth"
+    "$PY" -m pip --python "$VENV/bin/python" --no-input install --progress-bar off --quiet --no-deps \
+        --no-build-isolation -r "requirements/$1.txt"
+}
+
 # no_browser: why there is no Chromium with its driver and none can be installed; nothing where there is one.
 # Debian's packages are installed where that is possible.
 no_browser() {

@@ -15,13 +15,7 @@ stacks_environment() {
         echo ".venv-stacks has requirements/stacks.txt already"
         return
     fi
-    rm -f "$stamp"
-    echo "making .venv-stacks with requirements/stacks.txt"
-    "$PY" -m venv --without-pip --clear "$VENV"
-    "$PY" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$("$VENV/bin/python" -c \
-        'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
-    "$PY" -m pip --python "$VENV/bin/python" --no-input install --progress-bar off --quiet --no-deps \
-        --no-build-isolation -r requirements/stacks.txt
+    libraries stacks
     echo "$want" >"$stamp"
 }
 

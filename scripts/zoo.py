@@ -196,6 +196,8 @@ runs the same steps, and float64 does: *wrong* and *crash* are what only this ba
 - *not reached*: no update came to the backend.
 - *not run*: not even eagerly, or not within {SECONDS} s.
 
+A class that was not run again keeps the row of an earlier run, which may be of an older package.
+
 Times are medians of later steps on a machine that others used; with parameters this small they show the cost of
 calls, not of memory."""
 

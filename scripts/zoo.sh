@@ -20,7 +20,7 @@ done
 
 # zoo_environment NAME: .venv-zoo with requirements/NAME.txt; all of zoo.txt serves the sample, too.
 zoo_environment() {
-    local all one found stamp="$VENV/.installed" pip=("$PY" -m pip --python "$VENV/bin/python" --no-input)
+    local all one found stamp="$VENV/.installed"
     all="zoo $(fingerprint requirements/base.txt requirements/zoo_sample.txt requirements/zoo.txt)"
     one="zoo_sample $(fingerprint requirements/base.txt requirements/zoo_sample.txt)"
     found="$(cat "$stamp" 2>/dev/null || true)"
@@ -28,12 +28,7 @@ zoo_environment() {
         echo ".venv-zoo has requirements/$1.txt already"
         return
     fi
-    rm -f "$stamp"
-    echo "making .venv-zoo with requirements/$1.txt"
-    "$PY" -m venv --without-pip --clear "$VENV"
-    "$PY" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$("$VENV/bin/python" -c \
-        'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
-    "${pip[@]}" install --progress-bar off --quiet --no-deps --no-build-isolation -r "requirements/$1.txt"
+    libraries "$1"
     if [ "$1" = zoo ]; then echo "$all"; else echo "$one"; fi >"$stamp"
 }
 

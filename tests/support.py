@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import npu_fuse_pass
+import optimizers
 from npu_fuse_pass.tolerances import TRAJECTORY
 
 # |a - b| / (1e-3 + |b|), after a few steps. Half precision: some units in the last place of what is stored.
@@ -213,3 +214,18 @@ class Unseen(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:
         for p in self.param_groups[0]["params"]:
             p.sub_(p.grad)
+
+
+def beside_float64(steps: int, lr: float, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """A bfloat16 parameter before and after steps of a compiled AdamW, and after torch's over a float64 one."""
+    (param,) = parameters([(50, 20)], dtype=torch.bfloat16)
+    start = param.detach().double()
+    other = torch.nn.Parameter(start.clone())
+    step = compiled(optimizers.NpuFusedAdamW([param], lr=lr, state_dtype=torch.float32, **options))
+    torchs = torch.optim.AdamW([other], lr=lr)
+    for seed in range(steps):
+        grad = torch.randn(50, 20, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16) + 0.5
+        param.grad, other.grad = grad, grad.double()
+        step()
+        torchs.step()
+    return start, param.detach().double(), other.detach()

@@ -13,7 +13,17 @@ import npu_fuse_pass
 import optimizers
 
 from .cases import BY_NAME, CASES, Case, over
-from .support import assert_close, assert_fused, clones, compiled, gradients, last_report, parameters, set_gradients
+from .support import (
+    assert_close,
+    assert_fused,
+    beside_float64,
+    clones,
+    compiled,
+    gradients,
+    last_report,
+    parameters,
+    set_gradients,
+)
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 SHAPES = [(30, 10), (7,), (), (7,)]
@@ -63,19 +73,8 @@ def test_a_small_lr_moves_parameters() -> None:
     """Where half precision alone loses the steps: far less error against float64 than rounding each step leaves."""
     errors = {}
     for master in (False, True):
-        params = parameters([(50, 20)], dtype=BF16)
-        others = [torch.nn.Parameter(p.detach().double()) for p in params]
-        start = params[0].detach().double()
-        opt = optimizers.NpuFusedAdamW(params, lr=1e-3, state_dtype=F32, master_weights=master)
-        torchs, step = torch.optim.AdamW(others, lr=1e-3), compiled(opt)
-        for seed in range(100):
-            grad = torch.randn(50, 20, generator=torch.Generator().manual_seed(seed)).to(BF16) + 0.5
-            set_gradients(params, [grad])
-            set_gradients(others, [grad.double()])
-            step()
-            torchs.step()
-        moved = (others[0].detach() - start).norm()
-        errors[master] = float((params[0].detach().double() - others[0].detach()).norm() / moved)
+        start, got, want = beside_float64(100, 1e-3, master_weights=master)
+        errors[master] = float((got - want).norm() / (want - start).norm())
     assert errors[True] < 0.25 * errors[False], errors
 
 

@@ -20,6 +20,7 @@ from .support import (
     FULL,
     assert_fused,
     assert_one_fused_step,
+    beside_float64,
     clones,
     compiled,
     gradients,
@@ -266,19 +267,9 @@ def test_a_small_lr_moves_parameters() -> None:
     """Where rounding to nearest loses the steps: less error against float64, in less memory than master weights."""
     errors = {}
     for chance in (True, False) if FULL else (True,):
-        params = parameters([(50, 20)], dtype=BF16)
-        others = [torch.nn.Parameter(p.detach().double()) for p in params]
-        start = params[0].detach().double()
-        opt = optimizers.NpuFusedAdamW(params, lr=1e-4, state_dtype=F32, stochastic_rounding=chance)
-        torchs, step = torch.optim.AdamW(others, lr=1e-4), compiled(opt)
-        for seed in range(200):
-            grad = torch.randn(50, 20, generator=torch.Generator().manual_seed(seed)).to(BF16) + 0.5
-            set_gradients(params, [grad])
-            set_gradients(others, [grad.double()])
-            step()
-            torchs.step()
-        errors[chance] = float((params[0].detach().double() - others[0].detach()).mean().abs())
-        moved = float((others[0].detach() - start).mean().abs())
+        start, got, want = beside_float64(200, 1e-4, stochastic_rounding=chance)
+        errors[chance] = float((got - want).mean().abs())
+        moved = float((want - start).mean().abs())
     assert errors[True] < 0.05 * moved and errors.get(False, moved) > 0.3 * moved, (errors, moved)
 
 

@@ -16,10 +16,9 @@ from torch import fx
 from npu_fuse_pass.capture.aten.pointwise import evaluate
 from npu_fuse_pass.capture.flat import VIEWS, whole_view
 from npu_fuse_pass.capture.interpreter import Expansion, Interpreter
-from npu_fuse_pass.capture.stacked import OF_SCALARS, STACKED, order_of
+from npu_fuse_pass.capture.stacked import OF_SCALARS, STACKED, order_of, reshaped
 from npu_fuse_pass.capture.values import Cell, Scalars
 from npu_fuse_pass.errors import Unsupported
-from npu_fuse_pass.fx_nodes.names import operation_name
 from npu_fuse_pass.reasons import Code
 
 
@@ -61,7 +60,7 @@ def _unscale(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwa
 
 def _view(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A tensor in another shape: a number, or a whole tensor."""
-    number = STACKED[operation_name(node)](interpreter, node, args, kwargs)
+    number = reshaped(interpreter, node, args, kwargs)
     return whole_view(interpreter, node, args, kwargs) if number is NotImplemented else number
 
 

@@ -181,7 +181,7 @@ def _views_come_last(vectors: set[fx.Node]) -> bool:
     return all(places[t] > last for t in taken)
 
 
-def _reshape(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def reshaped(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A computed number as a tensor of one element, or the other way round: it meets tensors of any shape.
 
     What torch has recorded is the shape that a tensor has at the end: `squeeze_` changes that of the tensor itself.
@@ -203,7 +203,6 @@ def _reshape(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwa
     return args[0]
 
 
-_RESHAPES = ("reshape", "view", "squeeze", "unsqueeze", "flatten", "ravel", "view_as", "reshape_as")
 STACKED: dict[str, Expansion] = {
     **{name + end: _entrywise(name + end) for name in sorted(_ENTRYWISE) for end in ("", "_")},
     "stack": _stack,
@@ -211,5 +210,5 @@ STACKED: dict[str, Expansion] = {
     "as_tensor": _numbers,
     "unbind": _unbind,
     "getitem": _getitem,
-    **dict.fromkeys((*_RESHAPES, "squeeze_", "unsqueeze_"), _reshape),
+    **dict.fromkeys(("squeeze_", "unsqueeze_"), reshaped),
 }

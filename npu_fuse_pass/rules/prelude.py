@@ -177,7 +177,7 @@ class Prelude:
         if self.watched:
             for batch in self.batches:
                 batch.forget_gradients()
-        for batch in self.batches:
+        for batch in self.batches if optimizer.stochastic_rounding else ():
             batch.rounding.fill(optimizer.param_groups[batch.group])
         return all((self.watched or _read_gradients(b)) and fill_hyper(b, parts[b.part][3]) for b in self.batches)
 

@@ -68,7 +68,7 @@ class CompiledStep:
         self._opt = opt
         self._by = by
         self._watched = backend.Watched(options)
-        self._breaks, self._number_of_breaks = backend.break_counts(), backend.number_of_breaks()
+        self._breaks = backend.NewBreaks()
         backend.let_torch_hide_steps()
         self._original = plain_step(opt)
         self._calls_closure_first = self._prefers_foreach = False
@@ -187,8 +187,7 @@ class CompiledStep:
                 "between steps costs variants: make lr a tensor, keep gradients from becoming None (set_to_none=False)"
             )
         if not self._any_compiled and self._steps >= 2:
-            why_broken = backend.broken_at(self._number_of_breaks) or backend.last_break(self._breaks)
-            broken = graph_break(why_broken or "TORCH_LOGS=graph_breaks says why")
+            broken = graph_break(self._breaks.reason() or "TORCH_LOGS=graph_breaks says why")
             why = (hidden(self._opt) or broken.led_by("Dynamo broke or skipped every graph")).advised
             done = f"two steps of {name} ran, both eagerly, and torch handed no update to the backend"
             error = NotCapturedError(f"{done}. {why}")

@@ -57,7 +57,7 @@ def try_on_copy(opt: torch.optim.Optimizer, options: dict[str, Any]) -> Trial:
     reason = Code.DISABLED("NPU_FUSE_DISABLE=1 is set") if switched_off() else hidden(opt)
     if reason is not None:
         return Trial(CompileReport(watched.options["platform"], fallbacks=[reason]))
-    twin, breaks, so_far = _twin(opt), backend.break_counts(), backend.number_of_breaks()
+    twin, breaks = _twin(opt), backend.NewBreaks()
     step = road(twin, twin.step, watched)
     try:
         with warnings.catch_warnings():
@@ -74,8 +74,7 @@ def try_on_copy(opt: torch.optim.Optimizer, options: dict[str, Any]) -> Trial:
     if not watched.ran:
         missed = Code.NOT_CAPTURED("no parameter requires a gradient", remedy="give it parameters that do")
         if has_gradients(twin):
-            why = backend.broken_at(so_far) or backend.last_break(breaks)
-            missed = graph_break(why or "Dynamo skips it (TORCH_LOGS=graph_breaks says why)")
+            missed = graph_break(breaks.reason() or "Dynamo skips it (TORCH_LOGS=graph_breaks says why)")
         missed = missed.led_by("no update reached the backend")
         return Trial(CompileReport(watched.options["platform"], fallbacks=[missed]))
     return Trial(_joined(watched.ran), step)
