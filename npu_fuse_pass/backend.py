@@ -14,6 +14,7 @@ import torch._dynamo
 from torch import Tensor, fx
 
 from npu_fuse_pass import lower
+from npu_fuse_pass.capture.clipping import let_clipping_be_captured
 from npu_fuse_pass.errors import FuseError, OptionError
 from npu_fuse_pass.options import KERNELS, LAYOUTS, PLATFORMS, Options
 from npu_fuse_pass.reasons import Reason
@@ -27,6 +28,7 @@ from npu_fuse_pass.run.graph_step import graph_step, told
 from npu_fuse_pass.run.rule_step import RuleSteps
 
 look_after_compiled_steps()
+let_clipping_be_captured()
 _OPTIONS = frozenset(f.name for f in dataclasses.fields(Options))
 
 

@@ -1,8 +1,8 @@
 """Sixteen optimizers fuse and agree with eager: python scripts/version_check.py, with any torch.
 
-Each is compiled with torch.compile and with compile_step and makes five steps beside an eager twin. Printed is what is
-not fused or differs by more than 1e-6 (norm of a tensor), and the number of failures, which is also the exit status:
-not fused, differing by more than 1e-5, or an exception.
+Each is compiled with torch.compile and with compile_step and makes five steps beside an eager twin; two make them in
+one graph with the clipping of their gradients. Printed is what is not fused or differs by more than 1e-6 (norm of a
+tensor), and the number of failures, also the exit status: not fused, differing by more than 1e-5, or an exception.
 """
 
 from __future__ import annotations
@@ -31,10 +31,24 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 
 
+CLIPPED = ("NpuFusedAdam", "NpuFusedLamb")
+
+
+def clipped(opt: torch.optim.Optimizer) -> Callable[[], object]:
+    def tail() -> None:
+        torch.nn.utils.clip_grad_norm_(opt.param_groups[0]["params"], 0.5)
+        opt.step()
+
+    return tail
+
+
 def compiled(opt: torch.optim.Optimizer, how: str) -> Callable[[], object]:
     if how == "compile_step":
         fused: Callable[[], object] = npu_fuse_pass.compile_step(opt)
         return fused
+    if how == "one graph with clipping":
+        whole: Callable[[], object] = torch.compile(clipped(opt), backend="npu_fused", fullgraph=True)
+        return whole
     step: Callable[[], object] = torch.compile(opt.step, backend="npu_fused")
     return step
 
@@ -48,33 +62,35 @@ def check(make: Callable[[Any], torch.optim.Optimizer], how: str) -> tuple[bool,
     others = [torch.nn.Parameter(p.detach().clone()) for p in params]
     opt, eager = make(params), make(others)
     step = compiled(opt, how)
+    twin = clipped(eager) if how == "one graph with clipping" else eager.step
     for _ in range(5):
         for p, q in zip(params, others, strict=True):
             p.grad = torch.randn_like(p)
             q.grad = p.grad.clone()
         step()
-        eager.step()
+        twin()
     reports = npu_fuse_pass.reports()
-    fused = bool(reports) and all(r.groups and r.fallback is None for r in reports)
+    fused = bool(reports) and all(r.groups and r.fallback is None and not r.unfused for r in reports)
     return fused, max(float((p - q).norm() / q.norm()) for p, q in zip(params, others, strict=True))
 
 
 def main() -> None:
     warnings.simplefilter("ignore")
     failures = 0
-    for name, make in OPTIMIZERS.items():
-        for how in ("torch.compile", "compile_step"):
-            try:
-                fused, error = check(make, how)
-            except Exception as e:
-                failures += 1
-                print(f"{name}, {how}: {type(e).__name__}: {e}")
-                continue
-            failures += not fused or error > 1e-5
-            if not fused or error > 1e-6:
-                print(f"{name}, {how}: fused {fused}, relative difference {error:.1e}")
+    checks = [(name, how) for name in OPTIMIZERS for how in ("torch.compile", "compile_step")]
+    checks += [(name, "one graph with clipping") for name in CLIPPED]
+    for name, how in checks:
+        try:
+            fused, error = check(OPTIMIZERS[name], how)
+        except Exception as e:
+            failures += 1
+            print(f"{name}, {how}: {type(e).__name__}: {e}")
+            continue
+        failures += not fused or error > 1e-5
+        if not fused or error > 1e-6:
+            print(f"{name}, {how}: fused {fused}, relative difference {error:.1e}")
     version = sys.version.split()[0]
-    print(f"torch {torch.__version__}, Python {version}: {2 * len(OPTIMIZERS)} checks, {failures} failures")
+    print(f"torch {torch.__version__}, Python {version}: {len(checks)} checks, {failures} failures")
     sys.exit(min(failures, 100))
 
 

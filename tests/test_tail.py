@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import npu_fuse_pass
+from npu_fuse_pass.capture.clipping import grouped
 
 from .cases import BY_NAME, ONE_EACH, Case
 from .support import assert_close, assert_fused, error, gradients, last_report, parameters, set_gradients
@@ -370,3 +371,16 @@ def test_stock_optimizers_break_the_graph_and_the_report_says_where() -> None:
     assert all(r.graph_break in str(r) for r in broken)
     updated = [sum(g.updates for g in r.groups) for r in reports]
     assert updated.count(len(SHAPES)) >= 3  # clipping, the step and the average, each by itself
+
+
+@pytest.mark.parametrize("with_indices", [False, True])
+def test_gradients_are_grouped_as_torch_groups_them(with_indices: bool) -> None:
+    """Older torches capture clipping by this function (scripts/versions.sh compiles with it)."""
+    first = [torch.ones(2), torch.ones(3, dtype=torch.float64), torch.ones(4), torch.ones(1, dtype=torch.bfloat16)]
+    lists: list[list[Tensor | None]] = [[*first], [torch.zeros_like(first[0]), None, None, torch.zeros_like(first[3])]]
+    found, expected = grouped(lists, with_indices), torch._C._group_tensors_by_device_and_dtype(lists, with_indices)
+    assert found.keys() == expected.keys() and len(found) == 3
+    for kind, (entries, positions) in found.items():
+        assert positions == list(expected[kind][1])
+        for of_list, others in zip(entries, expected[kind][0], strict=True):
+            assert len(of_list) == len(others) and all(a is b for a, b in zip(of_list, others, strict=True))
