@@ -37,6 +37,7 @@ LIMITS = {F64: (1e-12, 1e-12), F32: (2e-5, 2e-6), F16: (2**-10, 2**-14), BF16: (
 CAPTURED = (2e-5, 2e-5)  # in float32, of torch's own graph: its numbers are rounded to float32, too
 LOOSE = {F16: (2**-7, 2**-7), BF16: (2**-4, 2**-4)}
 SCALAR = ("strided", "expanded", "torch.stack(", "view(")  # of lines
+MEET = ("closure(", "= clipped(")  # of lines: all parameters change each other's gradients, or updates
 STEPS = ("step(", "in_thread(step", "in_mode(", "opt.step(", "several_threads(")  # lines that step
 
 
@@ -322,11 +323,12 @@ def compare(
         also: what this run shows is right, too.
         captured: `want` is torch's own graph.
     """
-    limits = {
-        **LIMITS,
-        **(LOOSE if any(word in line for line in lines for word in SCALAR) else {}),
-        **({F64: LIMITS[F32]} if any("closure(" in line for line in lines) else {}),  # its loss is float32
-    }
+    limits = {**LIMITS, **(LOOSE if any(word in line for line in lines for word in SCALAR) else {})}
+    if any(word in line for line in lines for word in MEET):
+        # the loss is float32, and a total of its parameters' dtypes: what is finer is as exact as the coarsest of them
+        found = {x.dtype for seen in want.seen for x in seen.values() if isinstance(x, Tensor)} & limits.keys()
+        coarsest = max(limits[dtype] for dtype in found | {F32})
+        limits = {dtype: max(limit, coarsest) for dtype, limit in limits.items()}
     for i, line in enumerate(lines[: len(want.errors)]):
         a, b = got.errors[i], want.errors[i]
         if shared and (isinstance(a, npu_fuse_pass.OptionError) or ((a or b) and not line.startswith(STEPS))):
