@@ -7,6 +7,7 @@ it is. (Dynamo itself changes what some steps compute on shared memory: its `ler
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.nn import Parameter
 
 import npu_fuse_pass
 import optimizers
+from npu_fuse_pass.reasons import Code
 
 from .papers_norms import Lamb, Lion
 from .support import compiled, error
@@ -39,7 +41,7 @@ over_makers = pytest.mark.parametrize("maker", MAKERS)
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def run_both(maker: str, make: Callable[[], list[Tensor]], give: Callable[[list[Tensor], int], None]) -> list[str]:
@@ -83,6 +85,8 @@ TIED: dict[str, Callable[[], list[Tensor]]] = {
     "overlapping": lambda: [Parameter(y) for x in [numbers(15)] for y in (x[:10], x[5:])],
     "overlapping by one": lambda: [Parameter(y) for x in [numbers(15)] for y in (x[:8], x[7:])],
     "large": lambda: [Parameter(y) for x in [numbers(2 * LARGE)] for y in (x[:LARGE], x[1000 : 1000 + LARGE])],
+    "0-dim, same storage": lambda: [Parameter(x.view(())) for x in [numbers(1)] for _ in range(2)],
+    "0-dim, in another": lambda: [Parameter(y) for x in [numbers(6)] for y in (x, x[2])],
     "among others": lambda: [*disjoint(), *(Parameter(y) for x in [numbers(15)] for y in (x[:10], x[5:]))],
 }
 
@@ -184,6 +188,54 @@ def test_gradients_that_share_memory(give: Any, maker: str) -> None:
     """With parameters: decay changes the gradient, too. With each other: reading is harmless."""
     reasons = run_both(maker, three, give)
     assert give in WRITTEN or not reasons, reasons
+
+
+BEFORE: dict[str, Callable[[list[Tensor]], Any]] = {
+    "parameters change": lambda ps: torch._foreach_add_([p.data for p in ps], 1.0),
+    "gradients change": lambda ps: torch._foreach_mul_([p.grad for p in ps], 2.0),
+    "gradients are clipped": lambda ps: torch.nn.utils.clip_grad_norm_(ps, 0.5),
+}
+
+
+@over_makers
+@pytest.mark.parametrize("before", BEFORE)
+def test_0dim_gradients_that_are_their_parameters_memory(before: str, maker: str) -> None:
+    """What a function writes before the step is in the other one as well, though kernels take both for numbers."""
+
+    def made() -> tuple[list[Tensor], Callable[[], None]]:
+        ps: list[Tensor] = [Parameter(numbers(seed=1)), Parameter(numbers(3, seed=2))]
+        random_gradients(ps, 0)
+        ps[0].grad = ps[0].detach()
+        opt = MAKERS[maker](ps)
+
+        def function() -> None:
+            with torch.no_grad():
+                BEFORE[before](ps)
+            opt.step()
+
+        return ps, function
+
+    (ours, step), (theirs, original) = made(), made()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.compile(step, backend="npu_fused")()
+    torch._dynamo.reset()
+    torch.compile(original, backend="eager")()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q)
+        torch.testing.assert_close(p.grad, q.grad)
+    assert any(Code.SHARED_MEMORY in {x.code for x in r.reasons} for r in npu_fuse_pass.reports())
+
+
+def test_a_learning_rate_that_lies_in_a_parameter() -> None:
+    """It changes with the parameter, or before it: what comes first matters."""
+    ps = [Parameter(torch.full((4,), 0.5)), Parameter(torch.full((3,), 0.25))]
+    for p in ps:
+        p.grad = torch.ones_like(p)
+    opt = torch.optim.SGD(ps, lr=ps[0].detach()[1], foreach=False)
+    torch.compile(opt.step, backend="npu_fused")()
+    torch.testing.assert_close(ps[0].detach(), torch.zeros(4))
+    torch.testing.assert_close(ps[1].detach(), torch.full((3,), 0.25))  # with the lr of after the first parameter's
 
 
 # States --------------------------------------------------------------------------------------------------------------

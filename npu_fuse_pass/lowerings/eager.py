@@ -55,7 +55,7 @@ class Program:
     def _check_memory(self, values: Sequence[Tensor | None]) -> None:
         members = [m for g in self._groups for m in g.members]
         written = {m[s] for g in self._groups for s in g.formula.written for m in g.members}
-        used = {i for m in members for i in m if i < len(values) and self._leaves[i].shape}
+        used = {i for m in members for i in m if i < len(values)}
         tensors = {i: t for i in used if (t := values[i]) is not None}
         check_apart(
             [t for i, t in tensors.items() if i in written], [t for i, t in tensors.items() if i not in written]

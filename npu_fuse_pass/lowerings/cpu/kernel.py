@@ -31,6 +31,7 @@ _TAGS = {
     torch.int32: 5,
     torch.bool: 6,
 }
+_BYTES = [dtype.itemsize for dtype in _TAGS]  # by tag
 
 
 class Kernel:
@@ -88,6 +89,9 @@ class Kernel:
         moving = [c for c in self._scalar_columns if not c.fixed and not own.keys() >= set(c.indices)]
         self._counters = [c for c in moving if elsewhere.isdisjoint(c.indices)]
         self._one_by_one = [c for c in moving if not elsewhere.isdisjoint(c.indices)]
+        # 0-dim tensors that are only read, but for those whose values are copied ahead of the step
+        read = [c for c in self._scalar_columns if not c.written and not elsewhere >= set(c.indices)]
+        self._scalars_read, self._scalars_written = read, [c for c in self._scalar_columns if c.written]
         self._same = SameTensors()
         self._moving = Moving((*self._varying, *self._counters))
         self.looking = Looking(self._moving.written)
@@ -234,8 +238,11 @@ class Kernel:
     def tensors(self, values: Values) -> list[tuple[Tensor, bool]]:
         """Every tensor that takes part, and whether it is written."""
         members = [m for m, active in zip(self.group.members, self._tables.active, strict=True) if active]
-        found = ((values[m[c.slot]], c.written) for c in self._columns for m in members)
-        return [(t, written) for t, written in found if t is not None]
+        columns = (*self._columns, *self._scalars_read, *self._scalars_written)
+        indices = {m[c.slot]: c.written for c in columns for m in members}
+        copied = self._own.keys() | self._snapshots.keys()
+        kept = {i: written for i, written in indices.items() if written or i not in copied}
+        return [(t, written) for i, written in kept.items() if i < len(values) and (t := values[i]) is not None]
 
     def written_memory(self) -> list[tuple[int, int]]:
         """Where this call writes tensors: (start, end) in bytes."""
@@ -247,25 +254,36 @@ class Kernel:
                 for start, numel, active in zip(pointers, self._numels, self._tables.active, strict=True):
                     if active and numel:
                         found.append((start, start + numel * size))
+        for column in self._scalars_written:
+            begin = column.rank * self._n
+            pointers, tags = (row[begin : begin + self._n] for row in (self._tables.scalars, self._tables.tags))
+            rows = zip(pointers, tags, self._tables.active, strict=True)
+            found += [(start, start + _BYTES[tag]) for start, tag, active in rows if active]
         return found
 
     def pointers_written(self) -> bytes:
         """Changes when what this call writes is elsewhere than at the last one."""
-        table, begins = self._tables.tensors, [c.rank * self._n for c in self._columns if c.written]
-        rows = [table[begin : begin + self._n].tobytes() for begin in begins]
+        tensors, scalars = self._tables.tensors, self._tables.scalars
+        places = [(tensors, c.rank * self._n) for c in self._columns if c.written]
+        places += [(scalars, c.rank * self._n) for c in self._scalars_written]
+        rows = [table[begin : begin + self._n].tobytes() for table, begin in places]
         return b"".join([*rows, self._tables.active.tobytes()])
 
     def reads_overlap(self, starts: array.array[int], ends: array.array[int]) -> bool:
         """Whether a tensor that is only read shares memory with one that is written."""
+        written = (starts.buffer_info()[0], ends.buffer_info()[0], len(starts))
+
+        def found(table: array.array[int], column: Column, sizes: array.array[int]) -> bool:
+            begin = table.buffer_info()[0] + 8 * column.rank * self._n
+            return int(self._find_overlap(begin, sizes.buffer_info()[0], self._n, *written)) >= 0
+
         for column in self._columns:
-            if column.written:
-                continue
-            sizes = column.bytes_of(self._numels, self._tables.active, self._all_active)
-            begin = self._tables.tensors.buffer_info()[0] + 8 * column.rank * self._n
-            written = (starts.buffer_info()[0], ends.buffer_info()[0], len(starts))
-            if self._find_overlap(begin, sizes.buffer_info()[0], self._n, *written) >= 0:
-                return True
-        return False
+            if not column.written:
+                sizes = column.bytes_of(self._numels, self._tables.active, self._all_active)
+                if found(self._tables.tensors, column, sizes):
+                    return True
+        # where a 0-dim tensor begins is enough
+        return any(found(self._tables.scalars, c, array.array("q", self._tables.active)) for c in self._scalars_read)
 
     def call(self, function: Callable[..., None], threads: int) -> None:
         self._tables.share(threads)

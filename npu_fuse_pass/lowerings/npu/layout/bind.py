@@ -63,7 +63,10 @@ class Binder:
         self._bound = {i for key in self.tensor_inputs for i in key}
         self.numbers_on = numbers_on(leaves, parts, {device for _, _, device in self.tensor_inputs.values()})
         self._scratch: dict[Key, Tensor] = {}
-        self._alike = Alike(self.tensor_inputs, self._written)
+        scalars = {m[s] for part in parts for m in part.group.members for s in part.group.formula.scalar_slots}
+        in_memory = (i for i in sorted(scalars) if leaves[i].kind not in ("constant", "total"))
+        self._numbers = {i: i in written for i in in_memory}
+        self._alike = Alike(self.tensor_inputs, self._written, self._numbers)
         self._changes = [self._changes_of(part, part.group.members) for part in parts]
 
     def inputs_of(self, part: Part, run: Run, slot: int) -> list[Leaves]:
@@ -109,8 +112,9 @@ class Binder:
         for part, active in zip(self._parts, step.active, strict=True):
             for run in part.plan.runs:
                 self._bind_run(part, run, values, step, active)
-        written = [t for i, t in step.used.items() if i in self._written]
-        check_apart(written, [t for i, t in step.used.items() if i not in self._written])
+        found = [(t, key in self._written) for key, t in step.used.items()]
+        found += [(t, written) for i, written in self._numbers.items() if (t := values[i]) is not None]
+        check_apart([t for t, written in found if written], [t for t, written in found if not written])
         step.inputs = [step.flat[key] for key in self.tensor_inputs]
 
     def _bind_run(self, part: Part, run: Run, values: Values, step: Step, active: Sequence[bool]) -> None:

@@ -31,10 +31,12 @@ class Alike:
     Args:
         inputs: the leaves behind every tensor input of the graph; size, dtype and device.
         written: those that the graph writes to.
+        numbers: leaves of the 0-dim tensors that the host reads for the graph, and whether it writes them.
     """
 
-    def __init__(self, inputs: Mapping[Leaves, Key], written: Collection[Leaves]) -> None:
+    def __init__(self, inputs: Mapping[Leaves, Key], written: Collection[Leaves], numbers: Mapping[int, bool]) -> None:
         self._inputs = inputs
+        self._numbers = numbers
         self._all = picked([i for key in inputs for i in key])
         self._written = written
         self._same = SameTensors()
@@ -55,12 +57,14 @@ class Alike:
         self._present = [t is not None for t in tensors]
         used = [(key, *self._inputs[key]) for key in self._inputs if key in step.used]
         self._placeholders = [None if key in step.used else step.flat[key] for key in self._inputs]
-        self._firsts = picked([key[0] for key, *_ in used])
+        numbers = [i for i in self._numbers if values[i] is not None]
+        self._firsts = picked([*(key[0] for key, *_ in used), *numbers])
         self._sizes = [(size,) for _, size, _, _ in used]
-        self._bytes = torch.tensor(
-            [size * dtype.itemsize for _, size, dtype, _ in used], dtype=torch.int64, device="cpu"
-        )
-        self._is_written = torch.tensor([key in self._written for key, *_ in used], dtype=torch.bool, device="cpu")
+        # where a number begins is enough
+        sizes = [*(size * dtype.itemsize for _, size, dtype, _ in used), *(1 for _ in numbers)]
+        self._bytes = torch.tensor(sizes, dtype=torch.int64, device="cpu")
+        is_written = [*(key in self._written for key, *_ in used), *(self._numbers[i] for i in numbers)]
+        self._is_written = torch.tensor(is_written, dtype=torch.bool, device="cpu")
         self._addresses = _addresses(self._firsts(values))
 
     def bind(self, step: Step, values: Values) -> bool:
