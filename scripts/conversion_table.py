@@ -41,6 +41,8 @@ def stock(row: Row, n: int) -> Conversion | None:
 
 def without_decompositions(row: Row, n: int) -> Conversion | None:
     """As `stock`, without Dynamo's decompositions, which turn addcmul, addcdiv and add with alpha into prims.fma."""
+    if not hasattr(torch._dynamo.config, "enable_dynamo_decompositions"):
+        return stock(row, n)  # an older torch, which always does it
     with torch._dynamo.config.patch(enable_dynamo_decompositions=False):
         return stock(row, n)
 

@@ -580,6 +580,22 @@ def test_fused_under_the_plain_backend_is_right(fused: bool, said: list[str]) ->
         assert_all_fused()
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_gradient_of_two_parameters_is_warned_of(shared: bool, said: list[str]) -> None:
+    """Torch's graph would give both the one gradient at later steps, too, under every backend."""
+    look_after_compiled_steps()  # torch._dynamo.reset() has forgotten it
+    params = parameters([(3, 4), (3, 4)])
+    opt = torch.optim.SGD(params, lr=0.1)
+    step = torch.compile(opt.step, backend="npu_fused")
+    for seed in range(3):
+        set_gradients(params, gradients(params, seed))
+        if shared:
+            params[1].grad = params[0].grad
+        step()
+    texts = [text for text in said if "one gradient tensor" in text]
+    assert len(texts) == shared and all("compile_optimizer_" in text for text in texts), said
+
+
 def test_fused_under_another_backend_is_nothing_of_ours(said: list[str]) -> None:
     look_after_compiled_steps()
     params = parameters(MATRICES)

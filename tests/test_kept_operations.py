@@ -276,6 +276,40 @@ def test_draws_follow_the_layout_of_the_call() -> None:
     assert "lies otherwise in memory" in str(npu_fuse_pass.reports()[-1].fallback)
 
 
+MADE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "full_like": lambda p, g: torch.full_like(p, 0.5),
+    "ones_like, detached": lambda p, g: torch.ones_like(p).detach(),
+    "contiguous ones": lambda p, g: torch.ones_like(p, memory_format=torch.contiguous_format),
+    "sum": lambda p, g: p + g,
+    "the other sum": lambda p, g: g + p,
+    "clone": lambda p, g: torch.clone(p * 2, memory_format=torch.contiguous_format),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("order", ["transposed", "channels_last", "contiguous"])
+def test_new_tensors_lie_in_memory_as_eagerly(name: str, order: str) -> None:
+    p = torch.linspace(1, 2, 24).reshape(2, 3, 2, 2)
+    if order != "contiguous":
+        p = (
+            p.transpose(0, 1).contiguous().transpose(0, 1)
+            if order == "transposed"
+            else p.to(memory_format=torch.channels_last)
+        )
+
+    def body(q: Tensor, g: Tensor) -> Tensor:
+        q.mul_(0.5)
+        return MADE[name](q, g)
+
+    q, g = p.clone(), torch.ones(p.shape)
+    torch._dynamo.reset()
+    npu_fuse_pass.clear_reports()
+    got, want = torch.compile(body, backend="npu_fused")(p, g), body(q, g)
+    torch.testing.assert_close(got, want, check_stride=True)
+    torch.testing.assert_close(p, q, check_stride=True)
+    assert npu_fuse_pass.reports()[-1].groups and not npu_fuse_pass.reports()[-1].fallback
+
+
 # Integers and numbers ------------------------------------------------------------------------------------------------
 
 INTEGERS: dict[str, Callable[[Tensor], Any]] = {

@@ -359,3 +359,26 @@ def test_a_gradient_of_a_gradient_is_an_object_of_its_own() -> None:
     p.grad, g.grad = g, torch.ones(3)
     tensors: list[Tensor] = [p, g, g.grad]
     assert native_look._owners(tensors) == [-1, 0, -1]
+
+
+@pytest.mark.parametrize("shared", range(4))
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("stock", [False, True])
+def test_a_gradient_of_two_parameters_may_be_two_at_the_next_step(stock: bool, groups: int, shared: int) -> None:
+    """What is learned while it is shared is not that both have the one's gradient."""
+
+    def trained(fused: bool) -> Params:
+        params = parameters(((3, 4), (5,), (3, 4)))
+        split = [dict(params=params[:2]), dict(params=params[2:], lr=0.2)] if groups == 2 else params
+        opt: Any = (torch.optim.SGD if stock else optimizers.NpuFusedSGD)(split, lr=0.1)
+        if fused:
+            npu_fuse_pass.compile_optimizer_(opt)
+        for seed in range(6):
+            set_gradients(params, gradients(params, seed))
+            if seed == shared:
+                params[2].grad = params[0].grad
+            opt.step()
+        return params
+
+    assert_close(trained(True), trained(False), 1e-6)
+    assert_fused(last_report(), parameters=3)

@@ -322,6 +322,37 @@ def test_a_state_held_before_and_read_after_the_step(name: str) -> None:
         assert any("use it outside of the compiled function" in remedy for remedy in report.remedies)
 
 
+@pytest.mark.parametrize("laid_out", [torch.contiguous_format, torch.preserve_format], ids=["otherwise", "alike"])
+@pytest.mark.parametrize("again", ["read", "changed"])
+def test_a_state_put_in_before_and_used_after_the_step(laid_out: torch.memory_format, again: str) -> None:
+    """The step takes it over in the order of its parameter's elements, which is not to break Dynamo's guards."""
+
+    def trained(compiled: bool) -> list[Tensor]:
+        params = [torch.nn.Parameter(torch.linspace(-1, 1, 12).view(4, 3).t())]
+        opt = optimizers.NpuFusedRMSpropTF(params, lr=0.05)
+        read: list[Tensor] = []
+
+        def function() -> None:
+            with torch.no_grad():
+                value = torch.full_like(params[0], 0.5, memory_format=laid_out)
+                opt.state[params[0]]["square_avg"] = value
+            opt.step()
+            if again == "changed":
+                opt.state[params[0]]["square_avg"].mul_(0.5)
+            else:
+                read.append(opt.state[params[0]]["square_avg"].sum())
+
+        step = torch.compile(function, backend="npu_fused") if compiled else function
+        for t in range(2):
+            set_gradients(params, gradients(params, t))
+            step()
+        return [params[0].detach(), opt.state[params[0]]["square_avg"], *read]
+
+    for got, want in zip(trained(True), trained(False), strict=True):
+        torch.testing.assert_close(got, want)
+    assert any(r.groups for r in npu_fuse_pass.reports())
+
+
 @pytest.mark.parametrize("name", ["lr", "exp_avg"])
 def test_a_tensor_of_the_optimizer_written_before_the_step(name: str) -> None:
     def make(opt: Any, p: Tensor) -> Function:

@@ -17,6 +17,7 @@ from npu_fuse_pass.capture.forward import beside_a_forward_pass, is_forward_pass
 from npu_fuse_pass.capture.inline import expand_rule
 from npu_fuse_pass.capture.interpreter import Interpreter
 from npu_fuse_pass.capture.list_ops import LISTS
+from npu_fuse_pass.capture.originals import dense_strides
 from npu_fuse_pass.capture.shards import of_this_process
 from npu_fuse_pass.capture.updates import updates_of
 from npu_fuse_pass.capture.values import Cell, Val
@@ -118,7 +119,9 @@ def _outputs(interpreter: Interpreter, node: fx.Node, returned: Sequence[Any]) -
         if cell.leaf is None:
             device = next((leaf.device for leaf in interpreter.leaves if leaf.shape), torch.device("cpu"))
             cell.leaf = len(interpreter.leaves)
-            leaf = Leaf("output", f"output_{index}", index, dtype=cell.val.dtype, shape=cell.val.shape, device=device)
+            strides = dense_strides(meta) if cell.val.shape else None
+            name, dtype, shape = f"output_{index}", cell.val.dtype, cell.val.shape
+            leaf = Leaf("output", name, index, dtype=dtype, shape=shape, device=device, strides=strides)
             interpreter.leaves.append(leaf)
             interpreter.written[cell.leaf] = cell
         outputs.append(Output(cell.leaf, number))

@@ -159,7 +159,7 @@ class Originals:
         stored = self._leaf(val)
         if stored is not None:
             return stored
-        key = (id(val.expr), val.dtype, val.shape, _strides(example))
+        key = (id(val.expr), val.dtype, val.shape, dense_strides(example))
         if key not in self._temporaries:
             self._temporaries[key] = self._temporary(val, level, example)
         return self._temporaries[key]
@@ -168,7 +168,7 @@ class Originals:
         leaves = self._interpreter.leaves
         device = next((leaf.device for leaf in leaves if leaf.shape), torch.device("cpu"))
         device = example.device if isinstance(example, Tensor) and val.shape else device
-        index, strides = len(leaves), _strides(example) if val.shape else None
+        index, strides = len(leaves), dense_strides(example) if val.shape else None
         dtype = torch.float64 if val.number else val.dtype
         leaves.append(Leaf("temporary", f"t{index}", dtype=dtype, shape=val.shape, device=device, strides=strides))
         self.levels[level].writes[index] = Cell(val, index)
@@ -205,7 +205,7 @@ def _is_dense(t: Tensor) -> bool:
     return bool(asked(t))
 
 
-def _strides(example: Any) -> tuple[int, ...] | None:
+def dense_strides(example: Any) -> tuple[int, ...] | None:
     """How a computed tensor lies in memory without fusion."""
     if not isinstance(example, Tensor) or not _is_dense(example):
         return None

@@ -14,6 +14,7 @@ Under any other backend the eager kernels below run.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -108,7 +109,13 @@ def why_apart(handle: str) -> str:
     reason = pending.why_apart(optimizer, rule_update, handle)
     if reason:
         optimizer._surface.apart = f"{reason}{_place()}"
-    return reason
+        return reason
+    # What the function does with states behind the step Dynamo guards as they are now, and compiling the step would
+    # bring those that were put in from elsewhere into the flat buffers, maybe in another order of their elements.
+    with contextlib.suppress(ValueError, RuntimeError):  # of the inputs: the step says so when it is called
+        optimizer._prelude.prepare()
+        optimizer._prelude.release_gradients()
+    return ""
 
 
 def _place() -> str:

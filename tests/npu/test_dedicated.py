@@ -14,6 +14,7 @@ from steps import OnNpu, assert_close, assert_same, parameters, set_gradients, t
 
 import npu_fuse_pass
 from npu_fuse_pass.backend import npu_fused
+from npu_fuse_pass.capture.clipping import older_than
 from npu_fuse_pass.lowerings.npu.emit import dedicated_operations, elementwise, list_operations
 from npu_fuse_pass.lowerings.npu.environment import require
 from npu_fuse_pass.match import kernels
@@ -54,6 +55,8 @@ STOCK: dict[str, tuple[Callable[..., Any], dict[str, Any], Counts, Counts]] = {
 @pytest.mark.parametrize("name", STOCK)
 def test_stock_optimizers(name: str, foreach: bool, kernels_option: str, ge: harness.Recording) -> None:
     make, options, *expected = STOCK[name]
+    if name == "sgd_dampening" and not foreach and older_than((2, 12)):
+        pytest.skip("there Dynamo multiplies the gradient ahead of add(alpha=...), which rounds once more")
     both = []
     for _ in range(2):
         generator = torch.Generator().manual_seed(0)

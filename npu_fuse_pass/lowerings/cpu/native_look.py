@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import atexit
+import collections
 import contextlib
 import ctypes
 import logging
@@ -145,11 +146,13 @@ class Looking:
 
 
 def _owners(tensors: Sequence[Tensor]) -> list[int]:
-    """For each tensor: which one it is the gradient of, or -1."""
+    """For each tensor: which one it is the gradient of, or -1: it is looked at as itself."""
     leaves = [(i, t) for i, t in enumerate(tensors) if type(t) in (Tensor, torch.nn.Parameter) and t.is_leaf]
-    owner = {id(t.grad): i for i, t in leaves if t.grad is not None}
+    grads = [(id(t.grad), i) for i, t in leaves if t.grad is not None]
+    times = collections.Counter(grad for grad, _ in grads)
+    owner = {grad: i for grad, i in grads if times[grad] == 1}  # at the next step each may have one of its own
     found = [owner.get(id(t), -1) for t in tensors]
-    return [i if i < 0 or found[i] < 0 else -1 for i in found]  # a gradient of a gradient is looked at as itself
+    return [i if i < 0 or found[i] < 0 else -1 for i in found]  # nor a gradient of a gradient
 
 
 _INTEGER, _POINTER = ctypes.c_int64, ctypes.c_void_p
