@@ -557,3 +557,30 @@ def test_a_step_without_gradients_in_a_function_calls_its_hooks() -> None:
             twins[0].add_(0.5)
         twin.step()
     assert_close(params, twins)
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("shared", [(0, 1), (2,)], ids=["at first", "later"])
+def test_a_gradient_of_two_parameters_may_be_two_at_the_next_call(shared: tuple[int, ...], average: bool) -> None:
+    """Dynamo takes the two for one tensor and does not guard it: the graph ends before the step."""
+
+    def trained(compiled: bool) -> list[Tensor]:
+        params = parameters([(3, 4), (5,), (3, 4)])
+        opt = optimizers.NpuFusedSGD(params, lr=0.1)
+
+        def function() -> None:
+            opt.step()
+            if average:
+                torch._foreach_mul_([p.data for p in params], 0.9)
+
+        step = torch.compile(function, backend="npu_fused") if compiled else function
+        for seed in range(5):
+            set_gradients(params, gradients(params, seed))
+            if seed in shared:
+                params[2].grad = params[0].grad
+            step()
+        return [p.detach() for p in params]
+
+    for got, want in zip(trained(True), trained(False), strict=True):
+        assert error(got, want) <= 1e-6
+    assert any(r.groups for r in npu_fuse_pass.reports())

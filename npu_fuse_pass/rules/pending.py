@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from npu_fuse_pass.rules.prelude import Prepared
+from npu_fuse_pass.tensors.same import share_a_gradient
 from npu_fuse_pass.tensors.sharded import is_dtensor
 
 _KNOWN = ("npu_fuse_pass", "torch")  # whose functions read nothing that a training function changes
@@ -44,6 +45,8 @@ def why_apart(optimizer: Keeping, operation: object, handle: str) -> str:
     try:
         if any(is_dtensor(p) for group in optimizer.param_groups for p in group["params"]):
             return "the parameters are DTensors, whose local parts a kernel takes"
+        if share_a_gradient(p for group in optimizer.param_groups for p in group["params"]):
+            return "two parameters have one gradient tensor, which torch would give both at later steps, too"
         tracer = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx()
         output = tracer.output
         changed = _changed(optimizer, output.side_effects)

@@ -58,27 +58,13 @@ def _make_method(opt: Any) -> None:
 
 
 def _warn_hidden(*_: Any) -> None:
-    """One warning for an optimizer whose step Dynamo breaks up, or passes by, without a call of the backend; or whose
-    graph is right for these gradients alone.
-    """
+    """One warning for an optimizer whose step Dynamo breaks up, or passes by, without a call of the backend."""
     for frame in _compiling():
         for opt in _optimizers(frame.f_locals):
             reason = None if opt in _warned else hidden(opt)
             if reason is not None:
                 _warned.add(opt)
                 warn(f"npu_fused: nothing is compiled of {type(opt).__name__}.step: {reason.advised}")
-            elif opt not in _warned and _share_a_gradient(opt):
-                _warned.add(opt)
-                warn(
-                    f"npu_fused: two parameters of {type(opt).__name__} have one gradient tensor while its step is "
-                    "compiled: torch's graph gives both that gradient at later steps, too, whatever they have then. "
-                    "What to do: npu_fuse_pass.compile_optimizer_(opt), or give every parameter a gradient of its own"
-                )
-
-
-def _share_a_gradient(opt: torch.optim.Optimizer) -> bool:
-    grads = [id(p.grad) for group in opt.param_groups for p in group["params"] if p.grad is not None]
-    return len(set(grads)) < len(grads)
 
 
 def _compiling() -> Iterator[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -43,3 +43,9 @@ class SameTensors:
         self._guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
         self.matched = self._learned
         return True
+
+
+def share_a_gradient(tensors: Iterable[Tensor]) -> bool:
+    """True if two of these leaves have one gradient tensor, not two equal ones."""
+    grads = [id(t.grad) for t in tensors if t.is_leaf and t.grad is not None]
+    return len(set(grads)) < len(grads)
