@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 from unittest import mock
 
@@ -9,13 +10,24 @@ import pytest
 import torch
 from torch import Tensor
 
+import npu_fuse_pass
 import optimizers
 from npu_fuse_pass import rule, total, zeros
 from npu_fuse_pass.capture import rule as capture
 from npu_fuse_pass.passes import group as grouping
 from npu_fuse_pass.rules import optimizer as rule_optimizer
 
-from .support import assert_close, assert_fused, clones, compiled, last_report, parameters, train
+from .support import (
+    assert_close,
+    assert_fused,
+    clones,
+    compiled,
+    gradients,
+    last_report,
+    parameters,
+    set_gradients,
+    train,
+)
 
 SHAPES = [(3, 4), (5,), (), (3, 4)] * 5
 
@@ -121,3 +133,44 @@ def test_what_changes_between_steps(changed: str) -> None:
         train(others, torchs.step, seeds=[seed])
     assert_close(params, others)
     assert_fused(last_report(), parameters=len(params))
+
+
+@pytest.mark.usefixtures("afresh")
+@pytest.mark.parametrize("make", [optimizers.NpuFusedAdamW, torch.optim.AdamW])
+def test_groups_that_are_stepped_one_after_the_other(make: Any) -> None:
+    """As DeepSpeed's ZeRO does: each group is the only one of its step. That is planned once, not at every step."""
+    params = parameters(((4, 3), (5,), (2, 3)))
+    others = clones(params)
+    pairs = ((make, params), (torch.optim.AdamW, others))
+    opts = [cls([{"params": ps[:1]}, {"params": ps[1:], "weight_decay": 0.0}], lr=0.1) for cls, ps in pairs]
+    npu_fuse_pass.compile_optimizer_(opts[0])
+
+    def each_alone(seed: int) -> None:
+        for opt, ps in zip(opts, (params, others), strict=True):
+            set_gradients(ps, gradients(ps, seed))
+            groups = opt.param_groups
+            for group in groups:
+                opt.param_groups = [group]
+                opt.step()
+            opt.param_groups = groups
+        assert_close(params, others, 1e-5)
+
+    def planned() -> list[int]:
+        return [sum(g.updates for g in report.groups) for report in npu_fuse_pass.reports()]
+
+    each_alone(0)
+    for opt in opts:
+        opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for seed in range(1, 4):
+        each_alone(seed)
+    assert planned() == [1, 2]
+    for opt, ps in zip(opts, (params, others), strict=True):
+        set_gradients(ps, gradients(ps, 4))
+        opt.step()
+        opt.state[ps[0]]["exp_avg"].mul_(0.5)
+    each_alone(5)
+    del opts[0].state[params[2]], opts[1].state[others[2]]
+    each_alone(6)
+    assert planned()[2] == 3 and len(planned()) <= 5
+    for report in npu_fuse_pass.reports():
+        assert_fused(report, parameters=sum(g.updates for g in report.groups))

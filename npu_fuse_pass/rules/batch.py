@@ -8,6 +8,7 @@ one float64 vector; that is why a step touches few Python objects and a changed 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import numbers
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from npu_fuse_pass.tensors.same import SameTensors
 from npu_fuse_pass.tensors.sharded import as_dtensor, is_dtensor, local, local_part, sharding
 
 _grad = operator.attrgetter("grad")
+_serials = itertools.count()
 
 
 @dataclasses.dataclass(eq=False)
@@ -63,6 +65,7 @@ class Batch:
     pointers: list[int] = dataclasses.field(default_factory=list)
     all_seen: bool = False
     same: SameTensors = dataclasses.field(default_factory=SameTensors)
+    serial: int = dataclasses.field(init=False, default_factory=_serials.__next__)  # no other batch's, now or later
     _grads: list[Tensor | None] | None = dataclasses.field(default_factory=list)  # None: not read yet
 
     @property
@@ -159,6 +162,15 @@ def make_batch(
     )
     adopt(batch, state)
     return batch
+
+
+def resting(known: Sequence[Batch], now: Sequence[Batch], state: Mapping[Any, Any]) -> list[Batch]:
+    """Those of the known batches that may come back: DeepSpeed's ZeRO steps each group as if it were the only one.
+
+    They keep nothing alive for long that `opt.state` does not: their parameters have states, and no other batch.
+    """
+    held = {id(p) for b in now for p in b.owners}
+    return [b for b in known if b not in now and all(id(p) not in held and p in state for p in b.owners)]
 
 
 def repeated(batch: Batch, params: Sequence[Tensor]) -> Batch:

@@ -24,6 +24,7 @@ from npu_fuse_pass.rules.batch import (
     fill_hyper,
     make_batch,
     repeated,
+    resting,
     updated_first,
     updated_so_far,
 )
@@ -93,6 +94,7 @@ class Prelude:
     def __init__(self, optimizer: Stepped) -> None:
         self._optimizer = weakref.ref(optimizer)
         self.batches: list[Batch] = []
+        self._resting: list[Batch] = []
         self.version = 0
         self._parts: list[tuple[Declaration, list[Tensor]]] = []
         self._exact: dict[Declaration, Declaration] = {}  # rules with master weights, by what they are made of
@@ -228,7 +230,8 @@ class Prelude:
             first: dict[Any, Batch] = {}
             for key, members in keyed.items():
                 stepped = self._stepped(optimizer, rule, members[0])
-                old = next((b for b in self.batches if _serves(b, stepped, index, settings, members)), None)
+                known = (*self.batches, *self._resting)
+                old = next((b for b in known if _serves(b, stepped, index, settings, members)), None)
                 if old is not None:
                     adopt(old, state)
                 elif optimizer.flatten is not None:
@@ -240,6 +243,7 @@ class Prelude:
             batches += [*first.values(), *(repeated(first[key], members) for (_, key), members in again.items())]
         if batches != self.batches:  # a loaded checkpoint alone changes values, not the plan
             self.version += 1
+        self._resting = resting([*self.batches, *self._resting], batches, state)
         self.batches, self._outside = batches, outside
         self.objects = {id(p) for b in batches for p in b.params}
         self._parts = [(rule, list(params)) for _, rule, params, _ in parts]

@@ -26,6 +26,8 @@ from npu_fuse_pass.run.fallbacks import falls_back, refusal, refused
 from npu_fuse_pass.run.planned import Planned
 from npu_fuse_pass.run.variants import Variant, Variants
 
+_MOST = 64  # plans of one optimizer that are kept
+
 
 class RuleSteps:
     """The compiled core: finds the optimizer on the ticket, and the step that was planned for it at its first call.
@@ -72,7 +74,7 @@ class RuleSteps:
 
 
 class RuleStep:
-    """The step of one rule optimizer: plans kernels for its batches, and again when they change."""
+    """The step of one rule optimizer: plans kernels for its batches, and again for others; batches may come back."""
 
     def __init__(self, optimizer: Stepping, options: Options, cause: Cause, gone: Callable[[], object]) -> None:
         self._optimizer = weakref.ref(optimizer, self._drop)
@@ -80,6 +82,7 @@ class RuleStep:
         self._gone = gone
         self._planned: Planned | None = None
         self._apart: str | None = None
+        self._kept: dict[tuple[int, ...], Variants[Variant]] = {}
         self._plan(cause)
 
     @property
@@ -95,8 +98,14 @@ class RuleStep:
         if before is not None:
             cause = before.changed(self._planned)
         self._version, prelude.compiled = prelude.version, True
-        values = inputs_of(prelude.batches)
-        self._variants = Variants(self._variant(cause, lambda leaf: values[leaf.index]))
+        serials = tuple(batch.serial for batch in prelude.batches)
+        kept = self._kept.pop(serials, None)
+        if kept is None or kept.newest.program is None:
+            values = inputs_of(prelude.batches)
+            kept = Variants(self._variant(cause, lambda leaf: values[leaf.index]))
+        self._variants = self._kept[serials] = kept
+        if len(self._kept) > _MOST:
+            del self._kept[next(iter(self._kept))]
 
     def _drop(self, optimizer: weakref.ref[Stepping]) -> None:
         """Let go of the plan of an optimizer that is gone."""

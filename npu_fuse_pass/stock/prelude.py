@@ -18,7 +18,7 @@ from torch.autograd.graph import increment_version
 
 from npu_fuse_pass.errors import FuseError, RuleError
 from npu_fuse_pass.reasons import Code, Reason
-from npu_fuse_pass.rules.batch import Batch, fill_hyper
+from npu_fuse_pass.rules.batch import Batch, fill_hyper, resting
 from npu_fuse_pass.rules.checks import reads_step
 from npu_fuse_pass.rules.declaration import Declaration
 from npu_fuse_pass.rules.hyperparameters import Hyper
@@ -50,6 +50,7 @@ class StockPrelude:
     def __init__(self, opt: torch.optim.Optimizer, known: StockClass) -> None:
         self._opt, self._class = opt, known
         self.batches: list[Batch] = []
+        self._resting: list[Batch] = []
         self.version = 0
         self.watch: Watch | None = None
         self.watched = False
@@ -160,12 +161,14 @@ class StockPrelude:
         for index, group in enumerate(groups):
             rule = self._class.rule_of(group)
             for members in self._members(group):
-                old = next((b for b in self.batches if _serves(b, rule, index, group, members)), None)
+                known = (*self.batches, *self._resting)
+                old = next((b for b in known if _serves(b, rule, index, group, members)), None)
                 batch = old or _new(rule, index, group, members, self._class.counts)
                 self._bind(batch, labels)
                 found.append(batch)
         if found != self.batches:
             self.version += 1
+        self._resting = resting([*self.batches, *self._resting], found, self._opt.state)
         self.batches = found
         self._groups = [(self._class.rule_of(group), list(group["params"])) for group in groups]
         self._entries.learn(self._opt.state)
