@@ -83,7 +83,7 @@ def fuse_graph(
     report = _report(options, cause, graph_break)
     with net(report, options), _without_collection():
         with timed(report.seconds, "capture") as said:
-            captured = capture(gm)
+            captured = capture(gm, numbers=options.platform != "npu")
             said.append(captured.summary)
         target = lower.choose(options.platform, captured.leaves)
         return _finished(_fuse(captured, target, report, options, number=number), options, gm)

@@ -23,6 +23,7 @@ from npu_fuse_pass.report.report import CompileReport
 
 STEPS, LR_AT = 6, 3  # compared steps; the one before which lr is halved
 TIMED = 9  # steps after them
+COMPILING = 4  # steps after them that may be looked at: the first that compiles nothing counts
 TOLERANCE = 1e-4  # |a - b| / max|b|, float32
 EXACT = 1e-9  # the same in float64, where float32 is further apart
 # how a step is made, of which the first counts that runs eagerly: without arguments; with a lr; with groups that say
@@ -252,9 +253,16 @@ def compiled(twin: Twin, want: list[dict[str, Any]], function: Callable[..., Any
 
 def _measure(twin: Twin, function: Callable[..., Any], phase: Phase, ran: list[CompileReport] | None = None) -> None:
     twin.step(function, STEPS)
-    if ran is not None:
-        ran.clear()
-    twin.step(lambda *args: phase.left.update(operations(lambda: function(*args))), STEPS + 1)
+    for _ in range(COMPILING):
+        if ran is not None:
+            ran.clear()
+        npu_fuse_pass.clear_reports()
+        phase.left.clear()
+        twin.step(lambda *args: phase.left.update(operations(lambda: function(*args))), STEPS + 1)
+        made = [r for r in npu_fuse_pass.reports() if r.groups or r.unfused or r.fallback]
+        if not made:
+            break
+        phase.compiles.append(len(made))
     kept = list(ran or ())
     phase.microseconds = statistics.median(twin.step(function, STEPS + 2 + k) for k in range(TIMED)) * 1e6
     if ran is not None:

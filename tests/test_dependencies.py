@@ -28,6 +28,7 @@ NO_PUBLIC_NAME = ("torch._ops.OpOverload",)  # the class of operations
 PRIVATE_TORCH_EXCEPTIONS = {
     "npu_fuse_pass.tools.symbolic": {
         "torch._sym_log2": "beside what Dynamo has for math.log2",
+        "torch._dynamo.utils": "a context of its that Dynamo cannot look into means nothing in a step of ours",
         "torch._dynamo.config.patch": "numbers that item() reads stay in the graph of this thread's compile",
     },
     "npu_fuse_pass.fx_nodes.effects": {

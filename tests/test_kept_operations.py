@@ -102,6 +102,11 @@ CONSTANTS: dict[str, Callable[[Tensor], Any]] = {
     "new_full": lambda p: p.new_full((6,), 0.3),
     "new_tensor": lambda p: p.new_tensor([0.3]),
     "new_zeros": lambda p: p.new_zeros(6),
+    "new_zeros int": lambda p: p.new_zeros(6, dtype=torch.int32),
+    "new_ones several": lambda p: p.new_ones(4, 6),
+    "empty filled": lambda p: torch.empty((4, 6)).fill_(0.3),
+    "empty count": lambda p: torch.empty((), dtype=torch.int64).fill_(3),
+    "ones float64": lambda p: torch.ones(6, dtype=torch.float64),
     "eye": lambda p: torch.eye(4, 6),
     "indexed": lambda p: torch.tensor([0.9, 0.999])[1],
 }

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 import npu_fuse_pass
 from npu_fuse_pass.tools.symbolic import reading_numbers, symbolic_numbers
 
-from .support import FULL, assert_close, clones, gradients, parameters, set_gradients
+from .support import FULL, assert_close, assert_fused, clones, gradients, parameters, set_gradients
 
 Number = Callable[[float, int], float]
 
@@ -208,6 +208,32 @@ def test_reading_is_on_for_our_compiles_alone() -> None:
         look()
     look()
     assert seen == [True, False, True, True, False]
+
+
+class Nested(torch.optim.Optimizer):
+    """Compiles a part of its step itself, as torchao's and heavyball's do."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        with torch._dynamo.utils.disable_cache_limit():
+            for p in self.param_groups[0]["params"]:
+                p.sub_(p.grad, alpha=self.param_groups[0]["lr"])
+
+
+def test_a_step_that_lifts_torchs_limit_of_compiles() -> None:
+    before, config = torch._dynamo.utils.disable_cache_limit, torch._dynamo.config
+    params = parameters([(3, 4), (5,)])
+    opt, eager = (Nested(ps) for ps in (params, clones(params)))
+    step = npu_fuse_pass.compile_step(opt)
+    assert_close(trained(opt, step, range(2)), trained(eager, eager.step, range(2)))
+    assert_fused(npu_fuse_pass.reports()[-1], parameters=2)
+    assert torch._dynamo.utils.disable_cache_limit is before
+    limit = config.recompile_limit
+    with before():
+        assert config.recompile_limit > limit
 
 
 def test_nobody_elses_compiles_are_touched() -> None:

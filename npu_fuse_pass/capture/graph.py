@@ -6,9 +6,10 @@ graphs that end in `copy_`, as AOTAutograd and `make_fx` give them.
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -17,6 +18,7 @@ from npu_fuse_pass.capture.forward import beside_a_forward_pass, is_forward_pass
 from npu_fuse_pass.capture.inline import expand_rule
 from npu_fuse_pass.capture.interpreter import Interpreter
 from npu_fuse_pass.capture.list_ops import LISTS
+from npu_fuse_pass.capture.numbers import is_number
 from npu_fuse_pass.capture.originals import dense_strides
 from npu_fuse_pass.capture.shards import of_this_process
 from npu_fuse_pass.capture.updates import updates_of
@@ -28,13 +30,18 @@ from npu_fuse_pass.ir.types import Captured, Leaf, Output, Stage
 from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.tensors.sharded import is_dtensor
 
+Kind = Literal["input", "attribute"]
 
-def capture(gm: fx.GraphModule) -> Captured:
+
+def capture(gm: fx.GraphModule, numbers: bool = False) -> Captured:
     """Read a graph into updates: one per set of written leaves that depend on each other's tensors.
 
     DTensors are read as what this process holds of them.
+
+    Args:
+        numbers: tensors of one element that are used as numbers are read as numbers.
     """
-    captured = _read(gm)
+    captured = _read(gm, numbers)
     examples = [n.meta.get("val", n.meta.get("example_value")) for n in gm.graph.find_nodes(op="placeholder")]
     given = [(i, leaf) for i, leaf in enumerate(captured.leaves) if leaf.optimizer is None]
     tensors = {i: examples[leaf.index] for i, leaf in given if leaf.kind == "input"}
@@ -43,22 +50,19 @@ def capture(gm: fx.GraphModule) -> Captured:
     return of_this_process(captured, dtensors) if dtensors else captured
 
 
-def _read(gm: fx.GraphModule) -> Captured:
+def _read(gm: fx.GraphModule, numbers: bool) -> Captured:
     interpreter = Interpreter({**LISTS, "rule_update": expand_rule})
     interpreter.grad_enabled = torch.is_grad_enabled()
     attributes: dict[str, Cell] = {}
 
-    def attribute(name: str) -> Cell:
+    def attribute(node: fx.Node) -> Cell:
+        name = str(node.target)
         if name not in attributes:
-            tensor = operator.attrgetter(name)(gm)
-            leaf = Leaf(
-                "attribute", name, dtype=tensor.dtype, shape=tuple(map(int, tensor.shape)), device=tensor.device
-            )
-            attributes[name] = interpreter.add_leaf(leaf, tensor.ndim > 0)
+            attributes[name] = _tensor(interpreter, node, operator.attrgetter(name)(gm), numbers, "attribute", name)
         return attributes[name]
 
     try:
-        inputs = [_input(interpreter, n, i) for i, n in enumerate(gm.graph.find_nodes(op="placeholder"))]
+        inputs = [_input(interpreter, n, i, numbers) for i, n in enumerate(gm.graph.find_nodes(op="placeholder"))]
         returned = run_graph(interpreter, gm.graph, inputs, attribute)
         returned = returned if isinstance(returned, (list, tuple)) else () if returned is None else (returned,)
         outputs = _outputs(interpreter, gm.graph.output_node(), returned)
@@ -131,7 +135,7 @@ def _outputs(interpreter: Interpreter, node: fx.Node, returned: Sequence[Any]) -
 _NUMBERS: dict[type[int] | type[float], tuple[type, ...]] = {int: (int, torch.SymInt), float: (float, torch.SymFloat)}
 
 
-def _input(interpreter: Interpreter, node: fx.Node, index: int) -> Any:
+def _input(interpreter: Interpreter, node: fx.Node, index: int, numbers: bool) -> Any:
     example = node.meta.get("val", node.meta.get("example_value"))
     if isinstance(example, (int, float, torch.SymInt, torch.SymFloat)):
         number = torch.int64 if isinstance(example, (int, torch.SymInt)) else torch.float64
@@ -140,7 +144,14 @@ def _input(interpreter: Interpreter, node: fx.Node, index: int) -> Any:
         raise Unsupported(
             node.name, f"an argument of the graph is {type(example).__name__}, not a tensor or number", Code.GRAPH
         )
-    leaf = Leaf(
-        "input", node.name, index, dtype=example.dtype, shape=tuple(map(int, example.shape)), device=example.device
-    )
-    return interpreter.add_leaf(leaf, example.ndim > 0)
+    return _tensor(interpreter, node, example, numbers, "input", node.name, index)
+
+
+def _tensor(
+    interpreter: Interpreter, node: fx.Node, value: Tensor, numbers: bool, kind: Kind, name: str, index: int = -1
+) -> Cell:
+    shape = tuple(map(int, value.shape))
+    leaf = Leaf(kind, name, index, dtype=value.dtype, shape=shape, device=value.device)
+    if numbers and is_number(node, value):
+        return interpreter.add_leaf(dataclasses.replace(leaf, shape=(), held=shape), tensor=False)
+    return interpreter.add_leaf(leaf, value.ndim > 0)

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from npu_fuse_pass.capture.aten.fills import as_number, cast
 from npu_fuse_pass.capture.aten.pointwise import evaluate
-from npu_fuse_pass.capture.aten.shaped import REAL, SHAPED, cast
+from npu_fuse_pass.capture.aten.shaped import REAL, SHAPED
 from npu_fuse_pass.capture.originals import Originals
 from npu_fuse_pass.capture.values import Cell, Val
 from npu_fuse_pass.errors import Unsupported
@@ -62,7 +63,7 @@ class Interpreter:
         if not self.keeps and tensor and leaf.dtype not in DTYPE_NAMES:
             raise Unsupported("leaf", _NOT_FLOATING.format(leaf.dtype), Code.DTYPE)
         expr = self.builder.leaf(len(self.leaves), leaf.dtype, tensor)
-        cell = Cell(Val(expr, number or leaf.dtype, leaf.shape, number is not None), len(self.leaves))
+        cell = Cell(Val(expr, number or leaf.dtype, leaf.held or leaf.shape, number is not None), len(self.leaves))
         self.leaves.append(leaf)
         return cell
 
@@ -150,7 +151,10 @@ class Interpreter:
             raise Unsupported(name, "writes a tensor into a 0-dim one", Code.SHAPES)
         if result.shape not in ((), cell.val.shape):
             raise Unsupported(name, f"writes shape {result.shape} into {cell.val.shape}", Code.SHAPES)
-        if cell.val.dimmed:
+        if cell.leaf is not None and self.leaves[cell.leaf].held:
+            expr = cast(self.builder, as_number(self.builder, result), cell.val.dtype).expr
+            cell.val = Val(expr, cell.val.dtype, cell.val.shape)
+        elif cell.val.dimmed:
             expr = self.builder.cast(result.expr, cell.val.dtype)
             cell.val = Val(expr, cell.val.dtype, cell.val.shape)
         elif not cell.val.dtype.is_floating_point:

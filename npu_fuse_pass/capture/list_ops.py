@@ -11,6 +11,7 @@ import functools
 import math
 from typing import Any
 
+import torch
 from torch import fx
 
 from npu_fuse_pass.capture.aten.pointwise import evaluate
@@ -58,6 +59,18 @@ def _unscale(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwa
     return None
 
 
+def _setitem(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`x[mask] = number`; other parts of a tensor are left to torch."""
+    target, mask, value = args
+    cells = all(isinstance(x, Cell) and x.val.expr.tensor for x in (target, mask))
+    number = isinstance(value, (int, float)) or (isinstance(value, Cell) and not value.val.dimmed)
+    if not cells or not number or mask.val.dtype != torch.bool or mask.val.shape != target.val.shape:
+        return NotImplemented
+    if not target.val.dtype.is_floating_point:
+        return NotImplemented
+    return interpreter.call("masked_fill_", (target, mask, value), {})
+
+
 def _view(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A tensor in another shape: a number, or a whole tensor."""
     number = reshaped(interpreter, node, args, kwargs)
@@ -68,5 +81,6 @@ LISTS: dict[str, Expansion] = {
     **STACKED,
     **dict.fromkeys(VIEWS, _view),
     **{name: _of_scalars(name) for name in OF_SCALARS},
+    "setitem_": _setitem,
     "_amp_foreach_non_finite_check_and_unscale_": _unscale,
 }

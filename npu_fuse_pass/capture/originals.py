@@ -148,10 +148,11 @@ class Originals:
 
     def _leaf(self, val: Val) -> int | None:
         """The leaf that holds a value as it is."""
-        if val.expr.op != "leaf" or not (val.expr.tensor or val.shape == ()):
+        if val.expr.op != "leaf":
             return None
         assert isinstance(val.expr.value, int)
-        return val.expr.value if val.number or self._interpreter.leaves[val.expr.value].dtype == val.dtype else None
+        leaf = self._interpreter.leaves[val.expr.value]
+        return val.expr.value if val.number or (leaf.dtype, leaf.held or leaf.shape) == (val.dtype, val.shape) else None
 
     def _stored(self, cell: Cell, level: int, example: Any) -> int:
         """A leaf that holds a cell's current value when level `level` runs its calls."""

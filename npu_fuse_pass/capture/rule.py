@@ -323,8 +323,8 @@ def _run(
             words = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else e!r}"
             raise Unsupported("tracing", words, Code.RULE).at(None, source_of_error(e)) from e
 
-    def attribute(name: str) -> Any:
-        value = getattr(graph, name)
+    def attribute(node: fx.Node) -> Any:
+        value = getattr(graph, str(node.target))
         if isinstance(value, Tensor) and value.ndim == 0:
             return Cell(dataclasses.replace(_number(interpreter, float(value)), dtype=value.dtype))
         raise Unsupported("constant", "a rule uses a tensor constant that is not 0-dim", Code.CONSTANT)

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from npu_fuse_pass.capture.aten.fills import cast
 from npu_fuse_pass.capture.aten.rows import ROWS
-from npu_fuse_pass.capture.aten.shaped import SHAPED, cast
+from npu_fuse_pass.capture.aten.shaped import SHAPED
 from npu_fuse_pass.capture.interpreter import Expansion, Interpreter
 from npu_fuse_pass.capture.values import Cell, Scalars, Val
 from npu_fuse_pass.errors import Unsupported

@@ -33,7 +33,7 @@ class Val:
     @property
     def opaque(self) -> bool:
         """Whether no expression can read it: original operations can. Its expression is a leaf, then."""
-        return self.dtype not in DTYPE_NAMES and (self.dimmed or self.dtype not in COUNTERS)
+        return self.dtype not in DTYPE_NAMES and (self.expr.tensor or self.dtype not in COUNTERS)
 
 
 @dataclasses.dataclass

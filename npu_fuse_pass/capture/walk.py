@@ -36,7 +36,9 @@ def is_known(name: str) -> bool:
     return plain in ROWS or plain in SHAPED or plain in ("copy", "fill", "zero", "getitem")
 
 
-def run_graph(interpreter: Interpreter, graph: fx.Graph, inputs: Sequence[Any], attribute: Callable[[str], Any]) -> Any:
+def run_graph(
+    interpreter: Interpreter, graph: fx.Graph, inputs: Sequence[Any], attribute: Callable[[fx.Node], Any]
+) -> Any:
     """Interpret a graph on cells; returns what its output node returns.
 
     Raises:
@@ -50,7 +52,7 @@ def run_graph(interpreter: Interpreter, graph: fx.Graph, inputs: Sequence[Any], 
         elif operation_name(node) == "_set_grad_enabled":
             interpreter.grad_enabled = bool(node.args[0])
         elif node.op == "get_attr":
-            env[node] = attribute(str(node.target))
+            env[node] = attribute(node)
         elif node.op == "output":
             return fx.node.map_arg(node.args[0], env.__getitem__)
         else:

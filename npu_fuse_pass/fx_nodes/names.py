@@ -31,6 +31,7 @@ _OPERATORS: dict[Callable[..., Any], str] = {
     operator.or_: "bitwise_or",
     operator.xor: "bitwise_xor",
     operator.invert: "bitwise_not",
+    operator.not_: "logical_not",
 }
 
 # methods that compute with their arguments the other way round -> the operator

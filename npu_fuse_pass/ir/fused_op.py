@@ -63,7 +63,7 @@ def evaluate(
 def _value(e: Expr, values: dict[int, Tensor], tensors: dict[int, Tensor], scalars: dict[int, Tensor]) -> Tensor:
     if e.op == "leaf":
         assert isinstance(e.value, int)
-        return tensors[e.value].detach() if e.tensor else scalars[e.value].double()
+        return tensors[e.value].detach() if e.tensor else scalars[e.value].double().reshape(())
     args = [values[id(a)] for a in e.args]
     if e.op == "cast":
         return args[0].to(e.dtype)
@@ -125,7 +125,7 @@ def fake_update(tensors: Sequence[Tensor], scalars: Sequence[Tensor], members: i
     results = []
     for slot in made.written:
         for m in range(members):
-            like = tensors[rank[slot] * members + m] if slot in rank else scalars[0]
+            like = tensors[rank[slot] * members + m] if slot in rank else scalars[0].reshape(())
             results.append(torch.empty_like(like, dtype=made.slots[slot].dtype))
     return results
 

@@ -30,6 +30,7 @@ class Leaf:
         strides: of a tensor that is made: how it lies in memory, as it would without fusion; None: as its member does.
         across: the process groups over which its other elements are spread, where reductions are of all of them.
         whole: how many elements it has with these.
+        held: of a number that a tensor of one element holds: the shape of that tensor.
     """
 
     kind: Literal["input", "attribute", "constant", "total", "output", "temporary", "result"]
@@ -44,6 +45,7 @@ class Leaf:
     strides: tuple[int, ...] | None = None
     across: tuple[Any, ...] = ()
     whole: int = 0
+    held: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

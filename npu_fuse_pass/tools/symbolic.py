@@ -2,7 +2,8 @@
 
 Dynamo makes an integer that changed symbolic, but fixes it again where `math.pow`, `math.log` or `math.exp` takes it:
 it looks for torch._sym_pow and its like, which torch lacks (it has _sym_sqrt and others). They are there while a step
-that `compile_step` made is called, and only then: other compiles do not meet them.
+that `compile_step` made is called, and only then: other compiles do not meet them. So is a context in the place of one
+that Dynamo does not look into.
 """
 
 from __future__ import annotations
@@ -34,11 +35,14 @@ def _sym_exp(x: Any) -> Any:
     return math.e ** torch.sym_float(x)
 
 
-_ADDED = {
-    name: function
-    for name, function in {"_sym_pow": _sym_pow, "_sym_log": _sym_log, "_sym_exp": _sym_exp}.items()
-    if not hasattr(torch, name)
-}
+_MISSING = {"_sym_pow": _sym_pow, "_sym_log": _sym_log, "_sym_exp": _sym_exp}
+# Libraries that compile parts of their steps themselves lift torch's limit of compiles meanwhile, in a context that
+# Dynamo does not look into; a step that is compiled as a whole has a limit of its own.
+_MEANWHILE: list[tuple[Any, str, Any]] = [
+    *((torch, name, function) for name, function in _MISSING.items() if not hasattr(torch, name)),
+    (torch._dynamo.utils, "disable_cache_limit", contextlib.nullcontext),
+]
+_BEFORE = [getattr(module, name, None) for module, name, _ in _MEANWHILE]
 
 
 @contextlib.contextmanager
@@ -48,16 +52,19 @@ def symbolic_numbers() -> Iterator[None]:
     with _lock:
         _entered += 1
         if _entered == 1:
-            for name, function in _ADDED.items():
-                setattr(torch, name, function)
+            for module, name, function in _MEANWHILE:
+                setattr(module, name, function)
     try:
         yield
     finally:
         with _lock:
             _entered -= 1
             if not _entered:
-                for name in _ADDED:
-                    delattr(torch, name)
+                for (module, name, _), before in zip(_MEANWHILE, _BEFORE, strict=True):
+                    if before is None:
+                        delattr(module, name)
+                    else:
+                        setattr(module, name, before)
 
 
 def reading_numbers() -> contextlib.AbstractContextManager[None]:

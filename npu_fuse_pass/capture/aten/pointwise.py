@@ -57,11 +57,12 @@ def evaluate(b: Builder, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
     if vals and all(v.number for v in vals):
         integer = dtype == torch.int64 and name in _EXACT | _OF_INTEGERS
         return Val(result, torch.int64 if integer else torch.float64, (), number=True)
-    if not dtype.is_floating_point and (dimmed or dtype not in COUNTERS or name not in _EXACT):
+    tensors = any(v.expr.tensor for v in dimmed)
+    if not dtype.is_floating_point and (tensors or dtype not in COUNTERS or name not in _EXACT):
         raise Unsupported(name, f"gives {dtype}: it stays as it is", Code.DTYPE)
     if not dimmed and dtype in HALF:
         return Val(b.cast(b.cast(result, dtype), torch.float64), dtype, shape)
-    return Val(b.cast(result, dtype) if dimmed else result, dtype, shape)
+    return Val(b.cast(result, dtype) if dimmed and dtype.is_floating_point else result, dtype, shape)
 
 
 def _in_float(name: str, place: int | str, x: Any) -> bool:

@@ -118,7 +118,7 @@ def _inputs(contents: Contents, arguments: Mapping[int, str]) -> Iterator[str]:
         yield f"# (the model's are larger: here no dimension has more than {_SMALL} elements)"
     yield "INPUTS = {"
     for i, name in arguments.items():
-        shape = tuple(min(d, _SMALL) for d in leaves[i].shape) if large else tuple(leaves[i].shape)
+        shape = tuple(min(d, _SMALL) for d in leaves[i].shape) if large else tuple(leaves[i].held or leaves[i].shape)
         yield f'    "{name}": ({leaves[i].dtype}, {shape}),  # {labels.get(i, leaves[i].name)}'
     yield "}"
     names = [name for i, name in arguments.items() if i in switches]
