@@ -160,7 +160,7 @@ PLANTED = [
     Mutation(
         "half precision rounds once at the end",
         "evaluate",
-        "return Val(b.cast(result, dtype) if dimmed else result, dtype, shape)",
+        "return Val(b.cast(result, dtype) if dimmed and dtype.is_floating_point else result, dtype, shape)",
         "return Val(result, dtype, shape)",
         ("stock",),
     ),
