@@ -17,10 +17,15 @@ import npu_fuse_pass
 from ..support import assert_close
 from .twins import MAKERS, RELATIVE, Patch, assert_all_fused, assert_twins, batches, left_alone, small_model, trained
 
-STACK = ("accelerate", ("accelerate",), "`compile_optimizer_(opt)` before `accelerator.prepare(...)`")
-RAN = "plain, bf16, gradient accumulation, clipping, a scheduler, a GradScaler (compiled before and after), resume"
-
-pytestmark = pytest.mark.usefixtures("afresh")
+pytestmark = [
+    pytest.mark.usefixtures("afresh"),
+    pytest.mark.stack(
+        "accelerate",
+        ("accelerate",),
+        "`compile_optimizer_(opt)` before `accelerator.prepare(...)`",
+        "plain, bf16, gradient accumulation, clipping, a scheduler, a GradScaler (compiled before and after), resume",
+    ),
+]
 
 
 def prepared(maker: str, patch: Patch, when: str = "before", **given: Any) -> tuple[Any, ...]:

@@ -11,10 +11,15 @@ import npu_fuse_pass
 
 from .twins import MAKERS, Patch, assert_twins, batches, small_model, step_compiled, trained
 
-STACK = ("ignite", ("pytorch-ignite",), "`create_supervised_trainer(model, compile_optimizer_(opt), loss)`")
-RAN = "supervised trainer, PiecewiseLinear from lr 0"
-
-pytestmark = pytest.mark.usefixtures("afresh")
+pytestmark = [
+    pytest.mark.usefixtures("afresh"),
+    pytest.mark.stack(
+        "ignite",
+        ("pytorch-ignite",),
+        "`create_supervised_trainer(model, compile_optimizer_(opt), loss)`",
+        "supervised trainer, PiecewiseLinear from lr 0",
+    ),
+]
 
 
 @pytest.mark.parametrize("maker", MAKERS)

@@ -13,10 +13,15 @@ import npu_fuse_pass
 
 from .twins import MAKERS, Patch, assert_twins, batches, left_alone, small_model, trained
 
-STACK = ("Lightning", ("lightning",), "`return compile_optimizer_(opt)` in `configure_optimizers`")
-RAN = "automatic (a closure) and manual optimization, a scheduler, bf16-mixed, clipping, resume"
-
-pytestmark = pytest.mark.usefixtures("afresh")
+pytestmark = [
+    pytest.mark.usefixtures("afresh"),
+    pytest.mark.stack(
+        "Lightning",
+        ("lightning",),
+        "`return compile_optimizer_(opt)` in `configure_optimizers`",
+        "automatic (a closure) and manual optimization, a scheduler, bf16-mixed, clipping, resume",
+    ),
+]
 
 
 class Small(lightning.LightningModule):

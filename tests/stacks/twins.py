@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ import npu_fuse_pass
 import optimizers
 
 from ..support import assert_close, assert_fused
+from ..tolerances import AS_NEAR
 
 RELATIVE = 1e-6
 MAKERS: dict[str, Callable[..., Any]] = {
@@ -44,14 +46,59 @@ def assert_twins(
     """
     want = run(left_alone)
     assert all(bool(t.isfinite().all()) for t in want)
+    assert_close(fused(run, patch, parameters), want, RELATIVE)
+
+
+def assert_as_near(run: Callable[[Patch, torch.dtype], list[Tensor]], parameters: set[int] | None = None) -> None:
+    """For models that enlarge roundings: every step is an eager one's, and the training as near to float64's.
+
+    `run` trains as for `assert_twins`, with parameters of the dtype.
+    """
+    want, eager = run(left_alone, torch.float64), run(left_alone, torch.float32)
+    got = fused(lambda patch: run(patch, torch.float32), step_by_step, parameters)
+    ours, theirs = distance(got, want), distance(eager, want)
+    assert ours <= AS_NEAR * theirs, f"{ours:.3g} from float64, the eager training {theirs:.3g}"
+
+
+def distance(got: list[Tensor], want: list[Tensor]) -> float:
+    """Of all numbers together."""
+    return float(torch.cat([(a.double() - b.double()).flatten() for a, b in zip(got, want, strict=True)]).norm())
+
+
+def step_by_step(opt: Any) -> Any:
+    """Compiled; each step is compared with an eager one from the same parameters, states, gradients and numbers."""
+    twin = type(opt)([{**g, "params": [torch.zeros_like(p) for p in g["params"]]} for g in opt.param_groups])
+    pairs = [
+        (p, q)
+        for g, h in zip(opt.param_groups, twin.param_groups, strict=True)
+        for p, q in zip(g["params"], h["params"], strict=True)
+    ]
+
+    def before(*_: Any) -> None:
+        twin.load_state_dict(copy.deepcopy(opt.state_dict()))
+        for p, q in pairs:
+            q.data.copy_(p)
+            q.grad = None if p.grad is None else p.grad.clone()
+        twin.step()
+
+    def after(*_: Any) -> None:
+        assert_close([p for p, _ in pairs], [q for _, q in pairs], RELATIVE)
+
+    npu_fuse_pass.compile_optimizer_(opt).register_step_pre_hook(before)
+    opt.register_step_post_hook(after)
+    return opt
+
+
+def fused(run: Callable[[Patch], list[Tensor]], patch: Patch, parameters: set[int] | None) -> list[Tensor]:
+    """What `run` returns with this patch; an AssertionError if not all was fused without a word."""
     npu_fuse_pass.clear_reports()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         got = run(patch)
-    assert_close(got, want, RELATIVE)
-    assert_all_fused({len(want)} if parameters is None else parameters)
+    assert_all_fused({len(got)} if parameters is None else parameters)
     eager = [text for w in said if "npu_fuse" in (text := str(w.message)) and "fused=True" not in text]
     assert not eager, eager
+    return got
 
 
 def assert_all_fused(parameters: set[int]) -> None:
