@@ -10,6 +10,7 @@ from torch import Tensor
 
 from npu_fuse_pass.dump.folder import wanted
 from npu_fuse_pass.errors import GraphRefused, PlatformError, UnfusedError, Unsupported
+from npu_fuse_pass.ir.dimensions import has_dimensions
 from npu_fuse_pass.ir.expr import postorder
 from npu_fuse_pass.ir.fused_op import multi_tensor_update
 from npu_fuse_pass.ir.totals import total_slots
@@ -90,6 +91,8 @@ def _not_lowered(step: Grouped, target: Target) -> Reason | None:
     """Why an NPU and other compilers' graphs lack what the step computes; None if they do not."""
     if any(leaf.across for leaf in step.leaves):
         return Code.SHARDED(f"norms or sums of tensors that are spread over processes are not lowered for {target}")
+    if any(has_dimensions(g.formula.roots) for g in step.all_groups):
+        return Code.PLATFORM(f"reductions over some of the dimensions are not lowered for {target}")
     if any(e.op == "stochastic" for g in step.all_groups for e in postorder(g.formula.roots)):
         remedy = "step on a CPU, or use master_weights=True"
         return Code.PLATFORM(f"stochastic rounding is not lowered for {target}", "", remedy)

@@ -83,9 +83,11 @@ def fuse_graph(
     report = _report(options, cause, graph_break)
     with net(report, options), _without_collection():
         with timed(report.seconds, "capture") as said:
-            captured = capture(gm, numbers=options.platform != "npu")
+            captured = capture(gm, numbers=options.platform != "npu", dimensions=options.platform != "npu")
+            target = lower.choose(options.platform, captured.leaves)
+            if target.platform == "npu" != options.platform:
+                captured = capture(gm, numbers=True)
             said.append(captured.summary)
-        target = lower.choose(options.platform, captured.leaves)
         return _finished(_fuse(captured, target, report, options, number=number), options, gm)
     return _finished(Fused(report), options, gm)
 

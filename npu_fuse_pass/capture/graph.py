@@ -33,25 +33,36 @@ from npu_fuse_pass.tensors.sharded import is_dtensor
 Kind = Literal["input", "attribute"]
 
 
-def capture(gm: fx.GraphModule, numbers: bool = False) -> Captured:
+def capture(gm: fx.GraphModule, numbers: bool = False, dimensions: bool = False) -> Captured:
     """Read a graph into updates: one per set of written leaves that depend on each other's tensors.
 
     DTensors are read as what this process holds of them.
 
     Args:
         numbers: tensors of one element that are used as numbers are read as numbers.
+        dimensions: reductions over some of the dimensions and what is broadcast are computed by kernels, too, which the
+            lowering has to know (`ir.dimensions`); otherwise they stay as they are.
     """
+    if dimensions:
+        captured = _read(gm, numbers, dimensions=True)
+        if (captured.updates or not captured.unfused) and not any(map(is_dtensor, _tensors(gm, captured).values())):
+            return captured
     captured = _read(gm, numbers)
+    dtensors = {i: t for i, t in _tensors(gm, captured).items() if is_dtensor(t)}
+    return of_this_process(captured, dtensors) if dtensors else captured
+
+
+def _tensors(gm: fx.GraphModule, captured: Captured) -> dict[int, Any]:
+    """What is known of the leaves that the graph is given or holds."""
     examples = [n.meta.get("val", n.meta.get("example_value")) for n in gm.graph.find_nodes(op="placeholder")]
     given = [(i, leaf) for i, leaf in enumerate(captured.leaves) if leaf.optimizer is None]
     tensors = {i: examples[leaf.index] for i, leaf in given if leaf.kind == "input"}
     tensors |= {i: operator.attrgetter(leaf.name)(gm) for i, leaf in given if leaf.kind == "attribute"}
-    dtensors = {i: t for i, t in tensors.items() if is_dtensor(t)}
-    return of_this_process(captured, dtensors) if dtensors else captured
+    return tensors
 
 
-def _read(gm: fx.GraphModule, numbers: bool) -> Captured:
-    interpreter = Interpreter({**LISTS, "rule_update": expand_rule})
+def _read(gm: fx.GraphModule, numbers: bool, dimensions: bool = False) -> Captured:
+    interpreter = Interpreter({**LISTS, "rule_update": expand_rule}, dimensions=dimensions)
     interpreter.grad_enabled = torch.is_grad_enabled()
     attributes: dict[str, Cell] = {}
 
@@ -73,9 +84,9 @@ def _read(gm: fx.GraphModule, numbers: bool) -> Captured:
         b, totals = interpreter.builder, 0
         stages = []
         for s in interpreter.originals.levels:
-            made, totals = updates_of(interpreter.leaves, s.writes, b, totals)
+            made, totals = updates_of(interpreter.leaves, s.writes, b, totals, dimensions)
             stages.append(Stage(made, s.calls))
-        updates, _ = updates_of(interpreter.leaves, interpreter.written, b, totals)
+        updates, _ = updates_of(interpreter.leaves, interpreter.written, b, totals, dimensions)
         moved = (interpreter.moved, interpreter.moved_by_calls)
         expanded = interpreter.expanded
         return Captured(interpreter.leaves, updates, unfused, stages, outputs, *moved, expanded, stores=stores)

@@ -16,6 +16,7 @@ from torch import fx
 from npu_fuse_pass.capture.aten.fills import as_number, cast
 from npu_fuse_pass.capture.aten.pointwise import evaluate
 from npu_fuse_pass.capture.aten.shaped import REAL, SHAPED
+from npu_fuse_pass.capture.dimensions import Dimensions
 from npu_fuse_pass.capture.originals import Originals
 from npu_fuse_pass.capture.values import Cell, Val
 from npu_fuse_pass.errors import Unsupported
@@ -44,15 +45,17 @@ class Interpreter:
     Args:
         expansions: how nodes of these names are interpreted.
         keeps: operations that have no row stay as they are instead of being refused.
+        dimensions: reductions over some of the dimensions, and broadcasting, are computed by stages of their own.
     """
 
-    def __init__(self, expansions: Mapping[str, Expansion], keeps: bool = True) -> None:
+    def __init__(self, expansions: Mapping[str, Expansion], keeps: bool = True, dimensions: bool = False) -> None:
         self.expansions = expansions
         self.keeps = keeps
         self.builder = Builder()
         self.leaves: list[Leaf] = []
         self.written: dict[int, Cell] = {}
         self.originals = Originals(self)
+        self.dimensions = Dimensions(self) if dimensions else None
         self.grad_enabled = False  # at the point that is being interpreted
         self.moved = 0  # bytes that the operations read and write so far, each by itself
         self.moved_by_calls = 0  # of these, those of operations that stay as they are
@@ -102,10 +105,17 @@ class Interpreter:
             kwargs.pop("non_blocking", None)
             source = args[1] if len(args) > 1 else kwargs.get("value", 0)
             if isinstance(source, Val) and source.dimmed and source.shape != args[0].shape:
+                if self.dimensions is not None:
+                    return self.dimensions.expanded(name, source, args[0].shape)
                 raise Unsupported(name, f"broadcasts {source.shape} to {args[0].shape}", Code.SHAPES)
             return source if isinstance(source, Val) else SHAPED["full_like"](self.builder, args[0], source)
         try:
-            if name in SHAPED:
+            if self.dimensions is not None:
+                args, kwargs = self.dimensions.broadcast(name, args, kwargs)
+            small = self.dimensions.reduced(name, args, kwargs) if self.dimensions is not None else None
+            if small is not None:
+                result = small
+            elif name in SHAPED:
                 result = SHAPED[name](self.builder, *args, **kwargs)
             else:
                 result = evaluate(self.builder, name, args, kwargs)

@@ -15,8 +15,10 @@ import torch
 from torch import fx
 
 from npu_fuse_pass.capture.aten.pointwise import evaluate
+from npu_fuse_pass.capture.dimensions import in_another_shape
 from npu_fuse_pass.capture.flat import VIEWS, whole_view
 from npu_fuse_pass.capture.interpreter import Expansion, Interpreter
+from npu_fuse_pass.capture.pairs import PAIRS
 from npu_fuse_pass.capture.stacked import OF_SCALARS, STACKED, order_of, reshaped
 from npu_fuse_pass.capture.values import Cell, Scalars
 from npu_fuse_pass.errors import Unsupported
@@ -74,11 +76,16 @@ def _setitem(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwa
 def _view(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A tensor in another shape: a number, or a whole tensor."""
     number = reshaped(interpreter, node, args, kwargs)
-    return whole_view(interpreter, node, args, kwargs) if number is NotImplemented else number
+    if number is not NotImplemented:
+        return number
+    if interpreter.dimensions is not None:
+        return in_another_shape(node, args)
+    return whole_view(interpreter, node, args, kwargs)
 
 
 LISTS: dict[str, Expansion] = {
     **STACKED,
+    **PAIRS,
     **dict.fromkeys(VIEWS, _view),
     **{name: _of_scalars(name) for name in OF_SCALARS},
     "setitem_": _setitem,

@@ -107,6 +107,22 @@ class Originals:
         self.reasons.setdefault((name, reason.text), dataclasses.replace(reason, op=name))
         return made if several else made[0] if made else None
 
+    def temporary(self, val: Val) -> Expr:
+        """A value as a contiguous tensor that a stage ahead of its readers makes."""
+        leaves, level = self._interpreter.leaves, self._level(val.expr)
+        while len(self.levels) <= level:
+            self.levels.append(Level())
+        device = next((leaf.device for leaf in leaves if leaf.shape), torch.device("cpu"))
+        strides = torch.empty(val.shape, device="meta").stride()
+        name = f"t{len(leaves)}"
+        cell = self._interpreter.add_leaf(
+            Leaf("temporary", name, dtype=val.dtype, shape=val.shape, device=device, strides=strides), True
+        )
+        assert cell.leaf is not None
+        self.levels[level].writes[cell.leaf] = Cell(val, cell.leaf)
+        self._level_of[id(cell.val.expr)] = level + 1
+        return cell.val.expr
+
     def _result(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device, level: int) -> Val:
         place = f"{name}_{len(self._interpreter.leaves)}"
         leaf = Leaf("result", place, dtype=dtype, shape=shape, device=device)

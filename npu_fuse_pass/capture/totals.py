@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -99,6 +100,7 @@ def _read_by_one(
 
     A scalar over a few tensors of one shape, which the update of one tensor of that shape alone reads, is no total.
     """
+    shapes = _shapes(order, places, written, leaves)
     users: dict[int, set[int]] = {id(e): set() for e in order}
     for root, leaf in zip(roots, written, strict=True):
         users[id(root)].add(leaf)
@@ -112,10 +114,22 @@ def _read_by_one(
         found = frozenset(itertools.islice(frozenset().union(*below), _FEW + 1))
         if not e.tensor and len(users[id(e)]) > 1:
             found = frozenset()  # a total, or a part of one, is nobody's
-        elif not e.tensor and 1 < len(found) <= _FEW and len({leaves[i].shape for i in (*users[id(e)], *found)}) == 1:
+        elif not e.tensor and 1 < len(found) <= _FEW and len({shapes[i] for i in (*users[id(e)], *found)}) == 1:
             yield from ((user, other) for user in users[id(e)] for other in found)
             found = frozenset(users[id(e)])
         read[id(e)] = found
+
+
+def _shapes(
+    order: Sequence[Expr], places: Mapping[int, int], written: Sequence[int], leaves: Sequence[Leaf]
+) -> dict[int, tuple[int, ...]]:
+    """The shape of a parameter's tensors: of the larger ones, where some have fewer dimensions."""
+    found = {i: leaves[i].shape for i in (*places.values(), *written)}
+    for e in order:
+        if e.op == "leaf" and e.tensor:
+            shape, i = leaves[e.value].shape, places[id(e)]  # type: ignore[index]
+            found[i] = max(found[i], shape, key=math.prod)
+    return found
 
 
 class _Totals:

@@ -6,6 +6,7 @@ reads a 0-dim leaf, and to compare it with the updates found before. Equal updat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from npu_fuse_pass.capture.totals import Contribution, separate
 from npu_fuse_pass.capture.values import Cell
 from npu_fuse_pass.errors import Unsupported
+from npu_fuse_pass.ir.dimensions import EXPAND, OVER, leaves_expanded, leaves_whole, reduces
 from npu_fuse_pass.ir.disjoint import Disjoint
 from npu_fuse_pass.ir.expr import Builder, Expr, postorder
 from npu_fuse_pass.ir.types import Leaf, Slot, Update
@@ -20,9 +22,11 @@ from npu_fuse_pass.reasons import Code
 
 
 def updates_of(
-    leaves: Sequence[Leaf], cells: Mapping[int, Cell], builder: Builder, first_total: int
+    leaves: Sequence[Leaf], cells: Mapping[int, Cell], builder: Builder, first_total: int, dimensions: bool = False
 ) -> tuple[list[Update], int]:
     """One update for every set of written leaves that depend on each other's tensors.
+
+    `dimensions`: tensors of one update may have other shapes with as many elements, in the order of their indices.
 
     Returns:
         The updates, and the number after the last total.
@@ -33,7 +37,7 @@ def updates_of(
     roots = _stored({i: cell.val.expr for i, cell in cells.items()}, leaves, builder)
     roots, contributions, totals = separate(roots, list(cells), leaves, builder, first_total)
     together = _Together(leaves, dict(zip(cells, roots, strict=True)), contributions)
-    same = _Same(leaves)
+    same = _Same(leaves, dimensions)
     for written, added in together.components():
         same.add([(leaf, together.writes[leaf]) for leaf in written], added)
     return same.updates, totals
@@ -88,9 +92,9 @@ class _Together:
         found: dict[int, tuple[list[int], list[Contribution]]] = {}
         for leaf in self.writes:
             found.setdefault(self._sets.find(leaf), ([], []))[0].append(leaf)
-        for c, first in zip(self._contributions, self._first, strict=True):
-            assert first is not None
-            found.setdefault(self._sets.find(first), ([], []))[1].append(c)
+        for k, (c, first) in enumerate(zip(self._contributions, self._first, strict=True)):
+            owner = -1 - k if first is None else self._sets.find(first)  # None: of small tensors, expanded
+            found.setdefault(owner, ([], []))[1].append(c)
         return self._with_counters(list(found.values()))
 
     def _join_tensors(self, roots: Sequence[Expr]) -> dict[int, int | None]:
@@ -101,6 +105,9 @@ class _Together:
                 assert isinstance(e.value, int)
                 below[id(e)] = e.value if self._leaves[e.value].shape else None
                 continue
+            if e.op == EXPAND:
+                below[id(e)] = None  # a small tensor is no part of the update that reads it
+                continue
             first = None
             for a in e.args:
                 other = below[id(a)]
@@ -108,7 +115,7 @@ class _Together:
                     first = other
                 elif other is not None and other != first:
                     self._sets.join(other, first)
-            below[id(e)] = first
+            below[id(e)] = None if e.op in OVER else first
         return below
 
     def _join_scalars(self) -> None:
@@ -157,8 +164,9 @@ class _Together:
 class _Same:
     """Updates that are the same up to the names of their leaves become members of one."""
 
-    def __init__(self, leaves: Sequence[Leaf]) -> None:
+    def __init__(self, leaves: Sequence[Leaf], dimensions: bool) -> None:
         self._leaves = leaves
+        self._dimensions = dimensions
         self._known: dict[object, Update] = {}
         self.updates: list[Update] = []
 
@@ -179,10 +187,7 @@ class _Same:
             key.append((position.setdefault(leaf, len(position)), numbers[id(root)]))
         key += [(c.total, numbers[id(c.expr)]) for c in contributions]
         key += [self._leaves[i].dtype if self._leaves[i].shape else None for i in position]
-        shapes = {self._leaves[i].shape for i in position} - {()}
-        if len(shapes) > 1:
-            reason = f"one update reads tensors of shapes {sorted(shapes)}: a sum over several parameters"
-            raise Unsupported("write", reason, Code.ACROSS_PARAMETERS)
+        self._check_shapes(order, position, writes)
         known = self._known.get(found := tuple(key))
         if known is None:
             known = self._known[found] = self._template(order, position, writes, contributions)
@@ -192,6 +197,22 @@ class _Same:
             names = [label_of(self._leaves[i].name) for i in position]
             known.labels = [n if k.startswith("state") else k for k, n in zip(known.labels, names, strict=True)]
         known.members.append(tuple(position))
+
+    def _check_shapes(
+        self, order: Sequence[Expr], position: Mapping[int, int], writes: Sequence[tuple[int, Expr]]
+    ) -> None:
+        """Refuse an update whose elements do not belong together."""
+        few = leaves_expanded(order) | {leaf for leaf, root in writes if reduces(root)} if self._dimensions else set()
+        shapes = {self._leaves[i].shape for i in position if i not in few} - {()}
+        sizes = {math.prod(shape) for shape in shapes} if self._dimensions else shapes
+        if len(sizes) > 1:
+            reason = f"one update reads tensors of shapes {sorted(shapes)}: a sum over several parameters"
+            raise Unsupported("write", reason, Code.ACROSS_PARAMETERS)
+        both = few & (leaves_whole(order) | {leaf for leaf, root in writes if not reduces(root)})
+        if both:
+            shape = self._leaves[both.pop()].shape
+            reason = f"one update reads a tensor of shape {shape} element by element, and expanded"
+            raise Unsupported("write", reason, Code.ACROSS_PARAMETERS)
 
     def _template(
         self,

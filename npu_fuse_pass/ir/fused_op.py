@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from npu_fuse_pass.ir.dimensions import EXPAND, OVER, elements, has_dimensions, small
 from npu_fuse_pass.ir.expr import Expr, postorder
 from npu_fuse_pass.ir.text import parse
 from npu_fuse_pass.ir.types import Formula
@@ -54,6 +55,12 @@ def evaluate(
     `numel`: the elements of the member's tensors, where those are not given.
     """
     values: dict[int, Tensor] = {}
+    if has_dimensions(formula.roots) or len({t.shape for t in tensors.values()}) > 1:
+        few = small(formula.writes, formula.roots)
+        sizes = {slot: t.numel() for slot, t in tensors.items() if slot not in few}
+        count = elements(formula.roots, sizes, {slot: float(t) for slot, t in scalars.items()})
+        numel = torch.tensor(float(count), dtype=torch.float64, device="cpu") if numel is None else numel
+        tensors = {slot: t.reshape(-1) for slot, t in tensors.items()}
     for e in postorder(formula.roots):
         known = numel if e.op == "numel" else None
         values[id(e)] = _value(e, values, tensors, scalars) if known is None else known
@@ -67,6 +74,12 @@ def _value(e: Expr, values: dict[int, Tensor], tensors: dict[int, Tensor], scala
     args = [values[id(a)] for a in e.args]
     if e.op == "cast":
         return args[0].to(e.dtype)
+    if e.op == EXPAND or e.op in OVER:
+        r0, k0, r1, k1 = (int(a) for a in args[1:])
+        if e.op == EXPAND:
+            return args[0].reshape(1, k0, 1, k1).expand(r0, k0, r1, k1).reshape(-1)
+        reduce: Callable[..., Tensor] = getattr(torch, OVER[e.op])
+        return reduce(args[0].reshape(r0, k0, r1, k1), dim=(0, 2)).reshape(-1)
     if e.op == "numel":
         count = next(iter(tensors.values())).numel() if tensors else 1
         return torch.tensor(float(count), dtype=torch.float64, device="cpu")
@@ -107,7 +120,8 @@ def new_value(formula: Formula, slot: int, value: Tensor, tensors: Sequence[Tens
     if not formula.slots[slot].tensor:
         return value.clone()
     shape = tensors[formula.tensor_slots.index(slot)].shape
-    return value.to(formula.slots[slot].dtype).expand(shape).clone()
+    value = value.to(formula.slots[slot].dtype)
+    return (value.expand(shape) if value.dim() == 0 or value.shape == shape else value.reshape(shape)).clone()
 
 
 def _update(tensors: Sequence[Tensor], scalars: Sequence[Tensor], members: int, formula: str) -> list[Tensor]:

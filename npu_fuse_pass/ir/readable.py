@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from npu_fuse_pass.ir.dimensions import EXPAND, OVER
 from npu_fuse_pass.ir.expr import DTYPE_NAMES, HALF, Expr, postorder
 from npu_fuse_pass.ir.types import Formula
 
@@ -119,4 +120,6 @@ def _text(e: Expr, texts: dict[int, tuple[str, int]], labels: Sequence[str]) -> 
             text, has = texts[id(a)]
             args.append(text if has >= least else f"({text})")
         return template.format(*args), strength
+    if e.op == EXPAND or e.op in OVER:
+        return f"{e.op}({texts[id(e.args[0])][0]})", _ATOM  # sizes differ from member to member
     return f"{e.op}({', '.join(texts[id(a)][0] for a in e.args)})", _ATOM

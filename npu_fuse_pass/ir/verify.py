@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Collection, Iterable, Sequence
 
 from npu_fuse_pass.ir import types
+from npu_fuse_pass.ir.dimensions import small
 from npu_fuse_pass.ir.expr import DTYPES, Expr, postorder
 
 
@@ -30,8 +32,9 @@ def captured(step: types.Captured) -> None:
         for position, _ in update.writes:
             _expect(position in positions, where, f"writes position {position} of {len(positions)}")
         _check_writes(where, update.writes, update.slots)
-        _check_reads(where, [e for _, e in (*update.writes, *update.contributions)], update.slots)
-        _check_members(where, update.members, update.slots, step.leaves)
+        roots = [e for _, e in (*update.writes, *update.contributions)]
+        _check_reads(where, roots, update.slots)
+        _check_members(where, update.members, update.slots, step.leaves, small(update.writes, roots))
 
 
 def grouped(step: types.Grouped) -> None:
@@ -46,7 +49,7 @@ def grouped(step: types.Grouped) -> None:
         _expect(len(set(formula.written)) == len(formula.written), g.name, "writes a slot twice")
         _check_writes(g.name, formula.writes, formula.slots)
         _check_reads(g.name, formula.roots, formula.slots, totals=False)
-        _check_members(g.name, g.members, formula.slots, step.leaves)
+        _check_members(g.name, g.members, formula.slots, step.leaves, small(formula.writes, formula.roots))
         contributed = {len(totals) for totals in g.totals}
         _expect(len(g.totals) == len(g.members), g.name, "has members without totals")
         _expect(contributed <= {len(formula.contributions)}, g.name, "has contributions that go nowhere")
@@ -75,7 +78,11 @@ def _check_reads(where: str, roots: Sequence[Expr], slots: Sequence[types.Slot],
 
 
 def _check_members(
-    where: str, members: Iterable[Sequence[int]], slots: Sequence[types.Slot], leaves: Sequence[types.Leaf]
+    where: str,
+    members: Iterable[Sequence[int]],
+    slots: Sequence[types.Slot],
+    leaves: Sequence[types.Leaf],
+    few: Collection[int],
 ) -> None:
     for member in members:
         _expect(len(member) == len(slots), where, f"has a member of {len(member)} leaves for {len(slots)} slots")
@@ -83,8 +90,13 @@ def _check_members(
         tensors = [leaves[i] for i, slot in zip(member, slots, strict=True) if slot.tensor]
         dtypes = [slot.dtype for slot in slots if slot.tensor]
         _expect([leaf.dtype for leaf in tensors] == dtypes, where, "has a member of other dtypes")
-        shapes = {leaf.shape for leaf in tensors}
-        _expect(len(shapes) <= 1, where, f"has a member of several shapes: {sorted(shapes)}")
+        whole = [
+            leaves[i].shape
+            for s, (i, slot) in enumerate(zip(member, slots, strict=True))
+            if slot.tensor and s not in few
+        ]
+        shapes = set(whole)
+        _expect(len(set(map(math.prod, shapes))) <= 1, where, f"has a member of several shapes: {sorted(shapes)}")
 
 
 def _expect(holds: bool, where: str, otherwise: str) -> None:

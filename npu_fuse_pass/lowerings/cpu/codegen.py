@@ -14,8 +14,10 @@ from collections.abc import Collection, Sequence
 
 import torch
 
+from npu_fuse_pass.ir.dimensions import EXPAND, OVER, has_dimensions
 from npu_fuse_pass.ir.expr import DTYPE_NAMES, REDUCTIONS, Expr, postorder
 from npu_fuse_pass.ir.types import Formula
+from npu_fuse_pass.lowerings.cpu import over
 from npu_fuse_pass.lowerings.cpu.cpp_ops import CPP, CPP_TYPES, STORED, cast, cpp_type, rounded
 from npu_fuse_pass.lowerings.kernels.sweeps import Pass, Stage, kept_scalars, plan
 from npu_fuse_pass.tensors.stochastic import ROW
@@ -62,6 +64,7 @@ def generate(name: str, formula: Formula, totals: Collection[int] | None = (), i
     header = "\n".join(f"// {line}" for line in formula.text.splitlines())
     sizes = f"static const int64_t SCRATCH = {scratch}, PARTIAL = {partial};\n"
     more = [_SPREAD] if in_pieces else []
+    more += [over.PRELUDE] if has_dimensions(formula.roots) else []
     more += [_STOCHASTIC] if any(e.op == "stochastic" for s in made.stages for e in s.order) else []
     text = "\n".join([header, PRELUDE, *more, sizes, *(s.text() for s in stages)])
     contribute = made.bytes[0] if formula.contributions else 0
@@ -132,8 +135,10 @@ class _Stage:
 
     def _pass(self, k: int, work: Pass) -> str:
         """One sweep over a chunk."""
+        if reduction := _over(work):
+            return self._over_pass(k, work, reduction)
         loads = [e for e in work.values if id(e) in work.places]
-        body = [e for e in work.values if e.tensor and id(e) not in work.places]
+        body = [e for e in work.values if e.tensor and id(e) not in work.places and e.op != "leaf"]
         scalars = [e for e in work.values if not e.tensor]
         lines = [f"static void {self.name}_pass{k}(const Args& a, int64_t m, int64_t c) {{"]
         lines.append("  const int64_t start = a.chunk_start[c], left = a.numel[m] - start;")
@@ -143,6 +148,7 @@ class _Stage:
         lines += [self._pointer(slot, slot in written) for slot in sorted({*work.places.values(), *written})]
         lines += [f"  const {cpp_type(e)} {self.var[id(e)]} = {self._unstore(e)};" for e in scalars]
         lines += [self._noise(e) for e in body if e.op == "stochastic"]
+        lines += over.buffers(body, self.formula, self._name, self._address, str(CHUNK))
         inner = [f"const {cpp_type(e)} {self.var[id(e)]} = {self._loaded(work.places[id(e)])};" for e in loads]
         inner += [f"const {cpp_type(e)} {self.var[id(e)]} = {self._value(e)};" for e in body]
         inner += [f"t{slot}[i] = {self._narrow(slot, e)};" for slot, e in work.writes]
@@ -151,6 +157,35 @@ class _Stage:
         else:
             lines += self._lanes(work.sums, inner)
         return "\n".join([*lines, "}"])
+
+    def _over_pass(self, k: int, work: Pass, reduction: Expr) -> str:
+        """One task of a reduction over some of the dimensions."""
+        after = over.above(reduction, work.values)
+        last = {id(e) for e in after}
+        loads = [e for e in work.values if id(e) in work.places]
+        body = [
+            e for e in work.values if e.tensor and id(e) not in work.places and e.op != "leaf" and id(e) not in last
+        ]
+        lines = [f"static void {self.name}_pass{k}(const Args& a, int64_t m, int64_t c) {{"]
+        lines.append("  const double* s = a.scratch + m * SCRATCH;")
+        lines += [f"  const {cpp_type(e)} {self.var[id(e)]} = {self._unstore(e)};" for e in work.values if not e.tensor]
+        lines.append("  const auto values = [&](int64_t start, int64_t n, double* __restrict__ out) {")
+        lines += [self._pointer(slot, False) for slot in sorted(set(work.places.values()))]
+        lines += over.buffers(body, self.formula, self._name, self._address, over.WIDTH)
+        inner = [f"const {cpp_type(e)} {self.var[id(e)]} = {self._loaded(work.places[id(e)])};" for e in loads]
+        inner += [f"const {cpp_type(e)} {self.var[id(e)]} = {self._value(e)};" for e in body if e is not reduction]
+        inner.append(f"out[i] = {self.var[id(reduction.args[0])]};")
+        lines += ["  for (int64_t i = 0; i < n; ++i) {", *(f"    {x}" for x in inner), "  }", "  };"]
+        lines.append(f"  const auto put = [&](int64_t i, double {self.var[id(reduction)]}) {{")
+        for slot, _ in work.writes:
+            stored = STORED[DTYPE_NAMES[self.formula.slots[slot].dtype]]
+            lines.append(f"    {stored}* t{slot} = ({stored}*){self._address(slot)};")
+        lines += [f"    const {cpp_type(e)} {self.var[id(e)]} = {self._value(e)};" for e in after]
+        lines += [f"    t{slot}[i] = {self._narrow(slot, e)};" for slot, e in work.writes]
+        return "\n".join([*lines, "  };", over.call(reduction, self._name, self.wide), "}"])
+
+    def _name(self, e: Expr) -> str:
+        return self.var[id(e)]
 
     def _lanes(self, sums: Sequence[Expr], inner: list[str]) -> list[str]:
         """LANES running values per reduction: element i goes to lane i % LANES whatever the vector width."""
@@ -216,14 +251,19 @@ class _Stage:
         """The scalars of one phase and the pass behind them, of members."""
         lines = ["    #pragma omp for schedule(static)", "    for (int64_t m = 0; m < a.members; ++m)"]
         lines.append(f"      if ({which}) {self.name}_scalars{k}(a, m);")
-        if k < len(self.passes):
+        if k < len(self.passes) and _over(self.passes[k]):
+            lines += ["    #pragma omp for schedule(dynamic, 1)"]
+            lines += ["    for (int64_t c = 0; c < static_cast<const Over&>(a).tasks; ++c) {"]
+            lines += ["      const int64_t m = static_cast<const Over&>(a).task[5 * c];"]
+            lines += [f"      if ({which}) {self.name}_pass{k}(a, m, c);", "    }"]
+        elif k < len(self.passes):
             lines += ["    #pragma omp for schedule(dynamic, a.grain)"]
             lines += ["    for (int64_t c = 0; c < a.chunks; ++c) {", "      const int64_t m = a.chunk_member[c];"]
             lines += [f"      if ({which}) {self.name}_pass{k}(a, m, c);", "    }"]
         return lines
 
     def _driver(self) -> str:
-        n, several = self.name, len(self.passes) > 1
+        n, several = self.name, len(self.passes) > 1 and not any(map(_over, self.passes))
         lines = [f'extern "C" void {n}(const Args* args) {{', "  const Args& a = *args;"]
         if several:
             size = sum(self.formula.slots[slot].dtype.itemsize for slot in self.formula.tensor_slots)
@@ -250,11 +290,13 @@ class _Stage:
     def _pointer(self, slot: int, written: bool) -> str:
         stored = STORED[DTYPE_NAMES[self.formula.slots[slot].dtype]]
         const = "" if written else "const "
-        source = f"a.tensors[{self.slot_rank[slot]} * a.members + m]"
-        return f"  {const}{stored}* __restrict__ t{slot} = ({stored}*){source} + start;"
+        return f"  {const}{stored}* __restrict__ t{slot} = ({stored}*){self._address(slot)} + start;"
 
-    def _loaded(self, slot: int) -> str:
-        dtype, value = self.formula.slots[slot].dtype, f"widen(t{slot}[i])"
+    def _address(self, slot: int) -> str:
+        return f"a.tensors[{self.slot_rank[slot]} * a.members + m]"
+
+    def _loaded(self, slot: int, array: str = "") -> str:
+        dtype, value = self.formula.slots[slot].dtype, f"widen({array or f't{slot}'}[i])"
         return f"plain({value})" if self.rounds and dtype not in (torch.bfloat16, torch.bool) else value
 
     def _unstore(self, e: Expr) -> str:
@@ -267,6 +309,8 @@ class _Stage:
         args = [self.var[id(a)] for a in e.args]
         if e.op == "cast":
             return cast(e, args[0])
+        if e.op == EXPAND:
+            return self._loaded(e.args[0].value, f"b{self.var[id(e)]}")  # type: ignore[arg-type]
         if e.op == "stochastic":
             return f"stochastic_{STORED[DTYPE_NAMES[e.dtype]]}({args[0]}, q{self.var[id(e)]}[i])"
         if e.op == "numel" and self.in_pieces:
@@ -292,6 +336,11 @@ class _Stage:
 
 
 _NEUTRAL = {"sum": "0.0", "amax": "-INFINITY", "amin": "INFINITY"}
+
+
+def _over(work: Pass) -> Expr | None:
+    """What a pass reduces over some of the dimensions."""
+    return next((e for e in work.values if e.op in OVER), None)
 
 
 def _remembered(e: Expr) -> bool:

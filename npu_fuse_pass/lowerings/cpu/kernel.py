@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import array
 import ctypes
-import math
 from collections.abc import Callable, Collection, Sequence, Set
 from typing import Any
 
@@ -17,6 +16,7 @@ from npu_fuse_pass.ir.types import Group, Leaf
 from npu_fuse_pass.lowerings.cpu import build as cpu_build
 from npu_fuse_pass.lowerings.cpu.codegen import generate
 from npu_fuse_pass.lowerings.cpu.native_look import Looking
+from npu_fuse_pass.lowerings.cpu.over import sizes_of, tasks_of
 from npu_fuse_pass.lowerings.cpu.tables import Args, Column, Moving, Tables, Values
 from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.tensors.memory import NOWHERE, in_order, materialised, memory_order
@@ -34,6 +34,12 @@ _TAGS = {
 _BYTES = [dtype.itemsize for dtype in _TAGS]  # by tag
 
 
+_REORDERED = (
+    "reductions over some of the dimensions take elements in the order of their indices: tensors that lie in memory "
+    "in another one are copied at every step (use contiguous tensors)"
+)
+
+
 class Kernel:
     """One group: its functions, its tables, and the tensors of the current call.
 
@@ -43,10 +49,12 @@ class Kernel:
         reduced: what each piece reduces: where in `scratch`, and how.
         scratch: its numbers between pieces, [member][number].
         done: whether each of them is through with this step; they set it themselves.
+        slower: why a call cost more than it had to, if it did.
         moved: what it writes may lie elsewhere than when this was last set to False.
     """
 
     moved = True
+    slower = ""
 
     def __init__(
         self,
@@ -76,10 +84,10 @@ class Kernel:
         self._find_overlap = library.find_overlap
         self._find_overlap.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64] * 2
         self._find_overlap.restype = ctypes.c_int64
-        self._numels = [_numel(leaves, formula.tensor_slots, m) for m in members]
+        self._numels, self._ordered = sizes_of(leaves, group)
         counts = [max(leaves[i].whole for i in m) for m in members]
         wholes = [whole or numel for whole, numel in zip(counts, self._numels, strict=True)]
-        self._tables = Tables(formula, self._numels, source.scratch, source.partial, wholes)
+        self._tables = Tables(formula, self._numels, source.scratch, source.partial, wholes, tasks_of(leaves, group))
         self.done = self._tables.done
         self.scratch = torch.frombuffer(self._tables.scratch, dtype=torch.float64)
         self._columns = [Column(rank, slot, group, leaves) for rank, slot in enumerate(formula.tensor_slots)]
@@ -182,7 +190,7 @@ class Kernel:
         if complete and {t.dtype for t in tensors} != {column.dtype}:
             found = next(t for t in tensors if t.dtype != column.dtype)
             raise Mismatch(f"a tensor is {found.dtype}; the kernel was compiled for {column.dtype}")
-        if [t.numel() for t in tensors] != self._numels:
+        if [t.numel() for t in tensors] != column.numels:
             raise Mismatch("a tensor has another size than when the step was compiled")
         return all([t.is_contiguous() and materialised(t) for t in tensors])  # noqa: C419 - a list is faster here
 
@@ -219,9 +227,12 @@ class Kernel:
                 assert t is not None
                 if complete and t.dtype != column.dtype:
                     raise Mismatch(f"a tensor is {t.dtype}; the kernel was compiled for {column.dtype}")
-                if t.numel() != self._numels[m] or t.layout is not torch.strided:
+                if t.numel() != column.numels[m] or t.layout is not torch.strided:
                     raise Mismatch("a tensor has another size or layout than when the step was compiled")
+                if self._ordered:
+                    strides = torch.empty(t.shape, device="meta").stride()
                 if not in_order(t, strides):
+                    self.slower = _REORDERED if self._ordered else ""
                     dense = torch.empty_strided(t.shape, strides, dtype=t.dtype).copy_(t.detach())
                     if column.written:
                         self._copy_back.append((t, dense))
@@ -251,7 +262,7 @@ class Kernel:
             if column.written:
                 begin, size = column.rank * self._n, column.dtype.itemsize
                 pointers = self._tables.tensors[begin : begin + self._n]
-                for start, numel, active in zip(pointers, self._numels, self._tables.active, strict=True):
+                for start, numel, active in zip(pointers, column.numels, self._tables.active, strict=True):
                     if active and numel:
                         found.append((start, start + numel * size))
         for column in self._scalars_written:
@@ -279,7 +290,7 @@ class Kernel:
 
         for column in self._columns:
             if not column.written:
-                sizes = column.bytes_of(self._numels, self._tables.active, self._all_active)
+                sizes = column.bytes_of(self._tables.active, self._all_active)
                 if found(self._tables.tensors, column, sizes):
                     return True
         # where a 0-dim tensor begins is enough
@@ -321,7 +332,3 @@ class Kernel:
         """Let go of the call's tensors."""
         self._keep, self._copy_back = [], []
         self.looking.release()
-
-
-def _numel(leaves: Sequence[Leaf], slots: Sequence[int], member: tuple[int, ...]) -> int:
-    return math.prod(leaves[member[slots[0]]].shape) if slots else 1

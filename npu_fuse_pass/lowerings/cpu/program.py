@@ -99,7 +99,7 @@ class Program:
             self._compute(values)
         finally:
             self.release()
-        missing = [why for kernel in self.kernels if (why := kernel.looking.missing)]
+        missing = [why for kernel in self.kernels if (why := kernel.looking.missing or kernel.slower)]
         if missing and self._slower is not None:
             self._slower(missing[0])
             self._slower = None  # said once

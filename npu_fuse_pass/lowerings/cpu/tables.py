@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import ctypes
+import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -42,6 +43,8 @@ class Args(ctypes.Structure):
                 "whole",  # which kernels in pieces know alone
             ]
         ),
+        ("tasks", ctypes.c_int64),  # as those that reduce over some of the dimensions do these
+        ("task", ctypes.c_void_p),
     ]
 
 
@@ -58,7 +61,13 @@ class Tables:
     """
 
     def __init__(
-        self, formula: Formula, numels: Sequence[int], scratch: int, partial: int, wholes: Sequence[int] = ()
+        self,
+        formula: Formula,
+        numels: Sequence[int],
+        scratch: int,
+        partial: int,
+        wholes: Sequence[int] = (),
+        tasks: Sequence[int] = (),
     ) -> None:
         n = len(numels)
         self.tensors = array.array("q", [0]) * max(1, n * len(formula.tensor_slots))
@@ -90,9 +99,10 @@ class Tables:
             "contributions": self.contributions,
             "done": self.done,
             "whole": array.array("q", wholes or numels),
+            "task": array.array("q", tasks or [0]),
         }
         pointers = {name: a.buffer_info()[0] for name, a in self._arrays.items()}
-        self.args = Args(members=n, chunks=chunks, elements=elements, **pointers)
+        self.args = Args(members=n, chunks=chunks, elements=elements, tasks=len(tasks) // 5, **pointers)
         self.pointer = ctypes.byref(self.args)
 
     def share(self, threads: int) -> None:
@@ -112,14 +122,15 @@ class Column:
         self.indices = [m[slot] for m in group.members]
         self.fixed = all(leaves[i].fixed for i in self.indices)
         self.written = slot in group.formula.written
+        self.numels = [math.prod(leaves[i].shape) for i in self.indices]
         self.dtype = group.formula.slots[slot].dtype
         self._bytes: array.array[int] | None = None
         self._get = _getter(self.indices)
 
-    def bytes_of(self, numels: list[int], active: array.array[int], all_active: bool) -> array.array[int]:
+    def bytes_of(self, active: array.array[int], all_active: bool) -> array.array[int]:
         """Bytes of every member's tensor; 0 where it does not take part."""
         if self._bytes is None:
-            self._bytes = array.array("q", [n * self.dtype.itemsize for n in numels])
+            self._bytes = array.array("q", [n * self.dtype.itemsize for n in self.numels])
         if all_active:
             return self._bytes
         return array.array("q", [n if a else 0 for n, a in zip(self._bytes, active, strict=True)])

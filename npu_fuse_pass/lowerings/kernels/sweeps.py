@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from npu_fuse_pass.ir.dimensions import leaves_expanded, reduces, small
 from npu_fuse_pass.ir.expr import REDUCTIONS, Expr, postorder
 from npu_fuse_pass.ir.types import Formula
 
@@ -77,7 +78,8 @@ class Plan:
     @property
     def bytes(self) -> list[int]:
         """What each stage reads and writes for each element."""
-        sizes = [slot.dtype.itemsize for slot in self.formula.slots]
+        few = small(self.formula.writes, self.formula.roots)  # hardly any bytes
+        sizes = [0 if i in few else slot.dtype.itemsize for i, slot in enumerate(self.formula.slots)]
         return [sum(sizes[slot] for p in stage.passes for slot in p.moved) for stage in self.stages]
 
 
@@ -98,6 +100,7 @@ class _Search:
     def __init__(self, formula: Formula, totals: Collection[int] | None) -> None:
         self._formula = formula
         self._order = postorder(formula.roots)
+        self._expanded = leaves_expanded(self._order)
         self._moments = {
             slot: [*self._early(slot, e, totals), END] for slot, e in formula.writes if formula.slots[slot].tensor
         }
@@ -122,6 +125,8 @@ class _Search:
     def _early(self, slot: int, e: Expr, totals: Collection[int] | None) -> Iterable[Moment]:
         """The passes with reductions that can write a value; none for one that memory would round."""
         if e.dtype != self._formula.slots[slot].dtype:
+            return
+        if reduces(e):
             return
         below = self._below([e])
         waits = totals is None or any(x.op == "leaf" and not x.tensor and x.value in totals for x in below)
@@ -162,7 +167,8 @@ class _Search:
                     continue
                 roots = [*(e for _, e in now), *(e.args[0] for e in sums)]
                 values = self._below(roots, known, scalars=False)
-                old = {id(e): _slot(e) for e in values if e.op == "leaf" and e.tensor and id(e) not in known}
+                leaves = (e for e in values if e.op == "leaf" and e.tensor and _slot(e) not in self._expanded)
+                old = {id(e): _slot(e) for e in leaves if id(e) not in known}
                 new = {id(e): known[id(e)] for e in values if id(e) in known}
                 stage.passes.append(Pass(sums, now, tuple(values), {**old, **new}))
                 missed |= written & set(old.values())
