@@ -70,7 +70,7 @@ def evaluate(
 def _value(e: Expr, values: dict[int, Tensor], tensors: dict[int, Tensor], scalars: dict[int, Tensor]) -> Tensor:
     if e.op == "leaf":
         assert isinstance(e.value, int)
-        return tensors[e.value].detach() if e.tensor else scalars[e.value].double().reshape(())
+        return tensors[e.value].detach() if e.tensor else scalars[e.value].double()
     args = [values[id(a)] for a in e.args]
     if e.op == "cast":
         return args[0].to(e.dtype)
@@ -93,10 +93,11 @@ def _value(e: Expr, values: dict[int, Tensor], tensors: dict[int, Tensor], scala
 
 def member_values(formula: Formula, tensors: Sequence[Tensor], scalars: Sequence[Tensor]) -> dict[int, Tensor]:
     """`evaluate` with a member's leaves given in the order of the formula's tensor and scalar slots."""
+    numbers = [scalar.reshape(()) for scalar in scalars]  # a tensor of one element may hold one
     return evaluate(
         formula,
         dict(zip(formula.tensor_slots, tensors, strict=True)),
-        dict(zip(formula.scalar_slots, scalars, strict=True)),
+        dict(zip(formula.scalar_slots, numbers, strict=True)),
     )
 
 
