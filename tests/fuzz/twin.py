@@ -337,6 +337,9 @@ def compare(
         found = {x.dtype for seen in want.seen for x in seen.values() if isinstance(x, Tensor)} & limits.keys()
         coarsest = max(limits[dtype] for dtype in found | {F32})
         limits = {dtype: max(limit, coarsest) for dtype, limit in limits.items()}
+    of_states = limits
+    # what was once about 1 was rounded as that
+    of_parameters = limits | {dtype: (limits[dtype][0], max(limits[dtype])) for dtype in HALF}
     for i, line in enumerate(lines[: len(want.errors)]):
         a, b = got.errors[i], want.errors[i]
         if shared and (isinstance(a, npu_fuse_pass.OptionError) or ((a or b) and not line.startswith(STEPS))):
@@ -349,6 +352,7 @@ def compare(
             break  # ours refuses before anything is changed, torch.optim's class in between
         for name in want.seen[i].keys() | got.seen[i].keys():
             x, y = (seen[i].get(name) for seen in (got.seen, want.seen))
+            limits = of_states if "." in name else of_parameters
             if shared and (x is None or y is None or name.endswith(".step")):
                 continue
             if captured:
