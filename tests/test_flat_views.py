@@ -89,3 +89,5 @@ def test_what_is_another_tensor_is_left_to_torch(update: Update) -> None:
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=4e-6, atol=4e-6)
     assert npu_fuse_pass.reports()[-1].reasons
+    if update is a_tensor_of_that_shape_is_met:  # around it all is fused
+        assert npu_fuse_pass.reports()[-1].fallback is None

@@ -74,6 +74,45 @@ def a_scale(opt: Any, group: State, params: list[Tensor]) -> None:
         p.sub_(p.grad * own, alpha=0.1)
 
 
+def averages_of_norms(opt: Any, group: State, params: list[Tensor]) -> None:
+    norms = torch.stack(torch._foreach_norm([p.grad for p in params]))
+    averages = torch.cat([opt.state[p]["own"] for p in params]).mul_(0.9).add_(norms, alpha=0.1)
+    torch._foreach_copy_([opt.state[p]["own"] for p in params], averages.split(1))
+    larger = torch.where(averages > norms, averages, 1.0)
+    torch._foreach_sub_(params, torch._foreach_mul([p.grad * 0.1 for p in params], larger.unbind()))
+
+
+def entries_are_written(opt: Any, group: State, params: list[Tensor]) -> None:
+    own = torch.cat([opt.state[p]["own"] for p in params])
+    own.add_(torch.stack(torch._foreach_norm([p.grad for p in params])))
+    torch._foreach_copy_([opt.state[p]["own"] for p in params], own.split(1))
+    factors = own.sqrt().add_(1.0).reciprocal_().unbind()
+    torch._foreach_addcmul_(params, [p.grad for p in params], factors, value=-0.1)
+    torch._foreach_mul_(factors, 0.5)
+    torch._foreach_addcmul_(params, [p.grad for p in params], factors, value=-0.1)
+
+
+def a_vector_is_read_after_its_entries_were_written(opt: Any, group: State, params: list[Tensor]) -> None:
+    norms = torch.stack(torch._foreach_norm([p.grad for p in params]))
+    torch._foreach_mul_(norms.unbind(), 0.5)  # the vector sees it
+    torch._foreach_sub_(params, torch._foreach_mul([p.grad * 0.1 for p in params], (norms + 1.0).unbind()))
+
+
+def entries_are_taken_twice(opt: Any, group: State, params: list[Tensor]) -> None:
+    norms = torch.stack(torch._foreach_norm([p.grad for p in params]))
+    first, second = norms.unbind(), norms.unbind()
+    torch._foreach_mul_(first, 0.5)  # the others see it
+    torch._foreach_sub_(params, torch._foreach_mul([p.grad * 0.1 for p in params], second))
+
+
+def entries_of_a_vector_that_is_written(opt: Any, group: State, params: list[Tensor]) -> None:
+    own = torch.cat([opt.state[p]["own"] for p in params])
+    entries = own.split(1)
+    own.add_(torch.stack(torch._foreach_norm([p.grad for p in params])))  # the entries see it
+    torch._foreach_copy_([opt.state[p]["own"] for p in params], entries)
+    torch._foreach_sub_(params, torch._foreach_mul([p.grad * 0.1 for p in params], own.unbind()))
+
+
 def a_parameter_of_one_element(opt: Any, group: State, params: list[Tensor]) -> None:
     """What is kept of it is a tensor like any other parameter's."""
     for p in params:
@@ -108,11 +147,17 @@ UPDATES = [
     weights,
     a_distance,
     a_scale,
+    averages_of_norms,
+    entries_are_written,
     a_parameter_of_one_element,
     elements_of_it_are_added,
     a_mask,
     a_choice_of_numbers,
+    a_vector_is_read_after_its_entries_were_written,
+    entries_are_taken_twice,
+    entries_of_a_vector_that_is_written,
 ]
+LEFT = UPDATES[-3:]
 
 
 def steps(update: Callable[..., None], compiled: bool, dtype: torch.dtype) -> tuple[list[Any], Any]:
@@ -139,7 +184,9 @@ def test_tensors_of_one_element(update: Callable[..., None]) -> None:
         assert x.shape == y.shape
         torch.testing.assert_close(x.double(), y.double(), rtol=2e-6, atol=2e-6)
     report = step._watched.ran[-1]
-    if update is elements_of_it_are_added:  # numbers of two parameters in one update
+    if (
+        update in LEFT or update is elements_of_it_are_added
+    ):  # an entry is a view; numbers of two parameters in one update
         assert report.reasons
     else:
         assert report.groups and not report.reasons, report

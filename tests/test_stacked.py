@@ -146,3 +146,5 @@ def test_what_torch_sees_through_views_is_left_to_torch(update: Callable[[list[T
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=2e-6)
     assert npu_fuse_pass.reports()[-1].reasons
+    if update is a_vector_of_its_own:  # around it all is fused
+        assert npu_fuse_pass.reports()[-1].fallback is None

@@ -63,6 +63,7 @@ def _tensors(gm: fx.GraphModule, captured: Captured) -> dict[int, Any]:
 
 def _read(gm: fx.GraphModule, numbers: bool, dimensions: bool = False) -> Captured:
     interpreter = Interpreter({**LISTS, "rule_update": expand_rule}, dimensions=dimensions)
+    interpreter.numbers = numbers
     interpreter.grad_enabled = torch.is_grad_enabled()
     attributes: dict[str, Cell] = {}
 

@@ -56,6 +56,7 @@ class Interpreter:
         self.written: dict[int, Cell] = {}
         self.originals = Originals(self)
         self.dimensions = Dimensions(self) if dimensions else None
+        self.numbers = False  # whether tensors of one element that are used as numbers are read as numbers
         self.grad_enabled = False  # at the point that is being interpreted
         self.moved = 0  # bytes that the operations read and write so far, each by itself
         self.moved_by_calls = 0  # of these, those of operations that stay as they are

@@ -15,19 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from npu_fuse_pass.capture.aten.fills import cast
+from npu_fuse_pass.capture.aten.fills import as_number, cast
 from npu_fuse_pass.capture.aten.rows import ROWS
 from npu_fuse_pass.capture.aten.shaped import SHAPED
 from npu_fuse_pass.capture.interpreter import Expansion, Interpreter
 from npu_fuse_pass.capture.values import Cell, Scalars, Val
 from npu_fuse_pass.errors import Unsupported
-from npu_fuse_pass.fx_nodes.effects import recorded
+from npu_fuse_pass.fx_nodes.effects import recorded, storage_of
 from npu_fuse_pass.fx_nodes.names import REFLECTED, operation_name
 from npu_fuse_pass.reasons import Code
 
 OF_SCALARS = ("linalg_vector_norm", "norm", "sum", "max", "amax", "min", "amin")
 _ORDERS = (1, 2, math.inf)
-_SOURCES = ("stack", "tensor", "as_tensor")
+_SOURCES = ("stack", "cat", "concat", "tensor", "as_tensor")
+_TAKEN = ("unbind", "split")
 _SAME = ("detach", "float", "double")  # the vector itself, where it has that dtype already
 _ENTRYWISE = {*ROWS, "div", "divide", "true_divide", "clone", *_SAME} - {"max.other", "fma"}
 
@@ -40,15 +41,32 @@ def order_of(user: fx.Node) -> Any:
 
 def _stack(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     cells: Sequence[Cell] = args[0]
-    if any(c.val.shape or c.val.expr.tensor for c in cells) or not _all_entrywise(node):
+    if any(c.val.shape or c.val.expr.tensor for c in cells) or not _all_entrywise(interpreter, node):
         return NotImplemented
     return Scalars(tuple(c.read() for c in cells))
+
+
+def _cat(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`torch.cat` of numbers that tensors of one element hold."""
+    cells: Sequence[Cell] = args[0]
+    if any(c.val.shape != (1,) or c.val.expr.tensor for c in cells) or not _all_entrywise(interpreter, node):
+        return NotImplemented
+    b = interpreter.builder
+    return Scalars(tuple(as_number(b, c.read()) for c in cells))
+
+
+def _split(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`vector.split(1)`: the entries as tensors of one element."""
+    if not isinstance(args[0], Scalars):
+        return NotImplemented
+    b = interpreter.builder
+    return [Cell(Val(b.cast(e.expr, e.dtype), e.dtype, (1,))) for e in args[0].entries]
 
 
 def _numbers(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`torch.tensor([a, b])` of different numbers; of the same one it is a constant."""
     given = args[0] if args else None
-    if not isinstance(given, (list, tuple)) or len({id(g) for g in given}) < 2 or not _all_entrywise(node):
+    if not isinstance(given, (list, tuple)) or len({id(g) for g in given}) < 2 or not _all_entrywise(interpreter, node):
         return NotImplemented
     values = [g.read() if isinstance(g, Cell) else g for g in given]
     dtype = recorded(node).dtype
@@ -97,7 +115,7 @@ def _getitem(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwa
     return Cell(args[0].entries[args[1]]) if isinstance(args[0], Scalars) else NotImplemented
 
 
-def _all_entrywise(source: fx.Node) -> bool:
+def _all_entrywise(interpreter: Interpreter, source: fx.Node) -> bool:
     """Whether everything that a vector meets, directly or through others, can be read entry by entry."""
     if all(operation_name(u) in OF_SCALARS and order_of(u) in _ORDERS for u in source.users):
         return True
@@ -107,7 +125,7 @@ def _all_entrywise(source: fx.Node) -> bool:
     found, waiting = {source}, [source]
     while waiting:
         node = waiting.pop()
-        met = _met(node, first)
+        met = _met(node, first, interpreter.numbers)
         if met is None:
             return False
         new = [n for n in met if n not in found]
@@ -116,7 +134,7 @@ def _all_entrywise(source: fx.Node) -> bool:
     return _views_come_last(found)
 
 
-def _met(node: fx.Node, like: Tensor) -> list[fx.Node] | None:
+def _met(node: fx.Node, like: Tensor, numbers: bool) -> list[fx.Node] | None:
     """The other vectors that a vector's operation reads, and those computed from it; None where one does not fit."""
     vector = recorded(node)
     if not isinstance(vector, Tensor) or vector.shape != like.shape or vector.dtype not in (like.dtype, torch.bool):
@@ -125,7 +143,10 @@ def _met(node: fx.Node, like: Tensor) -> list[fx.Node] | None:
     met: list[fx.Node] = []
     if name in _SOURCES:
         items = node.args[0] if node.args and isinstance(node.args[0], (list, tuple)) else ()
-        if len(node.args) > 1 or set(node.kwargs) - {"dtype", "device"} or not all(map(_is_number, items)):
+        dims = 1 if name in ("cat", "concat") else 0
+        if dims and not numbers:
+            return None
+        if len(node.args) > 1 or set(node.kwargs) - {"dtype", "device"} or not all(_is_number(i, dims) for i in items):
             return None
     elif name.removesuffix("_") in _ENTRYWISE and "out" not in node.kwargs:
         for given in node.all_input_nodes:
@@ -138,9 +159,9 @@ def _met(node: fx.Node, like: Tensor) -> list[fx.Node] | None:
         if name in OF_SCALARS:
             if order_of(user) not in _ORDERS:
                 return None
-        elif name == "unbind" or user.target is operator.getitem:
-            index = user.args[1] if len(user.args) > 1 else user.kwargs.get("dim", 0)
-            if type(index) is not int or (name == "unbind" and index != 0) or any(map(_is_written, _views(user))):
+        elif name in _TAKEN or user.target is operator.getitem:
+            asked: dict[Any, Any] = {**dict(enumerate(user.args[1:])), **user.kwargs}
+            if asked not in _ENTRIES.get(name, ()) and not (name == "getitem" and type(asked[0]) is int):
                 return None
         elif name.removesuffix("_") in _ENTRYWISE:
             met.append(user)
@@ -149,37 +170,56 @@ def _met(node: fx.Node, like: Tensor) -> list[fx.Node] | None:
     return met
 
 
-def _is_number(item: Any) -> bool:
+# how the entries of a vector are taken, one by one
+_ENTRIES: dict[str, tuple[dict[Any, Any], ...]] = {
+    "unbind": ({}, {0: 0}, {"dim": 0}),
+    "split": ({0: 1}, {"split_size": 1}),
+}
+
+
+def _is_number(item: Any, dims: int) -> bool:
+    """Whether a source may take this; what is of one element is, if it holds a number, which `_cat` looks at."""
     value = recorded(item) if isinstance(item, fx.Node) else item
-    return (
-        (value.dim() == 0 and value.is_floating_point()) if isinstance(value, Tensor) else not isinstance(value, bool)
-    )
+    if not isinstance(value, Tensor):
+        return not dims and not isinstance(value, bool)
+    return value.dim() == dims and value.numel() == 1 and value.is_floating_point()
 
 
 def _views(node: fx.Node) -> Iterator[fx.Node]:
     """What an index gives, or `unbind`: its list, and the tensors in it."""
     yield node
-    if operation_name(node) == "unbind":
+    if operation_name(node) in _TAKEN:
         yield from (user for user in node.users if user.target is operator.getitem)
 
 
-def _is_written(view: fx.Node) -> bool:
-    """Whether an operation may write to one entry in place, and so to the vector."""
-    first: list[fx.Node] = []
+def _writes(view: fx.Node) -> Iterator[fx.Node]:
+    """The operations that may write to an entry in place, and so to the vector."""
     for user in view.users:
+        first: list[fx.Node] = []
         if operation_name(user).endswith("_"):
-            fx.node.map_arg((user.args[:1], user.kwargs.get("self"), user.kwargs.get("out")), first.append)
-    return view in first
+            fx.node.map_arg((user.args[:1], user.kwargs.get("self")), first.append)
+        fx.node.map_arg(user.kwargs.get("out"), first.append)
+        if view in first:
+            yield user
 
 
 def _views_come_last(vectors: set[fx.Node]) -> bool:
-    """Whether no vector is written after an entry of it was taken: entries are values here, in torch they are views."""
-    if not any(operation_name(n).endswith("_") for n in vectors):
-        return True
+    """Whether entries are taken at the end: they are values here, in torch they are views.
+
+    No vector is written after an entry of it was taken. One whose entries are written is not read afterwards, and they
+    were taken once.
+    """
     places = {n: i for i, n in enumerate(next(iter(vectors)).graph.nodes)}
-    taken = [u for n in vectors for u in n.users if operation_name(u) == "unbind" or u.target is operator.getitem]
-    last = max(places[n] for n in vectors if operation_name(n).endswith("_"))
-    return all(places[t] > last for t in taken)
+    taken = [u for n in vectors for u in n.users if operation_name(u) in _TAKEN or u.target is operator.getitem]
+    for t in taken:
+        same = [n for n in vectors if storage_of(recorded(n)) == storage_of(recorded(t.args[0]))]
+        if any(places[n] > places[t] for n in same if operation_name(n).endswith("_")):
+            return False
+        written = min((places[w] for view in _views(t) for w in _writes(view)), default=None)
+        readers = {u for n in same for u in n.users} - {t}
+        if written is not None and any(places[u] > written or u in taken for u in readers):
+            return False
+    return True
 
 
 def reshaped(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -207,6 +247,8 @@ def reshaped(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwa
 STACKED: dict[str, Expansion] = {
     **{name + end: _entrywise(name + end) for name in sorted(_ENTRYWISE) for end in ("", "_")},
     "stack": _stack,
+    **dict.fromkeys(("cat", "concat"), _cat),
+    "split": _split,
     "tensor": _numbers,
     "as_tensor": _numbers,
     "unbind": _unbind,
