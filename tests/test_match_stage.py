@@ -175,3 +175,13 @@ def test_where_a_value_is_defined() -> None:
     for value in (1 / b, 1 / (root * b), constant / a, 1 / (root + b)):
         assert not algebra.is_defined(value, [target])
     assert not algebra.is_defined(1 / root, [])
+
+
+def test_a_number_under_a_root() -> None:
+    """The root of a scalar that has a number as its factor: a square is taken out, any other number stays inside."""
+    tensors = [torch.rand(3, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)]
+    _, (only,) = fused(lambda p, a: p.copy_(p * a), *tensors)
+    algebra = Algebra(only.formula, {})
+    a = algebra.slot(next(iter(only.formula.scalar_slots)))
+    assert (a * 4).simple_root().equals(a.simple_root() * 2)
+    assert not (a * 3).simple_root().equals(a.simple_root() * 3)

@@ -107,7 +107,7 @@ class Value:
         exponents = tuple(map(min, *factor.itermonoms())) if len(factor) > 1 else factor.leading_expv()
         rest = without(factor, exponents)
         if rest != 1:
-            root = math.isqrt(int(rest)) if rest.is_ground and rest.LC > 0 else 0
+            root = math.isqrt(int(rest.LC)) if rest.is_ground and rest.LC > 0 else 0
             square = root and root * root == rest
             result *= root if square else self._root_generator(rest)
         for i, exponent in enumerate(exponents):
