@@ -17,7 +17,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from npu_fuse_pass.rules.hidden import hidden
-from npu_fuse_pass.user_warnings import warn
+from npu_fuse_pass.user_warnings import is_users, warn
 
 _warned: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
@@ -68,9 +68,12 @@ def _warn_hidden(*_: Any) -> None:
 
 
 def _compiling() -> Iterator[Any]:
-    """The frame that Dynamo compiles now for this backend; none where torch keeps it elsewhere."""
+    """The frame that Dynamo compiles now for this backend; none where torch keeps it elsewhere.
+
+    A user's frames are not read: to ask for their variables keeps these alive as long as the frame.
+    """
     caller: Any = sys._getframe(1)
-    while caller is not None:
+    while caller is not None and not is_users(caller.f_code):
         converter, frame = caller.f_locals.get("self"), caller.f_locals.get("frame")
         if hasattr(converter, "_torchdynamo_orig_backend") and hasattr(frame, "f_locals"):
             if _is_ours(converter):
