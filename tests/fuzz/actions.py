@@ -48,7 +48,7 @@ BETWEEN = {
     ),
     "state exchanged": (
         "a, b = opt.state[ps[{i}]], opt.state[ps[{j}]]\n"
-        'if ps[{i}].shape == ps[{j}].shape:\n    a["{n}"], b["{n}"] = b["{n}"], a["{n}"]'
+        'if alike(ps[{i}], ps[{j}]):\n    a["{n}"], b["{n}"] = b["{n}"], a["{n}"]'
     ),
     "states grown": "if ps[{i}].ndim:\n    resized(opt, ps, {i}, grown)",
     "states pruned": "if ps[{i}].ndim:\n    resized(opt, ps, {i}, lambda x: x[1:].clone())",
@@ -57,7 +57,7 @@ BETWEEN = {
     "grads None": "for p in ps:\n    p.grad = None",
     "grad cloned": "ps[{i}].grad = ps[{i}].grad.clone()",
     "grad in place": "ps[{i}].grad.mul_(0.5)",
-    "grad shared": "if ps[{i}].shape == ps[{j}].shape:\n    ps[{i}].grad = ps[{j}].grad",
+    "grad shared": "if alike(ps[{i}], ps[{j}]):\n    ps[{i}].grad = ps[{j}].grad",
     "grad is the parameter": "ps[{i}].grad = ps[{i}].detach()",
     "grads strided": 'gradients(ps, {s}, "strided")',
     "grads expanded": 'gradients(ps, {s}, "expanded")',

@@ -139,6 +139,11 @@ def closure(ps: Sequence[Any], labels: Tensor) -> Callable[[], Tensor]:
     return loss
 
 
+def alike(p: Tensor, q: Tensor) -> bool:
+    """Whether one may have the other's gradient or states."""
+    return p.shape == q.shape and p.dtype == q.dtype
+
+
 def resized(opt: Any, ps: list[Any], i: int, change: Callable[[Tensor], Tensor]) -> None:
     """Another parameter in the place of one, its states changed alike, as 3-D Gaussian splatting grows and prunes."""
     old = ps[i]
