@@ -434,6 +434,7 @@ def fault_inside() -> None:
         raise AssertionError("a fault that was put here")
 
     pipeline.group = fails
+    os.environ["NPU_FUSE_VERIFY"] = "0"  # as users have it: the original runs where something of the package fails
 
 
 def faults(mesh: Any) -> None:

@@ -255,7 +255,6 @@ OPERATIONS: dict[Code, tuple[Operation, Operation]] = {
     ),
     Code.VIEW_WRITTEN: (lambda p, q, h: p.view(-1).add_(1), lambda p, q, h: p.add_(1)),
     Code.SIZE: (lambda p, q, h: p.mul_(p.size(0)), lambda p, q, h: p.mul_(4)),
-    Code.VALUE: (lambda p, q, h: p.mul_(q[:1].item()), lambda p, q, h: p.copy_(torch.where(p.sum() > 0, p * 2, p))),
 }
 
 
