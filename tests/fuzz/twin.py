@@ -338,11 +338,11 @@ def compare(
     """
     scalar = any(word in line for line in lines for word in SCALAR)
     limits = {**LIMITS, **(LOOSE if loose or scalar else {}), **({F64: CAPTURED} if loose else {})}
+    found = {x.dtype for seen in want.seen for x in seen.values() if isinstance(x, Tensor)} & limits.keys()
+    coarsest = max(limits[dtype] for dtype in found | {F32})
+    of_all = {dtype: max(limit, coarsest) for dtype, limit in limits.items()}  # as exact as the coarsest of them
     if any(word in line for line in lines for word in MEET):
-        # the loss is float32, and a total of its parameters' dtypes: what is finer is as exact as the coarsest of them
-        found = {x.dtype for seen in want.seen for x in seen.values() if isinstance(x, Tensor)} & limits.keys()
-        coarsest = max(limits[dtype] for dtype in found | {F32})
-        limits = {dtype: max(limit, coarsest) for dtype, limit in limits.items()}
+        limits = of_all  # the loss is float32, and a total of its parameters' dtypes
     of_states = limits
     # what was once about 1 was rounded as that
     of_parameters = limits | {dtype: (limits[dtype][0], max(limits[dtype])) for dtype in HALF}
@@ -358,7 +358,7 @@ def compare(
             break  # ours refuses before anything is changed, torch.optim's class in between
         for name in want.seen[i].keys() | got.seen[i].keys():
             x, y = (seen[i].get(name) for seen in (got.seen, want.seen))
-            limits = of_states if "." in name else of_parameters
+            limits = of_all if name == "average" else of_states if "." in name else of_parameters
             if shared and (x is None or y is None or name.endswith(".step")):
                 continue
             if captured:
