@@ -67,9 +67,9 @@ def npu_fused(
     chosen = Options(**_checked_options(mode, options))
     if switched_off() or all(node.op in ("placeholder", "get_attr", "output") for node in gm.graph.nodes):
         return gm.forward  # Dynamo compiles empty graphs too, around what it does not capture
-    _warn_of_shared_gradients(gm)
     report = CompileReport(chosen.platform)
     with net(report, chosen):
+        _warn_of_shared_gradients(gm)
         if _is_rule_step(gm):
             core_op.note_compile()
             return RuleSteps(gm.forward, chosen, _cause(with_rules=True), example_inputs[0])

@@ -85,7 +85,7 @@ def fuse_graph(
         with timed(report.seconds, "capture") as said:
             captured = capture(gm, numbers=options.platform != "npu", dimensions=options.platform != "npu")
             target = lower.choose(options.platform, captured.leaves)
-            if target.platform == "npu" != options.platform:
+            if target.platform == "npu" and options.platform != "npu":  # only the tensors have told so
                 captured = capture(gm, numbers=True)
             said.append(captured.summary)
         return _finished(_fuse(captured, target, report, options, number=number), options, gm)

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from npu_fuse_pass.capture.values import Cell, Scalars, Val
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.fx_nodes.effects import Effects, Place, has_record, recorded, storage_of
-from npu_fuse_pass.ir.expr import Expr, postorder
+from npu_fuse_pass.ir.expr import Builder, Expr, postorder
 from npu_fuse_pass.ir.types import Call, Leaf, LeafRef
 from npu_fuse_pass.reasons import Reason
 
@@ -30,6 +30,7 @@ class Level:
 
 
 class _Interpreter(Protocol):
+    builder: Builder
     leaves: list[Leaf]
 
     def add_leaf(self, leaf: Leaf, tensor: bool) -> Cell: ...
@@ -82,8 +83,7 @@ class Originals:
         level = max((self._level(val.expr) for val in vals), default=0)
         if effect.ordered:
             level = self._ordered = max(level, self._ordered)
-        while len(self.levels) <= level:
-            self.levels.append(Level())
+        self._reach(level)
         call = Call(node.target, (), {}, [], several, node.name)
         held = {place: self._held(_entry(env[place[0]], place[1]), level, place, call) for place in effect.written}
         given: Any = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: self._given(n, env[n], level, held))
@@ -107,21 +107,18 @@ class Originals:
         self.reasons.setdefault((name, reason.text), dataclasses.replace(reason, op=name))
         return made if several else made[0] if made else None
 
-    def temporary(self, val: Val) -> Expr:
-        """A value as a contiguous tensor that a stage ahead of its readers makes."""
-        leaves, level = self._interpreter.leaves, self._level(val.expr)
+    def _reach(self, level: int) -> None:
         while len(self.levels) <= level:
             self.levels.append(Level())
-        device = next((leaf.device for leaf in leaves if leaf.shape), torch.device("cpu"))
-        strides = torch.empty(val.shape, device="meta").stride()
-        name = f"t{len(leaves)}"
-        cell = self._interpreter.add_leaf(
-            Leaf("temporary", name, dtype=val.dtype, shape=val.shape, device=device, strides=strides), True
-        )
-        assert cell.leaf is not None
-        self.levels[level].writes[cell.leaf] = Cell(val, cell.leaf)
-        self._level_of[id(cell.val.expr)] = level + 1
-        return cell.val.expr
+
+    def temporary(self, val: Val) -> Expr:
+        """A value as a contiguous tensor that a stage ahead of its readers makes."""
+        level = self._level(val.expr)
+        self._reach(level)
+        index = self._temporary(val, level, self._device(), torch.empty(val.shape, device="meta").stride())
+        expr = self._interpreter.builder.leaf(index, val.dtype, tensor=True)
+        self._level_of[id(expr)] = level + 1
+        return expr
 
     def _result(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device, level: int) -> Val:
         place = f"{name}_{len(self._interpreter.leaves)}"
@@ -155,7 +152,7 @@ class Originals:
         """A leaf for what is written in place: it holds the current value, and nothing else reads it."""
         stored = self._leaf(cell.read())
         if stored is None:
-            return self._temporary(cell.read(), level, _example(*place))
+            return self._like(cell.read(), level, _example(*place))
         copied = self._interpreter.leaves[stored]
         name = f"copy_{len(self._interpreter.leaves)}"
         self._interpreter.leaves.append(dataclasses.replace(copied, kind="result", name=name, index=-1, optimizer=None))
@@ -178,15 +175,21 @@ class Originals:
             return stored
         key = (id(val.expr), val.dtype, val.shape, dense_strides(example))
         if key not in self._temporaries:
-            self._temporaries[key] = self._temporary(val, level, example)
+            self._temporaries[key] = self._like(val, level, example)
         return self._temporaries[key]
 
-    def _temporary(self, val: Val, level: int, example: Any) -> int:
+    def _like(self, val: Val, level: int, example: Any) -> int:
+        """A temporary that lies where and how the value does without fusion."""
+        device = example.device if isinstance(example, Tensor) and val.shape else self._device()
+        return self._temporary(val, level, device, dense_strides(example) if val.shape else None)
+
+    def _device(self) -> torch.device:
+        """Of the step's tensors."""
+        return next((leaf.device for leaf in self._interpreter.leaves if leaf.shape), torch.device("cpu"))
+
+    def _temporary(self, val: Val, level: int, device: torch.device, strides: tuple[int, ...] | None) -> int:
         leaves = self._interpreter.leaves
-        device = next((leaf.device for leaf in leaves if leaf.shape), torch.device("cpu"))
-        device = example.device if isinstance(example, Tensor) and val.shape else device
-        index, strides = len(leaves), dense_strides(example) if val.shape else None
-        dtype = torch.float64 if val.number else val.dtype
+        index, dtype = len(leaves), torch.float64 if val.number else val.dtype
         leaves.append(Leaf("temporary", f"t{index}", dtype=dtype, shape=val.shape, device=device, strides=strides))
         self.levels[level].writes[index] = Cell(val, index)
         return index

@@ -55,7 +55,7 @@ def evaluate(
     `numel`: the elements of the member's tensors, where those are not given.
     """
     values: dict[int, Tensor] = {}
-    if has_dimensions(formula.roots) or len({t.shape for t in tensors.values()}) > 1:
+    if tensors and (has_dimensions(formula.roots) or len({t.shape for t in tensors.values()}) > 1):
         few = small(formula.writes, formula.roots)
         sizes = {slot: t.numel() for slot, t in tensors.items() if slot not in few}
         count = elements(formula.roots, sizes, {slot: float(t) for slot, t in scalars.items()})

@@ -112,7 +112,7 @@ def why_apart(handle: str) -> str:
         return reason
     # What the function does with states behind the step Dynamo guards as they are now, and compiling the step would
     # bring those that were put in from elsewhere into the flat buffers, maybe in another order of their elements.
-    with contextlib.suppress(ValueError, RuntimeError):  # of the inputs: the step says so when it is called
+    with contextlib.suppress(Exception):  # the step meets it again, and says so where it is compiled and called
         optimizer._prelude.prepare()
         optimizer._prelude.release_gradients()
     return ""
