@@ -39,7 +39,7 @@ def expand_rule(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], 
     if any(batch.rounding.names for batch in optimizer._prelude.batches):
         words = "rounds stochastically, which a step by itself can do in a kernel"
         raise Unsupported("rule_update", words, Code.OPERATION, "compile opt.step by itself")
-    own = [p for p in optimizer._surface.params if p.grad is not None]
+    own = optimizer._surface.present()
     if len(own) != len(params):
         raise Unsupported(
             "rule_update", "other parameters have gradients than when the graph was captured", Code.GRADIENTS

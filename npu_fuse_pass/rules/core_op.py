@@ -88,17 +88,22 @@ def register(optimizer: Stepping) -> str:
 class Surface:
     """What Dynamo sees of an optimizer whose step is part of a larger graph.
 
-    Not the optimizer itself: Dynamo would guard every number in its groups, and a changed lr would recompile.
+    Not the optimizer itself: Dynamo would guard every number in its groups, and a changed lr would recompile. The
+    optimizer's own groups and not a list of their parameters: Dynamo guards whatever is changed in their lists.
     """
 
-    params: list[Tensor]
+    groups: list[dict[str, Any]]
     handle: str
     said: bool = False  # that the step is part of another backend's graph
     apart: str | None = None  # why and where a function's graph had to end before the step, the latest
 
+    def present(self) -> list[Tensor]:
+        """Parameters that have a gradient, group by group; which ones do is a guard of the graph."""
+        return [p for group in self.groups for p in group["params"] if p.grad is not None]
+
     def update(self, found_inf: Tensor | None) -> None:
-        """The step as an operation on tensors; parameters without a gradient are left out, as a guard of the graph."""
-        params = [p for p in self.params if p.grad is not None]
+        """The step as an operation on tensors."""
+        params = self.present()
         rule_update(params, [p.grad for p in params], found_inf, self.handle)  # without any it still calls step hooks
 
 
@@ -106,7 +111,7 @@ class Surface:
 def why_apart(handle: str) -> str:
     """While a function is traced: why the step cannot be part of its graph, or ""; noted for reports."""
     optimizer = optimizer_of(handle)
-    reason = pending.why_apart(optimizer, rule_update, handle)
+    reason = pending.why_apart(optimizer, optimizer._surface, rule_update, handle)
     if reason:
         optimizer._surface.apart = f"{reason}{_place()}"
         return reason
@@ -288,7 +293,7 @@ def _update(params: list[Tensor], grads: list[Tensor], found_inf: Tensor | None,
             'where it runs parameter by parameter, unfused. Compile that function with backend="npu_fused", or call '
             "the compiled step in a function of its own under @torch.compiler.disable"
         )
-    own = [p for p in optimizer._surface.params if p.grad is not None]
+    own = optimizer._surface.present()
     given = {id(p): (param, p.grad, grad) for p, param, grad in zip(own, params, grads, strict=True)}
     optimizer._before(None, in_graph=True)  # hooks may change gradients
     if found_inf is None or not bool(found_inf):

@@ -281,14 +281,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Fields that are made anew in every process and in every copy."""
         register_backend()
         self._prelude = Prelude(self)
-        self._surface = core_op.Surface([], core_op.register(self))
+        self._surface = core_op.Surface(self.param_groups, core_op.register(self))
         self._ticket = core_op.make_ticket(self._surface.handle)
         self._core = core_op.shared_core()
         self._homes = Homes()
-        self._list_params()
-
-    def _list_params(self) -> None:
-        self._surface.params = [p for group in self.param_groups for p in group["params"]]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with options of their own, as in torch.optim; they may already have gradients.
@@ -306,7 +302,6 @@ class RuleOptimizer(torch.optim.Optimizer):
             except OptionError:
                 self.param_groups.pop()
                 raise
-            self._list_params()
 
     def complete(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """A group with the defaults of what it lacks, as far as there are any."""
@@ -397,6 +392,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         super().__setstate__({**fields, "state": States(state)})
         if "_prelude" not in self.__dict__:
             self._start()
+        self._surface.groups = self.param_groups
 
     def _unsealed(self, param: Any, entry: Any) -> Any:
         """A loaded entry, with its tensors where the parameter is and in the dtype that states are stored in."""
@@ -418,9 +414,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         return id(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As usual. Dynamo would lose it: it carries out no assignment to an optimizer's attributes."""
+        """As usual, outside of a graph. Dynamo would lose it: it assigns nothing to an optimizer's attributes."""
         if torch.compiler.is_dynamo_compiling():
             torch._dynamo.graph_break(msg=f"npu_fused: opt.{name} is assigned here, which Python has to do")
         super().__setattr__(name, value)
+        if name == "param_groups" and "_surface" in self.__dict__:
+            self._surface.groups = value
 
     torch._dynamo.eval_frame.skip_code(__setattr__.__code__)

@@ -7,6 +7,7 @@ graph has to end before the step: then all is carried out, the step reads it, an
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
 import re
@@ -36,10 +37,11 @@ class Keeping(Protocol):
     def _prelude(self) -> Prepared: ...
 
 
-def why_apart(optimizer: Keeping, operation: object, handle: str) -> str:
+def why_apart(optimizer: Keeping, surface: object, operation: object, handle: str) -> str:
     """What the function that is being traced has done before the step; "" where the step can be part of its graph.
 
     Args:
+        surface: the object in which the step finds the optimizer's parameters.
         operation: the step in a graph, with `handle` as its last argument.
     """
     try:
@@ -49,6 +51,7 @@ def why_apart(optimizer: Keeping, operation: object, handle: str) -> str:
             return "two parameters have one gradient tensor, which torch would give both at later steps, too"
         tracer = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx()
         output = tracer.output
+        _guard_identity(output.side_effects[surface])
         changed = _changed(optimizer, output.side_effects)
         if changed:
             return f"{changed[0]} was changed before it in the same function"
@@ -60,6 +63,19 @@ def why_apart(optimizer: Keeping, operation: object, handle: str) -> str:
     except Exception as e:  # another torch may keep its notes elsewhere
         return f"this torch does not say what the function has changed before it ({e})"
     return ""
+
+
+def _guard_identity(surface: Any) -> None:
+    """Have Dynamo guard that a parameter which the function uses by another name, too, is one tensor by both.
+
+    It leaves that out for what it finds through an optimizer, which is quicker with torch's own.
+
+    Args:
+        surface: Dynamo's variable of the attribute through which the step finds its parameters.
+    """
+    through = surface.source.base
+    if type(through).__name__ == "OptimizerSource":
+        surface.source = dataclasses.replace(surface.source, base=through.base)
 
 
 def _changed(optimizer: Keeping, effects: Any) -> list[str]:

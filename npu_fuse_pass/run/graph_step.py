@@ -29,12 +29,6 @@ from npu_fuse_pass.run.planned import Planned, forget
 from npu_fuse_pass.run.variants import Variant, Variants
 from npu_fuse_pass.tensors.sharded import is_dtensor, local
 
-REPLACED = Cause(
-    "another parameter took the place of one that this function uses itself, too: what it does with that one outside "
-    "of the step may go to the parameter of before, because torch does not notice the change",
-    "compile opt.step alone; after torch._dynamo.reset() the function is right, too, but runs unfused",
-)
-
 Kept = dict[str, list[Tensor | None]]
 """Tensors that rule optimizers hold, by their handles."""
 
@@ -75,24 +69,13 @@ class GraphStep:
     """A captured graph: its leaves are the graph's arguments and attributes, and what rule optimizers hold."""
 
     # Dynamo keeps what a backend gives it for good, and with it a copy of its __dict__: so there is none.
-    __slots__ = (
-        "__weakref__",
-        "_gm",
-        "_named",
-        "_numbers",
-        "_optimizers",
-        "_options",
-        "_planned",
-        "_state",
-        "_variants",
-    )
+    __slots__ = ("__weakref__", "_gm", "_numbers", "_optimizers", "_options", "_planned", "_state", "_variants")
 
     def __init__(self, gm: fx.GraphModule, options: Options, handles: Sequence[str], cause: Cause) -> None:
         self._gm = gm
         self._options = options
         self._optimizers = {h: weakref.ref(core_op.optimizer_of(h), self._drop) for h in handles}
         self._numbers = _numbers(gm) if handles else []
-        self._named = _named(gm)
         for optimizer in self._stepped():
             optimizer._prelude.prepare()
             optimizer._prelude.compiled = True
@@ -111,17 +94,12 @@ class GraphStep:
         before = self._planned
         self._state, self._planned = self._look(), Planned.of([b for o in self._stepped() for b in o._prelude.batches])
         if before is not None:
-            cause = REPLACED if self._replaced() else before.changed(self._planned)
+            cause = before.changed(self._planned)
         self._variants = Variants(self._variant(cause, functools.partial(_number, self._kept())))
 
     def _variant(self, cause: Cause, number: pipeline.Number | None) -> _GraphVariant:
         made = pipeline.fuse_graph(self._gm, self._options, cause, graph_break_of(self._gm), number)
         return _GraphVariant(self._gm, made, self._options)
-
-    def _replaced(self) -> bool:
-        """Whether parameters that the function uses otherwise, too, are no longer the optimizers'."""
-        own = {id(p) for o in self._stepped() for group in o.param_groups for p in group["params"]}
-        return any(id(p()) not in own for p in self._named)
 
     def _kept(self) -> Kept:
         return {h: inputs_of(o._prelude.batches) for h, o in zip(self._optimizers, self._stepped(), strict=True)}
@@ -189,15 +167,6 @@ class GraphStep:
     def _unfused(self, reason: Reason, args: Sequence[Any]) -> Any:
         refused(self._variants.newest.report, reason, self._options.strict)
         return self._gm.forward(*args)
-
-
-def _named(gm: fx.GraphModule) -> list[weakref.ref[Tensor]]:
-    """Parameters of optimizers of ours that the graph uses otherwise than in their steps."""
-    found = []
-    for node in gm.graph.find_nodes(op="call_function", target=core_op.rule_update):
-        own = [p for p in core_op.optimizer_of(str(node.args[3]))._surface.params if p.grad is not None]
-        found += [weakref.ref(p) for n, p in zip(node.args[0], own, strict=False) if len(n.users) > 1]
-    return found
 
 
 def _numbers(gm: fx.GraphModule) -> list[int]:

@@ -30,7 +30,7 @@ class Binding:
         self._class = known
         self._prelude = StockPrelude(opt, known)
         self._replaces = f"torch.optim.{type(opt).__name__}"
-        self._surface = core_op.Surface([], core_op.register(self))
+        self._surface = core_op.Surface(opt.param_groups, core_op.register(self))
         self.ticket = core_op.make_ticket(self._surface.handle)
         self.core: Callable[[Tensor], None] = core_op.shared_core()
 
