@@ -5,6 +5,7 @@ medians, ratios medians over rounds. "ours" is the compiled call with everything
 kernels. Tables go to the terminal, numbers to bench-output/bench.json and a picture to bench-output/bench.png. Cells
 that miss what bench_cases.py aims at are listed, with the ratio that their bytes at the in-place bandwidth would give.
 
+--first prints the first hundred steps of a new process, and nothing else.
 --stock compares torch.optim's own classes under compile_step with ours of the same algorithm, and nothing else.
 --model npu measures nothing: it prints launches, bytes and modelled times of steps on an NPU (bench_model.py). It needs
 the environment of the NPU lane, so run it as: bash scripts/bench.sh --model npu [--only adamw]
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from bench_call import call_cost
 from bench_cases import FAMILIES, WORKLOADS, Family, Workload, peers
+from bench_first import COUNT, ELEMENTS, SPANS, first_steps, rows_of
 from bench_measure import compile_cost, extra_memory, inductor_cost, machine, race
 from bench_stock import stock_pairs
 
@@ -211,6 +213,13 @@ def print_many(count: int = 60) -> None:
     table(f"{count} optimizers of one kind | compiled by | reports | first steps", rows)
 
 
+def print_first() -> None:
+    """The table of a new process's first steps."""
+    spans = [f"{a} to {b}" if b > a else f"{a}" for a, b in SPANS]
+    columns = [f"kernels | Adam, {COUNT} x {ELEMENTS} | first step, s", f"ms of step {spans[0]}", *spans[1:], "all, s"]
+    table(" | ".join(columns), rows_of(first_steps()))
+
+
 def print_stock(rows: Sequence[dict[str, Any]]) -> None:
     """The table of torch.optim's classes beside ours."""
     columns = ["optimizer", "first call: ours, s", "stock", "ratio", "step with another lr: ours, ms", "stock", "ratio"]
@@ -239,6 +248,7 @@ def main() -> None:
     parser.add_argument("--stages", type=int, nargs="*", help="numbers of parameters to measure compile time at")
     parser.add_argument("--stock", action="store_true", help="nothing but torch.optim's classes beside ours")
     parser.add_argument("--many", action="store_true", help="nothing but the first steps of 60 optimizers of one kind")
+    parser.add_argument("--first", action="store_true", help="nothing but the first hundred steps of a new process")
     parser.add_argument("--model", choices=["npu"], help="no measurement: launches, bytes and modelled times on an NPU")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("bench-output"))
     given = parser.parse_args()
@@ -250,6 +260,10 @@ def main() -> None:
     if given.many:
         print(f"{datetime.date.today().isoformat()}, {machine()}")
         print_many()
+        return
+    if given.first:
+        print(f"{datetime.date.today().isoformat()}, {machine()}")
+        print_first()
         return
     if given.stock:
         print(f"{datetime.date.today().isoformat()}, {machine()}")

@@ -7,8 +7,9 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -382,3 +383,67 @@ def test_a_gradient_of_two_parameters_may_be_two_at_the_next_step(stock: bool, g
 
     assert_close(trained(True), trained(False), 1e-6)
     assert_fused(last_report(), parameters=3)
+
+
+@pytest.fixture
+def slow_to_come(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """As in a new process: the library is asked for anew, and comes when this is set."""
+    coming, load = threading.Event(), native_look._load
+
+    def later() -> None:
+        coming.wait()
+        load()
+
+    before = dict(native_look._library)
+    native_look.forget()
+    monkeypatch.setattr(native_look, "_load", later)
+    yield coming
+    coming.set()
+    native_look.wait()
+    native_look._library.update(before)
+
+
+def first_look(tensors: int) -> list[bool]:
+    """Which of three steps are watched."""
+    params = parameters([(2,)] * tensors)
+    opt = optimizers.NpuFusedAdam(params)
+    step, found = compiled(opt), []
+    for seed in range(3):
+        set_gradients(params, gradients(params, seed))
+        step()
+        found.append(watched(opt))
+    assert_fused(last_report(), parameters=tensors)
+    return found
+
+
+def test_a_step_of_very_many_tensors_waits_for_the_library(
+    slow_to_come: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native_look, "WAITED", 8)
+    threading.Timer(0.5, slow_to_come.set).start()
+    assert first_look(tensors=5) == [False, False, True]
+
+
+def test_others_do_not_wait(slow_to_come: threading.Event) -> None:
+    assert first_look(tensors=5) == [False] * 3
+
+
+def test_patience_ends(slow_to_come: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_look, "WAITED", 8)
+    monkeypatch.setattr(native_look, "PATIENCE", 0.1)
+    assert first_look(tensors=5) == [False] * 3
+
+
+def test_the_library_is_compiled_beside_the_first_kernel(
+    slow_to_come: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[bool] = []
+    load = cpu_build.load
+
+    def noting(source: str, functions: Any, flags: tuple[str, ...] = ()) -> Any:
+        begun.append(bool(native_look._threads))
+        return load(source, functions, flags)
+
+    monkeypatch.setattr(cpu_build, "load", noting)
+    first_look(tensors=5)
+    assert begun[0]

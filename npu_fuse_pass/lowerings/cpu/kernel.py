@@ -66,24 +66,11 @@ class Kernel:
         in_pieces: bool = False,
     ) -> None:
         source = generate(group.name, group.formula, totals, in_pieces)
-        library = cpu_build.load(source.text, [*source.stages, "find_overlap"])
-        functions = [getattr(library, name) for name in source.stages]
-        for f in functions:
-            f.argtypes, f.restype = [ctypes.POINTER(Args)], None
         self.group = group
         self.source = source
-        self.update = functions[-1]
-        self.contribute = functions[0] if group.formula.contributions and not in_pieces else None
-        by_name = dict(zip(source.stages, functions, strict=True))
-        none: tuple[tuple[Any, ...], ...] = ((), ())
-        self.pieces = [*none, *([by_name[name] for name in stage] for stage in source.pieces)][-2:]
-        self.reduced = [*none, *source.reduced][-2:]
         formula, members = group.formula, group.members
         self._n = len(members)
         self._leaves = leaves
-        self._find_overlap = library.find_overlap
-        self._find_overlap.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64] * 2
-        self._find_overlap.restype = ctypes.c_int64
         self._numels, self._ordered = sizes_of(leaves, group)
         counts = [max(leaves[i].whole for i in m) for m in members]
         wholes = [whole or numel for whole, numel in zip(counts, self._numels, strict=True)]
@@ -112,6 +99,24 @@ class Kernel:
         self._keep: list[Tensor] = []
         self._copy_back: list[tuple[Tensor, Tensor]] = []
         self._bound = False
+        self._load(in_pieces)  # last: the library that looks at tensors is compiled meanwhile
+
+    def _load(self, in_pieces: bool) -> None:
+        """Compile the kernel, or load it."""
+        source = self.source
+        library = cpu_build.load(source.text, [*source.stages, "find_overlap"])
+        functions = [getattr(library, name) for name in source.stages]
+        for f in functions:
+            f.argtypes, f.restype = [ctypes.POINTER(Args)], None
+        self.update = functions[-1]
+        self.contribute = functions[0] if self.group.formula.contributions and not in_pieces else None
+        by_name = dict(zip(source.stages, functions, strict=True))
+        none: tuple[tuple[Any, ...], ...] = ((), ())
+        self.pieces = [*none, *([by_name[name] for name in stage] for stage in source.pieces)][-2:]
+        self.reduced = [*none, *source.reduced][-2:]
+        self._find_overlap = library.find_overlap
+        self._find_overlap.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64] * 2
+        self._find_overlap.restype = ctypes.c_int64
 
     # One call --------------------------------------------------------------------------------------------------------
 

@@ -1,11 +1,11 @@
 // One look at the tensors of a step: whether all are as they were, and where their memory is now.
 //
 // Python takes about a microsecond for each parameter (its gradient, sizes and strides, address, version counter), most
-// of it waiting for memory; this takes a tenth. Built against those headers in torch's wheel that compile in two
-// seconds; the one that knows Python's tensor objects takes fifteen, so where the tensor is in its object is found out
-// (`place_in`). Called with the interpreter's lock held. No function lets an exception out.
+// of it waiting for memory; this takes a tenth. Built against the header in torch's wheel that compiles in two seconds;
+// the one with all of a tensor's methods takes one more, and the one that knows Python's tensor objects fifteen, so where
+// the tensor is in its object is found out (`place_in`). Called with the interpreter's lock held. No function lets an exception out.
 
-#include <ATen/core/Tensor.h>
+#include <ATen/core/TensorBase.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -23,17 +23,22 @@ void Py_DecRef(PyObject*);
 
 namespace {
 
+// An at::Tensor, which that header does not define, is a TensorBase with methods.
+const at::TensorBase& gradient(const c10::TensorImpl* t) {
+  return reinterpret_cast<const at::TensorBase&>(t->grad());
+}
+
 struct Kind {
   c10::DispatchKeySet keys;  // the kind of memory, and whether it holds the values or their negatives
   caffe2::TypeMeta dtype;
   c10::Device device;
   std::vector<int64_t> sizes, strides;
 
-  explicit Kind(const at::Tensor& t)
+  explicit Kind(const at::TensorBase& t)
       : keys(t.key_set()), dtype(t.dtype()), device(t.device()), sizes(t.sizes().vec()), strides(t.strides().vec()) {}
 
   // Elements are contiguous here; a storage may have been given back (resize_(0)) under a tensor that stays.
-  bool fits(const at::Tensor& t) const {
+  bool fits(const at::TensorBase& t) const {
     return t.key_set() == keys && t.dtype() == dtype && t.device() == device && t.sizes().equals(sizes) &&
         t.strides().equals(strides) && t.has_storage() &&
         t.storage().nbytes() >= (t.storage_offset() + t.numel()) * t.itemsize();
@@ -54,17 +59,17 @@ struct Table {
   std::vector<int64_t> order;         // of looking: those that are no gradients come first
   int64_t gradients;                  // the turn of the first one
   std::vector<c10::TensorImpl*> now;  // of the last look
-  std::vector<at::Tensor> held;       // gradients: another thread may set p.grad while a kernel runs
+  std::vector<at::TensorBase> held;       // gradients: another thread may set p.grad while a kernel runs
 
-  const at::Tensor& in(PyObject* object) const {
-    return *reinterpret_cast<at::Tensor*>(reinterpret_cast<char*>(object) + place);
+  const at::TensorBase& in(PyObject* object) const {
+    return *reinterpret_cast<at::TensorBase*>(reinterpret_cast<char*>(object) + place);
   }
 
   PyObject* type_of(PyObject* object) const {
     return *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + type_place);
   }
 
-  const Kind* kind_of(const at::Tensor& t) {
+  const Kind* kind_of(const at::TensorBase& t) {
     auto found = std::find_if(kinds.begin(), kinds.end(), [&](const Kind& k) { return k.fits(t); });
     return found != kinds.end() ? &*found : &kinds.emplace_back(t);
   }
@@ -79,18 +84,18 @@ struct Look {
   const std::vector<PyObject*>& objects;
   int64_t alone;  // the first turn of a gradient that is looked up through its tensor
   int64_t* addresses;
-  std::vector<const at::Tensor*> tensors = std::vector<const at::Tensor*>(objects.size());
+  std::vector<const at::TensorBase*> tensors = std::vector<const at::TensorBase*>(objects.size());
 
   // The tensor of a turn, or null if its object is of another type; torch's undefined tensor where there is none.
-  const at::Tensor* tensor(int64_t turn) const {
+  const at::TensorBase* tensor(int64_t turn) const {
     const int64_t i = table.order[turn];
-    if (turn >= alone) return &table.now[table.known[i].owner]->grad();
+    if (turn >= alone) return &gradient(table.now[table.known[i].owner]);
     return table.type_of(objects[i]) == table.known[i].type ? &table.in(objects[i]) : nullptr;
   }
 
   bool fits(int64_t turn) {
     const int64_t i = table.order[turn];
-    const at::Tensor* t = tensors[turn];
+    const at::TensorBase* t = tensors[turn];
     if (t == nullptr || !t->defined() || !table.known[i].kind->fits(*t)) return false;
     addresses[i] = reinterpret_cast<int64_t>(t->mutable_data_ptr());
     table.now[i] = t->unsafeGetTensorImpl();
@@ -156,7 +161,7 @@ extern "C" {
 
 // Takes the tensors over, which are those of the objects. size: bytes of a tensor object. owners[i]: which tensor i is
 // the gradient of, or -1. Null: they cannot be looked at so.
-void* look_make(at::Tensor* const* tensors, PyObject* const* objects, const int64_t* owners, int64_t n, int64_t size) {
+void* look_make(at::TensorBase* const* tensors, PyObject* const* objects, const int64_t* owners, int64_t n, int64_t size) {
   auto table = std::make_unique<Table>();
   bool good = n > 0;
   try {
@@ -165,13 +170,13 @@ void* look_make(at::Tensor* const* tensors, PyObject* const* objects, const int6
     good = table->place >= 0 && table->type_place >= 0;
     table->now.resize(n);
     for (int64_t i = 0; good && i < n; i++) {
-      const at::Tensor& t = *tensors[i];
+      const at::TensorBase& t = *tensors[i];
       table->known.push_back({table->kind_of(t), type_of(objects[i]), owners[i]});
       table->objects.push_back(objects[i]);
       if (owners[i] < 0) table->order.push_back(i);
       good = table->in(objects[i]).is_same(t) && table->type_of(objects[i]) == table->known[i].type &&
           t.is_contiguous() && table->known[i].kind->fits(t) &&
-          (owners[i] < 0 || tensors[owners[i]]->unsafeGetTensorImpl()->grad().is_same(t));
+          (owners[i] < 0 || gradient(tensors[owners[i]]->unsafeGetTensorImpl()).is_same(t));
     }
     table->gradients = table->order.size();
     for (int64_t i = 0; i < n; i++) {

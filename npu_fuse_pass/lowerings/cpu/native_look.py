@@ -1,7 +1,8 @@
 """One native look at a step's tensors instead of several Python calls for each of them.
 
-`native_look.cpp` is compiled in the background when the first kernel with many tensors is made (two seconds, once for
-each version of torch) and kept with the kernels. Until it is there, and where it cannot be had, Python looks.
+`native_look.cpp` is compiled beside the first kernel with many tensors (four seconds, once for each version of torch)
+and kept with the kernels. A step of very many tensors waits for it before its first run; others begin without it. Until
+it is there, and where it cannot be had, Python looks.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import logging
 import os
 import pathlib
 import threading
+import time
 import weakref
 from collections.abc import Sequence, Set
 from typing import Any
@@ -29,6 +31,10 @@ from npu_fuse_pass.reasons import Code
 
 WORTH = 16
 """Tensors below which Python is as fast."""
+WAITED = 1000
+"""Tensors from which on the first step waits for the library: Python takes a millisecond for them at every step."""
+PATIENCE = 5.0
+"""Seconds, from the beginning of its compile, for which steps wait."""
 _MADE_AT_MOST = 8  # tables for tensors that keep changing
 
 _log = logging.getLogger(__name__)
@@ -111,6 +117,11 @@ class Looking:
         if self._left:
             _start()
 
+    def wait(self) -> None:
+        """Wait for the library if there are very many tensors."""
+        if self._left and len(self._written) >= WAITED:
+            wait(PATIENCE)
+
     @property
     def missing(self) -> str | None:
         """Why there is none although there should be."""
@@ -174,6 +185,7 @@ def _at(numbers: array.array[int]) -> int:
 
 
 _threads: list[threading.Thread] = []  # the one that compiles or loads the library
+_begun: list[float] = []  # when it did
 _lock = threading.Lock()
 
 
@@ -181,8 +193,9 @@ def _start() -> threading.Thread:
     """Compile or load the library beside everything else; at its end the interpreter kills the compiler."""
     with _lock:
         if not _threads:
-            thread = threading.Thread(target=_load, name="npu_fuse_pass: compiling cpu_look.cpp", daemon=True)
+            thread = threading.Thread(target=_load, name="npu_fuse_pass: compiling native_look.cpp", daemon=True)
             _threads.append(thread)
+            _begun.append(time.monotonic())
             try:
                 thread.start()
             except RuntimeError as e:  # a limit on threads
@@ -198,11 +211,15 @@ def _end() -> None:
             thread.join(timeout=10)  # it removes its files
 
 
-def wait() -> bool:
-    """Wait until the library is there or cannot be had; True if it is there."""
+def wait(patience: float | None = None) -> bool:
+    """Wait until the library is there or cannot be had, or for so many seconds since its compile began.
+
+    Returns:
+        Whether it is there.
+    """
     thread = _start()
     if thread.is_alive():
-        thread.join()
+        thread.join(None if patience is None else max(0.0, _begun[0] + patience - time.monotonic()))
     return "native" in _library
 
 
@@ -210,6 +227,7 @@ def forget() -> None:
     """As in a new process: the library is loaded or compiled anew."""
     _library.clear()
     _threads.clear()
+    _begun.clear()
 
 
 def _load() -> None:
@@ -242,6 +260,6 @@ def _torch_flags() -> tuple[str, ...]:
     abi = int(torch.compiled_with_cxx11_abi())
     libraries = os.path.join(base, "lib")
     return (
-        *("-std=c++20", "-O2", f"-I{os.path.join(base, 'include')}", f"-D_GLIBCXX_USE_CXX11_ABI={abi}"),
-        *(f"-L{libraries}", "-lc10", "-ltorch_cpu"),
+        *("-std=c++20", "-O1", f"-I{os.path.join(base, 'include')}", f"-D_GLIBCXX_USE_CXX11_ABI={abi}"),
+        *(f"-L{libraries}", "-lc10"),
     )

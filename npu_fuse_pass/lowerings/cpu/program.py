@@ -75,6 +75,8 @@ class Program:
         self.written = False
         written = {m[s] for g in groups for s in g.formula.written for m in g.members}
         self._outputs = [(i, leaves[i]) for i in sorted(written) if leaves[i].kind in ("output", "temporary")]
+        for kernel in self.kernels:
+            kernel.looking.wait()
 
     def __call__(self, values: Values, complete: bool = False, kinds: object = None) -> None:
         """Run the step; fills in the values of "output" and "temporary" leaves.
