@@ -25,7 +25,7 @@ from npu_fuse_pass.report.net import net
 from npu_fuse_pass.report.report import CompileReport, record, reports
 from npu_fuse_pass.rules import core_op
 from npu_fuse_pass.rules.torch_steps import look_after_compiled_steps
-from npu_fuse_pass.run.graph_step import graph_step, told
+from npu_fuse_pass.run.graph_step import graph_step, told, told_of
 from npu_fuse_pass.run.rule_step import RuleSteps
 from npu_fuse_pass.tensors.same import share_a_gradient
 from npu_fuse_pass.user_warnings import warn
@@ -196,17 +196,21 @@ def compiling() -> bool:
 class NewBreaks:
     """What Dynamo says of graphs that it has ended since this was made."""
 
+    _KINDS = "graph_break", "unimplemented"  # a step that it skips from a loop on is counted as the latter alone
+
     def __init__(self) -> None:
-        self._counts = dict(torch._dynamo.utils.counters["graph_break"])
+        self._counts = {kind: dict(torch._dynamo.utils.counters[kind]) for kind in self._KINDS}
         self._told = len(torch._dynamo.utils.graph_break_reasons)
 
     def reason(self) -> str | None:
-        """Why it ended one: the first with its file and line, else the last that it only counted; None: none."""
+        """Why it ended one, and where: the first that it tells, else the last that it only counted; None: none."""
         if found := torch._dynamo.utils.graph_break_reasons[self._told :]:
             return told(found[0])
-        counts = torch._dynamo.utils.counters["graph_break"]
-        grown = [reason for reason, count in counts.items() if count > self._counts.get(reason, 0)]
-        return grown[-1].splitlines()[0] if grown else None
+        for kind, before in self._counts.items():
+            counts = torch._dynamo.utils.counters[kind]
+            if grown := [reason for reason, count in counts.items() if count > before.get(reason, 0)]:
+                return told_of(grown[-1])
+        return None
 
 
 def breaks() -> list[str]:

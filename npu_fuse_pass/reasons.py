@@ -133,10 +133,8 @@ class Code(enum.Enum):
     )
     NO_RULE = ("Dynamo captures a step of torch.optim: it is not one that an update rule is known to compute.", None)
     HIDDEN = ("Dynamo does not look into this optimizer's step.", None)
-    NOT_CAPTURED = (
-        "No update reached the backend.",
-        f"call opt.step without closures that break the graph, or {_RULE}",
-    )
+    NOT_CAPTURED = ("No update reached the backend.", _RULE)
+    RECOMPILES = ("Every step is compiled anew, until torch stops, and then runs as the original.", None)
 
     INTERNAL = ("An error inside npu_fuse_pass.", _REPORT)
 

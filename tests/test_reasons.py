@@ -461,6 +461,22 @@ class Reads(torch.optim.Optimizer):
                 torch._dynamo.graph_break()
 
 
+class Alternates(torch.optim.Optimizer):
+    """Counts in a number of its group, by which it looks into a list: Dynamo then takes it for a constant."""
+
+    def __init__(self, params: Any, from_list: bool) -> None:
+        super().__init__(params, {"lr": 0.1, "count": 0})
+        self.from_list = from_list
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        group = self.param_groups[0]
+        group["count"] += 1
+        scale = (0.5, 0.4, 0.3, 0.2, 0.1, 0.05)[group["count"] % 6] if self.from_list else 1 / (1 + group["count"])
+        for p in group["params"]:
+            p.sub_(p.grad, alpha=scale)
+
+
 EXPLAINED: dict[str, tuple[Code, Callable[[], Any], Callable[[], Any] | None]] = {
     "fused": (
         Code.FUSED_OPTION,
@@ -469,6 +485,11 @@ EXPLAINED: dict[str, tuple[Code, Callable[[], Any], Callable[[], Any] | None]] =
     ),
     "hidden": (Code.HIDDEN, lambda: torch.optim.SparseAdam(ones((4,))), lambda: torch.optim.Adam(ones((4,)))),
     "a value": (Code.VALUE, lambda: Reads(ones((4,)), False), lambda: Reads(ones((4,)), True)),
+    "compiled anew": (
+        Code.RECOMPILES,
+        lambda: Alternates(ones((4,)), from_list=True),
+        lambda: Alternates(ones((4,)), from_list=False),
+    ),
     "nothing to update": (Code.NOT_CAPTURED, lambda: torch.optim.SGD([torch.ones(3)], lr=0.1), None),
 }
 
@@ -480,6 +501,35 @@ def test_what_torch_shows(name: str) -> None:
     assert {reason.code for reason in report.reasons} == {code} and report.remedies
     if cured is not None:
         assert not npu_fuse_pass.explain(cured()).reasons
+
+
+def test_what_torch_compiles_no_further_is_said_with_its_cause() -> None:
+    params = ones((4,))
+    step = npu_fuse_pass.compile_step(Alternates(params, from_list=True))
+    with torch._dynamo.config.patch(recompile_limit=3):
+        said = warned(lambda: [step() for _ in range(5)])
+    assert len(said) == 1 and "a step of Alternates ran eagerly" in said[0]
+    for words in ("a number in a parameter group changed", "test_reasons.py:", "What to do: use an optimizer of ours"):
+        assert words in said[0]
+
+
+@pytest.mark.parametrize(
+    ("reason", "cause", "has_remedy"),
+    [
+        ("0/1: self.state[p]['step'] == 1  # a  # lib/a.py:3 in step", "a Python number in the states", False),
+        ("0/4: self.state[p]['step'] == 4  # a  # lib/a.py:3 in step", "a Python number in the states", True),
+        ("0/4: self.state[p]['norm'] == 3.99e-05", "a Python number in the states", True),
+        ("0/0: len(self.state) == 0", "created states", False),
+        ("0/2: ((1 + self.param_groups[0]['k']) % 6) == 3", "a number in a parameter group", True),
+        ("0/2: len(self.param_groups[0]['params']) == 3", "parameters were added", False),
+        ("1/0: Cache line invalidated because L['self'] got deallocated", "another optimizer runs", True),
+        ("1/0: Cache line invalidated because L['p'] got deallocated", "no longer true: Cache", False),
+    ],
+)
+def test_what_a_guard_says(reason: str, cause: str, has_remedy: bool) -> None:
+    found = recompile(reason, with_rules=False)
+    assert cause in found.text and (found.remedy is not None) == has_remedy
+    assert (", lib/a.py:3, in step)" in found.text) == ("lib/a.py" in reason)
 
 
 def test_dtypes_that_meet_without_a_cast() -> None:

@@ -28,12 +28,14 @@ class _Guard(NamedTuple):
     """What a failed guard looks like, what happened, and what to do.
 
     `with_rules`: what to do where rules step in the compiled function, if that is something else.
+    `settles`: torch makes a number symbolic at its first change, if it can: there is something to do only after that.
     """
 
     pattern: str
     cause: str
     remedy: str | None
     with_rules: str | None = None
+    settles: bool = False
 
 
 _GUARDS = [
@@ -44,7 +46,7 @@ _GUARDS = [
         _OUTSIDE,
     ),
     _Guard(
-        r"\['param_groups'\]|param_groups\[\d+\]\['\w+'\](\[\d+\])? ==",
+        r"\['param_groups'\]|param_groups\[\d+\]\['(?!params')\w+'\].* ([<>]|[=!<>]=) ",
         "a number in a parameter group changed",
         _RULES,
         _OUTSIDE,
@@ -56,6 +58,7 @@ _GUARDS = [
         "go on), or torch.compile(opt.step) alone: optimizers with rules (optimizers.*) leave those parameters out "
         "without a recompile",
     ),
+    _Guard(r"\.state\b.*\] == -?[\d.]+(e[+-]?\d+)?$", "a Python number in the states changed", _RULES, settles=True),
     _Guard(
         r"len\(self\.state|\.state\b.* (is|in|==|!=) ",
         "the step before this one created states, as first steps do",
@@ -68,7 +71,7 @@ _GUARDS = [
         "keep opt.param_groups[...]['params'] as it was at the first step",
     ),
     _Guard(
-        r"deallocated|___check_obj_id|obj_id|id\(",
+        r"(deallocated|obj_id|\bid\().*(self|opt)|(self|opt).*deallocated",
         "another optimizer runs the same code (instances of a class share torch's limit of compiles)",
         "npu_fuse_pass.compile_step(opt) gives each optimizer compiles of its own",
     ),
@@ -92,18 +95,27 @@ def recompile(reason: str, with_rules: bool) -> Cause:
         reason: in Dynamo's words.
         with_rules: an optimizer with a rule steps in the graph.
     """
-    guard = reason.splitlines()[0].partition("#")[0].strip()
-    guard = re.sub(r"^\d+/\d+: ", "", guard)
+    guard, _, rest = reason.splitlines()[0].partition("#")
+    earlier = re.match(r"\d+/(\d+): ", guard)
+    guard = guard[earlier.end() if earlier else 0 :].strip()
+    no_longer = f"no longer true: {guard}{_place(rest)}"
     for known in _GUARDS:
         if re.search(known.pattern, guard):
-            remedy = (with_rules and known.with_rules) or known.remedy
-            return Cause(f"{known.cause} (no longer true: {guard})", remedy)
-    return Cause(f"no longer true: {guard}", None)
+            settles = known.settles and (earlier is None or int(earlier[1]) < 2)
+            remedy = None if settles else (with_rules and known.with_rules) or known.remedy
+            return Cause(f"{known.cause} ({no_longer})", remedy)
+    return Cause(no_longer, None)
+
+
+def _place(rest: str) -> str:
+    """Where the code is that asked for a guard, from what follows it: "# code  # file.py:12 in step"."""
+    found = re.search(r"(\S+\.py:\d+) in (\w+)", rest)
+    return f", {found[1]}, in {found[2]}" if found and "torch/_dynamo/" not in found[1] else ""
 
 
 def graph_break(text: str) -> Reason:
     """What a break of Dynamo's, in its words, means for a step that runs outside of graphs because of it."""
-    reads_a_value = any(words in text for words in ("Tensor.item()", "Data-dependent"))
+    reads_a_value = any(words in text.lower() for words in ("tensor.item()", "data-dependent"))
     return (Code.VALUE if reads_a_value else Code.NOT_CAPTURED)(text)
 
 

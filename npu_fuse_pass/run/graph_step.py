@@ -224,6 +224,14 @@ def told(reason: Any) -> str:
     return f"{own[1] if own else str(reason.reason).splitlines()[0]}{place}"
 
 
+def told_of(text: str) -> str:
+    """The same of a break of which there is only Dynamo's text, with the place that this names, if any."""
+    found = re.search(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<name>\w+)', text)
+    found = found or re.search(r"frame skipped: (?P<name>\w+) \((?P<file>.+) line (?P<line>\d+)\)", text)
+    place = f" ({found['file']}:{found['line']}, in {found['name']})" if found else ""
+    return f"{text.splitlines()[0]}{place}"
+
+
 class _Arguments:
     """From the graph's arguments to the values of all leaves; attributes are looked up once."""
 

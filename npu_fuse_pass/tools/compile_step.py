@@ -12,8 +12,9 @@ import torch
 
 from npu_fuse_pass import backend
 from npu_fuse_pass.errors import NotCapturedError
-from npu_fuse_pass.report.causes import graph_break
+from npu_fuse_pass.report.causes import FIRST, graph_break
 from npu_fuse_pass.report.logs import switched_off
+from npu_fuse_pass.report.report import CompileReport
 from npu_fuse_pass.rules.hidden import hidden
 from npu_fuse_pass.rules.optimizer import RuleOptimizer
 from npu_fuse_pass.run import torch_class
@@ -85,7 +86,7 @@ class CompiledStep:
             self._step = captured(opt, self._original, self._watched)
         self.fused_option = FusedOption(opt, by)
         self._steps = 0
-        self._any_compiled = False
+        self._compiled: CompileReport | None = None
         self._warned = False
         self._released = switched_off()
         self.running = False
@@ -130,9 +131,9 @@ class CompiledStep:
                 raise
             raise own from e
         if self._watched.ran:
-            self._any_compiled = True
+            self._compiled = self._watched.ran[-1]
             if torch_step is not None:
-                report = self._watched.ran[-1]
+                report = self._compiled
                 report.checked_against[1:] = [torch_step.name]
                 steps = report.checked_steps
                 torch_step.compare(self._opt.state, names_of([self._opt]), steps, rounds_once=False)
@@ -180,13 +181,10 @@ class CompiledStep:
         """A step that updated parameters, but not in a compiled graph."""
         self._steps += 1
         name = type(self._opt).__name__
-        if self._any_compiled and not self._warned:
+        if self._compiled is not None and not self._warned:
             self._warned = True
-            warn(
-                f"npu_fused: a step of {name} ran eagerly: torch compiles no further variant of it. What changes "
-                "between steps costs variants: make lr a tensor, keep gradients from becoming None (set_to_none=False)"
-            )
-        if not self._any_compiled and self._steps >= 2:
+            warn(f"npu_fused: a step of {name} ran eagerly: {self._why_no_further(self._compiled)}")
+        if self._compiled is None and self._steps >= 2:
             broken = graph_break(self._breaks.reason() or "TORCH_LOGS=graph_breaks says why")
             why = (hidden(self._opt) or broken.led_by("Dynamo broke or skipped every graph")).advised
             done = f"two steps of {name} ran, both eagerly, and torch handed no update to the backend"
@@ -196,6 +194,13 @@ class CompiledStep:
             if not self._warned:
                 self._warned = True
                 warn(f"npu_fused: nothing was compiled: {error}")
+
+    def _why_no_further(self, last: CompileReport) -> str:
+        """Why a step is not compiled though an earlier one was, of which this is the report."""
+        if last.cause != FIRST.text:
+            remedy = f". What to do: {last.cause_remedy}" if last.cause_remedy else ""
+            return f"torch compiles no further variant of it, after one because of this: {last.cause}{remedy}"
+        return graph_break(self._breaks.reason() or "TORCH_LOGS=graph_breaks,recompiles says why").advised
 
     def release(self) -> None:
         """Run the original from now on, with fused=True where it was."""

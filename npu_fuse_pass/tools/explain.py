@@ -20,9 +20,14 @@ from npu_fuse_pass.tools.compile_step import has_gradients
 from npu_fuse_pass.tools.roads import road
 from npu_fuse_pass.tools.twin import twin as _twin
 
+_STEPS, _MOST_STEPS = 4, 6
+
 
 def explain(opt: torch.optim.Optimizer, **options: Any) -> CompileReport:
-    """Compile and run two steps of a copy of `opt`, and return the report of the second one.
+    """Compile and run steps of a copy of `opt`, and return the report of the last one.
+
+    There are four steps, and up to six where the fourth is compiled anew: by then torch has made numbers that change
+    symbolic, and what is compiled still will be at every step (`RECOMPILES` in the report).
 
     Values, states and gradients of `opt` do not change, and its hooks are not called. Parameters that require a
     gradient and have none get one of zeros, on the copy. Needs memory for one more copy of parameters and states.
@@ -45,7 +50,7 @@ def explain(opt: torch.optim.Optimizer, **options: Any) -> CompileReport:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """What came of two compiled steps of a copy; `step` does another one, if the copy could be compiled."""
+    """What came of compiled steps of a copy; `step` does another one, if the copy could be compiled."""
 
     report: CompileReport
     step: Callable[[], Any] | None = None
@@ -62,9 +67,7 @@ def try_on_copy(opt: torch.optim.Optimizer, options: dict[str, Any]) -> Trial:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="npu_fused")  # the report says it
-            for _ in range(2):
-                watched.ran.clear()
-                step()
+            anew = _steps(step, watched)
     except Exception as e:
         own = backend.own_error(e)
         if own is e:
@@ -77,7 +80,26 @@ def try_on_copy(opt: torch.optim.Optimizer, options: dict[str, Any]) -> Trial:
             missed = graph_break(breaks.reason() or "Dynamo skips it (TORCH_LOGS=graph_breaks says why)")
         missed = missed.led_by("no update reached the backend")
         return Trial(CompileReport(watched.options["platform"], fallbacks=[missed]))
-    return Trial(_joined(watched.ran), step)
+    report = _joined(watched.ran)
+    if anew:
+        text = f"every step is compiled anew, until torch stops: {report.cause}"
+        report = dataclasses.replace(
+            report, fallbacks=[*report.fallbacks, Code.RECOMPILES(text, remedy=report.cause_remedy)]
+        )
+    return Trial(report, step)
+
+
+def _steps(step: Callable[[], Any], watched: backend.Watched) -> bool:
+    """Make steps until one is compiled no more; whether the last one still was."""
+    seen: list[CompileReport] = []
+    for i in range(_MOST_STEPS):
+        watched.ran.clear()
+        step()
+        anew = any(all(report is not s for s in seen) for report in watched.ran)
+        if i + 1 >= _STEPS and not anew:
+            break
+        seen += watched.ran
+    return anew
 
 
 def _joined(reports: list[CompileReport]) -> CompileReport:
