@@ -4,13 +4,37 @@ of a run: how much of torch's database of optimizers was met.
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
 
 os.environ.setdefault("NPU_FUSE_VERIFY", "1")  # in processes that tests start, too
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is loaded by now, torch and the tests, stays: the garbage collector need not look at it again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def unmeasured_guards() -> Iterator[None]:
+    """Dynamo measures the guards of everything that it compiles, and empties the processor's caches before: for a small
+    step that is half of the compile, and only its debug log says what was measured.
+    """
+    import torch._dynamo.guards
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch._dynamo.guards, "profile_guard_manager", lambda *given: 0.0, raising=False)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
