@@ -5,6 +5,7 @@ of a run: how much of torch's database of optimizers was met.
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -23,6 +24,12 @@ def pytest_collection() -> Generator[None, object, object]:
     finally:
         gc.enable()
         gc.freeze()
+        unheard_traces()
+
+
+def unheard_traces() -> None:
+    """pytest listens to every logger that passes nothing on; Dynamo would write a trace of all that it does for it."""
+    logging.getLogger("torch.__trace").propagate = True  # to nobody: without a handler nothing is written
 
 
 @pytest.fixture(autouse=True, scope="session")
