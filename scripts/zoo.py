@@ -5,6 +5,7 @@ python scripts/zoo.py                        # every class, a row for each in zo
 python scripts/zoo.py --only timm.optim.Lion,optimi --again
 python scripts/zoo.py --sample               # 30 classes, which have to show what zoo_classes.SAMPLE says
 python scripts/zoo.py --page                 # docs/zoo.md from the rows there are
+python scripts/zoo.py --record               # what a recorder would make of what docs/zoo.md has not wholly fused
 
 A class that has a row is not run again. Every class has a process and a time limit of its own.
 """
@@ -31,6 +32,7 @@ from typing import Any
 import torch
 import torch._dynamo
 import torch.fx.experimental.symbolic_shapes
+import zoo_record
 import zoo_run
 from zoo_classes import LIBRARIES, SAMPLE, Class, classes
 
@@ -43,9 +45,10 @@ _FORK = multiprocessing.get_context("fork")
 
 Row = dict[str, Any]
 Wanted = Callable[[str, str], bool]
+Measure = Callable[[str, str, Class], Row]
 
 
-def run_library(library: str, wanted: Wanted, jobs: int, results: pathlib.Path) -> None:
+def run_library(library: str, wanted: Wanted, jobs: int, results: pathlib.Path, measure: Measure) -> None:
     """Import a library once, and fork a process for each of its classes."""
     try:
         found = classes(library)
@@ -56,7 +59,7 @@ def run_library(library: str, wanted: Wanted, jobs: int, results: pathlib.Path) 
     running: list[_Running] = []
     while waiting or running:
         while waiting and len(running) < jobs:
-            running.append(_Running(library, *waiting.pop(0)))
+            running.append(_Running(library, *waiting.pop(0), measure))
         time.sleep(0.05)
         for one in [r for r in running if r.over()]:
             running.remove(one)
@@ -66,11 +69,11 @@ def run_library(library: str, wanted: Wanted, jobs: int, results: pathlib.Path) 
 class _Running:
     """The process of one class."""
 
-    def __init__(self, library: str, name: str, cls: Class) -> None:
+    def __init__(self, library: str, name: str, cls: Class, measure: Measure) -> None:
         self._about = {"library": library, "name": name}
         self._file = pathlib.Path(tempfile.mkstemp(suffix=".json")[1])
         self._started = time.monotonic()
-        self._process = _FORK.Process(target=_child, args=(library, name, cls, self._file))
+        self._process = _FORK.Process(target=_child, args=(library, name, cls, measure, self._file))
         sys.stdout.flush()
         self._process.start()
 
@@ -90,13 +93,13 @@ class _Running:
         return {**row, "seconds": round(spent, 1)}
 
 
-def _child(library: str, name: str, cls: Class, file: pathlib.Path) -> None:
+def _child(library: str, name: str, cls: Class, measure: Measure, file: pathlib.Path) -> None:
     os.setsid()
     with (file.parent / f"{file.stem}.log").open("w", encoding="utf-8") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
     pathlib.Path(log.name).unlink()
-    file.write_text(json.dumps(zoo_run.run(library, name, cls), default=str), encoding="utf-8")
+    file.write_text(json.dumps(measure(library, name, cls), default=str), encoding="utf-8")
     os._exit(0)
 
 
@@ -115,10 +118,12 @@ def rows_of(results: pathlib.Path) -> dict[str, Row]:
     return {f"{row['library']}.{row['name']}": row for row in rows}
 
 
-def run(libraries: Iterable[str], wanted: Wanted, jobs: int, results: pathlib.Path) -> None:
+def run(
+    libraries: Iterable[str], wanted: Wanted, jobs: int, results: pathlib.Path, measure: Measure = zoo_run.run
+) -> None:
     """Run the libraries one after the other, each in a process of its own."""
     for library in libraries:
-        process = _FORK.Process(target=run_library, args=(library, wanted, jobs, results))
+        process = _FORK.Process(target=run_library, args=(library, wanted, jobs, results, measure))
         process.start()
         process.join()
 
@@ -238,14 +243,17 @@ def main() -> int:
     parser.add_argument("--only", default="", help="libraries or classes, separated by commas")
     parser.add_argument("--again", action="store_true", help="run classes again that have a row")
     parser.add_argument("--page", action="store_true", help="only write docs/zoo.md")
+    parser.add_argument("--record", action="store_true", help="what a recorder would make of what is not wholly fused")
     parser.add_argument("--jobs", type=int, default=1, help="classes at a time")
     chosen = parser.parse_args()
     if chosen.sample:
         return check_sample(chosen.jobs)
     OUTPUT.mkdir(exist_ok=True)
-    results = OUTPUT / "results.jsonl"
+    results = OUTPUT / ("recorded.jsonl" if chosen.record else "results.jsonl")
     if not chosen.page:
         only = [name for name in chosen.only.split(",") if name]
+        if chosen.record and not only:
+            only = zoo_record.unfused(PAGE.read_text(encoding="utf-8"))
         done = set() if chosen.again else rows_of(results).keys()
 
         def wanted(library: str, name: str) -> bool:
@@ -253,7 +261,10 @@ def main() -> int:
             return full not in done and (not only or library in only or full in only)
 
         asked = [name for name in LIBRARIES if not only or any(o == name or o.startswith(f"{name}.") for o in only)]
-        run(asked, wanted, chosen.jobs, results)
+        run(asked, wanted, chosen.jobs, results, zoo_record.run if chosen.record else zoo_run.run)
+    if chosen.record:
+        print(zoo_record.table(list(rows_of(results).values())))
+        return 0
     PAGE.write_text(page(list(rows_of(results).values())), encoding="utf-8")
     print(f"wrote {PAGE.relative_to(ROOT)}")
     return 0

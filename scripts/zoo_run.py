@@ -46,10 +46,10 @@ class Twin:
     def __init__(self, library: str, cls: Class, way: str, dtype: torch.dtype = torch.float32) -> None:
         torch.manual_seed(0)
         self.way = way
-        if "matrices" in way:
-            sizes = (32, 16, 12, 24, 8)
+        if "matrices" in way or "large" in way:
+            sizes = (256,) * 101 if "large" in way else (32, 16, 12, 24, 8)
             self.model = nn.Sequential(*(nn.Linear(i, o, bias=False) for i, o in itertools.pairwise(sizes)))
-            shape: tuple[int, ...] = (5, 32)
+            shape: tuple[int, ...] = (5, sizes[0])
         else:
             convolution = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten())
             self.model = nn.Sequential(*convolution, nn.Linear(32, 10), nn.LayerNorm(10))

@@ -13,6 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "scripts"))  # its modules import each other as scripts do
 
 import zoo  # noqa: E402
+import zoo_record  # noqa: E402
 from zoo_classes import SAMPLE, construct  # noqa: E402
 from zoo_run import Phase, Twin, compiled, difference, eager, fused, verdict  # noqa: E402
 
@@ -150,3 +151,35 @@ def test_a_class_gets_usual_values_for_what_has_none() -> None:
     model = torch.nn.Linear(3, 2)
     opt = construct("tests", Halved, list(model.parameters()), model)
     assert opt.param_groups[0]["lr"] == 1e-3 and opt.param_groups[0]["params"] == list(model.parameters())
+
+
+def test_what_a_recorder_would_make_of_steps() -> None:
+    whole = zoo_record.Recorded(Twin("tests", Halved, "plain"))
+    assert (len(whole.stretches), whole.groups, whole.why) == (1, 1, [])
+    broken = zoo_record.Recorded(Twin("tests", Reads, "plain"))
+    assert len(broken.stretches) == 7 and not broken.why  # a sum and its reader for each parameter, and the last update
+    answers = zoo_record.Answers(whole.calls.made)
+    before = [p.detach().clone() for p in whole.twin.params]
+    whole.twin.step(zoo_record.step_under(whole.twin.opt, answers), 0)
+    assert not answers.other and all(map(torch.equal, before, whole.twin.params))  # nothing was computed
+    whole.twin.opt.param_groups[0]["params"].pop()
+    answers = zoo_record.Answers(whole.calls.made[1:])
+    whole.twin.step(zoo_record.step_under(whole.twin.opt, answers), 0)
+    assert answers.other
+
+
+def test_the_recorder_is_asked_about_what_the_page_has_not_wholly_fused() -> None:
+    rows = [
+        dict(library="optimi", name="SGD", result="fused", why=[]),
+        dict(library="optimi", name="Adam", result="partly", why=["mm"]),
+        dict(library="muon", name="Muon", result="not reached", why=["a value"]),
+        dict(library="muon", name="Other", result="not run", why=["no"]),
+    ]
+    assert zoo_record.unfused(zoo.page(rows)) == ["optimi.Adam", "muon.Muon"]
+    small = dict(eager=3, now=None, python=4, kernels=2)
+    rows = [
+        dict(library="a", name="B", result="one stretch", stretches=1, calls=5, small=small),
+        dict(result="nothing"),
+    ]
+    text = zoo_record.table(rows)
+    assert "| a.B | 1 | 5 | 3 | – | 6 | – | – | – |" in text and "1 one stretch, 1 nothing" in text
