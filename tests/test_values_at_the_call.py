@@ -563,6 +563,45 @@ def test_a_parameter_in_the_place_of_another(
         assert sum(group.updates for group in report.groups) >= 2
 
 
+@pytest.mark.usefixtures("afresh")
+@pytest.mark.parametrize("changes", ["the gradient", "the name", "both"])
+@pytest.mark.parametrize("scaled_first", [False, True])
+def test_a_gradient_in_the_place_of_another(changes: str, scaled_first: bool) -> None:
+    """A function that keeps its gradients by a name of its own scales what that is, and the step reads `.grad`."""
+
+    def trained(compiled: bool) -> list[Tensor]:
+        params = parameters([(3,), (4,)], seed=0)
+        opt = NpuFusedAdam(params)
+        set_gradients(params, gradients(params, 0))
+        own = {"grad": params[0].grad}
+
+        @torch.no_grad()
+        def function() -> None:
+            if scaled_first:
+                own["grad"].mul_(0.5)
+            opt.step()
+            if not scaled_first:
+                own["grad"].mul_(0.5)
+
+        step = torch.compile(function, backend="npu_fused") if compiled else function
+        seen = []
+        for i in range(4):
+            if i == 2:
+                new = torch.full((3,), 2.0)
+                if changes != "the name":
+                    params[0].grad = new
+                if changes != "the gradient":
+                    own["grad"] = new
+            step()
+            seen += [clones([p.detach() for p in params]), clones([own["grad"], params[0].grad])]
+        return [t for tensors in seen for t in tensors]
+
+    assert_close(trained(True), trained(False))
+    for report in npu_fuse_pass.reports():
+        assert report.fallback is None
+        assert sum(group.updates for group in report.groups) >= 2
+
+
 def test_a_step_without_gradients_in_a_function_calls_its_hooks() -> None:
     params, twins = parameters([(3,), (3,)], seed=0), parameters([(3,), (3,)], seed=0)
     opt, twin = NpuFusedAdam(params), torch.optim.Adam(twins)
