@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import multiprocessing
 import os
 import pathlib
@@ -20,8 +21,9 @@ _CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "pytest", "hypothesis
 
 
 def copy_of_the_project(folder: pathlib.Path) -> pathlib.Path:
+    """With Python's bytecode, which counts for files that stay as they are; pytest's own would name the original's."""
     for name in ("npu_fuse_pass", "optimizers", "tests"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*-pytest-*"))
     shutil.copy(ROOT / "pyproject.toml", folder)
     return folder
 
@@ -57,8 +59,11 @@ def _places(package: pathlib.Path, name: str) -> Iterator[tuple[pathlib.Path, tu
         if name.partition(".")[0] not in text:
             continue
         starts = [0, *(m.end() for m in re.finditer("\n", text)), len(text)]
-        for node in _named(ast.parse(text).body, name):
+        for node in _named(_parsed(text).body, name):
             yield path, (starts[node.lineno - 1], starts[node.end_lineno or node.lineno])
+
+
+_parsed = functools.cache(ast.parse)
 
 
 def _named(body: Sequence[ast.stmt], name: str) -> Iterator[ast.stmt]:
