@@ -30,7 +30,7 @@ from bench_call import call_cost
 from bench_cases import FAMILIES, WORKLOADS, Family, Workload, peers
 from bench_first import COUNT, ELEMENTS, SPANS, first_steps, rows_of
 from bench_measure import compile_cost, extra_memory, inductor_cost, machine, race
-from bench_stock import stock_pairs
+from bench_stock import FIRST_AT_MOST, STEP_AT_MOST, stock_pairs
 
 import npu_fuse_pass
 import optimizers
@@ -224,12 +224,17 @@ def print_stock(rows: Sequence[dict[str, Any]]) -> None:
     """The table of torch.optim's classes beside ours."""
     columns = ["optimizer", "first call: ours, s", "stock", "ratio", "step with another lr: ours, ms", "stock", "ratio"]
     cells = []
+    missed = []
     for r in rows:
         first, step = r["first call"], r["step"]
+        beyond = r["ratio"] > STEP_AT_MOST or first["stock"] > FIRST_AT_MOST * first["ours"]
+        missed += [r["optimizer"]] if beyond else []
         calls = [f"{first['ours']:.2f}", f"{first['stock']:.2f}", f"{first['stock'] / first['ours']:.2f}x"]
         steps = [f"{1e3 * step['ours']:.2f}", f"{1e3 * step['stock']:.2f}", f"{r['ratio']:.2f}x"]
         cells.append([r["optimizer"], *calls, *steps])
     table(" | ".join(columns), cells)
+    limits = f"{FIRST_AT_MOST:g} times our first call or {STEP_AT_MOST:g} times our step"
+    print(f"\nbeyond {limits}: {', '.join(missed) or 'none'}")
 
 
 def main() -> None:

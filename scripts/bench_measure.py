@@ -128,10 +128,11 @@ def race(contestants: dict[str, tuple[Params, Step]], seconds: float, multiplied
 
 
 @contextmanager
-def cold_kernels() -> Iterator[None]:
-    """No kernel on disk or loaded, so that C++ is compiled; the library for `native_look` too, in the background."""
+def cold_kernels(look: bool = True) -> Iterator[None]:
+    """No kernel on disk or loaded, so that C++ is compiled; with `look` the library for `native_look` too."""
     cpu_build._loaded.clear()
-    native_look.forget()
+    if look:
+        native_look.forget()
     before = os.environ.get("NPU_FUSE_CACHE_DIR")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["NPU_FUSE_CACHE_DIR"] = folder

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import npu_fuse_pass
+from npu_fuse_pass.algorithms.nadam import nadam
 from npu_fuse_pass.reasons import Code
 
 from .optim_cases import CASES, Case, run
@@ -23,7 +24,7 @@ from .test_optim_db import assert_equal
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*", "ignore:.*switched it off.*")
 
-CLASSES = ("Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "RAdam", "Rprop")
+CLASSES = ("Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "Rprop", "ASGD")
 ALL = [case for case in CASES if case.name in CLASSES and case.form != "unwrapped"]
 DB = ALL if FULL else tier([case for case in ALL if case.form == "method" and case.implementation != "fused"])
 SHAPES = ((3, 4), (5,), (2, 3, 2), (), (5,))
@@ -39,10 +40,12 @@ STOCK: dict[str, Callable[..., Any]] = {
     "Adamax": lambda p, **o: torch.optim.Adamax(p, **{"lr": 0.02, **o}),
     "RAdam": lambda p, **o: torch.optim.RAdam(p, **{"lr": 0.02, "betas": (0.9, 0.9), **o}),
     "Rprop": lambda p, **o: torch.optim.Rprop(p, **{"lr": 0.02, **o}),
+    "NAdam": lambda p, **o: torch.optim.NAdam(p, **{"lr": 0.02, "momentum_decay": 0.1, **o}),
+    "ASGD": lambda p, **o: torch.optim.ASGD(p, **{"lr": 0.05, "lambd": 0.01, "t0": 2, **o}),
     "SGD plain": lambda p, **o: torch.optim.SGD(p, **{"lr": 0.05, "weight_decay": 0.1, **o}),
 }
 
-NAMES = list(STOCK) if FULL else ["Adam", "SGD", "Rprop"]
+NAMES = list(STOCK) if FULL else ["Adam", "SGD", "Rprop", "ASGD"]
 
 
 @pytest.fixture(autouse=True)
@@ -456,6 +459,42 @@ def test_counters_that_several_parameters_share() -> None:
     twins.both(share)
     twins.train(1)
     twins.check()
+
+
+KEPT_NUMBERS = {"NAdam": ("mu_product",), "ASGD": ("eta", "mu")}
+
+
+@pytest.mark.parametrize("name", KEPT_NUMBERS)
+def test_numbers_of_a_parameter_are_torchs_bits(name: str) -> None:
+    """Also where a step of torch's own comes in between, and the learning rate changes."""
+    twins = Twins(name, foreach=False)
+    for change in (eager_step, other_numbers):
+        twins.train(3)
+        change(twins)
+    twins.train(3)
+    for p, q in zip(twins.params, twins.others, strict=True):
+        for key in (*KEPT_NUMBERS[name], "step"):
+            mine, torchs = twins.opt.state[p][key], twins.eager.state[q][key]
+            assert torch.equal(mine, torchs) and mine.dtype == torchs.dtype, (key, mine, torchs)
+    rule_report(5)
+
+
+@pytest.mark.parametrize("name", KEPT_NUMBERS if FULL else ["NAdam"])
+@pytest.mark.filterwarnings("ignore:npu_fused")
+def test_numbers_that_a_rule_does_not_keep(name: str) -> None:
+    """A checkpoint of float64 parameters gives them in float64; torch multiplies there in float64, too."""
+    twins = Twins(name, dtype=torch.float64)
+    twins.train(2)
+    rule_report(5)
+    reload(twins)
+    twins.train(2)
+    twins.check(1e-7)  # captured, eta is not rounded to float32 on its way, as torch's is
+    assert KEPT_NUMBERS[name][0] in last_report().no_rule.text
+
+
+def test_a_rule_with_numbers_of_a_parameter_is_no_optimizer_of_ours() -> None:
+    with pytest.raises(npu_fuse_pass.RuleError, match="'mu_product' is one number"):
+        nadam(parameters(((3,),)))
 
 
 def test_strict_raises_before_anything_changes() -> None:

@@ -54,7 +54,9 @@ def _capture(batches: Sequence[Batch]) -> Captured:
     captured = Captured([], [], [])
     traces = _Traces()
     for batch in batches:
-        roles = _Roles(["param", "grad", *batch.stored], ["step", *batch.rounding.names, *batch.hyper.names])
+        shaped = [n for n in batch.stored if n not in batch.numbers]
+        numbers = [*batch.numbers, "step", *batch.rounding.names, *batch.hyper.names]
+        roles = _Roles(["param", "grad", *shaped], numbers)
         members = _add_leaves(captured.leaves, batch, roles)
         if any(b.repeats for b in batches):
             continue
@@ -96,7 +98,7 @@ def outline(batches: Sequence[Batch]) -> tuple[object, ...] | None:
 def _add_leaves(leaves: list[Leaf], batch: Batch, roles: _Roles) -> list[tuple[int, ...]]:
     first, n = len(leaves), len(batch.params)
     dtypes = {"param": batch.dtype, "grad": batch.grad_dtype, **batch.stored}
-    of_each = [*roles.tensors, "step", *batch.rounding.names]
+    of_each = [*roles.tensors, *batch.numbers, "step", *batch.rounding.names]
     for role in of_each:
         for p, owner in zip(batch.params, batch.owners, strict=True):
             name, index = f"{role}_{len(leaves)}", len(leaves)
@@ -174,7 +176,8 @@ def _calls(batch: Batch, shape: tuple[int, ...]) -> object:
     device = torch.device("meta")
     tensors = {"param": torch.empty(shape, dtype=batch.dtype, device=device)}
     tensors["grad"] = torch.empty(shape, dtype=batch.grad_dtype, device=device)
-    tensors |= {n: torch.empty(shape, dtype=dtype, device=device) for n, dtype in batch.stored.items()}
+    shapes = {n: () if n in batch.numbers else shape for n in batch.stored}
+    tensors |= {n: torch.empty(shapes[n], dtype=dtype, device=device) for n, dtype in batch.stored.items()}
     keywords = meta_keywords(batch.hyper.static, batch.hyper.views, batch.totals)
     keywords |= batch.rounding.keyword(lambda name: torch.empty((), dtype=torch.float64, device=device))
     record = _Record([*tensors.values(), *(k for k in tree_leaves(keywords) if isinstance(k, Tensor))])
@@ -235,7 +238,7 @@ def _trace(batch: Batch, roles: _Roles, shape: tuple[int, ...], totals: Sequence
         sums[name] = Cell(dataclasses.replace(step.val, expr=b.total(number)))
 
         def contribution(t: dict[str, Tensor], k: dict[str, Any], name: str = name) -> Any:
-            states = {n: t[n] for n in batch.stored}
+            states = {n: t[n] for n in batch.stored if n in t}
             return batch.rule.contribution(name, t["param"], t["grad"], states, k)
 
         cell, graph = _run(interpreter, batch, contribution, shape, cells, {**numbers, "step": step})
@@ -245,22 +248,25 @@ def _trace(batch: Batch, roles: _Roles, shape: tuple[int, ...], totals: Sequence
         contributions.append((number, cell.val.expr))
 
     def update(t: dict[str, Tensor], k: dict[str, Any]) -> Any:
-        new, grad, states = batch.rule.apply(t["param"], t["grad"], {n: t[n] for n in batch.stored}, k)
+        new, grad, states = batch.rule.apply(t["param"], t["grad"], {n: {**k, **t}[n] for n in batch.stored}, k)
         return [new, *([grad] if grad is not None else []), *states.values()]
 
     rounding = batch.rounding.keyword(scalars.__getitem__)
-    results, graph = _run(interpreter, batch, update, shape, cells, {**numbers, "step": step, **sums, **rounding})
+    kept = {n: scalars[n] for n in batch.numbers}
+    keyworded = {**numbers, "step": step, **sums, **rounding, **kept}
+    results, graph = _run(interpreter, batch, update, shape, cells, keyworded)
     targets = ["param", *(["grad"] if batch.rule.writes_grad else []), *batch.stored]
     position = {n: i for i, n in enumerate(roles.labels)}
     writes = []
     for name, result in zip(targets, results, strict=True):
-        writes.append((position[name], b.cast(result.val.expr, dtypes[name])))
+        expr = result.val.expr
+        writes.append((position[name], expr if name in kept else b.cast(expr, dtypes[name])))
     if batch.counts:
         writes.append((position["step"], step.val.expr))
     slots = [Slot(True, dtypes[n]) for n in roles.tensors] + [Slot(False, torch.float64) for _ in roles.scalars]
     stored = sum(2 * slots[p].dtype.itemsize for p, _ in writes if slots[p].tensor)  # copying the results
     keywords = [*tree_leaves(_group_numbers(batch, position)), "step", *(f"total {n}" for n, _ in contributions)]
-    keywords += [position[name] for name in batch.rounding.names]
+    keywords += [position[name] for name in (*batch.rounding.names, *kept)]
     arguments = (*(position[n] for n in cells), *keywords)
     traced = Traced(batch.rule.name, graph, tuple(graphs), arguments)
     update_of_one = Update(writes, contributions, [], roles.labels, slots, traced)

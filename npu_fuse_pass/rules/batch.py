@@ -86,6 +86,11 @@ class Batch:
         self._grads = None
 
     @property
+    def numbers(self) -> tuple[str, ...]:
+        """The states that are one number for a parameter; they come behind the others."""
+        return self.rule.numbers_of(self.stored)
+
+    @property
     def is_dtensors(self) -> bool:
         return self.sharding in ("shard", "replica")
 

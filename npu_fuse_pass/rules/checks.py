@@ -40,6 +40,10 @@ def check_rule(rule: Declaration, settings: Mapping[str, Any]) -> None:
     """
     static, numbers = split_keywords(wanted_keywords(rule), settings)
     names, totals = rule.states_of(settings), rule.totals_of(settings)
+    if kept := rule.numbers_of(names):
+        raise RuleError(
+            f"rule {rule.name!r}: the state {kept[0]!r} is one number, which classes of torch.optim alone keep"
+        )
     missing = [n for n in wanted_keywords(rule) if n not in settings]
     if missing:
         raise RuleError(f"rule {rule.name!r} asks for {missing[0]!r}, which is not among its defaults {list(settings)}")

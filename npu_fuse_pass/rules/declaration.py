@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, Literal
 
@@ -22,10 +22,15 @@ OPTIONS = ("state_dtype", "flatten", "master_weights", "stochastic_rounding")
 
 @dataclasses.dataclass(frozen=True)
 class Init:
-    """How a state starts: filled with `value`, in the parameter's shape. Use `zeros`, `ones` or `Init(0.5)`."""
+    """How a state starts: filled with `value`, in the parameter's shape. Use `zeros`, `ones` or `Init(0.5)`.
+
+    Attributes:
+        is_number: it is one number for the whole parameter; see `number`.
+    """
 
     value: float
     condition: Condition | None = None
+    is_number: bool = False
 
     def when(self, condition: Condition) -> Init:
         """The state exists only in groups for which `condition(hyperparameters)` is true; else the rule gets None."""
@@ -34,6 +39,15 @@ class Init:
 
 zeros = Init(0.0)
 ones = Init(1.0)
+
+
+def number(value: float) -> Init:
+    """A state that is one number for the whole parameter, behind all that have its shape.
+
+    The rule gets and gives a 0-dim float64 tensor. torch's own classes have such states, and only they can: there is no
+    place for them in the flat buffers of an optimizer of ours.
+    """
+    return Init(value, is_number=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +108,10 @@ class Declaration:
         """Names of the states that parameters of a group with these hyperparameters have."""
         return tuple(n for n, init in self.states.items() if init.condition is None or init.condition(group))
 
+    def numbers_of(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Those of these states that are one number for a parameter."""
+        return tuple(n for n in names if self.states[n].is_number)
+
     def totals_of(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         """Names of the totals to which parameters of such a group contribute."""
         return tuple(n for n, t in self.totals.items() if t.condition is None or t.condition(group))
@@ -107,7 +125,8 @@ class Declaration:
         """
         work = arithmetic_dtype(param.dtype)
         own = self.itself.states
-        values = [states[n].to(work) if n in states else None for n in own]
+        kinds = {n: torch.float64 if init.is_number else work for n, init in own.items()}
+        values = [states[n].to(kinds[n]) if n in states else None for n in own]
         exact = _exact(param, states, work)
         result = self.function(exact, grad.to(work), *values, **{k: keywords.get(k) for k in self.keywords})
         new = list(result) if isinstance(result, (tuple, list)) else [result]

@@ -20,6 +20,8 @@ from npu_fuse_pass.algorithms.adadelta import adadelta
 from npu_fuse_pass.algorithms.adagrad import adagrad
 from npu_fuse_pass.algorithms.adam import adam, adamw
 from npu_fuse_pass.algorithms.adamax import adamax
+from npu_fuse_pass.algorithms.asgd import asgd
+from npu_fuse_pass.algorithms.nadam import nadam
 from npu_fuse_pass.algorithms.radam import radam
 from npu_fuse_pass.algorithms.rmsprop import rmsprop
 from npu_fuse_pass.algorithms.rprop import rprop
@@ -82,8 +84,10 @@ _CLASSES: dict[type[torch.optim.Optimizer], StockClass] = {
     torch.optim.Adagrad: _stock(adagrad, "lr_decay", "initial_accumulator_value", "eps"),
     torch.optim.Adadelta: _stock(adadelta, "rho", "eps"),
     torch.optim.Adamax: _stock(adamax, "betas", "eps"),
+    torch.optim.NAdam: _stock(nadam, "betas", "eps", "momentum_decay", "decoupled_weight_decay"),
     torch.optim.RAdam: _stock(radam, "betas", "eps", "decoupled_weight_decay"),
     torch.optim.Rprop: _stock(rprop, "etas", "step_sizes"),
+    torch.optim.ASGD: _stock(asgd, "lambd", "alpha", "t0"),
 }
 
 

@@ -202,28 +202,31 @@ class StockPrelude:
         missing: list[Tensor | None] = [None] * len(batch.params)
         entries = [self._opt.state.get(p) or {} for p in batch.owners]
         views = {name: missing.copy() for name in batch.stored}
+        numbers = batch.numbers
         batch.shown = [{} for _ in batch.owners]
         for i, (p, entry) in enumerate(zip(batch.owners, entries, strict=True)):
-            grad = p.grad
+            grad, label = p.grad, labels[id(p)]
             for name in batch.stored:
                 value = entry.get(name)
                 if value is None and grad is not None:
                     if "step" not in batch.fixed:
-                        raise Refused(Code.NO_RULE(f"{labels[id(p)]} has other states, and no {name!r}"))
+                        raise Refused(Code.NO_RULE(f"{label} has other states, and no {name!r}"))
                     value = torch.zeros_like(grad)
                     self._made.append((p, name, value))
-                elif value is not None and (reason := refused_state(p, name, value, labels[id(p)])):
+                elif value is not None and name not in numbers and (reason := refused_state(p, name, value, label)):
                     raise Refused(reason)
                 if value is not None:
                     views[name][i] = local(value)
                     batch.shown[i][name] = value
         batch.views = views  # type: ignore[assignment]
+        for name in numbers:
+            _check_numbers(name, views[name], batch.owners, labels)
         if "step" in batch.fixed:
             begun = [any(entry.get(name) is not None for name in batch.stored) for entry in entries]
             batch.steps.copy_(torch.tensor(begun))
         else:
             batch.step_views = [entry.get("step") for entry in entries]  # type: ignore[misc]
-            _check_counters(batch.step_views, batch.owners, labels)
+            _check_numbers("step", batch.step_views, batch.owners, labels)
 
 
 def _new(rule: Declaration, index: int, group: Mapping[str, Any], params: list[Tensor], counted: bool) -> Batch:
@@ -242,7 +245,7 @@ def _new(rule: Declaration, index: int, group: Mapping[str, Any], params: list[T
         grad_dtype=first.dtype,
         device=first.device,
         flat={},
-        stored=dict.fromkeys(names, first.dtype),
+        stored={**dict.fromkeys(names, first.dtype), **dict.fromkeys(rule.numbers_of(names), torch.float32)},
         fixed=frozenset() if counted else frozenset({"step"}),
         views={},
         steps=steps,
@@ -277,13 +280,13 @@ def _refused(p: Tensor, t: Tensor, label: str) -> Reason | None:
     return None
 
 
-def _check_counters(steps: Sequence[Any], params: Sequence[Tensor], labels: Mapping[int, str]) -> None:
-    for step, p in zip(steps, params, strict=True):
-        if step is not None and _odd_counter(step):
-            raise Refused(Code.NO_RULE(f"the state 'step' of {labels[id(p)]} is {step!r}"))
-    places = [step.data_ptr() for step in steps if step is not None]
+def _check_numbers(name: str, values: Sequence[Any], params: Sequence[Tensor], labels: Mapping[int, str]) -> None:
+    for value, p in zip(values, params, strict=True):
+        if value is not None and _odd_number(name, value):
+            raise Refused(Code.NO_RULE(f"the state {name!r} of {labels[id(p)]} is {value!r}"))
+    places = [value.data_ptr() for value in values if value is not None]
     if len(set(places)) < len(places):
-        raise Refused(Code.NO_RULE("two parameters share the state 'step'"))
+        raise Refused(Code.NO_RULE(f"two parameters share the state {name!r}"))
 
 
 def _serves(batch: Batch, rule: Declaration, index: int, group: Mapping[str, Any], members: list[Tensor]) -> bool:
@@ -329,9 +332,12 @@ def _fits(batch: Batch, index: int, param: Tensor, grad: Tensor | None) -> bool:
         return False
     if grad is None:
         return True
-    own = (grad, *(views[index] for views in batch.views.values()))
-    return all(t is not None and t.shape == param.shape and not _odd(t, batch.dtype) for t in own) and not (
-        "step" not in batch.fixed and _odd_counter(batch.step_views[index])
+    numbers = batch.numbers
+    own = (grad, *(views[index] for name, views in batch.views.items() if name not in numbers))
+    counter = () if "step" in batch.fixed else (("step", batch.step_views[index]),)
+    kept = (*counter, *((name, batch.views[name][index]) for name in numbers))
+    return all(t is not None and t.shape == param.shape and not _odd(t, batch.dtype) for t in own) and not any(
+        _odd_number(name, t) for name, t in kept
     )
 
 
@@ -340,5 +346,7 @@ def _odd(t: Tensor, dtype: torch.dtype) -> bool:
     return type(t) not in _PLAIN or t.dtype != dtype or t.device.type != "cpu" or t.layout is not torch.strided
 
 
-def _odd_counter(step: object) -> bool:
-    return type(step) is not Tensor or step.dtype not in DTYPES or step.device.type != "cpu" or step.ndim != 0
+def _odd_number(name: str, t: object) -> bool:
+    """Whether a counter, or another number of a parameter, is of a kind that torch does not make or a rule not keep."""
+    dtypes = DTYPES if name == "step" else (torch.float32,)
+    return type(t) is not Tensor or t.dtype not in dtypes or t.device.type != "cpu" or t.ndim != 0

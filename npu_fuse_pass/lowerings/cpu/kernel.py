@@ -117,6 +117,7 @@ class Kernel:
         self._find_overlap = library.find_overlap
         self._find_overlap.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64] * 2
         self._find_overlap.restype = ctypes.c_int64
+        self._ones = array.array("q", [1]) * self._n
 
     # One call --------------------------------------------------------------------------------------------------------
 
@@ -299,7 +300,8 @@ class Kernel:
                 if found(self._tables.tensors, column, sizes):
                     return True
         # where a 0-dim tensor begins is enough
-        return any(found(self._tables.scalars, c, array.array("q", self._tables.active)) for c in self._scalars_read)
+        ones = self._ones if self._all_active else array.array("q", self._tables.active)
+        return any(found(self._tables.scalars, c, ones) for c in self._scalars_read)
 
     def call(self, function: Callable[..., None], threads: int) -> None:
         self._tables.share(threads)
