@@ -1,5 +1,5 @@
 """Every test steps with the native look at tensors, however few there are, and sees internal errors; and the last lines
-of a run: how much of torch's database of optimizers was met.
+of a run: how much of torch's database of optimizers was met, and where the time went.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
+
+from .stages import Clock, Totals
 
 os.environ.setdefault("NPU_FUSE_VERIFY", "1")  # in processes that tests start, too
 
@@ -30,6 +32,33 @@ def pytest_collection() -> Generator[None, object, object]:
 def unheard_traces() -> None:
     """pytest listens to every logger that passes nothing on; Dynamo would write a trace of all that it does for it."""
     logging.getLogger("torch.__trace").propagate = True  # to nobody: without a handler nothing is written
+
+
+CLOCK, TOTALS = Clock(), Totals()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def counted_compilers() -> Iterator[None]:
+    from npu_fuse_pass.lowerings.cpu import build
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "compile_library", CLOCK.compiling(build.compile_library))
+        yield
+
+
+def pytest_runtest_logstart() -> None:
+    CLOCK.read()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, Any, Any]:
+    report = yield
+    report.spent = CLOCK.read()  # goes with the report to the process that prints
+    return report
+
+
+def pytest_runtest_logreport(report: Any) -> None:
+    TOTALS.add(report.nodeid, getattr(report, "spent", []))  # none of a test that ended its process
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -97,7 +126,10 @@ def on_meta() -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Count the database's cases by outcome, and say what no backend is shown."""
+    """Where the time went; the database's cases by outcome, and what no backend is shown."""
+    terminalreporter.section("processor seconds of the tests")
+    for line in TOTALS.lines():
+        terminalreporter.line(line)
     outcomes: dict[str, list[str]] = {}
     for outcome in ("passed", "failed", "error", "skipped"):
         names = [getattr(report, "nodeid", "") for report in terminalreporter.stats.get(outcome, [])]
