@@ -30,6 +30,9 @@ PRIVATE_TORCH_EXCEPTIONS = {
         "torch._sym_log2": "beside what Dynamo has for math.log2",
         "torch._dynamo.utils": "a context of its that Dynamo cannot look into means nothing in a step of ours",
         "torch._dynamo.config.patch": "numbers that item() reads stay in the graph of this thread's compile",
+        "torch._dynamo.pgo.auto_dynamic": "a number that changes is one that has changed",
+        "torch._dynamo.source.AttrSource": "reads the groups of an optimizer as Dynamo does",
+        "torch._dynamo.variables": "reads the groups of an optimizer as Dynamo does, and not an option that they lack",
     },
     "npu_fuse_pass.fx_nodes.effects": {
         "torch.utils._python_dispatch.TorchDispatchMode": "sees what an operation writes and draws",

@@ -58,6 +58,11 @@ _GUARDS = [
         "go on), or torch.compile(opt.step) alone: optimizers with rules (optimizers.*) leave those parameters out "
         "without a recompile",
     ),
+    _Guard(
+        r"\.grad\b.*deallocated",
+        "a gradient is another tensor than before",
+        "zero_grad(set_to_none=False) keeps gradients",
+    ),
     _Guard(r"\.state\b.*\] == -?[\d.]+(e[+-]?\d+)?$", "a Python number in the states changed", _RULES, settles=True),
     _Guard(
         r"len\(self\.state|\.state\b.* (is|in|==|!=) ",

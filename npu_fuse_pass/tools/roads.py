@@ -52,11 +52,13 @@ def captured(
         return step
     numbers_read = reading_numbers()
 
+    changing: set[str] = set()
+
     def run(*args: Any, **kwargs: Any) -> Any:
-        with symbolic_numbers(), numbers_read:
+        with symbolic_numbers(changing), numbers_read:
             return compiled(*args, **kwargs)
 
-    return first_eagerly(opt, step, run)
+    return first_eagerly(opt, step, run, changing)
 
 
 def _of_rules(opt: RuleOptimizer, core: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

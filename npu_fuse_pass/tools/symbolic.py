@@ -3,15 +3,19 @@
 Dynamo makes an integer that changed symbolic, but fixes it again where `math.pow`, `math.log` or `math.exp` takes it:
 it looks for torch._sym_pow and its like, which torch lacks (it has _sym_sqrt and others). They are there while a step
 that `compile_step` made is called, and only then: other compiles do not meet them. So is a context in the place of one
-that Dynamo does not look into.
+that Dynamo does not look into; numbers that are known to change are symbolic in the first compile already; and Dynamo
+does not write `capturable`, an option of torch's classes, into the groups of others, where its guards then fail.
 """
 
 from __future__ import annotations
 
 import contextlib
+import contextvars
+import dataclasses
 import math
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -35,20 +39,52 @@ def _sym_exp(x: Any) -> Any:
     return math.e ** torch.sym_float(x)
 
 
+_changing: contextvars.ContextVar[Collection[str]] = contextvars.ContextVar("changing", default=())
+_variables = torch._dynamo.variables
+_entry_of = _variables.builder.process_automatic_dynamic  # type: ignore[attr-defined]
+_set_capturable = _variables.OptimizerVariable._set_capturable
+
+
+def _entry_as_if_changed(tx: Any, name: str, entry: Any, **kwargs: Any) -> Any:
+    """What Dynamo knows of an input; of a number that is known to change, that it has."""
+    found = _entry_of(tx, name, entry, **kwargs)
+    key = re.search(r"\['(\w+)'\]$", name)
+    if key is None or key[1] not in _changing.get() or not isinstance(found.scalar, (int, float)):
+        return found
+    return dataclasses.replace(found, scalar=torch._dynamo.pgo.auto_dynamic)
+
+
+def _set_capturable_where_known(self: Any, tx: Any) -> None:
+    """As torch's, without the option in groups that do not have it."""
+    if any("capturable" in group for group in self.value.param_groups):
+        _set_capturable(self, tx)
+        return
+    source = self.source and torch._dynamo.source.AttrSource(self.source, "param_groups")
+    built = _variables.VariableTracker.build(tx, self.value.param_groups, source)
+    _variables.LazyVariableTracker.realize_all(built)
+
+
 _MISSING = {"_sym_pow": _sym_pow, "_sym_log": _sym_log, "_sym_exp": _sym_exp}
 # Libraries that compile parts of their steps themselves lift torch's limit of compiles meanwhile, in a context that
 # Dynamo does not look into; a step that is compiled as a whole has a limit of its own.
 _MEANWHILE: list[tuple[Any, str, Any]] = [
     *((torch, name, function) for name, function in _MISSING.items() if not hasattr(torch, name)),
     (torch._dynamo.utils, "disable_cache_limit", contextlib.nullcontext),
+    (_variables.builder, "process_automatic_dynamic", _entry_as_if_changed),
+    (_variables.OptimizerVariable, "_set_capturable", _set_capturable_where_known),
 ]
 _BEFORE = [getattr(module, name, None) for module, name, _ in _MEANWHILE]
 
 
 @contextlib.contextmanager
-def symbolic_numbers() -> Iterator[None]:
-    """While inside, a compile keeps `math`'s functions of changing numbers in the graph."""
+def symbolic_numbers(changing: Collection[str] = ()) -> Iterator[None]:
+    """While inside, a compile keeps `math`'s functions of changing numbers in the graph.
+
+    Args:
+        changing: keys in groups and states whose numbers are symbolic from the first compile on.
+    """
     global _entered
+    token = _changing.set(changing)
     with _lock:
         _entered += 1
         if _entered == 1:
@@ -57,6 +93,7 @@ def symbolic_numbers() -> Iterator[None]:
     try:
         yield
     finally:
+        _changing.reset(token)
         with _lock:
             _entered -= 1
             if not _entered:
