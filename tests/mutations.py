@@ -178,7 +178,7 @@ MUTATIONS = [
         REDUCED,
     ),
     Mutation(
-        "fma is a product", "CPP", '"fma": "std::fma({0}, {1}, {2})"', '"fma": "{0} * {1}"', _operation("addcmul")
+        "fma is a product", "CPP", '"fma": "math::fma({0}, {1}, {2})"', '"fma": "{0} * {1}"', _operation("addcmul")
     ),
     Mutation(
         "ties of bfloat16 are rounded up", "C++", "u = (u + 0x7fff + ((u >> 16) & 1)) &", "u = (u + 0x8000) &", ROUNDING

@@ -83,7 +83,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
 
 
 WRONG = {
-    "a root that is not taken": (r"std::sqrt\(", "1.25f*("),
+    "a root that is not taken": (r"math::sqrt\(", "1.25f*("),
     "a product for a quotient": (r"const float (v\d+) = (v\d+) / (v\d+);", r"const float \1 = \2 * \3;"),
 }
 

@@ -224,7 +224,7 @@ class _Stage:
             lines.append("    for (int64_t c = a.first_chunk[m]; c < a.first_chunk[m + 1]; ++c) {")
             lines.append(f"      {take} y += a.partial[c * PARTIAL + {2 * j + 1}];")
             lines.append("    }")
-            lines.append(f"    s[{self.stored[id(e)]}] = std::isfinite(x) ? x + y : x; }}")
+            lines.append(f"    s[{self.stored[id(e)]}] = math::isfinite(x) ? x + y : x; }}")
         return lines
 
     def _piece(self, k: int) -> str:

@@ -1,7 +1,27 @@
-// What every generated kernel starts with: its arguments, half precision, and torch's rules for NaN.
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+// What every generated kernel starts with: functions, its arguments, half precision, and torch's rules for NaN.
+#include <stdint.h>
+#include <string.h>
+
+// <cmath> has these and as much again of templates, a fifth of a small kernel's compile; g++ and clang++ know them.
+namespace math {
+#define ONE(name) \
+  static inline float name(float x) { return __builtin_##name##f(x); } \
+  static inline double name(double x) { return __builtin_##name(x); }
+ONE(sqrt) ONE(exp) ONE(exp2) ONE(expm1) ONE(log) ONE(log2) ONE(log10) ONE(log1p) ONE(sin) ONE(cos) ONE(tan)
+ONE(asin) ONE(acos) ONE(atan) ONE(sinh) ONE(cosh) ONE(tanh) ONE(asinh) ONE(acosh) ONE(atanh) ONE(erf) ONE(erfc)
+ONE(floor) ONE(ceil) ONE(trunc) ONE(nearbyint) ONE(fabs)
+#undef ONE
+#define TWO(name) \
+  static inline float name(float x, float y) { return __builtin_##name##f(x, y); } \
+  static inline double name(double x, double y) { return __builtin_##name(x, y); }
+TWO(pow) TWO(fmax) TWO(fmin) TWO(atan2) TWO(copysign) TWO(hypot) TWO(fmod)
+#undef TWO
+static inline float fma(float x, float y, float z) { return __builtin_fmaf(x, y, z); }
+static inline double fma(double x, double y, double z) { return __builtin_fma(x, y, z); }
+template <class T> static inline bool isinf(T x) { return __builtin_isinf(x); }
+template <class T> static inline bool isfinite(T x) { return __builtin_isfinite(x); }
+}
+static const float INFINITY = __builtin_inff(), NAN = __builtin_nanf("");
 
 struct Args {
   int64_t members, chunks, threads, grain, elements;
@@ -76,13 +96,13 @@ static inline void store(const Args& a, int64_t slot, int64_t m, double x) {
     default: *(bool*)p = x != 0;
   }
 }
-// std::pow that remembers: members that have been updated equally often have the same powers.
+// math::pow that remembers: members that have been updated equally often have the same powers.
 struct Power {
   double args[2], value;
   bool known;
   double operator()(double x, double y) {
     const double given[2] = {x, y};
-    if (!known || memcmp(given, args, sizeof(args))) { memcpy(args, given, sizeof(args)); value = std::pow(x, y); }
+    if (!known || memcmp(given, args, sizeof(args))) { memcpy(args, given, sizeof(args)); value = math::pow(x, y); }
     known = true;
     return value;
   }

@@ -63,7 +63,7 @@ template <class Op, class Values, class Put> static inline void reduce_over(
     int64_t R0, int64_t K0, int64_t R1, int64_t K1, const int64_t* task, const Values& values, const Put& put) {
   double v[WIDTH], x[WIDTH], y[WIDTH];
   const int64_t first = task[1], last = task[2], begin = task[3], width = task[4] - task[3];
-  const auto give = [&](int64_t i, int64_t j) { put(i, std::isfinite(x[j]) ? x[j] + y[j] : x[j]); };
+  const auto give = [&](int64_t i, int64_t j) { put(i, math::isfinite(x[j]) ? x[j] + y[j] : x[j]); };
   if (K1 == 1) {
     const int64_t rows = R1 <= 0 ? WIDTH : R1 < WIDTH ? WIDTH / R1 : 1;
     for (int64_t k = first; k < last; k += rows) {

@@ -29,15 +29,15 @@ static inline float stochastic_bfloat(float x, uint16_t noise) {
   uint32_t word; memcpy(&word, &x, 4);
   const int32_t magnitude = word & 0x7fffffff;
   const float chosen = from_bits((magnitude + noise) & 0xffff0000);
-  return magnitude <= 0x7f7f0000 ? std::copysign(chosen, x) : round_bfloat(x);
+  return magnitude <= 0x7f7f0000 ? math::copysign(chosen, x) : round_bfloat(x);
 }
 static inline float stochastic_half(float x, uint16_t noise) {
   uint32_t word; memcpy(&word, &x, 4);
   const int32_t magnitude = word & 0x7fffffff;
   const float normal = from_bits((magnitude + (noise >> 3)) & 0xffffe000);
-  const float units = from_bits(magnitude) * 16777216.0f, low = std::floor(units);
-  const float carry = noise + std::nearbyint((units - low) * 65536) < 65536 ? 0.0f : 1.0f;
+  const float units = from_bits(magnitude) * 16777216.0f, low = math::floor(units);
+  const float carry = noise + math::nearbyint((units - low) * 65536) < 65536 ? 0.0f : 1.0f;
   const float small = (low + carry) * 5.9604644775390625e-8f;
   const float chosen = magnitude < 0x38800000 ? small : normal;
-  return magnitude <= 0x477fe000 ? std::copysign(chosen, x) : round_half(x);
+  return magnitude <= 0x477fe000 ? math::copysign(chosen, x) : round_half(x);
 }
