@@ -109,6 +109,7 @@ BETWEEN = {
     "pre-hook": "opt.register_step_pre_hook(lambda *a: (ps[0].detach().mul_(0.5), None)[1])",
     "post-hook": "opt.register_step_post_hook(lambda *a: (ps[0].detach().mul_(0.5), None)[1])",
     "clear_cache": "promise('clear_cache deletes its own files and no others', clears_its_own())",
+    "names follow": "named, named_grads = [*ps], [p.grad for p in ps]",
     "look": "look()",
 }
 
@@ -133,6 +134,8 @@ INSIDE = {
     "in: grad in place": "ps[{i}].grad.mul_(x)",
     "in: grads clipped": "torch.nn.utils.clip_grad_norm_([p for p in ps if p.dtype == ps[-1].dtype], 0.5)",
     "in: parameter in place": "ps[{i}].mul_(0.5)",
+    "in: a parameter's other name": "named[{i}].mul_(0.5)",
+    "in: a gradient's other name": "if named_grads[{i}] is not None:\n    named_grads[{i}].mul_(0.5)",
     "in: tensor([x])": "ps[{i}].mul_(torch.tensor([0.5]).to(ps[{i}].dtype))",
     "in: tensor([a, b])": "ps[{i}].mul_(torch.tensor([0.5, 0.25])[1])",
     "in: as_tensor": "ps[{i}].add_(torch.as_tensor([[0.5]]).view(()))",
@@ -147,4 +150,11 @@ INSIDE = {
     "in: closure": "opt.zero_grad()\nwith torch.enable_grad():\n    closure(ps, labels)()",
 }
 # the other way round in a function: after opt.step()
-AFTER = ("in: average", "in: parameter in place", "in: lr *=", "in: state in place")
+AFTER = (
+    "in: average",
+    "in: parameter in place",
+    "in: a parameter's other name",
+    "in: a gradient's other name",
+    "in: lr *=",
+    "in: state in place",
+)

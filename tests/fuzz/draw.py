@@ -166,6 +166,7 @@ class _Writer:
             text += then + "\n" if then else ""
         self.rows += [(name, len(self.lines) + 4) for name in self.inside]  # behind the first step
         self.lines += ["average = torch.zeros(())"] if "average" in text else []
+        self.lines += [BETWEEN["names follow"]] if "named" in text else []
         self.lines.append(text.rstrip())
 
     def fill(self, template: str) -> str:

@@ -295,6 +295,8 @@ def look() -> None:
 
 def _look(names: dict[str, Any], states: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"average": names["average"].clone()} if "average" in names else {}
+    for i, x in enumerate([*names.get("named", ()), *names.get("named_grads", ())]):
+        found[f"named {i}"] = None if x is None else x.detach().clone()
     for i, p in enumerate(names["ps"]):
         found[f"p{i}"] = p.detach().clone()
         found[f"p{i}.grad"] = None if p.grad is None else p.grad.detach().clone()
