@@ -22,6 +22,7 @@ import multiprocessing
 import os
 import pathlib
 import platform
+import re
 import signal
 import sys
 import tempfile
@@ -196,7 +197,8 @@ step. After every step all parameters, states and numbers of the groups are comp
 {zoo_run.TOLERANCE:g} apart, relative to the largest element. Where they are not, or a step fails, `backend="eager"`
 runs the same steps, and float64 does: *wrong* and *crash* are what only this backend does.
 
-- *fused*: in the steps after these, every operation that computes something is in a fused kernel.
+- *fused*: in the steps after these, every operation that computes something is in a fused kernel; with more than one
+  compile, the last column says why.
 - *partly*: some are not; the last column says which and where.
 - *not reached*: no update came to the backend.
 - *not run*: not even eagerly, or not within {SECONDS} s.
@@ -212,7 +214,8 @@ def _kind(result: str) -> str:
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
-    lines = ["| class | result | kernels | step, us | eager, us | why not all is fused |", "|---|---|---|---|---|---|"]
+    head = "| class | result | kernels | step, us | eager, us | why not all is fused, or not at once |"
+    lines = [head, "|---" * 6 + "|"]
     for row in rows:
         timed = row.get("microseconds") and row.get("eager_microseconds")
         times = f"{row['microseconds']:.0f} | {row['eager_microseconds']:.0f}" if timed else "– | –"
@@ -225,6 +228,7 @@ def _cell(text: str) -> str:
     """One reason, short, without what breaks a table or tells of this machine."""
     for path in sorted({str(ROOT), sys.prefix, *sys.path} - {"", "/"}, key=len, reverse=True):
         text = text.replace(path + "/", "")
+    text = re.sub(r"[^\s(]*site-packages/", "", text)
     text = " ".join(text.split()).replace("|", "\\|")
     return text if len(text) <= 220 else text[:217] + "..."
 

@@ -382,4 +382,9 @@ def verdict(ours: Phase, plain: Phase, dynamo: Phase | None, rounding: bool) -> 
     if sum(ours.left.values()) > 0:
         left = ", ".join(f"{op} x{n}" for op, n in sorted(ours.left.items(), key=lambda item: -item[1])[:6])
         return "partly", [*told, f"outside of what was captured: {left}", *ours.breaks[:3]]
-    return ("fused" if total == 1 else f"fused with {total} compiles"), told
+    if total == 1:
+        return "fused", told
+    parts = ours.causes.count("compile")
+    apart = [f"{parts} parts of its code are compiled by themselves", *ours.breaks[:1]] if parts > 1 else []
+    again = [f"compiled again: {cause}" for cause in dict.fromkeys(ours.causes) if cause != "compile"]
+    return f"fused with {total} compiles", [*told, *apart, *again[:2]]

@@ -113,7 +113,10 @@ def test_results_and_their_reasons() -> None:
     unfused = CompileReport("cpu", groups=[group()], unfused=[Code.OPERATION("has no place", op="mm")])
     cases = {
         "fused": ran(compiles=[1, 0, 0, 0, 0, 0]),
-        "fused with 2 compiles": ran(),
+        "fused with 2 compiles: compiled again: n == 3": ran(causes=["compile", "n == 3"]),
+        "fused with 2 compiles: 2 parts of its code are compiled by themselves: a branch": ran(
+            causes=["compile", "compile"], breaks=["a branch"]
+        ),
         "partly: mm: has no place": ran(ran=[unfused]),
         "partly: outside of what was captured: mul x2": ran(left={"mul": 2}),
         "partly: compiles anew at every step: n == 3": ran(compiles=[1] * 6, causes=["n == 3"]),
@@ -144,6 +147,7 @@ def test_the_page_counts_and_hides_where_the_libraries_are() -> None:
     text = zoo.page(rows)
     assert "3 classes of 2 public libraries" in text and "2 wholly fused, 1 partly, 0 not reached" in text
     assert "| SGD | fused | 1 | 5 | 9 |  |" in text
+    assert zoo._cell("a/b/site-packages/lib.py:1 (/x/site-packages/y.py:2)") == "lib.py:1 (y.py:2)"
     assert "| Lion | partly | – | – | – | view: a part (lib.py:3, in step) \\| more |" in text
 
 
