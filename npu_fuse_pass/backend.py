@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch import Tensor, fx
 
 from npu_fuse_pass import lower
 from npu_fuse_pass.capture.clipping import let_clipping_be_captured
 from npu_fuse_pass.errors import FuseError, OptionError
 from npu_fuse_pass.options import KERNELS, LAYOUTS, PLATFORMS, Options
+from npu_fuse_pass.private_torch import find
 from npu_fuse_pass.reasons import Reason
 from npu_fuse_pass.report.causes import FIRST, Cause, recompile
 from npu_fuse_pass.report.logs import switched_off, warn_unfused
@@ -190,7 +190,8 @@ def own_error(error: Exception) -> FuseError | None:
 
 def compiling() -> bool:
     """Whether torch.compile compiles at all; TORCHDYNAMO_DISABLE=1 and torch.compiler.set_stance switch it off."""
-    return not torch._dynamo.config.disable and torch._dynamo.eval_frame._stance.stance != "force_eager"
+    stance = getattr(find("torch._dynamo.eval_frame._stance"), "stance", None)
+    return not find("torch._dynamo.config.disable") and stance != "force_eager"
 
 
 class NewBreaks:
@@ -199,35 +200,47 @@ class NewBreaks:
     _KINDS = "graph_break", "unimplemented"  # a step that it skips from a loop on is counted as the latter alone
 
     def __init__(self) -> None:
-        self._counts = {kind: dict(torch._dynamo.utils.counters[kind]) for kind in self._KINDS}
-        self._told = len(torch._dynamo.utils.graph_break_reasons)
+        self._counts = {kind: dict(_counted(kind)) for kind in self._KINDS}
+        self._told = len(_told())
 
     def reason(self) -> str | None:
         """Why it ended one, and where: the first that it tells, else the last that it only counted; None: none."""
-        if found := torch._dynamo.utils.graph_break_reasons[self._told :]:
+        if found := _told()[self._told :]:
             return told(found[0])
         for kind, before in self._counts.items():
-            counts = torch._dynamo.utils.counters[kind]
-            if grown := [reason for reason, count in counts.items() if count > before.get(reason, 0)]:
+            if grown := [reason for reason, count in _counted(kind).items() if count > before.get(reason, 0)]:
                 return told_of(grown[-1])
         return None
 
 
 def breaks() -> list[str]:
     """Why and where Dynamo broke graphs in this process, each once, oldest first."""
-    return list(dict.fromkeys(told(reason) for reason in torch._dynamo.utils.graph_break_reasons))
+    return list(dict.fromkeys(map(told, _told())))
+
+
+def _counted(kind: str) -> Mapping[str, int]:
+    """How often Dynamo has ended a graph, by its reason."""
+    counters = find("torch._dynamo.utils.counters")
+    return counters[kind] if counters is not None else {}
+
+
+def _told() -> Sequence[Any]:
+    """Dynamo's reasons for ending graphs that have a place in the source."""
+    return find("torch._dynamo.utils.graph_break_reasons") or ()
 
 
 def _cause(with_rules: bool) -> Cause:
     """Why Dynamo calls the backend: the guard of an earlier compile that failed, if it compiles this code again."""
-    metrics = getattr(torch._dynamo.utils, "get_metrics_context", None)
-    reason = metrics()._metrics.get("recompile_reason") if metrics is not None else None
-    now = torch._guards.CompileContext.current_compile_id()
+    metrics = find("torch._dynamo.utils.get_metrics_context")
+    current = find("torch._guards.CompileContext.current_compile_id")
+    reason = getattr(metrics(), "_metrics", {}).get("recompile_reason") if metrics is not None else None
+    now = current() if current is not None else None
     if not reason or now is None or not now.frame_compile_id:
         return FIRST
     found = recompile(str(reason), with_rules)
-    limit = torch._dynamo.config.recompile_limit
-    return Cause(f"{found.text}; compile {now.frame_compile_id + 1} of this code, torch stops at {limit}", found.remedy)
+    limit = find("torch._dynamo.config.recompile_limit")
+    stops = f", torch stops at {limit}" if limit is not None else ""
+    return Cause(f"{found.text}; compile {now.frame_compile_id + 1} of this code{stops}", found.remedy)
 
 
 def _checked_options(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:

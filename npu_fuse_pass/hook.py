@@ -8,15 +8,18 @@ import pathlib
 from typing import Any
 
 from torch import fx
-from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from npu_fuse_pass import pipeline
 from npu_fuse_pass.options import Options, disabled
 from npu_fuse_pass.passes.splice import splice
+from npu_fuse_pass.private_torch import find
 from npu_fuse_pass.report.logs import switched_off
 
+# what Inductor asks for a `uuid`; without it it takes any function, and caches nothing that one has changed
+_Cacheable: Any = find("torch._inductor.custom_graph_pass.CustomGraphPass") or object
 
-class FusePass(CustomGraphPass):
+
+class FusePass(_Cacheable):  # type: ignore[misc]
     """Rewrites graphs of optimizer steps in place: the N updates become fused nodes, followed by `copy_`.
 
     With Inductor::

@@ -168,7 +168,7 @@ def _node_row(g: Group, leaves: Sequence[Leaf], operation: Any, copies: int) -> 
 def _lower_npu(
     leaves: Sequence[Leaf], groups: Sequence[Group], options: Options, values: Values, matches: Matches | None
 ) -> Lowered:
-    from npu_fuse_pass.lowerings.npu import ge_texts, retry
+    from npu_fuse_pass.lowerings.npu import fakes, ge_texts, retry
     from npu_fuse_pass.lowerings.npu import program as npu
     from npu_fuse_pass.lowerings.npu.environment import require
     from npu_fuse_pass.lowerings.npu.kernels import choice, proof
@@ -179,6 +179,8 @@ def _lower_npu(
         if options.kernels != choice.GENERATED or wanted(options.dump) is None:
             raise
         return _look_at_kernels(leaves, groups, e)
+    if (reason := fakes.refused()) is not None:
+        return Lowered(None, [], [reason])
     rows: list[GroupReport] = []
     chosen = choice.choose(options.kernels)
 
@@ -240,7 +242,10 @@ def npu_kernels(step: Grouped) -> str:
 
 def _lower_npu_whole(step: Grouped, options: Options) -> Lowered:
     """Groups and the original operations between them as one graph."""
-    from npu_fuse_pass.lowerings.npu import whole
+    from npu_fuse_pass.lowerings.npu import fakes, whole
+
+    if (reason := fakes.refused()) is not None:
+        return Lowered(None, [], [reason])
 
     calls = [call for stage in step.stages for call in stage.calls]
     program = whole.Program(step.leaves, step.all_groups, calls, rewrite(step), options.torchair_config)

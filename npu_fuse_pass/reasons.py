@@ -69,6 +69,10 @@ class Code(enum.Enum):
     COMPILER = ("No C++ compiler works here.", "install g++ or clang++, or set CXX to one that works")
     DISABLED = ("NPU_FUSE_DISABLE=1 switches everything off.", "take NPU_FUSE_DISABLE out of the environment")
     PLATFORM = ("The platform cannot be used here.", None)
+    TORCH = (
+        "This torch has no longer, or not yet, a private name of its that the package needs.",
+        "use a torch that docs/compatibility.md lists, and report which one lacks it",
+    )
     OTHER_DEVICE = (
         "A platform is given tensors of another device.",
         "put all tensors of the step on the platform's device, or choose another platform",

@@ -1,4 +1,4 @@
-"""What is imported while something loads, private names of torch, pins. Which room may import which: pyproject.toml."""
+"""What is imported while something loads, pins. Which room may import which: pyproject.toml."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from scripts import private_names
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGES = ("npu_fuse_pass", "optimizers")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
@@ -22,49 +24,7 @@ THIRD_PARTY = ("sympy", "torch_npu", "torchair", "ge")  # GE is in CANN
 # What is slow to import: only the backend, which torch.compile loads, and Inductor's hook may do so while loading.
 COMPILER = ("torch._dynamo", "torch._inductor", "torch._functorch")
 MAY_LOAD_COMPILER = ("npu_fuse_pass.backend", "npu_fuse_pass.hook")
-# Private names of torch are for the modules that must know how Dynamo's and AOTAutograd's graphs look.
-MAY_USE_PRIVATE_TORCH = ("npu_fuse_pass.backend", "npu_fuse_pass.capture", "npu_fuse_pass.lowerings")
-NO_PUBLIC_NAME = ("torch._ops.OpOverload",)  # the class of operations
-PRIVATE_TORCH_EXCEPTIONS = {
-    "npu_fuse_pass.tools.symbolic": {
-        "torch._sym_log2": "beside what Dynamo has for math.log2",
-        "torch._dynamo.utils": "a context of its that Dynamo cannot look into means nothing in a step of ours",
-        "torch._dynamo.config.patch": "numbers that item() reads stay in the graph of this thread's compile",
-        "torch._dynamo.pgo.auto_dynamic": "a number that changes is one that has changed",
-        "torch._dynamo.source.AttrSource": "reads the groups of an optimizer as Dynamo does",
-        "torch._dynamo.variables": "reads the groups of an optimizer as Dynamo does, and not an option that they lack",
-    },
-    "npu_fuse_pass.fx_nodes.effects": {
-        "torch.utils._python_dispatch.TorchDispatchMode": "sees what an operation writes and draws",
-        "torch._subclasses.fake_tensor.FakeTensorMode": "without values and memory",
-    },
-    "npu_fuse_pass.rules.core_op": {
-        "torch._guards.TracingContext.extract_stack": "where a function that is traced calls the step"
-    },
-    "npu_fuse_pass.rules.pending": {
-        "torch._dynamo.symbolic_convert.InstructionTranslator.current_tx": "what a function changed before the step",
-        "torch._dynamo.variables.NewGlobalVariable": "a global that it has changed",
-    },
-    "npu_fuse_pass.rules.optimizer": {
-        "torch._dynamo.graph_break": "ends a graph whose values a step would read too early",
-        "torch._dynamo.eval_frame.skip_code": "marks `step` as the eager prelude",
-        "torch._dynamo.disable": "keeps what must not be captured out of larger graphs",
-        "torch.optim.optimizer._global_optimizer_pre_hooks": "the prelude runs these hooks itself",
-        "torch.optim.optimizer._global_optimizer_post_hooks": "the prelude runs these hooks itself",
-    },
-    "npu_fuse_pass.rules.state": {"torch._dynamo.disable": "keeps `opt.state` out of graphs"},
-    "npu_fuse_pass.rules.registration": {"torch._dynamo.register_backend": "tells Dynamo the backend's name once"},
-    "npu_fuse_pass.rules.torch_steps": {
-        "torch._dynamo.callback.callback_handler": "asks to be called when a compile begins"
-    },
-    "npu_fuse_pass.tools.plain_step": {"torch._dynamo.eval_frame": "tells what torch.compile made of a step"},
-    "npu_fuse_pass.dump.folder": {"torch._dynamo.utils.get_debug_dir": "where TORCH_COMPILE_DEBUG=1 puts files"},
-    "npu_fuse_pass.rules.checks": {"torch.utils._python_dispatch.TorchDispatchMode": "sees what a rule reads"},
-    "npu_fuse_pass.tensors.same": {"torch._C._dynamo.guards.TensorGuards": "compares a list of tensors in one call"},
-    "npu_fuse_pass.tools.observe": {"torch.autograd._profiler_enabled": "a script may have a profiler of its own"},
-    "npu_fuse_pass.report.logs": {"torch._logging._internal": "writes to the trace log that tlparse reads"},
-    "npu_fuse_pass.hook": {"torch._inductor.custom_graph_pass": "the class of passes that Inductor can cache"},
-}
+PRIVATE_TORCH = "npu_fuse_pass.private_torch"  # looks up private names of torch, for all others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,31 +75,6 @@ def is_module(name: str) -> bool:
     return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
 
 
-def private_torch(tree: ast.Module) -> list[tuple[int, str]]:
-    """Uses of torch's private names: `torch._x`, `torch.a._b.c`, `from torch.x import _y`."""
-    found: list[tuple[int, str]] = []
-    inner: set[ast.AST] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and node not in inner:
-            chain: ast.AST = node
-            while isinstance(chain, ast.Attribute):
-                chain = chain.value
-                inner.add(chain)
-            if isinstance(chain, ast.Name) and chain.id == "torch" and has_private(ast.unparse(node)):
-                found.append((node.lineno, ast.unparse(node)))
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-            found.extend((node.lineno, n) for n in names if n.split(".")[0] == "torch" and has_private(n))
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-            found.extend((node.lineno, n) for n in names if has_private(n))
-    return found
-
-
-def has_private(dotted: str) -> bool:
-    return any(re.match(r"_(?!_)", part) for part in dotted.split("."))
-
-
 def within(name: str, modules: tuple[str, ...]) -> bool:
     return any(name == m or name.startswith(f"{m}.") for m in modules)
 
@@ -160,13 +95,9 @@ def violations(name: str, source: str, is_package: bool = False) -> list[str]:
             found.append(f"{where} while loading: only {', '.join(MAY_LOAD_COMPILER)} may")
         if item.loading and top == "optimizers" and name.startswith("npu_fuse_pass"):
             found.append(f"{where} while loading: the name may be a user's own file")
-    if not within(name, MAY_USE_PRIVATE_TORCH):
-        allowed = PRIVATE_TORCH_EXCEPTIONS.get(name, {})
-        found += [
-            f"{name}:{line}: {used} is private: only {', '.join(MAY_USE_PRIVATE_TORCH)} may use it"
-            for line, used in private_torch(tree)
-            if not within(used, (*allowed, *NO_PUBLIC_NAME))
-        ]
+    if name != PRIVATE_TORCH:
+        used = private_names.direct(tree)
+        found += [f"{name}:{line}: {private} is private: ask {PRIVATE_TORCH} for it" for line, private in used]
     return list(dict.fromkeys(found))
 
 
@@ -174,14 +105,6 @@ def violations(name: str, source: str, is_package: bool = False) -> list[str]:
 def test_module_keeps_the_dependency_rules(path: pathlib.Path) -> None:
     found = violations(module_name(path), path.read_text(encoding="utf-8"), path.name == "__init__.py")
     assert not found, "\n".join(found)
-
-
-def test_exceptions_are_still_needed() -> None:
-    for name, allowed in PRIVATE_TORCH_EXCEPTIONS.items():
-        tree = ast.parse(ROOT.joinpath(*name.split(".")).with_suffix(".py").read_text(encoding="utf-8"))
-        used = [u for _, u in private_torch(tree)]
-        unused = [a for a in allowed if not any(within(u, (a,)) for u in used)]
-        assert not unused, f"{name} no longer uses {unused}: take it out of the table"
 
 
 @pytest.mark.parametrize(
@@ -203,7 +126,7 @@ def test_a_broken_rule_is_noticed(name: str, source: str, complaint: str) -> Non
 
 
 def test_what_is_allowed_is_not_complained_about() -> None:
-    lowering = "import torch\nfrom npu_fuse_pass.ir.types import Group\ndef f():\n    import torchair\n    torch._C"
+    lowering = "import torch\nfrom npu_fuse_pass.ir.types import Group\ndef f():\n    import torchair"
     rule = "import math\nfrom npu_fuse_pass.rules import rule\nfrom ._base import NpuFusedOptimizer"
     assert not violations("npu_fuse_pass.lowerings.npu.program", lowering)
     assert not violations("npu_fuse_pass.optim", "def f():\n    import optimizers")

@@ -17,6 +17,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import npu_fuse_pass
 import optimizers
+from npu_fuse_pass import private_torch
 from npu_fuse_pass.backend import npu_fused
 from npu_fuse_pass.capture.graph import capture
 from npu_fuse_pass.errors import GraphRefused, Mismatch, Unsupported
@@ -581,6 +582,20 @@ def test_a_platform_that_is_not_here() -> None:
     assert isinstance(refused.value, npu_fuse_pass.PlatformError) and refused.value.reason.code is Code.PLATFORM
 
 
+def test_a_torch_that_lacks_a_private_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`test_private_torch` takes each of them away; here it is all at once, until torch has them again."""
+    with monkeypatch.context() as patch:
+        patch.setattr(private_torch, "find", lambda *names: None)
+        opt, oracle = (cls(ones((4,)), lr=0.1) for cls in (optimizers.NpuFusedAdam, torch.optim.Adam))
+        (said,) = warned(compiled(opt))
+        oracle.step()
+        assert torch.allclose(opt.param_groups[0]["params"][0], oracle.param_groups[0]["params"][0], rtol=1e-6)
+        (reason,) = last_report().reasons
+        assert reason.code is Code.TORCH and "FakeTensorMode in rule adam: torch" in said and reason.advised in said
+    assert warned(compiled(optimizers.NpuFusedAdam(ones((4,)), lr=0.1))) == []
+    assert not last_report().reasons and last_report().groups
+
+
 def test_no_compiler(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with own_cache(tmp_path):
         path = os.environ["PATH"]
@@ -696,6 +711,7 @@ RAISED |= {
     Code.GRAPH,
     Code.MATCH,
     Code.PLATFORM,
+    Code.TORCH,
     Code.COMPILER,
     Code.DISABLED,
 }

@@ -9,7 +9,8 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.utils import _foreach_utils
+
+from npu_fuse_pass.private_torch import find
 
 _TRACED_SINCE = (2, 11)
 
@@ -23,9 +24,10 @@ def older_than(version: tuple[int, int]) -> bool:
 @functools.cache
 def let_clipping_be_captured() -> None:
     """Give Dynamo the grouping of gradients in Python, for this process; eager calls stay C++."""
-    original = getattr(_foreach_utils, "_group_tensors_by_device_and_dtype", None)
-    if older_than(_TRACED_SINCE) and original is not None:
-        torch.compiler.substitute_in_graph(original)(grouped)
+    if older_than(_TRACED_SINCE):
+        original = find("torch.utils._foreach_utils._group_tensors_by_device_and_dtype")
+        if original is not None:
+            torch.compiler.substitute_in_graph(original)(grouped)
 
 
 def grouped(

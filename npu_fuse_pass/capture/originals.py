@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-import torch._prims_common
 from torch import Tensor, fx
 
 from npu_fuse_pass.capture.values import Cell, Scalars, Val
@@ -15,6 +14,7 @@ from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.fx_nodes.effects import Effects, Place, has_record, recorded, storage_of
 from npu_fuse_pass.ir.expr import Builder, Expr, postorder
 from npu_fuse_pass.ir.types import Call, Leaf, LeafRef
+from npu_fuse_pass.private_torch import find
 from npu_fuse_pass.reasons import Reason
 
 Env = Mapping[fx.Node, Any]
@@ -220,9 +220,11 @@ def _index(val: Val) -> int:
 
 
 def _is_dense(t: Tensor) -> bool:
-    common: Any = torch._prims_common  # older versions have the form alone that guards symbolic sizes
-    asked = getattr(common, "is_non_overlapping_and_dense_or_false", None) or common.is_non_overlapping_and_dense
-    return bool(asked(t))
+    # older versions have the form alone that guards symbolic sizes
+    asked = find(
+        "torch._prims_common.is_non_overlapping_and_dense_or_false", "torch._prims_common.is_non_overlapping_and_dense"
+    )
+    return bool(asked(t)) if asked is not None else torch.empty_like(t).stride() == t.stride()
 
 
 def dense_strides(example: Any) -> tuple[int, ...] | None:

@@ -6,6 +6,7 @@ another shape share the trace if the rule makes the same calls with the same num
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -14,8 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from npu_fuse_pass.capture.interpreter import Interpreter
 from npu_fuse_pass.capture.list_ops import LISTS
@@ -27,6 +26,7 @@ from npu_fuse_pass.fx_nodes.names import operation_name
 from npu_fuse_pass.fx_nodes.places import source_of_error, source_of_function
 from npu_fuse_pass.ir.expr import Expr
 from npu_fuse_pass.ir.types import Captured, Leaf, Slot, Traced, Update
+from npu_fuse_pass.private_torch import DispatchMode, find, need
 from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.rules.batch import Batch
 from npu_fuse_pass.rules.checks import meta_keywords, results
@@ -180,7 +180,7 @@ def _calls(batch: Batch, shape: tuple[int, ...]) -> object:
     tensors |= {n: torch.empty(shapes[n], dtype=dtype, device=device) for n, dtype in batch.stored.items()}
     keywords = meta_keywords(batch.hyper.static, batch.hyper.views, batch.totals)
     keywords |= batch.rounding.keyword(lambda name: torch.empty((), dtype=torch.float64, device=device))
-    record = _Record([*tensors.values(), *(k for k in tree_leaves(keywords) if isinstance(k, Tensor))])
+    record = _Record([*tensors.values(), *(k for k in _elements(keywords) if isinstance(k, Tensor))])
     try:
         with record:
             given = results(batch.rule, tensors, keywords, batch.totals)
@@ -189,7 +189,7 @@ def _calls(batch: Batch, shape: tuple[int, ...]) -> object:
     return (*record.calls, *record.describe(given))
 
 
-class _Record(TorchDispatchMode):
+class _Record(DispatchMode):
     """Records calls with their numbers and with names for tensors: given ones first, then results in order."""
 
     def __init__(self, given: list[Tensor]) -> None:
@@ -199,7 +199,7 @@ class _Record(TorchDispatchMode):
         self._names = {id(t): i for i, t in enumerate(given)}
 
     def describe(self, values: Any) -> list[object]:
-        return [self._name(v) if isinstance(v, Tensor) else repr(v) for v in tree_leaves(values)]
+        return [self._name(v) if isinstance(v, Tensor) else repr(v) for v in _elements(values)]
 
     def _name(self, t: Tensor) -> object:
         if id(t) not in self._names:
@@ -208,7 +208,7 @@ class _Record(TorchDispatchMode):
         return (self._names[id(t)], t.ndim)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        others = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and id(t) not in self._names]
+        others = [t for t in _elements((args, kwargs)) if isinstance(t, Tensor) and id(t) not in self._names]
         self.calls += [("a constant", t.dtype, repr(t.tolist())) for t in others]  # which is none of a rule's arguments
         self.calls.append((str(function), *self.describe((args, kwargs or {}))))
         result = function(*args, **(kwargs or {}))
@@ -265,7 +265,7 @@ def _trace(batch: Batch, roles: _Roles, shape: tuple[int, ...], totals: Sequence
         writes.append((position["step"], step.val.expr))
     slots = [Slot(True, dtypes[n]) for n in roles.tensors] + [Slot(False, torch.float64) for _ in roles.scalars]
     stored = sum(2 * slots[p].dtype.itemsize for p, _ in writes if slots[p].tensor)  # copying the results
-    keywords = [*tree_leaves(_group_numbers(batch, position)), "step", *(f"total {n}" for n, _ in contributions)]
+    keywords = [*_elements(_group_numbers(batch, position)), "step", *(f"total {n}" for n, _ in contributions)]
     keywords += [position[name] for name in (*batch.rounding.names, *kept)]
     arguments = (*(position[n] for n in cells), *keywords)
     traced = Traced(batch.rule.name, graph, tuple(graphs), arguments)
@@ -305,20 +305,21 @@ def _run(
     keywords: dict[str, Any],
 ) -> tuple[Any, fx.GraphModule]:
     """Trace `function` on fake tensors with make_fx, then interpret the trace on cells; gives the trace, too."""
-    from torch._guards import tracing
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    flat_keywords, spec = tree_flatten(keywords)
+    fake_mode = need("torch._subclasses.fake_tensor.FakeTensorMode")
+    tracing = find("torch._guards.tracing") or contextlib.nullcontext
+    flat_keywords = _elements(keywords)
     names = list(cells)
 
     def flat(*args: Tensor) -> Any:
-        given = tree_unflatten(list(args[len(names) :]), spec)
+        numbers = iter(args[len(names) :])
+        given = fx.node.map_aggregate(keywords, lambda _: next(numbers))
         return function(dict(zip(names, args, strict=False)), {**batch.hyper.static, **given})
 
     # a mode of our own: Dynamo's, which is active while a backend runs, would make sizes symbolic; and tensors that the
     # rule makes are numbers here, wherever torch.set_default_device puts them
-    with torch.device("cpu"), tracing(None), FakeTensorMode(allow_non_fake_inputs=True, static_shapes=True):
+    with torch.device("cpu"), tracing(None), fake_mode(allow_non_fake_inputs=True, static_shapes=True):
         tensors = [torch.empty(shape, dtype=cells[n].val.dtype) for n in names]
         scalars = [torch.ones((), dtype=torch.float64) for _ in flat_keywords]
         try:
@@ -343,6 +344,13 @@ def _run(
         others = [name for name in calls if not is_known(name)]
         named = ", ".join(dict.fromkeys([e.reason.op, *others]))
         raise Unsupported.of(dataclasses.replace(e.reason, op=named)) from e
+
+
+def _elements(value: Any) -> list[Any]:
+    """What lists, tuples and dicts hold, however deep, in order."""
+    found: list[Any] = []
+    fx.node.map_aggregate(value, found.append)
+    return found
 
 
 def _number(interpreter: Interpreter, value: float) -> Any:

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from npu_fuse_pass.private_torch import find
+
 T = TypeVar("T")
 
 
@@ -17,7 +19,8 @@ def while_compiling(work: Callable[[], T]) -> T:
     A trace sets flags of the whole process, under which other threads' compiled functions refuse to run. While Dynamo
     compiles, they do not look at these, and Dynamo compiles in one thread at a time.
     """
-    if torch._guards.TracingContext.try_get() is not None:
+    context = find("torch._guards.TracingContext")
+    if context is not None and context.try_get() is not None:
         return work()
     asked, done, errors = [work], [], []  # Dynamo keeps the backend for good, so that nothing stays in these
 
@@ -34,7 +37,7 @@ def while_compiling(work: Callable[[], T]) -> T:
     code = anything.__code__.replace(co_name="npu_fused_while_compiling")  # its own: torch counts compiles of one
     function = types.FunctionType(code, globals(), code.co_name)
     _compile(function, backend=backend)(torch.zeros(1, device="cpu"))
-    forget = getattr(torch._dynamo, "reset_code", None)  # what Dynamo has made, which it would keep
+    forget = find("torch._dynamo.reset_code")  # what Dynamo has made, which it would keep
     if forget is not None:
         forget(code)
     if errors:

@@ -8,6 +8,8 @@ import pathlib
 
 import torch
 
+from npu_fuse_pass.private_torch import find
+
 
 def wanted(given: str | os.PathLike[str] | None) -> pathlib.Path | None:
     """The folder for dumps: the option, else NPU_FUSE_DUMP, else torch's debug folder under TORCH_COMPILE_DEBUG=1."""
@@ -15,9 +17,9 @@ def wanted(given: str | os.PathLike[str] | None) -> pathlib.Path | None:
     if folder:
         return pathlib.Path(folder)
     if os.environ.get("TORCH_COMPILE_DEBUG") == "1":
-        from torch._dynamo.utils import get_debug_dir
-
-        return pathlib.Path(get_debug_dir()) / "npu_fuse_pass"
+        asked = find("torch._dynamo.utils.get_debug_dir")
+        usual = os.path.join(os.environ.get("TORCH_COMPILE_DEBUG_DIR", ""), "torch_compile_debug")
+        return pathlib.Path(usual if asked is None else asked()) / "npu_fuse_pass"
     return None
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from npu_fuse_pass.fx_nodes.names import operation_name
+from npu_fuse_pass.fx_nodes.names import Operation, operation_name
+from npu_fuse_pass.private_torch import DispatchMode, need, storage_key
 
 Place = tuple[fx.Node, int]
 """A tensor that a node is given: an argument, and the position in it where that is a list (else 0)."""
@@ -78,8 +78,9 @@ def writes_leaves(graph: fx.Graph, of_parameters: bool = False) -> bool:
 def _written(node: fx.Node) -> list[fx.Node]:
     """The nodes whose values an in-place operation writes."""
     name = operation_name(node)
-    if isinstance(node.target, torch._ops.OpOverload):
-        arguments = node.target._schema.arguments
+    schema = getattr(node.target, "_schema", None) if isinstance(node.target, Operation) else None
+    if schema is not None:
+        arguments = schema.arguments
         given = [*zip(arguments, node.args, strict=False), *((a, node.kwargs.get(a.name)) for a in arguments)]
         written: list[Any] = [value for a, value in given if a.alias_info is not None and a.alias_info.is_write]
     else:
@@ -92,7 +93,7 @@ def _written(node: fx.Node) -> list[fx.Node]:
 
 def storage_of(fake: Any) -> int | None:
     """What tensors that share memory have in common."""
-    return fake.untyped_storage()._cdata if isinstance(fake, Tensor) else None
+    return storage_key(fake.untyped_storage()) if isinstance(fake, Tensor) else None
 
 
 def recorded(node: Any) -> Any:
@@ -128,7 +129,7 @@ def _number(value: Any) -> Any:
     return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else value
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(DispatchMode):
     """Notices what operations write, and those that draw random numbers or are not torch's own."""
 
     def __init__(self) -> None:
@@ -147,11 +148,10 @@ class _Watch(TorchDispatchMode):
 
 
 def _tried(node: fx.Node, places: list[Place]) -> tuple[list[int], list[int | None], bool] | None:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     watch = _Watch()
     try:
-        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        fake_mode = need("torch._subclasses.fake_tensor.FakeTensorMode")
+        with torch.no_grad(), fake_mode(allow_non_fake_inputs=True):
             stand_ins = {n: _stand_in(recorded(n)) for n in node.all_input_nodes}
             tensors = [_tensors(stand_ins[n])[k] for n, k in places]
             before = [_form(t) for t in tensors]

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
+Operation: type[Any] = type(torch.ops.aten.add.Tensor)
+"""The class of torch's operations, with an overload."""
+
 _OPERATORS: dict[Callable[..., Any], str] = {
     operator.iadd: "add_",
     operator.isub: "sub_",
@@ -53,11 +56,16 @@ REFLECTED: dict[str, Callable[..., Any]] = {
 }
 
 
+def overload_name(operation: Any) -> str:
+    """The name of one of torch's operations, without its namespace and overload."""
+    return str(operation.name()).split("::")[1].partition(".")[0]
+
+
 def operation_name(node: fx.Node) -> str:
     """The name of what a node calls; of a reflected method, with the arguments the other way round."""
     target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.split("::")[1]
+    if isinstance(target, Operation):
+        return overload_name(target)
     if isinstance(target, str):
         dunder: Any = getattr(operator, target, None) if target.startswith("__") else None
         target = REFLECTED.get(target) or dunder

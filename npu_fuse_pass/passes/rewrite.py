@@ -7,7 +7,7 @@ torchair. It holds no tensors: what the original read as an attribute is an argu
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -107,7 +107,7 @@ def _number(graph: fx.Graph, value: float) -> fx.Node:
 
 def _group_node(
     graph: fx.Graph,
-    target: torch._ops.OpOverload,
+    target: Callable[..., Any],
     group: Group,
     nodes: dict[int, fx.Node],
     name: str,

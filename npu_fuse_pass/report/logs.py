@@ -9,9 +9,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch._logging._internal as torch_logging
-
 from npu_fuse_pass.options import disabled
+from npu_fuse_pass.private_torch import find
 from npu_fuse_pass.reasons import Reason
 from npu_fuse_pass.report.report import CompileReport
 from npu_fuse_pass.user_warnings import warn
@@ -43,7 +42,8 @@ def announce(report: CompileReport) -> None:
 
 def trace(report: CompileReport) -> None:
     """Put the report and the fused graph where tlparse finds them; costs nothing unless TORCH_TRACE is set."""
-    if torch_logging.LOG_TRACE_HANDLER not in torch_logging.trace_log.handlers:
+    torch_logging = find("torch._logging._internal")
+    if torch_logging is None or torch_logging.LOG_TRACE_HANDLER not in torch_logging.trace_log.handlers:
         return  # it takes itself out where no folder is set; what other handlers there are is not for us
     artifacts = {
         "npu_fuse_pass_report": ("json", lambda: json.dumps(report.to_json())),
@@ -53,7 +53,7 @@ def trace(report: CompileReport) -> None:
     for name, (encoding, text) in artifacts.items():
         torch_logging.trace_structured(
             "artifact",
-            metadata_fn=lambda name=name, encoding=encoding: {"name": name, "encoding": encoding},  # type: ignore[misc]
+            metadata_fn=lambda name=name, encoding=encoding: {"name": name, "encoding": encoding},
             payload_fn=text,
             expect_trace_id=False,  # an optimizer of ours plans anew outside of Dynamo's compiles
         )

@@ -7,6 +7,8 @@ import html
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from npu_fuse_pass.private_torch import lacking
+
 
 class Row(Protocol):
     """What is printed of a fused group; see `GroupReport`."""
@@ -152,6 +154,7 @@ def remarks(report: Printed) -> list[str]:
         lines.append(f"FALLBACK to the original: {report.fallback}")
     if report.cause != "compile":
         lines.append(f"compiled again: {report.cause}")
+    lines += lacking()
     return lines + [f"what to do: {remedy}" for remedy in report.remedies]
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from npu_fuse_pass.errors import RuleError
+from npu_fuse_pass.fx_nodes.names import overload_name
+from npu_fuse_pass.private_torch import DispatchMode
 from npu_fuse_pass.rules.declaration import Declaration, split_keywords
 
 
@@ -51,7 +52,7 @@ def check_rule(rule: Declaration, settings: Mapping[str, Any]) -> None:
     tensors = {n: torch.empty((2, 3), device="meta") for n in ("param", "grad", *names)}
     numbered = {n: k if isinstance(k, tuple) else (k,) for n, k in keywords.items()}
     given = [*tensors.items(), *((n, t) for n, ks in numbered.items() for t in ks if isinstance(t, Tensor))]
-    versions = [t._version for _, t in given]
+    versions = [_version(t) for _, t in given]
     try:
         results(rule, tensors, keywords, totals)
     except RuleError:
@@ -68,12 +69,17 @@ def check_rule(rule: Declaration, settings: Mapping[str, Any]) -> None:
         other = [f"{n}={settings[n]!r}" for n in wanted_keywords(rule) if settings[n] != rule.defaults.get(n)]
         with_them = f" with {', '.join(other)}" if other else ""
         raise RuleError(f"rule {rule.name!r} fails{with_them} on tensors of shape (2, 3): {e}") from e
-    changed = [n for (n, t), version in zip(given, versions, strict=True) if t._version != version]
+    changed = [n for (n, t), version in zip(given, versions, strict=True) if _version(t) != version]
     if changed:
         raise RuleError(
             f"rule {rule.name!r} changes its argument {changed[0]!r} in place; a rule is a pure function: "
             "compute a new tensor and return it"
         )
+
+
+def _version(t: Tensor) -> int | None:
+    """How often a tensor was written; None where torch does not say."""
+    return getattr(t, "_version", None)
 
 
 def results(
@@ -108,7 +114,7 @@ def reads_step(rule: Declaration, static: Mapping[str, Any], numbers: Mapping[st
     return watch.seen
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(DispatchMode):
     """Notices operations on one tensor."""
 
     def __init__(self, watched: Tensor) -> None:
@@ -154,7 +160,7 @@ def check_flat_shards(rule: Declaration, settings: Mapping[str, Any]) -> None:
         )
 
 
-class _Pointwise(TorchDispatchMode):
+class _Pointwise(DispatchMode):
     """Notices operations on tensors that are not of their elements one by one."""
 
     _others = (
@@ -175,7 +181,7 @@ class _Pointwise(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        known = torch.Tag.pointwise in function.tags or function._schema.name.removeprefix("aten::") in self._others
+        known = torch.Tag.pointwise in function.tags or overload_name(function) in self._others
         result = function(*args, **kwargs)
         given = [x for a in (*args, *kwargs.values()) for x in (a if isinstance(a, (list, tuple)) else (a,))]
         self.pointwise &= known or not any(isinstance(x, Tensor) and x.ndim for x in given)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from npu_fuse_pass.options import disabled
+from npu_fuse_pass.private_torch import find
 from npu_fuse_pass.rules import pending
 from npu_fuse_pass.rules.batch import Batch
 from npu_fuse_pass.rules.pending import Keeping
@@ -125,7 +126,8 @@ def why_apart(handle: str) -> str:
 
 def _place() -> str:
     """Where the step is called in the function that is being traced."""
-    stack = torch._guards.TracingContext.extract_stack()
+    extract = find("torch._guards.TracingContext.extract_stack")
+    stack = extract() if extract is not None else ()
     frame = next((f for f in reversed(stack) if not f.filename.startswith(os.path.dirname(__file__))), None)
     return f" ({frame.filename}:{frame.lineno}, in {frame.name})" if frame is not None else ""
 

@@ -7,16 +7,16 @@ nothing that a training loop does between two steps can make it recompile, and i
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks, required
+from torch.optim.optimizer import required
 
 from npu_fuse_pass.errors import OptionError, RuleError
-from npu_fuse_pass.rules import checkpoint, core_op
+from npu_fuse_pass.private_torch import find
+from npu_fuse_pass.rules import checkpoint, core_op, hooks
 from npu_fuse_pass.rules.checks import check_rule, structure
 from npu_fuse_pass.rules.declaration import OPTIONS, RESIDUAL, Declaration
 from npu_fuse_pass.rules.prelude import Prelude
@@ -40,6 +40,27 @@ _TRANSIENT = (
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+_skip_code = find("torch._dynamo.eval_frame.skip_code")
+
+
+def left_to_python(function: F) -> F:
+    """Decorate a function whose own frame stays eager, while what it calls may be captured.
+
+    Not torch.compiler.disable: that would also break the graph of a function which calls it.
+    """
+    if _skip_code is not None:
+        _skip_code(function.__code__)
+    return function
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _nothing(msg: str) -> None:
+    """No graph goes across it, without a word about why."""
+
+
+end_graph = find("torch._dynamo.graph_break") or _nothing
+
+
 def eager_prelude(step: F) -> F:
     """Decorate a `step` method: its own frame stays eager, what it calls may be captured by torch.compile.
 
@@ -48,9 +69,7 @@ def eager_prelude(step: F) -> F:
     """
     step.hooked = True  # type: ignore[attr-defined]
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
-    # not torch._dynamo.disable: that would also break the graph of a function which calls `step`
-    torch._dynamo.eval_frame.skip_code(step.__code__)
-    return step
+    return left_to_python(step)
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -195,12 +214,13 @@ class RuleOptimizer(torch.optim.Optimizer):
                 return self._step_apart(closure)
             reason = core_op.why_apart(self._surface.handle)
             if reason:
-                torch._dynamo.graph_break(msg=core_op.APART.format(reason))
+                end_graph(msg=core_op.APART.format(reason))
             return self._surface.update(self.found_inf)
         if not self._prelude.compiled:
             self.__dict__["_core"] = core_op.shared_core()
         return self._step_with(self._core, closure)
 
+    @left_to_python
     def _step_with(self, core: Callable[[Tensor], None], closure: Callable[[], Any] | None = None) -> Any:
         loss = self._before(closure)
         try:
@@ -212,14 +232,12 @@ class RuleOptimizer(torch.optim.Optimizer):
             raise
         return loss
 
-    torch._dynamo.eval_frame.skip_code(_step_with.__code__)
-
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _step_apart(self, closure: Callable[[], Any]) -> Any:
         """A step with a closure runs a backward pass, which no graph holds."""
         return self.step(closure)
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before(self, closure: Callable[[], Any] | None, in_graph: bool = False) -> Any:
         """Everything ahead of the core. Hooks that only watch see no step that is part of a larger graph."""
         if closure is not None and not callable(closure):
@@ -235,13 +253,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._prelude.prepare()
         return loss
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after(self) -> None:
         """Everything behind the core."""
         self._prelude.expose_states()
         self._prelude.release_gradients()
         self.after_step()
-        for hook in itertools.chain(self._optimizer_step_post_hooks.values(), _global_optimizer_post_hooks.values()):
+        for hook in (*hooks.after(self), *hooks.AFTER_ALL.values()):
             hook(self, *self._call)
         self.__dict__["_opt_called"] = True
 
@@ -256,13 +274,12 @@ class RuleOptimizer(torch.optim.Optimizer):
     @property
     def has_hooks(self) -> bool:
         """Whether functions are registered that run before or after a step."""
-        own = (self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks)
-        every = (*own, _global_optimizer_pre_hooks, _global_optimizer_post_hooks)
-        return any(not getattr(hook, "only_watches", False) for hooks in every for hook in hooks.values())
+        every = (*hooks.before(self), *hooks.after(self), *hooks.BEFORE_ALL.values(), *hooks.AFTER_ALL.values())
+        return any(not getattr(hook, "only_watches", False) for hook in every)
 
     def _run_pre_hooks(self, args: tuple[Any, ...], in_graph: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
         kwargs: dict[str, Any] = {}
-        for hook in itertools.chain(_global_optimizer_pre_hooks.values(), self._optimizer_step_pre_hooks.values()):
+        for hook in (*hooks.BEFORE_ALL.values(), *hooks.before(self)):
             if in_graph and getattr(hook, "only_watches", False):
                 continue
             result = hook(self, args, kwargs)
@@ -383,8 +400,8 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # without hooks, as torch.optim's copies: what they hold belongs to the original
-        hooks = [k for k in self.__dict__ if k.startswith("_optimizer_") and k.endswith("_hooks")]
-        fields = {k: v for k, v in self.__dict__.items() if k not in (*_TRANSIENT, *hooks)}
+        held = [k for k in self.__dict__ if k.startswith("_optimizer_") and k.endswith("_hooks")]
+        fields = {k: v for k, v in self.__dict__.items() if k not in (*_TRANSIENT, *held)}
         return {**fields, "state": {p: checkpoint.copied(entry) for p, entry in self.state.items()}}
 
     def __setstate__(self, fields: dict[str, Any]) -> None:
@@ -413,12 +430,11 @@ class RuleOptimizer(torch.optim.Optimizer):
     def __hash__(self) -> int:
         return id(self)
 
+    @left_to_python
     def __setattr__(self, name: str, value: Any) -> None:
         """As usual, outside of a graph. Dynamo would lose it: it assigns nothing to an optimizer's attributes."""
         if torch.compiler.is_dynamo_compiling():
-            torch._dynamo.graph_break(msg=f"npu_fused: opt.{name} is assigned here, which Python has to do")
+            end_graph(msg=f"npu_fused: opt.{name} is assigned here, which Python has to do")
         super().__setattr__(name, value)
         if name == "param_groups" and "_surface" in self.__dict__:
             self._surface.groups = value
-
-    torch._dynamo.eval_frame.skip_code(__setattr__.__code__)

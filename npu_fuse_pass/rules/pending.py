@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from npu_fuse_pass.private_torch import need, storage_key
 from npu_fuse_pass.rules.prelude import Prepared
 from npu_fuse_pass.tensors.same import share_a_gradient
 from npu_fuse_pass.tensors.sharded import is_dtensor
@@ -49,7 +50,7 @@ def why_apart(optimizer: Keeping, surface: object, operation: object, handle: st
             return "the parameters are DTensors, whose local parts a kernel takes"
         if share_a_gradient(p for group in optimizer.param_groups for p in group["params"]):
             return "two parameters have one gradient tensor, which torch would give both at later steps, too"
-        tracer = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx()
+        tracer = need("torch._dynamo.symbolic_convert.InstructionTranslator.current_tx")()
         output = tracer.output
         _guard_identity(output.side_effects[surface])
         changed = _changed(optimizer, output.side_effects)
@@ -80,6 +81,7 @@ def _guard_identity(surface: Any) -> None:
 
 def _changed(optimizer: Keeping, effects: Any) -> list[str]:
     """Names of the objects and globals that were changed and that the optimizer may read."""
+    new_global = need("torch._dynamo.variables.NewGlobalVariable")
     known = {id(var): at for at, var in effects.id_to_variable.items()}
     changed: dict[int | str, str] = {}
     for var in [*effects._get_modified_vars(), *effects.store_attr_mutations]:
@@ -87,7 +89,7 @@ def _changed(optimizer: Keeping, effects: Any) -> list[str]:
             continue  # made by the function itself
         names = list(effects.store_attr_mutations.get(var, ()))
         changed_object = None if id(var) in known else var.value
-        if isinstance(var, torch._dynamo.variables.NewGlobalVariable) or isinstance(changed_object, types.ModuleType):
+        if isinstance(var, new_global) or isinstance(changed_object, types.ModuleType):
             changed |= {name: name for name in names}
         else:
             changed[known.get(id(var), id(changed_object))] = ".".join([_readable(var.source.name), *names[:1]])
@@ -156,6 +158,6 @@ def uses_kept(optimizer: Keeping, tensors: Iterable[Tensor]) -> bool:
 
 def _storage(t: Tensor) -> int:
     try:
-        return int(t.untyped_storage()._cdata)
+        return storage_key(t.untyped_storage())
     except (NotImplementedError, RuntimeError):  # a sparse tensor has none
         return 0

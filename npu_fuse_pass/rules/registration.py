@@ -11,8 +11,7 @@ import importlib
 import threading
 from typing import Any
 
-import torch
-
+from npu_fuse_pass.private_torch import find
 from npu_fuse_pass.rules.torch_steps import look_after_compiled_steps
 
 _lock = threading.Lock()
@@ -27,8 +26,10 @@ def register_backend() -> None:
 
 @functools.cache
 def _register() -> None:
-    with contextlib.suppress(AssertionError):  # it is registered already
-        torch._dynamo.register_backend(_npu_fused, name="npu_fused")
+    make_known = find("torch._dynamo.register_backend")
+    if make_known is not None:
+        with contextlib.suppress(AssertionError):  # it is registered already
+            make_known(_npu_fused, name="npu_fused")
 
 
 def _npu_fused(*args: Any, **kwargs: Any) -> Any:

@@ -19,8 +19,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def _in_python(method: F) -> F:
     reason = "npu_fused: opt.state is read or changed here, which Python has to do: states are kept outside of graphs"
-    takes_reason = "reason" in inspect.signature(torch._dynamo.disable).parameters  # since torch 2.8
-    made: F = torch._dynamo.disable(method, reason=reason) if takes_reason else torch._dynamo.disable(method)
+    takes_reason = "reason" in inspect.signature(torch.compiler.disable).parameters  # since torch 2.8
+    made: F = torch.compiler.disable(method, reason=reason) if takes_reason else torch.compiler.disable(method)
     return made
 
 

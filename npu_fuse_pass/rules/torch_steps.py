@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
+from npu_fuse_pass.private_torch import find
 from npu_fuse_pass.rules.hidden import hidden
 from npu_fuse_pass.user_warnings import is_users, warn
 
@@ -25,8 +26,8 @@ _warned: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 def look_after_compiled_steps() -> None:
     """From now on in this process, or until `torch._dynamo.reset()`, which forgets the look at compiles."""
     _let_schedulers_take_functions()
-    handler = torch._dynamo.callback.callback_handler
-    if _warn_hidden not in handler.start_callbacks:
+    handler = find("torch._dynamo.callback.callback_handler")
+    if handler is not None and _warn_hidden not in handler.start_callbacks:
         handler.register_start_callback(_warn_hidden)
 
 

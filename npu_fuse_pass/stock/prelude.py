@@ -179,7 +179,9 @@ class StockPrelude:
         """Have torch's class make the states of parameters that have none."""
         new = [p for p in group["params"] if p.grad is not None and not self._opt.state.get(p)]
         if new:
-            make: Callable[..., Any] = self._opt._init_group  # type: ignore[attr-defined]
+            make: Callable[..., Any] | None = getattr(self._opt, "_init_group", None)
+            if make is None:
+                raise Refused(Code.NO_RULE("this torch has no Optimizer._init_group, which makes the states"))
             lists: list[list[Any]] = [[] for _ in list(inspect.signature(make).parameters)[1:]]
             make({**group, "params": new}, *lists)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from npu_fuse_pass.errors import Mismatch
+from npu_fuse_pass.private_torch import find
 from npu_fuse_pass.reasons import Code
 
 SHARED = "two tensors of the step share memory, and one of them is written"
@@ -68,7 +69,7 @@ def memory_order(tensors: Sequence[Tensor]) -> tuple[int, ...]:
 
 def materialised(t: Tensor) -> bool:
     """Whether memory holds the tensor's values: not their negatives (imaginary parts of conjugates), nor nothing."""
-    return not (t.is_neg() or t._is_zerotensor())
+    return not (t.is_neg() or getattr(t, "_is_zerotensor", bool)())  # without it their address, 0, is refused
 
 
 def in_order(t: Tensor, strides: tuple[int, ...]) -> bool:
@@ -77,6 +78,16 @@ def in_order(t: Tensor, strides: tuple[int, ...]) -> bool:
         return False
     agree = all(size <= 1 or a == b for size, a, b in zip(t.shape, t.stride(), strides, strict=True))
     return agree or t.numel() == 0
+
+
+def copy_each(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """`copy_` of every value to its target, in one call where torch has one."""
+    copy_all = find("torch._foreach_copy_")
+    if copy_all is not None:
+        copy_all(targets, values)
+        return
+    for target, value in zip(targets, values, strict=True):
+        target.copy_(value)
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:

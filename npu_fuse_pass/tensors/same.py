@@ -6,8 +6,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch._C._dynamo.guards import TensorGuards
 
+from npu_fuse_pass.private_torch import find
+
+_guards = find("torch._C._dynamo.guards.TensorGuards")
 _LEARNED_AT_MOST = 8  # tensors that keep changing are checked one by one instead of being learned again and again
 
 
@@ -18,7 +20,7 @@ class SameTensors:
     """
 
     def __init__(self) -> None:
-        self._guards: TensorGuards | None = None
+        self._guards: Any = None
         self._learned = 0
         self.matched: int | None = None
         """Which of those learned the tensors asked about last were like, by number; None: not like the latest."""
@@ -33,14 +35,14 @@ class SameTensors:
         """Remember the kinds of these tensors, which the caller has checked.
 
         Returns:
-            False after 8 lists that were learned: nothing is remembered then.
+            False after 8 lists that were learned, and where torch lacks the guard: nothing is remembered then.
         """
-        if self._learned == _LEARNED_AT_MOST:
+        if self._learned == _LEARNED_AT_MOST or _guards is None:
             return False
         self._learned += 1
         sizes: Any = [list(t.shape) for t in tensors]
         strides: Any = [list(t.stride()) for t in tensors]
-        self._guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        self._guards = _guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
         self.matched = self._learned
         return True
 

@@ -7,6 +7,7 @@ import types
 from typing import Any, TypeVar
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from npu_fuse_pass import backend
 from npu_fuse_pass.errors import NotCapturedError
@@ -81,6 +82,7 @@ class Patch:
         self.optimizer, self._options = opt, options
         self._previous = vars(opt).get(_STEP)
         self._warned = False
+        self._watching: RemovableHandle | None = None
         self._function = function_of(plain_step(opt), lambda *args, **kwargs: self.compiled(*args, **kwargs))
 
     @functools.cached_property
@@ -94,7 +96,7 @@ class Patch:
     def install(self) -> None:
         """Take the place of `step`, and watch for calls of another one."""
         self.take_place()
-        self.optimizer.register_step_pre_hook(self.watch)
+        self._watching = self.optimizer.register_step_pre_hook(self.watch)
         self.compiled.fused_option.switch_off()
 
     def take_place(self) -> None:
@@ -111,9 +113,8 @@ class Patch:
             fields.pop(name, None)
         if ours and self._previous is not None:
             fields[_STEP] = self._previous
-        hooks = self.optimizer._optimizer_step_pre_hooks
-        for key in [k for k, hook in hooks.items() if hook == self.watch]:
-            del hooks[key]
+        if self._watching is not None:
+            self._watching.remove()
         self.compiled.release()
 
     def watch(self, opt: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

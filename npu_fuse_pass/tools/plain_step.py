@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.optim import lr_scheduler
 
+from npu_fuse_pass.private_torch import find
+
 # what stands in the fields of an optimizer whose step was replaced: `compile_optimizer_` sets all three
 PATCHED = ("step", "__getstate__", "_npu_fused")
 ORIGINAL = "_npu_fused_original"  # what a compiled step keeps the step under that it was made of
@@ -21,7 +23,7 @@ def plain_step(opt: torch.optim.Optimizer) -> Callable[..., Any]:
     while isinstance(step, types.FunctionType):
         if _is_of(step, lr_scheduler) and hasattr(step, "__wrapped__"):
             step = types.MethodType(step.__wrapped__, opt)
-        elif _is_of(step, torch._dynamo.eval_frame) and hasattr(step, "_torchdynamo_orig_callable"):
+        elif _is_of(step, find("torch._dynamo.eval_frame")) and hasattr(step, "_torchdynamo_orig_callable"):
             step = step._torchdynamo_orig_callable
         else:
             break
@@ -45,8 +47,8 @@ def is_hooked(step: Callable[..., Any]) -> bool:
     return getattr(step, "__code__", None) is _HOOKED
 
 
-def _is_of(function: types.FunctionType, module: types.ModuleType) -> bool:
-    return function.__code__.co_filename == module.__file__
+def _is_of(function: types.FunctionType, module: types.ModuleType | None) -> bool:
+    return module is not None and function.__code__.co_filename == module.__file__
 
 
 _HOOKED = torch.optim.Optimizer.profile_hook_step(lambda self: None).__code__

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from npu_fuse_pass.private_torch import find
+
 _lock = threading.Lock()
 _entered = 0
 
@@ -31,7 +33,7 @@ def _sym_pow(x: Any, y: Any) -> Any:
 
 def _sym_log(x: Any, base: float = math.e) -> Any:
     """math.log of a symbolic number."""
-    return torch._sym_log2(x) / math.log2(base)  # type: ignore[attr-defined]
+    return _sym_log2(x) / math.log2(base)
 
 
 def _sym_exp(x: Any) -> Any:
@@ -40,9 +42,17 @@ def _sym_exp(x: Any) -> Any:
 
 
 _changing: contextvars.ContextVar[Collection[str]] = contextvars.ContextVar("changing", default=())
-_variables = torch._dynamo.variables
-_entry_of = _variables.builder.process_automatic_dynamic  # type: ignore[attr-defined]
-_set_capturable = _variables.OptimizerVariable._set_capturable
+_sym_log2, _utils = find("torch._sym_log2"), find("torch._dynamo.utils")
+_entry_of, _auto_dynamic = _ENTRIES = (
+    find("torch._dynamo.variables.builder.process_automatic_dynamic"),
+    find("torch._dynamo.pgo.auto_dynamic"),
+)
+_set_capturable, _attribute_source, _variable, _lazy = _CAPTURABLE = (
+    find("torch._dynamo.variables.OptimizerVariable._set_capturable"),
+    find("torch._dynamo.source.AttrSource"),
+    find("torch._dynamo.variables.VariableTracker"),
+    find("torch._dynamo.variables.LazyVariableTracker"),
+)
 
 
 def _entry_as_if_changed(tx: Any, name: str, entry: Any, **kwargs: Any) -> Any:
@@ -51,7 +61,7 @@ def _entry_as_if_changed(tx: Any, name: str, entry: Any, **kwargs: Any) -> Any:
     key = re.search(r"\['(\w+)'\]$", name)
     if key is None or key[1] not in _changing.get() or not isinstance(found.scalar, (int, float)):
         return found
-    return dataclasses.replace(found, scalar=torch._dynamo.pgo.auto_dynamic)
+    return dataclasses.replace(found, scalar=_auto_dynamic)
 
 
 def _set_capturable_where_known(self: Any, tx: Any) -> None:
@@ -59,20 +69,25 @@ def _set_capturable_where_known(self: Any, tx: Any) -> None:
     if any("capturable" in group for group in self.value.param_groups):
         _set_capturable(self, tx)
         return
-    source = self.source and torch._dynamo.source.AttrSource(self.source, "param_groups")
-    built = _variables.VariableTracker.build(tx, self.value.param_groups, source)
-    _variables.LazyVariableTracker.realize_all(built)
+    source = self.source and _attribute_source(self.source, "param_groups")
+    built = _variable.build(tx, self.value.param_groups, source)
+    _lazy.realize_all(built)
 
 
-_MISSING = {"_sym_pow": _sym_pow, "_sym_log": _sym_log, "_sym_exp": _sym_exp}
+_MISSING = {"_sym_pow": _sym_pow, "_sym_exp": _sym_exp, **({"_sym_log": _sym_log} if _sym_log2 is not None else {})}
 # Libraries that compile parts of their steps themselves lift torch's limit of compiles meanwhile, in a context that
 # Dynamo does not look into; a step that is compiled as a whole has a limit of its own.
 _MEANWHILE: list[tuple[Any, str, Any]] = [
-    *((torch, name, function) for name, function in _MISSING.items() if not hasattr(torch, name)),
-    (torch._dynamo.utils, "disable_cache_limit", contextlib.nullcontext),
-    (_variables.builder, "process_automatic_dynamic", _entry_as_if_changed),
-    (_variables.OptimizerVariable, "_set_capturable", _set_capturable_where_known),
+    *((torch, name, function) for name, function in _MISSING.items() if not hasattr(torch, name))
 ]
+if _utils is not None:
+    _MEANWHILE.append((_utils, "disable_cache_limit", contextlib.nullcontext))
+if None not in _ENTRIES:
+    _MEANWHILE.append((find("torch._dynamo.variables.builder"), "process_automatic_dynamic", _entry_as_if_changed))
+if None not in _CAPTURABLE:
+    _MEANWHILE.append(
+        (find("torch._dynamo.variables.OptimizerVariable"), "_set_capturable", _set_capturable_where_known)
+    )
 _BEFORE = [getattr(module, name, None) for module, name, _ in _MEANWHILE]
 
 
@@ -110,4 +125,7 @@ def reading_numbers() -> contextlib.AbstractContextManager[None]:
     Dynamo's own check of what it assumes of such numbers is off: it cannot write a quotient of two of them, and fails.
     `torch._check` of a number is a node of the graph, and stays.
     """
-    return torch._dynamo.config.patch(capture_scalar_outputs=True, do_not_emit_runtime_asserts=True)  # type: ignore[no-any-return]
+    patch = find("torch._dynamo.config.patch")
+    options = ("torch._dynamo.config.capture_scalar_outputs", "torch._dynamo.config.do_not_emit_runtime_asserts")
+    known = {name.rpartition(".")[2]: True for name in options if find(name) is not None}
+    return contextlib.nullcontext() if patch is None else patch(**known)

@@ -13,12 +13,14 @@ import pytest
 import torch
 from steps import SHAPES, assert_close, assert_same, captured_step, parameters, set_gradients, twins
 
-from npu_fuse_pass import errors
+from npu_fuse_pass import errors, private_torch
 from npu_fuse_pass.backend import npu_fused
 from npu_fuse_pass.lowerings.npu import program as npu
 from npu_fuse_pass.lowerings.npu.environment import require
 from npu_fuse_pass.passes.group import group
+from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.report import report
+from npu_fuse_pass.tensors import memory
 from tests.cases import BY_NAME
 
 STOCK: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -61,6 +63,35 @@ def test_compiled_end_to_end(ge_graphs: harness.Recording) -> None:
     found = report.reports()[-1].groups[0]
     assert (found.lowering, found.updates) == ("npu", len(SHAPES))
     assert_same(ours, eager, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["lamb", "adam"])
+def test_a_torch_that_lacks_a_private_name_runs_the_original(
+    name: str, ge_graphs: harness.Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find(*names: str) -> Any:
+        return None if names == ("torch.utils._mode_utils.no_dispatch",) else found(*names)
+
+    found = private_torch.find
+    monkeypatch.setattr(private_torch, "find", find)
+    ours, eager = twins(BY_NAME[name])
+    step = torch.compile(ours.step, backend=npu_fused, options={"platform": "npu"})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for optimizer, call in ((ours, step), (eager, eager.step)):
+            set_gradients(optimizer.param_groups[0]["params"], 0)
+            call()
+    (reason,) = report.reports()[-1].reasons
+    assert reason.code is Code.TORCH and any("no_dispatch: torch" in str(w.message) for w in caught)
+    assert not ge_graphs.graphs
+    assert_same(ours, eager, 1e-6)
+
+
+def test_lists_are_copied_one_by_one_where_torch_lacks_a_call_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    targets, values = [torch.zeros(2), torch.zeros(())], [torch.ones(2), torch.tensor(3.0, dtype=torch.float64)]
+    monkeypatch.setattr(memory, "find", lambda *names: None)
+    memory.copy_each(targets, values)
+    assert [t.tolist() for t in targets] == [[1.0, 1.0], 3.0]
 
 
 @pytest.mark.parametrize("foreach", [False, True])

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from npu_fuse_pass.dump.contents import Contents
+from npu_fuse_pass.fx_nodes.names import Operation
 from npu_fuse_pass.ir.types import Expanded, Update
 
 _NUMBERS: dict[type, tuple[type, ...]] = {int: (int, torch.SymInt), float: (float, torch.SymFloat)}
@@ -132,7 +133,8 @@ class CapturedStep:
 
 def _idle(node: fx.Node) -> bool:
     """Nothing reads what it makes, and it does nothing else."""
-    return not node.users and isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.is_mutable
+    schema = getattr(node.target, "_schema", None)
+    return not node.users and isinstance(node.target, Operation) and schema is not None and not schema.is_mutable
 
 
 def _identifier(label: str) -> str:

@@ -27,6 +27,7 @@ from torch import Tensor
 from npu_fuse_pass.errors import PlatformError, Unsupported
 from npu_fuse_pass.lowerings.cpu import build as cpu_build
 from npu_fuse_pass.lowerings.cpu.compiler import end_all
+from npu_fuse_pass.private_torch import find
 from npu_fuse_pass.reasons import Code
 
 WORTH = 16
@@ -36,6 +37,8 @@ WAITED = 1000
 PATIENCE = 5.0
 """Seconds, from the beginning of its compile, for which steps wait."""
 _MADE_AT_MOST = 8  # tables for tensors that keep changing
+
+_HANDLES = "torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors"
 
 _log = logging.getLogger(__name__)
 
@@ -54,9 +57,9 @@ class Look:
         self.held = {id(t) for t, owner in zip(tensors, owners, strict=True) if owner < 0}
         self.addresses = array.array("q", [0]) * len(tensors)
         objects = array.array("q", map(id, tensors))
-        handles = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(list(tensors))
+        handles = find(_HANDLES)(list(tensors))
         pointers = array.array("q", [_pointer(h, None) for h in handles])
-        size = torch._C.TensorBase.__basicsize__
+        size = Tensor.__base__.__basicsize__  # type: ignore[union-attr]
         table = library.look_make(_at(pointers), _at(objects), _at(owners), len(tensors), size)
         if not table:
             raise Unsupported("look", "a tensor is not contiguous memory of its own kind", Code.CHANGED)
@@ -232,8 +235,8 @@ def forget() -> None:
 
 def _load() -> None:
     try:
-        if not hasattr(torch._C, "_aoti"):
-            raise PlatformError("this torch gives no handles for tensors")
+        if find(_HANDLES) is None:
+            raise PlatformError(f"torch {torch.__version__} lacks {_HANDLES}")
         built = cpu_build.load(_source(), list(_FUNCTIONS), _torch_flags())
         library = ctypes.PyDLL("cpu_look", handle=built._handle)  # keeps the lock
     except Exception as e:

@@ -20,6 +20,7 @@ from npu_fuse_pass.errors import FuseError, GraphRefused
 from npu_fuse_pass.ir.types import Group, Leaf
 from npu_fuse_pass.lowerings.npu.environment import chip, require, versions
 from npu_fuse_pass.lowerings.npu.execution import Run, refusal
+from npu_fuse_pass.lowerings.npu.fakes import while_traced
 from npu_fuse_pass.lowerings.npu.ge_texts import Texts
 from npu_fuse_pass.lowerings.npu.graph import generated
 from npu_fuse_pass.lowerings.npu.graph import names as npu_names
@@ -122,7 +123,7 @@ class Program:
         fakes = [n.meta["val"] for n in self.graph.graph.find_nodes(op="placeholder")]
         self._run = Run(lambda *_: (), versions)
         if fakes:
-            with torch._guards.tracing(torch._guards.TracingContext(fakes[0].fake_mode)), npu_names.kept():
+            with while_traced(fakes[0].fake_mode), npu_names.kept():
                 config = self._config or self._torchair.CompilerConfig()
                 compiler = self._torchair.get_compiler(self._texts.config(config) if self._texts else config)
                 try:

@@ -22,6 +22,7 @@ from npu_fuse_pass.lowerings.npu.emit import elementwise
 from npu_fuse_pass.lowerings.npu.emit.split import Split, constants_of, split
 from npu_fuse_pass.lowerings.npu.environment import require, versions
 from npu_fuse_pass.lowerings.npu.execution import Run, refusal
+from npu_fuse_pass.lowerings.npu.fakes import FakeTensorMode, while_traced
 from npu_fuse_pass.lowerings.npu.graph.graph import device_update
 from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.tensors.memory import check_apart
@@ -69,7 +70,6 @@ class Program:
         return size, operations * len(g.members)
 
     def _compiled(self, torchair: Any, graph: Callable[..., Any], config: Any) -> Callable[..., Sequence[Tensor]]:
-        from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.fx.experimental.proxy_tensor import make_fx
 
         chosen = [self._leaves[i] for i in self._inputs]
@@ -77,7 +77,7 @@ class Program:
             with FakeTensorMode() as mode:
                 fakes = [torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device) for leaf in chosen]
                 traced = make_fx(graph)(*fakes)
-            with torch._guards.tracing(torch._guards.TracingContext(mode)):
+            with while_traced(mode):
                 compiled: Callable[..., Sequence[Tensor]] = torchair.get_compiler(config or torchair.CompilerConfig())(
                     traced, fakes
                 )

@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._mode_utils import no_dispatch
 
 from npu_fuse_pass.errors import GraphRefused
+from npu_fuse_pass.lowerings.npu.fakes import FakeTensor, no_dispatch
 from npu_fuse_pass.lowerings.npu.graph import names
 from npu_fuse_pass.lowerings.npu.kernels import ascend
 from npu_fuse_pass.lowerings.npu.kernels.launch import Cluster

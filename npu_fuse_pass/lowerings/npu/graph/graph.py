@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._mode_utils import no_dispatch
 
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.ir.fused_op import multi_tensor_contribute, multi_tensor_update, parsed
 from npu_fuse_pass.ir.types import Leaf
 from npu_fuse_pass.lowerings.npu.emit import dedicated, elementwise, list_operations
+from npu_fuse_pass.lowerings.npu.fakes import FakeTensor, FakeTensorMode, no_dispatch
 from npu_fuse_pass.lowerings.npu.graph import generated
 from npu_fuse_pass.lowerings.npu.graph import names as npu_names
 from npu_fuse_pass.lowerings.npu.host.numbers import Packed
@@ -29,6 +28,7 @@ from npu_fuse_pass.lowerings.npu.layout.bind import Binder
 from npu_fuse_pass.lowerings.npu.part import Part
 from npu_fuse_pass.lowerings.npu.plan import Run
 from npu_fuse_pass.reasons import Code
+from npu_fuse_pass.tensors.memory import copy_each
 
 _TAKEN = list_operations.LONGEST  # results that are taken one by one: torchair formats the whole list for each
 _SCHEMA = "(Tensor[] tensors, Tensor[] numbers, Tensor[] totals, int[] positions, int members, str formula) -> Tensor[]"
@@ -118,7 +118,7 @@ def _empty(mode: FakeTensorMode, numel: int, dtype: torch.dtype, device: torch.d
 
 
 def _write(targets: list[Tensor], values: list[Tensor]) -> None:
-    torch._foreach_copy_(targets, values)
+    copy_each(targets, values)
 
 
 def _fake_write(targets: list[Tensor], values: list[Tensor]) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from npu_fuse_pass.private_torch import find
+
 Converter = Callable[..., Any]
 
 # aten list operation -> GE operation on each of its tensors
@@ -40,12 +42,13 @@ def register(torchair: Any, ge: Any) -> None:
 
 def converters(ge: Any) -> Mapping[Any, Converter]:
     """Operation -> converter, whether torchair lacks it or not."""
-    from torch._inductor import inductor_prims  # noqa: F401  (defines prims.fma, which Dynamo 2.13 makes of addcmul_)
-
+    find("torch._inductor.inductor_prims")  # defines prims.fma, which Dynamo 2.13 makes of addcmul_
     aten = torch.ops.aten
     each = {name: functools.partial(_each, ge, operation) for name, operation in _EACH.items()}
-    found: dict[Any, Converter] = {getattr(aten, name).default: converter for name, converter in each.items()}
-    found[aten._foreach_copy.default] = functools.partial(_copy, ge)
+    each["_foreach_copy"] = functools.partial(_copy, ge)
+    found: dict[Any, Converter] = {
+        getattr(aten, name).default: converter for name, converter in each.items() if hasattr(aten, name)
+    }
     if hasattr(torch.ops.prims, "fma"):
         found[torch.ops.prims.fma.default] = functools.partial(_fma, ge)
     return found

@@ -12,6 +12,7 @@ from npu_fuse_pass.ir.types import Group, Leaf
 from npu_fuse_pass.lowerings.npu.host import mirror as npu_mirror
 from npu_fuse_pass.lowerings.npu.host.mirror import Kind, Mirror
 from npu_fuse_pass.lowerings.npu.plan import Values
+from npu_fuse_pass.tensors.memory import copy_each
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,7 +51,7 @@ class States:
             elif active[m] and (target := values[i]) is not None:
                 chosen.append((target, each[m]))
         if chosen:
-            torch._foreach_copy_([t for t, _ in chosen], [x for _, x in chosen])
+            copy_each([t for t, _ in chosen], [x for _, x in chosen])
 
     def outgoing(self, new: Advanced, active: Sequence[bool]) -> list[tuple[Kind, list[int], Tensor]]:
         """For those on devices: dtype and device, leaves, values."""
@@ -93,6 +94,6 @@ class Outgoing:
                 kept.append((k, mirror.places[i]))
                 targets.append(target)
         if targets:
-            torch._foreach_copy_(targets, [each[k] for k, _ in kept])
+            copy_each(targets, [each[k] for k, _ in kept])
             written = torch.tensor([k for k, _ in kept], dtype=torch.int64, device="cpu")
             mirror.wrote(values, [place for _, place in kept], self.values[written])

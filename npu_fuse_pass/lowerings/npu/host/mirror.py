@@ -92,7 +92,11 @@ def _counts_writes(t: Tensor | None) -> bool:
     0-dim parameters are left out: `p.data.clamp_(...)` between steps is how many models keep theirs in bounds. Their
     gradients are new in every step, so nothing is lost.
     """
-    return t is not None and not (t.requires_grad or t.is_inference() or isinstance(t, torch.nn.Parameter))
+    return (
+        hasattr(t, "_version")
+        and t is not None
+        and not (t.requires_grad or t.is_inference() or isinstance(t, torch.nn.Parameter))
+    )
 
 
 def from_device(tensors: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,151 @@
+"""Private names of torch, which a later torch may drop: all are looked up here, and none of them has to be there.
+
+Whoever uses one has another way, or gives a reason that names it. What was looked for in vain stands in the log and in
+every report.
+"""
+
+from __future__ import annotations
+
+import logging
+import pkgutil
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from npu_fuse_pass.errors import Unsupported
+from npu_fuse_pass.reasons import Code
+
+_log = logging.getLogger("npu_fuse_pass")
+
+WITHOUT = {
+    "torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors": "Python looks at a step's tensors, about 1 us for each",
+    "torch._C._dynamo.guards.TensorGuards": "a step's tensors are compared one by one, about 0.4 us for each",
+    "torch._C._profiler._RecordFunctionFast": "profiles get a kernel's name by torch.profiler.record_function, some us "
+    "for each call",
+    "torch._dynamo.callback.callback_handler": "nobody says that torch hides a step",
+    "torch._dynamo.config.capture_scalar_outputs": "a number that item() reads ends the graph",
+    "torch._dynamo.config.disable": "a step that TORCHDYNAMO_DISABLE=1 leaves eager counts as not captured",
+    "torch._dynamo.config.do_not_emit_runtime_asserts": "Dynamo refuses some quotients of numbers that item() reads",
+    "torch._dynamo.config.patch": "a number that item() reads ends the graph",
+    "torch._dynamo.config.recompile_limit": "reports of recompiles do not say where torch stops",
+    "torch._dynamo.eval_frame": "what torch.compile gave is compiled as it is",
+    "torch._dynamo.eval_frame._stance": "a step that torch.compiler.set_stance leaves eager counts as not captured",
+    "torch._dynamo.eval_frame.skip_code": "Dynamo captures a rule optimizer's step with all parameters; with "
+    "step hooks it runs as the original",
+    "torch._dynamo.graph_break": "a graph that has to end does not say why",
+    "torch._dynamo.pgo.auto_dynamic": "numbers that change may compile a step twice",
+    "torch._dynamo.register_backend": 'backend="npu_fused" is known by the entry point of the installed package',
+    "torch._dynamo.reset_code": "Dynamo keeps what stands around the trace of a rule",
+    "torch._dynamo.source.AttrSource": "a class without capturable may be compiled twice",
+    "torch._dynamo.symbolic_convert.InstructionTranslator.current_tx": "a step in a function has its own graph",
+    "torch._dynamo.utils": "a step that lifts torch's limit of compiles by itself is compiled in parts",
+    "torch._dynamo.utils.counters": "messages do not say why Dynamo ended a graph",
+    "torch._dynamo.utils.get_debug_dir": "dumps under TORCH_COMPILE_DEBUG=1 go to torch_compile_debug",
+    "torch._dynamo.utils.get_metrics_context": "reports do not say why a step was compiled again",
+    "torch._dynamo.utils.graph_break_reasons": "messages do not say where Dynamo ended a graph",
+    "torch._dynamo.variables.LazyVariableTracker": "a class without capturable may be compiled twice",
+    "torch._dynamo.variables.NewGlobalVariable": "a step behind a change in a function has its own graph",
+    "torch._dynamo.variables.OptimizerVariable": "a class without capturable may be compiled twice",
+    "torch._dynamo.variables.OptimizerVariable._set_capturable": "a class without capturable may be compiled twice",
+    "torch._dynamo.variables.VariableTracker": "a class without capturable may be compiled twice",
+    "torch._dynamo.variables.builder": "numbers that change may compile a step twice",
+    "torch._dynamo.variables.builder.process_automatic_dynamic": "numbers that change may compile a step twice",
+    "torch._foreach_copy_": "lists of tensors are copied one by one",
+    "torch._guards.CompileContext.current_compile_id": "reports do not say why a step was compiled again",
+    "torch._guards.TracingContext": "NPU steps run as the original; a rule is traced in a compile of its own",
+    "torch._guards.TracingContext.extract_stack": "reports do not say where a compiled function calls the step",
+    "torch._guards.tracing": "NPU steps run as the original",
+    "torch._inductor.custom_graph_pass.CustomGraphPass": "Inductor keeps no graph that fuse_pass has changed",
+    "torch._inductor.inductor_prims": "torchair converts no prims.fma",
+    "torch._logging._internal": "tlparse shows no reports",
+    "torch._prims_common.is_non_overlapping_and_dense": "torch.empty_like says how a result lies in memory",
+    "torch._prims_common.is_non_overlapping_and_dense_or_false": "an older form is asked how a result lies in memory",
+    "torch._subclasses.fake_tensor.FakeTensor": "NPU steps run as the original",
+    "torch._subclasses.fake_tensor.FakeTensorMode": "update rules cannot be traced: steps run as the original",
+    "torch._sym_log2": "math.log of a number that changes from step to step compiles the step anew",
+    "torch.autograd._profiler_enabled": "explain does not measure a script's own steps",
+    "torch.utils._foreach_utils._group_tensors_by_device_and_dtype": "clipping and step have a graph each",
+    "torch.utils._mode_utils.no_dispatch": "NPU steps run as the original",
+    "torch.Tensor._is_zerotensor": "a tensor of zeros without memory is refused by its address",
+    "torch.Tensor._version": "a rule that changes its arguments is not refused at once; on an NPU a step reads 0-dim "
+    "tensors each time",
+    "torch.UntypedStorage._cdata": "storages are told apart by their Python objects",
+    "torch._dynamo.convert_frame.ConvertFrame._torchdynamo_orig_backend": "nobody says that torch hides a step",
+    "torch._dynamo.eval_frame.OptimizeContext._torchdynamo_orig_callable": "what torch.compile gave is compiled "
+    "as it is, and schedulers refuse it in the place of opt.step",
+    "torch._dynamo.metrics_context.MetricsContext._metrics": "reports do not say why a step was compiled again",
+    "torch._dynamo.side_effects.SideEffects._get_modified_vars": "a step in a function has its own graph",
+    "torch._ops.OpOverload._schema": "what an operation writes is told by its name; operations that no kernel computes "
+    "leave the step as the original",
+    "torch.distributed.fsdp.FlatParameter._fsdp_flattened": "a rule that takes norms is not refused for parameters of "
+    "FSDP1, which are parts of flat tensors",
+    "torch.distributed.tensor.DTensor._local_tensor": "to_local() makes a DTensor's local part anew at each step",
+    "torch.optim.Optimizer._init_group": "Dynamo captures steps of torch.optim operation by operation",
+    "torch.optim.Optimizer._opt_called": "nothing: it is written for schedulers, and never read",
+    "torch.optim.Optimizer._optimizer_step_post_hooks": "a hook's handle says where torch keeps them",
+    "torch.optim.Optimizer._optimizer_step_pre_hooks": "a hook's handle says where torch keeps them",
+    "torch.optim.Optimizer._step_supports_amp_scaling": "nothing: it is written for GradScaler, and never read",
+    "torch.optim.Optimizer._wrapped_by_lr_sched": "nothing: it is written for schedulers, and never read",
+    "torch.utils._python_dispatch.TorchDispatchMode": "rules are traced for every shape, and operations that no kernel "
+    "computes leave the step as the original",
+}
+"""Name -> what happens on a torch without it."""
+
+_looked_for: dict[str, None] = {}
+
+
+def find(*names: str) -> Any:
+    """What has the first of these names that this torch has; None, said once in the log, where it has none of them."""
+    for name in names:
+        try:
+            return pkgutil.resolve_name(name)
+        except (ImportError, AttributeError):
+            continue
+    if names[0] not in _looked_for:
+        _looked_for[names[0]] = None
+        _log.warning("npu_fused: %s", _lacking(names[0]))
+    return None
+
+
+def need(name: str) -> Any:
+    """What has this name.
+
+    Raises:
+        Unsupported: this torch has no such name; a reason that says so.
+    """
+    found = find(name)
+    if found is None:
+        raise Unsupported(name, f"torch {torch.__version__} lacks this private name", Code.TORCH)
+    return found
+
+
+def lacking() -> list[str]:
+    """What was looked for in vain so far, and what happens without it."""
+    return [_lacking(name) for name in _looked_for]
+
+
+def _lacking(name: str) -> str:
+    return f"torch {torch.__version__} lacks {name}: {WITHOUT[name]}"
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """What tensors that share memory have in common, as long as one of them lives."""
+    return int(getattr(storage, "_cdata", id(storage)))  # torch keeps one Python object for each
+
+
+class _NoMode:
+    """In the place of a class that torch lacks: whoever enters it hears so."""
+
+    def __enter__(self) -> None:
+        need(_MODE)
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+_MODE = "torch.utils._python_dispatch.TorchDispatchMode"
+if TYPE_CHECKING:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    DispatchMode = TorchDispatchMode
+else:
+    DispatchMode = find(_MODE) or _NoMode
