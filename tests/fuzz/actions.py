@@ -12,6 +12,7 @@ BETWEEN = {
     # numbers
     "lr": 'opt.param_groups[0]["lr"] = {lr}',
     "lr 0": 'opt.param_groups[0]["lr"] = 0.0',
+    "lr 0 where all begins": 'opt.state.clear()\nopt.param_groups[0]["lr"] = 0.0\ngradients(ps, {s}, "zeros")',
     "lr of every group": 'for g in opt.param_groups:\n    g["lr"] = {lr}',
     "lr NumPy's": 'opt.param_groups[0]["lr"] = (np.float64 if dtype_of_numbers(ps) == F64 else np.float32)({lr})',
     "lr tensor": 'opt.param_groups[0]["lr"] = torch.tensor({lr}, dtype=dtype_of_numbers(ps))',
