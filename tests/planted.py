@@ -74,11 +74,13 @@ def _named(body: Sequence[ast.stmt], name: str) -> Iterator[ast.stmt]:
             yield from _named(getattr(node, "body", []), rest) if rest else [node]
 
 
-def run_tests(folder: pathlib.Path, tests: Sequence[str], environment: Mapping[str, str]) -> tuple[int | None, str]:
-    """pytest's exit code (None: it did not end in five minutes) and its output."""
+def run_tests(
+    folder: pathlib.Path, tests: Sequence[str], environment: Mapping[str, str], seconds: float = 300
+) -> tuple[int | None, str]:
+    """pytest's exit code (None: it did not end in so many seconds) and its output."""
     process = _CONTEXT.Process(target=_run, args=(str(folder), list(tests), dict(environment)))
     process.start()
-    process.join(timeout=300)
+    process.join(timeout=seconds)
     if process.is_alive():
         process.kill()
         process.join()

@@ -206,6 +206,6 @@ def test_a_planted_bug_is_found(bug: Mutation, tmp_path: pathlib.Path) -> None:
     kernels = tmp_path / "kernels"
     kernels.mkdir(mode=0o700)
     settings = {"NPU_FUSE_CACHE_DIR": str(kernels), "OMP_WAIT_POLICY": "PASSIVE", "PYTHONDONTWRITEBYTECODE": "1"}
-    code, output = run_tests(copy, ["tests/test_planted_fuzz.py"], settings)
+    code, output = run_tests(copy, ["tests/test_planted_fuzz.py"], settings, seconds=3600)
     assert code == 1, f"not found, or not run (exit code {code}):\n{output[-3000:]}"
     assert "A random program" in output, output[-3000:]
