@@ -346,7 +346,7 @@ def compare(
     of_all = {dtype: max(limit, coarsest) for dtype, limit in limits.items()}  # as exact as the coarsest of them
     if any(word in line for line in lines for word in MEET):
         limits = of_all  # the loss is float32, and a total of its parameters' dtypes
-    of_states = limits
+    exact = limits
     # what was once about 1 was rounded as that
     of_parameters = limits | {dtype: (limits[dtype][0], max(limits[dtype])) for dtype in HALF}
     for i, line in enumerate(lines[: len(want.errors)]):
@@ -359,6 +359,8 @@ def compare(
             return "error", f"line {i}, {line!r}: {_told(a)} not {_told(b)}"
         if a is not None and line.startswith(STEPS):
             break  # ours refuses before anything is changed, torch.optim's class in between
+        size = _size(want.seen[i])  # weight decay brings roundings of parameters into the states
+        of_states = exact | {dtype: (exact[dtype][0], exact[dtype][1] * size) for dtype in HALF}
         for name in want.seen[i].keys() | got.seen[i].keys():
             x, y = (seen[i].get(name) for seen in (got.seen, want.seen))
             limits = of_all if name == "average" else of_states if "." in name else of_parameters
@@ -377,6 +379,12 @@ def compare(
         if i + 1 == len(got.errors):
             break
     return "", ""
+
+
+def _size(seen: Mapping[str, Any]) -> float:
+    """The largest finite magnitude in parameters of half precision, 1 at least."""
+    found = [x for n, x in seen.items() if "." not in n and isinstance(x, Tensor) and x.dtype in HALF and x.numel()]
+    return max([1.0, *(float(x.float().nan_to_num(0.0, 0.0, 0.0).abs().max()) for x in found)])
 
 
 def _nan(x: Any) -> bool:

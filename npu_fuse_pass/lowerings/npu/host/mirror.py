@@ -92,11 +92,9 @@ def _counts_writes(t: Tensor | None) -> bool:
     0-dim parameters are left out: `p.data.clamp_(...)` between steps is how many models keep theirs in bounds. Their
     gradients are new in every step, so nothing is lost.
     """
-    return (
-        hasattr(t, "_version")
-        and t is not None
-        and not (t.requires_grad or t.is_inference() or isinstance(t, torch.nn.Parameter))
-    )
+    if t is None or t.requires_grad or t.is_inference() or isinstance(t, torch.nn.Parameter):
+        return False  # an inference tensor refuses to be asked
+    return hasattr(t, "_version")
 
 
 def from_device(tensors: Sequence[Tensor]) -> Tensor:
