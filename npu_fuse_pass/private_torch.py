@@ -6,6 +6,7 @@ every report.
 
 from __future__ import annotations
 
+import functools
 import logging
 import pkgutil
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ WITHOUT = {
     "torch._dynamo.register_backend": 'backend="npu_fused" is known by the entry point of the installed package',
     "torch._dynamo.reset_code": "Dynamo keeps what stands around the trace of a rule",
     "torch._dynamo.source.AttrSource": "a class without capturable may be compiled twice",
+    "torch._dynamo.source.OptimizerSource": "a step in a function has its own graph",
     "torch._dynamo.symbolic_convert.InstructionTranslator.current_tx": "a step in a function has its own graph",
     "torch._dynamo.utils": "a step that lifts torch's limit of compiles by itself is compiled in parts",
     "torch._dynamo.utils.counters": "messages do not say why Dynamo ended a graph",
@@ -92,19 +94,28 @@ WITHOUT = {
 """Name -> what happens on a torch without it."""
 
 _looked_for: dict[str, None] = {}
+_owner = functools.cache(pkgutil.resolve_name)  # some names are asked for at every step
 
 
 def find(*names: str) -> Any:
     """What has the first of these names that this torch has; None, said once in the log, where it has none of them."""
     for name in names:
         try:
-            return pkgutil.resolve_name(name)
+            return _resolved(name)
         except (ImportError, AttributeError):
             continue
     if names[0] not in _looked_for:
         _looked_for[names[0]] = None
         _log.warning("npu_fused: %s", _lacking(names[0]))
     return None
+
+
+def _resolved(name: str) -> Any:
+    owner, _, last = name.rpartition(".")
+    try:
+        return getattr(_owner(owner), last)
+    except AttributeError:
+        return pkgutil.resolve_name(name)  # a module that nobody has imported yet
 
 
 def need(name: str) -> Any:

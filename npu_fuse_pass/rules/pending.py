@@ -75,7 +75,7 @@ def _guard_identity(surface: Any) -> None:
         surface: Dynamo's variable of the attribute through which the step finds its parameters.
     """
     through = surface.source.base
-    if type(through).__name__ == "OptimizerSource":
+    if isinstance(through, need("torch._dynamo.source.OptimizerSource")):
         surface.source = dataclasses.replace(surface.source, base=through.base)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from npu_fuse_pass.private_torch import find
 
-_guards = find("torch._C._dynamo.guards.TensorGuards")
+_tensor_guards = find("torch._C._dynamo.guards.TensorGuards")
 _LEARNED_AT_MOST = 8  # tensors that keep changing are checked one by one instead of being learned again and again
 
 
@@ -37,12 +37,12 @@ class SameTensors:
         Returns:
             False after 8 lists that were learned, and where torch lacks the guard: nothing is remembered then.
         """
-        if self._learned == _LEARNED_AT_MOST or _guards is None:
+        if self._learned == _LEARNED_AT_MOST or _tensor_guards is None:
             return False
         self._learned += 1
         sizes: Any = [list(t.shape) for t in tensors]
         strides: Any = [list(t.stride()) for t in tensors]
-        self._guards = _guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        self._guards = _tensor_guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
         self.matched = self._learned
         return True
 

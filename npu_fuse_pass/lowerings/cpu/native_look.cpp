@@ -3,7 +3,8 @@
 // Python takes about a microsecond for each parameter (its gradient, sizes and strides, address, version counter), most
 // of it waiting for memory; this takes a tenth. Built against the header in torch's wheel that compiles in two seconds;
 // the one with all of a tensor's methods takes one more, and the one that knows Python's tensor objects fifteen, so where
-// the tensor is in its object is found out (`place_in`). Called with the interpreter's lock held. No function lets an exception out.
+// the tensor is in its object is found out (`place_in`). Called with the interpreter's lock held. No function lets an
+// exception out.
 
 #include <ATen/core/TensorBase.h>
 
@@ -59,7 +60,7 @@ struct Table {
   std::vector<int64_t> order;         // of looking: those that are no gradients come first
   int64_t gradients;                  // the turn of the first one
   std::vector<c10::TensorImpl*> now;  // of the last look
-  std::vector<at::TensorBase> held;       // gradients: another thread may set p.grad while a kernel runs
+  std::vector<at::TensorBase> held;   // gradients: another thread may set p.grad while a kernel runs
 
   const at::TensorBase& in(PyObject* object) const {
     return *reinterpret_cast<at::TensorBase*>(reinterpret_cast<char*>(object) + place);
