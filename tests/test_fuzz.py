@@ -12,11 +12,12 @@ import pytest
 
 from .fuzz import left_out, run
 from .fuzz.actions import AFTER, BETWEEN, INSIDE
-from .fuzz.draw import ROWS, Draws, Program
+from .fuzz.draw import ROWS, Draws, Program, _Writer
 from .fuzz.optimizers import BY_NAME, OPTIMIZERS
 from .fuzz.parameters import PARAMETERS, RARE
 from .fuzz.shrink import shrink
 from .fuzz.twin import check
+from .fuzz.twin import run as twin_run
 from .mutations import Mutation
 from .planted import ROOT, copy_of_the_project, find, plant, run_tests
 from .support import FULL
@@ -128,6 +129,26 @@ def test_shrinking_keeps_what_is_needed() -> None:
     assert shrink(lines, lambda made: {"line 3", "line 17"} <= {*made}) == ("line 3", "line 17")
     inner = ("def f():\n    a\n    b\n    c",)
     assert shrink(inner, lambda made: "b" in "".join(made)) == ("def f():\n    b",)
+
+
+@pytest.mark.parametrize("row", [row for row, text in BETWEEN.items() if "promise(" in text])
+def test_no_promise_is_broken_because_lines_are_left_out(row: str) -> None:
+    """Else the shrinker makes another program of a finding."""
+    writer = _Writer(Draws(SEED), BY_NAME["lion"])
+    writer.add("plain", PARAMETERS["plain"])
+    writer.made = f"opt = {writer.optimizer.text}"
+    writer.lines += [writer.made, "step = compiled(opt.step)"]
+    writer.steps(1)
+    writer.add(row, BETWEEN[row])
+    for i in range(len(writer.lines)):
+        assert not twin_run([*writer.lines[:i], *writer.lines[i + 1 :]], "eager").broken, writer.lines[i]
+
+
+def test_who_refused_is_not_kept_alive() -> None:
+    gone = "r = weakref.ref(opt); del opt; gc.collect(); promise('an optimizer goes', r() is None)"
+    made = twin_run([*LINES[:2], "opt.load_state_dict({})", gone], "eager")
+    assert isinstance(made.errors[2], KeyError)
+    assert not made.broken
 
 
 # One bug for each kind of fault, and with which optimizers programs are drawn until it shows.

@@ -6,7 +6,8 @@ it. {s}: a seed. {call}: arguments of the step. {again}: how the step is compile
 
 from __future__ import annotations
 
-_KEPT = "before = states(opt, ps)\n{}\npromise('load_state_dict keeps what is loaded', same(states(opt, ps), before))"
+# what a promise is about is one line: a program without a part of it would break it by itself
+_KEPT = "before = states(opt, ps); {}; promise('load_state_dict keeps what is loaded', same(states(opt, ps), before))"
 
 BETWEEN = {
     # numbers
@@ -87,9 +88,9 @@ BETWEEN = {
     "deepcopy": "ps, opt = copy.deepcopy((ps, opt))\nstep = {again}",
     "pickle": "ps, opt = pickle.loads(pickle.dumps((ps, opt)))\nstep = {again}",
     "another optimizer": (
-        "for n in ('e', 'a', 'b', 'g', 'kept', 'before', 'saved'):\n    globals().pop(n, None)\n"
-        "r = weakref.ref(opt.state[ps[0]].get('{n}', opt))\ndel opt, step\ngc.collect()\n"
-        "promise('the states of a deleted optimizer are gone', r() is None)\n{make}\nstep = {again}"
+        "forget('e', 'a', 'b', 'g', 'kept', 'before', 'saved'); r = weakref.ref(opt.state[ps[0]].get('{n}', opt)); "
+        "del opt, step; gc.collect(); promise('the states of a deleted optimizer are gone', r() is None)\n"
+        "{make}\nstep = {again}"
     ),
     # calls
     "eager step": "opt.step()",

@@ -265,6 +265,7 @@ def run(lines: Sequence[str], mode: str) -> Run:
     names["compiled"] = (lambda f: torch.compile(f, backend=backend)) if backend else (lambda f: f)
     result = Run()
     names["promise"] = result.promise
+    names["forget"] = lambda *those: [names.pop(name, None) for name in those]
     for line in lines:
         text, _, stock = line.partition("  #= ")
         error = None
@@ -274,7 +275,7 @@ def run(lines: Sequence[str], mode: str) -> Run:
                 with torch.enable_grad():  # a graph that raises in its midst leaves torch's mode as it was there
                     exec(compile(stock if stock and mode == "stock" else text, "<program>", "exec"), names)
             except Exception as e:
-                error = e
+                error = _without_frames(e)
         result.said += [str(w.message) for w in caught if "npu_fused" in str(w.message)]
         result.errors.append(error)
         result.seen.append(_look(names, "look(" in line or line is lines[-1]) | observed)
@@ -287,6 +288,14 @@ def run(lines: Sequence[str], mode: str) -> Run:
         result.reasons += [report.fallback] if report.fallback else []
         result.reasons += [str(u) for u in report.unfused]
     return result
+
+
+def _without_frames(e: BaseException) -> BaseException:
+    """The same exception and its causes; their frames would keep optimizers alive."""
+    seen: BaseException | None = e
+    while seen is not None:
+        seen.__traceback__, seen = None, seen.__cause__ or seen.__context__
+    return e
 
 
 def look() -> None:
