@@ -28,7 +28,7 @@ import optimizers  # noqa: E402
 from npu_fuse_pass.capture.rule import capture_batches  # noqa: E402
 from npu_fuse_pass.ir.expr import REDUCTIONS, postorder  # noqa: E402
 from npu_fuse_pass.ir.types import Formula  # noqa: E402
-from npu_fuse_pass.lowerings.kernels.sweeps import plan  # noqa: E402
+from npu_fuse_pass.lowerings.kernels.sweeps import schedule  # noqa: E402
 from npu_fuse_pass.lowerings.npu.kernels.launch import Generated, generate_group  # noqa: E402
 from npu_fuse_pass.passes.group import group  # noqa: E402
 from optimizers.paddle import RMSProp  # noqa: E402
@@ -56,8 +56,8 @@ def least(formula: Formula) -> tuple[int, int]:
     """Bytes for each element that no kernel for a formula can do without, and passes over memory."""
     order = postorder(formula.roots)
     if any(e.op in REDUCTIONS for e in order):
-        planned = plan(formula)
-        return sum(planned.bytes), sum(len(stage.passes) for stage in planned.stages)
+        scheduled = schedule(formula)
+        return sum(scheduled.bytes), sum(len(function.sweeps) for function in scheduled.functions)
     used = {e.value for e in order if e.op == "leaf" and e.tensor}
     each = [*used, *(s for s in formula.written if formula.slots[s].tensor)]
     return sum(slot.dtype.itemsize for s in each if isinstance(s, int) for slot in [formula.slots[s]]), 1

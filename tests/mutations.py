@@ -162,7 +162,7 @@ MUTATIONS = [
     # code generation
     Mutation(
         "the last element of every chunk is left out",
-        "_Stage._pass",
+        "_Function._sweep",
         "n = left < {CHUNK} ? left : {CHUNK};",
         "n = (left < {CHUNK} ? left : {CHUNK}) - 1;",
         _small("every_element_is_written_whatever_the_size"),
@@ -172,7 +172,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a reduction leaves out what fills no lane",
-        "_Stage._lanes",
+        "_Function._lanes",
         "for (int l = 0; base + l < n; ++l) {",
         "for (int l = 0; base + l + 1 < n; ++l) {",
         REDUCED,
@@ -192,7 +192,7 @@ MUTATIONS = [
     ),
     Mutation(
         "sums of a few values are left out",
-        "_Stage._lanes",
+        "_Function._lanes",
         'f"add_exact(r{j}[l], e{j}[l], b{j}[l]); b{j}[l] = 0;"',
         'f"b{j}[l] = 0;"',
         REDUCED,

@@ -12,7 +12,7 @@ def _passes(name: str) -> tuple[str, ...]:
 PASSES = [
     Mutation(
         "a state is written while a later pass needs the old one",
-        "_Search._planned",
+        "_Search._scheduled",
         "missed |= written & set(old.values())",
         "missed |= set()",
         _passes("the_fewest_bytes_the_same_bits[needs_old]"),
@@ -40,7 +40,7 @@ PASSES = [
     ),
     Mutation(
         "parameters that one thread takes alone are updated twice",
-        "_Stage._driver",
+        "_Function._driver",
         "a.active[m] && a.numel[m] > small",
         "a.active[m]",
         _passes("the_fewest_bytes_the_same_bits[scaled]"),

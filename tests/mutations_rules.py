@@ -74,7 +74,7 @@ RULES = [
     ),
     Mutation(
         "every chunk is rounded by the random bits of the first",
-        "_Stage._noise",
+        "_Function._noise",
         "int64_t({first}) + start",
         "int64_t({first})",
         _rounding("threads_and_chunks[torch.float16]"),

@@ -240,7 +240,7 @@ slot 3: f32
 %7: f32[] = cast(%6, f32)
 write $0 = %5
 write $1 = %7"""
-    exact, rounded = (sweeps.plan(parse(text.format(dtype))).bytes for dtype in ("f64", "f32"))
+    exact, rounded = (sweeps.schedule(parse(text.format(dtype))).bytes for dtype in ("f64", "f32"))
     assert exact == [12 + 8 + 8 + 4] and rounded == [12 + 12 + 4 + 4]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from npu_fuse_pass.ir.totals import total_slots
-from npu_fuse_pass.lowerings.kernels.sweeps import plan
+from npu_fuse_pass.lowerings.kernels.sweeps import schedule
 from tests.npu_kernels.executed import GraphBackend
 from tests.npu_kernels.steps import parameters, set_gradients
 from tests.npu_kernels.test_executed import distance
@@ -70,7 +70,7 @@ def test_three_launches(name: str) -> None:
         ("chunks", True), ("members", True), ("chunks", False),
     ]  # fmt: skip
     slots = total_slots(grouped.groups, grouped.leaves)
-    assert found.kernels.bytes_per_element == sum(plan(found.group.formula, slots[0]).bytes)
+    assert found.kernels.bytes_per_element == sum(schedule(found.group.formula, slots[0]).bytes)
 
 
 def test_bits_do_not_depend_on_the_number_of_cores() -> None:

@@ -1,6 +1,6 @@
 """C++ for one formula: plain loops that the compiler vectorises, no intrinsics, no headers but the standard ones.
 
-A kernel works in passes over memory; `kernels.sweeps` says what each does. Before each pass every member's scalars are
+A kernel works in sweeps over memory; `kernels.sweeps` schedules them. Before each sweep every member's scalars are
 evaluated in double. Elements are split into chunks of CHUNK, and a reduction adds LANES partial sums per chunk and then
 the chunks in order, so that the bits of a result depend neither on the number of threads nor on what else is in the
 group.
@@ -19,7 +19,7 @@ from npu_fuse_pass.ir.expr import DTYPE_NAMES, REDUCTIONS, Expr, postorder
 from npu_fuse_pass.ir.types import Formula
 from npu_fuse_pass.lowerings.cpu import over
 from npu_fuse_pass.lowerings.cpu.cpp_ops import CPP, CPP_TYPES, STORED, cast, cpp_type, rounded
-from npu_fuse_pass.lowerings.kernels.sweeps import Pass, Stage, kept_scalars, plan
+from npu_fuse_pass.lowerings.kernels.sweeps import Function, Sweep, kept_scalars, schedule
 from npu_fuse_pass.tensors.stochastic import ROW
 
 CHUNK = 16384
@@ -39,74 +39,75 @@ class Source:
     """Generated C++ and what the caller must allocate for it."""
 
     text: str
-    stages: tuple[str, ...]  # exported symbols in the order of their calls: "<name>_contribute", "<name>"
+    functions: tuple[str, ...]  # exported symbols in the order of their calls: "<name>_contribute", "<name>"
     scratch: int  # doubles per member
     partial: int  # doubles per chunk
-    bytes_per_element: int  # read and written over all passes
+    bytes_per_element: int  # read and written over all sweeps
     contribute_bytes: int  # of these, those of the contributions
-    pieces: tuple[tuple[str, ...], ...] = ()  # of each stage, where they are exported one by one in place of it
+    pieces: tuple[tuple[str, ...], ...] = ()  # of each function, where pieces are exported in its place
     reduced: tuple[tuple[tuple[tuple[int, str], ...], ...], ...] = ()  # by each piece: where in scratch, and how
 
 
 def generate(name: str, formula: Formula, totals: Collection[int] | None = (), in_pieces: bool = False) -> Source:
-    """C++ source of the kernel of one group; `totals`: see `sweeps.plan`.
+    """C++ source of the kernel of one group; `totals`: see `sweeps.schedule`.
 
-    `in_pieces`: a function for each section with the pass behind it, and nothing is written before the last one; what
-    a piece has reduced may be changed before the next.
+    `in_pieces`: export a function for each section with the sweep behind it, and write nothing before the last one; the
+    caller may change what a piece has reduced before the next.
     """
-    made = plan(formula, totals, late=in_pieces)
-    names = [f"{name}_contribute", name][-len(made.stages) :]
+    made = schedule(formula, totals, late=in_pieces)
+    names = [f"{name}_contribute", name][-len(made.functions) :]
     var = {id(e): f"v{i}" for i, e in enumerate(postorder(formula.roots))}
     numbers = range(2 - len(names), 2)
-    stages = [_Stage(*given, formula, var, in_pieces) for given in zip(names, numbers, made.stages, strict=True)]
-    scratch = max(len(s.stored) for s in stages) or 1
-    partial = 2 * max(max((len(r) for r in s.reductions), default=0) for s in stages) or 1
+    numbered = zip(names, numbers, made.functions, strict=True)
+    functions = [_Function(*given, formula, var, in_pieces) for given in numbered]
+    scratch = max(len(s.stored) for s in functions) or 1
+    partial = 2 * max(max((len(r) for r in s.reductions), default=0) for s in functions) or 1
     header = "\n".join(f"// {line}" for line in formula.text.splitlines())
     sizes = f"static const int64_t SCRATCH = {scratch}, PARTIAL = {partial};\n"
     more = [_SPREAD] if in_pieces else []
     more += [over.PRELUDE] if has_dimensions(formula.roots) else []
-    more += [_STOCHASTIC] if any(e.op == "stochastic" for s in made.stages for e in s.order) else []
-    text = "\n".join([header, PRELUDE, *more, sizes, *(s.text() for s in stages)])
+    more += [_STOCHASTIC] if any(e.op == "stochastic" for s in made.functions for e in s.order) else []
+    text = "\n".join([header, PRELUDE, *more, sizes, *(s.text() for s in functions)])
     contribute = made.bytes[0] if formula.contributions else 0
-    pieces = tuple(tuple(f"{s.name}_{k}" for k in range(s.last + 1)) for s in stages) if in_pieces else ()
-    exported = tuple(name for stage in pieces for name in stage) if in_pieces else tuple(names)
-    reduced = tuple(tuple(tuple((s.stored[id(e)], e.op) for e in row) for row in s.reductions) for s in stages)
+    pieces = tuple(tuple(f"{s.name}_{k}" for k in range(s.last + 1)) for s in functions) if in_pieces else ()
+    exported = tuple(name for function in pieces for name in function) if in_pieces else tuple(names)
+    reduced = tuple(tuple(tuple((s.stored[id(e)], e.op) for e in row) for row in s.reductions) for s in functions)
     return Source(text, exported, scratch, partial, sum(made.bytes), contribute, pieces, reduced)
 
 
-class _Stage:
-    """One exported function: scalar sections and passes in turn."""
+class _Function:
+    """The text of one exported function: scalar sections and sweeps in turn."""
 
     def __init__(
-        self, name: str, number: int, stage: Stage, formula: Formula, var: dict[int, str], in_pieces: bool
+        self, name: str, number: int, function: Function, formula: Formula, var: dict[int, str], in_pieces: bool
     ) -> None:
         self.name = name
         self.in_pieces = in_pieces
         self.number = number
         self.formula = formula
-        self.writes = stage.writes
-        self.contributions = stage.contributions
-        self.order = stage.order
-        self.phase = stage.phase
-        self.passes = stage.passes
-        self.last = stage.last
+        self.writes = function.writes
+        self.contributions = function.contributions
+        self.order = function.order
+        self.phase = function.phase
+        self.sweeps = function.sweeps
+        self.last = function.last
         self.var = var
         self.slot_rank = {s: i for i, s in enumerate(formula.tensor_slots)}
         self.slot_rank |= {s: i for i, s in enumerate(formula.scalar_slots)}
-        self.reductions = [p.sums for p in self.passes[: self.last]]
-        self.stored = {id(e): i for i, e in enumerate(kept_scalars(stage, formula))}
+        self.reductions = [p.sums for p in self.sweeps[: self.last]]
+        self.stored = {id(e): i for i, e in enumerate(kept_scalars(function, formula))}
         self.wide = any(s.tensor and s.dtype == torch.float64 for s in formula.slots)
         self.rounds = torch.bfloat16 in {s.dtype for s in formula.slots} | {e.dtype for e in self.order}
 
     def text(self) -> str:
         parts = [self._section(k) for k in range(self.last + 1)]
-        parts += [self._pass(k, p) for k, p in enumerate(self.passes)]
+        parts += [self._sweep(k, p) for k, p in enumerate(self.sweeps)]
         if self.in_pieces:
             return "\n".join([*parts, *(self._piece(k) for k in range(self.last + 1))])
         return "\n".join([*parts, self._driver()])
 
     def _section(self, k: int) -> str:
-        """The scalars of phase k of one member; first the reductions of the pass before, from its chunks in order."""
+        """The scalars of phase k of one member; first the reductions of the sweep before, from its chunks in order."""
         lines = [f"static inline void {self.name}_scalars{k}(const Args& a, int64_t m) {{"]
         lines += ["  double* s = a.scratch + m * SCRATCH;", *(self._combine(k - 1) if k and not self.in_pieces else [])]
         defined: set[int] = set()
@@ -133,10 +134,10 @@ class _Stage:
                 lines.append(f"  a.contributions[{i} * a.members + m] = {value};")
         return "\n".join([*lines, "}"])
 
-    def _pass(self, k: int, work: Pass) -> str:
-        """One sweep over a chunk."""
+    def _sweep(self, k: int, work: Sweep) -> str:
+        """A sweep's work on one chunk."""
         if reduction := _over(work):
-            return self._over_pass(k, work, reduction)
+            return self._over_sweep(k, work, reduction)
         loads = [e for e in work.values if id(e) in work.places]
         body = [e for e in work.values if e.tensor and id(e) not in work.places and e.op != "leaf"]
         scalars = [e for e in work.values if not e.tensor]
@@ -158,7 +159,7 @@ class _Stage:
             lines += self._lanes(work.sums, inner)
         return "\n".join([*lines, "}"])
 
-    def _over_pass(self, k: int, work: Pass, reduction: Expr) -> str:
+    def _over_sweep(self, k: int, work: Sweep, reduction: Expr) -> str:
         """One task of a reduction over some of the dimensions."""
         after = over.above(reduction, work.values)
         last = {id(e) for e in after}
@@ -200,7 +201,7 @@ class _Stage:
         flushed = f"for (int l = 0; l < {LANES}; ++l) {{ {' '.join(flush)} }}"
         body = ["const int64_t i = base + l;", *inner]
         lines += ["  int64_t base = 0;", f"  for (; base + {LANES} <= n; base += {LANES}) {{"]
-        # that tensors do not overlap is known; the compiler would check it again for every few elements
+        # tensors are known not to overlap; the compiler would check it again for every few elements
         lines += ["    #pragma GCC ivdep", f"    for (int l = 0; l < {LANES}; ++l) {{"]
         lines += [*(f"      {x}" for x in (*body, *taken)), "    }"]
         if blocks:
@@ -228,7 +229,7 @@ class _Stage:
         return lines
 
     def _piece(self, k: int) -> str:
-        """The scalars of one phase, the pass behind them, and what that has reduced."""
+        """The scalars of one phase, the sweep behind them, and what that has reduced."""
         n = self.name
         lines = []
         if k < self.last:
@@ -248,22 +249,22 @@ class _Stage:
         return "\n".join([*lines, "  }", "}"])
 
     def _turn(self, k: int, which: str) -> list[str]:
-        """The scalars of one phase and the pass behind them, of members."""
+        """The scalars of one phase and the sweep behind them, of the members for which `which` holds."""
         lines = ["    #pragma omp for schedule(static)", "    for (int64_t m = 0; m < a.members; ++m)"]
         lines.append(f"      if ({which}) {self.name}_scalars{k}(a, m);")
-        if k < len(self.passes) and _over(self.passes[k]):
+        if k < len(self.sweeps) and _over(self.sweeps[k]):
             lines += ["    #pragma omp for schedule(dynamic, 1)"]
             lines += ["    for (int64_t c = 0; c < static_cast<const Over&>(a).tasks; ++c) {"]
             lines += ["      const int64_t m = static_cast<const Over&>(a).task[5 * c];"]
             lines += [f"      if ({which}) {self.name}_pass{k}(a, m, c);", "    }"]
-        elif k < len(self.passes):
+        elif k < len(self.sweeps):
             lines += ["    #pragma omp for schedule(dynamic, a.grain)"]
             lines += ["    for (int64_t c = 0; c < a.chunks; ++c) {", "      const int64_t m = a.chunk_member[c];"]
             lines += [f"      if ({which}) {self.name}_pass{k}(a, m, c);", "    }"]
         return lines
 
     def _driver(self) -> str:
-        n, several = self.name, len(self.passes) > 1 and not any(map(_over, self.passes))
+        n, several = self.name, len(self.sweeps) > 1 and not any(map(_over, self.sweeps))
         lines = [f'extern "C" void {n}(const Args* args) {{', "  const Args& a = *args;"]
         if several:
             size = sum(self.formula.slots[slot].dtype.itemsize for slot in self.formula.tensor_slots)
@@ -277,12 +278,12 @@ class _Stage:
         return "\n".join([*lines, "  }", f"  a.done[{self.number}] = 1;", "}"])
 
     def _small_members(self) -> list[str]:
-        """All passes of a member in turn, while a cache holds it: only the first one reads memory."""
+        """All sweeps over a member in turn, while a cache holds it: only the first one reads memory."""
         lines = ["    #pragma omp for schedule(dynamic, a.grain) nowait", "    for (int64_t m = 0; m < a.members; ++m)"]
         lines.append("      if (a.active[m] && a.numel[m] <= small) {")
         for k in range(self.last + 1):
             lines.append(f"        {self.name}_scalars{k}(a, m);")
-            if k < len(self.passes):
+            if k < len(self.sweeps):
                 chunks = "int64_t c = a.first_chunk[m]; c < a.first_chunk[m + 1]; ++c"
                 lines.append(f"        for ({chunks}) {self.name}_pass{k}(a, m, c);")
         return [*lines, "      }"]
@@ -338,8 +339,8 @@ class _Stage:
 _NEUTRAL = {"sum": "0.0", "amax": "-INFINITY", "amin": "INFINITY"}
 
 
-def _over(work: Pass) -> Expr | None:
-    """What a pass reduces over some of the dimensions."""
+def _over(work: Sweep) -> Expr | None:
+    """The reduction over some of the dimensions in a sweep, if it has one."""
     return next((e for e in work.values if e.op in OVER), None)
 
 
@@ -348,7 +349,7 @@ def _remembered(e: Expr) -> bool:
 
 
 def _take(e: Expr, running: str, rest: str, value: str) -> str:
-    """One more value into a reduction; a sum keeps what rounding loses, so that its bits hardly depend on an order."""
+    """Add a value to a reduction; a sum keeps what rounding loses, so that its bits hardly depend on the order."""
     if e.op == "sum":
         return f"add_exact({running}, {rest}, {value});"
     return f"{running} = {'maximum' if e.op == 'amax' else 'minimum'}({running}, {value});"

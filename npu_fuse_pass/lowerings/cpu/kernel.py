@@ -107,15 +107,15 @@ class Kernel:
     def _load(self, in_pieces: bool) -> None:
         """Compile the kernel, or load it."""
         source = self.source
-        library = cpu_build.load(source.text, [*source.stages, "find_overlap"])
-        functions = [getattr(library, name) for name in source.stages]
+        library = cpu_build.load(source.text, [*source.functions, "find_overlap"])
+        functions = [getattr(library, name) for name in source.functions]
         for f in functions:
             f.argtypes, f.restype = [ctypes.POINTER(Args)], None
         self.update = functions[-1]
         self.contribute = functions[0] if self.group.formula.contributions and not in_pieces else None
-        by_name = dict(zip(source.stages, functions, strict=True))
+        by_name = dict(zip(source.functions, functions, strict=True))
         none: tuple[tuple[Any, ...], ...] = ((), ())
-        self.pieces = [*none, *([by_name[name] for name in stage] for stage in source.pieces)][-2:]
+        self.pieces = [*none, *([by_name[name] for name in names] for names in source.pieces)][-2:]
         self.reduced = [*none, *source.reduced][-2:]
         self._find_overlap = library.find_overlap
         self._find_overlap.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64] * 2

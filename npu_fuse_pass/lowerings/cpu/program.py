@@ -192,7 +192,7 @@ class Program:
         """Bytes for each element and kernel calls of a step."""
         again = max(0, self._rounds - 1) if kernel.contribute is not None else 0
         source = kernel.source
-        return source.bytes_per_element + again * source.contribute_bytes, len(source.stages) + again
+        return source.bytes_per_element + again * source.contribute_bytes, len(source.functions) + again
 
     def _check_memory(self, values: Values) -> None:
         """Refuse memory that is written and used a second time: kernels process tensors side by side.

@@ -1,6 +1,6 @@
 """A step whose norms are of tensors of which this process holds parts: kernels in pieces, exchanges between them.
 
-A piece ends where a pass has reduced something. What members that are spread over processes have reduced then becomes
+A piece ends where a sweep has reduced something. What members that are spread over processes have reduced then becomes
 that of their whole tensors: one exchange for each process group, whatever the number of members and kernels.
 """
 
@@ -39,23 +39,27 @@ class Spread:
         self._at = 0
         exchanges: tuple[tuple[Any, tuple[str, ...]], ...] = tuple((g, ("sum",)) for g in self._groups)
         for _ in range(rounds):
-            exchanges = self._stage(CONTRIBUTE, exchanges)
+            exchanges = self._add(CONTRIBUTE, exchanges)
             self._actions.append(lambda threads: add_totals())
-        exchanges = self._stage(UPDATE, exchanges)
+        exchanges = self._add(UPDATE, exchanges)
         text = [(k.group.name, k.group.members, k.group.formula.text) for k in kernels]
         self.opening = Opening(int(key_of(repr(text))[:12], 16), exchanges)
 
-    def _stage(self, stage: int, exchanges: Any) -> Any:
-        """Add the pieces of a stage; the exchanges of the step's opening, as far as that is known."""
-        pieces = [(kernel, kernel.pieces[stage]) for kernel in self._kernels if kernel.pieces[stage]]
+    def _add(self, function: int, exchanges: Any) -> Any:
+        """Add the pieces of a function to the actions.
+
+        Returns:
+            The exchanges of the step's opening, as far as they are known.
+        """
+        pieces = [(kernel, kernel.pieces[function]) for kernel in self._kernels if kernel.pieces[function]]
         for phase in range(max((len(p) for _, p in pieces), default=1) - 1):
             for kernel, functions in pieces:
                 if phase < len(functions) - 1:
                     self._call(kernel, functions[phase])
             exchanges = self._exchange(
-                [(k, k.reduced[stage][phase]) for k, p in pieces if phase < len(p) - 1], exchanges
+                [(k, k.reduced[function][phase]) for k, p in pieces if phase < len(p) - 1], exchanges
             )
-        if stage == UPDATE and not self._open_after:
+        if function == UPDATE and not self._open_after:
             exchanges = self._exchange([], exchanges)
         for kernel, functions in pieces:
             self._call(kernel, functions[-1])

@@ -1,10 +1,10 @@
-"""In which passes over memory a kernel does its work, and what each pass reads and writes.
+"""The schedule of a kernel: in which sweeps over memory it works, and what each sweep reads and writes.
 
-A stage is one call of a kernel: the contributions to totals, then the update. Pass k of a stage computes the reductions
-that need k earlier ones; the pass after all of them writes. What does not wait for a reduction may be written by an
-earlier pass: later ones then read the new value where they would have computed it from old ones, and that moves fewer
-bytes where it makes something else superfluous. LAMB's first pass, for its norms, computes both moments from the
-gradient; as it writes them, the second pass needs no gradient.
+A kernel has up to two functions: the contributions to totals, then the update. Sweep k of a function computes the
+reductions that need k earlier ones; the sweep after all of them writes. What does not depend on a reduction may be
+written by an earlier sweep: later ones then read the new value instead of computing it from old ones, which moves fewer
+bytes where it makes another read superfluous. LAMB's first sweep, for its norms, computes both moments from the
+gradient; because it writes them, the second sweep needs no gradient.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from npu_fuse_pass.ir.expr import REDUCTIONS, Expr, postorder
 from npu_fuse_pass.ir.types import Formula
 
 Writes = tuple[tuple[int, Expr], ...]
-Moment = tuple[int, int]  # a stage and a pass of it
+Moment = tuple[int, int]  # a function and a sweep of it
 CONTRIBUTE, UPDATE = 0, 1
 END: Moment = (UPDATE, 1 << 30)  # after all reductions
 
 
 @dataclasses.dataclass(frozen=True)
-class Pass:
-    """One sweep over all elements.
+class Sweep:
+    """One pass over all elements.
 
     Attributes:
         sums: the reductions that it computes.
         writes: tensor slots and their new values.
-        values: every expression that it needs for these, arguments first; scalars are read where they were put.
+        values: every expression that these need, arguments first; scalars are read from where they were stored.
         places: the tensor slots from which values are read, by the expressions' ids.
     """
 
@@ -40,27 +40,27 @@ class Pass:
 
     @property
     def moved(self) -> list[int]:
-        """The slots that it reads, and those that it writes."""
+        """The slots that it reads, then those that it writes."""
         return [*set(self.places.values()), *(slot for slot, _ in self.writes)]
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
-    """One call of a kernel.
+class Function:
+    """One function of a kernel.
 
     Attributes:
-        writes: slots and their new values, tensors' and scalars', over all passes.
+        writes: slots and their new values, tensors' and scalars', over all sweeps.
         contributions: what is added to totals.
-        order: all its expressions, arguments first; no value that an earlier stage wrote, nor what is below that.
-        phase: how many reductions after each other an expression needs, by its id.
-        passes: over memory; the one after the last reduction is missing where it has no tensor to write.
+        order: all its expressions, arguments first; without what an earlier function wrote, and what is below that.
+        phase: the longest chain of reductions below an expression, by its id.
+        sweeps: in order; the one after the last reduction is missing if it would write no tensor.
     """
 
     writes: Writes
     contributions: tuple[Expr, ...]
     order: list[Expr]
     phase: Mapping[int, int]
-    passes: list[Pass]
+    sweeps: list[Sweep]
 
     @property
     def last(self) -> int:
@@ -69,33 +69,33 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """The stages of a kernel: the contributions, if there are any, and the update."""
+class Schedule:
+    """The functions of a kernel: the contributions, if there are any, and the update."""
 
     formula: Formula
-    stages: list[Stage]
+    functions: list[Function]
 
     @property
     def bytes(self) -> list[int]:
-        """What each stage reads and writes for each element."""
+        """Bytes that each function reads and writes for each element."""
         few = small(self.formula.writes, self.formula.roots)  # hardly any bytes
         sizes = [0 if i in few else slot.dtype.itemsize for i, slot in enumerate(self.formula.slots)]
-        return [sum(sizes[slot] for p in stage.passes for slot in p.moved) for stage in self.stages]
+        return [sum(sizes[slot] for p in function.sweeps for slot in p.moved) for function in self.functions]
 
 
-def plan(formula: Formula, totals: Collection[int] | None = (), late: bool = False) -> Plan:
-    """The stages that move the fewest bytes, as far as that was found; of equal ones, that with the later writes.
+def schedule(formula: Formula, totals: Collection[int] | None = (), late: bool = False) -> Schedule:
+    """Search for the schedule that moves the fewest bytes; of equal ones, the one with the later writes.
 
     Args:
         totals: the scalar slots that hold totals; None: contributions are computed several times and must not write.
-        late: nothing is written before the last pass.
+        late: write nothing before the last sweep.
     """
     search = _Search(formula, totals)
     return search.late() if late else search.found()
 
 
 class _Search:
-    """Looks for the moments at which tensors are written."""
+    """The search for the moments at which tensors are written."""
 
     def __init__(self, formula: Formula, totals: Collection[int] | None) -> None:
         self._formula = formula
@@ -105,11 +105,11 @@ class _Search:
             slot: [*self._early(slot, e, totals), END] for slot, e in formula.writes if formula.slots[slot].tensor
         }
 
-    def late(self) -> Plan:
+    def late(self) -> Schedule:
         """All writes last."""
-        return self._planned(dict.fromkeys(self._moments, END))[0]
+        return self._scheduled(dict.fromkeys(self._moments, END))[0]
 
-    def found(self) -> Plan:
+    def found(self) -> Schedule:
         """Every write as early as possible, then each of them later where that costs nothing; or all of them last."""
         last = self.late()
         when, best = self._valid({slot: moments[0] for slot, moments in self._moments.items()})
@@ -123,34 +123,34 @@ class _Search:
         return min(last, best, key=lambda p: sum(p.bytes))
 
     def _early(self, slot: int, e: Expr, totals: Collection[int] | None) -> Iterable[Moment]:
-        """The passes with reductions that can write a value; none for one that memory would round."""
+        """The sweeps with reductions that can write a value; none for one that memory would round."""
         if e.dtype != self._formula.slots[slot].dtype:
             return
         if reduces(e):
             return
         below = self._below([e])
         waits = totals is None or any(x.op == "leaf" and not x.tensor and x.value in totals for x in below)
-        stages = [(UPDATE, [root for _, root in self._formula.writes])]
+        functions = [(UPDATE, [root for _, root in self._formula.writes])]
         if not waits:
-            stages.insert(0, (CONTRIBUTE, list(self._formula.contributions)))
-        for stage, roots in stages:
+            functions.insert(0, (CONTRIBUTE, list(self._formula.contributions)))
+        for function, roots in functions:
             last = max(_phases(self._below(roots)).values(), default=0)
-            yield from ((stage, k) for k in range(_phases(below)[id(e)], last))
+            yield from ((function, k) for k in range(_phases(below)[id(e)], last))
 
     def _next(self, slot: int, moment: Moment) -> Moment:
         moments = self._moments[slot]
         return moments[moments.index(moment) + 1]
 
-    def _valid(self, when: dict[int, Moment]) -> tuple[dict[int, Moment], Plan]:
-        """The earliest moments from `when` on at which no pass misses a value that was overwritten."""
-        made, missed = self._planned(when)
+    def _valid(self, when: dict[int, Moment]) -> tuple[dict[int, Moment], Schedule]:
+        """The earliest moments from `when` on at which no sweep misses a value that was overwritten."""
+        made, missed = self._scheduled(when)
         while missed:
             when = {slot: self._next(slot, moment) if slot in missed else moment for slot, moment in when.items()}
-            made, missed = self._planned(when)
+            made, missed = self._scheduled(when)
         return when, made
 
-    def _planned(self, when: Mapping[int, Moment]) -> tuple[Plan, set[int]]:
-        """The stages with writes at these moments; the slots whose old values are read after they were overwritten."""
+    def _scheduled(self, when: Mapping[int, Moment]) -> tuple[Schedule, set[int]]:
+        """The schedule with writes at these moments, and the slots that are read after they were overwritten."""
         formula, known, written, missed = self._formula, dict[int, int](), set[int](), set[int]()
         made = []
         for number in (CONTRIBUTE, UPDATE) if formula.contributions else (UPDATE,):
@@ -158,11 +158,11 @@ class _Search:
             contributions = formula.contributions if number == CONTRIBUTE else ()
             below = self._below([*(e for _, e in writes), *contributions], known)
             order = [e for e in below if id(e) not in known]
-            stage = Stage(writes, contributions, order, _phases(order), [])
-            for k in range(stage.last + 1):
-                moments = [(number, k), END] if k == stage.last else [(number, k)]
+            function = Function(writes, contributions, order, _phases(order), [])
+            for k in range(function.last + 1):
+                moments = [(number, k), END] if k == function.last else [(number, k)]
                 now = tuple(w for w in writes if w[0] in when and when[w[0]] in moments)
-                sums = tuple(e for e in order if e.op in REDUCTIONS and stage.phase[id(e)] == k + 1)
+                sums = tuple(e for e in order if e.op in REDUCTIONS and function.phase[id(e)] == k + 1)
                 if not now and not sums:
                     continue
                 roots = [*(e for _, e in now), *(e.args[0] for e in sums)]
@@ -170,15 +170,15 @@ class _Search:
                 leaves = (e for e in values if e.op == "leaf" and e.tensor and _slot(e) not in self._expanded)
                 old = {id(e): _slot(e) for e in leaves if id(e) not in known}
                 new = {id(e): known[id(e)] for e in values if id(e) in known}
-                stage.passes.append(Pass(sums, now, tuple(values), {**old, **new}))
+                function.sweeps.append(Sweep(sums, now, tuple(values), {**old, **new}))
                 missed |= written & set(old.values())
                 written |= {slot for slot, _ in now}
                 known |= {id(e): slot for slot, e in now if e.tensor}
-            made.append(stage)
-        return Plan(formula, made), missed
+            made.append(function)
+        return Schedule(formula, made), missed
 
     def _below(self, roots: Sequence[Expr], known: Collection[int] = (), scalars: bool = True) -> list[Expr]:
-        """What `roots` are made of, arguments first: not what known values are, and what scalars are only if asked."""
+        """What `roots` are computed from, arguments first: known values are not followed, scalars only if `scalars`."""
         needed = set(map(id, roots))
         for e in reversed(self._order):
             if id(e) in needed and id(e) not in known and (scalars or e.tensor):
@@ -194,22 +194,22 @@ def _phases(order: Sequence[Expr]) -> dict[int, int]:
     return found
 
 
-def kept_scalars(stage: Stage, formula: Formula) -> list[Expr]:
-    """The scalars of a stage that leave the section (the scalars of one phase) in which they are computed.
+def kept_scalars(function: Function, formula: Formula) -> list[Expr]:
+    """The scalars of a function that leave the section (the scalars of one phase) in which they are computed.
 
-    Those are read by a pass or by a later section, made by a reduction, written as a tensor, or contributed.
+    Those are read by a sweep or by a later section, made by a reduction, written as a tensor, or contributed.
     """
     found: dict[int, Expr] = {}
-    for e in stage.order:
+    for e in function.order:
         for a in e.args:
-            if not a.tensor and (e.tensor or e.op in REDUCTIONS or stage.phase[id(e)] != stage.phase[id(a)]):
+            if not a.tensor and (e.tensor or e.op in REDUCTIONS or function.phase[id(e)] != function.phase[id(a)]):
                 found.setdefault(id(a), a)
         if e.op in REDUCTIONS:
             found.setdefault(id(e), e)
-    for slot, e in stage.writes:
-        if not e.tensor and (formula.slots[slot].tensor or stage.phase[id(e)] != stage.last):
+    for slot, e in function.writes:
+        if not e.tensor and (formula.slots[slot].tensor or function.phase[id(e)] != function.last):
             found.setdefault(id(e), e)
-    for e in stage.contributions:
+    for e in function.contributions:
         found.setdefault(id(e), e)
     return list(found.values())
 

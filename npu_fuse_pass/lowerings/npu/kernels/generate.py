@@ -19,7 +19,7 @@ import torch
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.ir.expr import DTYPE_NAMES, HALF, REDUCTIONS, Expr, postorder
 from npu_fuse_pass.ir.types import Formula
-from npu_fuse_pass.lowerings.kernels.sweeps import CONTRIBUTE, Pass, Stage, plan
+from npu_fuse_pass.lowerings.kernels.sweeps import CONTRIBUTE, Function, Sweep, schedule
 from npu_fuse_pass.lowerings.npu.emit.split import Split
 from npu_fuse_pass.lowerings.npu.kernels.final_ir import SIZES
 from npu_fuse_pass.lowerings.npu.kernels.mlir import CHUNK, ONE, Body, Value
@@ -156,20 +156,20 @@ def generate(name: str, made: Split, block: int, shared: Collection[int] = ()) -
     below = postorder(formula.contributions)
     if any(e.op == "leaf" and not e.tensor and e.value in totals for e in below):
         raise Unsupported(name, "a total depends on another total", Code.ACROSS_PARAMETERS, _OTHERWISE)
-    planned = plan(formula, totals)
+    scheduled = schedule(formula, totals)
     slots = tuple(formula.tensor_slots)
     launches: list[Kernel] = []
     columns = 0
-    for stage in planned.stages:
-        contributes = bool(formula.contributions) and stage is planned.stages[CONTRIBUTE]
-        group = _Group(f"{name}_contribute" if contributes else name, made, totals, block, shared, stage, columns)
+    for function in scheduled.functions:
+        contributes = bool(formula.contributions) and function is scheduled.functions[CONTRIBUTE]
+        group = _Group(f"{name}_contribute" if contributes else name, made, totals, block, shared, function, columns)
         launches += group.kernels(contributes)
         columns += len(group.columns)
     return Kernels(tuple(launches), block, len(made.values), columns, slots)
 
 
 class _Group:
-    """The kernels of one stage."""
+    """The kernels of one function."""
 
     def __init__(
         self,
@@ -178,40 +178,40 @@ class _Group:
         totals: Sequence[int],
         block: int,
         shared: Collection[int],
-        stage: Stage,
+        function: Function,
         columns: int,
     ) -> None:
-        self.name, self.made, self.block, self.stage = name, made, block, stage
+        self.name, self.made, self.block, self.function = name, made, block, function
         self.formula = made.device
         first = len(self.formula.tensor_slots)
         self.totals = {s: k for k, s in enumerate(totals)}
         self.number = {first + k: k for k in range(len(made.values))}  # scalar slot -> column of the numbers
         self.shared = {first + k for k in shared}
-        needed = [e for e in stage.order if not e.tensor and stage.phase[id(e)] and self._leaves_section(e)]
+        needed = [e for e in function.order if not e.tensor and function.phase[id(e)] and self._leaves_section(e)]
         self.columns = {id(e): columns + k for k, e in enumerate(needed)}
         self.stored = needed
 
     def _leaves_section(self, e: Expr) -> bool:
         """Whether a scalar is read by a pass or by a later section."""
-        phase = self.stage.phase
+        phase = self.function.phase
         used = any(
             id(e) in map(id, x.args) and (x.tensor or x.op in REDUCTIONS or phase[id(x)] > phase[id(e)])
-            for x in self.stage.order
+            for x in self.function.order
         )
-        return used or any(e is root and self.formula.slots[s].tensor for s, root in self.stage.writes)
+        return used or any(e is root and self.formula.slots[s].tensor for s, root in self.function.writes)
 
     def kernels(self, contributes: bool) -> list[Kernel]:
         """Passes, and between them what combines their sums."""
-        stage, found = self.stage, []
-        for k in range(stage.last + 1):
-            sums = stage.passes[k - 1].sums if k else ()
-            ready = [e for e in self.stored if stage.phase[id(e)] == k]
-            terms = stage.contributions if k == stage.last else ()
+        function, found = self.function, []
+        for k in range(function.last + 1):
+            sums = function.sweeps[k - 1].sums if k else ()
+            ready = [e for e in self.stored if function.phase[id(e)] == k]
+            terms = function.contributions if k == function.last else ()
             if ready or terms:
                 found.append(_Combine(self, f"{self.name}_combine{k}", k, sums, ready, terms).kernel(contributes))
-            if k < len(stage.passes):
-                suffix = "" if len(stage.passes) == 1 else f"_pass{k}"
-                found.append(_Sweep(self, self.name + suffix, k, stage.passes[k]).kernel(contributes))
+            if k < len(function.sweeps):
+                suffix = "" if len(function.sweeps) == 1 else f"_pass{k}"
+                found.append(_Sweep(self, self.name + suffix, k, function.sweeps[k]).kernel(contributes))
         return found
 
 
@@ -304,7 +304,7 @@ class _Emitter:
 
     def _given(self) -> set[int]:
         """Scalars that are stored before this kernel runs."""
-        phase = self.group.stage.phase
+        phase = self.group.function.phase
         return {id(e) for e in self.group.stored if phase[id(e)] < self.phase}
 
     def scalar(self, e: Expr) -> Value:
@@ -406,7 +406,7 @@ class _Combine(_Emitter):
 class _Sweep(_Emitter):
     """One row per chunk."""
 
-    def __init__(self, group: _Group, name: str, phase: int, work: Pass) -> None:
+    def __init__(self, group: _Group, name: str, phase: int, work: Sweep) -> None:
         super().__init__(group, name, phase + 1)
         self._work = work
 
