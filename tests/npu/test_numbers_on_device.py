@@ -418,7 +418,7 @@ def test_nothing_else_reads_them(make: Any, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(npu_mirror, "from_device", from_device)
     monkeypatch.setattr(npu_mirror, "to_device", to_device)
     monkeypatch.setattr(interpreter, "run", lambda graph, inputs, assigned=(): list(assigned))
-    monkeypatch.setattr(execution.Run, "_first", lambda self, inputs, written: self.compiled(*inputs))
+    monkeypatch.setattr(execution.Execution, "_first", lambda self, inputs, written: self.compiled(*inputs))
     monkeypatch.setattr(bind, "check_apart", lambda *tensors: None)
     monkeypatch.setattr(bind_alike, "apart", lambda *blocks: True)
     params = [torch.nn.Parameter(torch.empty(shape, device=meta)) for shape in SHAPES]

@@ -254,7 +254,7 @@ def test_a_first_run_that_cannot_be_undone(monkeypatch: pytest.MonkeyPatch) -> N
         raise RuntimeError("507035: vector core exception")
 
     monkeypatch.setattr(execution, "wait_for", gone)
-    run = execution.Run(lambda *_: [], lambda: "versions")
+    run = execution.Execution(lambda *_: [], lambda: "versions")
     with pytest.raises(errors.StepFailedError, match=r"undoing it: RuntimeError: 507035.*\[versions\]"):
         run([torch.ones(2)], [0])
 

@@ -13,7 +13,7 @@ from npu_fuse_pass.errors import GraphRefused, StepFailedError
 _SEND = "Please report it, with this message and what print(npu_fuse_pass.reports()[-1]) says"
 
 
-class Run:
+class Execution:
     """What torchair compiled. GE loads and compiles the graph when it is first called, so that is where it refuses.
 
     Args:
@@ -27,7 +27,7 @@ class Run:
         self._works = False
 
     def __call__(self, inputs: Sequence[Tensor], written: Sequence[int]) -> Sequence[Tensor]:
-        """Run the graph.
+        """Execution the graph.
 
         Args:
             inputs: of the graph.
@@ -54,7 +54,7 @@ class Run:
             raise StepFailedError(f"{refusal(lead, e, self._versions())}. {_SEND}") from e
 
     def _first(self, inputs: Sequence[Tensor], written: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Run with a copy of everything that is written, in the host's memory: the device's may be full."""
+        """Execution with a copy of everything that is written, in the host's memory: the device's may be full."""
         before = [t.to("cpu", copy=True) for t in written]
         try:
             results = self.compiled(*inputs)

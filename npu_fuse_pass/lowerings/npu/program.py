@@ -19,7 +19,7 @@ from torch import Tensor
 from npu_fuse_pass.errors import FuseError, GraphRefused
 from npu_fuse_pass.ir.types import Group, Leaf
 from npu_fuse_pass.lowerings.npu.environment import chip, require, versions
-from npu_fuse_pass.lowerings.npu.execution import Run, refusal
+from npu_fuse_pass.lowerings.npu.execution import Execution, refusal
 from npu_fuse_pass.lowerings.npu.fakes import while_traced
 from npu_fuse_pass.lowerings.npu.ge_texts import Texts
 from npu_fuse_pass.lowerings.npu.graph import generated
@@ -113,7 +113,7 @@ class Program:
                 [[place[(made.group.members[m][s],)] for made, s, m in cluster.leaves(kind)] for kind in (True, False)]
                 for cluster, _ in self._clusters
             ]
-            self._run = Run(self._launch, versions)
+            self._execution = Execution(self._launch, versions)
             return
         if self._clusters:
             generated.serve()
@@ -121,13 +121,13 @@ class Program:
             self._leaves, self.parts, self._binder, {generated.known(cluster): cluster for cluster, _ in self._clusters}
         )
         fakes = [n.meta["val"] for n in self.graph.graph.find_nodes(op="placeholder")]
-        self._run = Run(lambda *_: (), versions)
+        self._execution = Execution(lambda *_: (), versions)
         if fakes:
             with while_traced(fakes[0].fake_mode), npu_names.kept():
                 config = self._config or self._torchair.CompilerConfig()
                 compiler = self._torchair.get_compiler(self._texts.config(config) if self._texts else config)
                 try:
-                    self._run = Run(compiler(self.graph, fakes), versions)
+                    self._execution = Execution(compiler(self.graph, fakes), versions)
                 except FuseError:
                     raise
                 except Exception as e:
@@ -161,7 +161,7 @@ class Program:
         return ()
 
     def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None:
-        """Run the step; fills in the values of "output" leaves.
+        """Execution the step; fills in the values of "output" leaves.
 
         Args:
             values: one tensor per leaf; None for the gradient of a parameter that is left out.
@@ -184,7 +184,7 @@ class Program:
             for cluster, places in self._clusters:
                 cluster.active = [step.active[place] for place in places]
             try:
-                results = self._run(step.inputs, self._binder.written)
+                results = self._execution(step.inputs, self._binder.written)
             finally:
                 if self._texts is not None:
                     self._texts.collect(ran=True)

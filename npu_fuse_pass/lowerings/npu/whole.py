@@ -21,7 +21,7 @@ from npu_fuse_pass.ir.types import Call, Formula, Group, Leaf, references
 from npu_fuse_pass.lowerings.npu.emit import elementwise
 from npu_fuse_pass.lowerings.npu.emit.split import Split, constants_of, split
 from npu_fuse_pass.lowerings.npu.environment import require, versions
-from npu_fuse_pass.lowerings.npu.execution import Run, refusal
+from npu_fuse_pass.lowerings.npu.execution import Execution, refusal
 from npu_fuse_pass.lowerings.npu.fakes import FakeTensorMode, while_traced
 from npu_fuse_pass.lowerings.npu.graph.graph import device_update
 from npu_fuse_pass.reasons import Code
@@ -61,7 +61,7 @@ class Program:
         _check(leaves, groups, calls, written)
         constant = _with_constants(graph)
         in_place = any(call.written for call in calls)
-        self._run = Run(self._compiled(torchair, _functional(constant) if in_place else constant, config), versions)
+        self._execution = Execution(self._compiled(torchair, _functional(constant) if in_place else constant, config), versions)
 
     def cost(self, g: Group) -> tuple[int, int]:
         """Bytes per element, and GE operations on tensors."""
@@ -88,14 +88,14 @@ class Program:
             raise GraphRefused(refusal("torchair does not convert this step's graph", e, versions())) from e
 
     def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None:
-        """Run the step; as `npu.Program`."""
+        """Execution the step; as `npu.Program`."""
         with torch.no_grad():
             given = [self._look(values[i], self._leaves[i]) for i in self._inputs]
             written = [given[place] for place in self._written]
             check_apart(written, [t for place, t in enumerate(given) if place not in set(self._written)])
             if not all(t.is_contiguous() for t in written):
                 raise Mismatch("a tensor that is written is not contiguous; the graph was compiled for contiguous ones")
-            results = self._run([t.contiguous() for t in given], self._written)
+            results = self._execution([t.contiguous() for t in given], self._written)
             for i, result in zip(self._outputs, results, strict=True):
                 values[i] = result
             torch.autograd.graph.increment_version(written)
