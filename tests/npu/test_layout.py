@@ -15,7 +15,7 @@ import optimizers
 from npu_fuse_pass import errors
 from npu_fuse_pass.lowerings.npu.emit import list_operations
 from npu_fuse_pass.lowerings.npu.layout import replan
-from npu_fuse_pass.lowerings.npu.layout import runs as npu_layout
+from npu_fuse_pass.lowerings.npu.layout import spans as npu_layout
 from optimizers.paddle import RMSProp
 from scripts import npu_layouts
 

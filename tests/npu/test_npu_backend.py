@@ -136,7 +136,7 @@ def test_written_tensors_are_reused_in_place_on_an_npu() -> None:
     device = torch.device("npu:0")
     captured.leaves[:] = [dataclasses.replace(x, device=device) if x.shape else x for x in captured.leaves]
     grouped = group(captured)
-    runner = npu.Program(grouped.leaves, grouped.groups)._run.compiled.runner
+    runner = npu.Program(grouped.leaves, grouped.groups)._execution.compiled.runner
     reused = runner._normalize_ge_option()[0]["ge.exec.outputReuseInputMemIndexes"].split("|")
     placements = list(runner.graph.attr["_input_placements"].list.i)
     written = 3 * len([s for s in SHAPES if 0 not in s])

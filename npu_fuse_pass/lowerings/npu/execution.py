@@ -27,7 +27,7 @@ class Execution:
         self._works = False
 
     def __call__(self, inputs: Sequence[Tensor], written: Sequence[int]) -> Sequence[Tensor]:
-        """Execution the graph.
+        """Run the graph.
 
         Args:
             inputs: of the graph.
@@ -54,7 +54,7 @@ class Execution:
             raise StepFailedError(f"{refusal(lead, e, self._versions())}. {_SEND}") from e
 
     def _first(self, inputs: Sequence[Tensor], written: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Execution with a copy of everything that is written, in the host's memory: the device's may be full."""
+        """Run with a copy of everything that is written, in the host's memory: the device's may be full."""
         before = [t.to("cpu", copy=True) for t in written]
         try:
             results = self.compiled(*inputs)

@@ -13,7 +13,7 @@ from npu_fuse_pass.lowerings.npu.emit import lists as npu_foreach
 from npu_fuse_pass.lowerings.npu.emit.dedicated_operations import series
 from npu_fuse_pass.lowerings.npu.emit.split import constants_of, slots_of, split
 from npu_fuse_pass.lowerings.npu.kernels.launch import KERNEL, Generated
-from npu_fuse_pass.lowerings.npu.plan import Plan, Run
+from npu_fuse_pass.lowerings.npu.plan import Plan, Span
 from npu_fuse_pass.match.result import Match, NoMatch
 from npu_fuse_pass.reasons import Code
 
@@ -25,7 +25,7 @@ class Part:
 
     Members without elements have nothing to do on the device. `plan` says which are updated as one; `note` why what
     computes the group does. `generated`: its kernels, where they are generated; else `dedicated`: the writes to tensors
-    are one operation per run.
+    are one operation per span.
     """
 
     def __init__(
@@ -86,8 +86,8 @@ class Part:
 
     @property
     def in_lists(self) -> bool:
-        """Whether operations on lists update several runs at once."""
-        return self._lists and len(self.plan.runs) > 1
+        """Whether operations on lists update several spans at once."""
+        return self._lists and len(self.plan.spans) > 1
 
     @property
     def kernel(self) -> str:
@@ -116,20 +116,20 @@ class Part:
 
     def _cost_of_writes(self) -> tuple[int, int]:
         """GE operations, and bytes per element."""
-        runs = self.plan.runs
+        spans = self.plan.spans
         if not self.in_lists:
             each, size = elementwise.cost(self.splits[0].device) if self.dedicated is None else self.dedicated.cost
-            return each * len(runs), size
+            return each * len(spans), size
         operations = size = 0
-        for begin in range(0, len(runs), list_operations.LONGEST):
-            chunk = runs[begin : begin + list_operations.LONGEST]
+        for begin in range(0, len(spans), list_operations.LONGEST):
+            chunk = spans[begin : begin + list_operations.LONGEST]
             added, size = npu_foreach.cost(self.splits[0].device, len(chunk), self._shared(chunk))
             operations += added
         return operations, size
 
-    def _shared(self, runs: Sequence[Run]) -> list[int]:
-        """The scalar slots of the device formula that get one number for all of these runs."""
-        made, members = self.splits[0], [self.group.members[run.members[0]] for run in runs]
+    def _shared(self, spans: Sequence[Span]) -> list[int]:
+        """The scalar slots of the device formula that get one number for all of these spans."""
+        made, members = self.splits[0], [self.group.members[span.members[0]] for span in spans]
         numbers = [slots_of(e) for e in made.values]
         alike = [len({tuple(m[s] for s in slots if s < len(m)) for m in members}) == 1 for slots in numbers]
         found = [*alike, *(True for _ in made.device_slots)]
@@ -143,14 +143,14 @@ class Part:
             return Layout("list", "", len(made.launches), made.bytes_per_element)
         first, slots = self.group.formula.tensor_slots[:1], self.group.formula.slots
         elements = moved = 0
-        for run in self.plan.runs:
-            size = sum(math.prod(self._leaves[self.group.members[m][s]].shape) for m in run.members for s in first)
+        for span in self.plan.spans:
+            size = sum(math.prod(self._leaves[self.group.members[m][s]].shape) for m in span.members for s in first)
             elements += size
-            moved += size * sum(2 * slots[s].dtype.itemsize for s in run.gathered)
+            moved += size * sum(2 * slots[s].dtype.itemsize for s in span.gathered)
         operations, size = self._cost_of_writes()
         for launches, each in (elementwise.cost(made.device) for made in self.splits[1:]):
-            operations, size = operations + launches * len(self.plan.runs), size + each
-        operations += sum(len(run.gathered) for run in self.plan.runs)
+            operations, size = operations + launches * len(self.plan.spans), size + each
+        operations += sum(len(span.gathered) for span in self.plan.spans)
         size += round(moved / max(1, elements))
         return Layout(self.plan.name, self.plan.reason, operations, size)
 

@@ -96,10 +96,10 @@ class Program:
 
     def _use_plans(self) -> bool:
         """Whether they need another graph."""
-        before = [part.plan.runs for part in self.parts]
+        before = [part.plan.spans for part in self.parts]
         for part, plan in zip(self.parts, self._plans.plans, strict=True):
             part.plan = plan
-        return before != [part.plan.runs for part in self.parts]
+        return before != [part.plan.spans for part in self.parts]
 
     def _make(self) -> None:
         """The graph for the present plans."""
@@ -161,7 +161,7 @@ class Program:
         return ()
 
     def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None:
-        """Execution the step; fills in the values of "output" leaves.
+        """Run the step; fills in the values of "output" leaves.
 
         Args:
             values: one tensor per leaf; None for the gradient of a parameter that is left out.

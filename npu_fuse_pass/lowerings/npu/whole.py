@@ -61,7 +61,9 @@ class Program:
         _check(leaves, groups, calls, written)
         constant = _with_constants(graph)
         in_place = any(call.written for call in calls)
-        self._execution = Execution(self._compiled(torchair, _functional(constant) if in_place else constant, config), versions)
+        self._execution = Execution(
+            self._compiled(torchair, _functional(constant) if in_place else constant, config), versions
+        )
 
     def cost(self, g: Group) -> tuple[int, int]:
         """Bytes per element, and GE operations on tensors."""
@@ -88,7 +90,7 @@ class Program:
             raise GraphRefused(refusal("torchair does not convert this step's graph", e, versions())) from e
 
     def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None:
-        """Execution the step; as `npu.Program`."""
+        """Run the step; as `npu.Program`."""
         with torch.no_grad():
             given = [self._look(values[i], self._leaves[i]) for i in self._inputs]
             written = [given[place] for place in self._written]

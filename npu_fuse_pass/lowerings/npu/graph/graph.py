@@ -26,7 +26,7 @@ from npu_fuse_pass.lowerings.npu.host.step import Leaves
 from npu_fuse_pass.lowerings.npu.kernels.launch import Cluster
 from npu_fuse_pass.lowerings.npu.layout.bind import Binder
 from npu_fuse_pass.lowerings.npu.part import Part
-from npu_fuse_pass.lowerings.npu.plan import Run
+from npu_fuse_pass.lowerings.npu.plan import Span
 from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.tensors.memory import copy_each
 
@@ -176,7 +176,7 @@ class _Build:
             target: Any = device_lists if part.in_lists else device_update
             target = target if part.dedicated is None else device_dedicated
             for node, results in self._fused(target, part, numbers[0], made.written, totals):
-                keys = [key for slot, run in results for key in self._binder.inputs_of(part, run, slot)]
+                keys = [key for slot, span in results for key in self._binder.inputs_of(part, span, slot)]
                 outputs |= {key[0]: _taken(node, i) for i, key in enumerate(keys) if key not in self._nodes}
                 written = [i for i, key in enumerate(keys) if key in self._nodes]
                 if written:
@@ -213,8 +213,8 @@ class _Build:
             if len(part.splits) > 1:
                 kinds = list(range(len(part.group.formula.contributions)))
                 for node, results in self._fused(device_contribute, part, numbers[1], kinds, {}):
-                    for i, (kind, run) in enumerate(results):
-                        terms.setdefault(part.group.totals[run.members[0]][kind], []).append(_taken(node, i))
+                    for i, (kind, span) in enumerate(results):
+                        terms.setdefault(part.group.totals[span.members[0]][kind], []).append(_taken(node, i))
         if terms and len({elementwise.wide_dtype(p.group.formula) for p in self._parts}) > 1:
             raise Unsupported("total", "adds up over float64 and other parameters", Code.ACROSS_PARAMETERS)
         stacked = {n: self._graph.call_function(torch.ops.aten.stack.default, (t,)) for n, t in terms.items()}
@@ -222,8 +222,8 @@ class _Build:
 
     def _fused(
         self, target: Any, part: Part, numbers: Packed, kinds: Sequence[int], totals: dict[int, fx.Node]
-    ) -> Iterator[tuple[fx.Node, list[tuple[int, Run]]]]:
-        """Fused nodes of a group; of each, the kind of every result (a written slot, a contribution) and its run."""
+    ) -> Iterator[tuple[fx.Node, list[tuple[int, Span]]]]:
+        """Fused nodes of a group; of each, the kind of every result (a written slot, a contribution) and its span."""
         made = numbers.made
         call: tuple[Any, ...] = ()
         if target is device_dedicated and part.dedicated is not None:
@@ -231,21 +231,21 @@ class _Build:
         one_dim = target in (device_dedicated, device_lists)
         packed = self._unpack(elementwise.wide_dtype(part.group.formula), one_dim)
         one_by_one = target is device_contribute or self._binder.outputs
-        size = _TAKEN if one_by_one else max(1, len(part.plan.runs))
-        for begin in range(0, len(part.plan.runs) if kinds else 0, size):
-            runs = part.plan.runs[begin : begin + size]
-            firsts = [part.group.members[run.members[0]] for run in runs]
-            tensors = [self._tensor(part, run, s) for s in made.tensor_slots for run in runs]
+        size = _TAKEN if one_by_one else max(1, len(part.plan.spans))
+        for begin in range(0, len(part.plan.spans) if kinds else 0, size):
+            spans = part.plan.spans[begin : begin + size]
+            firsts = [part.group.members[span.members[0]] for span in spans]
+            tensors = [self._tensor(part, span, s) for s in made.tensor_slots for span in spans]
             positions = [p for at in numbers.positions for p in at[begin : begin + size]]
             sums = [totals[self._leaves[member[s]].index] for s in made.device_slots for member in firsts]
             if target is device_lists:
                 view = functools.cache(lambda n: self._graph.call_function(torch.ops.aten.view.default, (n, [1])))
                 sums = list(map(view, sums))
-            args = (tensors, packed, sums, positions, len(runs), made.device.text, *call)
+            args = (tensors, packed, sums, positions, len(spans), made.device.text, *call)
             node = self._graph.call_function(target, args)
             node.name = f"{part.group.name}_{target.name().split('_')[-1]}"
             npu_names.mark(node, part.group.name)
-            yield node, [(kind, run) for kind in kinds for run in runs]
+            yield node, [(kind, span) for kind in kinds for span in spans]
 
     def _unpack(self, dtype: torch.dtype, one_dim: bool) -> Any:
         """The numbers as 0-dim tensors, or as tensors of shape (1,)."""
@@ -257,9 +257,9 @@ class _Build:
             self._unpacked[dtype, one_dim] = self._graph.call_function(aten.unbind.int, (packed,))
         return self._unpacked.get((dtype, one_dim), [])
 
-    def _tensor(self, part: Part, run: Run, slot: int) -> fx.Node:
-        """A run's tensor; for one that the step creates, another of the member, which has its size."""
-        keys = self._binder.inputs_of(part, run, slot)
+    def _tensor(self, part: Part, span: Span, slot: int) -> fx.Node:
+        """A span's tensor; for one that the step creates, another of the member, which has its size."""
+        keys = self._binder.inputs_of(part, span, slot)
         if len(keys) > 1:
             if tuple(keys) not in self._gathered:
                 given = [self._nodes[key] for key in keys]
@@ -267,7 +267,7 @@ class _Build:
             return self._gathered[tuple(keys)]
         if keys[0] in self._nodes:
             return self._nodes[keys[0]]
-        member = part.group.members[run.members[0]]
+        member = part.group.members[span.members[0]]
         found = ((member[s],) for s in part.group.formula.tensor_slots)
         return next(self._nodes[key] for key in found if key in self._nodes)
 

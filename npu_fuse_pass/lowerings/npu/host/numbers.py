@@ -14,7 +14,7 @@ from npu_fuse_pass.lowerings.npu.emit.split import Split, slots_of
 from npu_fuse_pass.lowerings.npu.host.counters import Advanced
 from npu_fuse_pass.lowerings.npu.host.mirror import Mirror
 from npu_fuse_pass.lowerings.npu.host.rows import Row
-from npu_fuse_pass.lowerings.npu.plan import Run, Values
+from npu_fuse_pass.lowerings.npu.plan import Span, Values
 
 
 class HostValues:
@@ -36,29 +36,29 @@ class HostValues:
 
 
 class Packed:
-    """Where the numbers of one split lie in the packed vector: one of each value for every run that needs its own."""
+    """Where the numbers of one split lie in the packed vector: one of each value for every span that needs its own."""
 
-    def __init__(self, group: Group, made: Split, runs: Sequence[Run], offset: int) -> None:
+    def __init__(self, group: Group, made: Split, spans: Sequence[Span], offset: int) -> None:
         self.made = made
         self._rows: list[Tensor] = []
-        self.positions: list[list[int]] = []  # per value: index for every run
+        self.positions: list[list[int]] = []  # per value: index for every span
         self.count = 0
         for e in made.values:
             keys: dict[tuple[int, ...], int] = {}
             rows: list[int] = []
             self.positions.append([])
             counts = any(x.op == "numel" for x in postorder([e]))
-            for run in runs:
-                key = tuple(group.members[run.members[0]][s] for s in _slots(made, [e]))
+            for span in spans:
+                key = tuple(group.members[span.members[0]][s] for s in _slots(made, [e]))
                 if counts:
-                    key = (*key, -1 - run.members[0])  # the members' sizes
+                    key = (*key, -1 - span.members[0])  # the members' sizes
                 if key not in keys:
                     keys[key] = offset + self.count + len(rows)
-                    rows.append(run.members[0])
+                    rows.append(span.members[0])
                 self.positions[-1].append(keys[key])
             self._rows.append(torch.tensor(rows, dtype=torch.int64, device="cpu"))
             self.count += len(rows)
-        self._flags = [run.members[0] for run in runs] if made.flagged else []
+        self._flags = [span.members[0] for span in spans] if made.flagged else []
         if self._flags:
             self.positions.append([offset + self.count + k for k in range(len(self._flags))])
         self.count += len(self._flags)

@@ -11,7 +11,7 @@ from npu_fuse_pass.lowerings.npu.host.counters import Advanced, Outgoing, States
 Key = tuple[int, torch.dtype, torch.device]
 
 Leaves = tuple[int, ...]
-"""The leaves behind one input of the graph: one, or those of a run, which lie one behind the other."""
+"""The leaves behind one input of the graph: one, or those of a span, which lie one behind the other."""
 
 
 class Step:

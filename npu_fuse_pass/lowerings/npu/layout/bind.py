@@ -21,7 +21,7 @@ from npu_fuse_pass.lowerings.npu.host.rows import picked
 from npu_fuse_pass.lowerings.npu.host.step import Key, Leaves, Step
 from npu_fuse_pass.lowerings.npu.layout.bind_alike import Alike
 from npu_fuse_pass.lowerings.npu.part import Part
-from npu_fuse_pass.lowerings.npu.plan import Run, Values
+from npu_fuse_pass.lowerings.npu.plan import Span, Values
 from npu_fuse_pass.tensors.memory import check_apart, in_order, memory_order
 
 
@@ -51,7 +51,7 @@ class Binder:
             self.numbers.append([])
             for made in part.splits:
                 offset = self.number_inputs.get(dtype, 0)
-                numbers: Packed | Rows = Packed(part.group, made, part.plan.runs, offset)
+                numbers: Packed | Rows = Packed(part.group, made, part.plan.spans, offset)
                 if part.generated is not None:
                     numbers = Rows(part.group, made, offset)
                 self.numbers[-1].append(numbers)
@@ -69,15 +69,15 @@ class Binder:
         self._alike = Alike(self.tensor_inputs, self._written, self._numbers)
         self._changes = [self._changes_of(part, part.group.members) for part in parts]
 
-    def inputs_of(self, part: Part, run: Run, slot: int) -> list[Leaves]:
-        """What the graph reads for a slot of a run: one input, or where they are gathered, one of each member."""
-        leaves = [part.group.members[m][slot] for m in run.members]
-        return [(i,) for i in leaves] if slot in run.gathered else [tuple(leaves)]
+    def inputs_of(self, part: Part, span: Span, slot: int) -> list[Leaves]:
+        """What the graph reads for a slot of a span: one input, or where they are gathered, one of each member."""
+        leaves = [part.group.members[m][slot] for m in span.members]
+        return [(i,) for i in leaves] if slot in span.gathered else [tuple(leaves)]
 
     def _add_tensors(self, part: Part) -> None:
-        for run in part.plan.runs:
+        for span in part.plan.spans:
             for s in part.group.formula.tensor_slots:
-                for key in self.inputs_of(part, run, s):
+                for key in self.inputs_of(part, span, s):
                     if self._leaves[key[0]].kind == "output" and part.generated is None:
                         self.outputs += key
                     else:
@@ -110,25 +110,25 @@ class Binder:
         GE reads everything as it is before the step: memory that is written must not be used a second time.
         """
         for part, active in zip(self._parts, step.active, strict=True):
-            for run in part.plan.runs:
-                self._bind_run(part, run, values, step, active)
+            for span in part.plan.spans:
+                self._bind_span(part, span, values, step, active)
         found = [(t, key in self._written) for key, t in step.used.items()]
         found += [(t, written) for i, written in self._numbers.items() if (t := values[i]) is not None]
         check_apart([t for t, written in found if written], [t for t, written in found if not written])
         step.inputs = [step.flat[key] for key in self.tensor_inputs]
 
-    def _bind_run(self, part: Part, run: Run, values: Values, step: Step, active: Sequence[bool]) -> None:
-        """The inputs of a run. `Plans` has seen to it that what is not gathered is adjacent."""
+    def _bind_span(self, part: Part, span: Span, values: Values, step: Step, active: Sequence[bool]) -> None:
+        """The inputs of a span. `Plans` has seen to it that what is not gathered is adjacent."""
         slots = part.group.formula.tensor_slots
-        if len(run.members) == 1:
-            self._bind_member(part, run.members[0], slots, values, step, active)
+        if len(span.members) == 1:
+            self._bind_member(part, span.members[0], slots, values, step, active)
             return
-        for m in run.members if run.gathered else ():
-            self._bind_member(part, m, run.gathered, values, step, active)
-        for s in (s for s in slots if s not in run.gathered):
-            (key,) = self.inputs_of(part, run, s)
+        for m in span.members if span.gathered else ():
+            self._bind_member(part, m, span.gathered, values, step, active)
+        for s in (s for s in slots if s not in span.gathered):
+            (key,) = self.inputs_of(part, span, s)
             first = values[key[0]]
-            if active[run.members[0]] and first is not None:
+            if active[span.members[0]] and first is not None:
                 step.used[key] = step.flat[key] = first.detach().as_strided(self.tensor_inputs[key][:1], (1,))
             else:
                 step.flat[key] = self._placeholder(self.tensor_inputs[key])

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from npu_fuse_pass.ir.types import Leaf
 from npu_fuse_pass.lowerings.npu.host.rows import holds, picked
-from npu_fuse_pass.lowerings.npu.layout.runs import Planner, gaps
+from npu_fuse_pass.lowerings.npu.layout.spans import Planner, gaps
 from npu_fuse_pass.lowerings.npu.part import Part
-from npu_fuse_pass.lowerings.npu.plan import Plan, Run, Values
+from npu_fuse_pass.lowerings.npu.plan import Plan, Span, Values
 from npu_fuse_pass.tensors.same import SameTensors
 
 _LOOKS = 4  # steps after which nobody looks for a better plan any more: DDP settles its buckets after the first step
@@ -24,7 +24,7 @@ _PLANS = 8  # how many are made, each is a compile; after that every member is u
 class Plans:
     """The plan of every group, and what would not fit it any more.
 
-    That is: a tensor of a run has moved, the numbers of its members differ, or some of them have no gradient. In the
+    That is: a tensor of a span has moved, the numbers of its members differ, or some of them have no gradient. In the
     first steps a better plan replaces one that fits, too.
     """
 
@@ -70,16 +70,20 @@ class Plans:
         self.plans = plans
         self._same, self._addresses = SameTensors(), list[int]()
         fixed: list[int] = []  # the leaves that have to stay where they are
-        self._spans: list[tuple[int, int]] = []  # of these, the first of each run; how many elements follow from there
-        self._mates: list[tuple[Tensor, Tensor]] = []  # per group: members of runs, and the first one of each one's run
+        self._extents: list[
+            tuple[int, int]
+        ] = []  # of these, the first of each span; how many elements follow from there
+        self._mates: list[
+            tuple[Tensor, Tensor]
+        ] = []  # per group: members of spans, and the first one of each one's span
         for planner, part, plan in zip(self._planners, self._parts, plans, strict=True):
-            runs = [run for run in plan.runs if len(run.members) > 1]
-            for run in runs:
-                slots = [s for s in planner.slots if s not in run.gathered]
-                for leaves in ([part.group.members[m][s] for m in run.members] for s in slots):
+            spans = [span for span in plan.spans if len(span.members) > 1]
+            for span in spans:
+                slots = [s for s in planner.slots if s not in span.gathered]
+                for leaves in ([part.group.members[m][s] for m in span.members] for s in slots):
                     fixed += leaves
-                    self._spans.append((leaves[0], sum(math.prod(self._leaves[i].shape) for i in leaves)))
-            mates = [(m, run.members[0]) for run in runs for m in run.members]
+                    self._extents.append((leaves[0], sum(math.prod(self._leaves[i].shape) for i in leaves)))
+            mates = [(m, span.members[0]) for span in spans for m in span.members]
             pairs = torch.tensor(mates, dtype=torch.int64, device="cpu").reshape(-1, 2)
             self._mates.append((pairs[:, 0], pairs[:, 1]))
         self._fixed = picked(fixed)
@@ -95,20 +99,20 @@ class Plans:
         return complete and self._looks >= 0
 
     def _one_storage(self, values: Values) -> bool:
-        """Whether runs still are in one storage: memory that was freed may hold separate tensors now."""
-        firsts = [(values[i], elements) for i, elements in self._spans]
+        """Whether spans still are in one storage: memory that was freed may hold separate tensors now."""
+        firsts = [(values[i], elements) for i, elements in self._extents]
         return all(t is not None and holds(t, elements) for t, elements in firsts)
 
     def _together(self, active: Sequence[Sequence[bool]]) -> bool:
-        """Whether of every run all members take part, or none."""
+        """Whether of every span all members take part, or none."""
         return all(map(all, active)) or all(
-            len({taking_part[m] for m in run.members}) == 1
+            len({taking_part[m] for m in span.members}) == 1
             for plan, taking_part in zip(self.plans, active, strict=True)
-            for run in plan.runs
+            for span in plan.spans
         )
 
     def _equal(self, numbers: Sequence[Sequence[Tensor]]) -> bool:
-        """Whether all members of each run get the same numbers, bit by bit."""
+        """Whether all members of each span get the same numbers, bit by bit."""
         return all(
             torch.equal(bits[members], bits[firsts])
             for given, (members, firsts) in zip(numbers, self._mates, strict=True)
@@ -117,17 +121,17 @@ class Plans:
         )
 
     def _in_place(self, values: Values, active: Sequence[Sequence[bool]]) -> bool:
-        """Whether the tensors of every run that takes part still are adjacent."""
+        """Whether the tensors of every span that takes part still are adjacent."""
         tensors = self._fixed(values)
         same = self._same.match(tensors)
         if same and self._addresses == list(map(Tensor.data_ptr, tensors)) and self._one_storage(values):
             return True
-        runs = zip(self._planners, self.plans, active, strict=True)
+        spans = zip(self._planners, self.plans, active, strict=True)
         if not all(
-            _adjacent(planner, run, values)
-            for planner, plan, taking_part in runs
-            for run in plan.runs
-            if len(run.members) > 1 and taking_part[run.members[0]]
+            _adjacent(planner, span, values)
+            for planner, plan, taking_part in spans
+            for span in plan.spans
+            if len(span.members) > 1 and taking_part[span.members[0]]
         ):
             return False
         if same or (all(t is not None for t in tensors) and self._same.learn(tensors)):
@@ -135,9 +139,9 @@ class Plans:
         return True
 
 
-def _adjacent(planner: Planner, run: Run, values: Values) -> bool:
-    places = [planner.place(m, values) for m in run.members]
-    slots = [s for s in planner.slots if s not in run.gathered]
+def _adjacent(planner: Planner, span: Span, values: Values) -> bool:
+    places = [planner.place(m, values) for m in span.members]
+    slots = [s for s in planner.slots if s not in span.gathered]
     pairs = itertools.pairwise(places)
     return all(a is not None and b is not None and not any(True for _ in gaps(a, b, slots)) for a, b in pairs)
 
@@ -149,6 +153,6 @@ def _keys(numbers: Sequence[Tensor], members: int) -> list[tuple[int, ...]]:
 
 
 def _size(plans: Sequence[Plan]) -> tuple[int, int]:
-    """How large the graph gets: runs, and tensors that are concatenated."""
-    runs = [run for plan in plans for run in plan.runs]
-    return len(runs), sum(len(run.members) * len(run.gathered) for run in runs)
+    """How large the graph gets: spans, and tensors that are concatenated."""
+    spans = [span for plan in plans for span in plan.spans]
+    return len(spans), sum(len(span.members) * len(span.gathered) for span in spans)

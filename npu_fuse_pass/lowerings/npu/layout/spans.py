@@ -1,4 +1,4 @@
-"""What a graph updates as one: runs of members whose tensors are adjacent in memory.
+"""What a graph updates as one: spans of members whose tensors are adjacent in memory.
 
 The members of a pointwise group differ in nothing but where their elements lie and in the numbers of the step. Where
 the tensors that they write are adjacent and the numbers equal, one 1-D tensor per slot stands for all of them, and the
@@ -16,20 +16,20 @@ import torch
 
 from npu_fuse_pass.ir.expr import REDUCTIONS, Expr, postorder
 from npu_fuse_pass.ir.types import Formula, Group, Leaf
-from npu_fuse_pass.lowerings.npu.plan import Plan, Run, Values
+from npu_fuse_pass.lowerings.npu.plan import Plan, Span, Values
 from npu_fuse_pass.tensors.memory import in_order, memory_order
 
 # GE's own pass for ConcatD (ZConcatDFusionPass, ops/built-in/fusion_pass/graph_fusion/ai_core/concatd_fusion_pass.cpp)
 # cuts one with more than 63 inputs, or 48 where shapes are dynamic, into two levels: everything would be moved twice.
 CONCATENATED = 48
 _SMALL = 1 << 20  # elements: above, concatenating a tensor takes longer (8 bytes each) than updating it by itself
-_IN_A_ROW = 8  # gradients: where that many are adjacent on average, a run for each piece costs less than moving them
+_IN_A_ROW = 8  # gradients: where that many are adjacent on average, a span for each piece costs less than moving them
 
 Place = dict[int, tuple[int, int, int]]  # of each tensor slot: its storage, where it begins, where it ends
 
 
 class Planner:
-    """Plans the runs of a group from where its tensors are and which numbers they get.
+    """Plans the spans of a group from where its tensors are and which numbers they get.
 
     Args:
         group: over the leaves.
@@ -71,10 +71,10 @@ class Planner:
 
     def alone(self, reason: str) -> Plan:
         """Every member by itself."""
-        return Plan(tuple(Run((m,)) for m in self._on_device), reason if len(self._on_device) > 1 else "")
+        return Plan(tuple(Span((m,)) for m in self._on_device), reason if len(self._on_device) > 1 else "")
 
     def plan(self, values: Values, keys: Sequence[object]) -> Plan:
-        """The runs for these tensors.
+        """The spans for these tensors.
 
         Args:
             values: of all leaves.
@@ -90,12 +90,12 @@ class Planner:
                 places[m] = place
             else:
                 reasons.setdefault(m, "its tensors have gaps or lie in different orders")
-        runs = [run for stretch in self._stretches(places, keys, reasons) for run in self._cut(stretch, places)]
-        found = {m for run in runs for m in run.members}
-        runs += [Run((m,)) for m in self._on_device if m not in found]
-        alone = sorted((run.members[0] for run in runs if len(run.members) == 1), key=lambda m: m not in self.apart)
+        spans = [span for stretch in self._stretches(places, keys, reasons) for span in self._cut(stretch, places)]
+        found = {m for span in spans for m in span.members}
+        spans += [Span((m,)) for m in self._on_device if m not in found]
+        alone = sorted((span.members[0] for span in spans if len(span.members) == 1), key=lambda m: m not in self.apart)
         why = next((reasons[m] for m in alone if m in reasons), "tensors too large to be worth moving") if alone else ""
-        return Plan(tuple(sorted(runs, key=lambda run: min(run.members))), why if len(self._on_device) > 1 else "")
+        return Plan(tuple(sorted(spans, key=lambda span: min(span.members))), why if len(self._on_device) > 1 else "")
 
     def place(self, m: int, values: Values) -> Place | None:
         """Where a member's tensors lie; None where one is missing or the written ones are not in one dense order.
@@ -141,18 +141,18 @@ class Planner:
         if stretch:
             yield stretch
 
-    def _cut(self, stretch: list[int], places: dict[int, Place]) -> Iterator[Run]:
+    def _cut(self, stretch: list[int], places: dict[int, Place]) -> Iterator[Span]:
         """Runs of a stretch, at the gaps between its gradients where those are few; else with gathered gradients."""
         ends = [any(True for _ in gaps(places[a], places[b], self.read)) for a, b in itertools.pairwise(stretch)]
         if sum(ends) == 0 or len(stretch) >= _IN_A_ROW * (sum(ends) + 1):
             begins = [0, *(i + 1 for i, ended in enumerate(ends) if ended), len(stretch)]
-            yield from (Run(tuple(stretch[a:b])) for a, b in itertools.pairwise(begins))
+            yield from (Span(tuple(stretch[a:b])) for a, b in itertools.pairwise(begins))
             return
         for large, members in itertools.groupby(stretch, lambda m: self._layout == "auto" and self._numel(m) > _SMALL):
             for chunk in _chunks(list(members), 1 if large else CONCATENATED):
                 pairs = list(itertools.pairwise(chunk))
                 apart = {s for a, b in pairs for s in gaps(places[a], places[b], self.read)}
-                yield Run(tuple(chunk), tuple(s for s in self.read if s in apart))
+                yield Span(tuple(chunk), tuple(s for s in self.read if s in apart))
 
     def _numel(self, m: int) -> int:
         return math.prod(self._leaves[self._group.members[m][self.written[0]]].shape)
