@@ -33,7 +33,7 @@ from npu_fuse_pass.lowerings.npu.kernels.groups import generate_groups, with_tot
 from npu_fuse_pass.lowerings.npu.kernels.hardware import Hardware
 from npu_fuse_pass.lowerings.npu.kernels.launch import Cluster, Generated
 from npu_fuse_pass.lowerings.npu.layout.bind import Binder
-from npu_fuse_pass.lowerings.npu.layout.replan import Plans
+from npu_fuse_pass.lowerings.npu.layout.replan import Replanner
 from npu_fuse_pass.lowerings.npu.part import Part
 from npu_fuse_pass.match.result import Match, NoMatch
 
@@ -87,17 +87,17 @@ class Program:
             Part(g, leaves, (matches or {}).get(g.name), device, kernels, found.get(g.name, "")) for g in groups
         ]
         self._host = Host(leaves, self.parts)
-        self._plans = Plans(leaves, self.parts, layout)
+        self._replanner = Replanner(leaves, self.parts, layout)
         if values is not None:
             step = self._host.look(values, complete=True)
-            self._plans.update(values, step.all_numbers, step.active)
+            self._replanner.update(values, step.all_numbers, step.active)
         self._use_plans()
         self._make()
 
     def _use_plans(self) -> bool:
         """Whether they need another graph."""
         before = [part.plan.spans for part in self.parts]
-        for part, plan in zip(self.parts, self._plans.plans, strict=True):
+        for part, plan in zip(self.parts, self._replanner.plans, strict=True):
             part.plan = plan
         return before != [part.plan.spans for part in self.parts]
 
@@ -175,7 +175,7 @@ class Program:
         """
         with torch.no_grad():
             step = self._host.look(values, complete)
-            if self._plans.update(values, step.all_numbers, step.active):
+            if self._replanner.update(values, step.all_numbers, step.active):
                 if self._use_plans():
                     self._make()
                 if self._planned is not None:

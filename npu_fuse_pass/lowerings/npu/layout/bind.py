@@ -118,7 +118,7 @@ class Binder:
         step.inputs = [step.flat[key] for key in self.tensor_inputs]
 
     def _bind_span(self, part: Part, span: Span, values: Values, step: Step, active: Sequence[bool]) -> None:
-        """The inputs of a span. `Plans` has seen to it that what is not gathered is adjacent."""
+        """The inputs of a span. `Replanner` has seen to it that what is not gathered is adjacent."""
         slots = part.group.formula.tensor_slots
         if len(span.members) == 1:
             self._bind_member(part, span.members[0], slots, values, step, active)

@@ -21,7 +21,7 @@ _LOOKS = 4  # steps after which nobody looks for a better plan any more: DDP set
 _PLANS = 8  # how many are made, each is a compile; after that every member is updated alone, which fits whatever moves
 
 
-class Plans:
+class Replanner:
     """The plan of every group, and what would not fit it any more.
 
     That is: a tensor of a span has moved, the numbers of its members differ, or some of them have no gradient. In the
