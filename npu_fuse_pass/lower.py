@@ -186,11 +186,12 @@ def _lower_npu(
 
     def show(program: npu.Program, refused: str | None = None) -> None:
         if not rows:
-            rows.extend(group_report(p.group, leaves, "npu", p.kernel, 0, 0) for p in program.parts)
-        for row, part in zip(rows, program.parts, strict=True):
-            why = refused and "; ".join(filter(None, (refused, part.waits)))
-            row.kernel, row.note = part.kernel, why or row.note or "; ".join(filter(None, (part.note, chosen.why)))
-        show_layouts(rows, [part.layout for part in program.parts])
+            rows.extend(group_report(p.group, leaves, "npu", p.kernel, 0, 0) for p in program.groups)
+        for row, lowered in zip(rows, program.groups, strict=True):
+            why = refused and "; ".join(filter(None, (refused, lowered.waits)))
+            row.kernel = lowered.kernel
+            row.note = why or row.note or "; ".join(filter(None, (lowered.note, chosen.why)))
+        show_layouts(rows, [lowered.layout for lowered in program.groups])
 
     def planned(program: npu.Program) -> None:
         show(program)
@@ -205,8 +206,8 @@ def _lower_npu(
         return npu.Program(leaves, groups, config, options.layout, given, planned, matches, kernels, texts, hardware)
 
     def started(program: npu.Program) -> None:
-        for row, part in zip(rows, program.parts, strict=True):
-            text = proof.changed(row.name, part.generated is not None)
+        for row, lowered in zip(rows, program.groups, strict=True):
+            text = proof.changed(row.name, lowered.generated is not None)
             row.note = "; ".join(filter(None, (row.note, text)))
 
     program = retry.Retried(build, chosen.forms, values, show, started, texts)

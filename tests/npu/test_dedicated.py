@@ -113,12 +113,12 @@ def test_five_steps(name: str, chosen: str, dtype: torch.dtype) -> None:
             on_npu = on_npu or OnNpu(ours, chosen)
             on_npu.step()
             eager.step()
-    [part] = on_npu.program.parts
+    [lowered] = on_npu.program.groups
     kernel, size = OURS[name][chosen == "dedicated"]
     in_lists = kernel == list_operations.KERNEL and dtype != torch.float32
     kernel = "GE elementwise" if dtype == torch.float64 or in_lists else kernel
-    assert part.kernel == kernel
-    assert part.layout.bytes_per_element == size or dtype != torch.float32
+    assert lowered.kernel == kernel
+    assert lowered.layout.bytes_per_element == size or dtype != torch.float32
     assert [g.runs for g in graphs] == [5]
     assert set(graphs[0].counts()) <= set(elementwise.DOCUMENTS)
     rounds = kernel in (ADAMW, AMSGRAD) and dtype == torch.float32

@@ -89,8 +89,8 @@ def generated_groups(grouped: Grouped, size: int | None = None) -> list[Generate
 
 def kernels_of(program: Program) -> list[Generated]:
     """Those of all groups, each of which has some."""
-    found = [part.generated for part in program.parts]
-    assert all(made is not None for made in found), [part.note for part in program.parts]
+    found = [lowered.generated for lowered in program.groups]
+    assert all(made is not None for made in found), [lowered.note for lowered in program.groups]
     return [made for made in found if made is not None]
 
 

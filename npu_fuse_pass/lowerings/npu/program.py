@@ -34,7 +34,7 @@ from npu_fuse_pass.lowerings.npu.kernels.hardware import Hardware
 from npu_fuse_pass.lowerings.npu.kernels.launch import Cluster, Generated
 from npu_fuse_pass.lowerings.npu.layout.bind import Binder
 from npu_fuse_pass.lowerings.npu.layout.replan import Replanner
-from npu_fuse_pass.lowerings.npu.part import Part
+from npu_fuse_pass.lowerings.npu.lowered_group import LoweredGroup
 from npu_fuse_pass.match.result import Match, NoMatch
 
 
@@ -83,11 +83,11 @@ class Program:
         self._by_itself = hardware is not None and bool(made) and not hardware.calls_back
         self._torchair: Any = None if self._by_itself else require()
         device = chip() if matches and not self._by_itself else ""
-        self.parts = [
-            Part(g, leaves, (matches or {}).get(g.name), device, kernels, found.get(g.name, "")) for g in groups
+        self.groups = [
+            LoweredGroup(g, leaves, (matches or {}).get(g.name), device, kernels, found.get(g.name, "")) for g in groups
         ]
-        self._host = Host(leaves, self.parts)
-        self._replanner = Replanner(leaves, self.parts, layout)
+        self._host = Host(leaves, self.groups)
+        self._replanner = Replanner(leaves, self.groups, layout)
         if values is not None:
             step = self._host.look(values, complete=True)
             self._replanner.update(values, step.all_numbers, step.active)
@@ -96,14 +96,14 @@ class Program:
 
     def _use_plans(self) -> bool:
         """Whether they need another graph."""
-        before = [part.plan.spans for part in self.parts]
-        for part, plan in zip(self.parts, self._replanner.plans, strict=True):
-            part.plan = plan
-        return before != [part.plan.spans for part in self.parts]
+        before = [lowered.plan.spans for lowered in self.groups]
+        for lowered, plan in zip(self.groups, self._replanner.plans, strict=True):
+            lowered.plan = plan
+        return before != [lowered.plan.spans for lowered in self.groups]
 
     def _make(self) -> None:
         """The graph for the present plans."""
-        self._binder = Binder(self._leaves, self.parts)
+        self._binder = Binder(self._leaves, self.groups)
         self._clusters = self._clustered()
         if self._texts is not None:
             self._texts.kernels("" if self._hardware is None else look.text(self._found, self._hardware))
@@ -118,7 +118,10 @@ class Program:
         if self._clusters:
             generated.serve()
         self.graph = build(
-            self._leaves, self.parts, self._binder, {generated.known(cluster): cluster for cluster, _ in self._clusters}
+            self._leaves,
+            self.groups,
+            self._binder,
+            {generated.known(cluster): cluster for cluster, _ in self._clusters},
         )
         fakes = [n.meta["val"] for n in self.graph.graph.find_nodes(op="placeholder")]
         self._execution = Execution(lambda *_: (), versions)
@@ -137,11 +140,11 @@ class Program:
 
     def _clustered(self) -> list[tuple[Cluster, list[int]]]:
         """The nodes of generated kernels, and the places of their groups: those with totals are one."""
-        places = [k for k, part in enumerate(self.parts) if part.generated is not None]
-        coupled = [k for k in places if with_totals(self.parts[k].group, self._leaves)]
+        places = [k for k, lowered in enumerate(self.groups) if lowered.generated is not None]
+        coupled = [k for k in places if with_totals(self.groups[k].group, self._leaves)]
         found = []
         for together in [*([coupled] if coupled else []), *([k] for k in places if k not in coupled)]:
-            made = [g for k in together if (g := self.parts[k].generated) is not None]
+            made = [g for k in together if (g := self.groups[k].generated) is not None]
             rows = [numbers.first for k in together for numbers in self._binder.numbers[k] if isinstance(numbers, Rows)]
             device = self._leaves[made[0].group.members[0][made[0].made.tensor_slots[0]]].device
             assert self._hardware is not None

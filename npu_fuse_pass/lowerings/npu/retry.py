@@ -65,7 +65,7 @@ class Retried:
                 self.chosen(values, complete)
                 break
             except GraphRefused as e:
-                if all(part.plain for part in self.chosen.parts):
+                if all(lowered.plain for lowered in self.chosen.groups):
                     raise
                 without = _WITHOUT.get(self._forms[0], "dedicated operations")
                 self.chosen = self._next(e, values)

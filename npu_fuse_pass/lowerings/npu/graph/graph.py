@@ -25,7 +25,7 @@ from npu_fuse_pass.lowerings.npu.host.numbers import Packed
 from npu_fuse_pass.lowerings.npu.host.step import Leaves
 from npu_fuse_pass.lowerings.npu.kernels.launch import Cluster
 from npu_fuse_pass.lowerings.npu.layout.bind import Binder
-from npu_fuse_pass.lowerings.npu.part import Part
+from npu_fuse_pass.lowerings.npu.lowered_group import LoweredGroup
 from npu_fuse_pass.lowerings.npu.plan import Span
 from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.tensors.memory import copy_each
@@ -138,19 +138,22 @@ for _name, (_kernel, _fake) in _KERNELS.items():
 
 
 def build(
-    leaves: Sequence[Leaf], parts: Sequence[Part], binder: Binder, clusters: Mapping[str, Cluster] | None = None
+    leaves: Sequence[Leaf],
+    groups: Sequence[LoweredGroup],
+    binder: Binder,
+    clusters: Mapping[str, Cluster] | None = None,
 ) -> fx.GraphModule:
     """The graph of a step. Placeholders carry fake tensors in `meta["val"]`.
 
     Args:
         clusters: of groups with generated kernels, by the names of `generated.known`.
     """
-    return _Build(leaves, parts, binder).module(clusters or {})
+    return _Build(leaves, groups, binder).module(clusters or {})
 
 
 class _Build:
-    def __init__(self, leaves: Sequence[Leaf], parts: Sequence[Part], binder: Binder) -> None:
-        self._leaves, self._parts, self._binder = leaves, parts, binder
+    def __init__(self, leaves: Sequence[Leaf], groups: Sequence[LoweredGroup], binder: Binder) -> None:
+        self._leaves, self._groups, self._binder = leaves, groups, binder
         self._graph = fx.Graph()
         self._nodes: dict[Leaves, fx.Node] = {}
         self._gathered: dict[tuple[Leaves, ...], fx.Node] = {}
@@ -171,12 +174,12 @@ class _Build:
         totals = self._totals()
         writes: list[tuple[list[fx.Node], Any]] = []
         outputs: dict[int, fx.Node] = {}
-        for part, numbers in self._of_operations():
-            made = part.splits[0]
-            target: Any = device_lists if part.in_lists else device_update
-            target = target if part.dedicated is None else device_dedicated
-            for node, results in self._fused(target, part, numbers[0], made.written, totals):
-                keys = [key for slot, span in results for key in self._binder.inputs_of(part, span, slot)]
+        for lowered, numbers in self._of_operations():
+            made = lowered.splits[0]
+            target: Any = device_lists if lowered.in_lists else device_update
+            target = target if lowered.dedicated is None else device_dedicated
+            for node, results in self._fused(target, lowered, numbers[0], made.written, totals):
+                keys = [key for slot, span in results for key in self._binder.inputs_of(lowered, span, slot)]
                 outputs |= {key[0]: _taken(node, i) for i, key in enumerate(keys) if key not in self._nodes}
                 written = [i for i, key in enumerate(keys) if key in self._nodes]
                 if written:
@@ -188,12 +191,12 @@ class _Build:
         self._graph.output(tuple(outputs[i] for i in self._binder.outputs))
         return fx.GraphModule(torch.nn.Module(), self._graph, "NpuStep")
 
-    def _of_operations(self) -> Iterator[tuple[Part, list[Packed]]]:
+    def _of_operations(self) -> Iterator[tuple[LoweredGroup, list[Packed]]]:
         """The groups that GE operations compute, and where their numbers lie."""
-        for part, numbers in zip(self._parts, self._binder.numbers, strict=True):
+        for lowered, numbers in zip(self._groups, self._binder.numbers, strict=True):
             packed = [n for n in numbers if isinstance(n, Packed)]
-            if part.generated is None:
-                yield part, packed
+            if lowered.generated is None:
+                yield lowered, packed
 
     def _node(self, name: str, cluster: Cluster) -> tuple[list[fx.Node], Any]:
         """The node of generated kernels; what it writes, and itself, which is the list of new values."""
@@ -209,33 +212,33 @@ class _Build:
     def _totals(self) -> dict[int, fx.Node]:
         """For every total: the sum of what all members contribute."""
         terms: dict[int, list[fx.Node]] = {}
-        for part, numbers in self._of_operations():
-            if len(part.splits) > 1:
-                kinds = list(range(len(part.group.formula.contributions)))
-                for node, results in self._fused(device_contribute, part, numbers[1], kinds, {}):
+        for lowered, numbers in self._of_operations():
+            if len(lowered.splits) > 1:
+                kinds = list(range(len(lowered.group.formula.contributions)))
+                for node, results in self._fused(device_contribute, lowered, numbers[1], kinds, {}):
                     for i, (kind, span) in enumerate(results):
-                        terms.setdefault(part.group.totals[span.members[0]][kind], []).append(_taken(node, i))
-        if terms and len({elementwise.wide_dtype(p.group.formula) for p in self._parts}) > 1:
+                        terms.setdefault(lowered.group.totals[span.members[0]][kind], []).append(_taken(node, i))
+        if terms and len({elementwise.wide_dtype(p.group.formula) for p in self._groups}) > 1:
             raise Unsupported("total", "adds up over float64 and other parameters", Code.ACROSS_PARAMETERS)
         stacked = {n: self._graph.call_function(torch.ops.aten.stack.default, (t,)) for n, t in terms.items()}
         return {n: self._graph.call_function(torch.ops.aten.sum.default, (s,)) for n, s in stacked.items()}
 
     def _fused(
-        self, target: Any, part: Part, numbers: Packed, kinds: Sequence[int], totals: dict[int, fx.Node]
+        self, target: Any, lowered: LoweredGroup, numbers: Packed, kinds: Sequence[int], totals: dict[int, fx.Node]
     ) -> Iterator[tuple[fx.Node, list[tuple[int, Span]]]]:
         """Fused nodes of a group; of each, the kind of every result (a written slot, a contribution) and its span."""
         made = numbers.made
         call: tuple[Any, ...] = ()
-        if target is device_dedicated and part.dedicated is not None:
-            call = (part.dedicated.call, list(part.dedicated.written))
+        if target is device_dedicated and lowered.dedicated is not None:
+            call = (lowered.dedicated.call, list(lowered.dedicated.written))
         one_dim = target in (device_dedicated, device_lists)
-        packed = self._unpack(elementwise.wide_dtype(part.group.formula), one_dim)
+        packed = self._unpack(elementwise.wide_dtype(lowered.group.formula), one_dim)
         one_by_one = target is device_contribute or self._binder.outputs
-        size = _TAKEN if one_by_one else max(1, len(part.plan.spans))
-        for begin in range(0, len(part.plan.spans) if kinds else 0, size):
-            spans = part.plan.spans[begin : begin + size]
-            firsts = [part.group.members[span.members[0]] for span in spans]
-            tensors = [self._tensor(part, span, s) for s in made.tensor_slots for span in spans]
+        size = _TAKEN if one_by_one else max(1, len(lowered.plan.spans))
+        for begin in range(0, len(lowered.plan.spans) if kinds else 0, size):
+            spans = lowered.plan.spans[begin : begin + size]
+            firsts = [lowered.group.members[span.members[0]] for span in spans]
+            tensors = [self._tensor(lowered, span, s) for s in made.tensor_slots for span in spans]
             positions = [p for at in numbers.positions for p in at[begin : begin + size]]
             sums = [totals[self._leaves[member[s]].index] for s in made.device_slots for member in firsts]
             if target is device_lists:
@@ -243,8 +246,8 @@ class _Build:
                 sums = list(map(view, sums))
             args = (tensors, packed, sums, positions, len(spans), made.device.text, *call)
             node = self._graph.call_function(target, args)
-            node.name = f"{part.group.name}_{target.name().split('_')[-1]}"
-            npu_names.mark(node, part.group.name)
+            node.name = f"{lowered.group.name}_{target.name().split('_')[-1]}"
+            npu_names.mark(node, lowered.group.name)
             yield node, [(kind, span) for kind in kinds for span in spans]
 
     def _unpack(self, dtype: torch.dtype, one_dim: bool) -> Any:
@@ -257,9 +260,9 @@ class _Build:
             self._unpacked[dtype, one_dim] = self._graph.call_function(aten.unbind.int, (packed,))
         return self._unpacked.get((dtype, one_dim), [])
 
-    def _tensor(self, part: Part, span: Span, slot: int) -> fx.Node:
+    def _tensor(self, lowered: LoweredGroup, span: Span, slot: int) -> fx.Node:
         """A span's tensor; for one that the step creates, another of the member, which has its size."""
-        keys = self._binder.inputs_of(part, span, slot)
+        keys = self._binder.inputs_of(lowered, span, slot)
         if len(keys) > 1:
             if tuple(keys) not in self._gathered:
                 given = [self._nodes[key] for key in keys]
@@ -267,8 +270,8 @@ class _Build:
             return self._gathered[tuple(keys)]
         if keys[0] in self._nodes:
             return self._nodes[keys[0]]
-        member = part.group.members[span.members[0]]
-        found = ((member[s],) for s in part.group.formula.tensor_slots)
+        member = lowered.group.members[span.members[0]]
+        found = ((member[s],) for s in lowered.group.formula.tensor_slots)
         return next(self._nodes[key] for key in found if key in self._nodes)
 
 

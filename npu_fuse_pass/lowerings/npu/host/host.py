@@ -21,26 +21,27 @@ from npu_fuse_pass.lowerings.npu.plan import Values
 
 
 class Numbered(Protocol):
-    """What the host has to know of a group: `on_the_device` are the 0-dim leaves that it reads from there."""
+    """What the host has to know of a group: `device_scalars` are the 0-dim leaves that it reads from there."""
 
     group: Group
     splits: list[Split]
-    on_the_device: set[int]
+    device_scalars: set[int]
 
 
 class Host:
     """The host's part of a step."""
 
-    def __init__(self, leaves: Sequence[Leaf], parts: Sequence[Numbered]) -> None:
-        self._leaves, self._parts = leaves, parts
-        self._mirror = Mirror(sorted({i for part in parts for i in part.on_the_device}), leaves)
+    def __init__(self, leaves: Sequence[Leaf], groups: Sequence[Numbered]) -> None:
+        self._leaves, self._groups = leaves, groups
+        self._mirror = Mirror(sorted({i for lowered in groups for i in lowered.device_scalars}), leaves)
         self._evaluate = [
-            [HostValues(part.group, made, leaves, self._mirror) for made in part.splits] for part in parts
+            [HostValues(lowered.group, made, leaves, self._mirror) for made in lowered.splits] for lowered in groups
         ]
         self._states = [
-            {s: States(part.group, leaves, s) for made in part.splits for s, _ in made.advanced} for part in parts
+            {s: States(lowered.group, leaves, s) for made in lowered.splits for s, _ in made.advanced}
+            for lowered in groups
         ]
-        self._given = [[self._given_to(m) for m in part.group.members] for part in parts]
+        self._given = [[self._given_to(m) for m in lowered.group.members] for lowered in groups]
         self._all_given = [picked(sorted({i for given in each for i in given})) for each in self._given]
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ from npu_fuse_pass.lowerings.npu.host.numbers import Packed, Rows
 from npu_fuse_pass.lowerings.npu.host.rows import picked
 from npu_fuse_pass.lowerings.npu.host.step import Key, Leaves, Step
 from npu_fuse_pass.lowerings.npu.layout.bind_alike import Alike
-from npu_fuse_pass.lowerings.npu.part import Part
+from npu_fuse_pass.lowerings.npu.lowered_group import LoweredGroup
 from npu_fuse_pass.lowerings.npu.plan import Span, Values
 from npu_fuse_pass.tensors.memory import check_apart, in_order, memory_order
 
@@ -38,51 +38,53 @@ class Binder:
         written: which inputs the graph writes to.
     """
 
-    def __init__(self, leaves: Sequence[Leaf], parts: Sequence[Part]) -> None:
+    def __init__(self, leaves: Sequence[Leaf], groups: Sequence[LoweredGroup]) -> None:
         self._leaves = leaves
-        self._parts = parts
+        self._groups = groups
         self.tensor_inputs: dict[Leaves, Key] = {}
         self.number_inputs: dict[torch.dtype, int] = {}
         self.numbers: list[list[Packed | Rows]] = []
         self.outputs: list[int] = []
-        for part in parts:
-            self._add_tensors(part)
-            dtype = elementwise.wide_dtype(part.group.formula)
+        for lowered in groups:
+            self._add_tensors(lowered)
+            dtype = elementwise.wide_dtype(lowered.group.formula)
             self.numbers.append([])
-            for made in part.splits:
+            for made in lowered.splits:
                 offset = self.number_inputs.get(dtype, 0)
-                numbers: Packed | Rows = Packed(part.group, made, part.plan.spans, offset)
-                if part.generated is not None:
-                    numbers = Rows(part.group, made, offset)
+                numbers: Packed | Rows = Packed(lowered.group, made, lowered.plan.spans, offset)
+                if lowered.generated is not None:
+                    numbers = Rows(lowered.group, made, offset)
                 self.numbers[-1].append(numbers)
                 if numbers.count:
                     self.number_inputs[dtype] = offset + numbers.count
-        written = {m[s] for part in parts for m in part.group.members for s in part.group.formula.written}
+        written = {m[s] for lowered in groups for m in lowered.group.members for s in lowered.group.formula.written}
         self._written = {key for key in self.tensor_inputs if written & set(key)}
         self.written = [place for place, key in enumerate(self.tensor_inputs) if key in self._written]
         self._bound = {i for key in self.tensor_inputs for i in key}
-        self.numbers_on = numbers_on(leaves, parts, {device for _, _, device in self.tensor_inputs.values()})
+        self.numbers_on = numbers_on(leaves, groups, {device for _, _, device in self.tensor_inputs.values()})
         self._scratch: dict[Key, Tensor] = {}
-        scalars = {m[s] for part in parts for m in part.group.members for s in part.group.formula.scalar_slots}
+        scalars = {
+            m[s] for lowered in groups for m in lowered.group.members for s in lowered.group.formula.scalar_slots
+        }
         in_memory = (i for i in sorted(scalars) if leaves[i].kind not in ("constant", "total"))
         self._numbers = {i: i in written for i in in_memory}
         self._alike = Alike(self.tensor_inputs, self._written, self._numbers)
-        self._changes = [self._changes_of(part, part.group.members) for part in parts]
+        self._changes = [self._changes_of(lowered, lowered.group.members) for lowered in groups]
 
-    def inputs_of(self, part: Part, span: Span, slot: int) -> list[Leaves]:
+    def inputs_of(self, lowered: LoweredGroup, span: Span, slot: int) -> list[Leaves]:
         """What the graph reads for a slot of a span: one input, or where they are gathered, one of each member."""
-        leaves = [part.group.members[m][slot] for m in span.members]
+        leaves = [lowered.group.members[m][slot] for m in span.members]
         return [(i,) for i in leaves] if slot in span.gathered else [tuple(leaves)]
 
-    def _add_tensors(self, part: Part) -> None:
-        for span in part.plan.spans:
-            for s in part.group.formula.tensor_slots:
-                for key in self.inputs_of(part, span, s):
-                    if self._leaves[key[0]].kind == "output" and part.generated is None:
+    def _add_tensors(self, lowered: LoweredGroup) -> None:
+        for span in lowered.plan.spans:
+            for s in lowered.group.formula.tensor_slots:
+                for key in self.inputs_of(lowered, span, s):
+                    if self._leaves[key[0]].kind == "output" and lowered.generated is None:
                         self.outputs += key
                     else:
                         size = sum(math.prod(self._leaves[i].shape) for i in key)
-                        dtype, device = part.group.formula.slots[s].dtype, self._leaves[key[0]].device
+                        dtype, device = lowered.group.formula.slots[s].dtype, self._leaves[key[0]].device
                         self.tensor_inputs[key] = (size, dtype, device)
 
     def bind(self, step: Step, values: Values) -> None:
@@ -95,11 +97,11 @@ class Binder:
             self._bind_one_by_one(step, values)
             self._alike.learn(step, values)
         packed: dict[torch.dtype, list[Tensor]] = {dtype: [] for dtype in self.number_inputs}
-        groups = zip(self._parts, self.numbers, step.numbers, step.active, strict=True)
-        for part, places, found, active in groups:
+        groups = zip(self._groups, self.numbers, step.numbers, step.active, strict=True)
+        for lowered, places, found, active in groups:
             for numbers, given in zip(places, found, strict=True):
                 if numbers.count:
-                    packed[elementwise.wide_dtype(part.group.formula)] += numbers.pieces(given, active)
+                    packed[elementwise.wide_dtype(lowered.group.formula)] += numbers.pieces(given, active)
         vectors = [torch.cat(p).to(dtype) for dtype, p in packed.items()]
         on_host = self.numbers_on.type == "cpu"
         step.inputs += vectors if on_host else [step.send(v, self.numbers_on) for v in vectors]
@@ -109,24 +111,24 @@ class Binder:
 
         GE reads everything as it is before the step: memory that is written must not be used a second time.
         """
-        for part, active in zip(self._parts, step.active, strict=True):
-            for span in part.plan.spans:
-                self._bind_span(part, span, values, step, active)
+        for lowered, active in zip(self._groups, step.active, strict=True):
+            for span in lowered.plan.spans:
+                self._bind_span(lowered, span, values, step, active)
         found = [(t, key in self._written) for key, t in step.used.items()]
         found += [(t, written) for i, written in self._numbers.items() if (t := values[i]) is not None]
         check_apart([t for t, written in found if written], [t for t, written in found if not written])
         step.inputs = [step.flat[key] for key in self.tensor_inputs]
 
-    def _bind_span(self, part: Part, span: Span, values: Values, step: Step, active: Sequence[bool]) -> None:
+    def _bind_span(self, lowered: LoweredGroup, span: Span, values: Values, step: Step, active: Sequence[bool]) -> None:
         """The inputs of a span. `Replanner` has seen to it that what is not gathered is adjacent."""
-        slots = part.group.formula.tensor_slots
+        slots = lowered.group.formula.tensor_slots
         if len(span.members) == 1:
-            self._bind_member(part, span.members[0], slots, values, step, active)
+            self._bind_member(lowered, span.members[0], slots, values, step, active)
             return
         for m in span.members if span.gathered else ():
-            self._bind_member(part, m, span.gathered, values, step, active)
+            self._bind_member(lowered, m, span.gathered, values, step, active)
         for s in (s for s in slots if s not in span.gathered):
-            (key,) = self.inputs_of(part, span, s)
+            (key,) = self.inputs_of(lowered, span, s)
             first = values[key[0]]
             if active[span.members[0]] and first is not None:
                 step.used[key] = step.flat[key] = first.detach().as_strided(self.tensor_inputs[key][:1], (1,))
@@ -134,16 +136,16 @@ class Binder:
                 step.flat[key] = self._placeholder(self.tensor_inputs[key])
 
     def _bind_member(
-        self, part: Part, m: int, slots: Sequence[int], values: Values, step: Step, active: Sequence[bool]
+        self, lowered: LoweredGroup, m: int, slots: Sequence[int], values: Values, step: Step, active: Sequence[bool]
     ) -> None:
         """The inputs that stand for one tensor of a member."""
-        member, formula = part.group.members[m], part.group.formula
+        member, formula = lowered.group.members[m], lowered.group.formula
         inputs = [s for s in formula.tensor_slots if self._leaves[member[s]].kind != "output"]
         strides = memory_order([t for s in inputs if (t := values[member[s]]) is not None])
         for s in formula.tensor_slots:  # a tensor may belong to two groups
             if step.orders.setdefault(member[s], (active[m], strides)) != (active[m], strides):
                 raise Mismatch("two updates of one tensor disagree on its memory order, or one of them is left out")
-        for s in (s for s in slots if s not in inputs and part.generated is not None):
+        for s in (s for s in slots if s not in inputs and lowered.generated is not None):
             self._bind_new(member[s], strides, step, active[m])
         for s in (s for s in slots if s in inputs):
             leaves, t = (member[s],), values[member[s]]
@@ -185,23 +187,29 @@ class Binder:
             values[i] = result.as_strided(self._leaves[i].shape, step.orders[i][1])
         for i, new in step.made.items():
             values[i] = new
-        for part, active, changes in zip(self._parts, step.active, self._changes, strict=True):
+        for lowered, active, changes in zip(self._groups, step.active, self._changes, strict=True):
             if not all(active):
-                changes = self._changes_of(part, [m for m, a in zip(part.group.members, active, strict=True) if a])
+                changes = self._changes_of(
+                    lowered, [m for m, a in zip(lowered.group.members, active, strict=True) if a]
+                )
             for i in (i for i in changes.made if values[i] is None):
                 leaf = self._leaves[i]
                 values[i] = torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device)
             torch.autograd.graph.increment_version([t for t in changes.bound(values) if t is not None])
 
-    def _changes_of(self, part: Part, members: Sequence[tuple[int, ...]]) -> _Changes:
-        written = [m[s] for s in part.group.formula.written for m in members]
+    def _changes_of(self, lowered: LoweredGroup, members: Sequence[tuple[int, ...]]) -> _Changes:
+        written = [m[s] for s in lowered.group.formula.written for m in members]
         made = [i for i in written if self._leaves[i].kind == "output"]
         return _Changes(made, picked([i for i in written if i in self._bound]))
 
 
-def numbers_on(leaves: Sequence[Leaf], parts: Sequence[Part], devices: Collection[torch.device]) -> torch.device:
+def numbers_on(
+    leaves: Sequence[Leaf], groups: Sequence[LoweredGroup], devices: Collection[torch.device]
+) -> torch.device:
     """Where the numbers of a step enter. `devices`: of the graph's other inputs."""
-    advanced = {m[s] for part in parts for m in part.group.members for made in part.splits for s, _ in made.advanced}
+    advanced = {
+        m[s] for lowered in groups for m in lowered.group.members for made in lowered.splits for s, _ in made.advanced
+    }
     found = {leaves[i].device for i in advanced if leaves[i].device.type != "cpu"}
     return found.pop() if found and found == set(devices) and len(found) == 1 else torch.device("cpu")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from npu_fuse_pass.ir.types import Leaf
 from npu_fuse_pass.lowerings.npu.host.rows import holds, picked
 from npu_fuse_pass.lowerings.npu.layout.spans import Planner, gaps
-from npu_fuse_pass.lowerings.npu.part import Part
+from npu_fuse_pass.lowerings.npu.lowered_group import LoweredGroup
 from npu_fuse_pass.lowerings.npu.plan import Plan, Span, Values
 from npu_fuse_pass.tensors.same import SameTensors
 
@@ -28,13 +28,16 @@ class Replanner:
     first steps a better plan replaces one that fits, too.
     """
 
-    def __init__(self, leaves: Sequence[Leaf], parts: Sequence[Part], layout: str) -> None:
-        members = [(part, part.group.members[m]) for part in parts for m in part.on_device]
-        uses = collections.Counter(m[s] for part, m in members for s in part.group.formula.tensor_slots)
-        self._leaves, self._parts = leaves, parts
-        layouts = [layout if part.generated is None else "list" for part in parts]  # a kernel has a table of addresses
+    def __init__(self, leaves: Sequence[Leaf], groups: Sequence[LoweredGroup], layout: str) -> None:
+        members = [(lowered, lowered.group.members[m]) for lowered in groups for m in lowered.device_members]
+        uses = collections.Counter(m[s] for lowered, m in members for s in lowered.group.formula.tensor_slots)
+        self._leaves, self._groups = leaves, groups
+        layouts = [
+            layout if lowered.generated is None else "list" for lowered in groups
+        ]  # a kernel has a table of addresses
         self._planners = [
-            Planner(part.group, part.on_device, leaves, uses, each) for part, each in zip(parts, layouts, strict=True)
+            Planner(lowered.group, lowered.device_members, leaves, uses, each)
+            for lowered, each in zip(groups, layouts, strict=True)
         ]
         self._looks, self._left, self._made = _LOOKS, _PLANS, False
         self._use([planner.alone("its tensors were not seen yet") for planner in self._planners])
@@ -50,12 +53,12 @@ class Replanner:
         fits = self._together(active) and self._equal(numbers) and self._in_place(values, active)
         if (fits and self._made and not self._worth_a_look(active)) or not any(map(any, active)):
             return False
-        for planner, part, taking_part in zip(self._planners, self._parts, active, strict=True):
+        for planner, lowered, taking_part in zip(self._planners, self._groups, active, strict=True):
             if any(taking_part):
-                planner.apart |= {m for m in part.on_device if not taking_part[m]}
+                planner.apart |= {m for m in lowered.device_members if not taking_part[m]}
         found = [
-            planner.plan(values, _keys(given, len(part.group.members)))
-            for planner, part, given in zip(self._planners, self._parts, numbers, strict=True)
+            planner.plan(values, _keys(given, len(lowered.group.members)))
+            for planner, lowered, given in zip(self._planners, self._groups, numbers, strict=True)
         ]
         if self._made and fits and _size(found) >= _size(self.plans):
             return False
@@ -76,11 +79,11 @@ class Replanner:
         self._mates: list[
             tuple[Tensor, Tensor]
         ] = []  # per group: members of spans, and the first one of each one's span
-        for planner, part, plan in zip(self._planners, self._parts, plans, strict=True):
+        for planner, lowered, plan in zip(self._planners, self._groups, plans, strict=True):
             spans = [span for span in plan.spans if len(span.members) > 1]
             for span in spans:
                 slots = [s for s in planner.slots if s not in span.gathered]
-                for leaves in ([part.group.members[m][s] for m in span.members] for s in slots):
+                for leaves in ([lowered.group.members[m][s] for m in span.members] for s in slots):
                     fixed += leaves
                     self._extents.append((leaves[0], sum(math.prod(self._leaves[i].shape) for i in leaves)))
             mates = [(m, span.members[0]) for span in spans for m in span.members]
@@ -91,8 +94,8 @@ class Replanner:
     def _worth_a_look(self, active: Sequence[Sequence[bool]]) -> bool:
         complete = all(
             taking_part[m]
-            for planner, part, taking_part in zip(self._planners, self._parts, active, strict=True)
-            for m in part.on_device
+            for planner, lowered, taking_part in zip(self._planners, self._groups, active, strict=True)
+            for m in lowered.device_members
             if m not in planner.apart
         )
         self._looks -= complete

@@ -33,7 +33,7 @@ class Planner:
 
     Args:
         group: over the leaves.
-        on_device: its members that have elements.
+        device_members: its members that have elements.
         leaves: of the step.
         uses: in how many updates a leaf has a part.
         layout: the option.
@@ -42,12 +42,12 @@ class Planner:
     def __init__(
         self,
         group: Group,
-        on_device: Sequence[int],
+        device_members: Sequence[int],
         leaves: Sequence[Leaf],
         uses: collections.Counter[int],
         layout: str,
     ) -> None:
-        self._group, self._on_device, self._leaves, self._layout = group, on_device, leaves, layout
+        self._group, self._device_members, self._leaves, self._layout = group, device_members, leaves, layout
         self.slots = group.formula.tensor_slots
         self.written = [s for s in group.formula.written if s in self.slots]
         self.read = [s for s in self.slots if s not in self.written]
@@ -59,7 +59,7 @@ class Planner:
         """Why no members of the group can be one."""
         if self._layout == "list":
             return 'layout="list"'
-        members = [self._group.members[m] for m in self._on_device]
+        members = [self._group.members[m] for m in self._device_members]
         leaves = [i for member in members for i in (member[s] for s in self.slots)]
         if not pointwise(self._group.formula):
             return "the formula reduces over each tensor (norms, sizes)"
@@ -71,7 +71,7 @@ class Planner:
 
     def alone(self, reason: str) -> Plan:
         """Every member by itself."""
-        return Plan(tuple(Span((m,)) for m in self._on_device), reason if len(self._on_device) > 1 else "")
+        return Plan(tuple(Span((m,)) for m in self._device_members), reason if len(self._device_members) > 1 else "")
 
     def plan(self, values: Values, keys: Sequence[object]) -> Plan:
         """The spans for these tensors.
@@ -84,7 +84,7 @@ class Planner:
             return self.alone(self._why_not)
         reasons = dict.fromkeys(self.apart, "without a gradient at some steps")
         places: dict[int, Place] = {}
-        for m in self._on_device:
+        for m in self._device_members:
             place = None if m in self.apart else self.place(m, values)
             if place is not None:
                 places[m] = place
@@ -92,10 +92,12 @@ class Planner:
                 reasons.setdefault(m, "its tensors have gaps or lie in different orders")
         spans = [span for stretch in self._stretches(places, keys, reasons) for span in self._cut(stretch, places)]
         found = {m for span in spans for m in span.members}
-        spans += [Span((m,)) for m in self._on_device if m not in found]
+        spans += [Span((m,)) for m in self._device_members if m not in found]
         alone = sorted((span.members[0] for span in spans if len(span.members) == 1), key=lambda m: m not in self.apart)
         why = next((reasons[m] for m in alone if m in reasons), "tensors too large to be worth moving") if alone else ""
-        return Plan(tuple(sorted(spans, key=lambda span: min(span.members))), why if len(self._on_device) > 1 else "")
+        return Plan(
+            tuple(sorted(spans, key=lambda span: min(span.members))), why if len(self._device_members) > 1 else ""
+        )
 
     def place(self, m: int, values: Values) -> Place | None:
         """Where a member's tensors lie; None where one is missing or the written ones are not in one dense order.

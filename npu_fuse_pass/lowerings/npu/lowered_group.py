@@ -1,4 +1,4 @@
-"""A group in an NPU program: how its formula is split, which kernel computes it, which members are updated as one."""
+"""A group in an NPU program: its split formula, the kernel that computes it, the members that are updated as one."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from npu_fuse_pass.reasons import Code
 _GIVEN = ("input", "attribute")
 
 
-class Part:
-    """One group, how its formula is split and which members the graph updates as one.
+class LoweredGroup:
+    """One group: how its formula is split, and which members the graph updates as one.
 
     Members without elements have nothing to do on the device. `plan` says which are updated as one; `note` why what
     computes the group does. `generated`: its kernels, where they are generated; else `dedicated`: the writes to tensors
@@ -49,13 +49,13 @@ class Part:
         else:
             chosen = self._operations(found, chip, kernels)
         first = formula.tensor_slots[:1]
-        self.on_device = [
+        self.device_members = [
             i for i, member in enumerate(group.members) if all(0 not in leaves[member[s]].shape for s in first)
         ]
         if not first:
-            self.on_device = []
+            self.device_members = []
         inputs = {m[s] for s in formula.scalar_slots for m in group.members}
-        self.on_the_device = {i for i in inputs if leaves[i].kind in _GIVEN and leaves[i].device.type != "cpu"}
+        self.device_scalars = {i for i in inputs if leaves[i].kind in _GIVEN and leaves[i].device.type != "cpu"}
         """0-dim leaves that the host reads from there, see `host.mirror`."""
         not_generated = f"no generated kernel: {generated}" if isinstance(generated, str) and generated else ""
         why = chosen if isinstance(chosen, str) else chosen.note
@@ -101,10 +101,10 @@ class Part:
     @property
     def waits(self) -> str:
         """For the report: when the host waits for the device, "" if it never does."""
-        if not self.on_the_device:
+        if not self.device_scalars:
             return ""
         return (
-            f"{len(self.on_the_device)} of its 0-dim tensors are on the device: the host knows what steps write there, "
+            f"{len(self.device_scalars)} of its 0-dim tensors are on the device: the host knows what steps write there, "
             "and waits to read them where something else has written one. Writes that torch does not count (to t.data, "
             "collectives, raw kernels) need torch.autograd.graph.increment_version(t)"
         )
