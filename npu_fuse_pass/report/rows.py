@@ -14,7 +14,7 @@ from npu_fuse_pass.match.result import Match, NoMatch
 from npu_fuse_pass.report.report import GroupReport, KernelMatch
 
 
-class Layout(Protocol):
+class LayoutCost(Protocol):
     """How a lowering takes the tensors of a group; `GroupReport` says what the fields are."""
 
     name: str
@@ -41,7 +41,7 @@ def group_report(
     return GroupReport(g.name, formula, len(g.members), *kind, bytes_per_element, launches, elements)
 
 
-def show_layouts(rows: Sequence[GroupReport], layouts: Sequence[Layout]) -> None:
+def show_layouts(rows: Sequence[GroupReport], layouts: Sequence[LayoutCost]) -> None:
     """Let rows say how the tensors of their groups are taken now, and what that costs."""
     for row, layout in zip(rows, layouts, strict=True):
         row.layout, row.layout_reason = layout.name, layout.reason

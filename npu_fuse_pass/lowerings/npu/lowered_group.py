@@ -104,9 +104,9 @@ class LoweredGroup:
         if not self.device_scalars:
             return ""
         return (
-            f"{len(self.device_scalars)} of its 0-dim tensors are on the device: the host knows what steps write there, "
-            "and waits to read them where something else has written one. Writes that torch does not count (to t.data, "
-            "collectives, raw kernels) need torch.autograd.graph.increment_version(t)"
+            f"{len(self.device_scalars)} of its 0-dim tensors are on the device: the host knows what steps write "
+            "there, and waits to read them where something else has written one. Writes that torch does not count (to "
+            "t.data, collectives, raw kernels) need torch.autograd.graph.increment_version(t)"
         )
 
     @property
@@ -136,11 +136,11 @@ class LoweredGroup:
         return [s for s, same in zip(made.device.scalar_slots, found, strict=True) if same]
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> LayoutCost:
         """For the report: the plan, and what it costs."""
         if self.generated is not None:
             made = self.generated.kernels
-            return Layout("list", "", len(made.launches), made.bytes_per_element)
+            return LayoutCost("list", "", len(made.launches), made.bytes_per_element)
         first, slots = self.group.formula.tensor_slots[:1], self.group.formula.slots
         elements = moved = 0
         for span in self.plan.spans:
@@ -152,11 +152,11 @@ class LoweredGroup:
             operations, size = operations + launches * len(self.plan.spans), size + each
         operations += sum(len(span.gathered) for span in self.plan.spans)
         size += round(moved / max(1, elements))
-        return Layout(self.plan.name, self.plan.reason, operations, size)
+        return LayoutCost(self.plan.name, self.plan.reason, operations, size)
 
 
 @dataclasses.dataclass
-class Layout:
+class LayoutCost:
     """A group's row in the report: what the fields mean says `report.GroupReport`."""
 
     name: str

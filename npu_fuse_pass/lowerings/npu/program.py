@@ -27,7 +27,7 @@ from npu_fuse_pass.lowerings.npu.graph import names as npu_names
 from npu_fuse_pass.lowerings.npu.graph.graph import build
 from npu_fuse_pass.lowerings.npu.host.host import Host
 from npu_fuse_pass.lowerings.npu.host.mirror import to_device
-from npu_fuse_pass.lowerings.npu.host.numbers import Rows
+from npu_fuse_pass.lowerings.npu.host.numbers import NumberTable
 from npu_fuse_pass.lowerings.npu.kernels import look
 from npu_fuse_pass.lowerings.npu.kernels.groups import generate_groups, with_totals
 from npu_fuse_pass.lowerings.npu.kernels.hardware import Hardware
@@ -145,7 +145,12 @@ class Program:
         found = []
         for together in [*([coupled] if coupled else []), *([k] for k in places if k not in coupled)]:
             made = [g for k in together if (g := self.groups[k].generated) is not None]
-            rows = [numbers.first for k in together for numbers in self._binder.numbers[k] if isinstance(numbers, Rows)]
+            rows = [
+                numbers.first
+                for k in together
+                for numbers in self._binder.numbers[k]
+                if isinstance(numbers, NumberTable)
+            ]
             device = self._leaves[made[0].group.members[0][made[0].made.tensor_slots[0]]].device
             assert self._hardware is not None
             cluster = Cluster(made[0].group.name, made, self._leaves, rows, self._hardware, device)

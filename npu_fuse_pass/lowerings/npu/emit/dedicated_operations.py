@@ -45,7 +45,7 @@ _SERIES = {  # names that torch_npu gives to chips; a bare 910B is of the first 
     re.compile(r"Ascend910_93\d+"): A3,
 }
 
-Values = Mapping[str, Any]
+Terms = Mapping[str, Any]
 
 
 def series(name: str | None) -> str | None:
@@ -76,7 +76,7 @@ class Operation:
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    arguments: Mapping[str, Callable[[Values, Any], dict[str, Any]]]
+    arguments: Mapping[str, Callable[[Terms, Any], dict[str, Any]]]
     function: Callable[..., tuple[torch.Tensor, ...]]
     document: str
     series: tuple[str, ...] = (TRAINING, A2, A3)
@@ -92,7 +92,7 @@ class Operation:
 # `k` has the kernel's inputs and numbers, `one` is 1; both may be expressions or tensors with arithmetic operators.
 
 
-def _one_of_adamw(k: Values, one: Any) -> dict[str, Any]:
+def _one_of_adamw(k: Terms, one: Any) -> dict[str, Any]:
     """The operation knows no bias correction: it goes into the step size and epsilon; decay goes ahead of it."""
     correction = (one - k["beta2_power"] * k["beta2"]).sqrt()
     step_size = k["lr"] * correction / (one - k["beta1_power"] * k["beta1"])
@@ -101,22 +101,22 @@ def _one_of_adamw(k: Values, one: Any) -> dict[str, Any]:
     return _one(k, one, var, step_size, k["epsilon"] * correction)
 
 
-def _one_of_adam(k: Values, one: Any) -> dict[str, Any]:
+def _one_of_adam(k: Terms, one: Any) -> dict[str, Any]:
     step_size = k["lr"] * (one - k["beta2_power"]).sqrt() / (one - k["beta1_power"])
     return _one(k, one, k["var"], step_size, k["epsilon"])
 
 
-def _one(k: Values, one: Any, var: Any, step_size: Any, epsilon: Any) -> dict[str, Any]:
+def _one(k: Terms, one: Any, var: Any, step_size: Any, epsilon: Any) -> dict[str, Any]:
     tensors = {"input0": k["grad"], "input1": k["v"], "input2": k["m"], "input3": var, "input4": step_size}
     betas = {"mul0_x": k["beta1"], "mul1_x": one - k["beta1"], "mul2_x": k["beta2"], "mul3_x": one - k["beta2"]}
     return {**tensors, **betas, "add2_y": epsilon}
 
 
-def _same(k: Values, one: Any) -> dict[str, Any]:
+def _same(k: Terms, one: Any) -> dict[str, Any]:
     return {"weight_decay": one - one, **k}
 
 
-def _momentum(k: Values, one: Any) -> dict[str, Any]:
+def _momentum(k: Terms, one: Any) -> dict[str, Any]:
     """A number that scales the gradient (1 - dampening) is the operation's own factor."""
     grad, scale = k["grad"], k.get("grad_scale", one)
     return {"var": k["var"], "accum": k["accum"], "lr": k["lr"], "x1": grad, "momentum": k["momentum"], "x2": scale}

@@ -21,7 +21,7 @@ from npu_fuse_pass.lowerings.npu.emit import dedicated, elementwise, list_operat
 from npu_fuse_pass.lowerings.npu.fakes import FakeTensor, FakeTensorMode, no_dispatch
 from npu_fuse_pass.lowerings.npu.graph import generated
 from npu_fuse_pass.lowerings.npu.graph import names as npu_names
-from npu_fuse_pass.lowerings.npu.host.numbers import Packed
+from npu_fuse_pass.lowerings.npu.host.numbers import PackedNumbers
 from npu_fuse_pass.lowerings.npu.host.step import Leaves
 from npu_fuse_pass.lowerings.npu.kernels.launch import Cluster
 from npu_fuse_pass.lowerings.npu.layout.bind import Binder
@@ -191,10 +191,10 @@ class _Build:
         self._graph.output(tuple(outputs[i] for i in self._binder.outputs))
         return fx.GraphModule(torch.nn.Module(), self._graph, "NpuStep")
 
-    def _of_operations(self) -> Iterator[tuple[LoweredGroup, list[Packed]]]:
+    def _of_operations(self) -> Iterator[tuple[LoweredGroup, list[PackedNumbers]]]:
         """The groups that GE operations compute, and where their numbers lie."""
         for lowered, numbers in zip(self._groups, self._binder.numbers, strict=True):
-            packed = [n for n in numbers if isinstance(n, Packed)]
+            packed = [n for n in numbers if isinstance(n, PackedNumbers)]
             if lowered.generated is None:
                 yield lowered, packed
 
@@ -224,7 +224,12 @@ class _Build:
         return {n: self._graph.call_function(torch.ops.aten.sum.default, (s,)) for n, s in stacked.items()}
 
     def _fused(
-        self, target: Any, lowered: LoweredGroup, numbers: Packed, kinds: Sequence[int], totals: dict[int, fx.Node]
+        self,
+        target: Any,
+        lowered: LoweredGroup,
+        numbers: PackedNumbers,
+        kinds: Sequence[int],
+        totals: dict[int, fx.Node],
     ) -> Iterator[tuple[fx.Node, list[tuple[int, Span]]]]:
         """Fused nodes of a group; of each, the kind of every result (a written slot, a contribution) and its span."""
         made = numbers.made

@@ -16,7 +16,7 @@ from npu_fuse_pass.tensors.memory import copy_each
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Advanced:
+class AdvancedState:
     """The new values of a 0-dim state, 0-dim or one per member; `row`: one vector over all members' memory for it."""
 
     slot: int
@@ -24,7 +24,7 @@ class Advanced:
     row: Tensor | None
 
 
-class States:
+class HostStates:
     """What a slot that the host writes stands for: a tensor per member, in the host's memory or on a device."""
 
     def __init__(self, group: Group, leaves: Sequence[Leaf], slot: int) -> None:
@@ -37,7 +37,7 @@ class States:
             found = self._here if leaf.device.type == "cpu" else self._there.setdefault((leaf.dtype, leaf.device), [])
             found.append(m)
 
-    def write(self, new: Advanced, active: Sequence[bool], values: Values) -> None:
+    def write(self, new: AdvancedState, active: Sequence[bool], values: Values) -> None:
         """Write those in the host's memory; those that the step makes come to be."""
         if new.row is not None and all(active):
             new.row.copy_(new.value)
@@ -53,7 +53,7 @@ class States:
         if chosen:
             copy_each([t for t, _ in chosen], [x for _, x in chosen])
 
-    def outgoing(self, new: Advanced, active: Sequence[bool]) -> list[tuple[Kind, list[int], Tensor]]:
+    def outgoing(self, new: AdvancedState, active: Sequence[bool]) -> list[tuple[Kind, list[int], Tensor]]:
         """For those on devices: dtype and device, leaves, values."""
         found = []
         for kind, members in self._there.items():
@@ -66,7 +66,7 @@ class States:
         return found
 
 
-class Outgoing:
+class OutgoingStates:
     """New values for states of one dtype on one device, which get there in one transfer."""
 
     def __init__(self, kind: Kind, written: Sequence[tuple[list[int], Tensor]]) -> None:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from npu_fuse_pass.ir.types import Group, Leaf
 from npu_fuse_pass.lowerings.npu.emit.split import Split
-from npu_fuse_pass.lowerings.npu.host.counters import Outgoing, States
+from npu_fuse_pass.lowerings.npu.host.counters import HostStates, OutgoingStates
 from npu_fuse_pass.lowerings.npu.host.mirror import Kind, Mirror
 from npu_fuse_pass.lowerings.npu.host.numbers import HostValues
-from npu_fuse_pass.lowerings.npu.host.rows import picked
-from npu_fuse_pass.lowerings.npu.host.step import Step
+from npu_fuse_pass.lowerings.npu.host.scalars import picked
+from npu_fuse_pass.lowerings.npu.host.step import HostStep
 from npu_fuse_pass.lowerings.npu.plan import Values
 
 
@@ -38,21 +38,21 @@ class Host:
             [HostValues(lowered.group, made, leaves, self._mirror) for made in lowered.splits] for lowered in groups
         ]
         self._states = [
-            {s: States(lowered.group, leaves, s) for made in lowered.splits for s, _ in made.advanced}
+            {s: HostStates(lowered.group, leaves, s) for made in lowered.splits for s, _ in made.advanced}
             for lowered in groups
         ]
         self._given = [[self._given_to(m) for m in lowered.group.members] for lowered in groups]
         self._all_given = [picked(sorted({i for given in each for i in given})) for each in self._given]
 
     @torch.no_grad()
-    def look(self, values: Values, complete: bool) -> Step:
+    def look(self, values: Values, complete: bool) -> HostStep:
         """The host's half of a step: its numbers and active members, before tensors are bound.
 
         Args:
             values: of all leaves; None for a gradient that is missing.
             complete: check dtypes too.
         """
-        step = Step(complete)
+        step = HostStep(complete)
         self._mirror.look(values)
         each = zip(self._evaluate, self._given, self._all_given, self._states, strict=True)
         for evaluate, given, whole, states in each:
@@ -66,10 +66,10 @@ class Host:
         for state, new, active in step.advanced:
             for kind, indices, x in state.outgoing(new, active):
                 written.setdefault(kind, []).append((indices, x))
-        step.outgoing = [Outgoing(kind, found) for kind, found in written.items()]
+        step.outgoing = [OutgoingStates(kind, found) for kind, found in written.items()]
         return step
 
-    def finish(self, step: Step, values: Values) -> None:
+    def finish(self, step: HostStep, values: Values) -> None:
         """Write the new values of 0-dim states, wherever they are."""
         for state, new, active in step.advanced:
             state.write(new, active, values)

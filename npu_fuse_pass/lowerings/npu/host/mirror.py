@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from npu_fuse_pass.ir.types import Leaf
-from npu_fuse_pass.lowerings.npu.host.rows import picked
+from npu_fuse_pass.lowerings.npu.host.scalars import picked
 from npu_fuse_pass.lowerings.npu.plan import Values
 
 Kind = tuple[torch.dtype, torch.device]

@@ -11,9 +11,9 @@ from torch import Tensor
 from npu_fuse_pass.ir.expr import Expr, postorder
 from npu_fuse_pass.ir.types import Group, Leaf
 from npu_fuse_pass.lowerings.npu.emit.split import Split, slots_of
-from npu_fuse_pass.lowerings.npu.host.counters import Advanced
+from npu_fuse_pass.lowerings.npu.host.counters import AdvancedState
 from npu_fuse_pass.lowerings.npu.host.mirror import Mirror
-from npu_fuse_pass.lowerings.npu.host.rows import Row
+from npu_fuse_pass.lowerings.npu.host.scalars import ScalarVector
 from npu_fuse_pass.lowerings.npu.plan import Span, Values
 
 
@@ -26,16 +26,16 @@ class HostValues:
         self._columns = {s: _Column([m[s] for m in group.members], leaves, mirror) for s in slots}
         self._numel = torch.tensor(numels(group, leaves), dtype=torch.float64, device="cpu")
 
-    def __call__(self, values: Values) -> tuple[list[Tensor], list[Advanced]]:
+    def __call__(self, values: Values) -> tuple[list[Tensor], list[AdvancedState]]:
         """`made.values` (float64, 0-dim or one per member), and what is written to 0-dim states."""
         given = {s: c.of(values) for s, c in self._columns.items()}
         found, new = self.made.host_values({s: column for s, (column, _) in given.items()}, self._numel)
         rows = {s: row for s, (_, row) in given.items()}
-        advanced = [Advanced(s, x, rows.get(s)) for (s, _), x in zip(self.made.advanced, new, strict=True)]
+        advanced = [AdvancedState(s, x, rows.get(s)) for (s, _), x in zip(self.made.advanced, new, strict=True)]
         return [v.double() for v in found], advanced
 
 
-class Packed:
+class PackedNumbers:
     """Where the numbers of one split lie in the packed vector: one of each value for every span that needs its own."""
 
     def __init__(self, group: Group, made: Split, spans: Sequence[Span], offset: int) -> None:
@@ -69,7 +69,7 @@ class Packed:
         return [*chosen, torch.tensor([float(active[m]) for m in self._flags], dtype=torch.float64, device="cpu")]
 
 
-class Rows:
+class NumberTable:
     """Where the numbers of a group with generated kernels lie: a row for each member."""
 
     def __init__(self, group: Group, made: Split, offset: int) -> None:
@@ -77,7 +77,7 @@ class Rows:
         self.count = max(1, self._members * len(made.values))  # a node has numbers in any case
 
     def pieces(self, found: Sequence[Tensor], active: Sequence[bool]) -> list[Tensor]:
-        """As those of `Packed`."""
+        """As those of `PackedNumbers`."""
         if not found:
             return [torch.zeros(1, dtype=torch.float64, device="cpu")]
         return [torch.stack([v.expand(self._members) for v in found], dim=1).flatten()]
@@ -105,7 +105,7 @@ class _Column:
         places = [mirror.places[i] for i in self._indices if i in mirror.places]
         self._mirrored = torch.tensor(places, dtype=torch.int64, device="cpu") if len(places) == len(numbers) else None
         here = all(leaves[i].device.type == "cpu" and leaves[i].kind != "constant" for i in self._indices)
-        self._row = Row(self._indices) if here else None
+        self._row = ScalarVector(self._indices) if here else None
 
     def of(self, values: Values) -> tuple[Tensor, Tensor | None]:
         """The values in float64, and one vector over the memory of all where there is one."""

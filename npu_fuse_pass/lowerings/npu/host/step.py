@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from npu_fuse_pass.lowerings.npu.host import mirror
-from npu_fuse_pass.lowerings.npu.host.counters import Advanced, Outgoing, States
+from npu_fuse_pass.lowerings.npu.host.counters import AdvancedState, HostStates, OutgoingStates
 
 Key = tuple[int, torch.dtype, torch.device]
 
@@ -14,15 +14,15 @@ Leaves = tuple[int, ...]
 """The leaves behind one input of the graph: one, or those of a span, which lie one behind the other."""
 
 
-class Step:
+class HostStep:
     """One call: its numbers, the graph's inputs, and what is left to do after it ran."""
 
     def __init__(self, complete: bool) -> None:
         self.complete = complete
         self.active: list[list[bool]] = []  # per group and member: takes part
         self.numbers: list[list[list[Tensor]]] = []  # per group, split and value: 0-dim or one per member
-        self.advanced: list[tuple[States, Advanced, list[bool]]] = []
-        self.outgoing: list[Outgoing] = []
+        self.advanced: list[tuple[HostStates, AdvancedState, list[bool]]] = []
+        self.outgoing: list[OutgoingStates] = []
         self.inputs: list[Tensor] = []
         self.flat: dict[Leaves, Tensor] = {}
         self.used: dict[Leaves, Tensor] = {}  # the tensors behind the inputs, of members that take part

@@ -16,9 +16,9 @@ from torch import Tensor
 from npu_fuse_pass.errors import Mismatch
 from npu_fuse_pass.ir.types import Leaf
 from npu_fuse_pass.lowerings.npu.emit import elementwise
-from npu_fuse_pass.lowerings.npu.host.numbers import Packed, Rows
-from npu_fuse_pass.lowerings.npu.host.rows import picked
-from npu_fuse_pass.lowerings.npu.host.step import Key, Leaves, Step
+from npu_fuse_pass.lowerings.npu.host.numbers import NumberTable, PackedNumbers
+from npu_fuse_pass.lowerings.npu.host.scalars import picked
+from npu_fuse_pass.lowerings.npu.host.step import HostStep, Key, Leaves
 from npu_fuse_pass.lowerings.npu.layout.bind_alike import Alike
 from npu_fuse_pass.lowerings.npu.lowered_group import LoweredGroup
 from npu_fuse_pass.lowerings.npu.plan import Span, Values
@@ -43,7 +43,7 @@ class Binder:
         self._groups = groups
         self.tensor_inputs: dict[Leaves, Key] = {}
         self.number_inputs: dict[torch.dtype, int] = {}
-        self.numbers: list[list[Packed | Rows]] = []
+        self.numbers: list[list[PackedNumbers | NumberTable]] = []
         self.outputs: list[int] = []
         for lowered in groups:
             self._add_tensors(lowered)
@@ -51,9 +51,9 @@ class Binder:
             self.numbers.append([])
             for made in lowered.splits:
                 offset = self.number_inputs.get(dtype, 0)
-                numbers: Packed | Rows = Packed(lowered.group, made, lowered.plan.spans, offset)
+                numbers: PackedNumbers | NumberTable = PackedNumbers(lowered.group, made, lowered.plan.spans, offset)
                 if lowered.generated is not None:
-                    numbers = Rows(lowered.group, made, offset)
+                    numbers = NumberTable(lowered.group, made, offset)
                 self.numbers[-1].append(numbers)
                 if numbers.count:
                     self.number_inputs[dtype] = offset + numbers.count
@@ -87,7 +87,7 @@ class Binder:
                         dtype, device = lowered.group.formula.slots[s].dtype, self._leaves[key[0]].device
                         self.tensor_inputs[key] = (size, dtype, device)
 
-    def bind(self, step: Step, values: Values) -> None:
+    def bind(self, step: HostStep, values: Values) -> None:
         """Add the inputs of the graph to a step.
 
         Raises:
@@ -106,7 +106,7 @@ class Binder:
         on_host = self.numbers_on.type == "cpu"
         step.inputs += vectors if on_host else [step.send(v, self.numbers_on) for v in vectors]
 
-    def _bind_one_by_one(self, step: Step, values: Values) -> None:
+    def _bind_one_by_one(self, step: HostStep, values: Values) -> None:
         """The general way, with a look at every tensor.
 
         GE reads everything as it is before the step: memory that is written must not be used a second time.
@@ -119,7 +119,9 @@ class Binder:
         check_apart([t for t, written in found if written], [t for t, written in found if not written])
         step.inputs = [step.flat[key] for key in self.tensor_inputs]
 
-    def _bind_span(self, lowered: LoweredGroup, span: Span, values: Values, step: Step, active: Sequence[bool]) -> None:
+    def _bind_span(
+        self, lowered: LoweredGroup, span: Span, values: Values, step: HostStep, active: Sequence[bool]
+    ) -> None:
         """The inputs of a span. `Replanner` has seen to it that what is not gathered is adjacent."""
         slots = lowered.group.formula.tensor_slots
         if len(span.members) == 1:
@@ -136,7 +138,13 @@ class Binder:
                 step.flat[key] = self._placeholder(self.tensor_inputs[key])
 
     def _bind_member(
-        self, lowered: LoweredGroup, m: int, slots: Sequence[int], values: Values, step: Step, active: Sequence[bool]
+        self,
+        lowered: LoweredGroup,
+        m: int,
+        slots: Sequence[int],
+        values: Values,
+        step: HostStep,
+        active: Sequence[bool],
     ) -> None:
         """The inputs that stand for one tensor of a member."""
         member, formula = lowered.group.members[m], lowered.group.formula
@@ -165,7 +173,7 @@ class Binder:
                     step.copy_back.append((t, dense))
             step.flat[leaves] = dense.as_strided((key[0],), (1,))
 
-    def _bind_new(self, i: int, strides: tuple[int, ...], step: Step, active: bool) -> None:
+    def _bind_new(self, i: int, strides: tuple[int, ...], step: HostStep, active: bool) -> None:
         """A tensor that the step makes, which a generated kernel writes as any other."""
         key, leaf = self.tensor_inputs[(i,)], self._leaves[i]
         step.copies += 1  # another one at every step
@@ -179,7 +187,7 @@ class Binder:
             self._scratch[key] = torch.zeros(key[0], dtype=key[1], device=key[2])
         return self._scratch[key]
 
-    def finish(self, step: Step, values: Values, results: Sequence[Tensor]) -> None:
+    def finish(self, step: HostStep, values: Values, results: Sequence[Tensor]) -> None:
         """Give new tensors their shape, and tell autograd what changed."""
         for target, dense in step.copy_back:
             target.detach().copy_(dense)

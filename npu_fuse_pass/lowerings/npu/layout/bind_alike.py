@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from npu_fuse_pass.errors import Mismatch
-from npu_fuse_pass.lowerings.npu.host.rows import picked
-from npu_fuse_pass.lowerings.npu.host.step import Key, Leaves, Step
+from npu_fuse_pass.lowerings.npu.host.scalars import picked
+from npu_fuse_pass.lowerings.npu.host.step import HostStep, Key, Leaves
 from npu_fuse_pass.lowerings.npu.plan import Values
 from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.tensors.memory import NOWHERE, SHARED, apart
@@ -47,7 +47,7 @@ class Alike:
         self._orders: dict[int, tuple[bool, tuple[int, ...]]] = {}
         self._addresses: list[int] = []
 
-    def learn(self, step: Step, values: Values) -> None:
+    def learn(self, step: HostStep, values: Values) -> None:
         """Remember a step that was bound, whose tensors were found to be right and to share no memory."""
         tensors = self._all(values)
         # where elements had to be put into another order, every step has to do that
@@ -67,7 +67,7 @@ class Alike:
         self._is_written = torch.tensor(is_written, dtype=torch.bool, device="cpu")
         self._addresses = _addresses(self._firsts(values))
 
-    def bind(self, step: Step, values: Values) -> bool:
+    def bind(self, step: HostStep, values: Values) -> bool:
         """Give a step its tensor inputs if it is like the one that was learned; True if it is.
 
         Raises:

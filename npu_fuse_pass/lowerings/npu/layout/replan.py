@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from npu_fuse_pass.ir.types import Leaf
-from npu_fuse_pass.lowerings.npu.host.rows import holds, picked
+from npu_fuse_pass.lowerings.npu.host.scalars import holds, picked
 from npu_fuse_pass.lowerings.npu.layout.spans import Planner, gaps
 from npu_fuse_pass.lowerings.npu.lowered_group import LoweredGroup
 from npu_fuse_pass.lowerings.npu.plan import Plan, Span, Values

@@ -13,7 +13,7 @@ from npu_fuse_pass.tensors.memory import materialised
 from npu_fuse_pass.tensors.same import SameTensors
 
 
-class Row:
+class ScalarVector:
     """0-dim leaves that may lie one behind the other in one memory, as the counters of our optimizers do."""
 
     def __init__(self, indices: Sequence[int]) -> None:
