@@ -210,7 +210,7 @@ def _lower_npu(
             text = proof.changed(row.name, lowered.generated is not None)
             row.note = "; ".join(filter(None, (row.note, text)))
 
-    program = retry.Retried(build, chosen.forms, values, show, started, texts)
+    program = retry.RetryingProgram(build, chosen.forms, values, show, started, texts)
     if values is not None:
         planned(program.chosen)
     return Lowered(program, rows)

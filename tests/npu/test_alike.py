@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import npu_fuse_pass
 import optimizers
-from npu_fuse_pass.lowerings.npu.layout import bind, bind_alike
+from npu_fuse_pass.lowerings.npu.layout import bind, binding_cache
 from npu_fuse_pass.tensors.same import SameTensors
 
 SHAPES = [(4, 5), (3,), (2, 2), (5, 4), (3,)]
@@ -206,7 +206,7 @@ def test_memory_is_free_after_a_step(name: str, monkeypatch: pytest.MonkeyPatch)
 
 PLANTED: dict[str, tuple[Any, str, Any, str]] = {
     "another kind is not noticed": (SameTensors, "match", lambda *_: True, "a negative view"),
-    "who takes part is not compared": (bind_alike.operator, "is_not", lambda *_: True, "no gradient"),
+    "who takes part is not compared": (binding_cache.operator, "is_not", lambda *_: True, "no gradient"),
 }
 
 
@@ -219,6 +219,6 @@ def test_a_planted_error_is_noticed(planted: str, monkeypatch: pytest.MonkeyPatc
 
 
 def test_shared_memory_that_is_not_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bind_alike, "apart", lambda *_: True)
+    monkeypatch.setattr(binding_cache, "apart", lambda *_: True)
     with pytest.raises((AssertionError, pytest.fail.Exception)):
         test_shared_memory_is_noticed("ours", shared_gradient, monkeypatch)

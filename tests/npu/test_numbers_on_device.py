@@ -31,7 +31,7 @@ from npu_fuse_pass.ir.types import Leaf
 from npu_fuse_pass.lowerings.npu import execution
 from npu_fuse_pass.lowerings.npu import program as npu
 from npu_fuse_pass.lowerings.npu.host import mirror as npu_mirror
-from npu_fuse_pass.lowerings.npu.layout import bind, bind_alike
+from npu_fuse_pass.lowerings.npu.layout import bind, binding_cache
 from tests import graphs
 from tests.cases import BY_NAME
 
@@ -420,7 +420,7 @@ def test_nothing_else_reads_them(make: Any, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(interpreter, "run", lambda graph, inputs, assigned=(): list(assigned))
     monkeypatch.setattr(execution.Execution, "_first", lambda self, inputs, written: self.compiled(*inputs))
     monkeypatch.setattr(bind, "check_apart", lambda *tensors: None)
-    monkeypatch.setattr(bind_alike, "apart", lambda *blocks: True)
+    monkeypatch.setattr(binding_cache, "apart", lambda *blocks: True)
     params = [torch.nn.Parameter(torch.empty(shape, device=meta)) for shape in SHAPES]
     optimizer = make(params)
     step = torch.compile(optimizer.step, backend=npu_fused, options={"platform": "npu"})

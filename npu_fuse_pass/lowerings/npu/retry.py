@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 _WITHOUT = {"generated": "generated kernels"}
 
 
-class Retried:
+class RetryingProgram:
     """The interface of `npu.Program`; `chosen` is the one that runs.
 
     Args:

@@ -19,7 +19,7 @@ from npu_fuse_pass.lowerings.npu.emit import elementwise
 from npu_fuse_pass.lowerings.npu.host.numbers import NumberTable, PackedNumbers
 from npu_fuse_pass.lowerings.npu.host.scalars import picked
 from npu_fuse_pass.lowerings.npu.host.step import HostStep, Key, Leaves
-from npu_fuse_pass.lowerings.npu.layout.bind_alike import Alike
+from npu_fuse_pass.lowerings.npu.layout.binding_cache import BindingCache
 from npu_fuse_pass.lowerings.npu.lowered_group import LoweredGroup
 from npu_fuse_pass.lowerings.npu.plan import Span, Values
 from npu_fuse_pass.tensors.memory import check_apart, in_order, memory_order
@@ -68,7 +68,7 @@ class Binder:
         }
         in_memory = (i for i in sorted(scalars) if leaves[i].kind not in ("constant", "total"))
         self._numbers = {i: i in written for i in in_memory}
-        self._alike = Alike(self.tensor_inputs, self._written, self._numbers)
+        self._cache = BindingCache(self.tensor_inputs, self._written, self._numbers)
         self._changes = [self._changes_of(lowered, lowered.group.members) for lowered in groups]
 
     def inputs_of(self, lowered: LoweredGroup, span: Span, slot: int) -> list[Leaves]:
@@ -93,9 +93,9 @@ class Binder:
         Raises:
             Mismatch: a tensor is not what the graph was made for; nothing was changed.
         """
-        if not self._alike.bind(step, values):
+        if not self._cache.bind(step, values):
             self._bind_one_by_one(step, values)
-            self._alike.learn(step, values)
+            self._cache.learn(step, values)
         packed: dict[torch.dtype, list[Tensor]] = {dtype: [] for dtype in self.number_inputs}
         groups = zip(self._groups, self.numbers, step.numbers, step.active, strict=True)
         for lowered, places, found, active in groups:

@@ -25,7 +25,7 @@ from npu_fuse_pass.tensors.memory import NOWHERE, SHARED, apart
 from npu_fuse_pass.tensors.same import SameTensors
 
 
-class Alike:
+class BindingCache:
     """Remembers one step that was bound tensor by tensor, and binds those that are like it.
 
     Args:
