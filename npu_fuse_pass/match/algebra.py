@@ -18,7 +18,7 @@ import torch
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.ir.expr import REDUCTIONS, Expr, postorder
 from npu_fuse_pass.ir.types import Formula
-from npu_fuse_pass.match.kernels import Kernel
+from npu_fuse_pass.match.kernels import KnownKernel
 from npu_fuse_pass.match.polynomial import Arithmetic, by_exponent, generators_of, without
 from npu_fuse_pass.match.verify import RELATIONS, Relation
 from npu_fuse_pass.reasons import Code
@@ -265,7 +265,7 @@ class Algebra:
                 rest = rest.exquo(common)
         return generators_of(rest) <= safe
 
-    def run(self, kernel: Kernel, arguments: Mapping[str, Value], output: str) -> Value:
+    def run(self, kernel: KnownKernel, arguments: Mapping[str, Value], output: str) -> Value:
         """What a kernel's function computes for an output. Valid until the next call."""
         numbers = {name: arguments[name] for name in kernel.scalars}
         for self._rough in (True, False):  # most outputs have no roots: those need not be simplified

@@ -15,7 +15,7 @@ from npu_fuse_pass.ir.expr import Expr, postorder
 from npu_fuse_pass.ir.fused_op import parsed
 from npu_fuse_pass.ir.types import Formula, Group, Leaf
 from npu_fuse_pass.match.algebra import Algebra
-from npu_fuse_pass.match.kernels import KERNELS, Kernel
+from npu_fuse_pass.match.kernels import KERNELS, KnownKernel
 from npu_fuse_pass.match.result import Match, NoMatch
 from npu_fuse_pass.match.solve import Attempt, DiffersError
 from npu_fuse_pass.match.verify import Relation, relations
@@ -26,13 +26,13 @@ _LONGEST = 150  # expressions; a formula of more is no kernel's
 
 
 def match(
-    groups: Sequence[Group], leaves: Sequence[Leaf], kernels: tuple[Kernel, ...] = KERNELS
+    groups: Sequence[Group], leaves: Sequence[Leaf], kernels: tuple[KnownKernel, ...] = KERNELS
 ) -> list[Match | NoMatch]:
     """For every group the first of `kernels` that computes it, the best first; or why there is none. Never raises."""
     return [match_group(group, leaves, kernels) for group in groups]
 
 
-def match_group(group: Group, leaves: Sequence[Leaf], kernels: tuple[Kernel, ...] = KERNELS) -> Match | NoMatch:
+def match_group(group: Group, leaves: Sequence[Leaf], kernels: tuple[KnownKernel, ...] = KERNELS) -> Match | NoMatch:
     """`match_formula` with the constants of a group's members, and with the names of its slots."""
     kinds = {s: {leaves[member[s]].kind for member in group.members} for s in group.formula.scalar_slots}
     slots = [s for s, found in kinds.items() if found == {"constant"}]
@@ -54,7 +54,7 @@ def _named(text: str, labels: Sequence[str]) -> str:
 
 
 def match_formula(
-    formula: Formula, constants: Sequence[Mapping[int, float]] = (), kernels: tuple[Kernel, ...] = KERNELS
+    formula: Formula, constants: Sequence[Mapping[int, float]] = (), kernels: tuple[KnownKernel, ...] = KERNELS
 ) -> Match | NoMatch:
     """The first kernel that computes a formula. Every structure is decided once.
 
@@ -67,7 +67,7 @@ def match_formula(
 
 
 @functools.lru_cache(maxsize=256)
-def _decide(text: str, known: tuple[tuple[int, Relation], ...], kernels: tuple[Kernel, ...]) -> Match | NoMatch:
+def _decide(text: str, known: tuple[tuple[int, Relation], ...], kernels: tuple[KnownKernel, ...]) -> Match | NoMatch:
     try:
         return _compare(text, known, kernels)
     except Exception as e:  # sympy is missing or fails: the group is fused all the same, and training must go on
@@ -75,7 +75,7 @@ def _decide(text: str, known: tuple[tuple[int, Relation], ...], kernels: tuple[K
         return NoMatch(f"matching failed: {type(e).__name__}: {e}")
 
 
-def _compare(text: str, known: tuple[tuple[int, Relation], ...], kernels: tuple[Kernel, ...]) -> Match | NoMatch:
+def _compare(text: str, known: tuple[tuple[int, Relation], ...], kernels: tuple[KnownKernel, ...]) -> Match | NoMatch:
     formula = parsed(text)
     targets = {slot: e for slot, e in formula.writes if formula.slots[slot].tensor}
     if not targets:
@@ -108,7 +108,7 @@ def _compare(text: str, known: tuple[tuple[int, Relation], ...], kernels: tuple[
     return best
 
 
-def _roles(kernel: Kernel, targets: Mapping[int, Expr]) -> Iterator[dict[str, int]]:
+def _roles(kernel: KnownKernel, targets: Mapping[int, Expr]) -> Iterator[dict[str, int]]:
     """Which written slot may be which output: an average depends on itself and, through the gradient, on var."""
     if len(targets) != len(kernel.outputs):
         return
@@ -124,7 +124,7 @@ def _roles(kernel: Kernel, targets: Mapping[int, Expr]) -> Iterator[dict[str, in
 
 
 @functools.cache
-def _reads(kernel: Kernel) -> dict[str, set[str]]:
+def _reads(kernel: KnownKernel) -> dict[str, set[str]]:
     """Which old tensors every output of a kernel may depend on."""
     results = kernel.function(*(_Trace({n}) for n in kernel.inputs), **{n: _Trace(set()) for n in kernel.scalars})
     return {name: {*x.names, kernel.outputs[0]} for name, x in zip(kernel.outputs, results, strict=True)}

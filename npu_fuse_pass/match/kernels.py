@@ -15,7 +15,7 @@ from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Kernel:
+class KnownKernel:
     """One dedicated operation.
 
     Attributes:
@@ -51,7 +51,7 @@ class Kernel:
 # The table ------------------------------------------------------------------------------------------------------------
 
 _OPS_NN = "https://gitcode.com/cann/ops-nn, optim"
-KERNELS: tuple[Kernel, ...] = ()
+KERNELS: tuple[KnownKernel, ...] = ()
 
 
 def _kernel(
@@ -69,7 +69,7 @@ def _kernel(
     def add(function: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
         global KERNELS
         parameters = inspect.signature(function).parameters.values()
-        row = Kernel(
+        row = KnownKernel(
             function.__name__,
             operation,
             function,

@@ -33,7 +33,7 @@ from npu_fuse_pass.ir.fused_op import evaluate
 from npu_fuse_pass.ir.readable import readable
 from npu_fuse_pass.ir.text import serialise
 from npu_fuse_pass.ir.types import Formula, Slot
-from npu_fuse_pass.match.kernels import Kernel
+from npu_fuse_pass.match.kernels import KnownKernel
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,7 +71,7 @@ class Match:
             relative to the largest value that an addition or subtraction of the update reads.
     """
 
-    kernel: Kernel
+    kernel: KnownKernel
     outputs: Mapping[str, int]
     inputs: Mapping[str, Expr]
     scalars: Mapping[str, Expr]

@@ -14,7 +14,7 @@ from typing import Any
 
 from npu_fuse_pass.ir.expr import Expr
 from npu_fuse_pass.match.algebra import Algebra, Value
-from npu_fuse_pass.match.kernels import Kernel
+from npu_fuse_pass.match.kernels import KnownKernel
 from npu_fuse_pass.match.polynomial import generators_of
 from npu_fuse_pass.match.result import Match
 from npu_fuse_pass.match.verify import Relation, disagreement
@@ -33,7 +33,7 @@ class Attempt:
     """
 
     def __init__(
-        self, algebra: Algebra, kernel: Kernel, roles: Mapping[str, int], known: Mapping[int, Relation], sign: int
+        self, algebra: Algebra, kernel: KnownKernel, roles: Mapping[str, int], known: Mapping[int, Relation], sign: int
     ) -> None:
         self.agreed: list[str] = []
         self.signed = False
