@@ -53,15 +53,15 @@ def expand_rule(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], 
     # by leaf; None: a gradient that is missing. What the graph does not hold becomes a leaf that the optimizer fills
     held = enumerate(inputs_of(optimizer._prelude.batches))
     found = {i: None if t is None else cells[id(t)] for i, t in held if t is None or id(t) in cells}
-    step = _Step(interpreter, handle, captured.leaves, found)
-    updates = [step.present(update) for update in captured.updates]
-    step.run(updates, found_inf)
+    expansion = _Expansion(interpreter, handle, captured.leaves, found)
+    updates = [expansion.present(update) for update in captured.updates]
+    expansion.run(updates, found_inf)
     at = {id(t): divmod(i, len(own)) for i, t in enumerate(given)}
     places = {i: at[id(t)] for i, t in enumerate(inputs_of(optimizer._prelude.batches)) if id(t) in at}
-    interpreter.expanded[node.name] = Expanded(tuple(updates), places, step.kept)
+    interpreter.expanded[node.name] = Expanded(tuple(updates), places, expansion.kept)
 
 
-class _Step:
+class _Expansion:
     """Puts the updates of one optimizer over the cells of a graph."""
 
     def __init__(

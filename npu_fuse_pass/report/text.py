@@ -10,7 +10,7 @@ from typing import Protocol
 from npu_fuse_pass.private_torch import lacking
 
 
-class Row(Protocol):
+class GroupRow(Protocol):
     """What is printed of a fused group; see `GroupReport`."""
 
     name: str
@@ -33,7 +33,7 @@ class Row(Protocol):
     def no_match(self) -> str: ...
 
 
-class Printed(Protocol):
+class PrintedReport(Protocol):
     """What is printed of a compile; see `CompileReport`."""
 
     platform: str
@@ -50,7 +50,7 @@ class Printed(Protocol):
     @property
     def no_rule(self) -> object | None: ...
     @property
-    def groups(self) -> Sequence[Row]: ...
+    def groups(self) -> Sequence[GroupRow]: ...
     @property
     def unfused(self) -> Sequence[object]: ...
     @property
@@ -66,7 +66,7 @@ class _Column:
     """A column of the table."""
 
     name: str
-    value: Callable[[Row], object]
+    value: Callable[[GroupRow], object]
     number: bool = False
 
 
@@ -82,7 +82,7 @@ _COLUMNS = [
 _LAYOUT = _Column("layout", lambda g: g.layout)
 
 
-def as_text(report: Printed) -> str:
+def as_text(report: PrintedReport) -> str:
     """A line, the table of groups, what was not fused and what to do about it, then every group's formula."""
     lines = [head(report), *(f"  {line}" for line in [*table(report.groups), *remarks(report)])]
     for g in report.groups:
@@ -90,7 +90,7 @@ def as_text(report: Printed) -> str:
     return "\n".join(lines)
 
 
-def as_html(report: Printed) -> str:
+def as_html(report: PrintedReport) -> str:
     """The same for a notebook's cell; every text is escaped, and nothing is loaded."""
     columns = _columns(report.groups)
     cells = "".join(f"<th>{html.escape(c.name)}</th>" for c in columns)
@@ -105,7 +105,7 @@ def as_html(report: Printed) -> str:
     return f"<div><p>{html.escape(head(report))}</p>{groups}<ul>{said}</ul>{formulas}</div>"
 
 
-def head(report: Printed) -> str:
+def head(report: PrintedReport) -> str:
     """The line that says what became of a step, and how long that took."""
     updates = sum(g.updates for g in report.groups if g.writes == "leaves")
     compiled, late = dict(report.seconds), ""
@@ -118,7 +118,7 @@ def head(report: Printed) -> str:
     )
 
 
-def table(groups: Sequence[Row]) -> list[str]:
+def table(groups: Sequence[GroupRow]) -> list[str]:
     """One line for each group, under a line of headings; empty without groups."""
     if not groups:
         return []
@@ -128,7 +128,7 @@ def table(groups: Sequence[Row]) -> list[str]:
     return ["  ".join(map(_aligned, columns, row, widths)).rstrip() for row in rows]
 
 
-def remarks(report: Printed) -> list[str]:
+def remarks(report: PrintedReport) -> list[str]:
     """What there is to say beside the groups: memory traffic, what is not fused, and what to do."""
     lines = []
     if report.bytes_per_element:
@@ -158,14 +158,14 @@ def remarks(report: Printed) -> list[str]:
     return lines + [f"what to do: {remedy}" for remedy in report.remedies]
 
 
-def formula_lines(g: Row) -> list[str]:
+def formula_lines(g: GroupRow) -> list[str]:
     """A group's mathematics, why its memory lies as it does, and the known kernel that computes it."""
     layout = [f"layout {g.layout}: {g.layout_reason}"] if g.layout_reason else []
     kernel = [f"kernel: {g.note}"] if g.note else []
     return [*layout, *g.formula.splitlines(), f"match: {g.match or 'none, ' + g.no_match}", *kernel]
 
 
-def _columns(groups: Sequence[Row]) -> list[_Column]:
+def _columns(groups: Sequence[GroupRow]) -> list[_Column]:
     """Layouts are looked at on NPUs."""
     return [*_COLUMNS, *([_LAYOUT] if any(g.lowering == "npu" for g in groups) else [])]
 

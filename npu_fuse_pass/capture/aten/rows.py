@@ -10,14 +10,14 @@ import torch
 
 from npu_fuse_pass.ir.expr import C_FUNCTIONS, Builder, Expr
 
-Row = Callable[..., Expr]
-ROWS: dict[str, Row] = {}
+Decomposition = Callable[..., Expr]
+ROWS: dict[str, Decomposition] = {}
 
 
-def row(*names: str) -> Callable[[Row], Row]:
+def row(*names: str) -> Callable[[Decomposition], Decomposition]:
     """Decorator: the row of these operations."""
 
-    def add(function: Row) -> Row:
+    def add(function: Decomposition) -> Decomposition:
         ROWS.update(dict.fromkeys(names, function))
         return function
 
@@ -43,7 +43,7 @@ _BINARY = [
 ]
 
 
-def _plain(name: str) -> Row:
+def _plain(name: str) -> Decomposition:
     def apply(b: Builder, *args: Expr) -> Expr:
         return b.op(name, *args)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from npu_fuse_pass.tools.compile_step import compile_step
 from npu_fuse_pass.tools.selftest.private import first_line
 
-Step = Callable[[], Any]
+StepCall = Callable[[], Any]
 
 WORKLOADS: dict[str, list[tuple[int, ...]]] = {
     "1000 x 1024": [(1024,)] * 1000,
@@ -103,25 +103,25 @@ def measure(family: Family, workload: str, platform: str, device: str) -> Timing
     return found
 
 
-def _makers(family: Family, platform: str) -> dict[str, Callable[[Sequence[Tensor]], tuple[Any, Step]]]:
+def _makers(family: Family, platform: str) -> dict[str, Callable[[Sequence[Tensor]], tuple[Any, StepCall]]]:
     """Contestants: name -> (parameters -> optimizer and its step)."""
 
-    def ours(params: Sequence[Tensor]) -> tuple[Any, Step]:
+    def ours(params: Sequence[Tensor]) -> tuple[Any, StepCall]:
         opt = getattr(importlib.import_module("optimizers"), family.ours)(params, **family.options)
         return opt, compile_step(opt, platform=platform, strict=True)
 
-    def theirs(params: Sequence[Tensor]) -> tuple[Any, Step]:
+    def theirs(params: Sequence[Tensor]) -> tuple[Any, StepCall]:
         opt = getattr(importlib.import_module("torch_npu.optim"), family.ours)(params, **family.options)
         return opt, opt.step
 
-    def stock(**form: bool) -> Callable[[Sequence[Tensor]], tuple[Any, Step]]:
-        def make(params: Sequence[Tensor]) -> tuple[Any, Step]:
+    def stock(**form: bool) -> Callable[[Sequence[Tensor]], tuple[Any, StepCall]]:
+        def make(params: Sequence[Tensor]) -> tuple[Any, StepCall]:
             opt = getattr(torch.optim, str(family.stock))(params, **family.options, **form)
             return opt, opt.step
 
         return make
 
-    makers: dict[str, Callable[[Sequence[Tensor]], tuple[Any, Step]]] = {"ours": ours}
+    makers: dict[str, Callable[[Sequence[Tensor]], tuple[Any, StepCall]]] = {"ours": ours}
     if platform == "npu":
         makers[f"torch_npu.optim.{family.ours}"] = theirs
     if family.stock is not None:
@@ -138,7 +138,7 @@ class _Contestant:
 
     def __init__(
         self,
-        make: Callable[[Sequence[Tensor]], tuple[Any, Step]],
+        make: Callable[[Sequence[Tensor]], tuple[Any, StepCall]],
         shapes: Sequence[tuple[int, ...]],
         device: str,
         keeps_gradients: bool,
@@ -158,7 +158,7 @@ class _Contestant:
         return _until_done(self._step, self._device)
 
 
-def _until_done(call: Step, device: str) -> float:
+def _until_done(call: StepCall, device: str) -> float:
     wait(device)
     start = time.perf_counter()
     call()
