@@ -510,7 +510,11 @@ def test_what_torch_compiles_no_further_is_said_with_its_cause() -> None:
     with torch._dynamo.config.patch(recompile_limit=3):
         said = warned(lambda: [step() for _ in range(5)])
     assert len(said) == 1 and "a step of Alternates ran eagerly" in said[0]
-    for words in ("a number in a parameter group changed", "test_reasons.py:", "What to do: use an optimizer of ours"):
+    for words in (
+        "a number in a parameter group changed",
+        "test_reasons.py:",
+        "What to do: use an optimizer of this package",
+    ):
         assert words in said[0]
 
 

@@ -1,1 +1,1 @@
-"""From a captured FX graph, or an update rule, to the updates of its leaves as expressions."""
+"""Capture: from an FX graph, or an update rule, to the updates of its leaves as expressions."""

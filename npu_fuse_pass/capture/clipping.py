@@ -35,7 +35,8 @@ def grouped(
 ) -> dict[tuple[torch.device, torch.dtype], tuple[list[list[Tensor | None]], list[int]]]:
     """Sort the positions of parallel lists by device and dtype of their first tensor, in the order of appearance.
 
-    Returns (device, dtype) -> (the lists' entries of that kind, their positions if `with_indices`).
+    Returns:
+        (device, dtype) -> (the lists' entries of that kind, their positions if `with_indices`).
     """
     groups: dict[tuple[torch.device, torch.dtype], tuple[list[list[Tensor | None]], list[int]]] = {}
     for position, entries in enumerate(zip(*tensorlistlist, strict=True)):

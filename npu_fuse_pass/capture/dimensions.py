@@ -1,7 +1,7 @@
 """Reductions over some of the dimensions, broadcasting, and tensors in another shape, as values of small tensors.
 
-A reduction is computed by a stage of its own, ahead of what reads it; its result is a temporary, as what an original
-operation gives is a leaf. What is broadcast is a temporary too, from which every element reads its own (`expand`).
+A reduction is computed by a separate stage, ahead of its readers; its result is a temporary, as the result of an
+original operation is a leaf. A broadcast tensor is a temporary too, of which every element reads its own (`expand`).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Dimensions:
         self._sizes: dict[Layout, tuple[Expr, ...]] = {}
 
     def broadcast(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """The arguments of a pointwise operation with all tensors in the shape of its result."""
+        """The arguments of a pointwise operation, tensors expanded to the shape of its result."""
         vals = [a for a in (*args, *kwargs.values()) if isinstance(a, Val) and a.dimmed]
         tensors = {v.shape for v in vals if v.expr.tensor}
         if name not in _ENTRYWISE or not tensors:
@@ -73,7 +73,7 @@ class Dimensions:
         """A tensor in a larger shape.
 
         Raises:
-            Unsupported: the dimensions that it lacks are no stretches of `shape`, or not of it at all.
+            Unsupported: its missing dimensions are not stretches of `shape`, or it does not broadcast to `shape`.
         """
         own = (1,) * (len(shape) - len(x.shape)) + x.shape
         if len(own) > len(shape) or any(size not in (1, full) for size, full in zip(own, shape, strict=True)):
@@ -86,7 +86,7 @@ class Dimensions:
         return Val(self._spread(x, self._of(layout)), x.dtype, shape)
 
     def _spread(self, x: Val, sizes: tuple[Expr, ...]) -> Expr:
-        """What every element of a larger tensor reads.
+        """The expression that every element of a larger tensor reads.
 
         A few cheap operations, again for every element, cost less than a stage that computes them once.
         """
@@ -106,11 +106,11 @@ class Dimensions:
         return spread[id(x.expr)]
 
     def _is_made(self, leaf: Expr) -> bool:
-        """Whether an earlier stage has made what a leaf holds, so that no kernel writes it while others read it."""
+        """True if an earlier stage made the value of a leaf, so that no kernel writes it while others read it."""
         return self._interpreter.leaves[leaf.value].kind in ("temporary", "result")  # type: ignore[index]
 
     def reduced(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Val | None:
-        """What a reduction over given dimensions gives; None where it is an operation of another kind."""
+        """The result of a reduction over given dimensions; None for an operation of another kind."""
         if name not in _PLACES or not args or not isinstance(x := args[0], Val) or not x.expr.tensor:
             return None
         places, kwargs = _PLACES[name], dict(kwargs)
@@ -153,7 +153,7 @@ class Dimensions:
         return Val(self._leaf(val), made.dtype, shape)
 
     def _of(self, layout: Layout) -> tuple[Expr, ...]:
-        """The four sizes as constants, the same ones wherever they are the same."""
+        """The four sizes of a layout as constants, shared between equal layouts."""
         if layout not in self._sizes:
             self._sizes[layout] = tuple(self._interpreter.builder.const(size) for size in layout)
         return self._sizes[layout]
@@ -170,7 +170,7 @@ class Dimensions:
 
 
 class _Over:
-    """A builder whose reductions are over some of the dimensions: rows of reductions make of it what they always do."""
+    """A builder whose reductions are over some of the dimensions, for use by the ordinary rows of reductions."""
 
     def __init__(self, builder: Builder, sizes: tuple[Expr, ...], count: Expr) -> None:
         self._builder = builder

@@ -1,7 +1,7 @@
 """Whole tensors in another shape (`reshape(-1)`, `flatten`, `view_as`), read as the tensors that they are views of.
 
-The same elements meet in either shape, as long as all that meets such a view comes from tensors of the one shape, and
-nothing but numbers and tensors of that shape leaves it. That is looked at before the first view is read this way.
+The same elements meet in either shape, as long as everything that meets such a view comes from tensors of one shape,
+and only numbers and tensors of that shape leave it. This is checked before the first view is read this way.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NUMBERS = ("sum", "mean", "norm", "linalg_vector_norm", "dot", "amax", "amin")
 
 
 def whole_view(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A view of a whole tensor as the tensor itself, where that is right for all that is computed from it."""
+    """A view of a whole tensor as the tensor itself, where that holds for everything computed from it."""
     made = recorded(node)
     if not args or not isinstance(args[0], Cell) or not isinstance(made, Tensor):
         return NotImplemented
@@ -40,7 +40,7 @@ def whole_view(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], k
 
 
 def _is_apart(view: fx.Node) -> bool:
-    """Whether only views of tensors of one shape meet in what a view starts, and only such tensors come out of it."""
+    """True if computations from a view meet only views of tensors of one shape, and return only such tensors."""
     one, other = _shape(view.args[0]), _shape(view)
     if one is None or one == other:
         return False
@@ -82,7 +82,7 @@ def _met(node: fx.Node, one: Any, other: Any) -> list[fx.Node] | None:
 
 
 def _is_end(view: fx.Node) -> bool:
-    """Whether a view gives back the shape that the tensors had before, which were put into this one."""
+    """True if a view restores the shape that the reshaped tensors had before."""
     if not isinstance(source := view.args[0], fx.Node):
         return False
     found, waiting = {source}, [source]

@@ -1,4 +1,4 @@
-"""Graphs that are no step: forward passes, which Dynamo hands over too (of a closure, of a compiled train function)."""
+"""Forward passes, which Dynamo hands over beside steps (of a closure, of a compiled train function)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from npu_fuse_pass.reasons import Code, Reason
 
 
 def records(node: fx.Node) -> bool:
-    """Whether autograd records what a node does, where it is enabled; picking a tensor from a list is no operation."""
+    """True if autograd, where enabled, records a node's operation; indexing a list is not one."""
     value = recorded(node)
     picks = node.target is operator.getitem and not isinstance(recorded(node.args[0]), Tensor)
     results = value if isinstance(value, (list, tuple)) else [value]
@@ -21,7 +21,7 @@ def records(node: fx.Node) -> bool:
 
 
 def is_forward_pass(graph: fx.Graph) -> bool:
-    """Whether autograd records an operation of a graph."""
+    """True if autograd records an operation of a graph."""
     enabled = torch.is_grad_enabled()
     for node in graph.nodes:
         if operation_name(node) == "_set_grad_enabled":
@@ -32,6 +32,6 @@ def is_forward_pass(graph: fx.Graph) -> bool:
 
 
 def beside_a_forward_pass(graph: fx.Graph) -> list[Reason]:
-    """What there is to say of a forward pass: nothing, unless the same graph updates parameters."""
+    """Reasons for a graph with a forward pass: none, unless it also updates parameters."""
     text = "autograd records operations of the graph that updates parameters"
     return [Code.FORWARD_PASS(text, "forward pass")] if writes_leaves(graph, of_parameters=True) else []

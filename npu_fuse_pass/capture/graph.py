@@ -40,8 +40,8 @@ def capture(gm: fx.GraphModule, numbers: bool = False, dimensions: bool = False)
 
     Args:
         numbers: tensors of one element that are used as numbers are read as numbers.
-        dimensions: reductions over some of the dimensions and what is broadcast are computed by kernels, too, which the
-            lowering has to know (`ir.dimensions`); otherwise they stay as they are.
+        dimensions: kernels also compute reductions over some of the dimensions and broadcasts, which the lowering has
+            to support (`ir.dimensions`); otherwise they stay as they are.
     """
     if dimensions:
         captured = _read(gm, numbers, dimensions=True)
@@ -53,7 +53,7 @@ def capture(gm: fx.GraphModule, numbers: bool = False, dimensions: bool = False)
 
 
 def _tensors(gm: fx.GraphModule, captured: Captured) -> dict[int, Any]:
-    """What is known of the leaves that the graph is given or holds."""
+    """The recorded tensors of the leaves that the graph is given or holds, by index."""
     examples = [n.meta.get("val", n.meta.get("example_value")) for n in gm.graph.find_nodes(op="placeholder")]
     given = [(i, leaf) for i, leaf in enumerate(captured.leaves) if leaf.optimizer is None]
     tensors = {i: examples[leaf.index] for i, leaf in given if leaf.kind == "input"}
@@ -100,7 +100,7 @@ def _read(gm: fx.GraphModule, numbers: bool, dimensions: bool = False) -> Captur
 
 
 def _stores(interpreter: Interpreter) -> list[tuple[int, int]]:
-    """Take the leaves out of what kernels write that are of no dtype for them; with what they get."""
+    """Remove writes to leaves of dtypes that kernels do not have. Returns them with the leaves they copy."""
     stores = []
     for leaf, cell in list(interpreter.written.items()):
         kept = _kept(interpreter, cell.val)
@@ -111,7 +111,7 @@ def _stores(interpreter: Interpreter) -> list[tuple[int, int]]:
 
 
 def _kept(interpreter: Interpreter, val: Val) -> int | None:
-    """The leaf that holds a value exactly which a kernel would not carry: an integer, for example."""
+    """The leaf that holds a value which a kernel would not keep exactly (an integer, for example)."""
     if val.expr.op != "leaf" or val.number or val.dtype.is_floating_point or (val.dimmed and not val.opaque):
         return None
     assert isinstance(val.expr.value, int)
@@ -119,7 +119,7 @@ def _kept(interpreter: Interpreter, val: Val) -> int | None:
 
 
 def _outputs(interpreter: Interpreter, node: fx.Node, returned: Sequence[Any]) -> list[Output]:
-    """What the graph returns; values that are no leaf become new tensors that the kernel writes."""
+    """The graph's results; values that are not leaves become new tensors that the kernel writes."""
     outputs: list[Output] = []
     sources = node.args[0] if isinstance(node.args[0], (list, tuple)) else (node.args[0],)
     for index, (source, cell) in enumerate(zip(sources, returned, strict=False)):

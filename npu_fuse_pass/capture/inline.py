@@ -62,7 +62,7 @@ def expand_rule(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], 
 
 
 class _Expansion:
-    """Puts the updates of one optimizer over the cells of a graph."""
+    """The updates of one optimizer, applied to the cells of a graph."""
 
     def __init__(
         self, interpreter: Interpreter, handle: str, leaves: Sequence[Leaf], cells: dict[int, Cell | None]
@@ -80,7 +80,7 @@ class _Expansion:
         return dataclasses.replace(update, members=[m for m in update.members if missing.isdisjoint(m)])
 
     def run(self, updates: Sequence[Update], found_inf: Cell | None) -> None:
-        """All members of all updates; totals first, because every member may read them."""
+        """Interpret all members of all updates; totals first, because every member may read them."""
         members = [(update, member) for update in updates for member in update.members]
         sums: dict[int, list[Expr]] = {}
         for update, member in members:

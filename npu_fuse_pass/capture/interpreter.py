@@ -25,7 +25,7 @@ from npu_fuse_pass.ir.types import Expanded, Leaf
 from npu_fuse_pass.reasons import Code
 
 Expansion = Callable[["Interpreter", fx.Node, tuple[Any, ...], dict[str, Any]], Any]
-"""How a node is interpreted otherwise than by its name; NotImplemented: as any other."""
+"""Interprets a node in place of the row of its name; returns NotImplemented to fall back to that."""
 
 # torch returns the tensor itself where it already is what is asked for
 _ALIASES = {"detach", "alias", "_get_data_attr", "to", "type_as", "float", "double", "half", "bfloat16", "lift_fresh"}
@@ -40,7 +40,7 @@ _PLACES_OF = {"where": {"condition": 0, "input": 1, "self": 1, "other": 2}, "mas
 
 
 class Interpreter:
-    """Interprets graph nodes over cells. `written` lists leaves in the order of their first write.
+    """An interpreter of graph nodes over cells. `written` lists leaves in the order of their first write.
 
     Args:
         expansions: how nodes of these names are interpreted.
@@ -72,7 +72,7 @@ class Interpreter:
         return cell
 
     def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One operation; returns a cell, or a list of cells for `_foreach_` operations."""
+        """Interpret one operation; returns a cell, or a list of cells for `_foreach_` operations."""
         args, kwargs = _placed(name, args, kwargs)
         if name.startswith("_foreach_"):
             return self._foreach(name.removeprefix("_foreach_"), args, kwargs)
@@ -129,7 +129,7 @@ class Interpreter:
             raise Unsupported(name, f"is called in a form that is not known: {words}", Code.FORM) from e
 
     def _check_integer(self, name: str, result: Val) -> None:
-        """Leave arithmetic to torch where integers may be too large for float64: no counters, but hashes."""
+        """Leave arithmetic to torch where integers may exceed float64's exact range: hashes, not counters."""
         if result.dtype.is_floating_point or result.dtype == torch.bool or result.number or result.expr.op == "leaf":
             return
         for e in postorder([result.expr]):
@@ -138,13 +138,13 @@ class Interpreter:
                 raise Unsupported(name, "computes with integers that may be large", Code.DTYPE)
 
     def overwrite(self, cell: Cell, name: str, result: Any) -> None:
-        """A computed value takes the place of a tensor's value."""
+        """Replace a tensor's value by a computed one."""
         if not isinstance(result, Cell) or (result.val.shape, result.val.dtype) != (cell.val.shape, cell.val.dtype):
             raise Unsupported(name, "writes in place what has another shape or dtype", Code.SHAPES)
         self._write(cell, name, result.val)
 
     def replace(self, cell: Cell, name: str, val: Val) -> None:
-        """What an original operation left in a tensor takes the place of its value."""
+        """Replace a tensor's value by what an original operation left in it."""
         self._leave_base(cell, name)
         cell.val = val
         if cell.leaf is not None:
@@ -190,7 +190,7 @@ class Interpreter:
         return Cell(dataclasses.replace(number.val, expr=self.builder.cast(half, torch.float64)))
 
     def _leave_base(self, cell: Cell, name: str) -> None:
-        """A view that is written: fine where nothing reads what it looked at any more."""
+        """Detach a written view from its bases, which must not be leaves and become stale."""
         base = cell.base[0] if cell.base is not None else None
         while base is not None:
             if base.leaf is not None:
@@ -216,7 +216,7 @@ class Interpreter:
 
 
 def _copies(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether `to` is asked for a copy: its second bool (after non_blocking), or by name."""
+    """True if `to` is asked for a copy: by its second bool (after non_blocking), or by name."""
     bools = [a for a in args if isinstance(a, bool)]
     return bool(kwargs.get("copy")) or bools[1:2] == [True]
 
@@ -228,13 +228,13 @@ def _value(x: Any) -> Any:
 
 
 def _traffic(args: Sequence[Any], results: Sequence[Val]) -> int:
-    """Bytes that an operation reads and writes; a tensor that is given twice is read once, what is 0-dim is free."""
+    """Bytes that an operation reads and writes; a tensor given twice counts once, 0-dim ones not at all."""
     vals = [*{id(a): a for a in args if isinstance(a, Val)}.values(), *results]
     return sum(math.prod(v.shape) * v.dtype.itemsize for v in vals if v.shape)
 
 
 def _placed(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with those in their places that were given by torch's names for them."""
+    """The arguments, those given by torch's names moved to their positions."""
     places = _PLACES_OF.get(name, _PLACES)
     named = sorted((places[k], k) for k in kwargs if k in places)
     for place, k in named:

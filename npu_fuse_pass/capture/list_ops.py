@@ -1,7 +1,7 @@
-"""Operations on lists of tensors that are no "x on every element": rows by name, tried before any other row.
+"""Operations on lists of tensors other than "x on every element": rows by name, tried before all other rows.
 
-A row gets the interpreter, the node and its arguments as cells; it returns NotImplemented where the operation has to be
-treated as any other.
+A row gets the interpreter, the node and its arguments as cells; it returns NotImplemented for operations that the other
+rows handle.
 """
 
 from __future__ import annotations

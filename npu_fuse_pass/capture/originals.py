@@ -18,12 +18,12 @@ from npu_fuse_pass.private_torch import find
 from npu_fuse_pass.reasons import Reason
 
 Env = Mapping[fx.Node, Any]
-"""What the nodes of a graph hold: cells, lists of cells, or what is no tensor."""
+"""Values of a graph's nodes: cells, lists of cells, or other objects."""
 
 
 @dataclasses.dataclass
 class Level:
-    """What original operations of one level read, and the operations."""
+    """The original operations of one level, and what they read."""
 
     writes: dict[int, Cell] = dataclasses.field(default_factory=dict)
     calls: list[Call] = dataclasses.field(default_factory=list)
@@ -57,14 +57,14 @@ class Originals:
     def keep(self, node: fx.Node, name: str, reason: Reason, env: Env) -> Any:
         """Leave an operation as it is: the same target with the same arguments.
 
-        What it reads becomes a temporary, what it gives a leaf. What it writes in place is a tensor of the same value
-        that nothing else reads; what it leaves there takes the place of the old value.
+        Its inputs become temporaries, its results leaves. For a tensor that it writes in place it gets a copy
+        that nothing else reads, whose content then becomes the tensor's value.
 
         Returns:
             A cell, a list of cells, or None, as the operation does.
 
         Raises:
-            Unsupported: what the operation does or gives is not known.
+            Unsupported: the effects or results of the operation are not known.
         """
         effect, meta = self._effects.of(node), recorded(node)
         several = isinstance(meta, (list, tuple))
@@ -128,7 +128,7 @@ class Originals:
         return val
 
     def _level(self, root: Expr) -> int:
-        """How many stages have to run before an expression can be evaluated."""
+        """The number of stages that have to run before an expression can be evaluated."""
         for e in postorder([root]):
             if id(e) not in self._level_of:
                 self._level_of[id(e)] = max((self._level_of[id(a)] for a in e.args), default=0)
@@ -149,7 +149,7 @@ class Originals:
         return LeafRef(self._stored(value, level, example), number)
 
     def _held(self, cell: Cell, level: int, place: Place, call: Call) -> int:
-        """A leaf for what is written in place: it holds the current value, and nothing else reads it."""
+        """A leaf for a tensor written in place: it holds the current value, and nothing else reads it."""
         stored = self._leaf(cell.read())
         if stored is None:
             return self._like(cell.read(), level, _example(*place))
@@ -160,7 +160,7 @@ class Originals:
         return len(self._interpreter.leaves) - 1
 
     def _leaf(self, val: Val) -> int | None:
-        """The leaf that holds a value as it is."""
+        """The leaf whose stored value this is, if any."""
         if val.expr.op != "leaf":
             return None
         assert isinstance(val.expr.value, int)
@@ -179,12 +179,12 @@ class Originals:
         return self._temporaries[key]
 
     def _like(self, val: Val, level: int, example: Any) -> int:
-        """A temporary that lies where and how the value does without fusion."""
+        """A temporary with the device and strides that the value has without fusion."""
         device = example.device if isinstance(example, Tensor) and val.shape else self._device()
         return self._temporary(val, level, device, dense_strides(example) if val.shape else None)
 
     def _device(self) -> torch.device:
-        """Of the step's tensors."""
+        """The device of the step's tensors."""
         return next((leaf.device for leaf in self._interpreter.leaves if leaf.shape), torch.device("cpu"))
 
     def _temporary(self, val: Val, level: int, device: torch.device, strides: tuple[int, ...] | None) -> int:
@@ -228,14 +228,14 @@ def _is_dense(t: Tensor) -> bool:
 
 
 def dense_strides(example: Any) -> tuple[int, ...] | None:
-    """How a computed tensor lies in memory without fusion."""
+    """The strides of a computed tensor without fusion."""
     if not isinstance(example, Tensor) or not _is_dense(example):
         return None
     return tuple(map(int, example.stride()))
 
 
 def _base(node: fx.Node, fake: Tensor, env: Env) -> tuple[Cell, Val] | None:
-    """Of a view: the tensor that it looks at, and that one's value."""
+    """The base of a view and the base's value; None for other tensors."""
     for n in node.all_input_nodes:
         for k, cell in enumerate(_cells(env[n])):
             example = _example(n, k)

@@ -1,4 +1,4 @@
-"""Operations that give two reductions at once: `aminmax`, `std_mean`, `var_mean`, and the standard deviation alone."""
+"""Operations with two reductions as results: `aminmax`, `std_mean`, `var_mean`, and the standard deviation alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _aminmax(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwa
 
 
 def _deviation(name: str) -> Expansion:
-    """In float64, whose result is rounded once."""
+    """Deviation or variance computed in float64 and rounded once."""
 
     def expand(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         known = set(kwargs) <= {"dim", "correction", "keepdim"} and len(args) in (1, 2)
@@ -50,7 +50,7 @@ def _deviation(name: str) -> Expansion:
 
 
 def _where_known(expand: Expansion) -> Expansion:
-    """Leaves the operation to torch where a part of it cannot be fused."""
+    """Leave the operation to torch where a part of it cannot be fused."""
 
     def apply(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if interpreter.dimensions is None:

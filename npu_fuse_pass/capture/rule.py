@@ -35,7 +35,7 @@ from npu_fuse_pass.tensors.sharded import across
 
 @dataclasses.dataclass
 class _Roles:
-    """Positions of a member: param, grad, states, step, hyperparameters; how a rule's arguments are laid out."""
+    """The positions of a member, in order: param, grad, states, step, hyperparameters."""
 
     tensors: list[str]
     scalars: list[str]
@@ -76,9 +76,9 @@ def _capture(batches: Sequence[Batch]) -> Captured:
 
 
 def outline(batches: Sequence[Batch]) -> tuple[object, ...] | None:
-    """Equal for two optimizers if `capture_batches` gives the same of both; None where that is not known.
+    """A key of what `capture_batches` returns: optimizers with equal keys get equal results. None where unknown.
 
-    What a rule calls is found out anew, on tensors without values: its code may read what has changed in the meantime.
+    The rule's calls are recorded anew, on meta tensors: its code may read what has changed in the meantime.
     """
     traces = _Traces()
     found: list[object] = [torch.get_default_dtype()]
@@ -145,7 +145,7 @@ class _Traces:
 
 
 def _structure(batch: Batch) -> tuple[object, ...]:
-    """What the formula of a batch depends on, beside shapes."""
+    """A key of all that the formula of a batch depends on, except shapes."""
     stored = tuple(batch.stored.items())
     dtypes = (batch.dtype, batch.grad_dtype, stored)
     numbers = (*batch.rounding.names, *batch.hyper.names)
@@ -155,7 +155,7 @@ def _structure(batch: Batch) -> tuple[object, ...]:
 def _updates_of(
     batch: Batch, roles: _Roles, members: list[tuple[int, ...]], traces: _Traces
 ) -> tuple[list[Update], int]:
-    """Also the bytes that the rule's operations move for them, one after the other."""
+    """The updates of a batch, and the bytes that the rule's operations move when run one by one."""
     by_shape: dict[tuple[int, ...], list[int]] = {}
     for i, p in enumerate(batch.owners):  # a rule may compute with the shape of the whole
         by_shape.setdefault(tuple(p.shape) or (1,), []).append(i)  # 0-dim as one element, as in eager steps
@@ -172,7 +172,7 @@ def _updates_of(
 
 
 def _calls(batch: Batch, shape: tuple[int, ...]) -> object:
-    """What a rule calls, on which tensors and numbers, for a parameter of this shape: equal calls, equal formula."""
+    """A rule's calls with their tensors and numbers, for a parameter of this shape: equal calls, equal formula."""
     device = torch.device("meta")
     tensors = {"param": torch.empty(shape, dtype=batch.dtype, device=device)}
     tensors["grad"] = torch.empty(shape, dtype=batch.grad_dtype, device=device)
@@ -190,7 +190,7 @@ def _calls(batch: Batch, shape: tuple[int, ...]) -> object:
 
 
 class _Record(DispatchMode):
-    """Records calls with their numbers and with names for tensors: given ones first, then results in order."""
+    """A record of calls with numbers and named tensors: given ones first, then results in order."""
 
     def __init__(self, given: list[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -292,7 +292,7 @@ def _total_key(batch: Batch, name: str) -> tuple[object, ...]:
 
 
 def _group_numbers(batch: Batch, scalars: Mapping[str, Any]) -> dict[str, Any]:
-    """The rule's number keywords as what stands for them (cells, positions); tuples of numbers as tuples of these."""
+    """Replacements (cells, positions) of the rule's number keywords; tuples of numbers as tuples of these."""
     return batch.hyper.by_keyword(scalars[n] for n in batch.hyper.names)
 
 
@@ -304,7 +304,11 @@ def _run(
     cells: dict[str, Cell],
     keywords: dict[str, Any],
 ) -> tuple[Any, fx.GraphModule]:
-    """Trace `function` on fake tensors with make_fx, then interpret the trace on cells; gives the trace, too."""
+    """Trace `function` with make_fx on fake tensors and interpret the trace on cells.
+
+    Returns:
+        The result in cells, and the trace.
+    """
     from torch.fx.experimental.proxy_tensor import make_fx
 
     fake_mode = need("torch._subclasses.fake_tensor.FakeTensorMode")
@@ -317,7 +321,7 @@ def _run(
         given = fx.node.map_aggregate(keywords, lambda _: next(numbers))
         return function(dict(zip(names, args, strict=False)), {**batch.hyper.static, **given})
 
-    # a mode of our own: Dynamo's, which is active while a backend runs, would make sizes symbolic; and tensors that the
+    # a separate mode: Dynamo's, which is active while a backend runs, would make sizes symbolic; and tensors that the
     # rule makes are numbers here, wherever torch.set_default_device puts them
     with torch.device("cpu"), tracing(None), fake_mode(allow_non_fake_inputs=True, static_shapes=True):
         tensors = [torch.empty(shape, dtype=cells[n].val.dtype) for n in names]
@@ -347,7 +351,7 @@ def _run(
 
 
 def _elements(value: Any) -> list[Any]:
-    """What lists, tuples and dicts hold, however deep, in order."""
+    """The elements of nested lists, tuples and dicts, in order."""
     found: list[Any] = []
     fx.node.map_aggregate(value, found.append)
     return found

@@ -1,4 +1,4 @@
-"""A captured step of DTensors as the step of what this process holds of them."""
+"""A captured step of DTensors as a step of their local parts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from npu_fuse_pass.tensors.sharded import alike, holds_values, local
 
 
 def of_this_process(captured: Captured, dtensors: Mapping[int, Tensor]) -> Captured:
-    """The step with the shapes of local parts, or the reason why it is not the same on them.
+    """The step with the shapes of local parts, or unfused with the reason why local parts differ.
 
     Args:
         dtensors: the leaves that are DTensors, by index.
@@ -41,7 +41,7 @@ def _why_not(captured: Captured, dtensors: Mapping[int, Tensor]) -> Reason | Non
 
 
 def _why_not_alone(update: Update, captured: Captured, dtensors: Mapping[int, Tensor]) -> Reason | None:
-    """Why the parts of an update's tensors that are here are not enough to compute it."""
+    """The reason why an update cannot be computed from local parts alone; None if it can."""
     roots = [e for _, e in (*update.writes, *update.contributions)]
     reduced = update.contributions or any(e.op in (*REDUCTIONS, "numel") for e in postorder(roots))
     for member in update.members:

@@ -2,7 +2,7 @@
 
 Nothing is stacked: pointwise operations on the vector become one on every entry, `unbind` gives the entries, and a sum
 or norm of them is a number of all parameters. That has to hold for everything that the vector meets, so all of it is
-looked at before the first operation is read this way.
+checked before the first operation is read this way.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _getitem(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwa
 
 
 def _all_entrywise(interpreter: Interpreter, source: fx.Node) -> bool:
-    """Whether everything that a vector meets, directly or through others, can be read entry by entry."""
+    """True if everything that a vector meets, directly or through others, can be read entry by entry."""
     if all(operation_name(u) in OF_SCALARS and order_of(u) in _ORDERS for u in source.users):
         return True
     first = recorded(source)
@@ -178,7 +178,7 @@ _ENTRIES: dict[str, tuple[dict[Any, Any], ...]] = {
 
 
 def _is_number(item: Any, dims: int) -> bool:
-    """Whether a source may take this; what is of one element is, if it holds a number, which `_cat` looks at."""
+    """True if a source may take this item. Of tensors of one element `_cat` checks that they hold a number."""
     value = recorded(item) if isinstance(item, fx.Node) else item
     if not isinstance(value, Tensor):
         return not dims and not isinstance(value, bool)
@@ -186,7 +186,7 @@ def _is_number(item: Any, dims: int) -> bool:
 
 
 def _views(node: fx.Node) -> Iterator[fx.Node]:
-    """What an index gives, or `unbind`: its list, and the tensors in it."""
+    """The results of an index or of `unbind`: its list, and the tensors in it."""
     yield node
     if operation_name(node) in _TAKEN:
         yield from (user for user in node.users if user.target is operator.getitem)
@@ -204,7 +204,7 @@ def _writes(view: fx.Node) -> Iterator[fx.Node]:
 
 
 def _views_come_last(vectors: set[fx.Node]) -> bool:
-    """Whether entries are taken at the end: they are values here, in torch they are views.
+    """True if entries are taken at the end: they are values here, views in torch.
 
     No vector is written after an entry of it was taken. One whose entries are written is not read afterwards, and they
     were taken once.
@@ -225,7 +225,7 @@ def _views_come_last(vectors: set[fx.Node]) -> bool:
 def reshaped(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A computed number as a tensor of one element, or the other way round: it meets tensors of any shape.
 
-    What torch has recorded is the shape that a tensor has at the end: `squeeze_` changes that of the tensor itself.
+    torch records the final shape of a tensor: `squeeze_` changes the shape in place.
     """
     made, in_place = recorded(node), operation_name(node).endswith("_")
     if not args or not isinstance(args[0], Cell) or not isinstance(made, Tensor):

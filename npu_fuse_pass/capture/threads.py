@@ -1,4 +1,4 @@
-"""Traces in one thread while others train."""
+"""Tracing in one thread while others train."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ T = TypeVar("T")
 
 
 def while_compiling(work: Callable[[], T]) -> T:
-    """Do what traces with torch.fx inside of a compile of Dynamo's.
+    """Run `work`, which traces with torch.fx, inside of a Dynamo compile, and return its result.
 
-    A trace sets flags of the whole process, under which other threads' compiled functions refuse to run. While Dynamo
-    compiles, they do not look at these, and Dynamo compiles in one thread at a time.
+    A trace sets process-wide flags under which compiled functions of other threads refuse to run. While Dynamo
+    compiles, they ignore these, and Dynamo compiles in one thread at a time.
     """
     context = find("torch._guards.TracingContext")
     if context is not None and context.try_get() is not None:
         return work()
-    asked, done, errors = [work], [], []  # Dynamo keeps the backend for good, so that nothing stays in these
+    asked, done, errors = [work], [], []  # Dynamo keeps the backend for good, so these are emptied
 
     def backend(gm: Any, example_inputs: Any) -> Callable[..., Any]:
         try:

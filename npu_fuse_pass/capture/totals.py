@@ -25,7 +25,7 @@ _FEW = 8  # totals that are no sum (the larger of two norms): each is a scalar o
 
 @dataclasses.dataclass(frozen=True)
 class Contribution:
-    """What one parameter adds to a total."""
+    """One parameter's addend of a total."""
 
     total: int
     expr: Expr
@@ -60,7 +60,7 @@ def separate(
 def _owners(
     order: Sequence[Expr], roots: Sequence[Expr], written: Sequence[int], leaves: Sequence[Leaf]
 ) -> dict[int, int | None]:
-    """For every expression: the tensors below it as one representative leaf, None, or _SEVERAL (scalars only).
+    """For every expression the owner of the tensors below it: a representative leaf, None, or _SEVERAL (scalars only).
 
     Tensors that an elementwise operation combines belong to one parameter.
     """
@@ -113,7 +113,7 @@ def _read_by_one(
         below = [frozenset([places[id(a)]]) if a.tensor else read[id(a)] for a in e.args]
         found = frozenset(itertools.islice(frozenset().union(*below), _FEW + 1))
         if not e.tensor and len(users[id(e)]) > 1:
-            found = frozenset()  # a total, or a part of one, is nobody's
+            found = frozenset()  # a total, or a part of one, has no owner
         elif not e.tensor and 1 < len(found) <= _FEW and len({shapes[i] for i in (*users[id(e)], *found)}) == 1:
             yield from ((user, other) for user in users[id(e)] for other in found)
             found = frozenset(users[id(e)])
@@ -133,7 +133,7 @@ def _shapes(
 
 
 class _Totals:
-    """Rebuilds expressions with totals in them."""
+    """Rebuilt expressions, with totals in them."""
 
     def __init__(self, owner: dict[int, int | None], builder: Builder, first: int) -> None:
         self._owner = owner
@@ -162,7 +162,7 @@ class _Totals:
         return self._owner[id(e)] == _SEVERAL
 
     def _children(self, e: Expr) -> list[Expr]:
-        """What has to be rebuilt before `e`: its arguments, or the terms of the sum that it is."""
+        """The expressions to rebuild before `e`: its arguments, or its terms if it is a sum."""
         return self._addends(e) if self._several(e) else list(e.args)
 
     def _addends(self, e: Expr) -> list[Expr]:
@@ -196,7 +196,7 @@ class _Totals:
         return self._builder.make(e.op, args, e.value, e.dtype, e.tensor)
 
     def _alone(self, e: Expr, a: Expr) -> Expr:
-        """One parameter's number in a combination that is no sum."""
+        """One parameter's number in a combination other than a sum."""
         self._single += 1
         if self._single > _FEW:
             raise Unsupported(

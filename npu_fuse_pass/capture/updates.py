@@ -1,7 +1,7 @@
-"""From the writes of a captured graph to updates: which belong together, and which are the same.
+"""From the writes of a captured graph to updates: grouped by shared tensors, equal ones merged.
 
-Every expression is visited three times, whatever the number of parameters: to see which tensors meet in it, to see who
-reads a 0-dim leaf, and to compare it with the updates found before. Equal updates become members of one.
+Every expression is visited three times, whatever the number of parameters: to find the tensors that meet in it, to
+find the readers of a 0-dim leaf, and to compare it with the updates found before. Equal updates become members of one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def updates_of(
 ) -> tuple[list[Update], int]:
     """One update for every set of written leaves that depend on each other's tensors.
 
-    `dimensions`: tensors of one update may have other shapes with as many elements, in the order of their indices.
+    `dimensions`: tensors of one update may differ in shape, not in their number of elements, taken in index order.
 
     Returns:
         The updates, and the number after the last total.
@@ -73,7 +73,7 @@ def _stored(writes: Mapping[int, Expr], leaves: Sequence[Leaf], b: Builder) -> l
 
 
 class _Together:
-    """Disjoint sets of leaves: what is written and what it reads belong together if a tensor connects them."""
+    """Disjoint sets of leaves: written and read ones belong together if a tensor connects them."""
 
     def __init__(self, leaves: Sequence[Leaf], writes: dict[int, Expr], contributions: Sequence[Contribution]) -> None:
         self.writes = writes
@@ -88,7 +88,7 @@ class _Together:
         self._join_scalars()
 
     def components(self) -> list[tuple[list[int], list[Contribution]]]:
-        """Leaves that are written together, and what their parameter adds to totals; in the order of the writes."""
+        """Leaves that are written together, and their parameter's contributions; in the order of the writes."""
         found: dict[int, tuple[list[int], list[Contribution]]] = {}
         for leaf in self.writes:
             found.setdefault(self._sets.find(leaf), ([], []))[0].append(leaf)
@@ -98,7 +98,7 @@ class _Together:
         return self._with_counters(list(found.values()))
 
     def _join_tensors(self, roots: Sequence[Expr]) -> dict[int, int | None]:
-        """Join tensors that meet in an expression; gives one of the tensors below every expression."""
+        """Join tensors that meet in an expression; returns one of the tensors below each expression, by id."""
         below: dict[int, int | None] = {}
         for e in postorder(roots):
             if e.op == "leaf":
@@ -119,7 +119,7 @@ class _Together:
         return below
 
     def _join_scalars(self) -> None:
-        """A 0-dim leaf that only one update reads is its own: a step counter."""
+        """Join each 0-dim leaf that only one update reads (a step counter) to that update."""
         users: dict[int, set[int]] = {}
         roots: dict[int, list[Expr]] = {}
         for leaf, root in self.writes.items():
@@ -144,7 +144,7 @@ class _Together:
     def _with_counters(
         self, components: list[tuple[list[int], list[Contribution]]]
     ) -> list[tuple[list[int], list[Contribution]]]:
-        """Give counters that nothing reads (RMSprop's) to the parameters in whose order they are, one set for each."""
+        """Assign counters that nothing reads (RMSprop's) to the parameters, in order, one set each."""
 
         def counts(written: list[int], added: list[Contribution]) -> bool:
             if len(written) != 1 or added or self._leaves[written[0]].shape:
@@ -162,7 +162,7 @@ class _Together:
 
 
 class _Same:
-    """Updates that are the same up to the names of their leaves become members of one."""
+    """Updates merged where they are equal up to the names of their leaves."""
 
     def __init__(self, leaves: Sequence[Leaf], dimensions: bool) -> None:
         self._leaves = leaves
@@ -171,7 +171,7 @@ class _Same:
         self.updates: list[Update] = []
 
     def add(self, writes: Sequence[tuple[int, Expr]], contributions: Sequence[Contribution]) -> None:
-        """Add the writes of one parameter and what it adds to totals."""
+        """Add the writes of one parameter and its contributions to totals."""
         roots = [*(root for _, root in writes), *(c.expr for c in contributions)]
         order = postorder(roots)
         position: dict[int, int] = {}
@@ -201,7 +201,7 @@ class _Same:
     def _check_shapes(
         self, order: Sequence[Expr], position: Mapping[int, int], writes: Sequence[tuple[int, Expr]]
     ) -> None:
-        """Refuse an update whose elements do not belong together."""
+        """Refuse an update of tensors whose shapes do not match."""
         few = leaves_expanded(order) | {leaf for leaf, root in writes if reduces(root)} if self._dimensions else set()
         shapes = {self._leaves[i].shape for i in position if i not in few} - {()}
         sizes = {math.prod(shape) for shape in shapes} if self._dimensions else shapes

@@ -1,4 +1,4 @@
-"""What is known of a tensor while a graph is interpreted."""
+"""Values of tensors while a graph is interpreted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COUNTERS = (torch.int64, torch.int32)  # integers that expressions compute with,
 
 @dataclasses.dataclass(frozen=True)
 class Val:
-    """An expression with the dtype and shape that torch gives it. A 0-dim value of the scalar part has shape ().
+    """An expression with its dtype and shape in torch. A 0-dim value of the scalar part has shape ().
 
     `number`: a Python number that the graph is given or computes, not a 0-dim tensor; int64 where it is an int.
     """
@@ -27,12 +27,12 @@ class Val:
 
     @property
     def dimmed(self) -> bool:
-        """Whether it decides result dtypes, as tensors with dimensions do in torch's promotion."""
+        """True if it decides result dtypes, as tensors with dimensions do in torch's promotion."""
         return self.expr.tensor or self.shape != ()
 
     @property
     def opaque(self) -> bool:
-        """Whether no expression can read it: original operations can. Its expression is a leaf, then."""
+        """True if only original operations can read it, no expression. Its expression is a leaf."""
         return self.dtype not in DTYPE_NAMES and (self.expr.tensor or self.dtype not in COUNTERS)
 
 
@@ -51,14 +51,14 @@ class Cell:
     def __init__(self, val: Val, leaf: int | None = None, base: tuple[Cell, Val] | None = None) -> None:
         self.val = val
         self.leaf = leaf
-        self.base = base  # of a view: the tensor it looks at, and that one's value then
+        self.base = base  # of a view: its base, and the base's value then
         self.stale = False  # a view of it was written
 
     def read(self) -> Val:
         """The current value.
 
         Raises:
-            Unsupported: it is a view of something that was written since; writes come after all original operations.
+            Unsupported: it is a view whose base was written since; writes come after all original operations.
         """
         if self.stale or (self.base is not None and self.base[0].read() is not self.base[1]):
             raise Unsupported("view", "reads through a view what was written in place", Code.VIEW_STALE)

@@ -1,4 +1,4 @@
-"""Reads the nodes of an FX graph, one after the other, with an interpreter."""
+"""Interpret the nodes of an FX graph, one after the other."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _METADATA = {"size", "stride", "dim", "numel", "sym_size", "sym_numel", "is_floa
 
 
 class Recorded(Exception):  # noqa: N818 - a finding about a graph, not an error
-    """Autograd records an operation of the graph: it is part of a forward pass, and no update."""
+    """Autograd records an operation of the graph: it is part of a forward pass, not an update."""
 
 
 def is_known(name: str) -> bool:
-    """Whether an operation has a row."""
+    """True if an operation has a row."""
     plain = name.removeprefix("_foreach_").removesuffix("_")
     return plain in ROWS or plain in SHAPED or plain in ("copy", "fill", "zero", "getitem")
 
@@ -100,7 +100,7 @@ def _call_node(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], k
 
 
 def _verify(node: fx.Node, result: Any, scalars: bool) -> None:
-    """What was inferred must be what torch's own shape propagation recorded; `scalars`: of 0-dim tensors, too."""
+    """Check inferred shapes against those that torch has recorded; `scalars`: of 0-dim tensors, too."""
     meta = recorded(node)
     pairs = (
         zip(result, meta, strict=False)

@@ -1,1 +1,1 @@
-"""What a compile leaves behind for people to read: files and a page."""
+"""Dumps: readable files and a page for one compile."""

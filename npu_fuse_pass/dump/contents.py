@@ -1,4 +1,4 @@
-"""What there is to show of one compile, as the stages made it."""
+"""The contents of a dump: what the stages made of one compile."""
 
 from __future__ import annotations
 

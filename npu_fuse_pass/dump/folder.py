@@ -1,4 +1,4 @@
-"""Where a compile's files go."""
+"""The folder of a compile's files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def wanted(given: str | os.PathLike[str] | None) -> pathlib.Path | None:
 
 
 def new(root: pathlib.Path) -> pathlib.Path:
-    """A new folder for one compile of this rank, `rank_0/compile_000`; nothing that is there is overwritten."""
+    """Create a folder for one compile of this rank, `rank_0/compile_000`; nothing is overwritten."""
     for number in itertools.count():
         path = root / f"rank_{_rank()}" / f"compile_{number:03}"
         try:

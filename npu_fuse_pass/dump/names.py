@@ -1,4 +1,4 @@
-"""What leaves, parameters and expressions are called in a dump, and lists in few words."""
+"""Names of leaves, parameters and expressions in a dump, and abbreviated lists."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from npu_fuse_pass.ir.types import Group, Leaf
 
 _PLACE = re.compile(r"param_groups_+(\d+)_+params_+(\d+)_*$")
 _PATTERN = 16  # values that may be repeated together
-_SHOWN = 4  # of a list; the rest is counted
+_SHOWN = 4  # of a list; the rest is only counted
 
 
 def labels_of(group: Group, leaves: Sequence[Leaf], member: tuple[int, ...]) -> list[str]:
@@ -23,14 +23,14 @@ def labels_of(group: Group, leaves: Sequence[Leaf], member: tuple[int, ...]) -> 
 
 
 def written_leaf(group: Group, leaves: Sequence[Leaf], member: tuple[int, ...]) -> Leaf:
-    """The leaf that a member is known by: its parameter, or the first tensor that it writes."""
+    """The leaf that names a member: its parameter, or the first tensor that it writes."""
     written = [slot for slot in group.formula.written if group.formula.slots[slot].tensor]
     named = [slot for slot in written if group.labels[slot] == "param"]
     return leaves[member[(named or written or group.formula.written or [0])[0]]]
 
 
 def parameter_name(leaf: Leaf) -> str:
-    """Its place in the optimizer where Dynamo's name tells it, else the leaf's name."""
+    """The leaf's place in the optimizer if Dynamo's name has it, else the leaf's name."""
     place = _PLACE.search(leaf.name)
     return f"param_groups[{place[1]}].params[{place[2]}]" if place else leaf.name
 
@@ -41,7 +41,7 @@ def typed(value: Leaf | Tensor) -> str:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As in f32, or torch's name."""
+    """The dtype's name, as in f32, or torch's name."""
     return DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
 
 
@@ -51,14 +51,14 @@ def parameters(count: int) -> str:
 
 
 def few(names: Sequence[str]) -> str:
-    """A list; of a long one the first names and the last."""
+    """The names of a list; of a long one the first and the last."""
     if len(names) <= _SHOWN + 1:
         return ", ".join(names)
     return f"{', '.join(names[: _SHOWN - 1])}, … {names[-1]}"
 
 
 def counted(values: Iterable[str]) -> str:
-    """Values in order, what is repeated once with how many times."""
+    """Values in order, repeated ones once with their count."""
     return ", ".join(_times(", ".join(pattern), len(pattern), count) for pattern, count in runs(list(values)))
 
 
@@ -69,7 +69,7 @@ def _times(text: str, length: int, count: int) -> str:
 
 
 def runs(values: Sequence[str]) -> Iterator[tuple[Sequence[str], int]]:
-    """A list as patterns and how often each of them is repeated."""
+    """A list as patterns, each with its number of repetitions."""
     start = 0
     while start < len(values):
         best = 1, 1

@@ -1,4 +1,4 @@
-"""Text in columns, and the report as a short table that is the same at every compile of the same thing."""
+"""Text in columns, and the report as a short table without times, equal for equal compiles."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from npu_fuse_pass.report.report import CompileReport
 
 
 def columns(rows: Sequence[Sequence[str]], indent: str = "") -> list[str]:
-    """Lines with the cells of each column below each other."""
+    """Lines with aligned columns."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
     return [indent + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 

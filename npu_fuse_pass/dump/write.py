@@ -1,4 +1,4 @@
-"""Writes the files of one compile; whatever goes wrong here is a warning and nothing more."""
+"""Write the files of one compile; failures are warnings, not errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from npu_fuse_pass.user_warnings import warn
 
 log = logging.getLogger(__name__)
 
-# file -> its text; None: there is nothing to show
+# file -> a function for its text; None: no such file
 _FILES: dict[str, Callable[[Contents], str | None]] = {
     "00_dynamo_graph.py": files.captured,
     "01_updates.txt": group_text.updates,
@@ -43,11 +43,11 @@ def write(root: pathlib.Path, make: Callable[[], Contents]) -> pathlib.Path | No
 
     Args:
         root: the folder for all dumps.
-        make: gives what there is to show.
+        make: returns the contents.
     """
     try:
         contents, path = make(), folder.new(root)
-    except Exception as e:  # a dump is something to read; training goes on without it
+    except Exception as e:  # a dump is not worth ending a training for
         _warn(f"no dump in {root}", [f"{type(e).__name__}: {e}"])
         return None
     _fill(path, _FILES, contents)

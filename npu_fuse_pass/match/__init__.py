@@ -1,1 +1,1 @@
-"""Which known kernel computes a group: symbolic algebra over its formula. The only room that uses sympy."""
+"""Match: find the known kernel that computes a group, by symbolic algebra. Only this room uses sympy."""

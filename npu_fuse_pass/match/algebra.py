@@ -157,7 +157,7 @@ class Value:
         return result.n
 
     def cancelled(self) -> Value:
-        """The same in lowest terms, which is the only way to write it so."""
+        """The same fraction in lowest terms, a unique form."""
         if self.d == 1:
             return self
         if len(self.d) == 1:
@@ -166,7 +166,7 @@ class Value:
         return Value(self.algebra, *self.algebra.exact.compact(lambda p, q: p.cancel(q), self.n, self.d))
 
     def equals(self, other: Any) -> bool:
-        """Whether two rational functions are the same."""
+        """True if two rational functions are equal."""
         return not (self - other).n
 
     def generators(self) -> set[int]:
@@ -199,7 +199,7 @@ class Value:
         return float(int(self.n.LC)) / float(int(self.d.LC)) if self.n else 0.0
 
     def root_of_square(self) -> Value | None:
-        """A root of what is a square; None for anything else."""
+        """The root of a square; None for anything else."""
         v = self.cancelled()
         parts = []
         for part in (v.n, v.d):
@@ -212,9 +212,9 @@ class Value:
 
 
 class Algebra:
-    """The generators of one formula; `values` gives the algebra of every expression that its tensors are computed from.
+    """The generators of one formula; `values`: the algebra of every expression that its tensors are computed from.
 
-    `known` is what constant slots are. `names` are unknowns that a caller solves for.
+    `known`: relations of constant slots. `names`: unknowns that a caller solves for.
     """
 
     def __init__(self, formula: Formula, known: Mapping[int, Relation], names: tuple[str, ...] = ()) -> None:
@@ -254,11 +254,11 @@ class Algebra:
         return Value(self, self.ring.gens[i], self.ring.one)
 
     def slot(self, slot: int) -> Value:
-        """What a slot holds before the step."""
+        """The value of a slot before the step."""
         return self._slots[slot]
 
     def is_defined(self, v: Value, targets: Collection[Value]) -> bool:
-        """Whether a value is a number for all scalars: it divides by constants, or by what these targets divide by."""
+        """True if a value is finite for all scalars: its divisors are constants, or divisors of these targets."""
         safe, rest = self._fixed | self.powers.keys(), v.cancelled().d
         for divisor in dict.fromkeys(t.d for t in targets):
             while not generators_of(rest) <= safe and not (common := self.exact.gcd(rest, divisor)).is_ground:
@@ -266,7 +266,7 @@ class Algebra:
         return generators_of(rest) <= safe
 
     def run(self, kernel: KnownKernel, arguments: Mapping[str, Value], output: str) -> Value:
-        """What a kernel's function computes for an output. Valid until the next call."""
+        """The value of an output of a kernel's function. Valid until the next call."""
         numbers = {name: arguments[name] for name in kernel.scalars}
         for self._rough in (True, False):  # most outputs have no roots: those need not be simplified
             for key in list(self._made)[self._own :]:
@@ -281,17 +281,17 @@ class Algebra:
         return result
 
     def in_formula(self, v: Value) -> bool:
-        """Whether a value is made of the formula's generators."""
+        """True if a value has generators of the formula only."""
         return all(i < self._own and i not in self.unknown.values() for i in v.generators())
 
     def show(self, v: Value) -> str:
-        """A value for people: slots are $0, $1, ..."""
+        """A value as readable text: slots are $0, $1, ..."""
         v = v.cancelled()
         text = str(v.n.as_expr()) if v.d == 1 else f"({v.n.as_expr()})/({v.d.as_expr()})"
         return re.sub(r"g(\d+)", lambda found: self._shown(int(found[1])), text)
 
     def _shown(self, i: int) -> str:
-        """A generator for people; of an operation that is not rational only its name."""
+        """A generator as readable text; of an operation that is not rational only its name."""
         if i < len(self.formula.slots):
             return f"${i}"
         if i in self.powers:
@@ -343,7 +343,7 @@ class Algebra:
         return self.apply(e.op, args, e)
 
     def apply(self, op: str, args: list[Value], e: Expr | None = None) -> Value:
-        """An operation that is not rational. `e` is where the formula computes it."""
+        """Apply an operation that is not rational. `e`: the expression that computes it in the formula."""
         given = args if self._rough else [a.cancelled() for a in args]
         if op in ("maximum", "minimum", "eq"):
             given.sort(key=lambda a: (str(a.n), str(a.d)))

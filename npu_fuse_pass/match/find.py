@@ -1,4 +1,4 @@
-"""Stage 3: which kernel computes a group's formula, and with which scalars. `solve` says how it is decided."""
+"""Stage 3: find the kernel that computes a group's formula, and its scalars. `solve` has the method."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LONGEST = 150  # expressions; a formula of more is no kernel's
 def match(
     groups: Sequence[Group], leaves: Sequence[Leaf], kernels: tuple[KnownKernel, ...] = KERNELS
 ) -> list[Match | NoMatch]:
-    """For every group the first of `kernels` that computes it, the best first; or why there is none. Never raises."""
+    """For every group the first of `kernels` (best first) that computes it, or why none does. Never raises."""
     return [match_group(group, leaves, kernels) for group in groups]
 
 
@@ -56,7 +56,7 @@ def _named(text: str, labels: Sequence[str]) -> str:
 def match_formula(
     formula: Formula, constants: Sequence[Mapping[int, float]] = (), kernels: tuple[KnownKernel, ...] = KERNELS
 ) -> Match | NoMatch:
-    """The first kernel that computes a formula. Every structure is decided once.
+    """The first kernel that computes a formula. Decisions are cached by structure.
 
     Args:
         formula: of a group.
@@ -109,7 +109,7 @@ def _compare(text: str, known: tuple[tuple[int, Relation], ...], kernels: tuple[
 
 
 def _roles(kernel: KnownKernel, targets: Mapping[int, Expr]) -> Iterator[dict[str, int]]:
-    """Which written slot may be which output: an average depends on itself and, through the gradient, on var."""
+    """Possible assignments of outputs to written slots: an average depends on itself and, by the gradient, on var."""
     if len(targets) != len(kernel.outputs):
         return
     read = {
@@ -125,13 +125,13 @@ def _roles(kernel: KnownKernel, targets: Mapping[int, Expr]) -> Iterator[dict[st
 
 @functools.cache
 def _reads(kernel: KnownKernel) -> dict[str, set[str]]:
-    """Which old tensors every output of a kernel may depend on."""
+    """For every output of a kernel the old tensors that it may depend on."""
     results = kernel.function(*(_Trace({n}) for n in kernel.inputs), **{n: _Trace(set()) for n in kernel.scalars})
     return {name: {*x.names, kernel.outputs[0]} for name, x in zip(kernel.outputs, results, strict=True)}
 
 
 class _Trace:
-    """A value of which only the names of the tensors in it are known."""
+    """A value as the set of names of the tensors in it."""
 
     def __init__(self, names: set[str]) -> None:
         self.names = names

@@ -16,21 +16,21 @@ from npu_fuse_pass.reasons import Code
 
 _TERMS = 4000  # of a product, before it is given up
 _DIVIDED = 1000  # the same where a greatest common divisor is looked for
-_FACTORED = 100  # terms of what is factored: for people to read, or to take a root of
+_FACTORED = 100  # terms of a polynomial to factor, for readable text or for a root
 _WORK = 100_000  # of one decision, about 0.2 s; RAdam, the longest of torch's, takes two fifths of it
 
 
 class Arithmetic:
     """Operations on polynomials for one decision.
 
-    Every operation raises Unsupported where polynomials are too large, or where the decision has cost too much.
+    Every operation raises Unsupported if polynomials are too large or the decision has cost too much.
     """
 
     def __init__(self) -> None:
         self.spent = 0
 
     def times(self, a: Any, b: Any) -> Any:
-        """A product."""
+        """The product of two polynomials."""
         terms = len(a) * len(b)
         if terms > _TERMS:
             raise Unsupported("match", "the update is too large to be multiplied out", Code.MATCH)

@@ -1,4 +1,4 @@
-"""What `find` gives: a kernel with its scalars, or why there is none.
+"""The result of `find`: a kernel with its scalars, or why there is none.
 
 A lowering emits the dedicated operation of a matched group so, for every member (`group.members[k]`):
 
@@ -113,8 +113,8 @@ class Match:
         return {name: found[id(e)] for name, e in chosen.items()}
 
     def readable(self, labels: Sequence[str]) -> dict[str, str]:
-        """What the scalars and the prepared inputs are, as mathematics over the formula's labels; a value that several
-        of them use has a name of its own (x0).
+        """Scalars and prepared inputs as mathematics over the formula's labels; values used several times are named x0,
+        x1, ...
         """
         operands = self.operands
         names = (*labels, *(f"{number:g}" for number in self.constants.values()), *operands.computed)

@@ -2,9 +2,9 @@
 
 The kernel's function is run on symbols, output after output, the parameter last, and compared with what the formula
 writes. The difference of the two is a polynomial in the update's tensors; each of its coefficients is an equation for
-the kernel's scalars. The gradient is an unknown as well: whatever makes the first average right. Equations are solved
-one unknown at a time. A kernel matches if all hold, if its scalars are what their names say (defined for every value of
-the formula's scalars, not negative, without bias corrections of their own), and if random numbers agree.
+the kernel's scalars. The gradient is an unknown as well, solved for with the first average. Equations are solved one
+unknown at a time. A kernel matches if all hold, if its scalars are valid (defined for every value of the formula's
+scalars, not negative, without bias corrections of their own), and if random numbers agree.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from npu_fuse_pass.tolerances import MATCHED
 
 
 class DiffersError(Exception):
-    """A kernel does not compute the formula; says why."""
+    """The kernel does not compute the formula; the message says why."""
 
 
 class Attempt:
@@ -47,7 +47,7 @@ class Attempt:
         self._unknown = {name: algebra.unknown[name] for name in (*kernel.scalars, *kernel.prepared)}
 
     def match(self) -> Match:
-        """Solve, and check the result.
+        """Solve for all unknowns and check the result.
 
         Raises:
             DiffersError: the kernel does not compute the formula.
@@ -78,7 +78,7 @@ class Attempt:
     # Equations --------------------------------------------------------------------------------------------------------
 
     def _agree(self, name: str) -> None:
-        """Make an output equal, solving for what it depends on."""
+        """Make an output equal, solving for the unknowns in it."""
         while True:
             given = {n: self._values.get(n) or self._algebra.generator(i) for n, i in self._unknown.items()}
             result = self._algebra.run(self._kernel, {**self._values, **given}, name)
@@ -117,7 +117,7 @@ class Attempt:
         return difference.coefficients(difference.n, tensors)
 
     def _solve(self, equations: list[Any]) -> bool:
-        """Solve what has one unknown, in turn; whether anything was."""
+        """Solve equations with one unknown, in turn. Returns True if any was solved."""
         any_solved = False
         while True:
             ready = [(e, self._open(e)) for e in equations]
@@ -144,7 +144,7 @@ class Attempt:
         return True
 
     def _find_powers(self) -> None:
-        """The formula's bias corrections: beta^t where beta is what was solved for."""
+        """Find the formula's bias corrections: powers beta^t of the solved beta."""
         for name, (base, shift) in self._kernel.powers.items():
             beta = self._values.get(base)
             if beta is None:

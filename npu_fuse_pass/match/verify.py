@@ -1,4 +1,4 @@
-"""What the numbers say about a match: how constants are related, and whether random values agree with the algebra."""
+"""Numerical checks of a match: relations between constants, and agreement on random values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from npu_fuse_pass.ir.types import Formula
 from npu_fuse_pass.match.result import Match
 
 Relation = tuple[str, float]
-"""What a constant scalar slot is: ("number", value); (one of `RELATIONS`, another slot); ("free", x): anything in that
+"""The value of a constant scalar slot: ("number", value); (one of `RELATIONS`, another slot); ("free", x): any in that
 of the ranges (-inf, -1), (-1, 0), (0, 1) and (1, inf) in which x lies, or anything at all where x is 0.
 """
 RELATIONS: dict[str, Callable[[Any], Any]] = {
@@ -31,7 +31,7 @@ _CLOSE = 1e-9  # float64, values of size one, some cancellation
 
 
 def relations(constants: Sequence[Mapping[int, float]]) -> tuple[tuple[int, Relation], ...]:
-    """What constants are to each other: 0.001 is 1 - 0.999, one factor may be minus another one."""
+    """Relations between constants: 0.001 is 1 - 0.999, one factor may be minus another one."""
     found: dict[int, Relation] = {}
     columns = {s: [row[s] for row in constants] for s in sorted(constants[0])} if constants else {}
     for slot, values in columns.items():
@@ -53,9 +53,13 @@ def _relation(values: list[float], others: Mapping[int, list[float]]) -> Relatio
 
 
 def disagreement(formula: Formula, match: Match, relations: Mapping[int, Relation], compared: Collection[int]) -> str:
-    """Why a match is wrong, or "" if it is right: kernel and formula are computed in float64 without roundings between.
+    """Compare kernel and formula on random values, in float64 without roundings between.
 
-    `compared` are the scalar slots that the formula compares with something; they are zero in one of the draws.
+    Args:
+        compared: scalar slots that the formula compares with something; they are zero in one of the draws.
+
+    Returns:
+        Why the match is wrong; "" if it is right.
     """
     generator = torch.Generator().manual_seed(0)
     names = [*match.inputs, *match.scalars]
@@ -114,7 +118,7 @@ def _scalars(match: Match, relations: Mapping[int, Relation], generator: torch.G
 
 
 class _Widened:
-    """Copies expressions with everything in float64 and no casts."""
+    """Copies of expressions in float64, without casts."""
 
     def __init__(self) -> None:
         self._made: dict[int, Expr] = {}

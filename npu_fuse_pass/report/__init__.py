@@ -1,1 +1,1 @@
-"""What the pass did with a step, as data and as text. Outputs only: nothing here decides what is compiled."""
+"""Reports: results of the pass for a step, as data and as text. Nothing here decides what is compiled."""

@@ -1,4 +1,4 @@
-"""Why a step is compiled again: what Dynamo's failed guards and a changed plan mean to who trains."""
+"""Causes of recompiles in the user's terms, from Dynamo's failed guards and from changed plans."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Cause:
 
 FIRST = Cause("compile")
 
-_RULES = "use an optimizer of ours or a rule (optimizers.*, npu_fuse_pass.rule), whose numbers never recompile"
+_RULES = "use an optimizer of this package or a rule (optimizers.*, npu_fuse_pass.rule), whose numbers never recompile"
 _OUTSIDE = "set and read the numbers of parameter groups outside of the compiled function: there they cost no compile"
 
 
 class _Guard(NamedTuple):
-    """What a failed guard looks like, what happened, and what to do.
+    """A pattern of failed guards, what happened, and what to do.
 
     `with_rules`: what to do where rules step in the compiled function, if that is something else.
     `settles`: torch makes a number symbolic at its first change, if it can: there is something to do only after that.
@@ -94,7 +94,7 @@ _GUARDS = [
 
 
 def recompile(reason: str, with_rules: bool) -> Cause:
-    """What Dynamo's reason for a recompile (the guard that failed) means to who trains.
+    """The cause of a recompile in the user's terms, from the guard that failed.
 
     Args:
         reason: in Dynamo's words.
@@ -113,18 +113,18 @@ def recompile(reason: str, with_rules: bool) -> Cause:
 
 
 def _place(rest: str) -> str:
-    """Where the code is that asked for a guard, from what follows it: "# code  # file.py:12 in step"."""
+    """The place of the code that asked for a guard, from its comment: "# code  # file.py:12 in step"."""
     found = re.search(r"(\S+\.py:\d+) in (\w+)", rest)
     return f", {found[1]}, in {found[2]}" if found and "torch/_dynamo/" not in found[1] else ""
 
 
 def graph_break(text: str) -> Reason:
-    """What a break of Dynamo's, in its words, means for a step that runs outside of graphs because of it."""
+    """The reason for a step that runs outside of graphs, from Dynamo's text of the graph break."""
     reads_a_value = any(words in text.lower() for words in ("tensor.item()", "data-dependent"))
     return (Code.VALUE if reads_a_value else Code.NOT_CAPTURED)(text)
 
 
 def decided_otherwise(numbers: Sequence[tuple[str, bool]]) -> Cause:
-    """Numbers that a step treats differently where they are 0: names, whether they are 0 now."""
+    """The cause where numbers turned zero or nonzero. `numbers`: name, and True if it is 0 now."""
     told = dict.fromkeys(f"{name} is {'0 now' if zero else 'no longer 0'}" for name, zero in numbers)
     return Cause(f"{', '.join(told)}; the rule tests for that, and each case is a program that is kept")

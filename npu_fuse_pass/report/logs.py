@@ -1,4 +1,4 @@
-"""What is said while compiling: a line for each stage, one warning for a fallback, recompiles, torch's trace log."""
+"""Messages of a compile: a log line per stage, one warning for a fallback, recompiles, torch's trace log."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger("npu_fuse_pass")
 
 @contextmanager
 def timed(seconds: dict[str, float], stage: str) -> Iterator[list[str]]:
-    """Time a stage into `seconds`; what is put into the list is logged as its result."""
+    """Time a stage into `seconds`; entries of the yielded list are logged as its result."""
     start = time.perf_counter()
     result: list[str] = []
     try:
@@ -31,7 +31,7 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[list[str]]:
 
 
 def announce(report: CompileReport) -> None:
-    """A finished compile: a log line for what caused it, if it is not the first, the report, and torch's trace log."""
+    """Log a finished compile: its cause if it is not the first, the report, and an entry in torch's trace log."""
     if report.cause != "compile":
         remedy = f". What to do: {report.cause_remedy}" if report.cause_remedy else ""
         level = logging.WARNING if report.cause_remedy else logging.INFO
@@ -41,10 +41,10 @@ def announce(report: CompileReport) -> None:
 
 
 def trace(report: CompileReport) -> None:
-    """Put the report and the fused graph where tlparse finds them; costs nothing unless TORCH_TRACE is set."""
+    """Write the report and the fused graph to torch's trace log for tlparse; no cost unless TORCH_TRACE is set."""
     torch_logging = find("torch._logging._internal")
     if torch_logging is None or torch_logging.LOG_TRACE_HANDLER not in torch_logging.trace_log.handlers:
-        return  # it takes itself out where no folder is set; what other handlers there are is not for us
+        return  # torch's handler removes itself where no folder is set; other handlers are not this package's
     artifacts = {
         "npu_fuse_pass_report": ("json", lambda: json.dumps(report.to_json())),
         "npu_fuse_pass_table": ("string", lambda: str(report)),
@@ -55,7 +55,7 @@ def trace(report: CompileReport) -> None:
             "artifact",
             metadata_fn=lambda name=name, encoding=encoding: {"name": name, "encoding": encoding},
             payload_fn=text,
-            expect_trace_id=False,  # an optimizer of ours plans anew outside of Dynamo's compiles
+            expect_trace_id=False,  # a rule optimizer plans anew outside of Dynamo's compiles
         )
 
 
@@ -65,13 +65,13 @@ def _graph_text(report: CompileReport) -> str:
 
 
 def warn_unfused(reasons: Sequence[Reason], interpreted: bool = False) -> None:
-    """The one warning of a compile, or of a kind of step, that runs unfused: why, and what to do."""
+    """Warn once that a compile, or a kind of step, runs unfused: why, and what to do."""
     runs = "" if interpreted else ", the original step runs"  # the reason itself says what is interpreted
     warn(f"npu_fused: not fused{runs}: {'; '.join(reason.advised for reason in reasons)}")
 
 
 def switched_off() -> bool:
-    """Whether NPU_FUSE_DISABLE=1 switches everything off, which one line of the log says."""
+    """True if NPU_FUSE_DISABLE=1 switches everything off; logs that once."""
     if disabled():
         _say_disabled()
     return disabled()

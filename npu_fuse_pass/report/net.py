@@ -1,4 +1,4 @@
-"""The net: an exception of this package's own ends no training."""
+"""The safety net: an internal exception of this package does not end training."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from npu_fuse_pass.report.report import CompileReport
 
 log = logging.getLogger("npu_fuse_pass")
 
-_FOR_THIS_PACKAGE = (GraphRefused, Mismatch, Unsupported)  # where one of these gets out, that is a fault, too
+_FOR_THIS_PACKAGE = (GraphRefused, Mismatch, Unsupported)  # internal: one that reaches this point is a fault, too
 
 
 @contextmanager
 def net(report: CompileReport, options: Options) -> Iterator[None]:
-    """Let nothing out but errors that are meant for users: any other one becomes the report's fallback.
+    """Turn internal exceptions into the report's fallback; errors meant for users pass.
 
-    Code after the block runs only where something was caught, if the block returns. `strict` and `verify` let
-    everything out.
+    If the block returns, code after it runs only where something was caught. `strict` and `verify` let everything
+    pass.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""What the pass did with a graph: one `CompileReport` per compile, the last 64 kept."""
+"""The report of a compile: one `CompileReport` each, the last 64 kept."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ class KernelMatch:
     """A known kernel that computes a group.
 
     Attributes:
-        kernel: its name in `match/kernels.py`, operation: GE's.
-        tensors: what the kernel writes, and which leaf that is.
+        kernel: its name in `match/kernels.py`.
+        operation: GE's operation type.
+        tensors: the kernel's outputs, and the leaf that each is.
         arguments: its numbers, and inputs that are computed first, as mathematics over the formula's names.
         assumptions: what the equality needs beyond finite values.
         tolerance: how far the kernel may be from the formula, relative, per step.
@@ -169,12 +170,12 @@ class CompileReport:
 
     @property
     def remedies(self) -> list[str]:
-        """What to do about what is not fused and about recompiles, where that is known and the reasons do not say."""
+        """Known remedies for what is not fused and for recompiles, beyond those in the reasons."""
         known = [*(reason.remedy for reason in self.reasons), self.cause_remedy]
         return list(dict.fromkeys(remedy for remedy in known if remedy))
 
     def fall_back(self, reason: Reason) -> None:
-        """What was compiled cannot run: the original does from now on. The rows keep what would have run."""
+        """Record that the original runs from now on instead of the compiled step. The rows stay."""
         self.fallbacks.append(reason)
         for g in self.groups:
             g.lowering, g.kernel, g.bytes_per_element, g.launches = "eager", f"original graph, not {g.kernel}", 0, 0
@@ -197,7 +198,7 @@ class CompileReport:
         }
 
     def raise_if_unfused(self) -> None:
-        """For tests and CI: an error unless everything that was captured runs fused.
+        """Raise unless everything that was captured runs fused: for tests and CI.
 
         Raises:
             UnfusedError: lists every reason, and what to do where that is known.
@@ -219,7 +220,7 @@ class CompileReport:
 
 
 class Reports(list[CompileReport]):
-    """Reports, oldest first; where there is none, asking for one says what that may come from."""
+    """Reports, oldest first; the IndexError of an empty list names possible causes."""
 
     def __getitem__(self, index: Any) -> Any:
         if not self and not isinstance(index, slice):
@@ -249,7 +250,7 @@ def clear_reports() -> None:
 
 
 def is_listed(report: CompileReport) -> bool:
-    """Whether `reports()` has this very one."""
+    """True if `reports()` has this very object."""
     return any(report is listed for listed in _reports)
 
 

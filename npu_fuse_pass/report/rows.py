@@ -1,4 +1,4 @@
-"""What the report says about groups: formulas, memory traffic, and matches with the names that the formula has."""
+"""The report's rows of groups: formulas, memory traffic, and matches in the formula's names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from npu_fuse_pass.report.report import GroupReport, KernelMatch
 
 
 class LayoutCost(Protocol):
-    """How a lowering takes the tensors of a group; `GroupReport` says what the fields are."""
+    """The layout of a group's tensors and its cost; fields as in `GroupReport`."""
 
     name: str
     reason: str
@@ -30,7 +30,7 @@ Matches = Mapping[str, Match | NoMatch]
 def group_report(
     g: Group, leaves: Sequence[Leaf], lowering: str, kernel: str, bytes_per_element: int, launches: int
 ) -> GroupReport:
-    """The row of a fused group."""
+    """The report's row of a fused group."""
     slots = g.formula.tensor_slots
     first = next((s for s in g.formula.written if s in slots), slots[0] if slots else 0)
     dtype = DTYPE_NAMES.get(leaves[g.members[0][first]].dtype, str(leaves[g.members[0][first]].dtype))
@@ -42,14 +42,14 @@ def group_report(
 
 
 def show_layouts(rows: Sequence[GroupReport], layouts: Sequence[LayoutCost]) -> None:
-    """Let rows say how the tensors of their groups are taken now, and what that costs."""
+    """Set the rows' layouts and what they cost now."""
     for row, layout in zip(rows, layouts, strict=True):
         row.layout, row.layout_reason = layout.name, layout.reason
         row.launches, row.bytes_per_element = layout.launches, layout.bytes_per_element
 
 
 def show_matches(rows: Sequence[GroupReport], grouped: Grouped, matches: Callable[[], Matches]) -> None:
-    """Let the rows of groups that write leaves say which kernel computes them. `matches` is called when one is read."""
+    """Set the matches of the rows of groups that write leaves. `matches` is called when one is first read."""
     named = {g.name: g for g in grouped.groups}
     for row in rows:
         if row.writes == "leaves":

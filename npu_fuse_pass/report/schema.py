@@ -17,7 +17,7 @@ from typing import Any
 from npu_fuse_pass.reasons import Reason
 from npu_fuse_pass.report.report import CompileReport, GroupReport, KernelMatch
 
-# what a type does not say
+# schema details that types do not express
 _ALSO: dict[tuple[type, str], dict[str, Any]] = {
     (CompileReport, "platform"): {"enum": ["auto", "cpu", "npu", "eager", "graph", "graph cpu"]},
     (CompileReport, "seconds"): {"propertyNames": {"enum": ["capture", "group", "match", "lower"]}},
@@ -35,7 +35,7 @@ _DERIVED = {CompileReport: ["bytes_per_element", "fallback", "reasons", "remedie
 
 @dataclasses.dataclass
 class Unfused:
-    """An operation that stays as it is; `reasons` says more."""
+    """An operation that stays as it is; `reasons` has the details."""
 
     op: str
     reason: str

@@ -11,7 +11,7 @@ from npu_fuse_pass.private_torch import lacking
 
 
 class GroupRow(Protocol):
-    """What is printed of a fused group; see `GroupReport`."""
+    """The printed fields of a fused group; see `GroupReport`."""
 
     name: str
     formula: str
@@ -34,7 +34,7 @@ class GroupRow(Protocol):
 
 
 class PrintedReport(Protocol):
-    """What is printed of a compile; see `CompileReport`."""
+    """The printed fields of a compile; see `CompileReport`."""
 
     platform: str
     seconds: dict[str, float]
@@ -83,7 +83,7 @@ _LAYOUT = _Column("layout", lambda g: g.layout)
 
 
 def as_text(report: PrintedReport) -> str:
-    """A line, the table of groups, what was not fused and what to do about it, then every group's formula."""
+    """A headline, the table of groups, what was not fused with remedies, then every group's formula."""
     lines = [head(report), *(f"  {line}" for line in [*table(report.groups), *remarks(report)])]
     for g in report.groups:
         lines += [f"  {g.name}", *(f"      {line}" for line in formula_lines(g))]
@@ -91,7 +91,7 @@ def as_text(report: PrintedReport) -> str:
 
 
 def as_html(report: PrintedReport) -> str:
-    """The same for a notebook's cell; every text is escaped, and nothing is loaded."""
+    """The same as HTML for a notebook's cell; all text is escaped, and nothing is loaded."""
     columns = _columns(report.groups)
     cells = "".join(f"<th>{html.escape(c.name)}</th>" for c in columns)
     rows = [f"<tr>{''.join(f'<td>{html.escape(str(c.value(g)))}</td>' for c in columns)}</tr>" for g in report.groups]
@@ -106,10 +106,10 @@ def as_html(report: PrintedReport) -> str:
 
 
 def head(report: PrintedReport) -> str:
-    """The line that says what became of a step, and how long that took."""
+    """The headline: what was done with a step, and how long the compile took."""
     updates = sum(g.updates for g in report.groups if g.writes == "leaves")
     compiled, late = dict(report.seconds), ""
-    if next(reversed(compiled), "") == "match":  # it ran for whoever asked, after the compile
+    if next(reversed(compiled), "") == "match":  # it ran on demand, after the compile
         late = f", then match {compiled.pop('match'):.2f}"
     stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in compiled.items())
     return (
@@ -129,7 +129,7 @@ def table(groups: Sequence[GroupRow]) -> list[str]:
 
 
 def remarks(report: PrintedReport) -> list[str]:
-    """What there is to say beside the groups: memory traffic, what is not fused, and what to do."""
+    """Lines beside the table: memory traffic, what is not fused, and what to do."""
     lines = []
     if report.bytes_per_element:
         before, after = report.bytes_per_element["before"], report.bytes_per_element["after"]
@@ -159,14 +159,14 @@ def remarks(report: PrintedReport) -> list[str]:
 
 
 def formula_lines(g: GroupRow) -> list[str]:
-    """A group's mathematics, why its memory lies as it does, and the known kernel that computes it."""
+    """Lines of a group: its formula, the reason for its layout, and the known kernel that computes it."""
     layout = [f"layout {g.layout}: {g.layout_reason}"] if g.layout_reason else []
     kernel = [f"kernel: {g.note}"] if g.note else []
     return [*layout, *g.formula.splitlines(), f"match: {g.match or 'none, ' + g.no_match}", *kernel]
 
 
 def _columns(groups: Sequence[GroupRow]) -> list[_Column]:
-    """Layouts are looked at on NPUs."""
+    """The table's columns; the layout only on NPUs."""
     return [*_COLUMNS, *([_LAYOUT] if any(g.lowering == "npu" for g in groups) else [])]
 
 

@@ -1,1 +1,1 @@
-"""What people call by hand: compile_step, explain, the commands of `python -m npu_fuse_pass`."""
+"""Entry points for users: compile_step, explain, the commands of `python -m npu_fuse_pass`."""

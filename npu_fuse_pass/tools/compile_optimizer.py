@@ -1,4 +1,4 @@
-"""`compile_optimizer_`: a compiled step in the place of an optimizer's own, for everything that calls `opt.step`."""
+"""`compile_optimizer_`: replace an optimizer's step by a compiled one, for all callers of `opt.step`."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ O = TypeVar("O", bound=torch.optim.Optimizer)  # noqa: E741
 
 
 def compile_optimizer_(opt: O, **options: Any) -> O:
-    """Compile the step of `opt` in place: every call of `opt.step` from now on is one of the compiled step.
+    """Compile the step of `opt` in place: from now on `opt.step` runs the compiled step.
 
     `opt.step` stays a bound method, may be patched before or after schedulers are made, and does what
     `npu_fuse_pass.compile_step` does. Copies (`copy.deepcopy`, pickle, `torch.save` of the optimizer) are compiled as
-    well; loading such a pickle needs this package. An `opt.step` that was taken before this call and kept runs the
-    original: the first such step warns. `restore_optimizer_` undoes all this.
+    well; loading such a pickle needs this package. A bound `opt.step` saved before this call runs the
+    original; the first such step warns. `restore_optimizer_` undoes all this.
 
     Args:
-        opt: any torch.optim.Optimizer, of torch, of this project or another one. Of what accelerate and Lightning
-            wrap, the optimizer inside is taken.
+        opt: any torch.optim.Optimizer, of torch, of this project or another one. Wrappers of accelerate and Lightning
+            are unwrapped.
         options: those of the backend: `platform`, `strict`, `check_numerics`, `torchair_config`, `layout`.
 
     Returns:
@@ -63,7 +63,7 @@ def compile_optimizer_(opt: O, **options: Any) -> O:
 
 
 def restore_optimizer_(opt: O) -> O:
-    """Undo `compile_optimizer_`: `opt.step` is what it was before, and a compiled one that was kept runs the original.
+    """Undo `compile_optimizer_`: `opt.step` is as before, and a saved compiled one runs the original.
 
     Returns:
         `opt` itself; unchanged where it was not compiled.
@@ -76,7 +76,7 @@ def restore_optimizer_(opt: O) -> O:
 
 
 class Patch:
-    """The compiled step in the fields of an optimizer; made anew for every copy of the optimizer."""
+    """The compiled step in the fields of an optimizer; every copy of the optimizer gets its own."""
 
     def __init__(self, opt: torch.optim.Optimizer, options: dict[str, Any]) -> None:
         self.optimizer, self._options = opt, options
@@ -94,13 +94,13 @@ class Patch:
         return _patched_copy, (self.optimizer, self._options)
 
     def install(self) -> None:
-        """Take the place of `step`, and watch for calls of another one."""
+        """Replace `step`, and watch for calls of the original."""
         self.take_place()
         self._watching = self.optimizer.register_step_pre_hook(self.watch)
         self.compiled.fused_option.switch_off()
 
     def take_place(self) -> None:
-        """Take the place of `step`, and of `__getstate__`: torch's keeps no fields, so copies would be eager."""
+        """Replace `step` and `__getstate__`: torch's keeps no fields, so copies would be eager."""
         opt = self.optimizer
         step, getstate = types.MethodType(self._function, opt), types.MethodType(_fields_of_a_copy, opt)
         vars(opt).update({_STEP: step, _GETSTATE: getstate, _PATCH: self})
@@ -118,7 +118,7 @@ class Patch:
         self.compiled.release()
 
     def watch(self, opt: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """A step hook: say so where the original runs beside the compiled step."""
+        """Warn if the original runs beside the compiled step: a step hook."""
         if torch.compiler.is_compiling() or self._warned or self.compiled.running or not backend.compiling():
             return
         self._warned = True
@@ -132,7 +132,7 @@ class Patch:
 
 
 def _patched_copy(opt: torch.optim.Optimizer, options: dict[str, Any]) -> Patch:
-    """What a copy of an optimizer gets; it may have no other fields yet."""
+    """The patch of a copied optimizer, which may have no other fields yet."""
     patch = Patch(opt, options)
     patch.take_place()
     return patch
@@ -144,7 +144,7 @@ def _fields_of_a_copy(opt: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def _innermost(opt: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer whose step does the work."""
+    """The optimizer inside of wrappers."""
     while type(opt).__module__.startswith(_WRAPPERS):
         inside = getattr(opt, "optimizer", None)
         if not isinstance(inside, torch.optim.Optimizer):

@@ -1,4 +1,4 @@
-"""`compile_step`: torch.compile of an optimizer's step, with what a backend cannot set or notice."""
+"""`compile_step`: torch.compile of an optimizer's step, beyond what a backend can set or notice."""
 
 from __future__ import annotations
 
@@ -28,13 +28,12 @@ from npu_fuse_pass.user_warnings import warn
 
 
 def compile_step(opt: torch.optim.Optimizer, **options: Any) -> CompiledStep:
-    """A compiled step of `opt`: call it instead of `opt.step`, with or without a closure.
+    """Compile the step of `opt`: call the result instead of `opt.step`, with or without a closure.
 
-    It has recompiles of its own (instances of one class otherwise share torch's limit of 8), switches fused=True off
-    with a warning, and notices what a backend cannot: steps that never reach it. The first step of a class that is
-    neither ours nor torch's is eager where it makes states. Step hooks run outside of what is compiled, and so does a
-    closure. It may be put in the place of `opt.step`, before or after schedulers; `compile_optimizer_` does that, and
-    more.
+    It has its own limit of recompiles (instances of one class otherwise share torch's limit of 8), switches fused=True
+    off with a warning, and notices steps that never reach the backend. The first step of a third-party class is eager
+    where it makes states. Step hooks and closures run outside of the compiled function. It may replace `opt.step`,
+    before or after schedulers; `compile_optimizer_` does that, and more.
 
     Args:
         opt: any torch.optim.Optimizer.
@@ -50,11 +49,11 @@ def compile_step(opt: torch.optim.Optimizer, **options: Any) -> CompiledStep:
 
 
 class CompiledStep:
-    """What `compile_step` gives.
+    """The result of `compile_step`.
 
     Attributes:
-        running: whether a step is being done by it.
-        fused_option: fused=True of the optimizer, which every step finds switched off.
+        running: True during a step.
+        fused_option: the optimizer's fused=True, which is off during steps.
 
     Raises:
         UnfusedError: `strict`, and something is left unfused; this step has changed nothing.
@@ -94,12 +93,12 @@ class CompiledStep:
 
     @property
     def __self__(self) -> torch.optim.Optimizer:
-        """As of a method of the optimizer."""
+        """The optimizer, as for its own methods."""
         return self._opt
 
     @property
     def __func__(self) -> Callable[..., Any]:
-        """As of a method of the optimizer: a function that takes it first."""
+        """The function behind the method: it takes the optimizer first."""
         return function_of(self._original, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -142,7 +141,7 @@ class CompiledStep:
         return result
 
     def _closure_then_update(self, opt: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-        """What lies between the hooks. A closure runs a model, which is nothing for this backend."""
+        """The step between the hooks. A closure runs uncompiled: it runs a model."""
         closure = args[0] if args else kwargs.get("closure")
         if not callable(closure):
             return self._update(*args, **kwargs)
@@ -157,7 +156,7 @@ class CompiledStep:
         return self._compiled_update(**{**kwargs, "closure": apart})
 
     def _update(self, *args: Any, **kwargs: Any) -> Any:
-        """The step without a closure. Dynamo would never look again at one that had nothing to do."""
+        """The step without a closure. Skip empty ones: Dynamo would cache them as doing nothing."""
         ready = has_gradients(self._opt) or is_spread(self._opt)  # other processes may have gradients
         step = self._compiled_update if ready else self._between_hooks
         return step(*args, **kwargs)
@@ -178,7 +177,7 @@ class CompiledStep:
                 group["foreach"] = None
 
     def _missed(self) -> None:
-        """A step that updated parameters, but not in a compiled graph."""
+        """Handle a step that updated parameters, but not in a compiled graph."""
         self._steps += 1
         name = type(self._opt).__name__
         if self._compiled is not None and not self._warned:
@@ -196,7 +195,7 @@ class CompiledStep:
                 warn(f"npu_fused: nothing was compiled: {error}")
 
     def _why_no_further(self, last: CompileReport) -> str:
-        """Why a step is not compiled though an earlier one was, of which this is the report."""
+        """Why a step is not compiled though an earlier one was. `last`: the report of that."""
         if last.cause != FIRST.text:
             remedy = f". What to do: {last.cause_remedy}" if last.cause_remedy else ""
             return f"torch compiles no further variant of it, after one because of this: {last.cause}{remedy}"
@@ -209,17 +208,17 @@ class CompiledStep:
 
 
 def has_gradients(opt: torch.optim.Optimizer) -> bool:
-    """Whether a step of `opt` has anything to do."""
+    """True if a parameter of `opt` has a gradient."""
     return any(p.grad is not None for group in opt.param_groups for p in group["params"])
 
 
 def is_spread(opt: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer of ours has parameters that are spread over processes, which step together."""
+    """True if a rule optimizer has parameters sharded over processes, which step together."""
     return isinstance(opt, RuleOptimizer) and any(is_dtensor(p) for group in opt.param_groups for p in group["params"])
 
 
 def _may_be_foreach(group: dict[str, Any]) -> bool:
-    """Whether a group of torch's Adam leaves its form open, and the foreach form takes its settings and dtype."""
+    """True if a group of torch's Adam leaves its form open and the foreach form supports its settings and dtype."""
     if group.get("foreach", False) is not None or group.get("fused") or group.get("differentiable"):
         return False
     half = any(p.dtype is torch.float16 for p in group["params"][:1])  # docs/limits.md

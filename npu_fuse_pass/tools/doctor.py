@@ -1,4 +1,4 @@
-"""What fusing would gain for an optimizer that was seen at work, and what stands in the way."""
+"""Diagnosis of an observed optimizer: gains from fusing, and obstacles."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from npu_fuse_pass.rules.optimizer import RuleOptimizer
 from npu_fuse_pass.tools.explain import try_on_copy
 from npu_fuse_pass.tools.observe import Observed, measure
 
-_OURS = "an optimizer of ours or a rule never recompiles for it"
+_OURS = "an optimizer of this package or a rule never recompiles for it"
 # ours -> torch's class of the same kind, whose memory is measured for comparison
 _COUNTERPART = {"NpuFusedAdam": "Adam", "NpuFusedAdamW": "AdamW", "NpuFusedSGD": "SGD", "NpuFusedRMSpropTF": "RMSprop"}
 # Temporaries of torch_npu.optim 2.13 that live at once, in copies of all parameters, counted in its source: root and
@@ -28,7 +28,7 @@ _TORCH_NPU = {"Adam": (2, True), "AdamW": (2, False), "SGD": (0, True), "RMSprop
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """Something that stands in the way of fusing, or of the gain."""
+    """An obstacle to fusing, or to its gain."""
 
     what: str
     remedy: str | None = None
@@ -39,11 +39,11 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """What was found out about one optimizer.
+    """The diagnosis of one optimizer.
 
     Attributes:
-        memory: peak bytes that a step allocates, by who does the step.
-        findings: what stands in the way; empty if nothing does.
+        memory: peak bytes that a step allocates, by implementation.
+        findings: obstacles, if any.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Diagnosis:
 
 
 def examine(seen: Observed, check_numerics: bool = False) -> Diagnosis:
-    """Try the fused step on a copy of the optimizer, with the gradients that it has, and measure what it does."""
+    """Try the fused step on a copy of the optimizer, with its gradients, and measure it."""
     opt = seen.optimizer
     params = [p for group in opt.param_groups for p in group["params"]]
     memory = {} if seen.measured is None else {"as the script runs it, eagerly (measured)": seen.measured.peak_bytes}
@@ -98,7 +98,7 @@ def examine(seen: Observed, check_numerics: bool = False) -> Diagnosis:
 
 
 def _others(opt: torch.optim.Optimizer, params: list[Tensor]) -> dict[str, int]:
-    """What torch.optim's foreach form (its default on accelerators) and torch_npu.optim allocate."""
+    """Peak bytes of torch.optim's foreach form (its default on accelerators) and of torch_npu.optim."""
     name = _COUNTERPART.get(type(opt).__name__, type(opt).__name__)
     cls: Any = getattr(torch.optim, name, None)
     if hidden(opt) is not None and not opt.param_groups[0].get("fused"):
@@ -123,7 +123,7 @@ def _others(opt: torch.optim.Optimizer, params: list[Tensor]) -> dict[str, int]:
 
 
 def _tensors(params: list[Tensor]) -> list[Finding]:
-    """Memory and gradients that no kernel takes."""
+    """Findings about memory and gradients that no kernel supports."""
     found = []
     sparse = sum(p.grad is not None and p.grad.layout is not torch.strided for p in params)
     if sparse:
@@ -138,7 +138,7 @@ def _tensors(params: list[Tensor]) -> list[Finding]:
 
 
 def _numbers(seen: Observed) -> list[Finding]:
-    """Numbers that change and are part of a stock optimizer's graph."""
+    """Findings about changing numbers that are part of a stock optimizer's graph."""
     opt = seen.optimizer
     if isinstance(opt, RuleOptimizer):
         return []

@@ -1,4 +1,4 @@
-"""What changed between two dumps, in words."""
+"""Changes between two dumps, in words."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Summary = Mapping[str, Any]
 
 _SHARED = re.compile(r"\bx\d+\b")
 _MEASURED = re.compile(r'"measured":{[^}]*}')  # on the page
-_LINES = 6  # of a file that are told one by one
-_ALIKE = 0.4  # formulas that have this much in common are one that changed
+_LINES = 6  # of a file that are listed one by one
+_ALIKE = 0.4  # formulas of at least this similarity are one that changed
 
-# what a report says about a step, and about each of its groups
+# fields of a report about a step, and about each of its groups
 _STEP = {
     "torch": "torch version",
     "platform": "platform",
@@ -45,7 +45,7 @@ _TOLD = ("01_updates.txt", "02_groups.txt")  # line by line, where the report is
 
 
 def changes(one: pathlib.Path, two: pathlib.Path) -> list[str]:
-    """Every difference in a line; empty where there is none. Times do not count.
+    """One line per difference, times excepted.
 
     Args:
         one: a folder of dumps, or of one compile.
@@ -113,7 +113,7 @@ def _fields(names: Mapping[str, str], mine: Summary, yours: Summary, prefix: str
 
 
 def _groups(mine: Sequence[Summary], yours: Sequence[Summary]) -> Iterator[str]:
-    """Groups of one name have one formula; others are compared with the one that is most like them."""
+    """Changes of groups. Equal names mean equal formulas; others are compared with the most similar one."""
     before, after = {g["name"]: g for g in mine}, {g["name"]: g for g in yours}
     for name in (n for n in before if n in after):
         yield from _group(before[name], after[name], f"group {name}: ")
@@ -145,7 +145,7 @@ def _likeness(old: Summary, new: Summary) -> float:
 
 
 def _formula(old: Sequence[str], new: Sequence[str]) -> Iterator[str]:
-    """Terms by the name that they define."""
+    """Changes of terms, by the name that they define."""
     before = _terms(old)
     after = _renamed(_terms(new), before)
     for name in dict.fromkeys([*before, *after]):
@@ -188,7 +188,7 @@ def _file(name: str, old: Sequence[str], new: Sequence[str], in_detail: bool) ->
 
 
 def ordered(text: str) -> str:
-    """A form in which terms and factors have one order; the text itself where it cannot be read."""
+    """The formula with terms and factors in a canonical order; unchanged where it cannot be parsed."""
     code = text.replace("·", "*").replace("^", "**").replace("'", "_new")
     try:
         return _ordered(ast.parse(code, mode="eval").body)
@@ -211,7 +211,7 @@ def _ordered(node: ast.expr) -> str:
 
 
 def _parts(node: ast.expr, ops: tuple[type[ast.operator], ...], plain: str, inverse: str) -> list[str]:
-    """Terms of a sum, or factors of a product, each with its sign; those in brackets on the right are one part."""
+    """Terms of a sum, or factors of a product, each with its sign; a bracket on the right is one of them."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ops):
         mark = inverse if isinstance(node.op, ops[1]) else plain
         return [*_parts(node.left, ops, plain, inverse), f"{mark}{_ordered(node.right)}"]

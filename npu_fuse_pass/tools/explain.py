@@ -1,4 +1,4 @@
-"""`explain`: what the pass would do with an optimizer, found out on a copy of it."""
+"""`explain`: what the pass would do with an optimizer, tried on a copy."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _STEPS, _MOST_STEPS = 4, 6
 def explain(opt: torch.optim.Optimizer, **options: Any) -> CompileReport:
     """Compile and run steps of a copy of `opt`, and return the report of the last one.
 
-    There are four steps, and up to six where the fourth is compiled anew: by then torch has made numbers that change
-    symbolic, and what is compiled still will be at every step (`RECOMPILES` in the report).
+    There are four steps, and up to six where the fourth is compiled anew: by then torch has made changing numbers
+    symbolic, and what is still compiled will be at every step (`RECOMPILES` in the report).
 
     Values, states and gradients of `opt` do not change, and its hooks are not called. Parameters that require a
     gradient and have none get one of zeros, on the copy. Needs memory for one more copy of parameters and states.
@@ -50,14 +50,14 @@ def explain(opt: torch.optim.Optimizer, **options: Any) -> CompileReport:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """What came of compiled steps of a copy; `step` does another one, if the copy could be compiled."""
+    """The outcome of compiled steps of a copy; `step` does another one, if the copy could be compiled."""
 
     report: CompileReport
     step: Callable[[], Any] | None = None
 
 
 def try_on_copy(opt: torch.optim.Optimizer, options: dict[str, Any]) -> Trial:
-    """As `explain`, with the copy's compiled step."""
+    """`explain`, with the copy's compiled step."""
     watched = backend.Watched(options)
     reason = Code.DISABLED("NPU_FUSE_DISABLE=1 is set") if switched_off() else hidden(opt)
     if reason is not None:
@@ -90,7 +90,7 @@ def try_on_copy(opt: torch.optim.Optimizer, options: dict[str, Any]) -> Trial:
 
 
 def _steps(step: Callable[[], Any], watched: backend.Watched) -> bool:
-    """Make steps until one is compiled no more; whether the last one still was."""
+    """Make steps until one does not compile. Returns True if the last one still compiled."""
     seen: list[CompileReport] = []
     for i in range(_MOST_STEPS):
         watched.ran.clear()
@@ -103,7 +103,7 @@ def _steps(step: Callable[[], Any], watched: backend.Watched) -> bool:
 
 
 def _joined(reports: list[CompileReport]) -> CompileReport:
-    """One report of a step that torch broke into several graphs."""
+    """Join the reports of a step that torch broke into several graphs."""
     if len(reports) == 1:
         return reports[0]
     return dataclasses.replace(

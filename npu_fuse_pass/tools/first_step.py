@@ -1,7 +1,7 @@
-"""The first step of an optimizer that nobody here knows: it runs as it is, and what is compiled finds its states made.
+"""The first step of a third-party optimizer: it runs eagerly, so that states exist when a step is compiled.
 
-Dynamo would compile the first step as a graph of its own. Where states are copies of tensors, or are made behind a
-branch that it cannot follow, it would skip that code for good, though no later step runs it. And the first step shows
+Dynamo would compile the first step as a separate graph. Where states are copies of tensors, or are made behind a
+branch that it cannot follow, it would skip that code for good, though no later step runs it. The first step also shows
 which Python numbers change.
 """
 
@@ -16,13 +16,13 @@ import torch
 def first_eagerly(
     opt: torch.optim.Optimizer, step: Callable[..., Any], compiled: Callable[..., Any], changing: set[str]
 ) -> Callable[..., Any]:
-    """`compiled`, except that a first step which makes states is `step` itself.
+    """Wrap `compiled` so that a first step which makes states runs `step`.
 
-    States that are there (a checkpoint was loaded, eager steps were made) leave nothing to wait for. Dynamo makes the
-    states of torch's own classes while it captures, so that their first steps are compiled.
+    With existing states (from a checkpoint or eager steps) every step is compiled. So are first steps of torch's own
+    classes, whose states Dynamo makes while it captures.
 
     Args:
-        changing: gets the keys in groups and states whose Python numbers change: lr, and what the first step changed.
+        changing: filled with keys in groups and states whose Python numbers change: lr, and those of the first step.
     """
     if getattr(step, "__module__", "").startswith("torch.optim."):
         return compiled
@@ -54,6 +54,6 @@ def _numbers(opt: torch.optim.Optimizer) -> dict[str, list[float]]:
 
 
 def _has_states(opt: torch.optim.Optimizer) -> bool:
-    """Whether every parameter that is trained has a state; without any, the first step is eager, too."""
+    """True if there are trained parameters and all of them have states."""
     trained = [p for group in opt.param_groups for p in group["params"] if p.requires_grad]
     return bool(trained) and all(opt.state.get(p) for p in trained)

@@ -1,4 +1,4 @@
-"""Runs steps or whole scripts, and follows what every torch.compile with this backend comes to."""
+"""Run steps or whole scripts, and follow every torch.compile with this backend."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from npu_fuse_pass.tools.requests import Request, counted, followed, new_since, 
 
 
 class Session:
-    """While it is open, torch.compile with this backend leaves dumps in a folder, and is followed.
+    """A session in which torch.compile with this backend is followed and writes dumps to a folder.
 
     Attributes:
-        requests: in order.
+        requests: of torch.compile, in order.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Session:
         torch.compile = self._wrapped(before)
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="npu_fused: not fused")  # that is what is printed
+                warnings.filterwarnings("ignore", message="npu_fused: not fused")  # the session prints it
                 yield
         finally:
             torch.compile = before
@@ -54,7 +54,7 @@ class Session:
         """Why something is not fused, in words.
 
         Args:
-            ended: steps were made; otherwise it says nothing that no graph arrived.
+            ended: steps were made; otherwise a missing graph is no problem.
         """
         breaks = [text for text in backend.breaks() if text not in self._known]
         found = [text for request in self.requests if ended or request.reports for text in request.problems(breaks)]
@@ -67,12 +67,12 @@ class Session:
 
     @property
     def wrong(self) -> list[str]:
-        """What check_numerics found."""
+        """Differences that check_numerics found."""
         return [text for request in self.requests for text in request.wrong]
 
     @property
     def checked_steps(self) -> int:
-        """How many steps check_numerics has compared."""
+        """The number of steps that check_numerics has compared."""
         return sum(r.checked_steps for r in new_since(self._before))
 
     def _wrapped(self, compile: Callable[..., Any]) -> Callable[..., Any]:
@@ -95,10 +95,10 @@ class Session:
 
 
 def run_optimizer(session: Session, opt: torch.optim.Optimizer, steps: int = 2) -> str | None:
-    """Compile and run a step, twice: buffers that appear in the first one change the graph.
+    """Compile and run a step twice: buffers made in the first one change the graph.
 
     Returns:
-        Why it failed, or None; what the session has noted is no failure.
+        Why it failed, or None; problems that the session has noted are not failures.
     """
     with session.open():
         step = torch.compile(opt.step, backend="npu_fused")
@@ -116,7 +116,7 @@ def run_optimizer(session: Session, opt: torch.optim.Optimizer, steps: int = 2) 
 
 
 def times(make: Callable[[], torch.optim.Optimizer], options: Mapping[str, Any], steps: int = 20) -> dict[str, float]:
-    """Median seconds of a step, eager ("before") and compiled ("after"), each of an optimizer of its own."""
+    """Median seconds of a step, eager ("before") and compiled ("after"), each with a new optimizer."""
     found = {}
     for when in ("before", "after"):
         opt = make()

@@ -1,4 +1,4 @@
-"""torch's own fused kernels (fused=True), which it hides from every backend: switched off, and on again."""
+"""torch's own fused kernels (fused=True), which no backend sees: switched off, and on again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class FusedOption:
 
     Args:
         opt: the optimizer.
-        by: the function that was called to compile it, for the warning.
+        by: the public function that compiles it, for the warning.
     """
 
     def __init__(self, opt: torch.optim.Optimizer, by: str) -> None:
@@ -24,7 +24,7 @@ class FusedOption:
         self._were_on: list[dict[str, Any]] = []
 
     def switch_off(self) -> None:
-        """Take the form that backends are shown, with a warning; also after a checkpoint brought fused=True along."""
+        """Switch fused=True off with a warning, also when a checkpoint brings it back."""
         opt = self._opt
         if not uses_fused(opt):
             return
@@ -43,7 +43,7 @@ class FusedOption:
                 entry["step"] = step.cpu()
 
     def restore(self) -> None:
-        """Switch it on again where it was."""
+        """Switch fused=True on again where it was."""
         if not self._were_on:
             return
         for settings in self._were_on:

@@ -20,7 +20,7 @@ _SCHEDULED = 0.01  # a learning rate, where an optimizer asks for one
 
 
 def optimizers() -> dict[str, Callable[..., Any]]:
-    """Every optimizer that a name stands for: the library's, paddle's and torch.optim's."""
+    """Optimizers by name: the library's, paddle's and torch.optim's."""
     library, paddle = importlib.import_module("optimizers"), importlib.import_module("optimizers.paddle")
     stock = {n: c for n, c in vars(torch.optim).items() if inspect.isclass(c) and issubclass(c, torch.optim.Optimizer)}
     found: dict[str, Callable[..., Any]] = {n: c for n, c in stock.items() if n != "Optimizer"}
@@ -34,12 +34,12 @@ def _makes_optimizers(value: object) -> bool:
 
 
 def make(name: str, shapes: Sequence[Shape], options: Mapping[str, Any], device: str) -> torch.optim.Optimizer:
-    """An optimizer over random parameters with gradients; the same numbers every time.
+    """Make an optimizer over random parameters with gradients, from a fixed seed.
 
     Args:
         name: as in `optimizers`.
         shapes: of the parameters.
-        options: for its constructor; a learning rate that it asks for has a default.
+        options: for its constructor; a required learning rate has a default.
         device: of the parameters.
 
     Raises:
@@ -74,7 +74,7 @@ def make(name: str, shapes: Sequence[Shape], options: Mapping[str, Any], device:
 
 
 def _arguments(factory: Callable[..., Any]) -> dict[str, bool]:
-    """A constructor's arguments, and whether it needs each."""
+    """A constructor's arguments: True for required ones."""
     if isinstance(factory, Rule):
         return {"params": True, **dict.fromkeys([*factory.defaults, *sorted(OPTIONS)], False)}
     parameters = inspect.signature(factory).parameters
@@ -85,7 +85,7 @@ def shapes_of(model: str | None, count: int, shapes: Sequence[str]) -> list[Shap
     """A model's parameters, or `count` of some shapes in turn.
 
     Raises:
-        OptionError: an unknown model, or a shape that is none.
+        OptionError: an unknown model, or an invalid shape.
     """
     if model is not None:
         if model not in MODELS:

@@ -1,4 +1,4 @@
-"""Running a training script for a few steps while looking at the optimizers that it builds."""
+"""Run a training script for a few steps and observe the optimizers that it builds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from npu_fuse_pass.private_torch import find
 
-# operations that make a tensor or another view of one: no kernel runs for them
+# operations that create a tensor or a view: no kernel runs for them
 _NO_KERNEL = {
     *("alias", "as_strided", "detach", "empty", "empty_like", "empty_strided", "expand", "item"),
     *(
@@ -36,7 +36,7 @@ _NO_KERNEL = {
 
 @dataclasses.dataclass
 class Measured:
-    """What one step does: operations that ran a kernel, and bytes allocated beyond what lived before, at their peak."""
+    """Cost of one step: operations that ran a kernel, and peak bytes beyond those allocated before."""
 
     calls: int
     peak_bytes: int
@@ -44,13 +44,13 @@ class Measured:
 
 @dataclasses.dataclass
 class Observed:
-    """An optimizer of the script, and what its steps showed.
+    """An optimizer of the script, and observations of its steps.
 
     Attributes:
-        steps: how many were seen.
-        closures: whether a step was given a closure.
-        changed: Python numbers of its groups that had several values.
-        gradients: which parameters had gradients, one row for each distinct step.
+        steps: number of observed steps.
+        closures: True if a step got a closure.
+        changed: keys of Python numbers in its groups that changed.
+        gradients: distinct patterns of parameters with gradients.
         measured: the last step, as the script runs it; None where a profiler of the script was active.
     """
 
@@ -63,7 +63,7 @@ class Observed:
     _numbers: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def look(self, closure: bool) -> None:
-        """What can be seen right before a step."""
+        """Observe the optimizer right before a step."""
         self.steps += 1
         self.closures |= closure
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -78,7 +78,7 @@ class Observed:
 
 
 class _Enough(BaseException):
-    """Ends a script from inside a step; scripts that catch every Exception let it pass."""
+    """Ends a script from inside a step; not an Exception, so that scripts do not catch it."""
 
 
 def observe(path: str, arguments: Sequence[str], steps: int) -> list[Observed]:
@@ -121,7 +121,7 @@ def observe(path: str, arguments: Sequence[str], steps: int) -> list[Observed]:
 
 
 def measure(step: Callable[[], Any]) -> Measured:
-    """One call of a step."""
+    """Measure one call of a step."""
     with _memory_profile() as record:
         step()
     return _read(record)
@@ -148,7 +148,7 @@ def _read(record: profile) -> Measured:
 
 @contextlib.contextmanager
 def as_main(path: str, arguments: Sequence[str]) -> Iterator[None]:
-    """What a script sees when it is called by `python path arguments`."""
+    """Set sys.argv and sys.path as `python path arguments` does, inside the block."""
     argv, search = sys.argv, sys.path.copy()
     sys.argv = [path, *arguments]
     sys.path.insert(0, os.path.dirname(os.path.abspath(path)))

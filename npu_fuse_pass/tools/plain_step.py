@@ -1,4 +1,4 @@
-"""An optimizer's step without what torch, or this package, puts around it."""
+"""An optimizer's step without the wrappers of torch and of this package."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.optim import lr_scheduler
 
 from npu_fuse_pass.private_torch import find
 
-# what stands in the fields of an optimizer whose step was replaced: `compile_optimizer_` sets all three
+# fields of an optimizer whose step was replaced; `compile_optimizer_` sets all three
 PATCHED = ("step", "__getstate__", "_npu_fused")
-ORIGINAL = "_npu_fused_original"  # what a compiled step keeps the step under that it was made of
+ORIGINAL = "_npu_fused_original"  # attribute of a compiled step: the original step
 
 
 def plain_step(opt: torch.optim.Optimizer) -> Callable[..., Any]:
@@ -31,7 +31,7 @@ def plain_step(opt: torch.optim.Optimizer) -> Callable[..., Any]:
 
 
 def function_of(original: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """`compiled` as the function of a method that stands for `original`; schedulers leave it as it is."""
+    """`compiled` as the function of a method in place of `original`; schedulers do not wrap it again."""
 
     def step(opt: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         return compiled(*args, **kwargs)
@@ -43,7 +43,7 @@ def function_of(original: Callable[..., Any], compiled: Callable[..., Any]) -> C
 
 
 def is_hooked(step: Callable[..., Any]) -> bool:
-    """Whether a step is what torch makes of a class's method: the method itself, with the hooks around it."""
+    """True if a step is a class's method with torch's hooks around it, and nothing else."""
     return getattr(step, "__code__", None) is _HOOKED
 
 

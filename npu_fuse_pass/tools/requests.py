@@ -1,4 +1,4 @@
-"""What one torch.compile with this backend comes to: its graphs, its steps, and why it is not fused."""
+"""Requests: one torch.compile with this backend each, with its graphs, its steps, and why it is not fused."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class Request:
     """One torch.compile with this backend.
 
     Attributes:
-        name: of what is compiled.
-        hidden: why torch shows it to no backend, if it is known to.
-        graphs: how many arrived.
-        reports: of those that update something.
+        name: of the compiled function.
+        hidden: why torch shows it to no backend, if known.
+        graphs: number of captured graphs.
+        reports: of graphs that update something.
         breaks: where Dynamo ended a graph, and why.
         steps: calls with something to update, where an optimizer's own step is compiled.
-        eager: those of them in which no compiled graph ran.
-        missed: (of how many parameters, how many were updated), where a step updated fewer in compiled graphs.
-        wrong: what check_numerics found.
+        eager: steps in which no compiled graph ran.
+        missed: (parameters, updated ones) of a step that updated fewer in compiled graphs.
+        wrong: differences that check_numerics found.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Request:
     wrong: list[str] = dataclasses.field(default_factory=list)
 
     def problems(self, known_breaks: Sequence[str]) -> list[str]:
-        """Why it is not fused, in words; empty where everything is."""
+        """Why it is not fused, in words; empty if everything is."""
         breaks = [text for text in dict.fromkeys([*self.breaks, *known_breaks]) if _OWN_BREAK not in text]
         if not self.reports:
             reasons = [self.hidden] if self.hidden else [graph_break(text) for text in breaks]
@@ -69,7 +69,7 @@ class Request:
 
 
 def request_for(model: Any) -> Request:
-    """What is compiled, before anything has arrived."""
+    """The request for a function or module, before any graph was captured."""
     owner = getattr(model, "__self__", None)
     name = str(getattr(model, "__name__", type(model).__name__))
     why = hidden(owner) if isinstance(owner, torch.optim.Optimizer) else None
@@ -77,7 +77,7 @@ def request_for(model: Any) -> Request:
 
 
 def followed(request: Request, watched: backend.Watched) -> Callable[..., Any]:
-    """The backend, noting what arrives."""
+    """The backend, recording captured graphs in the request."""
 
     def compiled(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         request.graphs += 1
@@ -106,7 +106,7 @@ def _noting_numbers(request: Request, run: Callable[..., Any]) -> Callable[..., 
 
 
 def counted(request: Request, watched: backend.Watched, model: Any, step: Callable[..., Any]) -> Callable[..., Any]:
-    """A compiled step, noting how much of it compiled graphs did; only an optimizer's own step can be judged."""
+    """A compiled step that records which updates ran in compiled graphs; only for an optimizer's own step."""
     opt = getattr(model, "__self__", None)
     if not isinstance(opt, torch.optim.Optimizer):
         return step

@@ -1,6 +1,6 @@
-"""How a step is made fast: an optimizer of torch.optim as an update rule where that is proved, any other by Dynamo.
+"""The two ways to compile a step: torch.optim classes as update rules where that is proved, others by Dynamo.
 
-Every compiled step of an optimizer, however it is asked for, is made here.
+All entry points make the compiled step of an optimizer here.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from npu_fuse_pass.tools.symbolic import reading_numbers, symbolic_numbers
 
 
 def road(opt: torch.optim.Optimizer, step: Callable[..., Any], watched: backend.Watched) -> Callable[..., Any]:
-    """What makes the updates of a step.
+    """The function that makes the updates of a step.
 
     Args:
         opt: the optimizer.
-        step: what torch makes of its class's method, with the arguments of that; hooks run around the result.
-        watched: sees what is compiled.
+        step: the class's method as torch wraps it, with its arguments; hooks run around the result.
+        watched: the backend, which sees all compiles.
     """
     known = stock_class(opt, step)
     if isinstance(known, Reason):
@@ -39,7 +39,7 @@ def road(opt: torch.optim.Optimizer, step: Callable[..., Any], watched: backend.
 def captured(
     opt: torch.optim.Optimizer, step: Callable[..., Any], watched: backend.Watched, reason: Reason | None = None
 ) -> Callable[..., Any]:
-    """A step that Dynamo captures; for the report: why it is not run as a rule."""
+    """A step that Dynamo captures. `reason`: why it is not run as a rule, for the report."""
     if isinstance(opt, RuleOptimizer) and getattr(step, "__func__", None) is RuleOptimizer.step:
         return functools.partial(_of_rules, opt, backend.shared_core(watched))
     replaced = Code.NO_RULE(f"another function has taken the place of this {type(opt).__name__}'s step")
@@ -66,7 +66,7 @@ def _of_rules(opt: RuleOptimizer, core: Callable[..., Any], *args: Any, **kwargs
 
 
 class StockRoad:
-    """The updates of an optimizer of torch.optim, by its rule for as long as that computes them."""
+    """The updates of an optimizer of torch.optim, by its rule as long as that applies."""
 
     def __init__(self, binding: Binding, step: Callable[..., Any], watched: backend.Watched) -> None:
         self._binding, self._step, self._watched = binding, step, watched

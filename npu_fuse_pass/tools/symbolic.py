@@ -1,10 +1,10 @@
-"""Python's own numbers in a step that Dynamo traces: symbolic where they change, instead of a compile for each value.
+"""Python numbers in a step that Dynamo traces: symbolic where they change, instead of a compile for each value.
 
 Dynamo makes an integer that changed symbolic, but fixes it again where `math.pow`, `math.log` or `math.exp` takes it:
-it looks for torch._sym_pow and its like, which torch lacks (it has _sym_sqrt and others). They are there while a step
-that `compile_step` made is called, and only then: other compiles do not meet them. So is a context in the place of one
-that Dynamo does not look into; numbers that are known to change are symbolic in the first compile already; and Dynamo
-does not write `capturable`, an option of torch's classes, into the groups of others, where its guards then fail.
+it looks for torch._sym_pow and its like, which torch lacks (it has _sym_sqrt and others). They exist only
+while a step of `compile_step` is called; other compiles do not see them. The same holds for a traceable context in the
+place of one that Dynamo skips. Numbers that are known to change are symbolic from the first compile on, and Dynamo does
+not write `capturable`, an option of torch's classes, into the groups of others, where its guards then fail.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _set_capturable, _attribute_source, _variable, _lazy = _CAPTURABLE = (
 
 
 def _entry_as_if_changed(tx: Any, name: str, entry: Any, **kwargs: Any) -> Any:
-    """What Dynamo knows of an input; of a number that is known to change, that it has."""
+    """Dynamo's entry of an input; a number that is known to change is marked as changed."""
     found = _entry_of(tx, name, entry, **kwargs)
     key = re.search(r"\['(\w+)'\]$", name)
     if key is None or key[1] not in _changing.get() or not isinstance(found.scalar, (int, float)):
@@ -65,7 +65,7 @@ def _entry_as_if_changed(tx: Any, name: str, entry: Any, **kwargs: Any) -> Any:
 
 
 def _set_capturable_where_known(self: Any, tx: Any) -> None:
-    """As torch's, without the option in groups that do not have it."""
+    """Set `capturable` as torch does, but only in groups that have the option."""
     if any("capturable" in group for group in self.value.param_groups):
         _set_capturable(self, tx)
         return
@@ -76,7 +76,7 @@ def _set_capturable_where_known(self: Any, tx: Any) -> None:
 
 _MISSING = {"_sym_pow": _sym_pow, "_sym_exp": _sym_exp, **({"_sym_log": _sym_log} if _sym_log2 is not None else {})}
 # Libraries that compile parts of their steps themselves lift torch's limit of compiles meanwhile, in a context that
-# Dynamo does not look into; a step that is compiled as a whole has a limit of its own.
+# Dynamo skips; a step that is compiled as a whole has its own limit.
 _MEANWHILE: list[tuple[Any, str, Any]] = [
     *((torch, name, function) for name, function in _MISSING.items() if not hasattr(torch, name))
 ]
@@ -93,7 +93,7 @@ _BEFORE = [getattr(module, name, None) for module, name, _ in _MEANWHILE]
 
 @contextlib.contextmanager
 def symbolic_numbers(changing: Collection[str] = ()) -> Iterator[None]:
-    """While inside, a compile keeps `math`'s functions of changing numbers in the graph.
+    """Keep `math`'s functions of changing numbers in the graph: a context around compiles.
 
     Args:
         changing: keys in groups and states whose numbers are symbolic from the first compile on.
@@ -120,7 +120,7 @@ def symbolic_numbers(changing: Collection[str] = ()) -> Iterator[None]:
 
 
 def reading_numbers() -> contextlib.AbstractContextManager[None]:
-    """While inside, a compile of this thread keeps numbers that `item()` reads in the graph, instead of ending it.
+    """Keep numbers read by `item()` in the graph instead of breaking it: a context, for compiles of this thread.
 
     Dynamo's own check of what it assumes of such numbers is off: it cannot write a quotient of two of them, and fails.
     `torch._check` of a number is a node of the graph, and stays.

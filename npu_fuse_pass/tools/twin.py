@@ -13,10 +13,10 @@ from npu_fuse_pass.tools.plain_step import PATCHED
 
 
 def twin(opt: torch.optim.Optimizer, missing_gradients: bool = True) -> torch.optim.Optimizer:
-    """A copy of an optimizer with memory of its own, laid out and shared as that of the original.
+    """Copy an optimizer into new memory, with the layout and sharing of the original.
 
     Args:
-        missing_gradients: where a parameter has no gradient, its copy has one of zeros.
+        missing_gradients: copies of parameters without gradients get zero gradients.
     """
     memo: dict[Any, Any] = {}
     for group in opt.param_groups:
@@ -37,7 +37,7 @@ def twin(opt: torch.optim.Optimizer, missing_gradients: bool = True) -> torch.op
 
 
 def _copied(p: Tensor, memo: dict[Any, Any], missing_gradients: bool) -> Tensor:
-    """A parameter with its gradient; memory that tensors share stays shared."""
+    """Copy a parameter with its gradient; tensors that share memory still do."""
 
     def with_storage(t: Tensor) -> Tensor:
         storage = copy.deepcopy(t.untyped_storage(), memo)

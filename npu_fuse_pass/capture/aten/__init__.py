@@ -1,1 +1,1 @@
-"""What each operation of torch computes, as expressions."""
+"""torch's operations as expressions."""

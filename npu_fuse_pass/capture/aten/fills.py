@@ -45,7 +45,7 @@ def cast(b: Builder, x: Val, dtype: torch.dtype) -> Val:
 
 
 def as_number(b: Builder, x: Val) -> Val:
-    """A tensor of one element as what is 0-dim."""
+    """A tensor of one element as a 0-dim value."""
     expr = b.reduce("amax", b.cast(x.expr, torch.float64)) if x.expr.tensor else b.cast(x.expr, torch.float64)
     return Val(expr, x.dtype, ())
 
@@ -63,7 +63,7 @@ def _full_like(b: Builder, like: Val, value: Any, dtype: torch.dtype | None = No
 
 
 def _spread(b: Builder, x: Val, shape: tuple[int, ...], value: Any) -> Val:
-    """A tensor of one value, `x`; a number of Python's is rounded in the kernel, so that formulas show it as it is."""
+    """A tensor filled with `x`; a Python number is rounded in the kernel, so that formulas show it unrounded."""
     if x.dimmed:
         raise Unsupported("full", "fills with a tensor that has dimensions", Code.SHAPES)
     if not x.dtype.is_floating_point:
@@ -108,7 +108,7 @@ def _tensor(b: Builder, data: Any, dtype: torch.dtype | None = None, **kwargs: A
 
 
 def _nested(data: Any) -> tuple[tuple[int, ...], list[Any]]:
-    """The shape of nested lists, and what is in them."""
+    """The shape of nested lists, and their entries."""
     if not isinstance(data, (list, tuple)):
         return (), [data]
     below = [_nested(x) for x in data]
@@ -132,7 +132,7 @@ def _full(b: Builder, size: Any, value: Any, dtype: torch.dtype | None = None, *
 
 
 def _sized(value: float) -> Callable[..., Val]:
-    """`torch.zeros(2, 3)` and its like: the default dtype, and a size in one argument or several."""
+    """`torch.zeros(2, 3)` and the like: the default dtype, the size in one argument or several."""
 
     def make(b: Builder, *size: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Val:
         return _full(b, _sizes(size), value, dtype or torch.get_default_dtype(), **kwargs)
@@ -141,7 +141,7 @@ def _sized(value: float) -> Callable[..., Val]:
 
 
 def _new(value: float) -> Callable[..., Val]:
-    """`x.new_zeros(2, 3)` and its like: the dtype of x."""
+    """`x.new_zeros(2, 3)` and the like: the dtype of x."""
 
     def make(b: Builder, like: Val, *size: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Val:
         return _full(b, _sizes(size), value, dtype or like.dtype, **kwargs)

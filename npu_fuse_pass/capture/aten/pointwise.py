@@ -1,4 +1,4 @@
-"""What torch's pointwise operations compute, as expressions: one row per operation name.
+"""torch's pointwise operations as expressions: one row per operation name.
 
 Names are those of ATen without overload and without the trailing underscore of in-place forms; `_foreach_x` means "x on
 every element" and needs no row. Roundings follow ATen's CPU kernels as measured (float32, torch 2.13): `add` with
@@ -66,7 +66,7 @@ def evaluate(b: Builder, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _in_float(name: str, place: int | str, x: Any) -> bool:
-    """Whether ATen's kernels for half precision take this number or 0-dim tensor in float32."""
+    """True if ATen's kernels for half precision take this number or 0-dim tensor in float32."""
     number = not isinstance(x, Val) or x.number
     if name in ("mul", "multiply", "div", "divide", "true_divide"):
         return number or place == 1
@@ -76,20 +76,20 @@ def _in_float(name: str, place: int | str, x: Any) -> bool:
 _NOT_IN_HALF = {"floor_divide", "floordiv"}
 
 
-# of integers: what float64 computes exactly unless they are beyond 2**53
+# exact in float64 for integers up to 2**53
 _EXACT = {
     *("add", "sub", "subtract", "rsub", "neg", "negative", "abs", "absolute", "sign", "sgn", "floor", "ceil", "trunc"),
     *("round", "clamp", "clip", "clamp_min", "clamp_max", "maximum", "minimum", "max.other", "where", "relu"),
 }
-# what Python's integers give as integers, too
+# integers from Python's integers, too
 _OF_INTEGERS = {"mul", "multiply", "floor_divide", "floordiv", "remainder", "fmod", "pow", "sym_max", "sym_min"}
-# of integers: floating-point numbers of the default dtype
+# of integers: results of the default dtype
 _FLOATING = {*C_FUNCTIONS} - {"floor", "ceil", "trunc"}
 _FLOATING |= {"div", "divide", "true_divide", "reciprocal", "rsqrt", "sigmoid", "atan2", "copysign", "arctan"}
 
 
 def _common_shape(name: str, dimmed: list[Val]) -> tuple[int, ...]:
-    """The shape of a result: that of all tensors; one value everywhere can have any shape that is broadcast to it."""
+    """The common shape of all tensors; a tensor of one value fits if its shape broadcasts to it."""
     shapes = {v.shape for v in dimmed}
     tensors = {v.shape for v in dimmed if v.expr.tensor}
     try:
@@ -104,7 +104,7 @@ def _common_shape(name: str, dimmed: list[Val]) -> tuple[int, ...]:
 
 
 def _result_dtype(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype:
-    """As torch promotes: tensors with dimensions decide, then 0-dim ones, then numbers."""
+    """The dtype by torch's promotion: tensors with dimensions decide, then 0-dim ones, then numbers."""
     dtypes: list[list[torch.dtype]] = [[], [], []]
     for x in (*(args[1:] if name == "where" else args), *kwargs.values()):
         if isinstance(x, Val):
@@ -123,7 +123,7 @@ def _result_dtype(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
 
 def _combined(higher: torch.dtype | None, lower: torch.dtype | None) -> torch.dtype | None:
-    """What a category of arguments leaves of the one before it, which comes first."""
+    """The promoted dtype of two categories of arguments, of which `higher` takes precedence."""
     if higher is None or lower is None or higher.is_floating_point:
         return lower if higher is None else higher
     return torch.promote_types(higher, lower) if higher == torch.bool or lower.is_floating_point else higher

@@ -15,7 +15,7 @@ ROWS: dict[str, Decomposition] = {}
 
 
 def row(*names: str) -> Callable[[Decomposition], Decomposition]:
-    """Decorator: the row of these operations."""
+    """Register the decorated function as the row of these operations."""
 
     def add(function: Decomposition) -> Decomposition:
         ROWS.update(dict.fromkeys(names, function))
@@ -65,12 +65,12 @@ ROWS.update({"less_equal": ROWS["le"], "greater_equal": ROWS["ge"], "max.other":
 
 
 def _is(x: object, value: float) -> bool:
-    """Whether an argument is literally this number (a default that was left alone or written out)."""
+    """True if an argument is literally this number (a default, left out or written out)."""
     return (isinstance(x, Expr) and x.op == "const" and x.value == value) or (x is not None and x == value)
 
 
 def _are_masks(x: Expr, y: Expr) -> bool:
-    """Torch's sums and products of bool tensors are bool (isfinite is made of one)."""
+    """True for two bool tensors, whose sums and products are bool in torch (isfinite is made of one)."""
     return x.dtype == y.dtype == torch.bool
 
 
@@ -139,7 +139,7 @@ def _addcdiv(b: Builder, x: Expr, y: Expr, z: Expr, value: Any = 1) -> Expr:
 
 
 def _quotient(b: Builder, x: Expr, y: Expr) -> Expr:
-    """A quotient by what may be a sum of quotients by one number: x is multiplied by that number then.
+    """Divide x by y; if y is a sum of quotients by one number, x is multiplied by that number instead.
 
     While it is compiled, torch's for-loop Adam divides both terms of the denominator by the step size: 0 / 0 where that
     is 0 and so is the second moment, and infinite in float16 for ordinary gradients. An eager step multiplies the
@@ -161,7 +161,7 @@ def _plain_of(e: Expr) -> Expr:
 
 
 def _divisor(e: Expr) -> Expr | None:
-    """Of a quotient, which may be written as a product with a reciprocal."""
+    """The divisor of a quotient, which may be written as a product with a reciprocal; None for others."""
     if e.op == "div":
         return e.args[1]
     found = [a.args[0] for a in e.args if a.op == "reciprocal"] if e.op == "mul" else []
@@ -247,7 +247,7 @@ def _sym_log(b: Builder, x: Expr, base: Expr | None = None) -> Expr:
 
 @row("sym_max")
 def _sym_max(b: Builder, x: Expr, y: Expr) -> Expr:
-    """Python's max of two numbers: the first one where they do not compare."""
+    """Python's max of two numbers: the first one if neither is greater."""
     return b.op("where", b.op("gt", y, x), y, x)
 
 

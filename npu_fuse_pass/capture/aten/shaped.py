@@ -62,7 +62,7 @@ def _norm(b: Builder, x: Val, ord: Any = 2, dim: Any = None, *args: Any, **kwarg
 
 
 def _linalg_norm(b: Builder, x: Val, ord: Any = None, *args: Any, **kwargs: Any) -> Val:
-    """Of all elements where no order is given; with one, of a matrix, it is another norm."""
+    """The norm of all elements; with an order, that of a matrix is another norm and refused."""
     if ord is not None and len(x.shape) > 1:
         raise Unsupported("linalg_norm", "takes a norm of a matrix; without an order it can fuse", Code.REDUCTION)
     return _norm(b, x, 2 if ord is None else ord, *args, **kwargs)
@@ -105,14 +105,14 @@ def _nan_to_num(b: Builder, x: Val, nan: Any = None, posinf: Any = None, neginf:
 
 
 def _stored(b: Builder, x: Expr, dtype: torch.dtype) -> Val:
-    """A reduction's result as torch stores it: what is too large for its dtype is infinite, what is too small 0."""
+    """A reduction's result as torch stores it: overflow to infinity, underflow to 0."""
     narrow = dtype in (torch.float32, *HALF)
     return Val(b.cast(b.cast(x, dtype), torch.float64) if narrow else x, dtype, ())
 
 
 def _fma(b: Builder, x: Any, y: Any, z: Any) -> Val:
-    """Dynamo writes `addcmul_` and `addcdiv_` with a number as a product or quotient, then this; ATen multiplies by the
-    number first, so that a square that is too large for its dtype may be small enough.
+    """`prims.fma`, which Dynamo writes for `addcmul_` and `addcdiv_` after a product or quotient. ATen multiplies by
+    the number first, which can avoid an overflow.
     """
     number = isinstance(y, (int, float)) or (isinstance(y, Val) and y.number)
     inner = x.expr if isinstance(x, Val) else None
@@ -144,7 +144,7 @@ def _whole(name: str, x: Val, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         raise Unsupported(name, "keeps reduced dimensions; without keepdim it can fuse", Code.REDUCTION)
 
 
-# what gives a real tensor itself
+# operations that return a real tensor itself
 REAL = ("conj", "conj_physical", "resolve_conj", "resolve_neg", "real", "positive", "pos")
 
 SHAPED: dict[str, Callable[..., Val]] = {

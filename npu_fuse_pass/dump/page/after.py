@@ -1,4 +1,4 @@
-"""The step after fusing as boxes: leaves in lists, fused nodes, totals, original operations, what is written."""
+"""The step after fusing as boxes: leaves in lists, fused nodes, totals, original operations, written leaves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Box:
     Attributes:
         kind: "leaf" (a list of leaves), "fused", "contribute", "total", "kept" or "written".
         group: the fused node's number, for "fused" and "contribute".
-        count: how many leaves or calls it stands for.
+        count: number of leaves or calls that it stands for.
         origin: names of leaves or nodes.
     """
 
@@ -31,7 +31,7 @@ class Box:
 
 
 def after(contents: Contents) -> list[Box]:
-    """The boxes, arguments before what reads them."""
+    """The boxes, arguments before their readers."""
     return _After(contents.grouped.leaves).run(contents)
 
 
@@ -76,7 +76,7 @@ class _After:
         self._add(Box("written", name, [box], None, len(leaves), self._names(leaves), scalar))
 
     def _reads(self, group: Group, slots: Sequence[int]) -> list[int]:
-        """The boxes of what a group reads in these slots."""
+        """The boxes that a group reads in these slots."""
         found: list[int] = []
         for slot in slots:
             leaves = list(dict.fromkeys(m[slot] for m in group.members))
@@ -101,7 +101,7 @@ class _After:
         return [self._leaves[i].name for i in leaves]
 
     def _calls(self, calls: Sequence[Call]) -> None:
-        """Original operations; those of one name are one box."""
+        """Add original operations, one box per name."""
         by_name: dict[str, list[Call]] = {}
         for call in calls:
             target = call.target if isinstance(call.target, str) else getattr(call.target, "__name__", str(call.target))
@@ -118,7 +118,7 @@ class _After:
             self._made |= dict.fromkeys([i for call in several for i in call.results], box)
 
     def _add_totals(self, groups: Sequence[Group]) -> None:
-        """Totals in an order in which each depends on those before it."""
+        """Add totals in order of dependence."""
         parts: dict[int, list[tuple[int, Group, int]]] = {}
         for offset, group in enumerate(groups):
             for k in range(len(group.formula.contributions)):

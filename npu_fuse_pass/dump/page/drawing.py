@@ -1,4 +1,4 @@
-"""What a drawing of the step before fusing consists of."""
+"""The data of a drawing of the step before fusing."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ class Node:
 
     Attributes:
         kind: "op", "leaf" or "port".
-        name: the operation's, or what a leaf is for its parameter.
+        name: the operation's, or the role of a leaf for its parameter.
         args: boxes of this drawing, by number.
         note: an operation's numbers.
         origin: the name of the captured graph's node, or of the leaf.
         source: file, line and text of the code that called the operation.
-        groups: fused nodes that took it, by number.
+        groups: fused nodes that it became part of, by number.
         scalar: it has one value for each parameter.
         listed: it is one entry of a list operation.
         kept: it stays as it is.
-        count: how often it is there, one after the other.
+        count: number of repetitions in a row.
         to: the drawing that a port leads to; -1: that of all parameters together.
     """
 

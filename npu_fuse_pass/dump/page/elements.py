@@ -1,6 +1,6 @@
-"""A captured graph tensor by tensor: what list operations do to each of their entries, and whose that is.
+"""A captured graph tensor by tensor: the entries of list operations, and the parameters that they belong to.
 
-Only names and arguments are read, nothing is computed: this tells people where a fused node comes from.
+Only names and arguments are read, nothing is computed: this shows readers the origin of a fused node.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NO_OPERATION = {"_set_grad_enabled", "_enter_autocast", "_exit_autocast"}
 
 @dataclasses.dataclass(eq=False)
 class Element:
-    """A leaf (`node` is None), or what a node does to one tensor.
+    """A leaf (`node` is None), or a node's operation on one tensor.
 
     Attributes:
         name: the operation without `_foreach_`, or the leaf's name.
@@ -61,9 +61,9 @@ class Flow:
 
     Attributes:
         elements: those of operations, in the graph's order.
-        last: what each leaf holds after the step, by the name of its placeholder or attribute.
+        last: the element in each leaf after the step, by the name of its placeholder or attribute.
         given: the elements that a node was called on, by the node's name.
-        returned: what the graph returns.
+        returned: the graph's results.
     """
 
     def __init__(self, gm: fx.GraphModule, owners: Mapping[str, int | None], tensors: Container[str]) -> None:
@@ -115,7 +115,7 @@ class Flow:
         return self._one(node, name, None, args, kwargs, meta)
 
     def _one(self, node: fx.Node, name: str, index: int | None, args: Any, kwargs: Any, meta: Any) -> _Cell:
-        """What a node makes of one tensor; in place, the tensor's cell holds it from now on."""
+        """The cell of a node's result for one tensor; of an in-place operation, the tensor's own cell."""
         in_place = name.endswith("_") and not name.endswith("__")
         target = kwargs.get("out") if "out" in kwargs else args[0] if in_place and args else None
         read = args[1:] if name in _OVERWRITES else args
@@ -132,7 +132,7 @@ class Flow:
         return target
 
     def _in_lists(self, node: fx.Node, name: str, args: Any) -> None:
-        """Operations that write the tensors of their lists, each one by itself."""
+        """Record an operation that writes every tensor of its lists."""
         lists, others = [a for a in args if isinstance(a, (list, tuple))], [a for a in args if isinstance(a, _Cell)]
         entries = zip(*lists, strict=True)
         before = [cell.element for cell in others]
@@ -151,7 +151,7 @@ _LISTS_IN_PLACE = {"_amp_foreach_non_finite_check_and_unscale_", "rule_update"}
 
 
 def _owner(below: Sequence[Element], tensor: bool) -> int | None:
-    """One parameter's, if all its own inputs are; a tensor stays its parameter's when a total scales it."""
+    """The common owner of the inputs; a tensor keeps its owner when a total scales it."""
     owners = {e.owner for e in below} - {None}
     own = owners - {SEVERAL}
     if len(own) == 1 and (tensor or SEVERAL not in owners):
@@ -193,7 +193,7 @@ def _same_kind(given: Any, meta: Any) -> bool:
 
 
 def _note(args: Any, kwargs: Any) -> str:
-    """Numbers and options of a call, in a few words."""
+    """Numbers and options of a call as short text."""
     words = [text for a in args if (text := _text(a))]
     words += [f"{k}={text}" for k, v in kwargs.items() if k != "out" and (text := _text(v))]
     return " ".join(words)

@@ -1,4 +1,4 @@
-"""Parameters that the same operations update: found one by one, drawn once."""
+"""Families: parameters that the same operations update, drawn once."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from npu_fuse_pass.dump.page.elements import SEVERAL, Element
 
 
 class Member:
-    """The operations of one parameter, arguments first, and which groups took them."""
+    """The operations of one parameter, arguments first, and the groups that they became part of."""
 
     def __init__(self, labels: Mapping[str, str], kept: Container[str]) -> None:
         """
         Args:
-            labels: what leaves are to the parameter, by their names.
+            labels: roles of leaves for the parameter, by their names.
             kept: names of nodes that stay as they are.
         """
         self._labels = labels
@@ -25,7 +25,7 @@ class Member:
         self.groups: dict[Element, list[int]] = {}
 
     def add(self, root: Element, group: int | None) -> None:
-        """Everything below `root`; `group` took it, up to the original operations that stay."""
+        """Add everything below `root` to `group`, up to the original operations that stay."""
         seen: set[Element] = set()
         stack = [(root, False)]
         while stack:
@@ -37,7 +37,7 @@ class Member:
                 stack.append((e, True))
                 if self.stays(e):
                     for a in e.args if e not in self.groups else ():
-                        self.add(a, None)  # who took what it reads is known already
+                        self.add(a, None)  # groups of its arguments are known already
                 elif e.owner != SEVERAL:
                     stack += [(a, False) for a in reversed(e.args)]
 
@@ -50,19 +50,19 @@ class Member:
             self.groups[e].append(group)
 
     def stays(self, e: Element) -> bool:
-        """Whether an operation stays as it is."""
+        """True if an operation stays as it is."""
         return e.node is not None and e.node.name in self._kept
 
     def label(self, e: Element) -> str:
-        """What a leaf is to the parameter."""
+        """The role of a leaf for the parameter."""
         return self._labels.get(e.name, plain(e.name))
 
     def args(self, e: Element) -> tuple[Element, ...]:
-        """The arguments that are drawn; what several parameters have together is drawn elsewhere."""
+        """The arguments to draw; those shared by several parameters are drawn elsewhere."""
         return tuple(a for a in e.args if a in self.groups) if e.owner != SEVERAL else ()
 
     def signature(self) -> tuple[object, ...]:
-        """Equal for parameters that the same operations update."""
+        """A key, equal for parameters that the same operations update."""
         place = {e: i for i, e in enumerate(self.elements)}
         found: list[object] = []
         for e in self.elements:
@@ -84,7 +84,7 @@ class Family:
         return self._members[0]
 
     def add(self, member: Member, name: str, shape: tuple[int, ...]) -> None:
-        """One more parameter."""
+        """Add a parameter."""
         self._members.append(member)
         self._names.append(name)
         self._shapes.append(shape)
@@ -138,7 +138,7 @@ def call_site(trace: Any) -> str:
 
 
 def plain(name: str) -> str:
-    """A leaf's name as the user would write it, as far as it can be told from Dynamo's."""
+    """A leaf's name as the user would write it, as far as Dynamo's name allows."""
     found = re.search(r"param_groups_+(\d+)_+params_+(\d+)(_+grad)?", name)
     if found:
         return f"param_groups[{found[1]}].params[{found[2]}]{'.grad' if found[3] else ''}"

@@ -1,4 +1,4 @@
-"""The step of a rule optimizer before fusing: the operations of its rule, as they were traced."""
+"""The step of a rule optimizer before fusing: the traced operations of its rule."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _param(group: Group, member: int, leaves: Sequence[Leaf]) -> Leaf:
 
 
 def _totals(groups: Sequence[Group], drawings: list[Drawing]) -> Drawing | None:
-    """What parameters add up to."""
+    """The drawing of the totals over parameters."""
     users = {
         total: [i for i, g in enumerate(groups) if any(total in t for t in g.totals)]
         for total in sorted({t for g in groups for totals in g.totals for t in totals})

@@ -1,8 +1,8 @@
 """The step before fusing, drawn for one parameter of every family.
 
 A family is all parameters that the same operations update and that the same groups take: one drawing stands for them.
-What is computed over several parameters (a global norm) is a drawing of its own. Every operation knows the fused nodes
-that took it.
+Computations over several parameters (a global norm) are a separate drawing. Every operation has the fused nodes that it
+became part of.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def before(contents: Contents) -> Before:
 
 
 class _Provenance:
-    """Finds the families of a captured graph."""
+    """The families of a captured graph."""
 
     def __init__(self, contents: Contents) -> None:
         assert contents.original is not None
@@ -38,7 +38,7 @@ class _Provenance:
         self._flow = Flow(contents.original, owners, {name for name, i in named.items() if self._leaves[i].shape})
         self._kept = {call.node: call for stage in contents.grouped.stages for call in stage.calls}
         self._stored = self._last_values(contents)
-        self._exports: dict[int, list[Element]] = {}  # what a parameter gives to what several have together
+        self._exports: dict[int, list[Element]] = {}  # elements of a parameter that shared computations read
         for e in self._flow.elements:
             for a in e.args if e.owner == SEVERAL else ():
                 if a.owner is not None and a.owner != SEVERAL:
@@ -73,7 +73,7 @@ class _Provenance:
         return member
 
     def _last_values(self, contents: Contents) -> dict[int, Element]:
-        """What is stored in every leaf that a group writes: at the end, or for an original operation."""
+        """The element stored in every leaf that a group writes: at the end, or for an original operation."""
         stored: dict[int, Element] = {}
         for i, leaf in enumerate(self._leaves):
             if leaf.kind in ("input", "attribute") and leaf.name in self._flow.last:
@@ -87,7 +87,7 @@ class _Provenance:
         return stored
 
     def _shared(self, families: Sequence[Family]) -> Drawing | None:
-        """What is computed over several parameters; a chain of one operation (Python's sum) is one box."""
+        """The drawing of computations over several parameters; a chain of one operation (Python's sum) is one box."""
         number = {e: f for f, family in enumerate(families) for e in family.first.elements}
         several = [e for e in self._flow.elements if e.owner == SEVERAL]
         nodes: list[Node] = []
@@ -109,7 +109,7 @@ class _Provenance:
 
 
 def _takers(groups: Sequence[Group]) -> list[int]:
-    """Groups that add to totals or read them: what is computed over several parameters is computed with them."""
+    """Groups that add to totals or read them, and so compute over several parameters."""
     return [i for i, g in enumerate(groups) if g.formula.contributions or any("total" in x for x in g.labels)]
 
 

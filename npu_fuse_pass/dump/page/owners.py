@@ -1,4 +1,4 @@
-"""Which leaves belong to one parameter: its gradient, its states, what is computed for it between fused kernels."""
+"""Leaves by parameter: its gradient, its states, temporaries between fused kernels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Owners:
 
     Attributes:
         of_leaf: the parameter that a leaf belongs to, by index; leaves of several or of none are missing.
-        members: for every parameter, what it is in the groups: pairs of a group's and a member's number.
+        members: for every parameter its places in the groups: pairs of a group's and a member's number.
     """
 
     def __init__(self, leaves: Sequence[Leaf], groups: Sequence[Group], stages: Sequence[GroupedStage]) -> None:
@@ -48,13 +48,13 @@ class Owners:
             self._sets.join(i, leaves[0])
 
     def _join_results(self, call: Call) -> None:
-        """What an operation makes of one parameter's tensors is that parameter's."""
+        """Assign an operation's results to the parameter that its tensors belong to."""
         read = [ref.index for ref in references((call.args, call.kwargs)) if self._leaves[ref.index].shape]
         if read and len({self._sets.find(i) for i in read}) == 1:
             self._join([read[0], *(i for i in call.results if self._leaves[i].shape)])
 
     def _join_counters(self, members: Sequence[Sequence[int]]) -> None:
-        """A 0-dim leaf that only one parameter reads is its own: a step counter."""
+        """Assign 0-dim leaves that only one parameter reads (step counters) to it."""
         users: dict[int, set[int]] = {}
         for member in members:
             tensor = next((i for i in member if self._leaves[i].shape), None)

@@ -1,6 +1,6 @@
-"""One compile as one page: `index.html`, which needs no server, no network and nothing beside it.
+"""One compile as one page: `index.html`, self-contained, without server or network.
 
-What the page shows travels in it as JSON: names, shapes, formulas and sources, no values of tensors.
+The page holds its data as JSON: names, shapes, formulas and sources, no values of tensors.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from npu_fuse_pass.report.rows import group_report
 
 # in this order; the last one starts the page
 _SCRIPTS = (*("text", "layout", "graph", "keys", "details"), *("totals", "search", "before", "after", "page"))
-# Memory bandwidth that times are modelled with until a reader enters another, in GB/s, and where it comes from.
+# Default memory bandwidth of modelled times, in GB/s, and its source; readers can enter another.
 _BANDWIDTH = {"npu": (1600, "an Atlas A2's HBM, as CANN's guide states it"), "": (20, "a guess for one CPU socket")}
 
 
@@ -40,7 +40,7 @@ def page(contents: Contents, measured: Mapping[str, float] | None = None) -> str
         measured: seconds per step, where they were measured: "before", "after".
 
     Returns:
-        HTML. Names are data to it, whatever they hold.
+        HTML. Names are escaped.
     """
     data = {**_facts(contents), "measured": dict(measured or {})}
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=str)
@@ -53,7 +53,7 @@ def page(contents: Contents, measured: Mapping[str, float] | None = None) -> str
 
 
 def with_times(text: str, measured: Mapping[str, float]) -> str:
-    """A page that has no measured times, with some: seconds per step, "before" and "after"."""
+    """The page with measured times filled in: seconds per step, "before" and "after"."""
     return text.replace('"measured":{}', f'"measured":{json.dumps(dict(measured))}')
 
 
@@ -87,7 +87,7 @@ def _facts(contents: Contents) -> dict[str, Any]:
 
 
 class _Names:
-    """Names of leaves and nodes, each once; 2000 parameters have many long ones, and several boxes list them."""
+    """Names of leaves and nodes, stored once each: with 2000 parameters several boxes list many long ones."""
 
     def __init__(self) -> None:
         self.listed: list[str] = []
@@ -101,7 +101,7 @@ class _Names:
 
 
 def _totals(contents: Contents, drawn: Before, boxes: Sequence[Box]) -> dict[str, Any]:
-    """Of the whole step; pairs are before and after."""
+    """Totals of the whole step; pairs are before and after."""
     report = contents.report
     kept = sum(b.count for b in boxes if b.kind == "kept")
     if contents.original is None:
@@ -148,7 +148,7 @@ def _not_lowered(g: Group, contents: Contents) -> GroupReport:
 
 
 def _captured(contents: Contents) -> list[list[Any]]:
-    """Where nothing could be fused: which operations the graph has, and how many of each."""
+    """Where nothing was fused: the graph's operations, and how many of each."""
     if contents.grouped.groups or contents.original is None:
         return []
     found = collections.Counter(operation_name(n) for n in contents.original.graph.nodes if _computes(n))
@@ -168,7 +168,7 @@ def _drawing(d: Drawing, names: _Names) -> dict[str, Any]:
 
 
 def _fields(x: Node | Box, names: _Names) -> dict[str, Any]:
-    """What is not as it is by default; lists of names by number."""
+    """The fields that differ from their defaults; lists of names by number."""
     empty = type(x)("", "")
     pairs = ((f.name, getattr(x, f.name)) for f in dataclasses.fields(x))
     found = {name: value for name, value in pairs if name in ("kind", "name") or value != getattr(empty, name)}

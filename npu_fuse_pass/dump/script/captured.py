@@ -1,4 +1,4 @@
-"""The step before fusing as a graph on the leaves of the fused one; a rule is a function that it calls."""
+"""The step before fusing as a graph over the leaves of the fused one; rules are functions that it calls."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _NUMBERS: dict[type, tuple[type, ...]] = {int: (int, torch.SymInt), float: (floa
 
 
 class CapturedStep:
-    """What Dynamo captured, with the rules of rule optimizers in it.
+    """The graph that Dynamo captured, with the rules of rule optimizers in it.
 
     Args:
         contents: of the compile.
         arguments: names of the leaves that are given to the step.
 
     Attributes:
-        graph: gets these leaves in order, gives what the captured graph returns.
+        graph: takes these leaves in order, returns the results of the captured graph.
         functions: names of the functions that it calls as modules, by their graphs' source.
-        globals: what these functions call by names that fx gives, `math_sqrt` for example.
+        globals: callables of these functions by the names that fx gives, `math_sqrt` for example.
     """
 
     def __init__(self, contents: Contents, arguments: Mapping[int, str]) -> None:
@@ -63,13 +63,13 @@ class CapturedStep:
                 nodes[node] = self.graph.node_copy(node, nodes.__getitem__)
 
     def _number(self, node: fx.Node, leaf: fx.Node) -> fx.Node:
-        """An argument; as a Python number where the captured graph gets one."""
+        """An argument, converted where the captured graph takes a Python number."""
         value = node.meta.get("example_value", node.meta.get("val"))
         number = next((made for made, kinds in _NUMBERS.items() if isinstance(value, kinds)), None)
         return leaf if number is None else self.graph.call_function(number, (leaf,))
 
     def _add_expanded(self, node: fx.Node, made: Expanded, nodes: Mapping[fx.Node, fx.Node]) -> None:
-        """An optimizer's step inside a graph: `rule_update(params, grads, found_inf, optimizer)`."""
+        """Add an optimizer's step inside a graph: `rule_update(params, grads, found_inf, optimizer)`."""
         arguments: Any = node.args
         own = {leaf: self._leaves[i] for leaf, i in made.kept.items()}
         own |= {leaf: nodes[arguments[which][position]] for leaf, (which, position) in made.given.items()}
@@ -77,7 +77,7 @@ class CapturedStep:
         self._add_rules(made.updates, own, skip)
 
     def _add_rules(self, updates: Sequence[Update], nodes: Mapping[int, fx.Node], skip: fx.Node | None = None) -> None:
-        """An optimizer's step, parameter after parameter; nothing is written where `skip` is true."""
+        """Add an optimizer's step, parameter by parameter; nothing is written where `skip` is true."""
         members = [(u, m, self._known(u, [nodes.get(i) for i in m])) for u in updates if u.traced for m in u.members]
         parts: dict[str, list[fx.Node]] = {}
         for update, _, known in members:
@@ -116,7 +116,7 @@ class CapturedStep:
         return self.graph.call_module(self._names[gm], tuple(known[a] for a in arguments))
 
     def _function(self, gm: fx.GraphModule, rule: str, arguments: list[str]) -> str:
-        """The name of the function that a traced graph is; equal ones are one."""
+        """The name of the function for a traced graph; equal graphs share one."""
         function = fx.Graph()
         given = gm.graph.find_nodes(op="placeholder")
         nodes = {node: function.placeholder(name) for node, name in zip(given, arguments, strict=True)}
@@ -132,7 +132,7 @@ class CapturedStep:
 
 
 def _idle(node: fx.Node) -> bool:
-    """Nothing reads what it makes, and it does nothing else."""
+    """True if nothing reads a node's result, and it has no side effects."""
     schema = getattr(node.target, "_schema", None)
     return not node.users and isinstance(node.target, Operation) and schema is not None and not schema.is_mutable
 

@@ -29,7 +29,7 @@ _BEGIN, _END = "# what follows differs from step to step\n", "# what follows is 
 
 
 def captured(contents: Contents) -> str:
-    """The captured graph; of a rule optimizer by itself its rules, which Dynamo's graph only names."""
+    """The captured graph; of a rule optimizer's own step the rules, which Dynamo's graph only names."""
     if contents.original is not None:
         text: str = contents.original.print_readable(print_output=False)
         return re.sub(r"(?<=# File: )(\S*/site-packages/|" + re.escape(f"{os.getcwd()}/") + ")", "", text)
@@ -71,13 +71,13 @@ def script(contents: Contents) -> str | None:
 
 
 def _arguments(contents: Contents) -> dict[int, str]:
-    """The leaves that are given to the step, in order, by the names that the fused graph has for them."""
+    """The step's arguments, in order: leaves with their names in the fused graph."""
     leaves = enumerate(contents.grouped.leaves)
     return {i: argument_name(leaf) for i, leaf in leaves if leaf.kind in ("input", "attribute")}
 
 
 def _class(name: str, graph: fx.Graph, functions: Mapping[str, str]) -> Iterator[str]:
-    """A graph as a class like a module; the functions that it calls are methods."""
+    """A graph as a module-like class; the functions that it calls are methods."""
     yield f"class {name}:"
     for source, function in {**functions, graph.python_code("self").src: "forward"}.items():
         yield textwrap.indent(source.strip().replace("def forward(", f"def {function}(", 1), "    ")
@@ -128,7 +128,7 @@ def _inputs(contents: Contents, arguments: Mapping[int, str]) -> Iterator[str]:
 
 
 def _compared_with_zero(contents: Contents) -> set[int]:
-    """A weight decay, or whether a gradient is infinite."""
+    """Leaves that a formula compares with zero: a weight decay, a flag for infinite gradients."""
     return {
         m[leaf.value]  # type: ignore[index]
         for g in contents.grouped.all_groups

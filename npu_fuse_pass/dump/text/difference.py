@@ -1,4 +1,4 @@
-"""Why two groups are not one: dtypes, or the first term in which their formulas differ.
+"""The difference between two groups: dtypes, or the first term in which their formulas differ.
 
 Groups of other dtypes differ in casts, and therefore in the order of sums and products too: both are looked through.
 """
@@ -16,7 +16,7 @@ from npu_fuse_pass.ir.types import Group
 
 
 def difference(one: Group, other: Group) -> str:
-    """How `other` differs from `one`, in words."""
+    """The difference of `other` from `one`, in words."""
     structures = {**_structures(one), **_structures(other)}
     mine, yours = _roots(one), _roots(other)
     if _count(mine, structures) != _count(yours, structures):
@@ -31,7 +31,7 @@ def _other_structure(one: Group, other: Group, structures: dict[int, str]) -> st
     mine, yours = _roots(one), _roots(other)
     if len(mine) != len(yours):
         return f"another structure: it writes {', '.join(yours)} instead of {', '.join(mine)}"
-    # Dynamo's names of states say nothing: what is compared is the pair of writes that differ least
+    # Dynamo's names of states mean nothing: compare the pair of writes that differ least
     pairs = (_first(a, b, structures) for a, b in itertools.product(mine.values(), yours.values()))
     before, after = min((found for found in pairs if found is not None), key=_size)
     return (
@@ -58,7 +58,7 @@ def _dtypes(group: Group) -> str:
 
 
 def _structures(group: Group) -> dict[int, str]:
-    """For every expression a hash that only its operations decide: not dtypes, casts, leaves nor the order of sums."""
+    """For every expression a hash of its operations alone, without dtypes, casts, leaves and the order of sums."""
     names: dict[int, str] = {}
     for e in postorder(group.formula.roots):
         below = [names[id(a)] for a in e.args]
@@ -86,7 +86,7 @@ def _first(a: Expr, b: Expr, structures: dict[int, str]) -> tuple[Expr, Expr] | 
 
 
 def _pairs(a: Expr, b: Expr, structures: dict[int, str]) -> Iterator[tuple[Expr, Expr]]:
-    """Arguments at the same place; of a sum or product, those that have no equal on the other side."""
+    """Arguments at the same place; of a sum or product, those without an equal on the other side."""
     if a.op not in COMMUTATIVE:
         yield from zip(a.args, b.args, strict=True)
         return

@@ -14,7 +14,7 @@ _WHAT = {
     "exists on the device only: DUMP_GE_GRAPH=2 writes it",
 }
 _LONGEST = 64  # operations that repeat together, at most
-_INPUTS = 12  # of an operation that are told
+_INPUTS = 12  # of an operation that are listed
 _NODE = re.compile(r"^node \{\n(.*?)^\}\n", re.MULTILINE | re.DOTALL)
 _FIELD = re.compile(r'^    (name|op|input): "(.*)"$', re.MULTILINE)
 _ATTRIBUTE = re.compile(r'^        key: "(.*)"\n        value \{\n            s: (.*)$', re.MULTILINE)
@@ -25,7 +25,7 @@ _TYPE = re.compile(r"dtype: DT_(\w+)")
 
 @dataclasses.dataclass(frozen=True)
 class _Operation:
-    """One GE operation: its line, and what it has in common with others that do the same to other tensors."""
+    """One GE operation: its line, and a key that it shares with the same operation on other tensors."""
 
     line: str
     kind: tuple[str, str, int]
@@ -33,12 +33,12 @@ class _Operation:
 
 
 def file(kind: str, graphs: Mapping[str, str]) -> str | None:
-    """A graph as torchair writes it, under a line that says what it is; None if there is none."""
+    """A graph as torchair writes it, under a heading; None if there is none."""
     return f"# {_WHAT[kind]}\n{graphs[kind]}" if kind in graphs else None
 
 
 def listing(graphs: Mapping[str, str]) -> str | None:
-    """Every operation in a line, repeated ones once; None without GE graphs."""
+    """One line per operation, repeated ones once; None without GE graphs."""
     lines: list[str] = []
     for kind in (k for k in _WHAT if k in graphs):
         operations = list(map(_operation, _NODE.findall(graphs[kind])))
@@ -78,7 +78,7 @@ def _collapsed(operations: Sequence[_Operation]) -> Iterator[str]:
 
 
 def _repeats(kinds: Sequence[object], at: int, length: int) -> tuple[int, int]:
-    """How often the next `length` operations come one after another; a single operation if they come once."""
+    """The pattern `length` and its number of repetitions from here on; (1, 1) if it does not repeat."""
     times = 1
     while kinds[at : at + length] == kinds[at + times * length : at + (times + 1) * length]:
         times += 1

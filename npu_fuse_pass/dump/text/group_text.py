@@ -1,4 +1,4 @@
-"""01_updates.txt and 02_groups.txt: what is computed, for whom, and why it is not one group."""
+"""01_updates.txt and 02_groups.txt: updates and groups with formulas and members, and how groups differ."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _KINDS = {
 
 
 def updates(contents: Contents) -> str:
-    """Every update as capture read it, as mathematics with its numbers; the groups that it became part of are named."""
+    """Every captured update as mathematics with its numbers, and the groups that it became part of."""
     captured = contents.captured
     every = [*(u for stage in captured.stages for u in stage.updates), *captured.updates]
     groups = contents.grouped.all_groups
@@ -45,7 +45,7 @@ def updates(contents: Contents) -> str:
 
 
 def _known_by(update: Update, leaves: Sequence[Leaf], member: tuple[int, ...]) -> Leaf:
-    """As `written_leaf` for an update that is in no group yet."""
+    """As `written_leaf`, for an update before grouping."""
     written = [position for position, _ in update.writes if update.slots[position].tensor]
     named = [position for position in written if update.labels[position] == "param"]
     return leaves[member[(named or written or [position for position, _ in update.writes] or [0])[0]]]
@@ -79,7 +79,7 @@ def _call(call: Call) -> str:
 
 
 def _by_shape(known_by: Sequence[Leaf]) -> list[str]:
-    """Members of one shape in a line, by the leaves that they are known by."""
+    """One line per shape: the members of that shape, by the leaves that name them."""
     by_shape: dict[str, list[str]] = {}
     for leaf in known_by:
         by_shape.setdefault(typed(leaf), []).append(parameter_name(leaf))

@@ -24,10 +24,10 @@ def kernels(contents: Contents) -> str | None:
 
 
 def annotated(group: Group, contents: Contents, source: str) -> str:
-    """A kernel's source with comments; the formula stands above it."""
+    """A kernel's source with comments, below the formula."""
     labels = labels_of(group, contents.grouped.leaves, group.members[0])
     names = named_values(group.formula, labels)
-    values = [names[id(e)] for e in postorder(group.formula.roots)]  # what the generator calls v0, v1, …
+    values = [names[id(e)] for e in postorder(group.formula.roots)]  # v0, v1, … in generated code
     lines = [f"// {group.name}", *(f"//   {line}" for line in readable(group.formula, labels).splitlines())]
     for line in itertools.dropwhile(lambda x: x.startswith("// "), source.splitlines()):  # its identity: 02_groups.txt
         value, tensor = _VALUE.match(line), _TENSOR.match(line)

@@ -1,1 +1,1 @@
-"""Steps as GE graphs through torchair. The only room that imports torch_npu and torchair."""
+"""The NPU lowering: steps as GE graphs through torchair. Only this room imports torch_npu and torchair."""

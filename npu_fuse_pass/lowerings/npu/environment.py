@@ -1,4 +1,4 @@
-"""What the NPU's lowering needs of its environment: torch_npu, torchair and CANN, imported when they are asked for."""
+"""Access to the environment of the NPU lowering: torch_npu, torchair and CANN, imported on demand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _INSTALL = (
 
 
 def require() -> Any:
-    """The torchair module, with converters for the fused nodes registered.
+    """Import torchair and register converters for the fused nodes. Returns the module.
 
     Raises:
         PlatformError: torch_npu or torchair is missing or does not load; says what to install.
@@ -35,19 +35,19 @@ def require() -> Any:
 
 
 def serve() -> None:
-    """Register the converters where torchair runs already: it has called `fuse_pass`, and will meet the fused nodes."""
+    """Register the converters if torchair is loaded: it has called `fuse_pass`, and will meet the fused nodes."""
     if "torchair" in sys.modules:
         require()
 
 
 def is_config(value: object) -> bool:
-    """Whether a value is torchair's CompilerConfig; where nothing has imported torchair yet, there is none."""
+    """True if a value is torchair's CompilerConfig; False before torchair is imported."""
     torchair = sys.modules.get("torchair")
     return torchair is not None and isinstance(value, torchair.CompilerConfig)
 
 
 def versions() -> str:
-    """What a bug report needs to know of the environment, as far as it can be found out."""
+    """The versions for a bug report, as far as they are known."""
     import torch_npu
 
     asked = {
@@ -60,13 +60,13 @@ def versions() -> str:
     for name, ask in asked.items():
         try:
             found.append(f"{name} {ask() or 'unknown'}")
-        except Exception:  # this is asked where something is broken already
+        except Exception:  # called where something is broken already
             found.append(f"{name} unknown")
     return ", ".join(found)
 
 
 def chip() -> str:
-    """The name of the chip that torch_npu would run on, "" where it cannot tell."""
+    """The chip's name from torch_npu; "" if unknown."""
     import torch_npu
 
     try:

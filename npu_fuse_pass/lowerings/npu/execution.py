@@ -1,4 +1,4 @@
-"""Running the GE graph: a first run that can be undone, and later ones that cannot."""
+"""Execution of the GE graph: a first run that can be undone, and later ones that cannot."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _SEND = "Please report it, with this message and what print(npu_fuse_pass.report
 
 
 class Execution:
-    """What torchair compiled. GE loads and compiles the graph when it is first called, so that is where it refuses.
+    """A graph compiled by torchair. GE loads and compiles it at the first call, which is where it refuses.
 
     Args:
         compiled: torchair's callable.
-        versions: describes the environment, where something fails.
+        versions: describes the environment for error messages.
     """
 
     def __init__(self, compiled: Callable[..., Sequence[Tensor]], versions: Callable[[], str]) -> None:
@@ -34,7 +34,7 @@ class Execution:
             written: which of them it writes to.
 
         Raises:
-            GraphRefused: the first run failed; all inputs have the values that they had.
+            GraphRefused: the first run failed; all inputs have their old values.
             StepFailedError: a later run failed.
         """
         if not self._works:
@@ -44,7 +44,7 @@ class Execution:
         try:
             return self.compiled(*inputs)
         except Exception as e:
-            # GE writes in place, in an order of its own, and nobody knows how far it came: the original step on top
+            # GE writes in place, in an order of its own, and it is unknown how far it came: the original step on top
             # of that could apply a part of the update twice, silently. Undoing it would take a copy of all parameters
             # and states at every step, for what happens once in the life of a device. So this one is the user's.
             lead = (
@@ -54,7 +54,7 @@ class Execution:
             raise StepFailedError(f"{refusal(lead, e, self._versions())}. {_SEND}") from e
 
     def _first(self, inputs: Sequence[Tensor], written: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Run with a copy of everything that is written, in the host's memory: the device's may be full."""
+        """Run with a backup of written tensors in host memory: the device's may be full."""
         before = [t.to("cpu", copy=True) for t in written]
         try:
             results = self.compiled(*inputs)
@@ -78,14 +78,14 @@ class Execution:
 
 
 def wait_for(devices: Iterable[torch.device]) -> None:
-    """Until all that was started on the devices is done."""
+    """Wait until the devices are idle."""
     for device in devices:
         if device.type != "cpu":
             torch.get_device_module(device).synchronize(device)
 
 
 def refusal(lead: str, error: BaseException, versions: str) -> str:
-    """A message that holds everything needed to find out what happened on another machine."""
+    """An error message with all that is needed for diagnosis on another machine."""
     return f"{lead}: {_first_words(error)} [{versions}]"
 
 

@@ -1,4 +1,4 @@
-"""torch's fake tensors, which a GE graph is made with."""
+"""torch's fake tensors, used to make GE graphs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ else:
 
 
 def refused() -> Reason | None:
-    """Why torch itself allows no graph for GE: the private name that this one lacks."""
+    """Why this torch allows no GE graph: the private name that it lacks; None if it has all."""
     try:
         for name in (_FAKE_TENSOR, _FAKE_MODE, _NO_DISPATCH, _TRACING, _CONTEXT):
             need(name)
@@ -33,5 +33,5 @@ def refused() -> Reason | None:
 
 
 def while_traced(mode: Any) -> contextlib.AbstractContextManager[Any]:
-    """Where torchair compiles: it asks torch for the mode of the graph's fake tensors."""
+    """A context for torchair's compile, which asks torch for the mode of the graph's fake tensors."""
     return need(_TRACING)(need(_CONTEXT)(mode))  # type: ignore[no-any-return]

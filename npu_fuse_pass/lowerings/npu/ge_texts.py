@@ -1,6 +1,6 @@
 """GE graphs in text form for a dump: as converted, and as GE gets them at the first run.
 
-torchair writes both itself where its configuration asks for it (`debug.graph_dump`), so that is what is used.
+torchair writes both if its configuration asks for it (`debug.graph_dump`), which is used here.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Texts:
         self._waits = False
 
     def follow(self, show: Callable[[Mapping[str, str]], None]) -> None:
-        """`show` is called with the graphs whenever they have changed."""
+        """Call `show` with the graphs whenever they change."""
         self._show = show
 
     def kernels(self, text: str) -> None:
-        """Take the sources of generated kernels; "": none run now."""
+        """Set the sources of generated kernels; "": none run now."""
         self.graphs.pop("kernel", None)
         if text:
             self.graphs["kernel"] = text
@@ -41,9 +41,9 @@ class Texts:
             self._show(self.graphs)
 
     def config(self, config: Any) -> Any:
-        """A copy of torchair's configuration that makes it write its graphs.
+        """Copy torchair's configuration, with dumps of graphs on.
 
-        The same one where torchair writes them for the user already, or makes no GE graph.
+        Returns `config` itself if torchair writes them for the user already, or makes no GE graph.
         """
         self._waits = False
         try:
@@ -52,7 +52,7 @@ class Texts:
             made = copy.deepcopy(config)
             made.debug.graph_dump.type = "pbtxt"
             made.debug.graph_dump.path = self._folder.name
-        except Exception:  # a dump is something to read; training goes on without it
+        except Exception:  # a dump is not worth ending a training for
             log.debug("torchair writes no graphs", exc_info=True)
             return config
         for kind in ("original", "optimized"):
@@ -61,7 +61,7 @@ class Texts:
         return made
 
     def collect(self, ran: bool = False) -> None:
-        """Take what torchair has written. `ran`: after the first run; nothing comes later."""
+        """Collect the files that torchair has written. `ran`: after the first run, the last time."""
         if not self._waits:
             return
         self._waits = not ran
@@ -75,7 +75,7 @@ class Texts:
 
 
 def _ordered(text: str) -> str:
-    """With the attributes of every node in the order of their names: in protobuf's maps they have none."""
+    """Sort the attributes of every node by name: protobuf's maps are unordered."""
     lines: list[str] = []
     attributes: list[str] = []
     for line in text.splitlines():

@@ -23,9 +23,9 @@ _GIVEN = ("input", "attribute")
 class LoweredGroup:
     """One group: how its formula is split, and which members the graph updates as one.
 
-    Members without elements have nothing to do on the device. `plan` says which are updated as one; `note` why what
-    computes the group does. `generated`: its kernels, where they are generated; else `dedicated`: the writes to tensors
-    are one operation per span.
+    Members without elements have nothing to do on the device. `plan`: the members updated as one; `note`: why this
+    kernel. `generated`: generated kernels, if any; else `dedicated`: one operation per span for the writes to tensors,
+    if any.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class LoweredGroup:
             self.device_members = []
         inputs = {m[s] for s in formula.scalar_slots for m in group.members}
         self.device_scalars = {i for i in inputs if leaves[i].kind in _GIVEN and leaves[i].device.type != "cpu"}
-        """0-dim leaves that the host reads from there, see `host.mirror`."""
+        """0-dim leaves on a device, which the host mirrors (`host.mirror`)."""
         not_generated = f"no generated kernel: {generated}" if isinstance(generated, str) and generated else ""
         why = chosen if isinstance(chosen, str) else chosen.note
         self.note = "; ".join(filter(None, (not_generated, why, self.waits)))
@@ -66,7 +66,7 @@ class LoweredGroup:
                 raise Unsupported(group.name, "several members write the same 0-dim tensor", Code.SAME_SCALAR)
 
     def _operations(self, found: Match | NoMatch | None, chip: str, kernels: str) -> dedicated.Dedicated | str:
-        """By GE operations: how the formula is split, and the dedicated one, or why there is none."""
+        """Split the formula for GE operations; returns the dedicated operation, or why there is none."""
         group, leaves, formula = self.group, self._leaves, self.group.formula
         totals = [s for s in formula.scalar_slots if leaves[group.members[0][s]].kind == "total"]
         chosen = dedicated.choose(group, found, totals, chip, kernels)
@@ -86,12 +86,12 @@ class LoweredGroup:
 
     @property
     def in_lists(self) -> bool:
-        """Whether operations on lists update several spans at once."""
+        """True if operations on lists update several spans at once."""
         return self._lists and len(self.plan.spans) > 1
 
     @property
     def kernel(self) -> str:
-        """What computes the group."""
+        """The kernel that computes the group, for the report."""
         if self.generated is not None:
             return KERNEL
         if self.dedicated is not None:
@@ -100,7 +100,7 @@ class LoweredGroup:
 
     @property
     def waits(self) -> str:
-        """For the report: when the host waits for the device, "" if it never does."""
+        """The report's note on when the host waits for the device; "" if it never does."""
         if not self.device_scalars:
             return ""
         return (
@@ -111,7 +111,7 @@ class LoweredGroup:
 
     @property
     def plain(self) -> bool:
-        """Whether there is nothing that kernels="elementwise" would leave out."""
+        """True if kernels="elementwise" would change nothing."""
         return self.generated is None and self.dedicated is None and not self._lists
 
     def _cost_of_writes(self) -> tuple[int, int]:
@@ -128,7 +128,7 @@ class LoweredGroup:
         return operations, size
 
     def _shared(self, spans: Sequence[Span]) -> list[int]:
-        """The scalar slots of the device formula that get one number for all of these spans."""
+        """The scalar slots of the device formula with one number for all of these spans."""
         made, members = self.splits[0], [self.group.members[span.members[0]] for span in spans]
         numbers = [slots_of(e) for e in made.values]
         alike = [len({tuple(m[s] for s in slots if s < len(m)) for m in members}) == 1 for slots in numbers]
@@ -137,7 +137,7 @@ class LoweredGroup:
 
     @property
     def layout(self) -> LayoutCost:
-        """For the report: the plan, and what it costs."""
+        """The plan and its cost, for the report."""
         if self.generated is not None:
             made = self.generated.kernels
             return LayoutCost("list", "", len(made.launches), made.bytes_per_element)
@@ -157,7 +157,7 @@ class LoweredGroup:
 
 @dataclasses.dataclass
 class LayoutCost:
-    """A group's row in the report: what the fields mean says `report.GroupReport`."""
+    """The layout of a group and its cost; fields as in `report.GroupReport`."""
 
     name: str
     reason: str

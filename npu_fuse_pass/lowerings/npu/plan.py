@@ -1,4 +1,4 @@
-"""Which members of a group the graph updates as one."""
+"""Plans: the members of a group that the graph updates as one."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ Values = list[Tensor | None]
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """Members that the graph updates as one, in the order in which they lie in memory.
+    """Members that the graph updates as one, in memory order.
 
-    The tensors in `gathered` slots lie apart: each is an input of its own, and the graph concatenates them.
+    The tensors in `gathered` slots lie apart: each is a separate input, and the graph concatenates them.
     """
 
     members: tuple[int, ...]
@@ -29,6 +29,6 @@ class Plan:
 
     @property
     def name(self) -> str:
-        """How the report calls it: "flat", "gathered" (flat, but for the gradients), "list", or several of them."""
+        """The layout in the report: "flat", "gathered" (flat except gradients), "list", or several of these."""
         kinds = {("gathered" if span.gathered else "flat") if len(span.members) > 1 else "list" for span in self.spans}
         return " + ".join(k for k in ("flat", "gathered", "list") if k in kinds) or "list"

@@ -46,13 +46,12 @@ class Program:
         groups: over them.
         config: torchair's CompilerConfig, passed on unchanged.
         layout: "auto" (flat as far as tensors are adjacent), "flat" (the same, however large they are), or "list".
-        values: of all leaves, where they are known already: a graph for tensors that are adjacent needs to see them.
-        planned: called with the program when its graph was planned anew for the tensors of a step, before anything is
-            changed.
-        matches: by group name, which known kernel computes it; without them everything is elementwise.
-        kernels: which GE operations, "auto", "dedicated" or "elementwise"; for groups without generated kernels.
+        values: of all leaves, if known: a graph for adjacent tensors needs their addresses.
+        planned: called with the program when its graph was planned anew for the tensors of a step, before any change.
+        matches: by group name, the known kernel that computes it; without them everything is elementwise.
+        kernels: GE operations for groups without generated kernels: "auto", "dedicated" or "elementwise".
         hardware: for generated kernels; None: there are none.
-        texts: gets the GE graphs in text form, where a dump is asked for.
+        texts: receives the GE graphs in text form if a dump is wanted.
 
     Raises:
         PlatformError: torchair cannot be used here.
@@ -78,7 +77,7 @@ class Program:
         self._leaves, self._config, self._planned, self._texts = leaves, config, planned, texts
         self._hardware = hardware
         self._found = found = {} if hardware is None else generate_groups(leaves, groups, hardware)
-        # a step whose kernels nobody calls from a graph needs no torchair
+        # a step whose kernels are launched without a graph needs no torchair
         made = [each for each in found.values() if isinstance(each, Generated)]
         self._by_itself = hardware is not None and bool(made) and not hardware.calls_back
         self._torchair: Any = None if self._by_itself else require()
@@ -95,14 +94,14 @@ class Program:
         self._make()
 
     def _use_plans(self) -> bool:
-        """Whether they need another graph."""
+        """Apply the current plans. Returns True if they need another graph."""
         before = [lowered.plan.spans for lowered in self.groups]
         for lowered, plan in zip(self.groups, self._replanner.plans, strict=True):
             lowered.plan = plan
         return before != [lowered.plan.spans for lowered in self.groups]
 
     def _make(self) -> None:
-        """The graph for the present plans."""
+        """Compile the graph for the current plans."""
         self._binder = Binder(self._leaves, self.groups)
         self._clusters = self._clustered()
         if self._texts is not None:
@@ -139,7 +138,7 @@ class Program:
                 self._texts.collect()
 
     def _clustered(self) -> list[tuple[Cluster, list[int]]]:
-        """The nodes of generated kernels, and the places of their groups: those with totals are one."""
+        """The nodes of generated kernels with the indices of their groups; groups with totals share one."""
         places = [k for k, lowered in enumerate(self.groups) if lowered.generated is not None]
         coupled = [k for k in places if with_totals(self.groups[k].group, self._leaves)]
         found = []
@@ -158,7 +157,7 @@ class Program:
         return found
 
     def _launch(self, *inputs: Tensor) -> tuple[()]:
-        """What the graph does otherwise: every node launches its kernels, on the current stream."""
+        """Launch the kernels of every node on the current stream, without a graph."""
         numbers, device = inputs[-1], inputs[0].device
         if numbers.device != device:
             numbers = to_device(numbers, device)  # the step's only transfer
@@ -169,7 +168,7 @@ class Program:
         return ()
 
     def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None:
-        """Run the step; fills in the values of "output" leaves.
+        """Run the step and fill in the values of "output" leaves.
 
         Args:
             values: one tensor per leaf; None for the gradient of a parameter that is left out.

@@ -1,4 +1,4 @@
-"""Forms of an NPU program, one after the other: generated kernels, GE operations, elementwise ones alone.
+"""Forms of an NPU program, tried in turn: generated kernels, GE operations, elementwise ones alone.
 
 A form is refused when it is converted, or loaded, compiled and first run; nothing has changed then (`execution`), so
 the next one starts from the same values. Where the last one is refused, too, the caller runs the original.
@@ -22,13 +22,13 @@ _WITHOUT = {"generated": "generated kernels"}
 
 
 class RetryingProgram:
-    """The interface of `npu.Program`; `chosen` is the one that runs.
+    """A program of several forms, with the interface of `npu.Program`; `chosen` is the one that runs.
 
     Args:
-        build: the program for a value of the option `kernels`, with the values of all leaves where they are known.
-        forms: such values, in the order in which they are tried.
-        values: of all leaves, if they are known; not kept.
-        show: brings the report up to date: the program that runs now, and why the one before it does not.
+        build: makes the program for a value of the option `kernels`, with the values of all leaves if known.
+        forms: such values, in the order of tries.
+        values: of all leaves, if known; not kept.
+        show: updates the report: gets the program that runs now, and why the one before it does not.
         started: called after the first step of a form.
         texts: GE graphs of the program that runs now, where a dump is asked for.
 
@@ -58,7 +58,7 @@ class RetryingProgram:
             show(self.chosen, None)
 
     def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None:
-        """Run the step; as `npu.Program`."""
+        """Run the step, as `npu.Program`; on refusal with the next form."""
         said = []
         while True:
             try:
@@ -77,7 +77,7 @@ class RetryingProgram:
             self._started(self.chosen)
 
     def _next(self, refused: GraphRefused, values: list[Tensor | None] | None) -> Program:
-        """The next form that is not refused when it is made; what was refused is not tried again."""
+        """Make the next form that is not refused; refused forms are not tried again."""
         while len(self._forms) > 1:
             before = self._forms.pop(0)
             log.info("trying %s, not %s: %s", self._forms[0], before, refused)

@@ -1,8 +1,8 @@
 """A step with original operations between its fused updates (Muon's matrix products) as one GE graph.
 
-The rewritten graph is traced to ATen and goes into torchair's public compiler as it is: fused nodes through our
-converters, everything between them through torchair's own. Every tensor keeps its shape, because the operations in
-between read it; numbers are constants or enter one by one, and nothing advances on the host.
+The rewritten graph is traced to ATen and goes into torchair's public compiler unchanged: fused nodes through this
+package's converters, everything between them through torchair's own. Tensors keep their shapes, which the operations in
+between need; numbers are constants or enter one by one, and the host advances nothing.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from npu_fuse_pass.lowerings.npu.graph.graph import device_update
 from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.tensors.memory import check_apart
 
-_NUMBER = torch.ops.aten.scalar_tensor.default  # what `rewrite` makes of a constant
+_NUMBER = torch.ops.aten.scalar_tensor.default  # `rewrite`'s node of a constant
 
 
 class Program:
-    """The interface of `npu.Program`, without layouts and dedicated operations.
+    """A step as one graph with original operations, with the interface of `npu.Program`.
 
     Args:
         leaves: of the captured step.
-        groups: all of them, with those that make what the original operations read.
+        groups: all, including those that compute inputs of the original operations.
         calls: the original operations.
-        graph: of `rewrite`: its arguments are the leaves of kind "input" and "attribute", in order.
+        graph: by `rewrite`; its arguments are the leaves of kind "input" and "attribute", in order.
         config: torchair's CompilerConfig, passed on unchanged.
 
     Raises:
@@ -110,7 +110,7 @@ class Program:
 
 
 def _check(leaves: Sequence[Leaf], groups: Sequence[Group], calls: Sequence[Call], written: set[int]) -> None:
-    """Refuse what one graph on the device cannot do, or not without a host input that it writes."""
+    """Raise Unsupported for steps that one graph on the device cannot do without writing a host input."""
     if any(ref.number for c in calls for ref in references((c.args, c.kwargs))):
         raise Unsupported(
             "npu", "original operations between fused updates read a tensor as a Python number", Code.GE_BETWEEN
@@ -126,7 +126,7 @@ def _check(leaves: Sequence[Leaf], groups: Sequence[Group], calls: Sequence[Call
 
 
 def _split(formula: Formula, constants: Mapping[int, float]) -> Split | None:
-    """A formula without the arithmetic on numbers; None where a number comes from a tensor."""
+    """Split off a formula's arithmetic on numbers; None if a number comes from a tensor."""
     try:
         return split(formula, (), False, constants)
     except Unsupported:
@@ -134,13 +134,13 @@ def _split(formula: Formula, constants: Mapping[int, float]) -> Split | None:
 
 
 def _functional(graph: fx.GraphModule) -> Callable[..., Any]:
-    """The graph with what original operations write in place as new tensors, as torchair's converters expect it."""
+    """The graph with in-place writes of original operations made functional, as torchair's converters expect."""
     functional: Callable[..., Any] = torch.func.functionalize(graph, remove="mutations")
     return functional
 
 
 def _with_constants(rewritten: fx.GraphModule) -> fx.GraphModule:
-    """The graph with fused nodes whose numbers are constants, where they follow from constants."""
+    """The graph with numbers that follow from constants folded into fused nodes."""
     graph = copy.deepcopy(rewritten.graph)
     constants: dict[tuple[float, torch.dtype], fx.Node] = {}
     for node in graph.find_nodes(op="call_function", target=multi_tensor_update):

@@ -1,4 +1,4 @@
-"""`python -m npu_fuse_pass dump`: what a step becomes, as files; why it is not fused; what changed since."""
+"""`python -m npu_fuse_pass dump`: dump a step as files, explain why it is not fused, compare two dumps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _FINE, _WANTING, _USAGE = 0, 1, 2
 
 _EXAMPLES = """examples:
-  dump NpuFusedAdam --model resnet50 --out before        an optimizer of ours, over the shapes of a model
+  dump NpuFusedAdam --model resnet50 --out before        an optimizer of this package, over the shapes of a model
   dump SGD --option momentum=0.9 --params 8 --shape 64x64 --shape 64
   dump NpuFusedLamb --platform npu                       generated NPU kernels to look at, no NPU or CANN needed
   dump --check --script train.py --epochs 1              every compile in a script of yours; exit status 1: see why
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Exit status 0; 1: --check or --diff found something; 2: what was asked for cannot be done, or nothing steps."""
+    """Run the command. Returns exit status 0; 1: --check or --diff found something; 2: wrong usage, or no step."""
     asked = [what for what in ("optimizer", "script", "diff") if getattr(given, what)]
     if len(asked) != 1:
         return _refuse("give one of: the name of an optimizer, --script train.py, --diff A B")
@@ -85,7 +85,7 @@ def _diff(one: pathlib.Path, two: pathlib.Path) -> int:
 
 
 def _examine(given: argparse.Namespace) -> int:
-    """What fusing would gain for the optimizers of a script that knows nothing of it, and what stands in the way."""
+    """Diagnose the optimizers of an unmodified script: gains from fusing, and obstacles."""
     from npu_fuse_pass.tools.doctor import examine
     from npu_fuse_pass.tools.observe import observe
 
@@ -131,7 +131,7 @@ def _dump(given: argparse.Namespace) -> int:
 
 
 def _kernels(given: argparse.Namespace) -> str | None:
-    """The option `kernels`; without torch_npu there is nothing but generated ones to look at."""
+    """The option `kernels`; without torch_npu only generated ones can be shown."""
     from npu_fuse_pass.errors import PlatformError
     from npu_fuse_pass.lowerings.npu.environment import require
 
@@ -150,7 +150,7 @@ def _list(head: str, lines: list[str]) -> None:
 
 
 def _named(session: Session, given: argparse.Namespace) -> str | None:
-    """An optimizer by its name; gives why its step failed."""
+    """Step an optimizer by its name. Returns why the step failed, or None."""
     from npu_fuse_pass.errors import OptionError
     from npu_fuse_pass.tools.follow import run_optimizer
 
@@ -161,7 +161,7 @@ def _named(session: Session, given: argparse.Namespace) -> str | None:
 
 
 def _maker(given: argparse.Namespace) -> tuple[Callable[[], torch.optim.Optimizer], str]:
-    """Makes the optimizer, with parameters of its own, and where they are."""
+    """A factory of the optimizer with new parameters, and their device."""
     import torch
 
     from npu_fuse_pass.tools import named
@@ -174,7 +174,7 @@ def _maker(given: argparse.Namespace) -> tuple[Callable[[], torch.optim.Optimize
 
 
 def _time(given: argparse.Namespace, page: pathlib.Path) -> None:
-    """Measure steps, say so, and show it on the page of the last compile."""
+    """Measure steps, print the times, and add them to the page of the last compile."""
     from npu_fuse_pass.dump.page.page import with_times
     from npu_fuse_pass.tools.follow import times
 
@@ -184,7 +184,7 @@ def _time(given: argparse.Namespace, page: pathlib.Path) -> None:
 
 
 def _script(session: Session, given: argparse.Namespace) -> str | None:
-    """A script; gives why it failed."""
+    """Run a script. Returns why it failed, or None."""
     from npu_fuse_pass.tools.follow import run_script
 
     script, arguments = _existing(given)

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Exit status 0: all compared and fused; 1: something failed or is missing, and the report says what."""
+    """Run the command. Returns exit status 0 if all cases are right and fused, else 1; the report has the reason."""
     report = Report(given.out, given.platform, given.quick)
     try:
         report.begin("nothing yet")

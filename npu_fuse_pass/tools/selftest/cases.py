@@ -1,4 +1,4 @@
-"""The optimizers that the selftest compares: ours with their main options, and torch.optim's."""
+"""The optimizers that the selftest compares: this package's with their main options, and torch.optim's."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Case:
 
     Attributes:
         make: parameters -> the optimizer, on any device and in any dtype.
-        ours: its numbers and missing gradients change from step to step, which must not recompile; torch's own
-            classes recompile then, so theirs stay.
+        ours: its numbers and missing gradients change from step to step, which must not recompile. torch's classes
+            recompile then, so theirs do not change.
         dtype: of the parameters on the device; the reference is float64.
         quick: also part of `--quick`.
     """
@@ -32,12 +32,12 @@ class Case:
 
 
 def cases(quick: bool) -> list[Case]:
-    """All cases, or one for each of our optimizers and torch's most used."""
+    """All cases; with `quick` one for each of this package's optimizers and for torch's most used."""
     return [case for case in (*_ours(), *_stock()) if case.quick or not quick]
 
 
 def _ours() -> list[Case]:
-    """Every row of the optimizers' table; the first one of each optimizer for `--quick`, and in half precision, too."""
+    """Every row of the optimizers' table; the first one of each optimizer also for `--quick` and in half precision."""
     import optimizers
 
     def case(row: Any, quick: bool = False, dtype: torch.dtype = torch.float32, **more: Any) -> Case:

@@ -1,4 +1,4 @@
-"""What a compiled step needs on this machine, asked one by one; each answer names the remedy where it is missing.
+"""Checks of what a compiled step needs on this machine; each finding names a remedy if something is missing.
 
 Nothing here imports torch while loading: an installation in which `import torch` fails is a finding too.
 """
@@ -24,13 +24,13 @@ INSTALL = (
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One answer.
+    """The result of one check.
 
     Attributes:
-        name: what was asked.
-        value: the answer, or what went wrong.
-        remedy: what to do about it; "" where nothing is missing.
-        needed: without it nothing can be compiled on the platform.
+        name: of the check.
+        value: the result, or the failure.
+        remedy: what to do; "" if nothing is missing.
+        needed: nothing can be compiled on the platform without it.
     """
 
     name: str
@@ -50,8 +50,8 @@ class Missing(Exception):  # noqa: N818 - an answer
 def look(platform_name: str) -> Iterator[Finding]:
     """All findings for a platform ("cpu" or "npu"), in the order in which things depend on each other.
 
-    It ends after the first needed thing that is missing, because what follows would only repeat it; what depends on
-    nothing is asked before.
+    Stops after the first needed one that is missing, because later ones would only repeat it; independent ones come
+    first.
     """
     for name, (check, remedy, needed) in (_CHECKS["both"] | _CHECKS[platform_name]).items():
         yield (found := _asked(name, check, remedy, needed))
@@ -66,7 +66,7 @@ def _asked(name: str, check: Callable[[], str], remedy: str, needed: bool) -> Fi
             value = check()
     except Missing as e:
         return Finding(name, e.args[0], e.args[1], needed)
-    except Exception as e:  # whatever a broken installation raises
+    except Exception as e:  # a broken installation may raise anything
         return Finding(name, first_line(e), remedy, needed)
     ours = [anonymous(str(w.message)) for w in caught if "npu_fused" in str(w.message)]
     return Finding(name, value, ours[0] if ours else "", needed and not ours)
@@ -95,7 +95,7 @@ def _optimizers() -> str:
 
 
 def _compiler() -> str:
-    """Compiles, caches, loads and calls one function."""
+    """Compile, cache, load and call one function."""
     from npu_fuse_pass.lowerings.cpu import build as cpu_build
     from npu_fuse_pass.lowerings.cpu.compiler import compiler
 
@@ -161,7 +161,7 @@ def _device() -> str:
 
 _Check = tuple[Callable[[], str], str, bool]
 
-# name -> check, remedy where it raises, whether nothing works without it
+# name -> check, remedy if it raises, needed
 _CHECKS: dict[str, dict[str, _Check]] = {
     "both": {
         "system": (lambda: f"{platform.system()} {platform.machine()}", "", False),

@@ -24,16 +24,16 @@ _WITHOUT_GRADIENT = (3, 1)  # at this step, this parameter
 
 @dataclasses.dataclass
 class Outcome:
-    """What became of a case.
+    """The outcome of a case.
 
     Attributes:
         name: of the case.
         verdict: "ok", "WRONG" (numbers), "NOT FUSED" (right, but the original ran) or "ERROR".
         error: largest relative error of parameters and states; None where no step ran.
-        tolerance: that was allowed.
+        tolerance: the allowed error.
         seconds: all of it, compile included.
-        kernels: name of what computed each group, with calls per step and bytes per element.
-        why: an error, or why the original ran.
+        kernels: kernel of each group, with calls per step and bytes per element.
+        why: the error, or why the original ran.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Outcome:
 
 
 def compare(case: Case, platform: str, device: str, **options: Any) -> Outcome:
-    """Five steps of a case, compiled for `platform` and with other options, with parameters on `device`."""
+    """Compare five compiled steps of a case, with parameters on `device`, with float64. `options`: of the backend."""
     start = time.perf_counter()
     clear_reports()
     torch.compiler.reset()
@@ -76,7 +76,7 @@ def compare(case: Case, platform: str, device: str, **options: Any) -> Outcome:
 
 
 def _not_fused(made: Sequence[CompileReport], platform: str) -> str:
-    """Why not everything ran fused on the platform; "" if it did."""
+    """Why something did not run fused on the platform; "" if all did."""
     if not made:
         return "nothing reached the backend"
     reasons = [r.fallback for r in made if r.fallback] + [str(reason) for r in made for reason in r.unfused]

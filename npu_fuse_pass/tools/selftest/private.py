@@ -1,4 +1,4 @@
-"""Taking out of a text what a report must not tell."""
+"""Removal of private data from texts of a report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PATH = re.compile(r"(?<![\w.)\]/:}])/(?:[\w.+@~-]+/)+(?=[\w.+@~-])")
 
 
 def anonymous(text: str) -> str:
-    """Without folders, the host's name and the user's name: a path keeps its last part.
+    """The text without folders, host name and user name: a path keeps its last part.
 
     For text that was written elsewhere: errors, and reasons that quote them.
     """

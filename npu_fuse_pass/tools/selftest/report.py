@@ -1,6 +1,6 @@
 """The selftest's one file: Markdown to read, with everything as JSON at its end, to attach to an issue.
 
-It is written anew before each part, so that a crash of the process leaves a file that says in what it happened.
+It is written anew before each part, so that after a crash of the process the file names the part.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from npu_fuse_pass.tools.selftest.environment import Finding
 
 
 class Report:
-    """What has been found so far.
+    """The results so far.
 
     Attributes:
         doing: the part that runs; "" when all is done.
         verdict: one sentence; "" until there is one.
-        generated: parity with generated kernels; proof: what followed from it.
+        generated: parity with generated kernels.
+        proof: what followed from it.
     """
 
     def __init__(self, path: pathlib.Path, platform_name: str, quick: bool) -> None:
@@ -37,12 +38,12 @@ class Report:
         self.verdict = ""
 
     def begin(self, part: str) -> None:
-        """Note what comes next, in the file too."""
+        """Record the part that comes next, also in the file."""
         self.doing = part
         self.write()
 
     def finish(self, verdict: str) -> None:
-        """The last word."""
+        """Record the verdict."""
         self.doing, self.verdict = "", verdict
         self.write()
 

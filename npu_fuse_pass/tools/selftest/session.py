@@ -10,13 +10,13 @@ from npu_fuse_pass.tools.selftest.report import Report
 
 
 def run(report: Report, platform: str, quick: bool, say: Callable[[str], None]) -> bool:
-    """Check the environment, then parity, then times; whether all is well.
+    """Check the environment, then parity, then times. Returns True if all is well.
 
     Args:
         report: is filled in and written, before every part.
         platform: "npu", or "cpu": the same with the CPU lowering.
         quick: fewer optimizers and smaller workloads.
-        say: gets every line as it is found.
+        say: called with every line of output.
     """
     for finding in look(platform):
         report.environment.append(finding)
@@ -53,7 +53,7 @@ def _parity(report: Report, platform: str, quick: bool, say: Callable[[str], Non
 
 
 def _generated(report: Report, quick: bool, say: Callable[[str], None]) -> list[str]:
-    """Parity with generated kernels, last of all: they were never launched on a machine like this one.
+    """Check parity with generated kernels, last: they were never launched on such a machine.
 
     Where all agree with float64, a record in the kernel cache says so, and `kernels="auto"` takes them from then on.
     """

@@ -1,4 +1,4 @@
-"""Times of whole steps on a device: ours, torch_npu.optim's classes and torch.optim's forms, taking turns."""
+"""Times of whole steps on a device: this package's, torch_npu.optim's and torch.optim's forms, interleaved."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _QUICK_ROUNDS = 7
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One algorithm: our class, torch_npu's of the same name, and torch's, with one set of options."""
+    """One algorithm: this package's class, torch_npu's of the same name, and torch's, with one set of options."""
 
     name: str
     ours: str
@@ -54,7 +54,7 @@ _QUICK_FAMILIES = ("Adam", "SGD, momentum")
 class Timing:
     """One algorithm on one workload: milliseconds of a step and of the first call, by contestant.
 
-    `failed` are the contestants that do not run here, with the reason.
+    `failed`: contestants that do not run here, with the reason.
     """
 
     family: str
@@ -70,13 +70,13 @@ class Timing:
 
 
 def plan(quick: bool) -> list[tuple[Family, str]]:
-    """What is timed, as families and names of workloads."""
+    """The pairs of family and workload to time."""
     workloads = QUICK_WORKLOADS if quick else WORKLOADS
     return [(f, w) for w in workloads for f in FAMILIES if not quick or f.name in _QUICK_FAMILIES]
 
 
 def measure(family: Family, workload: str, platform: str, device: str) -> Timing:
-    """Medians of interleaved steps with new gradients, each waited for."""
+    """Medians of interleaved steps with new gradients, synchronised."""
     found = Timing(family.name, workload, {}, {}, {})
     quick = workload in QUICK_WORKLOADS
     shapes: list[tuple[int, ...]] = (QUICK_WORKLOADS | WORKLOADS)[workload]
@@ -130,10 +130,10 @@ def _makers(family: Family, platform: str) -> dict[str, Callable[[Sequence[Tenso
 
 
 class _Contestant:
-    """An optimizer with parameters of its own.
+    """An optimizer with its own parameters.
 
-    `keeps_gradients`: torch_npu.optim's classes read the gradient tensors of their first step for ever, so new
-    gradients are copied into those; all others get new tensors, as a backward pass leaves them.
+    `keeps_gradients`: torch_npu.optim's classes keep reading the gradient tensors of their first step, so new
+    gradients are copied into those; all others get new tensors, as from a backward pass.
     """
 
     def __init__(
@@ -167,13 +167,13 @@ def _until_done(call: StepCall, device: str) -> float:
 
 
 def wait(device: str) -> None:
-    """Until the device has done all that was started on it."""
+    """Wait until the device is idle."""
     if device != "cpu":
         torch.get_device_module(device).synchronize()
 
 
 def constants(device: str, quick: bool) -> dict[str, float]:
-    """What a model of step times needs to know of this device.
+    """The constants of this device for a model of step times.
 
     GB/s that an in-place multiply of one large tensor reads and writes; microseconds that the host takes for one
     operation of many on one element, and for one that is waited for.

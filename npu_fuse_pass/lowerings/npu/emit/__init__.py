@@ -1,1 +1,1 @@
-"""From a group's formula to operations: elementwise, of lists of tensors, dedicated ones."""
+"""From a group's formula to GE operations: elementwise, on lists of tensors, dedicated."""

@@ -1,4 +1,4 @@
-"""A matched group as one dedicated GE operation per member: the choice, its operands, and how it is emitted.
+"""A matched group as one dedicated GE operation per member: the choice, its operands, and its emission.
 
 `choose` decides for a group; `dedicated_operations` has the table and the reasons. The operands are expressions over
 the group's slots: numbers are computed on the host in float64 and packed as all others, inputs that have to be computed
@@ -33,7 +33,7 @@ class Dedicated:
 
     Attributes:
         operation: the row of the table.
-        split: what the host computes, and the operands in the order of the operation's inputs.
+        split: the host's part, and the operands in the order of the operation's inputs.
         written: the slots of `split.device` that it writes, in the order of its outputs.
         call: the operation's name and the attributes that are set, as in `Emitter`.
         cost: GE operations on tensors per member, and bytes that they read and write per element.
@@ -51,12 +51,12 @@ class Dedicated:
 def choose(
     group: Group, found: Match | NoMatch | None, totals: Collection[int], chip: str, kernels: str
 ) -> Dedicated | str:
-    """The dedicated operation of a group, or why it is emitted elementwise.
+    """Choose the dedicated operation of a group. Returns it, or why the group is emitted elementwise.
 
     Args:
         group: the group.
         found: the kernel that computes it.
-        totals: scalar slots whose value exists on the device only.
+        totals: scalar slots whose values exist on the device only.
         chip: the chip's name.
         kernels: the option, "auto", "dedicated" or "elementwise".
     """
@@ -121,7 +121,7 @@ def _leaf(e: Expr) -> int:
 
 
 class _Term:
-    """An expression with arithmetic operators."""
+    """An expression with Python's arithmetic operators."""
 
     def __init__(self, builder: Builder, expr: Expr) -> None:
         self._builder = builder
@@ -149,8 +149,8 @@ class _Term:
 class Emitter:
     """Emits a dedicated operation for one member after another; the interface of `elementwise.Emitter`.
 
-    `formula` has the operands as its contributions, `call` is the operation's name and the attributes that are set,
-    `written` says which slots it writes.
+    `formula`: the operands are its contributions. `call`: the operation's name and the attributes that are set.
+    `written`: the slots that it writes.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class Emitter:
         self._operands = elementwise.Emitter(ge, ge_dtype, formula, True, torch.float32)
 
     def members(self, slots: Sequence[Mapping[int, Any]], shapes: Sequence[list[int]]) -> list[list[Any]]:
-        """For each member what `member` gives."""
+        """The results of `member` for each member."""
         return [self.member(*given) for given in zip(slots, shapes, strict=True)]
 
     def member(self, slots: Mapping[int, Any], shape: list[int]) -> list[Any]:
@@ -179,7 +179,7 @@ class Emitter:
 def evaluate(
     formula: Formula, call: str, written: Sequence[int], tensors: Sequence[Tensor], scalars: Sequence[Tensor]
 ) -> list[Tensor]:
-    """What the operation computes for one member, with torch: for torchair's `run_eagerly`."""
+    """Compute the operation for one member with torch: for torchair's `run_eagerly`."""
     operation, attributes = _called(call)
     values = member_values(formula, tensors, [s.reshape(()) for s in scalars])
     results = operation.function(*(values[id(e)].float() for e in formula.contributions), **attributes)

@@ -1,12 +1,12 @@
-"""GE's optimizer operations: which of them may stand for a matched group, on which chips, and why the others may not.
+"""GE's optimizer operations: those that may compute a matched group, their chips, and why others may not.
 
 A `Match` says which kernel of `match/kernels.py` computes a group, in exact arithmetic. This table says which GE
 operation computes that kernel: an operation is used where all of this holds.
 
 - Its document names the chip (Atlas training series, A2, A3), and nothing else that is documented contradicts it.
 - Every number of the step is an input: an attribute would cost a new GE graph whenever it changes.
-- The tensors that it writes are outputs: torchair maps outputs to the tensors that a step writes, and knows of no other
-  way in which an operation changes something.
+- The tensors that it writes are outputs: torchair maps outputs to the tensors that a step writes, and supports no
+  other side effect of an operation.
 - It is not deprecated. The "D" forms are.
 
 Precision decides which of them is the default. All of them take their numbers in the dtype of their tensors, so they
@@ -39,7 +39,7 @@ from typing import Any
 import torch
 
 TRAINING, A2, A3 = "Atlas training series", "Atlas A2", "Atlas A3"
-_SERIES = {  # names that torch_npu gives to chips; a bare 910B is of the first generation
+_SERIES = {  # torch_npu's names of chips; a bare 910B is of the first generation
     re.compile(r"Ascend910(A|B|ProA|ProB|PremiumA)"): TRAINING,
     re.compile(r"Ascend910B\d([-_]\d)?"): A2,
     re.compile(r"Ascend910_93\d+"): A3,
@@ -49,7 +49,7 @@ Terms = Mapping[str, Any]
 
 
 def series(name: str | None) -> str | None:
-    """The series of a chip by the name that torch_npu gives it; None if it is in no document used here."""
+    """The series of a chip by torch_npu's name; None if no document used here has it."""
     return next((found for pattern, found in _SERIES.items() if name and pattern.fullmatch(name)), None)
 
 
@@ -60,17 +60,17 @@ class Operation:
     Attributes:
         name: GE's type.
         inputs: in order, the optional ones left out.
-        outputs: tensors of the kernel (var, m, ...) in the order in which the operation gives them.
+        outputs: tensors of the kernel (var, m, ...) in the order of the operation's outputs.
         arguments: per kernel that it computes: the operation's inputs from the kernel's inputs and numbers, as
             expressions or tensors.
-        scales: it has a factor for the gradient, given to `arguments` as "grad_scale".
-        function: what it computes, on tensors in the order of `inputs`; attributes by keyword.
-        document: where that stands.
+        scales: has a factor for the gradient, "grad_scale" in `arguments`.
+        function: its mathematics, on tensors in the order of `inputs`; attributes by keyword.
+        document: of these semantics.
         series: the chips that the document names.
-        attributes: those of the kernel that the operation has, too.
+        attributes: of the kernel that the operation has, too.
         absent: optional inputs that are left out.
-        exact: it is as close to the formula as eager.
-        deviation: what is further off.
+        exact: as close to the formula as eager.
+        deviation: the larger error, if not exact.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Operation:
 
 
 def _one_of_adamw(k: Terms, one: Any) -> dict[str, Any]:
-    """The operation knows no bias correction: it goes into the step size and epsilon; decay goes ahead of it."""
+    """Put bias correction, which the operation lacks, into step size and epsilon; decay goes ahead of it."""
     correction = (one - k["beta2_power"] * k["beta2"]).sqrt()
     step_size = k["lr"] * correction / (one - k["beta1_power"] * k["beta1"])
     decay = k.get("weight_decay")
@@ -117,7 +117,7 @@ def _same(k: Terms, one: Any) -> dict[str, Any]:
 
 
 def _momentum(k: Terms, one: Any) -> dict[str, Any]:
-    """A number that scales the gradient (1 - dampening) is the operation's own factor."""
+    """Pass a number that scales the gradient (1 - dampening) as the operation's own factor."""
     grad, scale = k["grad"], k.get("grad_scale", one)
     return {"var": k["var"], "accum": k["accum"], "lr": k["lr"], "x1": grad, "momentum": k["momentum"], "x2": scale}
 
@@ -220,7 +220,7 @@ OPERATIONS: tuple[Operation, ...] = (
         scales=True,
     ),
 )
-"""What may be used, best documented precision first."""
+"""The operations that may be used, best documented precision first."""
 
 _DEPRECATED = "deprecated (its prototype says so)"
 _NO_SLOTS = "its only output is var: torchair cannot know that it writes the states, too"
@@ -250,7 +250,7 @@ UNUSED: dict[str, str] = {
 
 
 def candidates(kernel: str, chip: str, kernels: str) -> list[Operation] | str:
-    """The operations that may compute a kernel on a chip, or why there is none.
+    """The operations that may compute a kernel on a chip, or why none may.
 
     Args:
         kernel: its name in `match/kernels.py`.

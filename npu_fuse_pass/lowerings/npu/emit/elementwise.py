@@ -49,7 +49,7 @@ DOCUMENTS: dict[str, str] = {
 
 
 def check(formula: Formula) -> None:
-    """Whether a device formula has a GE operation for everything.
+    """Check that there is a GE operation for everything in a device formula.
 
     Raises:
         Unsupported: the first operation that has none.
@@ -62,7 +62,7 @@ def check(formula: Formula) -> None:
 
 
 def wide_dtype(formula: Formula) -> torch.dtype:
-    """What stands for float64 in a formula's tensors and device numbers."""
+    """The device's dtype for float64 in a formula: float64 only if a tensor has it, else float32."""
     has_double = any(slot.tensor and slot.dtype == torch.float64 for slot in formula.slots)
     return torch.float64 if has_double else torch.float32
 
@@ -74,7 +74,7 @@ def cost(formula: Formula) -> tuple[int, int]:
 
 
 def cost_of(formula: Formula, e: Expr) -> tuple[int, int]:
-    """What one expression adds to `cost`."""
+    """The cost of one expression, as in `cost`."""
     tensors = [a for a in (*e.args, e) if a.tensor]
     same = e.op == "cast" and stored(formula, e) == stored(formula, e.args[0])
     if e.op == "leaf" or same or not tensors:
@@ -119,7 +119,7 @@ class Emitter:
         self._numbers: dict[tuple[object, ...], Any] = {}
 
     def members(self, slots: Sequence[Mapping[int, Any]], shapes: Sequence[list[int]]) -> list[list[Any]]:
-        """For each member what `member` gives."""
+        """The results of `member` for each member."""
         return [self.member(*given) for given in zip(slots, shapes, strict=True)]
 
     def member(self, slots: Mapping[int, Any], shape: list[int]) -> list[Any]:
@@ -133,7 +133,7 @@ class Emitter:
         return self.results(values, shape)
 
     def value(self, e: Expr, args: list[Any], slots: Mapping[int, Any], shape: list[int]) -> Any:
-        """One expression of a member, from its arguments."""
+        """Emit one expression of a member from its arguments."""
         if e.op == "leaf":
             return self._cast(slots[e.value], slots[e.value].dtype, self._dtype(e))  # type: ignore[index]
         if e.tensor or e.op in REDUCTIONS:
@@ -141,13 +141,13 @@ class Emitter:
         return self.once((e.op, e.dtype, *(a.tensor for a in args)), lambda: self._emit(e, args, shape))
 
     def once(self, key: tuple[object, ...], emit: Callable[[], Any]) -> Any:
-        """What members share."""
+        """Emit a value that members share, once per key."""
         if key not in self._numbers:
             self._numbers[key] = emit()
         return self._numbers[key]
 
     def results(self, values: Mapping[int, Any], shape: list[int]) -> list[Any]:
-        """What a member gives, of all values by `id`."""
+        """The results of a member, picked from all values by `id`."""
         results = []
         for slot, e in self._writes:
             spread = self._formula.slots[slot].tensor and not e.tensor

@@ -1,4 +1,4 @@
-"""Interpolations in a formula: what GE's Lerp computes as one operation.
+"""Interpolations in a formula, which GE's Lerp computes as one operation.
 
 torch's lerp is one function in two spellings, where(|w| < 0.5, w*(end-start)+start, -(end-start)*(1-w)+end), which
 differ in rounding only; an NPU's Lerp rounds in its own way. Where the weight was known when the step was captured,
@@ -17,7 +17,7 @@ Interpolation = tuple[Expr, Expr, Expr]
 
 
 def interpolation(e: Expr, constants: Mapping[int, float]) -> Interpolation | None:
-    """Start, end and weight of an interpolation; None where an expression is none, or that cannot be seen.
+    """Start, end and weight of an interpolation; None for other expressions, or where constants are unknown.
 
     Args:
         e: an expression over slots.
@@ -38,7 +38,7 @@ def interpolation(e: Expr, constants: Mapping[int, float]) -> Interpolation | No
 
 
 def _narrowed(number: Expr, e: Expr) -> Expr:
-    """A number before it is given to the operations of `e`, which cast it to their dtype."""
+    """A number without the cast to the dtype of `e`."""
     return number.args[0] if number.op == "cast" and number.dtype == e.dtype else number
 
 
@@ -47,7 +47,7 @@ def _is(e: Expr, value: float, constants: Mapping[int, float]) -> bool:
 
 
 def _one_sided(e: Expr) -> Interpolation | None:
-    """Of weight*(end-start)+start, in which the product may be (start-end) with the other sign."""
+    """The parts of weight*(end-start)+start, with the difference in either sign; None for others."""
     if e.op != "fma":
         return None
     (first, second, start) = e.args

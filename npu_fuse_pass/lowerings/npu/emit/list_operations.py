@@ -1,4 +1,4 @@
-"""GE's Foreach operations: one launch for as many as 50 tensors. Which of them are used, on which chips, and for what.
+"""GE's Foreach operations, one launch for up to 50 tensors: the used ones, their chips and purpose.
 
 Where a group has no dedicated operation and its tensors are not adjacent, an expression over n members is n elementwise
 operations, or one of these. They move the same bytes, so that they win where tensors are small: a task on the device
@@ -32,7 +32,7 @@ class ListOperation:
 
     Attributes:
         name: GE's type.
-        inputs: their names in its prototype; what each of them gets: an operand's position, or "one", the number 1.
+        inputs: names in its prototype -> an operand's position, or "one", the number 1.
     """
 
     name: str

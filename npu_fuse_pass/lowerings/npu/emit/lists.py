@@ -17,7 +17,7 @@ from npu_fuse_pass.lowerings.npu.emit.list_operations import COMMUTING, LISTS, L
 
 
 def usable(formula: Formula) -> bool:
-    """Whether a formula has anything that is done for a list at once, and float32 only."""
+    """True if a formula is in float32 only and a list operation computes a part of it."""
     if {slot.dtype for slot in formula.slots if slot.tensor} != {torch.float32}:
         return False
     return any(_row(formula, e, ["s"] * len(e.args)) for e in postorder([e for _, e in formula.writes]))
@@ -46,7 +46,7 @@ def cost(formula: Formula, members: int, shared: Collection[int]) -> tuple[int, 
 
 
 def _row(formula: Formula, e: Expr, kinds: Sequence[str]) -> tuple[ListOperation, list[int]] | None:
-    """The list operation for an expression, and its operands in the order in which that names them."""
+    """The list operation for an expression, and the order of its operands; None if there is none."""
     if not e.tensor or elementwise.stored(formula, e) != torch.float32 or any(a.op == "zero" for a in e.args):
         return None
     order = list(range(len(e.args)))
@@ -67,7 +67,7 @@ class Emitter(elementwise.Emitter):
         self._operation = operation
 
     def members(self, slots: Sequence[Mapping[int, Any]], shapes: Sequence[list[int]]) -> list[list[Any]]:
-        """For each member what `member` gives."""
+        """The results of `member` for each member."""
         size = list_operations.LONGEST
         chunks = [slice(begin, begin + size) for begin in range(0, len(slots), size)]
         return [row for chunk in chunks for row in self._chunk(slots[chunk], shapes[chunk])]

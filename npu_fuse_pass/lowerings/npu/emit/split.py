@@ -1,4 +1,4 @@
-"""Splits a formula between host and device: what an NPU graph takes as numbers and what it computes.
+"""Split of a formula between host and device: numbers for an NPU graph, and the formula that it computes.
 
 Scalars that depend on no tensor (step counts, bias corrections, learning rates) are computed on the host in
 float64 once per step and enter the device formula as scalar slots, one for each value that a tensor operation
@@ -28,9 +28,9 @@ class Split:
 
     The device formula has the tensor slots that it reads or writes (`tensor_slots` are the numbers that they
     have in the whole formula), then one scalar slot for each of `values`, then one for each of `device_slots`,
-    and last, if it contributes to a total (`flagged`), whether the member takes part in this step. `advanced` are the
-    scalar slots that the host writes (step counters). `written` are the slots of the whole formula that the device
-    writes, `constants` the values of slots that the whole formula does not have.
+    and last, if it contributes to a total (`flagged`), a flag: nonzero if the member takes part. `advanced`: scalar
+    slots that the host writes (step counters). `written`: slots of the whole formula that the device writes.
+    `constants`: values of slots that the whole formula does not have.
     """
 
     device: Formula
@@ -44,9 +44,9 @@ class Split:
     flagged: bool = False
 
     def host_values(self, scalars: dict[int, Tensor], numel: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
-        """`values` and the new values of `advanced`, of all members at once: scalars are 0-dim or one per member.
+        """Evaluate `values` and the new values of `advanced` for all members: scalars have shape () or (members,).
 
-        `numel`: the elements of each member's tensors, float64; None only where nothing is computed with them.
+        `numel`: the elements of each member's tensors, float64; None only if the formula does not use them.
         """
         constants = {s: torch.tensor(x, dtype=torch.float64, device="cpu") for s, x in self.constants.items()}
         found = evaluate(self.host, {}, {**scalars, **constants}, numel)
@@ -106,7 +106,7 @@ def split_operands(
     constants: Mapping[int, float],
     device_slots: Collection[int],
 ) -> Split:
-    """Split the operands of an operation that stands for the formula's writes to tensors.
+    """Split the operands of an operation that computes the formula's writes to tensors.
 
     The operands become the contributions of the device formula, those that are numbers as scalar slots.
 
@@ -159,7 +159,7 @@ def _on_host(roots: Sequence[Expr], advanced: Sequence[tuple[int, Expr]], device
 
 
 class _Device:
-    """Copies expressions into the device formula."""
+    """The device formula, built by copying expressions."""
 
     def __init__(
         self,
@@ -178,7 +178,7 @@ class _Device:
         self._total_leaves: dict[int, Expr] = {s: self._leaf(-1) for s in self.totals}
 
     def copy(self, root: Expr) -> Expr:
-        """A root's copy."""
+        """Copy a root."""
         return rebuilt(root, self._made, self._below, self._copied)
 
     def _below(self, e: Expr) -> Sequence[Expr]:
@@ -187,7 +187,7 @@ class _Device:
         return interpolation(e, self._constants) or e.args
 
     def finish(self) -> None:
-        """Give the totals their slots, behind the host's values."""
+        """Assign slots to the totals, behind the host's values."""
         for s in self.totals:
             self._total_leaves[s].value = len(self.slots)
             self.slots.append(Slot(False, torch.float64))
@@ -201,7 +201,7 @@ class _Device:
         constants: Mapping[int, float] | None = None,
         flagged: bool = False,
     ) -> Split:
-        """What was built, after `finish`."""
+        """The split that was built, after `finish`."""
         text = serialise(self.slots, writes, contributions)
         device = Formula(tuple(self.slots), tuple(writes), tuple(contributions), text)
         host = Formula((), (), (*self.values, *(e for _, e in advanced)), "")

@@ -25,7 +25,7 @@ from npu_fuse_pass.lowerings.npu.graph.graph import (
 
 Emitter = elementwise.Emitter | npu_foreach.Emitter | dedicated.Emitter
 Make = Callable[..., Emitter]
-"""An emitter from torchair's GE operations, GE's number of a dtype, the formula, and what else a node has."""
+"""Makes an emitter from torchair's GE operations, GE's number of a dtype, the formula, and a node's other arguments."""
 
 
 def register(torchair: Any) -> None:
@@ -61,9 +61,9 @@ def register(torchair: Any) -> None:
 
 
 def _name_lists() -> None:
-    """Put operations on lists that torchair's module of GE operations lacks (sqrt, reciprocal) into it.
+    """Add list operations that torchair's module of GE operations lacks (sqrt, reciprocal).
 
-    For an operation that is not there torchair infers shapes by running the whole fused node on new tensors of the
+    For a missing operation torchair infers shapes by running the whole fused node on new tensors of the
     arguments' sizes, on their device: memory for a second copy of parameters, gradients and states.
     """
     from torchair._ge_concrete_graph import compat_ir, ge_apis
@@ -83,12 +83,12 @@ def _convert_device(
     formula: str,
     *own: Any,
 ) -> list[Any]:
-    """A fused node whose numbers are packed: `graph` says what its arguments are."""
+    """Convert a fused node with packed numbers; arguments as in `graph`."""
     return _convert(make, tensors, [*(numbers[p] for p in positions), *totals], members, formula, *own)
 
 
 def _convert(make: Make, tensors: list[Any], scalars: list[Any], members: int, formula: str, *own: Any) -> list[Any]:
-    """A fused node: what the emitter gives for each member, one kind of result after another."""
+    """Convert a fused node: the emitter's results for each member, one kind of result after another."""
     from torchair._ge_concrete_graph import ge_apis
     from torchair.ge._ge_graph import torch_type_to_ge_type
 
@@ -101,14 +101,14 @@ def _convert(make: Make, tensors: list[Any], scalars: list[Any], members: int, f
 
 
 def _slots(made: Formula, tensors: list[Any], scalars: list[Any], members: int) -> Iterator[dict[int, Any]]:
-    """For every member what its slots hold."""
+    """The values of every member's slots."""
     for m in range(members):
         given = dict(zip(made.tensor_slots, tensors[m::members], strict=True))
         yield given | dict(zip(made.scalar_slots, scalars[m::members], strict=True))
 
 
 def _convert_write(targets: list[Any], values: list[Any]) -> None:
-    """What torchair's converter of `copy_` emits; torchair makes outputs of it that reuse the targets' memory."""
+    """Emit the same as torchair's converter of `copy_`, which becomes outputs in the targets' memory."""
     from torchair._ge_concrete_graph import ge_apis
 
     for target, value in zip(targets, values, strict=True):

@@ -1,8 +1,8 @@
 """Generated kernels as one GE node, by torchair's public converters.
 
 A node has one form for every formula: tensors that it writes, tensors that it only reads, the step's numbers, and the
-name of what launches its kernels. Its outputs have the name of the inputs that they replace, which for GE is memory
-that is written in place. GE calls back when it runs the node (`call`).
+name of its launcher. Its outputs have the names of the inputs that they replace, which GE takes as writing in place. GE
+calls back when it runs the node (`call`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _served: list[bool] = []
 
 
 def known(cluster: Cluster) -> str:
-    """Register what launches a node's kernels, and return the name by which `call` finds it.
+    """Register a node's launcher and return the name by which `call` finds it.
 
     The reference is weak: the caller keeps `cluster`.
     """
@@ -45,7 +45,7 @@ def known(cluster: Cluster) -> str:
 
 
 def call(kernel: str, written: Sequence[int], read: Sequence[int], numbers: int) -> None:
-    """What GE calls when it runs a node: launches its kernels on the current stream.
+    """Launch a node's kernels on the current stream: GE's callback when it runs the node.
 
     Args:
         kernel: the node's attribute of that name.
@@ -57,7 +57,7 @@ def call(kernel: str, written: Sequence[int], read: Sequence[int], numbers: int)
 
 
 def _fake(written: list[FakeTensor], read: list[FakeTensor], numbers: Tensor, kernel: str) -> list[Tensor]:
-    """Not through the dispatcher: that would ask a device which is not there."""
+    """Fake results without the dispatcher, which would ask for a device that is not there."""
     with no_dispatch():
         return [FakeTensor(t.fake_mode, torch.empty(t.shape, dtype=t.dtype, device="meta"), t.device) for t in written]
 
@@ -68,8 +68,8 @@ torch.library.register_fake("npu_fused::generated", _fake, lib=_library)
 def register(torchair: Any) -> None:
     """Give torchair the node's converter.
 
-    torchair's module of GE operations gets the node's name, too: for an operation that is not there torchair infers
-    shapes by running it on new tensors of the arguments' sizes, on their device.
+    The node's name is added to torchair's module of GE operations, too: for a missing operation torchair infers shapes
+    by running it on new tensors of the arguments' sizes, on their device.
     """
     from torchair._ge_concrete_graph import compat_ir, ge_apis
     from torchair.ge._ge_graph import get_default_ge_graph
@@ -94,10 +94,10 @@ def _convert(written: list[Any], read: list[Any], numbers: Any, kernel: str, met
 
 
 def serve() -> None:
-    """Tell GE how the node is run, where this CANN has callbacks in Python.
+    """Register the node's callback with GE, if this CANN has callbacks in Python.
 
     Raises:
-        GraphRefused: its interface is another one than is known here.
+        GraphRefused: its interface is unknown.
     """
     if ascend.calls_back():
         try:
@@ -109,7 +109,7 @@ def serve() -> None:
 
 
 def _serve(custom_op: Any, runtime: Any) -> None:
-    """By GE's interface for custom operations in Python. Never run on an NPU."""
+    """Register by GE's interface for custom operations in Python. Never run on an NPU."""
     described: Any = runtime.TensorDesc
     many = list.__class_getitem__(described)
 

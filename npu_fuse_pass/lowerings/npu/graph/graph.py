@@ -1,4 +1,4 @@
-"""The graph that the NPU program gives to torchair: 1-D tensors and packed numbers, fused nodes, writes at the end.
+"""The NPU program's graph for torchair: 1-D tensors and packed numbers, fused nodes, writes at the end.
 
 It has few nodes, because torchair takes most of a millisecond for each (fake tensors, patterns, texts for a log that
 nothing may read): a group is one fused node, whose list of new values goes as it is to one that writes it.
@@ -30,7 +30,7 @@ from npu_fuse_pass.lowerings.npu.plan import Span
 from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.tensors.memory import copy_each
 
-_TAKEN = list_operations.LONGEST  # results that are taken one by one: torchair formats the whole list for each
+_TAKEN = list_operations.LONGEST  # results taken one by one: torchair formats the whole list for each
 _SCHEMA = "(Tensor[] tensors, Tensor[] numbers, Tensor[] totals, int[] positions, int members, str formula) -> Tensor[]"
 
 _library = torch.library.Library("npu_fused", "FRAGMENT")
@@ -42,7 +42,7 @@ _library.define("device_write(Tensor(a!)[] targets, Tensor[] values) -> ()")
 device_update = torch.ops.npu_fused.device_update.default
 """`multi_tensor_update` whose scalars are `numbers[p] for p in positions`, then `totals`."""
 device_contribute = torch.ops.npu_fused.device_contribute.default
-"""`multi_tensor_contribute` likewise, with results of the dtype that the device adds up in."""
+"""`multi_tensor_contribute` likewise, with results in the device's dtype of sums."""
 device_lists = torch.ops.npu_fused.device_lists.default
 """`device_update` by operations on lists; numbers have shape (1,)."""
 device_dedicated = torch.ops.npu_fused.device_dedicated.default
@@ -104,7 +104,7 @@ def _fake_dedicated(
     call: str,
     written: list[int],
 ) -> list[Tensor]:
-    """What is written, without the arithmetic: torchair asks for it, and it would be most of a conversion's time."""
+    """Fake results without the arithmetic, which would be most of a conversion's time."""
     made = parsed(formula)
     rank = {s: i for i, s in enumerate(made.tensor_slots)}
     of_slot = [(made.slots[s].dtype, tensors[rank[s] * members : (rank[s] + 1) * members]) for s in written]
@@ -113,7 +113,7 @@ def _fake_dedicated(
 
 
 def _empty(mode: FakeTensorMode, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`torch.empty` in the mode, in a third of the time: not through the dispatcher."""
+    """`torch.empty` in the mode without the dispatcher, in a third of the time."""
     return FakeTensor(mode, torch.empty(numel, dtype=dtype, device="meta"), device)
 
 
@@ -122,11 +122,11 @@ def _write(targets: list[Tensor], values: list[Tensor]) -> None:
 
 
 def _fake_write(targets: list[Tensor], values: list[Tensor]) -> None:
-    """Nothing: what is written keeps its size and dtype."""
+    """Do nothing: targets keep their size and dtype."""
 
 
 _KERNELS: dict[str, tuple[Callable[..., list[Tensor] | None], Callable[..., list[Tensor] | None]]] = {
-    "device_update": (_update, _update),  # theirs have fakes of their own
+    "device_update": (_update, _update),  # they have fakes of their own
     "device_lists": (_lists, _lists),
     "device_contribute": (_contribute, _contribute),
     "device_dedicated": (_dedicated, _fake_dedicated),
@@ -143,7 +143,7 @@ def build(
     binder: Binder,
     clusters: Mapping[str, Cluster] | None = None,
 ) -> fx.GraphModule:
-    """The graph of a step. Placeholders carry fake tensors in `meta["val"]`.
+    """Build the graph of a step. Placeholders carry fake tensors in `meta["val"]`.
 
     Args:
         clusters: of groups with generated kernels, by the names of `generated.known`.
@@ -158,7 +158,7 @@ class _Build:
         self._nodes: dict[Leaves, fx.Node] = {}
         self._gathered: dict[tuple[Leaves, ...], fx.Node] = {}
         mode = FakeTensorMode()
-        mode.cache_enabled = False  # its keys, over thousands of tensors of a node, take longer than our nodes' fakes
+        mode.cache_enabled = False  # its keys, over thousands of tensors of a node, take longer than the fakes
         for key, (numel, dtype, device) in binder.tensor_inputs.items():
             name = "".join(c if c.isalnum() else "_" for c in leaves[key[0]].name)
             self._nodes[key] = self._graph.placeholder(name)
@@ -192,14 +192,14 @@ class _Build:
         return fx.GraphModule(torch.nn.Module(), self._graph, "NpuStep")
 
     def _of_operations(self) -> Iterator[tuple[LoweredGroup, list[PackedNumbers]]]:
-        """The groups that GE operations compute, and where their numbers lie."""
+        """The groups that GE operations compute, with the places of their numbers."""
         for lowered, numbers in zip(self._groups, self._binder.numbers, strict=True):
             packed = [n for n in numbers if isinstance(n, PackedNumbers)]
             if lowered.generated is None:
                 yield lowered, packed
 
     def _node(self, name: str, cluster: Cluster) -> tuple[list[fx.Node], Any]:
-        """The node of generated kernels; what it writes, and itself, which is the list of new values."""
+        """Add the node of generated kernels. Returns the written nodes, and the node: the list of new values."""
         written, read = (
             [self._nodes[(made.group.members[m][s],)] for made, s, m in cluster.leaves(kind)] for kind in (True, False)
         )
@@ -210,7 +210,7 @@ class _Build:
         return written, node
 
     def _totals(self) -> dict[int, fx.Node]:
-        """For every total: the sum of what all members contribute."""
+        """Sum the contributions of all members, for every total."""
         terms: dict[int, list[fx.Node]] = {}
         for lowered, numbers in self._of_operations():
             if len(lowered.splits) > 1:
@@ -231,7 +231,7 @@ class _Build:
         kinds: Sequence[int],
         totals: dict[int, fx.Node],
     ) -> Iterator[tuple[fx.Node, list[tuple[int, Span]]]]:
-        """Fused nodes of a group; of each, the kind of every result (a written slot, a contribution) and its span."""
+        """Add the fused nodes of a group, each with the kind (written slot, contribution) and span of its results."""
         made = numbers.made
         call: tuple[Any, ...] = ()
         if target is device_dedicated and lowered.dedicated is not None:
@@ -266,7 +266,7 @@ class _Build:
         return self._unpacked.get((dtype, one_dim), [])
 
     def _tensor(self, lowered: LoweredGroup, span: Span, slot: int) -> fx.Node:
-        """A span's tensor; for one that the step creates, another of the member, which has its size."""
+        """A span's tensor; for one that the step creates, another tensor of the member, of equal size."""
         keys = self._binder.inputs_of(lowered, span, slot)
         if len(keys) > 1:
             if tuple(keys) not in self._gathered:

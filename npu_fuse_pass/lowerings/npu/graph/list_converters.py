@@ -1,8 +1,8 @@
 """Converters for operations that torchair lacks and that may stay around fused groups, with `fuse_pass` as its hook.
 
 A list becomes one GE operation for each tensor: those are documented for every Atlas SoC, where CANN's Foreach
-operations are not (none on Atlas training series; lists of at most 50). Every emitted type stands in
-`npu_emit.DOCUMENTS`. Nothing that torchair can convert by itself, in any version, is replaced.
+operations are not (none on Atlas training series; lists of at most 50). Every emitted type is in
+`elementwise.DOCUMENTS`. Converters that work in torchair, in any version, are not replaced.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ _EACH = {"_foreach_sqrt": "Sqrt", "_foreach_neg": "Neg", "_foreach_reciprocal": 
 _WITHOUT_BF16 = ("Sign",)  # by its prototype; float32 in between changes nothing
 
 REPLACED: dict[Any, Any] = {}
-"""What `register` has put a converter on -> what was there before: nothing, or one that is not implemented."""
+"""Operations that `register` gave a converter -> the one before: None, or one that is not implemented."""
 
 
 def lacks(op: object) -> bool:
-    """Whether torchair has no converter for an operation, or only one that raises NotImplementedError."""
+    """True if torchair has no converter for an operation, or only one that raises NotImplementedError."""
     converter = getattr(op, "_ge_converter", None)
     code = getattr(getattr(converter, "__wrapped__", None), "__code__", None)
     return converter is None or any("is not implemented" in str(c) for c in getattr(code, "co_consts", ()))
 
 
 def register(torchair: Any, ge: Any) -> None:
-    """Add what is missing. `ge` is torchair's module of GE operations."""
+    """Register missing converters. `ge`: torchair's module of GE operations."""
     for op, converter in converters(ge).items():
         if lacks(op):
             REPLACED[op] = getattr(op, "_ge_converter", None)
@@ -41,7 +41,7 @@ def register(torchair: Any, ge: Any) -> None:
 
 
 def converters(ge: Any) -> Mapping[Any, Converter]:
-    """Operation -> converter, whether torchair lacks it or not."""
+    """All converters by operation, also those that torchair has."""
     find("torch._inductor.inductor_prims")  # defines prims.fma, which Dynamo 2.13 makes of addcmul_
     aten = torch.ops.aten
     each = {name: functools.partial(_each, ge, operation) for name, operation in _EACH.items()}

@@ -1,4 +1,4 @@
-"""Names of GE operations: each begins with the name of the group that it computes, `update_1a2b3c4d/Mul_7`.
+"""Names of GE operations, prefixed with the name of their group: `update_1a2b3c4d/Mul_7`.
 
 A profile of a device shows GE's names; the group's name leads from there to its formula in reports and dumps.
 """
@@ -17,24 +17,24 @@ _GROUP = "npu_fused_group"
 
 
 def mark(node: fx.Node, group: str) -> None:
-    """Say which group a fused node computes."""
+    """Mark a fused node with its group."""
     node.meta[_GROUP] = group
 
 
 def kept() -> AbstractContextManager[None]:
-    """While torchair converts a graph inside the block, its converters see what `mark` has said."""
+    """Keep the marks visible to torchair's converters inside the block."""
     return traceback.preserve_node_meta()
 
 
 def naming(
     converter: Callable[..., list[Any]], graph_of: Callable[[], Any], group_of: Callable[[str], str] | None = None
 ) -> Callable[..., list[Any]]:
-    """The converter of a fused node, so that the operations that it emits are named after the group.
+    """Wrap the converter of a fused node so that its operations are named after the group.
 
     Args:
         converter: its first argument that is text is a formula.
-        graph_of: gives torchair's graph that is being made.
-        group_of: the name for a formula, where the node is not marked; None: it is not a group's whole formula.
+        graph_of: returns torchair's graph under construction.
+        group_of: maps a formula to a group's name, for unmarked nodes; None: formulas are not whole groups.
     """
 
     @functools.wraps(converter)

@@ -1,1 +1,1 @@
-"""What the host computes of a step before the device runs it: numbers, step counters."""
+"""The host's part of a step, computed before the device runs: numbers, step counters."""

@@ -1,4 +1,4 @@
-"""The 0-dim states that the host advances (step counters), and how their new values get to where they are kept."""
+"""0-dim states that the host advances (step counters), and the writes of their new values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from npu_fuse_pass.tensors.memory import copy_each
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AdvancedState:
-    """The new values of a 0-dim state, 0-dim or one per member; `row`: one vector over all members' memory for it."""
+    """New values of a 0-dim state, of shape () or (members,); `row`: one vector over all members' memory for it."""
 
     slot: int
     value: Tensor
@@ -25,7 +25,7 @@ class AdvancedState:
 
 
 class HostStates:
-    """What a slot that the host writes stands for: a tensor per member, in the host's memory or on a device."""
+    """The tensors of a slot that the host writes: one per member, in host memory or on a device."""
 
     def __init__(self, group: Group, leaves: Sequence[Leaf], slot: int) -> None:
         self._indices = [m[slot] for m in group.members]
@@ -38,7 +38,7 @@ class HostStates:
             found.append(m)
 
     def write(self, new: AdvancedState, active: Sequence[bool], values: Values) -> None:
-        """Write those in the host's memory; those that the step makes come to be."""
+        """Write the states in host memory; create those that the step makes."""
         if new.row is not None and all(active):
             new.row.copy_(new.value)
             return
@@ -54,7 +54,7 @@ class HostStates:
             copy_each([t for t, _ in chosen], [x for _, x in chosen])
 
     def outgoing(self, new: AdvancedState, active: Sequence[bool]) -> list[tuple[Kind, list[int], Tensor]]:
-        """For those on devices: dtype and device, leaves, values."""
+        """For the states on devices: dtype and device, leaves, values."""
         found = []
         for kind, members in self._there.items():
             if not all(active):
@@ -67,22 +67,22 @@ class HostStates:
 
 
 class OutgoingStates:
-    """New values for states of one dtype on one device, which get there in one transfer."""
+    """New values for states of one dtype on one device, sent in one transfer."""
 
     def __init__(self, kind: Kind, written: Sequence[tuple[list[int], Tensor]]) -> None:
         self.dtype, self.device = kind
         self._indices = [i for indices, _ in written for i in indices]
         self.values = torch.cat([x.to(self.dtype) for _, x in written])
-        self.sent: Tensor | None = None  # the values on the device, where something has sent them already
+        self.sent: Tensor | None = None  # the values on the device, if already sent
 
     def send_with(self, numbers: Tensor) -> Tensor:
-        """Send them in one transfer with numbers of the same dtype, which are returned as they are on the device."""
+        """Send them in one transfer with numbers of the same dtype. Returns the numbers on the device."""
         both = npu_mirror.to_device(torch.cat([numbers, self.values]), self.device)
         self.sent = both[len(numbers) :]
         return both[: len(numbers)]
 
     def write(self, values: Values, mirror: Mirror) -> None:
-        """Write the states; those that the step makes come to be."""
+        """Write the states; create those that the step makes."""
         sent = npu_mirror.to_device(self.values, self.device) if self.sent is None else self.sent
         kept: list[tuple[int, int]] = []  # where among these values, and in the mirror
         targets: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""What is known of a step before it is bound: the numbers of all members, and who takes part."""
+"""The host's half of a step, before tensors are bound: the numbers of all members, and which take part."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from npu_fuse_pass.lowerings.npu.plan import Values
 
 
 class Numbered(Protocol):
-    """What the host has to know of a group: `device_scalars` are the 0-dim leaves that it reads from there."""
+    """The fields of a group that the host needs; `device_scalars`: 0-dim leaves on a device."""
 
     group: Group
     splits: list[Split]
@@ -46,7 +46,7 @@ class Host:
 
     @torch.no_grad()
     def look(self, values: Values, complete: bool) -> HostStep:
-        """The host's half of a step: its numbers and active members, before tensors are bound.
+        """Compute the numbers and active members of a step.
 
         Args:
             values: of all leaves; None for a gradient that is missing.
@@ -70,12 +70,12 @@ class Host:
         return step
 
     def finish(self, step: HostStep, values: Values) -> None:
-        """Write the new values of 0-dim states, wherever they are."""
+        """Write the new values of 0-dim states, in host memory and on devices."""
         for state, new, active in step.advanced:
             state.write(new, active, values)
         for outgoing in step.outgoing:
             outgoing.write(values, self._mirror)
 
     def _given_to(self, member: tuple[int, ...]) -> list[int]:
-        """The leaves that a member cannot do without."""
+        """The leaves that a member needs to take part."""
         return [i for i in member if self._leaves[i].kind in ("input", "attribute")]

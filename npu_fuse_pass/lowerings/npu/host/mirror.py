@@ -1,7 +1,7 @@
-"""0-dim tensors that lie on a device: what the host knows of them, so that a step need not wait to read them.
+"""A mirror of 0-dim tensors on a device, so that a step need not wait to read them.
 
-Reading waits until the device has done all that was started on it. A step computes the new values of such a tensor on
-the host, though: what it has written, it knows. So a value is read once, and again where something else has written it.
+Reading waits until the device is idle. But a step computes the new values of such a tensor on the host, and so knows
+them. A value is read once, and again after a write by something else.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Kind = tuple[torch.dtype, torch.device]
 class Mirror:
     """The values of 0-dim leaves that lie on a device, in the host's memory.
 
-    Others have written where a tensor is another object than before, counts other writes (`_version`), or lies
-    elsewhere; then all are read. torch counts every operation on the tensor itself, on `t.detach()` and on its other
-    views. It does not count writes to `t.data`, collectives and kernels on raw memory: who uses those on a step counter
-    has to call `torch.autograd.graph.increment_version(t)`, as for autograd.
+    A tensor counts as written if it is another object than before, has another `_version`, or another address; then
+    all are read. torch counts every operation on the tensor itself, on `t.detach()` and on its other
+    views. It does not count writes to `t.data`, collectives and kernels on raw memory: code that uses those on a step
+    counter has to call `torch.autograd.graph.increment_version(t)`, as for autograd.
 
     Attributes:
-        places: of every leaf its place in `values`.
+        places: the index in `values` of every leaf.
         values: of all leaves, float64, after `look`.
     """
 
@@ -46,7 +46,7 @@ class Mirror:
         self._addresses: list[int] = []
 
     def look(self, values: Values) -> None:
-        """Bring `values` up to date: one transfer for each dtype where one of them was written elsewhere, else none."""
+        """Update `values`: one transfer per dtype if one of the tensors was written elsewhere, else none."""
         tensors = self._tensors(values)
         if self._known(tensors):
             return
@@ -63,7 +63,7 @@ class Mirror:
             self._versions, self._addresses = versions, list(map(Tensor.data_ptr, tensors))
 
     def wrote(self, values: Values, places: Sequence[int], new: Tensor) -> None:
-        """A step has written these: `new` is what they hold now."""
+        """Record that a step has written `new` to these places."""
         self._set(torch.tensor(places, dtype=torch.int64, device="cpu"), new)
         if self._references:
             tensors = self._tensors(values)
@@ -87,13 +87,13 @@ _version = operator.attrgetter("_version")
 
 
 def _counts_writes(t: Tensor | None) -> bool:
-    """Whether a tensor's `_version` says that it was written.
+    """True if a tensor's `_version` counts its writes.
 
     0-dim parameters are left out: `p.data.clamp_(...)` between steps is how many models keep theirs in bounds. Their
     gradients are new in every step, so nothing is lost.
     """
     if t is None or t.requires_grad or t.is_inference() or isinstance(t, torch.nn.Parameter):
-        return False  # an inference tensor refuses to be asked
+        return False  # an inference tensor has no `_version`
     return hasattr(t, "_version")
 
 

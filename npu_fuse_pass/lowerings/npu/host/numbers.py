@@ -1,4 +1,4 @@
-"""The numbers of a step: what the host evaluates for all members of a group, and which of it the graph gets."""
+"""The numbers of a step: evaluated on the host for all members of a group, and packed for the graph."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class HostValues:
         self._numel = torch.tensor(numels(group, leaves), dtype=torch.float64, device="cpu")
 
     def __call__(self, values: Values) -> tuple[list[Tensor], list[AdvancedState]]:
-        """`made.values` (float64, 0-dim or one per member), and what is written to 0-dim states."""
+        """Evaluate `made.values` (float64, of shape () or (members,)), and the new values of 0-dim states."""
         given = {s: c.of(values) for s, c in self._columns.items()}
         found, new = self.made.host_values({s: column for s, (column, _) in given.items()}, self._numel)
         rows = {s: row for s, (_, row) in given.items()}
@@ -36,7 +36,7 @@ class HostValues:
 
 
 class PackedNumbers:
-    """Where the numbers of one split lie in the packed vector: one of each value for every span that needs its own."""
+    """The places of a split's numbers in the packed vector: one of each value for every span that needs its own."""
 
     def __init__(self, group: Group, made: Split, spans: Sequence[Span], offset: int) -> None:
         self.made = made
@@ -64,13 +64,13 @@ class PackedNumbers:
         self.count += len(self._flags)
 
     def pieces(self, found: Sequence[Tensor], active: Sequence[bool]) -> list[Tensor]:
-        """The pieces of the packed vector, from what `HostValues` found and which members take part."""
+        """The pieces of the packed vector. `found`: results of `HostValues`; `active`: members that take part."""
         chosen = [v.expand(len(rows)) if v.ndim == 0 else v[rows] for v, rows in zip(found, self._rows, strict=True)]
         return [*chosen, torch.tensor([float(active[m]) for m in self._flags], dtype=torch.float64, device="cpu")]
 
 
 class NumberTable:
-    """Where the numbers of a group with generated kernels lie: a row for each member."""
+    """The numbers of a group with generated kernels in the packed vector: a row per member."""
 
     def __init__(self, group: Group, made: Split, offset: int) -> None:
         self.made, self.first, self._members = made, offset, len(group.members)
@@ -84,7 +84,7 @@ class NumberTable:
 
 
 def numels(group: Group, leaves: Sequence[Leaf]) -> list[int]:
-    """The elements of every member's tensors."""
+    """The number of elements of every member's tensors."""
     first = group.formula.tensor_slots[:1]
     return [math.prod(leaves[member[s]].shape) for member in group.members for s in first] or [1]
 
@@ -108,7 +108,7 @@ class _Column:
         self._row = ScalarVector(self._indices) if here else None
 
     def of(self, values: Values) -> tuple[Tensor, Tensor | None]:
-        """The values in float64, and one vector over the memory of all where there is one."""
+        """The values in float64, and one vector over the memory of all if they are contiguous."""
         row = None if self._row is None else self._row.of(values)
         if row is not None:
             column = row.to("cpu", torch.float64, copy=True)  # the step writes there, too

@@ -14,14 +14,14 @@ from npu_fuse_pass.tensors.same import SameTensors
 
 
 class ScalarVector:
-    """0-dim leaves that may lie one behind the other in one memory, as the counters of our optimizers do."""
+    """0-dim leaves that may be contiguous in memory, as the counters of this package's optimizers are."""
 
     def __init__(self, indices: Sequence[int]) -> None:
         self._get = picked(indices)
         self._same = SameTensors()
 
     def of(self, values: Values) -> Tensor | None:
-        """One vector over their memory; None where they do not lie so, or are not of one dtype."""
+        """One vector over their memory; None if they are not contiguous or differ in dtype."""
         tensors = self._get(values)
         if not self._same.match(tensors):
             if not all(
@@ -37,12 +37,12 @@ class ScalarVector:
 
 
 def holds(first: Tensor, elements: int) -> bool:
-    """Whether the storage goes on for that many elements from where a tensor begins."""
+    """True if the storage has that many elements from the start of a tensor."""
     return (first.storage_offset() + elements) * first.element_size() <= first.untyped_storage().nbytes()
 
 
 def picked(indices: Sequence[int]) -> Callable[[Values], Sequence[Any]]:
-    """Takes the values of these leaves out of those of all."""
+    """A function that picks the values of these leaves from those of all."""
     if len(indices) > 1:
         return operator.itemgetter(*indices)
     return lambda values: [values[i] for i in indices]

@@ -1,4 +1,4 @@
-"""One call of an NPU program, as far as the host knows it."""
+"""The host's record of one call of an NPU program."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from npu_fuse_pass.lowerings.npu.host.counters import AdvancedState, HostStates,
 Key = tuple[int, torch.dtype, torch.device]
 
 Leaves = tuple[int, ...]
-"""The leaves behind one input of the graph: one, or those of a span, which lie one behind the other."""
+"""The leaves behind one input of the graph: one, or those of a span, which are contiguous."""
 
 
 class HostStep:
-    """One call: its numbers, the graph's inputs, and what is left to do after it ran."""
+    """One call: its numbers, the graph's inputs, and the writes to do after it ran."""
 
     def __init__(self, complete: bool) -> None:
         self.complete = complete
@@ -32,7 +32,7 @@ class HostStep:
         self.copy_back: list[tuple[Tensor, Tensor]] = []
 
     def send(self, numbers: Tensor, device: torch.device) -> Tensor:
-        """Numbers on a device, together with the new values of states there where those have the same dtype."""
+        """Send numbers to a device, together with new values of states of the same dtype there."""
         for outgoing in self.outgoing:
             if (outgoing.dtype, outgoing.device) == (numbers.dtype, device):
                 return outgoing.send_with(numbers)

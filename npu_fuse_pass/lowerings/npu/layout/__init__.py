@@ -1,1 +1,1 @@
-"""Which tensors of a group are adjacent in memory, and how a graph takes them."""
+"""Memory layout: adjacent tensors of a group, and their binding to a graph's inputs."""

@@ -1,4 +1,4 @@
-"""What goes into the NPU program's graph at every step, and what comes out: tensors as flat views, numbers packed.
+"""Inputs and outputs of the NPU program's graph at every step: tensors as flat views, numbers packed.
 
 A member without a gradient takes part with scratch tensors in place of its own, so that one graph serves every
 pattern of missing gradients and nothing of that member changes.
@@ -26,14 +26,14 @@ from npu_fuse_pass.tensors.memory import check_apart, in_order, memory_order
 
 
 class Binder:
-    """The inputs of the graph in order: what its tensor inputs stand for, then one packed vector per dtype of numbers.
+    """The inputs of the graph in order: its tensors, then one packed vector per dtype of numbers.
 
     Attributes:
         tensor_inputs: for each, the leaves behind it; size, dtype and device.
-        number_inputs: how many numbers of a dtype there are.
-        numbers_on: the device that they are on; the host, from where GE fetches them, or where states are that the
-            host advances, so that everything of a step gets there in one transfer.
-        numbers: per group and split: where they lie.
+        number_inputs: count of numbers by dtype.
+        numbers_on: their device: the host, from where GE fetches them, or the device of states that the host advances,
+            so that a step needs one transfer.
+        numbers: per group and split: their places in the vector.
         outputs: the leaves that the graph creates.
         written: which inputs the graph writes to.
     """
@@ -72,7 +72,7 @@ class Binder:
         self._changes = [self._changes_of(lowered, lowered.group.members) for lowered in groups]
 
     def inputs_of(self, lowered: LoweredGroup, span: Span, slot: int) -> list[Leaves]:
-        """What the graph reads for a slot of a span: one input, or where they are gathered, one of each member."""
+        """The graph's inputs for a slot of a span: one, or where they are gathered, one of each member."""
         leaves = [lowered.group.members[m][slot] for m in span.members]
         return [(i,) for i in leaves] if slot in span.gathered else [tuple(leaves)]
 
@@ -107,7 +107,7 @@ class Binder:
         step.inputs += vectors if on_host else [step.send(v, self.numbers_on) for v in vectors]
 
     def _bind_one_by_one(self, step: HostStep, values: Values) -> None:
-        """The general way, with a look at every tensor.
+        """Bind the general way, checking every tensor.
 
         GE reads everything as it is before the step: memory that is written must not be used a second time.
         """
@@ -122,7 +122,7 @@ class Binder:
     def _bind_span(
         self, lowered: LoweredGroup, span: Span, values: Values, step: HostStep, active: Sequence[bool]
     ) -> None:
-        """The inputs of a span. `Replanner` has seen to it that what is not gathered is adjacent."""
+        """Bind the inputs of a span. `Replanner` has checked that ungathered tensors are adjacent."""
         slots = lowered.group.formula.tensor_slots
         if len(span.members) == 1:
             self._bind_member(lowered, span.members[0], slots, values, step, active)
@@ -146,7 +146,7 @@ class Binder:
         step: HostStep,
         active: Sequence[bool],
     ) -> None:
-        """The inputs that stand for one tensor of a member."""
+        """Bind the inputs for single tensors of a member."""
         member, formula = lowered.group.members[m], lowered.group.formula
         inputs = [s for s in formula.tensor_slots if self._leaves[member[s]].kind != "output"]
         strides = memory_order([t for s in inputs if (t := values[member[s]]) is not None])
@@ -174,7 +174,7 @@ class Binder:
             step.flat[leaves] = dense.as_strided((key[0],), (1,))
 
     def _bind_new(self, i: int, strides: tuple[int, ...], step: HostStep, active: bool) -> None:
-        """A tensor that the step makes, which a generated kernel writes as any other."""
+        """Bind a tensor that the step makes, which a generated kernel writes as any other."""
         key, leaf = self.tensor_inputs[(i,)], self._leaves[i]
         step.copies += 1  # another one at every step
         if active:
@@ -188,7 +188,7 @@ class Binder:
         return self._scratch[key]
 
     def finish(self, step: HostStep, values: Values, results: Sequence[Tensor]) -> None:
-        """Give new tensors their shape, and tell autograd what changed."""
+        """Shape new tensors, and count writes for autograd."""
         for target, dense in step.copy_back:
             target.detach().copy_(dense)
         for i, result in zip(self.outputs, results, strict=True):
@@ -214,7 +214,7 @@ class Binder:
 def numbers_on(
     leaves: Sequence[Leaf], groups: Sequence[LoweredGroup], devices: Collection[torch.device]
 ) -> torch.device:
-    """Where the numbers of a step enter. `devices`: of the graph's other inputs."""
+    """The device on which the numbers of a step enter. `devices`: of the graph's other inputs."""
     advanced = {
         m[s] for lowered in groups for m in lowered.group.members for made in lowered.splits for s, _ in made.advanced
     }
@@ -224,7 +224,7 @@ def numbers_on(
 
 @dataclasses.dataclass(frozen=True)
 class _Changes:
-    """What an update of some members writes: the leaves that the step makes, and the graph's inputs."""
+    """Writes of an update of some members: the leaves that the step makes, and the graph's inputs."""
 
     made: list[int]
     bound: Callable[[Values], Sequence[Tensor | None]]

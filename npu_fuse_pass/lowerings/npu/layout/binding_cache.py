@@ -1,9 +1,9 @@
-"""The tensor inputs of a graph at steps that are like an earlier one, without a look at every tensor in Python.
+"""Binding of steps that resemble an earlier one, without checks of every tensor in Python.
 
-Most steps differ from the one before in values only, and in where gradients lie. What was found out about the tensors
-of one step holds for all whose tensors are of the same kind: type, dtype, device, sizes, strides, and that memory holds
-their values. Addresses are read at every step, and no view of a tensor is kept: Dynamo keeps a compiled step for longer
-than its optimizer lives, and what is freed has to be free.
+Most steps differ from the one before only in values and in the addresses of gradients. Checks of one step hold for all
+whose tensors are of the same kind: type, dtype, device, sizes, strides, and values held in memory. Addresses are read
+at every step, and no view of a tensor is kept: Dynamo keeps a compiled step for longer than its optimizer lives, and
+must not keep its memory.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from npu_fuse_pass.tensors.same import SameTensors
 
 
 class BindingCache:
-    """Remembers one step that was bound tensor by tensor, and binds those that are like it.
+    """A cache of one step that was bound tensor by tensor; binds steps like it.
 
     Args:
         inputs: the leaves behind every tensor input of the graph; size, dtype and device.
         written: those that the graph writes to.
-        numbers: leaves of the 0-dim tensors that the host reads for the graph, and whether it writes them.
+        numbers: leaves of the 0-dim tensors that the host reads for the graph; True for those it writes.
     """
 
     def __init__(self, inputs: Mapping[Leaves, Key], written: Collection[Leaves], numbers: Mapping[int, bool]) -> None:
@@ -48,9 +48,9 @@ class BindingCache:
         self._addresses: list[int] = []
 
     def learn(self, step: HostStep, values: Values) -> None:
-        """Remember a step that was bound, whose tensors were found to be right and to share no memory."""
+        """Cache a bound step. Its tensors must have been checked, also for shared memory."""
         tensors = self._all(values)
-        # where elements had to be put into another order, every step has to do that
+        # a step that copies elements into another order is not cached
         if step.copies or not self._same.learn([t for t in tensors if t is not None]):
             return
         self._active, self._complete, self._orders = step.active, step.complete, step.orders
@@ -60,7 +60,7 @@ class BindingCache:
         numbers = [i for i in self._numbers if values[i] is not None]
         self._firsts = picked([*(key[0] for key, *_ in used), *numbers])
         self._sizes = [(size,) for _, size, _, _ in used]
-        # where a number begins is enough
+        # for numbers the start is enough
         sizes = [*(size * dtype.itemsize for _, size, dtype, _ in used), *(1 for _ in numbers)]
         self._bytes = torch.tensor(sizes, dtype=torch.int64, device="cpu")
         is_written = [*(key in self._written for key, *_ in used), *(self._numbers[i] for i in numbers)]
@@ -68,7 +68,7 @@ class BindingCache:
         self._addresses = _addresses(self._firsts(values))
 
     def bind(self, step: HostStep, values: Values) -> bool:
-        """Give a step its tensor inputs if it is like the one that was learned; True if it is.
+        """Set a step's tensor inputs if it is like the cached one. Returns True if so.
 
         Raises:
             Mismatch: two tensors share memory and at least one of them is written.

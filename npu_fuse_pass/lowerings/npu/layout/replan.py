@@ -1,4 +1,4 @@
-"""Whether the plans that a graph was made for still fit, asked at every step, and new ones where they do not."""
+"""Checks, at every step, that the plans of a graph still fit, and new plans where they do not."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from npu_fuse_pass.lowerings.npu.lowered_group import LoweredGroup
 from npu_fuse_pass.lowerings.npu.plan import Plan, Span, Values
 from npu_fuse_pass.tensors.same import SameTensors
 
-_LOOKS = 4  # steps after which nobody looks for a better plan any more: DDP settles its buckets after the first step
-_PLANS = 8  # how many are made, each is a compile; after that every member is updated alone, which fits whatever moves
+_LOOKS = 4  # steps in which a better plan is looked for: DDP settles its buckets after the first step
+_PLANS = 8  # plans to make at most, each a compile; after that every member is updated alone, which always fits
 
 
 class Replanner:
-    """The plan of every group, and what would not fit it any more.
+    """The plan of every group, replaced when it does not fit a step.
 
-    That is: a tensor of a span has moved, the numbers of its members differ, or some of them have no gradient. In the
-    first steps a better plan replaces one that fits, too.
+    It does not if a tensor of a span has moved, or its members differ in numbers or in having a gradient. In the first
+    steps a better plan also replaces one that fits.
     """
 
     def __init__(self, leaves: Sequence[Leaf], groups: Sequence[LoweredGroup], layout: str) -> None:
@@ -43,12 +43,12 @@ class Replanner:
         self._use([planner.alone("its tensors were not seen yet") for planner in self._planners])
 
     def update(self, values: Values, numbers: Sequence[Sequence[Tensor]], active: Sequence[Sequence[bool]]) -> bool:
-        """Make the plans fit a step; True if they changed.
+        """Make the plans fit a step. Returns True if they changed.
 
         Args:
             values: of all leaves.
-            numbers: per group: what its members get, 0-dim or one per member, float64.
-            active: per group and member: whether it takes part.
+            numbers: per group: the numbers of its members, float64, of shape () or (members,).
+            active: per group and member: True if it takes part.
         """
         fits = self._together(active) and self._equal(numbers) and self._in_place(values, active)
         if (fits and self._made and not self._worth_a_look(active)) or not any(map(any, active)):
@@ -72,7 +72,7 @@ class Replanner:
     def _use(self, plans: list[Plan]) -> None:
         self.plans = plans
         self._same, self._addresses = SameTensors(), list[int]()
-        fixed: list[int] = []  # the leaves that have to stay where they are
+        fixed: list[int] = []  # leaves that must not move
         self._extents: list[
             tuple[int, int]
         ] = []  # of these, the first of each span; how many elements follow from there
@@ -102,12 +102,12 @@ class Replanner:
         return complete and self._looks >= 0
 
     def _one_storage(self, values: Values) -> bool:
-        """Whether spans still are in one storage: memory that was freed may hold separate tensors now."""
+        """True if every span still lies in one storage: freed memory may hold separate tensors now."""
         firsts = [(values[i], elements) for i, elements in self._extents]
         return all(t is not None and holds(t, elements) for t, elements in firsts)
 
     def _together(self, active: Sequence[Sequence[bool]]) -> bool:
-        """Whether of every span all members take part, or none."""
+        """True if of every span all members take part, or none."""
         return all(map(all, active)) or all(
             len({taking_part[m] for m in span.members}) == 1
             for plan, taking_part in zip(self.plans, active, strict=True)
@@ -115,7 +115,7 @@ class Replanner:
         )
 
     def _equal(self, numbers: Sequence[Sequence[Tensor]]) -> bool:
-        """Whether all members of each span get the same numbers, bit by bit."""
+        """True if all members of each span have the same numbers, bit by bit."""
         return all(
             torch.equal(bits[members], bits[firsts])
             for given, (members, firsts) in zip(numbers, self._mates, strict=True)
@@ -124,7 +124,7 @@ class Replanner:
         )
 
     def _in_place(self, values: Values, active: Sequence[Sequence[bool]]) -> bool:
-        """Whether the tensors of every span that takes part still are adjacent."""
+        """True if the tensors of every span that takes part are still adjacent."""
         tensors = self._fixed(values)
         same = self._same.match(tensors)
         if same and self._addresses == list(map(Tensor.data_ptr, tensors)) and self._one_storage(values):
@@ -150,12 +150,12 @@ def _adjacent(planner: Planner, span: Span, values: Values) -> bool:
 
 
 def _keys(numbers: Sequence[Tensor], members: int) -> list[tuple[int, ...]]:
-    """For every member the bits of its numbers."""
+    """The bits of every member's numbers."""
     columns = [v.view(torch.int64).tolist() for v in numbers if v.ndim]
     return list(zip(*columns, strict=True)) if columns else [()] * members
 
 
 def _size(plans: Sequence[Plan]) -> tuple[int, int]:
-    """How large the graph gets: spans, and tensors that are concatenated."""
+    """The size of a graph: spans, and concatenated tensors."""
     spans = [span for plan in plans for span in plan.spans]
     return len(spans), sum(len(span.members) * len(span.gathered) for span in spans)

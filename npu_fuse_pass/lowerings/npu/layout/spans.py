@@ -1,4 +1,4 @@
-"""What a graph updates as one: spans of members whose tensors are adjacent in memory.
+"""Planning of spans: members whose tensors are adjacent in memory, which a graph updates as one.
 
 The members of a pointwise group differ in nothing but where their elements lie and in the numbers of the step. Where
 the tensors that they write are adjacent and the numbers equal, one 1-D tensor per slot stands for all of them, and the
@@ -25,17 +25,17 @@ CONCATENATED = 48
 _SMALL = 1 << 20  # elements: above, concatenating a tensor takes longer (8 bytes each) than updating it by itself
 _IN_A_ROW = 8  # gradients: where that many are adjacent on average, a span for each piece costs less than moving them
 
-Place = dict[int, tuple[int, int, int]]  # of each tensor slot: its storage, where it begins, where it ends
+Place = dict[int, tuple[int, int, int]]  # tensor slot -> storage, begin, end (addresses)
 
 
 class Planner:
-    """Plans the spans of a group from where its tensors are and which numbers they get.
+    """Plans the spans of a group from the addresses and numbers of its members.
 
     Args:
         group: over the leaves.
         device_members: its members that have elements.
         leaves: of the step.
-        uses: in how many updates a leaf has a part.
+        uses: number of updates that use a leaf.
         layout: the option.
     """
 
@@ -56,7 +56,7 @@ class Planner:
         self._why_not = self._unable(uses)
 
     def _unable(self, uses: collections.Counter[int]) -> str:
-        """Why no members of the group can be one."""
+        """Why no members of the group can be updated as one; "" if they can."""
         if self._layout == "list":
             return 'layout="list"'
         members = [self._group.members[m] for m in self._device_members]
@@ -70,15 +70,15 @@ class Planner:
         return ""
 
     def alone(self, reason: str) -> Plan:
-        """Every member by itself."""
+        """The plan with every member by itself."""
         return Plan(tuple(Span((m,)) for m in self._device_members), reason if len(self._device_members) > 1 else "")
 
     def plan(self, values: Values, keys: Sequence[object]) -> Plan:
-        """The spans for these tensors.
+        """Plan the spans for these tensors.
 
         Args:
             values: of all leaves.
-            keys: per member; members with different ones get different numbers in this step.
+            keys: per member; equal for equal numbers in this step.
         """
         if self._why_not:
             return self.alone(self._why_not)
@@ -100,9 +100,9 @@ class Planner:
         )
 
     def place(self, m: int, values: Values) -> Place | None:
-        """Where a member's tensors lie; None where one is missing or the written ones are not in one dense order.
+        """The addresses of a member's tensors; None if one is missing or the written ones are not in one dense order.
 
-        A tensor that is read only and lies in another order has an empty place, which nothing follows.
+        A read-only tensor in another order has an empty place, which nothing follows.
         """
         member = self._group.members[m]
         given = {s: t for s in self.slots if (t := values[member[s]]) is not None}
@@ -114,7 +114,7 @@ class Planner:
             leaf, slot = self._leaves[member[s]], self._group.formula.slots[s]
             wanted = (math.prod(leaf.shape), slot.dtype, leaf.device, torch.strided)
             if (t.numel(), t.dtype, t.device, t.layout) != wanted:
-                return None  # whoever binds it says what is wrong with it
+                return None  # the binder raises the error
             if in_order(t, strides):
                 start = t.data_ptr()
                 place[s] = (t.untyped_storage().data_ptr(), start, start + t.numel() * t.element_size())
@@ -127,7 +127,7 @@ class Planner:
     def _stretches(
         self, places: dict[int, Place], keys: Sequence[object], reasons: dict[int, str]
     ) -> Iterator[list[int]]:
-        """Members whose written tensors are adjacent and whose numbers are equal; says why a stretch ends."""
+        """Stretches of members with adjacent written tensors and equal numbers. Adds to `reasons` why one ends."""
         stretch: list[int] = []
         for m in sorted(places, key=lambda m: places[m][self.written[0]]):
             last = stretch[-1] if stretch else None
@@ -144,7 +144,7 @@ class Planner:
             yield stretch
 
     def _cut(self, stretch: list[int], places: dict[int, Place]) -> Iterator[Span]:
-        """Runs of a stretch, at the gaps between its gradients where those are few; else with gathered gradients."""
+        """Cut a stretch into spans at the gaps between its gradients if these are few; else gather gradients."""
         ends = [any(True for _ in gaps(places[a], places[b], self.read)) for a, b in itertools.pairwise(stretch)]
         if sum(ends) == 0 or len(stretch) >= _IN_A_ROW * (sum(ends) + 1):
             begins = [0, *(i + 1 for i, ended in enumerate(ends) if ended), len(stretch)]
@@ -161,7 +161,7 @@ class Planner:
 
 
 def gaps(first: Place, second: Place, slots: Sequence[int]) -> Iterator[int]:
-    """The slots whose second tensor does not begin where the first one ends, in the same storage."""
+    """The slots whose second tensor does not begin at the end of the first, in the same storage."""
     for s in slots:
         storage, _, end = first[s]
         if second[s][:2] != (storage, end):
@@ -169,7 +169,7 @@ def gaps(first: Place, second: Place, slots: Sequence[int]) -> Iterator[int]:
 
 
 def pointwise(formula: Formula) -> bool:
-    """Whether elements do not depend on each other, sums over all elements of all members (totals) excepted."""
+    """True if elements do not depend on each other, except through sums over all members (totals)."""
     contributed = [_summand(e) for e in formula.contributions]
     inner = [*(e for _, e in formula.writes), *(e for e in contributed if e is not None)]
     found = {e.op for e in postorder(inner)}
@@ -179,7 +179,7 @@ def pointwise(formula: Formula) -> bool:
 
 
 def _summand(e: Expr) -> Expr | None:
-    """What a contribution sums up; None where it is something else than a sum."""
+    """The summand of a contribution; None if it is not a sum."""
     while e.op == "cast":
         (e,) = e.args
     return e.args[0] if e.op == "sum" else None
