@@ -62,7 +62,7 @@ class Observed:
     measured: Measured | None = None
     _numbers: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def look(self, closure: bool) -> None:
+    def note(self, closure: bool) -> None:
         """Observe the optimizer right before a step."""
         self.steps += 1
         self.closures |= closure
@@ -94,7 +94,7 @@ def observe(path: str, arguments: Sequence[str], steps: int) -> list[Observed]:
     def before(opt: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found = seen.setdefault(id(opt), Observed(opt))
         given = [value for value in (*args, *kwargs.values()) if value is not opt and value is not None]
-        found.look(closure=bool(given))
+        found.note(closure=bool(given))
         if found.steps == steps and profiling is not None and not profiling():
             record.append(_memory_profile())
             record[-1].__enter__()

@@ -373,7 +373,7 @@ def test_each_dtype_is_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     leaves = [dataclasses.replace(leaf, dtype=kinds[i % 2], index=i) for i in range(20)]
     values: list[Tensor | None] = [torch.tensor(2**24 + i, dtype=x.dtype) for i, x in enumerate(leaves)]
     mirror = npu_mirror.Mirror([i for i in range(20) if i != 3], leaves)
-    mirror.look(values)
+    mirror.update(values)
     assert transfers.read == [10, 9]
     assert 3 not in mirror.places
     for i, place in mirror.places.items():
@@ -389,7 +389,7 @@ def test_another_tensor_in_the_same_memory_is_read(monkeypatch: pytest.MonkeyPat
     memory = np.full((), 3.0, dtype=np.float32)
     t = torch.from_numpy(memory)
     for wanted in (1, 0):
-        mirror.look([t])
+        mirror.update([t])
         assert transfers.taken() == (wanted, 0)
     address, version, gone = t.data_ptr(), t._version, weakref.ref(t)
     del t
@@ -397,7 +397,7 @@ def test_another_tensor_in_the_same_memory_is_read(monkeypatch: pytest.MonkeyPat
     memory[()] = 8.0
     t = torch.from_numpy(memory)
     assert (t.data_ptr(), t._version) == (address, version)
-    mirror.look([t])
+    mirror.update([t])
     assert mirror.values.tolist() == [8.0]
 
 

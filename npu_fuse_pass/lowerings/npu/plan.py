@@ -7,6 +7,7 @@ import dataclasses
 from torch import Tensor
 
 Values = list[Tensor | None]
+"""One tensor per leaf; None for a missing gradient."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -88,7 +88,7 @@ class Program:
         self._host = Host(leaves, self.groups)
         self._replanner = Replanner(leaves, self.groups, layout)
         if values is not None:
-            step = self._host.look(values, complete=True)
+            step = self._host.prepare(values, complete=True)
             self._replanner.update(values, step.all_numbers, step.active)
         self._use_plans()
         self._make()
@@ -181,7 +181,7 @@ class Program:
             StepFailedError: a later run failed; what it writes may be partly written.
         """
         with torch.no_grad():
-            step = self._host.look(values, complete)
+            step = self._host.prepare(values, complete)
             if self._replanner.update(values, step.all_numbers, step.active):
                 if self._use_plans():
                     self._make()

@@ -92,7 +92,7 @@ class Program:
     def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None:
         """Run the step; as `npu.Program`."""
         with torch.no_grad():
-            given = [self._look(values[i], self._leaves[i]) for i in self._inputs]
+            given = [self._checked(values[i], self._leaves[i]) for i in self._inputs]
             written = [given[place] for place in self._written]
             check_apart(written, [t for place, t in enumerate(given) if place not in set(self._written)])
             if not all(t.is_contiguous() for t in written):
@@ -102,7 +102,7 @@ class Program:
                 values[i] = result
             torch.autograd.graph.increment_version(written)
 
-    def _look(self, t: Tensor | None, leaf: Leaf) -> Tensor:
+    def _checked(self, t: Tensor | None, leaf: Leaf) -> Tensor:
         fits = t is not None and (t.shape, t.dtype, t.device) == (leaf.shape, leaf.dtype, leaf.device)
         if t is None or not fits or t.layout is not torch.strided:
             raise Mismatch("a tensor has another size, dtype or device than when the step was compiled")

@@ -47,7 +47,7 @@ class Missing(Exception):  # noqa: N818 - an answer
     """A check that fails: `args` are the value and the remedy."""
 
 
-def look(platform_name: str) -> Iterator[Finding]:
+def findings(platform_name: str) -> Iterator[Finding]:
     """All findings for a platform ("cpu" or "npu"), in the order in which things depend on each other.
 
     Stops after the first needed one that is missing, because later ones would only repeat it; independent ones come

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from npu_fuse_pass.tools.selftest.environment import look
+from npu_fuse_pass.tools.selftest.environment import findings
 from npu_fuse_pass.tools.selftest.private import anonymous
 from npu_fuse_pass.tools.selftest.report import Report
 
@@ -18,7 +18,7 @@ def run(report: Report, platform: str, quick: bool, say: Callable[[str], None]) 
         quick: fewer optimizers and smaller workloads.
         say: called with every line of output.
     """
-    for finding in look(platform):
+    for finding in findings(platform):
         report.environment.append(finding)
         say(str(finding))
         report.begin(f"environment, after {finding.name}")

@@ -45,7 +45,7 @@ class Host:
         self._all_given = [picked(sorted({i for given in each for i in given})) for each in self._given]
 
     @torch.no_grad()
-    def look(self, values: Values, complete: bool) -> HostStep:
+    def prepare(self, values: Values, complete: bool) -> HostStep:
         """Compute the numbers and active members of a step.
 
         Args:
@@ -53,7 +53,7 @@ class Host:
             complete: check dtypes too.
         """
         step = HostStep(complete)
-        self._mirror.look(values)
+        self._mirror.update(values)
         each = zip(self._evaluate, self._given, self._all_given, self._states, strict=True)
         for evaluate, given, whole, states in each:
             all_given = all(map(operator.is_not, whole(values), repeat(None)))

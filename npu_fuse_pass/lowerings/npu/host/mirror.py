@@ -30,7 +30,7 @@ class Mirror:
 
     Attributes:
         places: the index in `values` of every leaf.
-        values: of all leaves, float64, after `look`.
+        values: of all leaves, float64, after `update`.
     """
 
     def __init__(self, indices: Sequence[int], leaves: Sequence[Leaf]) -> None:
@@ -45,7 +45,7 @@ class Mirror:
         self._versions: list[int] = []
         self._addresses: list[int] = []
 
-    def look(self, values: Values) -> None:
+    def update(self, values: Values) -> None:
         """Update `values`: one transfer per dtype if one of the tensors was written elsewhere, else none."""
         tensors = self._tensors(values)
         if self._known(tensors):

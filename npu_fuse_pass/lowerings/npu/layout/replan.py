@@ -17,7 +17,7 @@ from npu_fuse_pass.lowerings.npu.lowered_group import LoweredGroup
 from npu_fuse_pass.lowerings.npu.plan import Plan, Span, Values
 from npu_fuse_pass.tensors.same import SameTensors
 
-_LOOKS = 4  # steps in which a better plan is looked for: DDP settles its buckets after the first step
+_TRIES = 4  # steps in which a better plan is looked for: DDP settles its buckets after the first step
 _PLANS = 8  # plans to make at most, each a compile; after that every member is updated alone, which always fits
 
 
@@ -39,7 +39,7 @@ class Replanner:
             Planner(lowered.group, lowered.device_members, leaves, uses, each)
             for lowered, each in zip(groups, layouts, strict=True)
         ]
-        self._looks, self._left, self._made = _LOOKS, _PLANS, False
+        self._tries, self._left, self._made = _TRIES, _PLANS, False
         self._use([planner.alone("its tensors were not seen yet") for planner in self._planners])
 
     def update(self, values: Values, numbers: Sequence[Sequence[Tensor]], active: Sequence[Sequence[bool]]) -> bool:
@@ -51,7 +51,7 @@ class Replanner:
             active: per group and member: True if it takes part.
         """
         fits = self._together(active) and self._equal(numbers) and self._in_place(values, active)
-        if (fits and self._made and not self._worth_a_look(active)) or not any(map(any, active)):
+        if (fits and self._made and not self._may_improve(active)) or not any(map(any, active)):
             return False
         for planner, lowered, taking_part in zip(self._planners, self._groups, active, strict=True):
             if any(taking_part):
@@ -91,15 +91,15 @@ class Replanner:
             self._mates.append((pairs[:, 0], pairs[:, 1]))
         self._fixed = picked(fixed)
 
-    def _worth_a_look(self, active: Sequence[Sequence[bool]]) -> bool:
+    def _may_improve(self, active: Sequence[Sequence[bool]]) -> bool:
         complete = all(
             taking_part[m]
             for planner, lowered, taking_part in zip(self._planners, self._groups, active, strict=True)
             for m in lowered.device_members
             if m not in planner.apart
         )
-        self._looks -= complete
-        return complete and self._looks >= 0
+        self._tries -= complete
+        return complete and self._tries >= 0
 
     def _one_storage(self, values: Values) -> bool:
         """True if every span still lies in one storage: freed memory may hold separate tensors now."""
