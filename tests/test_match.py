@@ -12,7 +12,7 @@ import optimizers
 from npu_fuse_pass.capture.graph import capture
 from npu_fuse_pass.ir.types import Captured, Group
 from npu_fuse_pass.match.find import match_group
-from npu_fuse_pass.match.kernels import KERNELS
+from npu_fuse_pass.match.known_kernels import KERNELS
 from npu_fuse_pass.match.result import Match, NoMatch
 
 from . import graphs

@@ -18,7 +18,7 @@ from npu_fuse_pass.ir.types import Formula
 from npu_fuse_pass.match import find
 from npu_fuse_pass.match.algebra import Algebra
 from npu_fuse_pass.match.find import match_formula, match_group
-from npu_fuse_pass.match.kernels import KERNELS
+from npu_fuse_pass.match.known_kernels import KERNELS
 from npu_fuse_pass.match.result import Match, NoMatch
 from npu_fuse_pass.match.verify import disagreement, relations
 

@@ -18,7 +18,7 @@ import torch
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.ir.expr import REDUCTIONS, Expr, postorder
 from npu_fuse_pass.ir.types import Formula
-from npu_fuse_pass.match.kernels import KnownKernel
+from npu_fuse_pass.match.known_kernels import KnownKernel
 from npu_fuse_pass.match.polynomial import Arithmetic, by_exponent, generators_of, without
 from npu_fuse_pass.match.verify import RELATIONS, Relation
 from npu_fuse_pass.reasons import Code

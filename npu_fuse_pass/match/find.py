@@ -15,7 +15,7 @@ from npu_fuse_pass.ir.expr import Expr, postorder
 from npu_fuse_pass.ir.fused_op import parsed
 from npu_fuse_pass.ir.types import Formula, Group, Leaf
 from npu_fuse_pass.match.algebra import Algebra
-from npu_fuse_pass.match.kernels import KERNELS, KnownKernel
+from npu_fuse_pass.match.known_kernels import KERNELS, KnownKernel
 from npu_fuse_pass.match.result import Match, NoMatch
 from npu_fuse_pass.match.solve import Attempt, DiffersError
 from npu_fuse_pass.match.verify import Relation, relations

@@ -33,7 +33,7 @@ from npu_fuse_pass.ir.fused_op import evaluate
 from npu_fuse_pass.ir.readable import readable
 from npu_fuse_pass.ir.text import serialise
 from npu_fuse_pass.ir.types import Formula, Slot
-from npu_fuse_pass.match.kernels import KnownKernel
+from npu_fuse_pass.match.known_kernels import KnownKernel
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from typing import Any
 
 from npu_fuse_pass.ir.expr import Expr
 from npu_fuse_pass.match.algebra import Algebra, Value
-from npu_fuse_pass.match.kernels import KnownKernel
+from npu_fuse_pass.match.known_kernels import KnownKernel
 from npu_fuse_pass.match.polynomial import generators_of
 from npu_fuse_pass.match.result import Match
 from npu_fuse_pass.match.verify import Relation, disagreement

@@ -24,7 +24,7 @@ class KernelMatch:
     """A known kernel that computes a group.
 
     Attributes:
-        kernel: its name in `match/kernels.py`.
+        kernel: its name in `match/known_kernels.py`.
         operation: GE's operation type.
         tensors: the kernel's outputs, and the leaf that each is.
         arguments: its numbers, and inputs that are computed first, as mathematics over the formula's names.

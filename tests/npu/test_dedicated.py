@@ -17,7 +17,7 @@ from npu_fuse_pass.backend import npu_fused
 from npu_fuse_pass.capture.clipping import older_than
 from npu_fuse_pass.lowerings.npu.emit import dedicated_operations, elementwise, list_operations
 from npu_fuse_pass.lowerings.npu.environment import require
-from npu_fuse_pass.match import kernels
+from npu_fuse_pass.match import known_kernels
 from npu_fuse_pass.tolerances import PROMISED
 from tests.cases import BY_NAME
 
@@ -290,7 +290,7 @@ def test_a_row_of_the_table(operation: dedicated_operations.Operation) -> None:
     assert len(outputs) == len(operation.outputs)
     assert operation.name not in dedicated_operations.UNUSED
     assert operation.name in elementwise.DOCUMENTS and operation.name in ge_kernels.KERNELS
-    for kernel in (k for k in kernels.KERNELS if k.name in operation.arguments):
+    for kernel in (k for k in known_kernels.KERNELS if k.name in operation.arguments):
         generator = torch.Generator().manual_seed(3)
         values = {n: torch.rand(7, generator=generator, dtype=torch.float64) for n in kernel.inputs}
         values |= {n: torch.rand((), generator=generator, dtype=torch.float64) / 2 for n in kernel.scalars}
@@ -308,7 +308,7 @@ def test_deprecated_forms_are_not_used() -> None:
     used = {o.name for o in dedicated_operations.OPERATIONS}
     assert not any(name.startswith("Apply") and name.endswith("D") for name in used)
     assert all(dedicated_operations.UNUSED.values())
-    for kernel in kernels.KERNELS:
+    for kernel in known_kernels.KERNELS:
         made = dedicated_operations.candidates(kernel.name, dedicated_operations.A2, "dedicated")
         assert isinstance(made, list) or kernel.operation in dedicated_operations.UNUSED
 

@@ -1,6 +1,6 @@
 """GE's optimizer operations: those that may compute a matched group, their chips, and why others may not.
 
-A `Match` says which kernel of `match/kernels.py` computes a group, in exact arithmetic. This table says which GE
+A `Match` says which kernel of `match/known_kernels.py` computes a group, in exact arithmetic. This table says which GE
 operation computes that kernel: an operation is used where all of this holds.
 
 - Its document names the chip (Atlas training series, A2, A3), and nothing else that is documented contradicts it.
@@ -253,7 +253,7 @@ def candidates(kernel: str, chip: str, kernels: str) -> list[Operation] | str:
     """The operations that may compute a kernel on a chip, or why none may.
 
     Args:
-        kernel: its name in `match/kernels.py`.
+        kernel: its name in `match/known_kernels.py`.
         chip: a series.
         kernels: the option, "auto" or "dedicated".
     """
