@@ -27,6 +27,8 @@ APART, ADJACENT, FEWEST = "ours", "ours, adjacent", 'ours, adjacent, kernels="de
 GENERATED, GENERATED_NODE = "ours, generated kernels", "ours, generated kernels, a GE node"
 GENERATED_MOVING = "ours, generated kernels, gradients move"
 STOCK, STOCK_ADJACENT = "torch.optim, compiled by ours", "torch.optim, compiled by ours, adjacent"
+CORES = 40
+"""Vector cores of most A2 and A3."""
 _TRACED = 200  # parameters: with more, Dynamo takes a minute for one of torch.optim's steps
 
 
@@ -79,16 +81,22 @@ def kernels(family: Family, workload: Workload, node: bool, moving: bool) -> Wor
     def make(params: Any) -> Any:
         return getattr(optimizers, family.ours)(params, **family.options)
 
-    chunks = sum(-(-torch.Size(s).numel() // BLOCK) for s in workload.shapes)
+    counts = [-(-torch.Size(s).numel() // BLOCK) for s in workload.shapes]
+    chunks = sum(counts)
+    # neighbouring chunks go to a core: how often a member's partial sums are read
+    cores = [min(count, 1 + -(-count * CORES // chunks)) for count in counts]
+    combined = sum(count * times for count, times in zip(counts, cores, strict=True))
     sizes, tables = [], 0
     for made in kernels_of(make):
         row = 8 * (2 + len(made.kernels.slots))
-        tables += chunks * row + 24 * len(workload.shapes)
+        spans = 16 * len(workload.shapes) if made.kernels.sums else 0
+        tables += chunks * row + spans
         sizes.append(4 * max(1, made.kernels.numbers) * len(workload.shapes))
         for k in made.kernels.launches:
-            over_chunks = k.over == "chunks"
-            moved = k.bytes_per_element * workload.elements + chunks * (row + 4 * k.sums)
-            sizes.append(moved if over_chunks else 4 * chunks * made.kernels.sums + 24 * len(workload.shapes))
+            kinds = {p.kind: p.written for p in k.pointers if p.kind in ("partial", "terms")}
+            read = {"partial": combined * made.kernels.sums, "terms": chunks * CORES}
+            sums = sum(chunks * made.kernels.sums if written else read[kind] for kind, written in kinds.items())
+            sizes.append(k.bytes_per_element * workload.elements + chunks * row + spans + 4 * sums)
     work = eager([*sizes, *([tables] if moving else [])])
     return dataclasses.replace(
         work,

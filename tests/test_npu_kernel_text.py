@@ -12,7 +12,7 @@ from npu_fuse_pass.lowerings.npu.emit.split import split_whole
 from npu_fuse_pass.lowerings.npu.kernels.generate import Kernels, generate
 from npu_fuse_pass.lowerings.npu.kernels.operations import REASONS, supported
 from npu_fuse_pass.lowerings.npu.kernels.pipes import waiting_loads
-from npu_fuse_pass.lowerings.npu.kernels.tables import chunk_table, member_table
+from npu_fuse_pass.lowerings.npu.kernels.tables import chunk_table, member_spans
 
 
 def kernels(*lines: str) -> Kernels:
@@ -38,13 +38,37 @@ def test_a_pointwise_formula_is_one_launch_that_moves_each_tensor_once() -> None
     assert made.numbers == 1
 
 
-def test_a_norm_is_three_launches() -> None:
-    made = kernels("slot 0: f32", "%0: f32[] = mul($0, $0)", "%1: f64[] = cast(%0, f64)", "%2: f64 = sum(%1)",
-                   "%3: f64 = sqrt(%2)", "%4: f32 = cast(%3, f32)", "%5: f32[] = div($0, %4)", "write $0 = %5"
-    )  # fmt: skip
-    assert [(k.over, k.sums, k.bytes_per_element) for k in made.launches] == [
-        ("chunks", 1, 4), ("members", 0, 0), ("chunks", 0, 8),
+NORM = ("slot 0: f32", "%0: f32[] = mul($0, $0)", "%1: f64[] = cast(%0, f64)", "%2: f64 = sum(%1)")
+
+
+def test_a_norm_is_two_launches() -> None:
+    made = kernels(*NORM, "%3: f64 = sqrt(%2)", "%4: f32 = cast(%3, f32)", "%5: f32[] = div($0, %4)", "write $0 = %5")
+    assert [(k.over, k.bytes_per_element) for k in made.launches] == [("chunks", 4), ("chunks", 8)]
+    assert made.sums == 1
+
+
+@pytest.mark.parametrize(
+    ("term", "of_members"),
+    [
+        (("contribute %2",), False),
+        (("%3: f32 = cast(%2, f32)", "%4: f64 = sqrt(%3)", "%5: f32 = cast(%4, f32)", "%6: f64 = cast(%5, f64)",
+          "%7: f64 = mul(%6, %6)", "contribute %7"), False),
+        (("%3: bf16 = cast(%2, bf16)", "%4: f64 = cast(%3, f64)", "contribute %4"), True),
+        (("%3: f64 = sqrt(%2)", "contribute %3"), True),
+        (("%3: f64 = mul(%2, %2)", "contribute %3"), True),
+        (("%3: f64[] = cast($0, f64)", "%4: f64 = sum(%3)", "%5: f64 = sqrt(%4)", "%6: f64 = mul(%5, %5)",
+          "contribute %6"), True),
+        (("%3: f64 = sqrt(%2)", "contribute %2", "contribute %3"), True),
+    ],
+)  # fmt: skip
+def test_what_is_a_sum_over_elements_takes_no_launch_of_its_own(term: tuple[str, ...], of_members: bool) -> None:
+    """The root of a sum that may be negative is not a number, so that its square is not that sum."""
+    made = kernels(*NORM, *term)
+    assert [(k.over, k.contributes) for k in made.launches] == [
+        ("chunks", True), *[("members", True)] * of_members,
     ]  # fmt: skip
+    assert made.terms_of_members == of_members
+    assert bool(made.sums) == of_members
 
 
 @pytest.mark.parametrize(
@@ -66,7 +90,7 @@ def test_tables() -> None:
     assert table.tolist() == [
         [0, 2, 1000, 32], [0, 2, 1002, 34], [0, 1, 1004, 36], [2, 2, 2000, 64], [2, 2, 2002, 66],
     ]  # fmt: skip
-    assert member_table([0, 2], [5, 4], block=2).tolist() == [[0, 0, 3], [2, 3, 2]]
+    assert member_spans(4, [0, 2], [5, 4], block=2).tolist() == [[0, 3], [0, 0], [3, 2], [0, 0]]
     with pytest.raises(Mismatch, match="no multiple"):
         chunk_table([0], [1], torch.tensor([[2]]), [4], block=2)
 

@@ -318,8 +318,8 @@ def test_dump(ge: harness.Recording, cores: Cores, tmp_path: pathlib.Path) -> No
     train(opts, 1, kernels="generated", strict=True, dump=tmp_path)
     (file,) = tmp_path.rglob("06_npu_kernel.mlir")
     text = file.read_text()
-    assert "3 launches, 40 bytes per element" in text and "launch 3 of 3" in text
-    assert text.count("func.func @update_") >= 6 and "the compiler's last IR for Ascend910B3" in text
+    assert "2 launches, 40 bytes per element" in text and "launch 2 of 2" in text
+    assert text.count("func.func @update_") >= 4 and "the compiler's last IR for Ascend910B3" in text
     assert "hivm.hir.load" in text
     cores.failing["launch"] = PLANTED  # what does not run is not there
     torch._dynamo.reset()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from npu_fuse_pass.backend import npu_fused
+from optimizers import NpuFusedLamb
 from tests.npu_kernels import steps
 from tests.npu_kernels.executed import Cores, GraphBackend, RuleStep
 from tests.npu_kernels.steps import OURS, RULED, STOCK, Step, parameters, set_gradients
@@ -133,7 +134,7 @@ def test_bits_do_not_depend_on_the_number_of_cores(step: Step) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize(("step", "launches"), [("adamw", 1), ("lamb", 3)])
+@pytest.mark.parametrize(("step", "launches"), [("adamw", 1), ("lamb", 2), ("lamb_global", 3)])
 def test_any_number_of_tensors_is_as_many_launches(step: str, launches: int) -> None:
     chosen = next(s for s in OURS if s.name == step)
     for count in (1, 200):
@@ -150,3 +151,25 @@ def test_a_thousand_tensors(step: str) -> None:
         next(s for s in OURS if s.name == step), [1 + 37 * k % 2048 for k in range(1000)], times=2
     )
     assert_close(ours, eager, exact)
+
+
+def test_a_total_over_groups_and_dtypes() -> None:
+    """Members of two groups in two dtypes add to one total, or each parameter group to its own."""
+    found = []
+    for compiled in (True, False):
+        wide, half = parameters((9000, 1, 5363)), parameters((4865, 7), torch.bfloat16, seed=1)
+        other = parameters((5000, 3), seed=2)
+        groups: list[dict[str, Any]] = [{"params": [*wide, *half]}, {"params": other, "lr": 0.01}]
+        opt = NpuFusedLamb(groups, lr=0.02, use_global_grad_norm=True)
+        set_gradients([*wide, *other], 0)
+        set_gradients(half, 1)
+        if compiled:
+            made = RuleStep(opt, blocks=7, size=1024)
+            made.step()
+            assert len(made.cores.launched) == 3 * len(made.groups) >= 6
+        else:
+            opt.step()
+        opt._prelude.expose_states()
+        found.append(steps.tensors(opt))
+    for a, b in zip(*found, strict=True):
+        assert distance(a, b) <= (1e-6 if a.dtype == torch.float32 else ULP[a.dtype] / 16)

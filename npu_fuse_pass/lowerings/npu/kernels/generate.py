@@ -1,9 +1,11 @@
-"""The kernels of a group from its formula: one launch for every pass over memory, and one between two passes.
+"""The kernels of a group from its formula: one launch for every pass over memory.
 
 A pass runs over chunks of all members at once, as many at a time as there are vector cores. Where it computes norms or
-sums, it leaves one partial result per chunk; the launch after it combines those of each member in the chunks' order and
-computes what follows from them alone. What members contribute to a total is added up in the members' order where
-the total is read. So no bit depends on the number of cores.
+sums, it leaves one partial result per chunk. In a later pass each core combines those of its members, in the chunks'
+order, and computes what follows from them alone; its chunks are neighbours there, so that it comes to few members.
+Totals are added up in the order of chunks where they are read, before a core's first chunk. So no bit depends on the
+number of cores. Only where a member adds something else to a total than a sum over its elements, a launch with a row
+for each member comes between.
 
 Memory is reached by absolute addresses, divided by the size of an element, against bases that are zero: no tensor is
 special, and one that moved is one other number in the table of chunks.
@@ -12,7 +14,7 @@ special, and one that moved is one other number in the table of chunks.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 
@@ -30,12 +32,11 @@ STORED = {"f32": "f32", "f16": "f16", "bf16": "bf16", "bool": "i8"}
 MEMBER, LENGTH = 0, 1
 ADDRESSES = 2
 """Columns of the table of chunks: the member, the elements, then one address for each tensor slot."""
-FIRST, COUNT = 1, 2
-"""Columns of the table of members, behind the member: its first chunk and how many it has."""
-INTEGERS = ("rows", "chunks", "members", "terms", "first_term")
-"""Numbers that every kernel gets: rows of its table, chunks, members of the group, terms of each total, and where those
-of the group begin. Behind them stand the totals: those that it reads ("total0", ...) and those that it adds to
-("adds0", ...)."""
+FIRST, COUNT = 0, 1
+"""Columns of the spans of members: its first chunk and how many it has; none if it does not take part."""
+INTEGERS = ("rows", "chunks", "terms", "first_term")
+"""Numbers that every kernel gets: rows of its table, chunks, terms of each total, and where those of the group begin.
+Behind them stand the totals: those that it reads ("total0", ...) and those that it adds to ("adds0", ...)."""
 _ATTRIBUTES = (
     '{SyncBlockLockArgIdx = 0 : i64, WorkspaceArgIdx = 1 : i64, global_kernel = "local", parallel_mode = "simd"}'
 )
@@ -52,9 +53,9 @@ class Pointer:
     """An argument of a kernel that is memory.
 
     Attributes:
-        kind: "read" or "write" (tensor slot `slot`, base 0), or a vector of the group: "partial" (a pass's sums, one
-            row of chunks for each), "scratch" (what follows from sums, a row per member), "terms" (what members add to
-            totals, a row per total), "numbers" (from the host, a row per member) or "table".
+        kind: "read" or "write" (tensor slot `slot`, base 0), or a vector of the group: "partial" (sums of passes, one
+            row of chunks for each), "terms" (what is added up to totals, a row per total), "numbers" (from the host, a
+            row per member), "spans" (of members) or "table" (of chunks, or of the members that take part).
         dtype: MLIR's name of the element type.
         written: the kernel writes there. What it reads and writes is two arguments.
     """
@@ -81,7 +82,6 @@ class Kernel:
         over: "chunks" or "members", the rows of its table.
         pointers: its arguments, in order.
         integers: the numbers after these.
-        sums: how many partial results it leaves for each chunk.
         text: MLIR.
     """
 
@@ -90,7 +90,6 @@ class Kernel:
     over: str
     pointers: tuple[Pointer, ...]
     integers: tuple[str, ...]
-    sums: int
     text: str
 
     @property
@@ -106,23 +105,24 @@ class Kernels:
     Attributes:
         block: the elements of a chunk.
         numbers: columns of the numbers from the host.
-        scratch: columns of the numbers that follow from sums.
         slots: the tensor slots of the formula, in the order of the table's addresses.
+        sums: how many partial results of each chunk are kept.
     """
 
     launches: tuple[Kernel, ...]
     block: int
     numbers: int
-    scratch: int
     slots: tuple[int, ...]
+    sums: int
 
     @property
     def bytes_per_element(self) -> int:
         return sum(k.bytes_per_element for k in self.launches)
 
     @property
-    def sums(self) -> int:
-        return max(k.sums for k in self.launches)
+    def terms_of_members(self) -> bool:
+        """Whether what is added to a total is one number for each member; else one for each chunk."""
+        return any(k.over == "members" for k in self.launches)
 
 
 def check(formula: Formula) -> None:
@@ -157,29 +157,27 @@ def generate(name: str, made: Split, block: int, shared: Collection[int] = ()) -
     if any(e.op == "leaf" and not e.tensor and e.value in totals for e in below):
         raise Unsupported(name, "a total depends on another total", Code.ACROSS_PARAMETERS, _OTHERWISE)
     scheduled = schedule(formula, totals)
-    slots = tuple(formula.tensor_slots)
     launches: list[Kernel] = []
-    columns = 0
+    kept = 0
     for function in scheduled.functions:
         contributes = bool(formula.contributions) and function is scheduled.functions[CONTRIBUTE]
-        group = _Group(f"{name}_contribute" if contributes else name, made, totals, block, shared, function, columns)
+        group = _Group(f"{name}_contribute" if contributes else name, made, totals, block, shared, function)
         launches += group.kernels(contributes)
-        columns += len(group.columns)
-    return Kernels(tuple(launches), block, len(made.values), columns, slots)
+        kept = max(kept, len(group.kept))
+    return Kernels(tuple(launches), block, len(made.values), tuple(formula.tensor_slots), kept)
 
 
 class _Group:
-    """The kernels of one function."""
+    """The kernels of one function.
+
+    Attributes:
+        kept: sums whose partial results are kept for each chunk, by their ids: their row.
+        terms: contributions that are sums over elements: each chunk adds its own; by the sums' ids, which totals. Empty
+            where one of them is something else.
+    """
 
     def __init__(
-        self,
-        name: str,
-        made: Split,
-        totals: Sequence[int],
-        block: int,
-        shared: Collection[int],
-        function: Function,
-        columns: int,
+        self, name: str, made: Split, totals: Sequence[int], block: int, shared: Collection[int], function: Function
     ) -> None:
         self.name, self.made, self.block, self.function = name, made, block, function
         self.formula = made.device
@@ -187,45 +185,72 @@ class _Group:
         self.totals = {s: k for k, s in enumerate(totals)}
         self.number = {first + k: k for k in range(len(made.values))}  # scalar slot -> column of the numbers
         self.shared = {first + k for k in shared}
-        needed = [e for e in function.order if not e.tensor and function.phase[id(e)] and self._leaves_section(e)]
-        self.columns = {id(e): columns + k for k, e in enumerate(needed)}
-        self.stored = needed
-
-    def _leaves_section(self, e: Expr) -> bool:
-        """Whether a scalar is read by a pass or by a later section."""
-        phase = self.function.phase
-        used = any(
-            id(e) in map(id, x.args) and (x.tensor or x.op in REDUCTIONS or phase[id(x)] > phase[id(e)])
-            for x in self.function.order
-        )
-        return used or any(e is root and self.formula.slots[s].tensor for s, root in self.function.writes)
+        added = [_added(e) for e in function.contributions]
+        self.terms: dict[int, list[int]] = {}
+        for k, e in enumerate(added if None not in added else ()):
+            self.terms.setdefault(id(e), []).append(k)
+        # of a sum that only chunks add to a total, what is below it
+        ends = [e for a in added if a is not None for e in a.args] if self.terms else function.contributions
+        read = {id(e) for e in postorder([*(e for _, e in function.writes), *ends]) if e.op in REDUCTIONS}
+        sums = (e for work in function.sweeps for e in work.sums)
+        self.kept = {id(e): k for k, e in enumerate(e for e in sums if id(e) in read)}
 
     def kernels(self, contributes: bool) -> list[Kernel]:
-        """Passes, and between them what combines their sums."""
-        function, found = self.function, []
-        for k in range(function.last + 1):
-            sums = function.sweeps[k - 1].sums if k else ()
-            ready = [e for e in self.stored if function.phase[id(e)] == k]
-            terms = function.contributions if k == function.last else ()
-            if ready or terms:
-                found.append(_Combine(self, f"{self.name}_combine{k}", k, sums, ready, terms).kernel(contributes))
-            if k < len(function.sweeps):
-                suffix = "" if len(function.sweeps) == 1 else f"_pass{k}"
-                found.append(_Sweep(self, self.name + suffix, k, function.sweeps[k]).kernel(contributes))
+        """Passes; then what members add to totals, where that is not what chunks add."""
+        several, found = len(self.function.sweeps) > 1, []
+        for k, work in enumerate(self.function.sweeps):
+            found.append(_Sweep(self, f"{self.name}_pass{k}" if several else self.name, work).kernel(contributes))
+        if self.function.contributions and not self.terms:
+            found.append(_Combine(self, f"{self.name}_combine").kernel(contributes))
         return found
+
+
+def _added(e: Expr) -> Expr | None:
+    """The sum over elements that a contribution is; None: it is something else.
+
+    The square of the root of a sum of squares (torch's norm of norms) is that sum, but for eager's two roundings.
+    """
+    e = _uncast(e)
+    factor = _squared(e)
+    if factor is None:
+        return e if e.op == "sum" else None
+    root = _uncast(factor)
+    found = _uncast(root.args[0]) if root.op == "sqrt" else root
+    of_squares = root.op == "sqrt" and found.op == "sum" and _squared(_uncast(found.args[0])) is not None
+    return found if of_squares else None
+
+
+def _squared(e: Expr) -> Expr | None:
+    return e.args[0] if e.op == "mul" and e.args[0] is e.args[1] else None
+
+
+def _scalars(root: Expr) -> Iterator[Expr]:
+    """A scalar and those that it is computed from, down to sums over elements."""
+    waiting = [root]
+    while waiting:
+        e = waiting.pop()
+        yield e
+        waiting += e.args if e.op not in REDUCTIONS else ()
+
+
+def _uncast(e: Expr) -> Expr:
+    """Below casts that are none on a device: to float32 or float64."""
+    while e.op == "cast" and e.dtype in (torch.float32, torch.float64):
+        e = e.args[0]
+    return e
 
 
 class _Emitter:
     """What passes and combinations share: scalars where they are needed, operations, the function around them."""
 
-    def __init__(self, group: _Group, name: str, phase: int) -> None:
-        self.group, self.name, self.phase = group, name, phase
+    def __init__(self, group: _Group, name: str) -> None:
+        self.group, self.name = group, name
         self.body = Body(group.block)
         self.apply = Operations(self.body)
         self.values: dict[int, Value] = {}
         self.pointers: dict[str, Pointer] = {}
         self._integers = dict.fromkeys(INTEGERS)
-        self._member = ""
+        self._member, self._span = "", ("", "")
 
     def integer(self, name: str) -> str:
         """A number among the arguments."""
@@ -238,9 +263,9 @@ class _Emitter:
         self.pointers[made.name] = made
         return made.name
 
-    def finished(self, over: str, contributes: bool, sums: int) -> Kernel:
+    def finished(self, over: str, contributes: bool) -> Kernel:
         """The function; its loop over rows is closed."""
-        order = ("read", "write", "partial", "scratch", "terms", "numbers", "table")
+        order = ("read", "write", "partial", "terms", "numbers", "spans", "table")
         given = sorted(self.pointers.values(), key=lambda p: (order.index(p.kind), p.written, p.slot))
         arguments = ["%sync: memref<?xi8>", "%work: memref<?xi8>"]
         for p in given:
@@ -249,16 +274,19 @@ class _Emitter:
         arguments += [f"%grid{k}: i32" for k in range(6)]  # blocks in x, y, z, then this block's x, y, z
         head = f"  func.func @{self.name}({', '.join(arguments)}) attributes {_ATTRIBUTES} {{"
         text = "\n".join(["module {", head, self.body.text, "    return", "  }", "}", ""])
-        return Kernel(self.name, contributes, over, tuple(given), tuple(self._integers), sums, text)
+        return Kernel(self.name, contributes, over, tuple(given), tuple(self._integers), text)
 
-    def columns(self, width: int, wanted: Sequence[int]) -> list[str]:
-        """Cells of the loop's row of the table."""
-        body = self.body
-        row = body.as_index("%row", "i32")
-        self.row, at = row, body.product(row, body.index(width))
-        table = self.pointer("table", "i64")
+    def columns(self, source: str, row: str, width: int, wanted: Sequence[int]) -> list[str]:
+        """Cells of a row of a table."""
+        body, table = self.body, self.pointer(source, "i64")
+        at = body.product(row, body.index(width))
         cells = [body.element(table, body.sum_of(at, body.index(k)), "i64") for k in wanted]
         return [body.as_index(cell, "i64") for cell in cells]
+
+    def span(self) -> tuple[str, str]:
+        """The member's first chunk, and how many it has."""
+        first, count = self.columns("spans", self._member, 2, (FIRST, COUNT))
+        return first, count
 
     def before(self, needed: Sequence[Expr]) -> None:
         """What is the same for all rows: totals, and what follows from them and from shared numbers."""
@@ -268,7 +296,7 @@ class _Emitter:
             if e.op == "leaf":
                 fixed[id(e)] = e.value in self.group.totals or e.value in self.group.shared
             else:
-                fixed[id(e)] = id(e) not in self.group.columns and all(fixed.get(id(a), False) for a in e.args)
+                fixed[id(e)] = all(fixed.get(id(a), False) for a in e.args)
         totals = {id(e): e.value in self.group.totals for e in order if e.op == "leaf"}
         for e in order:
             totals[id(e)] = totals.get(id(e), False) or any(totals.get(id(a), False) for a in e.args)
@@ -278,19 +306,23 @@ class _Emitter:
                 self.values[id(e)] = self._outside(self.scalar(e))
         self.values = {k: v for k, v in self.values.items() if fixed[k] and totals[k]}
 
+    def term(self, number: int, at: str) -> str:
+        """Where a member's or a chunk's part of a total lies."""
+        row = self.body.product(self.integer("terms"), self.integer(f"adds{number}"))
+        return self.body.sum_of(row, self.integer("first_term"), at)
+
     def _outside(self, value: Value) -> Value:
         if value.dtype == "i1":
             value = self.apply("where", value, 1.0, 0.0)
         return self.body.taken(value)
 
     def _below(self, needed: Sequence[Expr]) -> list[Expr]:
-        """Scalars that are computed here, arguments first; not those that another kernel stored."""
+        """Scalars that are computed from numbers, totals and sums, arguments first."""
         found = []
-        stop = self._given()
         seen: set[int] = set()
 
         def visit(e: Expr) -> None:
-            if id(e) in seen or id(e) in stop or e.tensor:
+            if id(e) in seen or e.tensor:
                 return
             seen.add(id(e))
             if e.op not in REDUCTIONS:
@@ -302,11 +334,6 @@ class _Emitter:
             visit(e)
         return found
 
-    def _given(self) -> set[int]:
-        """Scalars that are stored before this kernel runs."""
-        phase = self.group.function.phase
-        return {id(e) for e in self.group.stored if phase[id(e)] < self.phase}
-
     def scalar(self, e: Expr) -> Value:
         """A scalar expression: a number, or one element."""
         if id(e) not in self.values:
@@ -315,8 +342,10 @@ class _Emitter:
 
     def _scalar(self, e: Expr) -> Value:
         body = self.body
-        if id(e) in self._given():
-            return body.number(self.pointer("scratch", "f32"), self.scratch(e))
+        if e.op in REDUCTIONS:
+            first, count = self._span
+            row = body.product(self.integer("chunks"), body.index(self.group.kept[id(e)]))
+            return self.folded(self.pointer("partial", "f32"), body.sum_of(row, first), count, e.op)
         if e.op == "leaf":
             assert isinstance(e.value, int)
             if e.value in self.group.totals:
@@ -335,11 +364,6 @@ class _Emitter:
         given = [self._truth(x) if mask else self._plain(x) for x, mask in zip(given, masks, strict=True)]
         return self.apply(e.op, *given)
 
-    def scratch(self, e: Expr) -> str:
-        """Where a member's number lies that follows from sums."""
-        column = self.body.product(self.integer("members"), self.body.index(self.group.columns[id(e)]))
-        return self.body.sum_of(column, self._member)
-
     def _plain(self, value: Value) -> Value:
         return self.apply("where", value, 1.0, 0.0) if value.dtype == "i1" else value
 
@@ -347,7 +371,7 @@ class _Emitter:
         return value if value.dtype == "i1" else self.apply("ne", value, 0.0)
 
     def _total(self, number: int) -> Value:
-        """The sum of all members' terms, in their order; the same in every core."""
+        """The sum of all terms, in their order; the same in every core."""
         body = self.body
         count = self.integer("terms")
         begin = body.product(count, self.integer(f"total{number}"))
@@ -363,72 +387,84 @@ class _Emitter:
             part = body.load(source, body.sum_of(begin, at), "f32")
             return self.apply(step, running, body.reduce(reduction, part, start))
 
-        return body.fold(body.spread(body.constant(start), ONE), count, min(body.block, SEGMENT), add)
-
-
-SEGMENT = 1024
-"""Partial results or terms that are read at once."""
+        return body.fold(body.spread(body.constant(start), ONE), count, body.block, add)
 
 
 class _Combine(_Emitter):
-    """One row per member: its sums, what follows from them, and what it contributes."""
-
-    def __init__(
-        self, group: _Group, name: str, phase: int, sums: Sequence[Expr], ready: Sequence[Expr], terms: Sequence[Expr]
-    ) -> None:
-        super().__init__(group, name, phase)
-        self._sums, self._ready, self._terms = sums, ready, terms
+    """One row per member: what it adds to totals."""
 
     def kernel(self, contributes: bool) -> Kernel:
-        body = self.body
-        needed = [*self._ready, *self._terms]
-        self.before([a for e in self._below(needed) for a in (e, *e.args)])
+        body, terms = self.body, self.group.function.contributions
+        self.before([a for e in self._below(terms) for a in (e, *e.args)])
         with body.loop("scf.for %row = %grid3 to %rows step %grid0 : i32"):
-            self._member, first, count = self.columns(3, (MEMBER, FIRST, COUNT))
-            chunks = self.integer("chunks")
-            for j, e in enumerate(self._sums):
-                begin = body.sum_of(body.product(chunks, body.index(j)), first)
-                self.values[id(e)] = self.folded(self.pointer("partial", "f32"), begin, count, e.op)
-            for e in self._ready:
-                self._store(self.scalar(e), "scratch", self.scratch(e))
-            if self._terms:
-                own = body.sum_of(self.integer("first_term"), self._member)
-                for number, e in enumerate(self._terms):
-                    row = body.product(self.integer("terms"), self.integer(f"adds{number}"))
-                    self._store(self.scalar(e), "terms", body.sum_of(row, own))
-        return self.finished("members", contributes, 0)
-
-    def _store(self, value: Value, kind: str, at: str) -> None:
-        one = self.body.spread(self._plain(value), ONE)
-        self.body.store(one, self.pointer(kind, "f32", written=True), at)
+            (self._member,) = self.columns("table", body.as_index("%row", "i32"), 1, (MEMBER,))
+            self._span = self.span()
+            for k, e in enumerate(terms):
+                one = body.spread(self._plain(self.scalar(e)), ONE)
+                body.store(one, self.pointer("terms", "f32", written=True), self.term(k, self._member))
+        return self.finished("members", contributes)
 
 
 class _Sweep(_Emitter):
     """One row per chunk."""
 
-    def __init__(self, group: _Group, name: str, phase: int, work: Sweep) -> None:
-        super().__init__(group, name, phase + 1)
+    def __init__(self, group: _Group, name: str, work: Sweep) -> None:
+        super().__init__(group, name)
         self._work = work
+        self._slots = group.formula.tensor_slots
+        self._width = ADDRESSES + len(self._slots)
 
     def kernel(self, contributes: bool) -> Kernel:
-        body, work, slots = self.body, self._work, self.group.formula.tensor_slots
-        scalars = [e for e in work.values if not e.tensor]
+        body = self.body
+        scalars = [e for e in self._work.values if not e.tensor]
         self.before(scalars)
-        with body.loop("scf.for %row = %grid3 to %rows step %grid0 : i32"):
-            used = sorted(set(work.moved))
-            cells = self.columns(ADDRESSES + len(slots), [MEMBER, LENGTH, *(ADDRESSES + slots.index(s) for s in used)])
-            self._member, length, *at = cells
-            self._address = dict(zip(used, at, strict=True))
-            positive = body.name(f"arith.maxsi {length}, {body.index(0)} : index")
-            body.add(f"%n = arith.minsi {positive}, {body.index(body.block)} : index")
-            for e in work.values:
-                if e.tensor:
-                    self._tensor(e)
-            for slot, e in work.writes:
-                self._write(slot, e)
-            for j, e in enumerate(work.sums):
-                self._partial(j, e)
-        return self.finished("chunks", contributes, len(work.sums))
+        combined = [e for e in scalars if any(x.op in REDUCTIONS for x in _scalars(e))]
+        if combined:
+            self._members(combined)
+        else:
+            with body.loop("scf.for %row = %grid3 to %rows step %grid0 : i32"):
+                self._chunk()
+        return self.finished("chunks", contributes)
+
+    def _members(self, combined: Sequence[Expr]) -> None:
+        """A core's part of the rows, one member after another: what follows from its sums, then its chunks."""
+        body = self.body
+        rows, cores, core = (body.as_index(name, "i32") for name in ("%rows", "%grid0", "%grid3"))
+        begin, end = (
+            body.name(f"arith.divsi {body.product(rows, k)}, {cores} : index")
+            for k in (core, body.sum_of(core, body.index(1)))
+        )
+        before_end = body.name(f"arith.subi {end}, {body.index(1)} : index")
+        first, last = (self.columns("table", row, self._width, (MEMBER,))[0] for row in (begin, before_end))
+        behind = body.sum_of(last, body.index(1))
+        one = body.name("arith.constant 1 : i32")
+        with body.loop(f"scf.for %each = {first} to {behind} step {body.index(1)}"):
+            self._member = "%each"
+            self._span = start, count = self.span()
+            for e in combined:
+                self.values[id(e)] = self._outside(self.scalar(e))
+            low = body.name(f"arith.maxsi {begin}, {start} : index")
+            high = body.name(f"arith.minsi {end}, {body.sum_of(start, count)} : index")
+            low, high = (body.name(f"arith.index_cast {k} : index to i32") for k in (low, high))
+            with body.loop(f"scf.for %row = {low} to {high} step {one} : i32"):
+                self._chunk()
+
+    def _chunk(self) -> None:
+        body, work = self.body, self._work
+        used = sorted(set(work.moved))
+        wanted = [MEMBER, LENGTH, *(ADDRESSES + self._slots.index(s) for s in used)]
+        self._row = body.as_index("%row", "i32")
+        self._member, length, *at = self.columns("table", self._row, self._width, wanted)
+        self._address = dict(zip(used, at, strict=True))
+        positive = body.name(f"arith.maxsi {length}, {body.index(0)} : index")
+        body.add(f"%n = arith.minsi {positive}, {body.index(body.block)} : index")
+        for e in work.values:
+            if e.tensor:
+                self._tensor(e)
+        for slot, e in work.writes:
+            self._write(slot, e)
+        for e in work.sums:
+            self._sum(e)
 
     def _tensor(self, e: Expr) -> None:
         slot = self._work.places.get(id(e))
@@ -467,11 +503,15 @@ class _Sweep(_Emitter):
         value = self.apply.cast(value, dtype)
         self.body.store(value, self.pointer("write", dtype, written=True, slot=slot), self._address[slot])
 
-    def _partial(self, j: int, e: Expr) -> None:
+    def _sum(self, e: Expr) -> None:
+        """A chunk's part of a sum: kept for those who combine them, added to totals."""
         body = self.body
         reduction, _, start = _REDUCE[e.op]
         value = self._operand(e.args[0])
         value = self.apply("where", value, 1.0, 0.0) if value.dtype == "i1" else value
         found = body.reduce(reduction, value, start)
-        at = body.sum_of(body.product(self.integer("rows"), body.index(j)), self.row)
-        body.store(found, self.pointer("partial", "f32", written=True), at)
+        if id(e) in self.group.kept:
+            row = body.product(self.integer("rows"), body.index(self.group.kept[id(e)]))
+            body.store(found, self.pointer("partial", "f32", written=True), body.sum_of(row, self._row))
+        for k in self.group.terms.get(id(e), ()):
+            body.store(found, self.pointer("terms", "f32", written=True), self.term(k, self._row))

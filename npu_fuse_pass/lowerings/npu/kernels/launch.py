@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -14,7 +14,7 @@ from npu_fuse_pass.ir.expr import Expr, postorder
 from npu_fuse_pass.ir.types import Group, Leaf
 from npu_fuse_pass.lowerings.npu.emit.split import Split, constants_of, slots_of, split_whole
 from npu_fuse_pass.lowerings.npu.kernels.generate import Kernel, Kernels, generate
-from npu_fuse_pass.lowerings.npu.kernels.tables import chunk_table, member_table
+from npu_fuse_pass.lowerings.npu.kernels.tables import chunk_table, member_spans
 
 KERNEL = "generated NPU kernel"
 """What reports call it."""
@@ -67,14 +67,12 @@ class Launches:
 
     Args:
         leaves: of the step.
-        terms: what members add to totals, (totals, members of all groups) float32 on the device.
+        terms: what is added up to totals, (totals, terms of all groups) float32 on the device.
         first_term: the group's first column there.
     """
 
     def __init__(self, generated: Generated, leaves: Sequence[Leaf], terms: Tensor, first_term: int) -> None:
         self.generated, self._leaves, self._terms, self._first_term = generated, leaves, terms, first_term
-        group, device = generated.group, terms.device
-        self._scratch = torch.zeros(max(1, generated.kernels.scratch * len(group.members)), device=device)
         self._classes: list[_Class] = []
 
     def bind(self, addresses: Sequence[Sequence[int]], sizes: Sequence[int], active: Sequence[bool]) -> None:
@@ -97,12 +95,19 @@ class Launches:
                 members.setdefault((*read, *group.totals[m]), []).append(m)
         self._classes = []
         each_slot = torch.tensor(addresses, dtype=torch.int64, device="cpu")
+        first_term, device = self._first_term, self._terms.device
         for totals, chosen in members.items():
             counts = [sizes[m] for m in chosen]
-            chunks = chunk_table(chosen, counts, each_slot[:, chosen], itemsizes, kernels.block).to(self._terms.device)
-            each = member_table(chosen, counts, kernels.block).to(self._terms.device)
-            partial = torch.empty(max(1, kernels.sums * len(chunks)), device=self._terms.device)
-            self._classes.append(_Class(totals, chunks, each, partial))
+            tables = [chunk_table(chosen, counts, each_slot[:, chosen], itemsizes, kernels.block)]
+            if kernels.sums or kernels.terms_of_members:
+                tables.append(member_spans(len(active), chosen, counts, kernels.block))
+                tables.append(torch.tensor(chosen, dtype=torch.int64, device="cpu"))
+            rows = {"chunks": len(tables[0]), "members": len(chosen)}
+            placed = torch.cat([t.flatten() for t in tables]).to(device)  # one transfer
+            parts = dict(zip(("chunks", "spans", "members"), placed.split([t.numel() for t in tables]), strict=False))
+            partial = torch.empty(max(1, kernels.sums * rows["chunks"]), device=device)
+            self._classes.append(_Class(totals, parts, rows, partial, first_term))
+            first_term += 0 if kernels.terms_of_members else rows["chunks"]
 
     def launch(self, numbers: int, contributes: bool, launcher: Launcher) -> None:
         """Launch the contributions to totals, or the update.
@@ -113,21 +118,21 @@ class Launches:
         for members in self._classes:
             for kernel in self.generated.kernels.launches:
                 if kernel.contributes == contributes:
-                    table = members.chunks if kernel.over == "chunks" else members.members
-                    launcher(kernel, list(self._arguments(kernel, members, table, numbers)), len(table))
+                    arguments = list(self._arguments(kernel, members, numbers))
+                    launcher(kernel, arguments, members.rows[kernel.over])
 
-    def _arguments(self, kernel: Kernel, members: _Class, table: Tensor, numbers: int) -> Iterator[int]:
-        vectors = {"partial": members.partial, "scratch": self._scratch, "terms": self._terms, "table": table}
+    def _arguments(self, kernel: Kernel, members: _Class, numbers: int) -> Iterator[int]:
+        tables = {**members.tables, "table": members.tables[kernel.over]}
+        vectors = {"partial": members.partial, "terms": self._terms, **tables}
         places = {**{kind: vector.data_ptr() for kind, vector in vectors.items()}, "numbers": numbers}
         for pointer in kernel.pointers:
             yield 0 if pointer.slot >= 0 else places[pointer.kind]
         read = len(self.generated.made.device_slots)
         integers = {
-            "rows": len(table),
-            "chunks": len(members.chunks),
-            "members": len(self.generated.group.members),
+            "rows": members.rows[kernel.over],
+            "chunks": members.rows["chunks"],
             "terms": self._terms.shape[1],
-            "first_term": self._first_term,
+            "first_term": members.first_term,
             **{f"total{k}": number for k, number in enumerate(members.totals[:read])},
             **{f"adds{k}": number for k, number in enumerate(members.totals[read:])},
         }
@@ -136,12 +141,20 @@ class Launches:
 
 @dataclasses.dataclass(frozen=True)
 class _Class:
-    """Members that read and add to the same totals: a launch of each kernel."""
+    """Members that read and add to the same totals: a launch of each kernel.
+
+    Attributes:
+        tables: on the device: "chunks", and where sums are combined "spans", and the "members" that take part.
+        rows: of the first and the last.
+        partial: sums of each chunk.
+        first_term: where the terms of its chunks begin, or of the group's members.
+    """
 
     totals: tuple[int, ...]
-    chunks: Tensor
-    members: Tensor
+    tables: Mapping[str, Tensor]
+    rows: Mapping[str, int]
     partial: Tensor
+    first_term: int
 
 
 class Cluster:
@@ -170,16 +183,11 @@ class Cluster:
     ) -> None:
         self.name, self.generated = name, generated
         self._numbers, self._launcher = numbers, launcher
+        self._sizes = [[_elements(made, leaves, member) for member in made.group.members] for made in generated]
+        counts = [_terms(made, sizes) for made, sizes in zip(generated, self._sizes, strict=True)]
         totals = [leaf.index for leaf in leaves if leaf.kind == "total"]
-        self._terms = torch.zeros(
-            max(totals, default=-1) + 1, sum(len(g.group.members) for g in generated), device=device
-        )
-        self._launches, self._sizes = [], []
-        first = 0
-        for made in generated:
-            self._launches.append(Launches(made, leaves, self._terms, first))
-            self._sizes.append([_elements(made, leaves, member) for member in made.group.members])
-            first += len(made.group.members)
+        self._terms = torch.zeros(max(totals, default=-1) + 1, sum(counts), device=device)
+        self._launches = [Launches(made, leaves, self._terms, sum(counts[:k])) for k, made in enumerate(generated)]
         self.active = [[True] * len(made.group.members) for made in generated]
         self._bound: object = None
 
@@ -223,6 +231,14 @@ class Cluster:
             made = launches.generated
             rows = [[places.get((id(made), s, m), 0) for m in range(len(sizes))] for s in made.made.tensor_slots]
             launches.bind(rows, sizes, active)
+
+
+def _terms(generated: Generated, sizes: Sequence[int]) -> int:
+    """How many numbers a group adds to a total."""
+    kernels = generated.kernels
+    if not any(k.contributes for k in kernels.launches):
+        return 0
+    return len(sizes) if kernels.terms_of_members else sum(-(-size // kernels.block) for size in sizes)
 
 
 def _elements(generated: Generated, leaves: Sequence[Leaf], member: Sequence[int]) -> int:

@@ -1,4 +1,4 @@
-"""The tables that kernels go through: a row per chunk, and a row per member for what combines chunks."""
+"""The tables that kernels go through: a row per chunk, and which of these are a member's."""
 
 from __future__ import annotations
 
@@ -41,9 +41,10 @@ def chunk_table(
     return torch.stack([*columns, *((addresses // each)[:, place] + start)], dim=1).contiguous()
 
 
-def member_table(members: Sequence[int], sizes: Sequence[int], block: int) -> Tensor:
-    """Rows of (member, its first chunk in `chunk_table`, its chunks), int64."""
+def member_spans(count: int, members: Sequence[int], sizes: Sequence[int], block: int) -> Tensor:
+    """A row for each of `count` members: its first chunk in `chunk_table`, and how many it has, int64."""
+    found = torch.zeros(count, 2, dtype=torch.int64, device="cpu")
     size = torch.tensor(list(sizes), dtype=torch.int64, device="cpu")
-    counts = -(-size // block)
-    member = torch.tensor(list(members), dtype=torch.int64, device="cpu")
-    return torch.stack([member, counts.cumsum(0) - counts, counts], dim=1).contiguous()
+    chunks = -(-size // block)
+    found[list(members)] = torch.stack([chunks.cumsum(0) - chunks, chunks], dim=1)
+    return found
