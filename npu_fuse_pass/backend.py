@@ -92,8 +92,8 @@ def _warn_of_shared_gradients(gm: fx.GraphModule) -> None:
         )
 
 
-class Watched:
-    """The backend with its options, as `compile_step` and `explain` use it: it knows which of its graphs ran.
+class TrackedBackend:
+    """The backend with its options, as `compile_step` and `explain` use it: it records which of its graphs ran.
 
     Attributes:
         options: all of them, checked.
@@ -146,9 +146,9 @@ class SharedCore:
             return compiled
         return lambda ticket: compiled(ticket, self._ran.get(id(ticket)))
 
-    def run(self, watched: Watched, ticket: Tensor) -> None:
-        """The step of the optimizer on the ticket, for whoever watches it."""
-        self._ran[id(ticket)] = watched.ran
+    def run(self, tracked: TrackedBackend, ticket: Tensor) -> None:
+        """Run the step of the optimizer on the ticket; its reports go to `tracked.ran`."""
+        self._ran[id(ticket)] = tracked.ran
         try:
             self._compiled(ticket)
         finally:
@@ -159,18 +159,18 @@ _cores: dict[object, SharedCore] = {}
 _compile = torch.compile
 
 
-def shared_core(watched: Watched) -> Callable[[Tensor], None]:
+def shared_core(tracked: TrackedBackend) -> Callable[[Tensor], None]:
     """A compiled core for one optimizer; those with the same options share what Dynamo makes of it.
 
     Where somebody has put a function of their own in the place of torch.compile, that sees every one of them.
     """
-    options = watched.options
+    options = tracked.options
     if torch.compile is not _compile or options["torchair_config"] is not None:
-        return isolated(core_op.make_core(), watched)
+        return isolated(core_op.make_core(), tracked)
     key = tuple(options.items())
     if key not in _cores:
         _cores[key] = SharedCore(options)
-    return functools.partial(_cores[key].run, watched)
+    return functools.partial(_cores[key].run, tracked)
 
 
 @functools.cache

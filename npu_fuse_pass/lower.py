@@ -15,7 +15,7 @@ from npu_fuse_pass.ir.expr import postorder
 from npu_fuse_pass.ir.fused_op import multi_tensor_update
 from npu_fuse_pass.ir.totals import total_slots
 from npu_fuse_pass.ir.types import Group, Grouped, Leaf
-from npu_fuse_pass.lowerings import eager, staged
+from npu_fuse_pass.lowerings import eager, segmented
 from npu_fuse_pass.lowerings.cpu import codegen, graph_op
 from npu_fuse_pass.lowerings.program import Program
 from npu_fuse_pass.options import Options, Target
@@ -53,7 +53,7 @@ def choose(platform: str, leaves: Sequence[Leaf]) -> Target:
 def lower(
     step: Grouped, target: Target, options: Options, values: Values = None, matches: Matches | None = None
 ) -> Lowered:
-    """Make a step's program with the target's lowering, stage after stage.
+    """Make a step's program with the target's lowering, segment after segment.
 
     Args:
         values: of the leaves, where they are known already.
@@ -66,12 +66,12 @@ def lower(
         return Lowered(None, [], [reason])
     made_by = LOWERINGS[target.platform if target.form == "program" else target.form]
     try:
-        if target == Target("npu") and any(stage.calls for stage in step.stages):
+        if target == Target("npu") and any(segment.calls for segment in step.segments):
             if step.stores:
                 dtype = step.leaves[step.stores[0][0]].dtype
                 raise Unsupported("npu", f"original operations write a tensor of {dtype}", Code.GE_BETWEEN)
             return _lower_npu_whole(step, options)
-        before = [made_by(step.leaves, stage.groups, options, None, None) for stage in step.stages]
+        before = [made_by(step.leaves, segment.groups, options, None, None) for segment in step.segments]
         last = made_by(step.leaves, step.groups, options, values, matches)
     except (Unsupported, GraphRefused) as e:
         return Lowered(None, [], [e.reason])
@@ -81,9 +81,9 @@ def lower(
     fallbacks = list(dict.fromkeys(reason for lowered in (*before, last) for reason in lowered.fallbacks))
     program = last.program
     if program is not None and before:
-        calls = [stage.calls for stage in step.stages]
+        calls = [segment.calls for segment in step.segments]
         made = [(lowered.program, c) for lowered, c in zip(before, calls, strict=True) if lowered.program is not None]
-        program = staged.Program(made, program, step.stores)
+        program = segmented.Program(made, program, step.stores)
     return Lowered(program, [*rows, *last.rows], fallbacks)
 
 
@@ -104,7 +104,7 @@ def sources(step: Grouped) -> Mapping[str, str]:
     begin = '#include "kernel.h"  // npu_fuse_pass/lowerings/cpu/kernel.h\n'
     texts = {}
     in_pieces = any(leaf.across for leaf in step.leaves)
-    for groups in (*(stage.groups for stage in step.stages), step.groups):
+    for groups in (*(segment.groups for segment in step.segments), step.groups):
         for g, totals in zip(groups, total_slots(groups, step.leaves), strict=True):
             texts[g.name] = codegen.generate(g.name, g.formula, totals, in_pieces).text.replace(codegen.PRELUDE, begin)
     return texts
@@ -248,7 +248,7 @@ def _lower_npu_whole(step: Grouped, options: Options) -> Lowered:
     if (reason := fakes.refused()) is not None:
         return Lowered(None, [], [reason])
 
-    calls = [call for stage in step.stages for call in stage.calls]
+    calls = [call for segment in step.segments for call in segment.calls]
     program = whole.Program(step.leaves, step.all_groups, calls, rewrite(step), options.torchair_config)
     rows = []
     for g in step.all_groups:

@@ -19,7 +19,7 @@ from npu_fuse_pass.reasons import Code
 _log = logging.getLogger("npu_fuse_pass")
 
 WITHOUT = {
-    "torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors": "Python looks at a step's tensors, about 1 us for each",
+    "torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors": "Python checks a step's tensors, about 1 us for each",
     "torch._C._dynamo.guards.TensorGuards": "a step's tensors are compared one by one, about 0.4 us for each",
     "torch._C._profiler._RecordFunctionFast": "profiles get a kernel's name by torch.profiler.record_function, some us "
     "for each call",

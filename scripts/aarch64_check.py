@@ -4,7 +4,7 @@
 
 Everything of a step but its kernels runs here; a call of a kernel writes all memory that it is given to a file, runs
 the kernel in `qemu-aarch64`, and takes the memory back. What this cannot show: times, and what else an aarch64 host has
-(torch's own wheel, the native look of npu_fuse_pass/lowerings/cpu/native_look.cpp).
+(torch's own wheel, the native input check of npu_fuse_pass/lowerings/cpu/input_check.cpp).
 """
 
 from __future__ import annotations

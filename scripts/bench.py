@@ -34,7 +34,7 @@ from bench_stock import FIRST_AT_MOST, STEP_AT_MOST, stock_pairs
 
 import npu_fuse_pass
 import optimizers
-from npu_fuse_pass.lowerings.cpu import native_look
+from npu_fuse_pass.lowerings.cpu import input_check
 
 QUICK = {
     "1000 x 1024": ("Adam", "AdamW", "SGD momentum", "RMSpropTF", "LAMB", "own rule"),
@@ -277,7 +277,7 @@ def main() -> None:
     whole = not given.only
     counts = given.stages if given.stages is not None else (10, 100) if given.quick else STAGE_COUNTS
     rows = stages(counts, given.inductor) if whole or given.stages else []
-    if not native_look.wait():
+    if not input_check.wait():
         print("the native look at tensors cannot be compiled here: steps of many tensors are slower than they could be")
     parts = calls() if whole else {}
     sizes = GROWTH_COUNTS[:-1:2] if given.quick else GROWTH_COUNTS

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import npu_fuse_pass
 from npu_fuse_pass.lowerings.cpu import build as cpu_build
-from npu_fuse_pass.lowerings.cpu import native_look
+from npu_fuse_pass.lowerings.cpu import input_check
 
 HEAT = 5
 """Rounds that everybody takes part in."""
@@ -129,17 +129,17 @@ def race(contestants: dict[str, tuple[Params, Step]], seconds: float, multiplied
 
 @contextmanager
 def cold_kernels(look: bool = True) -> Iterator[None]:
-    """No kernel on disk or loaded, so that C++ is compiled; with `look` the library for `native_look` too."""
+    """No kernel on disk or loaded, so that C++ is compiled; with `look` the library for `input_check` too."""
     cpu_build._loaded.clear()
     if look:
-        native_look.forget()
+        input_check.forget()
     before = os.environ.get("NPU_FUSE_CACHE_DIR")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["NPU_FUSE_CACHE_DIR"] = folder
         try:
             yield
         finally:
-            native_look.wait()  # it may be compiling into this folder
+            input_check.wait()  # it may be compiling into this folder
             os.environ.pop("NPU_FUSE_CACHE_DIR")
             if before is not None:
                 os.environ["NPU_FUSE_CACHE_DIR"] = before

@@ -18,7 +18,7 @@ from npu_fuse_pass.algorithms.adamax import adamax
 from npu_fuse_pass.algorithms.radam import radam
 from npu_fuse_pass.algorithms.rmsprop import rmsprop
 from npu_fuse_pass.algorithms.rprop import rprop
-from npu_fuse_pass.lowerings.cpu import native_look
+from npu_fuse_pass.lowerings.cpu import input_check
 
 Step = Callable[[], Any]
 
@@ -62,7 +62,7 @@ def stock_cost(name: str, shape: tuple[int, ...], count: int, seconds: float) ->
         _fresh(params)
         with cold_kernels(look=False):
             first[label] = _timed(step)
-    native_look.wait()
+    input_check.wait()
     times: dict[str, list[float]] = {label: [] for label in made}
     end = time.perf_counter() + seconds
     while len(times["ours"]) < WARM + SHORTEST or time.perf_counter() < end:
@@ -84,7 +84,7 @@ def stock_cost(name: str, shape: tuple[int, ...], count: int, seconds: float) ->
 
 def stock_pairs(seconds: float, only: str = "") -> list[dict[str, Any]]:
     """All pairs on 1000 tensors of 1024, some on 100 of 256 x 256."""
-    native_look.wait()
+    input_check.wait()
     cells: list[tuple[str, tuple[int, ...], int]] = [(name, (1024,), 1000) for name in PAIRS]
     cells += [(name, (256, 256), 100) for name in SMALL]
     return [stock_cost(name, shape, count, seconds) for name, shape, count in cells if only.lower() in name.lower()]

@@ -15,7 +15,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from npu_fuse_pass.lowerings.cpu import native_look  # noqa: E402
+from npu_fuse_pass.lowerings.cpu import input_check  # noqa: E402
 from tests.fuzz.draw import Draws  # noqa: E402
 from tests.fuzz.run import Finding, Outcome, search  # noqa: E402
 
@@ -33,8 +33,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     logging.getLogger("npu_fuse_pass").setLevel(logging.ERROR)
-    native_look.WORTH = 1  # as for many parameters
-    native_look.wait()
+    input_check.WORTH = 1  # as for many parameters
+    input_check.wait()
 
     def go_on(outcome: Outcome) -> bool:
         if outcome.findings and arguments.first:

@@ -227,8 +227,8 @@ def eager(twin: Twin, timed: bool = True) -> tuple[list[dict[str, Any]], Phase]:
     return values, phase
 
 
-def compiled(twin: Twin, want: list[dict[str, Any]], function: Callable[..., Any], watched: Any = None) -> Phase:
-    """The steps of `function`, compared with `want`; `watched` knows which graphs ran."""
+def compiled(twin: Twin, want: list[dict[str, Any]], function: Callable[..., Any], tracked: Any = None) -> Phase:
+    """The steps of `function`, compared with `want`; `tracked` knows which graphs ran."""
     phase = Phase()
     try:
         for i in range(STEPS):
@@ -239,10 +239,10 @@ def compiled(twin: Twin, want: list[dict[str, Any]], function: Callable[..., Any
             phase.compiles.append(len(made))
             phase.causes += [r.cause for r in made]
             phase.difference = max(phase.difference, difference(twin.values(), want[i]))
-        if watched is not None:
+        if tracked is not None:
             if not phase.storm:
-                _measure(twin, function, phase, watched.ran)
-            phase.ran = list(watched.ran)
+                _measure(twin, function, phase, tracked.ran)
+            phase.ran = list(tracked.ran)
     except npu_fuse_pass.NotCapturedError as e:
         phase.refused = str(e)
     except Exception as e:
@@ -278,12 +278,12 @@ def fused(library: str, cls: Class, way: str, want: list[dict[str, Any]], dtype:
     _forget()
     twin = Twin(library, cls, way, dtype)
     step = npu_fuse_pass.compile_step(twin.opt)
-    phase = compiled(twin, want, step, step._watched)
+    phase = compiled(twin, want, step, step._tracked)
     if not phase.refused:
         return phase
     _forget()
-    twin, watched = Twin(library, cls, way, dtype), backend.Watched({})
-    again = compiled(twin, want, backend.isolated(twin.opt.step, watched), watched)
+    twin, tracked = Twin(library, cls, way, dtype), backend.TrackedBackend({})
+    again = compiled(twin, want, backend.isolated(twin.opt.step, tracked), tracked)
     again.refused, again.breaks = phase.refused, list(dict.fromkeys([*phase.breaks, *again.breaks]))
     return again
 

@@ -76,7 +76,7 @@ def unmeasured_guards() -> Iterator[None]:
 @pytest.fixture(autouse=True, scope="session")
 def native_look() -> int:
     """Without it, most tests have too few parameters for the native look; returns how many it takes otherwise."""
-    from npu_fuse_pass.lowerings.cpu import native_look as cpu_look
+    from npu_fuse_pass.lowerings.cpu import input_check as cpu_look
 
     usual, cpu_look.WORTH = cpu_look.WORTH, 1
     cpu_look.wait()
@@ -86,7 +86,7 @@ def native_look() -> int:
 @pytest.fixture
 def usual_look(native_look: int, monkeypatch: pytest.MonkeyPatch) -> int:
     """As users have it: few tensors are looked at in Python. Returns from how many on the look is native."""
-    from npu_fuse_pass.lowerings.cpu import native_look as cpu_look
+    from npu_fuse_pass.lowerings.cpu import input_check as cpu_look
 
     monkeypatch.setattr(cpu_look, "WORTH", native_look)
     return native_look

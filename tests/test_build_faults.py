@@ -126,9 +126,9 @@ def test_a_compiler_that_hangs(kernel_cache: Path, tmp_path: Path, monkeypatch: 
 
 
 LOOK = """
-from npu_fuse_pass.lowerings.cpu import native_look
+from npu_fuse_pass.lowerings.cpu import input_check
 import pathlib, time
-native_look._start()
+input_check._start()
 while not pathlib.Path({pid!r}).exists():
     time.sleep(0.05)
 print("ends", flush=True)

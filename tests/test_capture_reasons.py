@@ -99,7 +99,7 @@ def test_what_has_no_row_stays_an_original_operation(name):
     captured = capture(traced(function, torch.rand(4, 4), torch.rand(4)))
     (unfused,) = captured.unfused
     assert unfused.op == op and re.search(reason, unfused.text), unfused
-    assert [len(stage.calls) for stage in captured.stages] == [1] and len(captured.updates) == 1
+    assert [len(segment.calls) for segment in captured.segments] == [1] and len(captured.updates) == 1
 
 
 @pytest.mark.parametrize("name", REFUSED)

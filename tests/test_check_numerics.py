@@ -232,9 +232,9 @@ def test_steps_that_draw_and_write_integers() -> None:
 
 
 def test_a_wrong_integer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from npu_fuse_pass.lowerings import staged
+    from npu_fuse_pass.lowerings import segmented
 
-    run = staged._run
+    run = segmented._run
 
     def wrong(call: Any, values: list[Any]) -> None:
         run(call, values)
@@ -242,7 +242,7 @@ def test_a_wrong_integer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
             if values[result].dtype == torch.int32:
                 values[result] = values[result] + 1
 
-    monkeypatch.setattr(staged, "_run", wrong)
+    monkeypatch.setattr(segmented, "_run", wrong)
     told = r"12 elements of '\w*seen\w*' \(3, 4\), of torch.int32"
     with pytest.raises(npu_fuse_pass.NumericsError, match=told) as caught:
         run_noisy("npu_fused", options={"check_numerics": True})

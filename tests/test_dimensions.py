@@ -17,7 +17,7 @@ from npu_fuse_pass.capture.graph import capture
 from npu_fuse_pass.ir import verify
 from npu_fuse_pass.ir.dimensions import layout_of
 from npu_fuse_pass.ir.types import Captured
-from npu_fuse_pass.lowerings import eager, staged
+from npu_fuse_pass.lowerings import eager, segmented
 from npu_fuse_pass.options import Options, Target
 from npu_fuse_pass.passes.group import group
 
@@ -29,15 +29,15 @@ Step = Callable[..., None]
 
 
 def program(captured: Captured, how: str) -> Any:
-    """A captured step of several stages as a program."""
+    """A captured step of several segments as a program."""
     grouped = group(captured)
     verify.captured(captured)
     verify.grouped(grouped)
     if how == "kernel":
         return lower.lower(grouped, Target("cpu"), Options()).program, len(grouped.leaves)
-    stages = [(eager.Program(grouped.leaves, stage.groups), stage.calls) for stage in grouped.stages]
+    segments = [(eager.Program(grouped.leaves, segment.groups), segment.calls) for segment in grouped.segments]
     last = eager.Program(grouped.leaves, grouped.groups)
-    return (staged.Program(stages, last, grouped.stores) if stages else last), len(grouped.leaves)
+    return (segmented.Program(segments, last, grouped.stores) if segments else last), len(grouped.leaves)
 
 
 def run(step: Step, tensors: Sequence[Tensor], how: str) -> list[str]:

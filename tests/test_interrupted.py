@@ -18,7 +18,7 @@ from torch import Tensor
 
 import optimizers
 from npu_fuse_pass.errors import PlatformError
-from npu_fuse_pass.lowerings import eager, staged
+from npu_fuse_pass.lowerings import eager, segmented
 from npu_fuse_pass.lowerings.cpu import program as cpu
 from npu_fuse_pass.lowerings.cpu.kernel import Kernel
 from npu_fuse_pass.lowerings.cpu.program import Program
@@ -151,7 +151,7 @@ def test_operations_between_kernels() -> None:
         for tensor, value in zip((p, count, other), before, strict=False):
             tensor.copy_(value)
         torch.set_rng_state(before[-1])
-        went = interrupted(compiled, at, staged.Program)
+        went = interrupted(compiled, at, segmented.Program)
         after = after or now()
         assert same(now(), before) or same(now(), after), f"interrupted at operation {at}"
         outcomes.add("before" if same(now(), before) else "after")

@@ -19,7 +19,7 @@ from torch import Tensor
 import npu_fuse_pass
 import optimizers
 from npu_fuse_pass.lowerings.cpu import build as cpu_build
-from npu_fuse_pass.lowerings.cpu import native_look
+from npu_fuse_pass.lowerings.cpu import input_check
 from npu_fuse_pass.rules.prelude import Prelude
 
 from .cases import CASES
@@ -32,19 +32,19 @@ SHAPES = ((3, 4), (5,), (2, 3), (), (1,), (5,))
 
 def watched(opt: Any) -> bool:
     prelude: Prelude = opt._prelude
-    return prelude.watched
+    return prelude.unchanged
 
 
 def looks(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """What every look from here on finds."""
     found: list[bool] = []
-    same = native_look.Look.same
+    same = input_check.NativeInputs.same
 
-    def noting(self: native_look.Look, given: Any) -> bool:
+    def noting(self: input_check.NativeInputs, given: Any) -> bool:
         found.append(same(self, given))
         return found[-1]
 
-    monkeypatch.setattr(native_look.Look, "same", noting)
+    monkeypatch.setattr(input_check.NativeInputs, "same", noting)
     return found
 
 
@@ -239,7 +239,7 @@ def test_memory_given_back_under_a_tensor_is_not_touched() -> None:
         step()
     grad = params[0].grad
     assert grad is not None
-    look = native_look.Look([*params], native_look._library["native"])
+    look = input_check.NativeInputs([*params], input_check._library["native"])
     assert look.same(None)
     params[0].untyped_storage().resize_(0)
     assert not look.same(None)
@@ -277,7 +277,7 @@ def test_no_tensor_is_kept_alive() -> None:
 
 def test_only_tensors_of_the_same_kind_are_the_same() -> None:
     x = torch.ones(4)
-    look = native_look.Look([x], native_look._library["native"])
+    look = input_check.NativeInputs([x], input_check._library["native"])
     others: list[Any] = [torch.ones(5), torch.ones(4).double(), torch.ones(4, 1), torch._neg_view(x), x.to("meta")]
     others += [None, 1.0, torch.nn.Parameter(x), torch.ones(8)[::2], torch.ones(4).to_sparse()]
     assert look.same([x]) and look.same([torch.ones(4)]) and look.same(None)
@@ -286,12 +286,12 @@ def test_only_tensors_of_the_same_kind_are_the_same() -> None:
 
 def differing_anywhere(threads: int) -> list[bool]:
     """What looks find where one of many tensors is of another kind: at several places, listed and as a gradient."""
-    native_look.wait()
+    input_check.wait()
     torch.set_num_threads(threads)
     params = [torch.nn.Parameter(torch.ones(2)) for _ in range(600)]
     set_gradients(params, [torch.ones(2) for _ in params])
     listed = [*params, *(p.grad for p in params if p.grad is not None)]
-    look = native_look.Look(listed, native_look._library["native"])
+    look = input_check.NativeInputs(listed, input_check._library["native"])
     assert look.same(None) and look.same(listed)
     found = []
     for place in (0, 299, 300, 599):
@@ -328,10 +328,10 @@ def test_without_the_library_python_looks_and_the_report_says_so(monkeypatch: py
 
     with monkeypatch.context() as patch:
         patch.setattr(cpu_build, "load", refuse)
-        patch.setattr(native_look, "_library", {})
-        native_look._load()
-        missing = native_look._library
-    monkeypatch.setattr(native_look, "_library", missing)
+        patch.setattr(input_check, "_library", {})
+        input_check._load()
+        missing = input_check._library
+    monkeypatch.setattr(input_check, "_library", missing)
     params = parameters(SHAPES)
     twins = clones(params)
     opt, eager = optimizers.NpuFusedAdam(params), torch.optim.Adam(twins)
@@ -345,13 +345,13 @@ def test_without_the_library_python_looks_and_the_report_says_so(monkeypatch: py
 def test_a_second_process_compiles_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     compiler, compiled_often = counting_compiler(tmp_path / "compiler")
     monkeypatch.setenv("CXX", compiler)
-    monkeypatch.setattr(native_look, "_library", {})
+    monkeypatch.setattr(input_check, "_library", {})
     with own_cache(tmp_path):
         for _ in range(2):
             forget()
-            native_look._library.clear()
-            native_look._load()
-            assert list(native_look._library) == ["native"]
+            input_check._library.clear()
+            input_check._load()
+            assert list(input_check._library) == ["native"]
     assert compiled_often() == 1
 
 
@@ -359,7 +359,7 @@ def test_a_gradient_of_a_gradient_is_an_object_of_its_own() -> None:
     p, g = parameters(((3,),))[0], torch.ones(3)
     p.grad, g.grad = g, torch.ones(3)
     tensors: list[Tensor] = [p, g, g.grad]
-    assert native_look._owners(tensors) == [-1, 0, -1]
+    assert input_check._owners(tensors) == [-1, 0, -1]
 
 
 @pytest.mark.parametrize("shared", range(4))
@@ -388,19 +388,19 @@ def test_a_gradient_of_two_parameters_may_be_two_at_the_next_step(stock: bool, g
 @pytest.fixture
 def slow_to_come(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """As in a new process: the library is asked for anew, and comes when this is set."""
-    coming, load = threading.Event(), native_look._load
+    coming, load = threading.Event(), input_check._load
 
     def later() -> None:
         coming.wait()
         load()
 
-    before = dict(native_look._library)
-    native_look.forget()
-    monkeypatch.setattr(native_look, "_load", later)
+    before = dict(input_check._library)
+    input_check.forget()
+    monkeypatch.setattr(input_check, "_load", later)
     yield coming
     coming.set()
-    native_look.wait()
-    native_look._library.update(before)
+    input_check.wait()
+    input_check._library.update(before)
 
 
 def first_look(tensors: int) -> list[bool]:
@@ -419,7 +419,7 @@ def first_look(tensors: int) -> list[bool]:
 def test_a_step_of_very_many_tensors_waits_for_the_library(
     slow_to_come: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native_look, "WAITED", 8)
+    monkeypatch.setattr(input_check, "WAITED", 8)
     threading.Timer(0.5, slow_to_come.set).start()
     assert first_look(tensors=5) == [False, False, True]
 
@@ -429,8 +429,8 @@ def test_others_do_not_wait(slow_to_come: threading.Event) -> None:
 
 
 def test_patience_ends(slow_to_come: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_look, "WAITED", 8)
-    monkeypatch.setattr(native_look, "PATIENCE", 0.1)
+    monkeypatch.setattr(input_check, "WAITED", 8)
+    monkeypatch.setattr(input_check, "PATIENCE", 0.1)
     assert first_look(tensors=5) == [False] * 3
 
 
@@ -441,7 +441,7 @@ def test_the_library_is_compiled_beside_the_first_kernel(
     load = cpu_build.load
 
     def noting(source: str, functions: Any, flags: tuple[str, ...] = ()) -> Any:
-        begun.append(bool(native_look._threads))
+        begun.append(bool(input_check._threads))
         return load(source, functions, flags)
 
     monkeypatch.setattr(cpu_build, "load", noting)

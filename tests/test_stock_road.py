@@ -411,7 +411,7 @@ def test_npus_take_another_road() -> None:
     set_gradients(params, gradients(params, 0))
     with contextlib.suppress(npu_fuse_pass.PlatformError):  # where torch_npu is missing
         step()
-    assert "CPUs alone" in str(step._watched.no_rule)
+    assert "CPUs alone" in str(step._tracked.no_rule)
 
 
 def test_sparse_gradients_step_as_torch_does() -> None:

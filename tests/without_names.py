@@ -178,12 +178,12 @@ def tools() -> None:
     import npu_fuse_pass
     from npu_fuse_pass import private_torch
     from npu_fuse_pass.dump import folder
-    from npu_fuse_pass.lowerings.cpu import native_look
+    from npu_fuse_pass.lowerings.cpu import input_check
     from npu_fuse_pass.rules.optimizer import RuleOptimizer
     from npu_fuse_pass.tensors import memory, sharded
     from npu_fuse_pass.tools import observe, symbolic
 
-    assert native_look.wait() == (private_torch.find(native_look._HANDLES) is not None)
+    assert input_check.wait() == (private_torch.find(input_check._HANDLES) is not None)
     a, b = torch.zeros(3), torch.ones(3)
     memory.copy_each([a], [b])
     assert torch.equal(a, b) and memory.materialised(a) and sharded.local(a) is a

@@ -26,7 +26,7 @@ from npu_fuse_pass.capture.values import Cell, Val
 from npu_fuse_pass.capture.walk import Recorded, run_graph
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.fx_nodes.effects import writes_leaves
-from npu_fuse_pass.ir.types import Captured, Leaf, Output, Stage
+from npu_fuse_pass.ir.types import Captured, Leaf, Output, Segment
 from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.tensors.sharded import is_dtensor
 
@@ -83,14 +83,14 @@ def _read(gm: fx.GraphModule, numbers: bool, dimensions: bool = False) -> Captur
         if unfused and all(interpreter.leaves[i].kind == "output" for i in interpreter.written):
             return Captured(interpreter.leaves, [], [])  # nothing is updated: not an optimizer's graph
         b, totals = interpreter.builder, 0
-        stages = []
+        segments = []
         for s in interpreter.originals.levels:
             made, totals = updates_of(interpreter.leaves, s.writes, b, totals, dimensions)
-            stages.append(Stage(made, s.calls))
+            segments.append(Segment(made, s.calls))
         updates, _ = updates_of(interpreter.leaves, interpreter.written, b, totals, dimensions)
         moved = (interpreter.moved, interpreter.moved_by_calls)
         expanded = interpreter.expanded
-        return Captured(interpreter.leaves, updates, unfused, stages, outputs, *moved, expanded, stores=stores)
+        return Captured(interpreter.leaves, updates, unfused, segments, outputs, *moved, expanded, stores=stores)
     except Recorded:
         return Captured(interpreter.leaves, [], beside_a_forward_pass(gm.graph))
     except Unsupported as e:

@@ -31,7 +31,7 @@ def of_this_process(captured: Captured, dtensors: Mapping[int, Tensor]) -> Captu
 
 
 def _why_not(captured: Captured, dtensors: Mapping[int, Tensor]) -> Reason | None:
-    if captured.stages or captured.stores or captured.unfused:
+    if captured.segments or captured.stores or captured.unfused:
         return captured.unfused[0] if captured.unfused else Code.SHARDED("original operations take DTensors")
     if any(o.leaf is not None and captured.leaves[o.leaf].shape for o in captured.returned):
         return Code.SHARDED("the graph returns a tensor")

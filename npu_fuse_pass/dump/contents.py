@@ -19,7 +19,7 @@ class Contents:
         original: the graph that Dynamo captured; None for the step of a rule optimizer by itself, which is read
             from its rule.
         captured: leaves, updates and what is not fused.
-        grouped: the same as groups, stage by stage.
+        grouped: the same as groups, segment by segment.
         report: of this compile.
         sources: generated C++ of each group that has some, by the group's name; what all kernels begin with is an
             `#include`. `kernel_text.annotated` puts the names of the formula beside its values.

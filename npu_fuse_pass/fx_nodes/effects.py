@@ -129,7 +129,7 @@ def _number(value: Any) -> Any:
     return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else value
 
 
-class _Watch(DispatchMode):
+class _WriteRecorder(DispatchMode):
     """Notices what operations write, and those that draw random numbers or are not torch's own."""
 
     def __init__(self) -> None:
@@ -148,7 +148,7 @@ class _Watch(DispatchMode):
 
 
 def _tried(node: fx.Node, places: list[Place]) -> tuple[list[int], list[int | None], bool] | None:
-    watch = _Watch()
+    recorder = _WriteRecorder()
     try:
         fake_mode = need("torch._subclasses.fake_tensor.FakeTensorMode")
         with torch.no_grad(), fake_mode(allow_non_fake_inputs=True):
@@ -156,7 +156,7 @@ def _tried(node: fx.Node, places: list[Place]) -> tuple[list[int], list[int | No
             tensors = [_tensors(stand_ins[n])[k] for n, k in places]
             before = [_form(t) for t in tensors]
             args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), stand_ins.__getitem__)
-            with watch:
+            with recorder:
                 if isinstance(node.target, str):
                     result = getattr(args[0], node.target)(*args[1:], **kwargs)
                 else:
@@ -165,12 +165,12 @@ def _tried(node: fx.Node, places: list[Place]) -> tuple[list[int], list[int | No
                 return None  # it changes what a tensor is, not only what it holds
             if [_form(t) for t in _tensors(result)] != [_form(t) for t in _tensors(recorded(node))]:
                 return None  # it is not what torch has recorded
-            written = [i for i, t in enumerate(tensors) if storage_of(t) in watch.written]
+            written = [i for i, t in enumerate(tensors) if storage_of(t) in recorder.written]
     except Exception:  # whatever a function does with tensors that hold nothing
         return None
     numbers = {id(t): i for i, t in enumerate(tensors)}
     several = list(result) if isinstance(result, (list, tuple)) else [result]
-    return written, [numbers.get(id(r)) for r in several], watch.ordered
+    return written, [numbers.get(id(r)) for r in several], recorder.ordered
 
 
 def _stand_in(value: Any) -> Any:

@@ -136,7 +136,7 @@ class Group:
 
 
 @dataclasses.dataclass(frozen=True)
-class GroupedStage:
+class GroupedSegment:
     """Groups that make temporaries, then the original operations that read them."""
 
     groups: tuple[Group, ...]
@@ -149,20 +149,20 @@ class Grouped:
 
     Attributes:
         leaves: those of the captured step, then the constants and totals that groups read.
-        stages: those before the last, in order.
-        groups: of the last stage; they write parameters and states.
+        segments: those before the last, in order.
+        groups: of the last segment; they write parameters and states.
         stores: leaves that get the values of others then, see `Captured`.
     """
 
     leaves: tuple[Leaf, ...] = ()
-    stages: tuple[GroupedStage, ...] = ()
+    segments: tuple[GroupedSegment, ...] = ()
     groups: tuple[Group, ...] = ()
     stores: tuple[tuple[int, int], ...] = ()
 
     @property
     def all_groups(self) -> list[Group]:
-        """Those of all stages, in the order in which they run."""
-        return [*(g for stage in self.stages for g in stage.groups), *self.groups]
+        """Those of all segments, in the order in which they run."""
+        return [*(g for segment in self.segments for g in segment.groups), *self.groups]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +210,7 @@ class Call:
 
 
 @dataclasses.dataclass
-class Stage:
+class Segment:
     """Updates that make temporaries, then the original operations that read them."""
 
     updates: list[Update] = dataclasses.field(default_factory=list)
@@ -257,7 +257,7 @@ class Decided:
 
 @dataclasses.dataclass
 class Captured:
-    """The result of capture: leaves, stages before the last, the updates that write, and what is not fused.
+    """The result of capture: leaves, segments before the last, the updates that write, and what is not fused.
 
     `decided`: the numbers for which the updates hold, see `passes.specialise`. `stores`: leaves whose dtype no kernel
     writes, each with the leaf of kind "result" that holds its new value.
@@ -266,7 +266,7 @@ class Captured:
     leaves: list[Leaf]
     updates: list[Update]
     unfused: list[Reason]
-    stages: list[Stage] = dataclasses.field(default_factory=list)
+    segments: list[Segment] = dataclasses.field(default_factory=list)
     returned: list[Output] = dataclasses.field(default_factory=list)
     moved: int = 0  # bytes that the original operations read and write, one after the other
     moved_by_calls: int = 0  # of these, those of operations that stay as they are

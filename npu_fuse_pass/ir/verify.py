@@ -23,7 +23,7 @@ def captured(step: types.Captured) -> None:
     Raises:
         BrokenPromiseError: says which update, and what is wrong with it.
     """
-    for update in (*(u for stage in step.stages for u in stage.updates), *step.updates):
+    for update in (*(u for segment in step.segments for u in segment.updates), *step.updates):
         positions = range(len(update.slots))
         where = f"update of {', '.join(update.labels)}"
         _expect(len(update.labels) == len(update.slots), where, "has other numbers of labels and slots")

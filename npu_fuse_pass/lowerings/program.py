@@ -7,20 +7,23 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from npu_fuse_pass.rules.prelude import Watch
+from npu_fuse_pass.rules.prelude import InputCheck
 
 
 class Program(Protocol):
-    """What a lowering gives: runs one step on the values of all leaves; what `kinds` is, see the CPU's."""
+    """What a lowering gives: runs one step on the values of all leaves.
 
-    written: bool  # whether all is written, set as soon as it is, where interrupts are held until then
+    `kinds` is an opaque token: equal tokens promise equal dtypes, sizes and strides; None promises nothing.
+    """
+
+    written: bool  # set as soon as all is written, where interrupts are held until then
 
     def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None: ...
 
 
 @runtime_checkable
-class Watching(Watch, Protocol):
-    """A program that can look at a step's tensors itself, with no Python object for each of them: the CPU's."""
+class CheckingProgram(InputCheck, Protocol):
+    """A program that can check a step's tensors natively, without a Python object for each: the CPU's."""
 
-    def looks(self, params: Set[int]) -> bool: ...
+    def checks(self, params: Set[int]) -> bool: ...
     def again(self) -> None: ...

@@ -14,7 +14,7 @@ import torch
 
 from npu_fuse_pass.ir.expr import COMMUTATIVE, DTYPE_NAMES, Expr, postorder, rebuilt
 from npu_fuse_pass.ir.text import serialise
-from npu_fuse_pass.ir.types import Captured, Formula, Group, Grouped, GroupedStage, Leaf, Slot, Update, group_name
+from npu_fuse_pass.ir.types import Captured, Formula, Group, Grouped, GroupedSegment, Leaf, Slot, Update, group_name
 
 _DTYPE_INDEX = {dtype: i for i, dtype in enumerate(DTYPE_NAMES)}
 
@@ -29,11 +29,11 @@ class _Canonical:
 
 
 def group(captured: Captured) -> Grouped:
-    """The groups of a captured step, stage by stage; its leaves get the constants and totals that fill slots."""
+    """The groups of a captured step, segment by segment; its leaves get the constants and totals that fill slots."""
     leaves = list(captured.leaves)
-    stages = tuple(GroupedStage(_groups(stage.updates, leaves), tuple(stage.calls)) for stage in captured.stages)
+    segments = tuple(GroupedSegment(_groups(s.updates, leaves), tuple(s.calls)) for s in captured.segments)
     groups = _groups(captured.updates, leaves)
-    return Grouped(tuple(leaves), stages, groups, tuple(captured.stores))
+    return Grouped(tuple(leaves), segments, groups, tuple(captured.stores))
 
 
 def _groups(updates: Sequence[Update], leaves: list[Leaf]) -> tuple[Group, ...]:

@@ -27,10 +27,10 @@ def rewrite(step: Grouped) -> fx.GraphModule:
     graph = fx.Graph()
     nodes = _leaf_nodes(graph, leaves)
     outputs: dict[int, fx.Node] = {}
-    for stage in step.stages:
-        _add_totals(graph, leaves, stage.groups, nodes)
-        _group_nodes(graph, leaves, stage.groups, nodes, outputs)
-        for call in stage.calls:
+    for segment in step.segments:
+        _add_totals(graph, leaves, segment.groups, nodes)
+        _group_nodes(graph, leaves, segment.groups, nodes, outputs)
+        for call in segment.calls:
             _call_node(graph, call, nodes)
     _add_totals(graph, leaves, groups, nodes)
     for target, value in _group_nodes(graph, leaves, groups, nodes, outputs):

@@ -102,48 +102,48 @@ def meta_keywords(static: Mapping[str, Any], numbers: Mapping[str, Any], totals:
 
 
 def reads_step(rule: Declaration, static: Mapping[str, Any], numbers: Mapping[str, Any], totals: Sequence[str]) -> bool:
-    """Whether a rule without states computes with its step under these options; SGD without momentum does not."""
+    """True if a rule without states computes with its step under these options; SGD without momentum does not."""
     keywords = meta_keywords(static, numbers, totals)
     tensors = {n: torch.empty((2, 3), device="meta") for n in ("param", "grad")}
-    watch = _Watch(keywords["step"])
+    reads = _StepReads(keywords["step"])
     try:
-        with watch:
+        with reads:
             results(rule, tensors, keywords, totals)
     except Exception:  # whatever a rule cannot do on meta tensors; it may be about to read the step
         return "step" in rule.keywords
-    return watch.seen
+    return reads.seen
 
 
-class _Watch(DispatchMode):
-    """Notices operations on one tensor."""
+class _StepReads(DispatchMode):
+    """A mode that notices operations on one tensor."""
 
-    def __init__(self, watched: Tensor) -> None:
+    def __init__(self, step: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._watched = watched
+        self._step = step
         self.seen = False
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen |= any(x is self._watched for x in (*args, *(kwargs or {}).values()))
+        self.seen |= any(x is self._step for x in (*args, *(kwargs or {}).values()))
         return function(*args, **(kwargs or {}))
 
 
 def is_pointwise(
     rule: Declaration, static: Mapping[str, Any], numbers: Mapping[str, Any], states: Iterable[str]
 ) -> bool:
-    """Whether a new element depends on the elements in its place alone: no norms, sums or totals of whole tensors.
+    """True if a new element depends only on the elements in its place: no norms, sums or totals of whole tensors.
 
-    False also where it cannot be told.
+    False if that cannot be found out.
     """
     if rule.totals:
         return False
     tensors = {n: torch.empty((2, 3), device="meta") for n in ("param", "grad", *states)}
-    keywords, watch = meta_keywords(static, numbers, ()), _Pointwise()
+    keywords, mode = meta_keywords(static, numbers, ()), _Pointwise()
     try:
-        with watch:
+        with mode:
             results(rule, tensors, keywords, ())
     except Exception:  # whatever a rule cannot do on meta tensors
         return False
-    return watch.pointwise
+    return mode.pointwise
 
 
 def check_flat_shards(rule: Declaration, settings: Mapping[str, Any]) -> None:

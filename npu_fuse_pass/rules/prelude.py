@@ -36,12 +36,12 @@ from npu_fuse_pass.rules.state import States
 from npu_fuse_pass.tensors.sharded import local, sharding
 
 
-class Watch(Protocol):
-    """What looks at parameters and gradients itself, once it has seen them; see `lowerings.cpu.Program`."""
+class InputCheck(Protocol):
+    """A native check of parameters and gradients that it has seen before; see `lowerings.cpu.Program`."""
 
     def same(self) -> bool: ...
     def release(self) -> None: ...
-    def look_at_dicts(self, dicts: Sequence[dict[Any, Any]]) -> Callable[[], bool] | None: ...
+    def dict_check(self, dicts: Sequence[dict[Any, Any]]) -> Callable[[], bool] | None: ...
 
 
 class Prepared(Protocol):
@@ -49,8 +49,8 @@ class Prepared(Protocol):
 
     batches: list[Batch]
     version: int
-    watch: Watch | None
-    watched: bool
+    input_check: InputCheck | None
+    unchanged: bool
     compiled: bool
     objects: set[int]
     meeting: Meeting
@@ -84,9 +84,9 @@ class Prelude:
     `version` counts how often they were made; compare it before using what was derived from earlier batches.
 
     Attributes:
-        watch: has seen the tensors of these batches, and can tell whether they are as they were.
+        input_check: a native check that has seen the tensors of these batches.
         compiled: this backend has planned kernels for it at least once.
-        watched: that it is so at this step, so that `watch` has bound them already.
+        unchanged: at this step they are as they were, and `input_check` has bound them already.
         objects: ids of the tensors, gradients excepted, that are the same ones as long as no batch is made.
         meeting: with other processes, where steps communicate.
     """
@@ -99,8 +99,8 @@ class Prelude:
         self._parts: list[tuple[Declaration, list[Tensor]]] = []
         self._exact: dict[Declaration, Declaration] = {}  # rules with master weights, by what they are made of
         self._outside: list[Tensor] = []
-        self.watch: Watch | None = None
-        self.watched = False
+        self.input_check: InputCheck | None = None
+        self.unchanged = False
         self.compiled = False
         self.objects: set[int] = set()
         self.meeting = Meeting()
@@ -135,7 +135,7 @@ class Prelude:
     def kinds(self) -> object:
         """Equal at two steps if every parameter and gradient was of the same kind at both (dtype, sizes, strides)."""
         learned = [b.same.matched for b in self.batches]
-        return None if self.watched or None in learned else (self.version, learned)
+        return None if self.unchanged or None in learned else (self.version, learned)
 
     def expose_states(self) -> None:
         """Show the states of parameters that were updated for the first time in `opt.state`."""
@@ -163,8 +163,8 @@ class Prelude:
             if batch.is_dtensors:  # what was written is a tensor inside of them
                 increment_version([p for p, g in zip(batch.owners, batch.grads, strict=True) if g is not None])
             batch.grads = [None] * len(batch.params)
-        if self.watch is not None:
-            self.watch.release()
+        if self.input_check is not None:
+            self.input_check.release()
 
     def _fit(self, optimizer: Stepped, parts: list[tuple[int, Declaration, list[Tensor], Mapping[str, Any]]]) -> bool:
         state = optimizer.state
@@ -175,16 +175,16 @@ class Prelude:
         for (_, rule, params, _), (known_rule, known) in zip(parts, self._parts, strict=True):
             if rule is not known_rule or len(params) != len(known) or not all(map(operator.is_, params, known)):
                 return False
-        self.watched = self.watch is not None and self.watch.same()
-        if self.watched:
+        self.unchanged = self.input_check is not None and self.input_check.same()
+        if self.unchanged:
             for batch in self.batches:
                 batch.forget_gradients()
         for batch in self.batches if optimizer.stochastic_rounding else ():
             batch.rounding.fill(optimizer.param_groups[batch.group])
-        return all((self.watched or _read_gradients(b)) and fill_hyper(b, parts[b.part][3]) for b in self.batches)
+        return all((self.unchanged or _read_gradients(b)) and fill_hyper(b, parts[b.part][3]) for b in self.batches)
 
     def _make(self, optimizer: Stepped, parts: list[tuple[int, Declaration, list[Tensor], Mapping[str, Any]]]) -> None:
-        self.watch, self.watched = None, False
+        self.input_check, self.unchanged = None, False
         for _, rule, _, settings in parts:
             check_kinds(rule, settings)
         for _, _, params, _ in parts:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from npu_fuse_pass.errors import NumericsError
 from npu_fuse_pass.ir.types import Group, Grouped, Leaf
-from npu_fuse_pass.lowerings.staged import Generators
+from npu_fuse_pass.lowerings.segmented import Generators
 from npu_fuse_pass.report.report import CompileReport
 from npu_fuse_pass.rules.core_op import Stepping
 from npu_fuse_pass.tolerances import CHECKED_GRAPH, CHECKED_RULE
@@ -44,7 +44,7 @@ class SideBySide:
         self._allowed = CHECKED_RULE if rounds_once else CHECKED_GRAPH
         self._report = report
         self._stores = grouped.stores
-        self._calls = [call for stage in grouped.stages for call in stage.calls]
+        self._calls = [call for segment in grouped.segments for call in segment.calls]
         self._devices = {leaf.device for leaf in grouped.leaves if leaf.shape}
         self._writes = [
             _Write(member[slot], group, m, slot)

@@ -25,7 +25,7 @@ from npu_fuse_pass.rules.batch import inputs_of
 from npu_fuse_pass.rules.core_op import Stepping
 from npu_fuse_pass.rules.pending import uses_kept
 from npu_fuse_pass.run.fallbacks import falls_back, refusal, refused
-from npu_fuse_pass.run.planned import Planned, forget
+from npu_fuse_pass.run.plan_facts import PlanFacts, forget
 from npu_fuse_pass.run.variants import Variant, Variants
 from npu_fuse_pass.tensors.sharded import is_dtensor, local
 
@@ -69,7 +69,7 @@ class GraphStep:
     """A captured graph: its leaves are the graph's arguments and attributes, and what rule optimizers hold."""
 
     # Dynamo keeps what a backend gives it for good, and with it a copy of its __dict__: so there is none.
-    __slots__ = ("__weakref__", "_gm", "_numbers", "_optimizers", "_options", "_planned", "_state", "_variants")
+    __slots__ = ("__weakref__", "_facts", "_gm", "_numbers", "_optimizers", "_options", "_state", "_variants")
 
     def __init__(self, gm: fx.GraphModule, options: Options, handles: Sequence[str], cause: Cause) -> None:
         self._gm = gm
@@ -79,22 +79,23 @@ class GraphStep:
         for optimizer in self._stepped():
             optimizer._prelude.prepare()
             optimizer._prelude.compiled = True
-        self._planned: Planned | None = None
+        self._facts: PlanFacts | None = None
         self._plan(cause)
 
     def _drop(self, optimizer: weakref.ref[Stepping]) -> None:
         """Let go of the plan and the graph: without one of its optimizers no step of it can be made."""
-        forget(self, ("_gm", "_planned", "_state", "_variants"))
+        forget(self, ("_gm", "_facts", "_state", "_variants"))
 
     @property
     def fused(self) -> bool:
         return self._variants.newest.program is not None
 
     def _plan(self, cause: Cause = FIRST) -> None:
-        before = self._planned
-        self._state, self._planned = self._look(), Planned.of([b for o in self._stepped() for b in o._prelude.batches])
+        before = self._facts
+        batches = [b for o in self._stepped() for b in o._prelude.batches]
+        self._state, self._facts = self._inputs(), PlanFacts.of(batches)
         if before is not None:
-            cause = before.changed(self._planned)
+            cause = before.changed(self._facts)
         self._variants = Variants(self._variant(cause, functools.partial(_number, self._kept())))
 
     def _variant(self, cause: Cause, number: pipeline.Number | None) -> _GraphVariant:
@@ -109,7 +110,7 @@ class GraphStep:
         assert all(o is not None for o in found)
         return found  # type: ignore[return-value]
 
-    def _look(self) -> list[object]:
+    def _inputs(self) -> list[object]:
         """What a plan depends on beside the graph: the optimizers' batches, and which gradients there are."""
         preludes = [o._prelude for o in self._stepped()]
         return [(p.version, [[g is None for g in b.grads] for b in p.batches]) for p in preludes]
@@ -122,7 +123,7 @@ class GraphStep:
             return self._unfused(Code.KEPT("the graph uses a number that the optimizer reads or counts itself"), args)
         for o in optimizers:
             o._before(None, in_graph=True)
-        if optimizers and self._look() != self._state:
+        if optimizers and self._inputs() != self._state:
             self._plan()
         kept = self._kept()
         variant = self._variants.of(functools.partial(_number, kept), self._variant)
@@ -185,7 +186,7 @@ class _GraphVariant(Variant):
     def __init__(self, gm: fx.GraphModule, made: pipeline.Fused, options: Options) -> None:
         super().__init__(made, options)
         self.arguments = _Arguments(gm, made.grouped.leaves)
-        self.layouts = _layouts(gm, made.captured) if made.captured.stages else []
+        self.layouts = _layouts(gm, made.captured) if made.captured.segments else []
         self.written = [i for g in made.grouped.groups for s in g.formula.written for i in {m[s] for m in g.members}]
         self.inference: bool | None = None
         """Whether what the graph writes only inference mode may write, once that is known: Dynamo guards it."""

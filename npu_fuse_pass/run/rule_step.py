@@ -23,7 +23,7 @@ from npu_fuse_pass.rules.optimizer import RuleOptimizer
 from npu_fuse_pass.run import torch_class
 from npu_fuse_pass.run.check_numerics import names_of
 from npu_fuse_pass.run.fallbacks import falls_back, refusal, refused
-from npu_fuse_pass.run.planned import Planned
+from npu_fuse_pass.run.plan_facts import PlanFacts
 from npu_fuse_pass.run.variants import Variant, Variants
 
 _MOST = 64  # plans of one optimizer that are kept
@@ -80,7 +80,7 @@ class RuleStep:
         self._optimizer = weakref.ref(optimizer, self._drop)
         self._options = options
         self._gone = gone
-        self._planned: Planned | None = None
+        self._facts: PlanFacts | None = None
         self._apart: str | None = None
         self._kept: dict[tuple[int, ...], Variants[Variant]] = {}
         self._plan(cause)
@@ -94,9 +94,9 @@ class RuleStep:
         optimizer = self._optimizer()
         assert optimizer is not None
         prelude = optimizer._prelude
-        before, self._planned = self._planned, Planned.of(prelude.batches)
+        before, self._facts = self._facts, PlanFacts.of(prelude.batches)
         if before is not None:
-            cause = before.changed(self._planned)
+            cause = before.changed(self._facts)
         self._version, prelude.compiled = prelude.version, True
         serials = tuple(batch.serial for batch in prelude.batches)
         kept = self._kept.pop(serials, None)
@@ -132,8 +132,8 @@ class RuleStep:
             self._apart = newest.report.apart = optimizer._surface.apart
         if any(batch.needs_whole for batch in prelude.batches):
             done = self._together(optimizer)
-        elif prelude.watched and newest.watching is not None and newest.watching is prelude.watch:
-            done = self._try(optimizer, newest, newest.watching.again)
+        elif prelude.unchanged and newest.input_check is not None and newest.input_check is prelude.input_check:
+            done = self._try(optimizer, newest, newest.input_check.again)
         else:
             done = self._run(optimizer, inputs_of(prelude.batches))
         if not done:
@@ -167,8 +167,8 @@ class RuleStep:
             check = functools.partial(variant.check, values, step, optimizer._run_beside, [optimizer])
             return self._try(optimizer, variant, functools.partial(self._beside_torch, optimizer, variant, check))
         done = self._try(optimizer, variant, step)
-        if done and variant.watching is not None and not variant.captured.decided:  # numbers choose a variant
-            prelude.watch = variant.watching if variant.watching.looks(prelude.objects) else None
+        if done and variant.input_check is not None and not variant.captured.decided:  # numbers choose a variant
+            prelude.input_check = variant.input_check if variant.input_check.checks(prelude.objects) else None
         return done
 
     def _beside_torch(self, optimizer: Stepping, variant: Variant, check: Callable[[], None]) -> None:

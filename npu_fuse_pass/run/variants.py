@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from npu_fuse_pass.lowerings.program import Watching
+from npu_fuse_pass.lowerings.program import CheckingProgram
 from npu_fuse_pass.options import Options
 from npu_fuse_pass.pipeline import Fused, Number
 from npu_fuse_pass.report.causes import Cause, decided_otherwise
@@ -23,7 +23,7 @@ class Variant:
 
     Attributes:
         program: None where the original runs.
-        watching: the program, if it can look at tensors itself.
+        input_check: the program, if it can check its tensors natively.
         report: of its compile.
         captured: the step.
         check: compares it with the original, if that was asked for.
@@ -34,7 +34,7 @@ class Variant:
 
     def __init__(self, fused: Fused, options: Options) -> None:
         self.program, self.report, self.captured = fused.program, fused.report, fused.captured
-        self.watching = fused.program if isinstance(fused.program, Watching) else None
+        self.input_check = fused.program if isinstance(fused.program, CheckingProgram) else None
         checked = options.check_numerics and fused.program is not None
         self.check = SideBySide(fused.grouped, fused.report, self.rounds_once) if checked else None
 

@@ -64,7 +64,7 @@ class Binding:
             self._prelude.begin_anew()
             raise
         try:
-            if self._prelude.watched or any(g is not None for b in self._prelude.batches for g in b.grads):
+            if self._prelude.unchanged or any(g is not None for b in self._prelude.batches for g in b.grads):
                 self.core(self.ticket)
             self._after()
         except BaseException:

@@ -23,7 +23,7 @@ from npu_fuse_pass.rules.checks import reads_step
 from npu_fuse_pass.rules.declaration import Declaration
 from npu_fuse_pass.rules.hyperparameters import Hyper
 from npu_fuse_pass.rules.meeting import Meeting
-from npu_fuse_pass.rules.prelude import Watch
+from npu_fuse_pass.rules.prelude import InputCheck
 from npu_fuse_pass.stock.classes import StockClass
 from npu_fuse_pass.stock.states import Entries, refused_state
 from npu_fuse_pass.tensors.sharded import alike, is_dtensor, local, sharding
@@ -52,8 +52,8 @@ class StockPrelude:
         self.batches: list[Batch] = []
         self._resting: list[Batch] = []
         self.version = 0
-        self.watch: Watch | None = None
-        self.watched = False
+        self.input_check: InputCheck | None = None
+        self.unchanged = False
         self.compiled = False
         self.objects: set[int] = set()
         self.meeting = Meeting()
@@ -66,7 +66,7 @@ class StockPrelude:
     def kinds(self) -> object:
         """As `Prelude.kinds`."""
         learned = [b.same.matched for b in self.batches]
-        return None if self.watched or None in learned else (self.version, learned)
+        return None if self.unchanged or None in learned else (self.version, learned)
 
     def prepare(self) -> None:
         """Bring the batches up to date with this step's gradients, numbers and states.
@@ -124,8 +124,8 @@ class StockPrelude:
                 rows = zip(batch.owners, batch.shown, batch.grads, strict=True)
                 increment_version([t for p, shown, g in rows if g is not None for t in (p, *shown.values())])
             batch.grads = [None] * len(batch.params)
-        if self.watch is not None:
-            self.watch.release()
+        if self.input_check is not None:
+            self.input_check.release()
 
     def _fit(self) -> bool:
         groups = self._opt.param_groups
@@ -139,16 +139,16 @@ class StockPrelude:
                 return False
         if not self._entries.same(self._opt.state):
             return False
-        self.watched = self.watch is not None and self.watch.same()
-        if self.watch is not None:
-            self._entries.look_natively(self.watch)
-        if self.watched:
+        self.unchanged = self.input_check is not None and self.input_check.same()
+        if self.input_check is not None:
+            self._entries.check_natively(self.input_check)
+        if self.unchanged:
             for batch in self.batches:
                 batch.forget_gradients()
-        return all((self.watched or _read(b)) and fill_hyper(b, groups[b.group]) for b in self.batches)
+        return all((self.unchanged or _read(b)) and fill_hyper(b, groups[b.group]) for b in self.batches)
 
     def _make(self) -> None:
-        self.watch, self.watched = None, False
+        self.input_check, self.unchanged = None, False
         self._made, self._idle = [], []
         groups = self._opt.param_groups
         labels = {id(p): f"parameter {i}" for i, p in enumerate(p for group in groups for p in group["params"])}

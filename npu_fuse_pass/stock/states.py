@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from npu_fuse_pass.reasons import Code, Reason
-from npu_fuse_pass.rules.prelude import Watch
+from npu_fuse_pass.rules.prelude import InputCheck
 from npu_fuse_pass.tensors.sharded import alike, local
 
 States = Mapping[Tensor, dict[str, Any]]
@@ -24,23 +24,23 @@ class Entries:
         self._keys: list[Tensor] = []
         self._entries: list[dict[str, Any]] = []
         self._values: list[Any] = []
-        self._look: Callable[[], bool] | None = None
+        self._unchanged: Callable[[], bool] | None = None
 
-    def look_natively(self, watch: Watch) -> None:
-        """Look natively from now on, if that can be had."""
-        if self._look is None:
-            self._look = watch.look_at_dicts([self._state, *self._entries])
+    def check_natively(self, check: InputCheck) -> None:
+        """Check natively from now on, if the library is there."""
+        if self._unchanged is None:
+            self._unchanged = check.dict_check([self._state, *self._entries])
 
     def learn(self, state: States) -> None:
         """Know these from now on."""
-        self._look = None
+        self._unchanged = None
         self._state, self._keys, self._entries = state, list(state), list(state.values())
         self._values = list(_values(self._entries))
 
     def same(self, state: States) -> bool:
         """Whether nothing was put in, taken out or exchanged."""
-        if self._look is not None:
-            return state is self._state and self._look()
+        if self._unchanged is not None:
+            return state is self._state and self._unchanged()
         return (
             state is self._state
             and len(state) == len(self._keys)

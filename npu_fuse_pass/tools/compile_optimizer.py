@@ -46,7 +46,7 @@ def compile_optimizer_(opt: O, **options: Any) -> O:
     """
     if not isinstance(opt, torch.optim.Optimizer):
         raise TypeError(f"compile_optimizer_({type(opt).__name__}): allowed are instances of torch.optim.Optimizer")
-    strict = backend.Watched(options).options["strict"]
+    strict = backend.TrackedBackend(options).options["strict"]
     if switched_off():
         return opt
     inner = _innermost(opt)

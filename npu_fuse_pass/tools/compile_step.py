@@ -67,7 +67,7 @@ class CompiledStep:
     def __init__(self, opt: torch.optim.Optimizer, options: dict[str, Any], by: str = "compile_step") -> None:
         self._opt = opt
         self._by = by
-        self._watched = backend.Watched(options)
+        self._tracked = backend.TrackedBackend(options)
         self._breaks = backend.NewBreaks()
         backend.let_torch_hide_steps()
         self._original = plain_step(opt)
@@ -78,11 +78,11 @@ class CompiledStep:
             self._calls_closure_first = module.startswith("torch.optim.") and module != "torch.optim.lbfgs"
             self._prefers_foreach = by == "compile_optimizer_" and module in ("torch.optim.adam", "torch.optim.adamw")
             self._between_hooks: Callable[..., Any] = types.MethodType(inner, opt)
-            self._compiled_update = road(opt, self._between_hooks, self._watched)
+            self._compiled_update = road(opt, self._between_hooks, self._tracked)
             hooked = torch.optim.Optimizer.profile_hook_step(self._closure_then_update)
             self._step: Callable[..., Any] = types.MethodType(hooked, opt)
         else:
-            self._step = captured(opt, self._original, self._watched)
+            self._step = captured(opt, self._original, self._tracked)
         self.fused_option = FusedOption(opt, by)
         self._steps = 0
         self._compiled: CompileReport | None = None
@@ -118,9 +118,9 @@ class CompiledStep:
             self.running = running
 
     def _checked(self, *args: Any, **kwargs: Any) -> Any:
-        self._watched.ran.clear()
+        self._tracked.ran.clear()
         torch_step = None
-        if self._watched.options["check_numerics"] and not (args or kwargs):  # a closure makes gradients in the step
+        if self._tracked.options["check_numerics"] and not (args or kwargs):  # a closure makes gradients in the step
             torch_step = torch_class.of_stock(self._opt, functools.partial(twin, missing_gradients=False))
         try:
             result = self._step(*args, **kwargs)
@@ -129,8 +129,8 @@ class CompiledStep:
             if own is None or own is e:
                 raise
             raise own from e
-        if self._watched.ran:
-            self._compiled = self._watched.ran[-1]
+        if self._tracked.ran:
+            self._compiled = self._tracked.ran[-1]
             if torch_step is not None:
                 report = self._compiled
                 report.checked_against[1:] = [torch_step.name]
@@ -188,7 +188,7 @@ class CompiledStep:
             why = (hidden(self._opt) or broken.led_by("Dynamo broke or skipped every graph")).advised
             done = f"two steps of {name} ran, both eagerly, and torch handed no update to the backend"
             error = NotCapturedError(f"{done}. {why}")
-            if self._by == "compile_step" or self._watched.options["strict"]:
+            if self._by == "compile_step" or self._tracked.options["strict"]:
                 raise error
             if not self._warned:
                 self._warned = True

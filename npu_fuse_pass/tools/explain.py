@@ -58,29 +58,29 @@ class Trial:
 
 def try_on_copy(opt: torch.optim.Optimizer, options: dict[str, Any]) -> Trial:
     """`explain`, with the copy's compiled step."""
-    watched = backend.Watched(options)
+    tracked = backend.TrackedBackend(options)
     reason = Code.DISABLED("NPU_FUSE_DISABLE=1 is set") if switched_off() else hidden(opt)
     if reason is not None:
-        return Trial(CompileReport(watched.options["platform"], fallbacks=[reason]))
+        return Trial(CompileReport(tracked.options["platform"], fallbacks=[reason]))
     twin, breaks = _twin(opt), backend.NewBreaks()
-    step = road(twin, twin.step, watched)
+    step = road(twin, twin.step, tracked)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="npu_fused")  # the report says it
-            anew = _steps(step, watched)
+            anew = _steps(step, tracked)
     except Exception as e:
         own = backend.own_error(e)
         if own is e:
             raise
         name = type(opt).__name__
         raise own or FuseError(f"explain cannot run a step of {name}: {type(e).__name__}: {e}") from e
-    if not watched.ran:
+    if not tracked.ran:
         missed = Code.NOT_CAPTURED("no parameter requires a gradient", remedy="give it parameters that do")
         if has_gradients(twin):
             missed = graph_break(breaks.reason() or "Dynamo skips it (TORCH_LOGS=graph_breaks says why)")
         missed = missed.led_by("no update reached the backend")
-        return Trial(CompileReport(watched.options["platform"], fallbacks=[missed]))
-    report = _joined(watched.ran)
+        return Trial(CompileReport(tracked.options["platform"], fallbacks=[missed]))
+    report = _joined(tracked.ran)
     if anew:
         text = f"every step is compiled anew, until torch stops: {report.cause}"
         report = dataclasses.replace(
@@ -89,16 +89,16 @@ def try_on_copy(opt: torch.optim.Optimizer, options: dict[str, Any]) -> Trial:
     return Trial(report, step)
 
 
-def _steps(step: Callable[[], Any], watched: backend.Watched) -> bool:
+def _steps(step: Callable[[], Any], tracked: backend.TrackedBackend) -> bool:
     """Make steps until one does not compile. Returns True if the last one still compiled."""
     seen: list[CompileReport] = []
     for i in range(_MOST_STEPS):
-        watched.ran.clear()
+        tracked.ran.clear()
         step()
-        anew = any(all(report is not s for s in seen) for report in watched.ran)
+        anew = any(all(report is not s for s in seen) for report in tracked.ran)
         if i + 1 >= _STEPS and not anew:
             break
-        seen += watched.ran
+        seen += tracked.ran
     return anew
 
 

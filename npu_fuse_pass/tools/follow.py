@@ -78,18 +78,18 @@ class Session:
     def _wrapped(self, compile: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(model: Any = None, *args: Any, **given: Any) -> Any:
             asked = given.get("backend")
-            ours = asked in ("npu_fused", backend.npu_fused) or isinstance(asked, backend.Watched)
+            ours = asked in ("npu_fused", backend.npu_fused) or isinstance(asked, backend.TrackedBackend)
             if not ours:
                 return compile(model, *args, **given)
             if model is None:
                 return lambda function: wrapped(function, *args, **given)
             own = given.pop("options", None) or {}
-            watched = asked if isinstance(asked, backend.Watched) else backend.Watched(own)
-            watched.options = {**watched.options, **self._options}
+            tracked = asked if isinstance(asked, backend.TrackedBackend) else backend.TrackedBackend(own)
+            tracked.options = {**tracked.options, **self._options}
             request = request_for(model)
             self.requests.append(request)
-            step = compile(model, *args, **{**given, "backend": followed(request, watched)})
-            return counted(request, watched, model, step)
+            step = compile(model, *args, **{**given, "backend": followed(request, tracked)})
+            return counted(request, tracked, model, step)
 
         return wrapped
 

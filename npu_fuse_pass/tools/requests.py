@@ -76,7 +76,7 @@ def request_for(model: Any) -> Request:
     return Request(f"{type(owner).__name__}.{name}" if owner is not None else name, why)
 
 
-def followed(request: Request, watched: backend.Watched) -> Callable[..., Any]:
+def followed(request: Request, tracked: backend.TrackedBackend) -> Callable[..., Any]:
     """The backend, recording captured graphs in the request."""
 
     def compiled(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -86,10 +86,10 @@ def followed(request: Request, watched: backend.Watched) -> Callable[..., Any]:
             request.breaks.append(ended)
         before = reports()
         try:
-            run = watched(gm, example_inputs)
+            run = tracked(gm, example_inputs)
         finally:
             request.reports += [r for r in new_since(before) if r.groups or r.unfused or r.fallback]
-        return _noting_numbers(request, run) if watched.options["check_numerics"] else run
+        return _noting_numbers(request, run) if tracked.options["check_numerics"] else run
 
     return compiled
 
@@ -105,7 +105,9 @@ def _noting_numbers(request: Request, run: Callable[..., Any]) -> Callable[..., 
     return noted
 
 
-def counted(request: Request, watched: backend.Watched, model: Any, step: Callable[..., Any]) -> Callable[..., Any]:
+def counted(
+    request: Request, tracked: backend.TrackedBackend, model: Any, step: Callable[..., Any]
+) -> Callable[..., Any]:
     """A compiled step that records which updates ran in compiled graphs; only for an optimizer's own step."""
     opt = getattr(model, "__self__", None)
     if not isinstance(opt, torch.optim.Optimizer):
@@ -114,12 +116,12 @@ def counted(request: Request, watched: backend.Watched, model: Any, step: Callab
     @functools.wraps(step)
     def noted(*args: Any, **given: Any) -> Any:
         due = sum(p.grad is not None for group in opt.param_groups for p in group["params"])
-        watched.ran.clear()
+        tracked.ran.clear()
         result = step(*args, **given)
         request.steps += bool(due)
-        request.eager += bool(due) and not watched.ran
-        updated = sum(g.updates for report in watched.ran for g in report.groups if g.writes == "leaves")
-        whole = not watched.ran or any(report.reasons for report in watched.ran)
+        request.eager += bool(due) and not tracked.ran
+        updated = sum(g.updates for report in tracked.ran for g in report.groups if g.writes == "leaves")
+        whole = not tracked.ran or any(report.reasons for report in tracked.ran)
         if not whole and updated < due and not hasattr(opt, "_prelude"):  # ours plan anew without another compile
             request.missed = due, updated
         return result

@@ -22,29 +22,29 @@ from npu_fuse_pass.tools.first_step import first_eagerly
 from npu_fuse_pass.tools.symbolic import reading_numbers, symbolic_numbers
 
 
-def road(opt: torch.optim.Optimizer, step: Callable[..., Any], watched: backend.Watched) -> Callable[..., Any]:
+def road(opt: torch.optim.Optimizer, step: Callable[..., Any], tracked: backend.TrackedBackend) -> Callable[..., Any]:
     """The function that makes the updates of a step.
 
     Args:
         opt: the optimizer.
         step: the class's method as torch wraps it, with its arguments; hooks run around the result.
-        watched: the backend, which sees all compiles.
+        tracked: the backend, which sees all compiles.
     """
     known = stock_class(opt, step)
     if isinstance(known, Reason):
-        return captured(opt, step, watched, known)
-    return StockRoad(Binding(opt, known), step, watched)
+        return captured(opt, step, tracked, known)
+    return StockRoad(Binding(opt, known), step, tracked)
 
 
 def captured(
-    opt: torch.optim.Optimizer, step: Callable[..., Any], watched: backend.Watched, reason: Reason | None = None
+    opt: torch.optim.Optimizer, step: Callable[..., Any], tracked: backend.TrackedBackend, reason: Reason | None = None
 ) -> Callable[..., Any]:
     """A step that Dynamo captures. `reason`: why it is not run as a rule, for the report."""
     if isinstance(opt, RuleOptimizer) and getattr(step, "__func__", None) is RuleOptimizer.step:
-        return functools.partial(_of_rules, opt, backend.shared_core(watched))
+        return functools.partial(_of_rules, opt, backend.shared_core(tracked))
     replaced = Code.NO_RULE(f"another function has taken the place of this {type(opt).__name__}'s step")
-    watched.no_rule = None if isinstance(opt, RuleOptimizer) else reason or replaced
-    compiled = backend.isolated(step, watched)
+    tracked.no_rule = None if isinstance(opt, RuleOptimizer) else reason or replaced
+    compiled = backend.isolated(step, tracked)
     if isinstance(opt, RuleOptimizer):  # its numbers are no part of the graph
         return compiled
 
@@ -68,16 +68,16 @@ def _of_rules(opt: RuleOptimizer, core: Callable[..., Any], *args: Any, **kwargs
 class StockRoad:
     """The updates of an optimizer of torch.optim, by its rule as long as that applies."""
 
-    def __init__(self, binding: Binding, step: Callable[..., Any], watched: backend.Watched) -> None:
-        self._binding, self._step, self._watched = binding, step, watched
-        binding.core = backend.shared_core(watched)
+    def __init__(self, binding: Binding, step: Callable[..., Any], tracked: backend.TrackedBackend) -> None:
+        self._binding, self._step, self._tracked = binding, step, tracked
+        binding.core = backend.shared_core(tracked)
         self._captured: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not backend.compiling():
             return self._step(*args, **kwargs)
         reason = Code.NO_RULE("its step has arguments that a rule does not have") if args or kwargs else None
-        if self._watched.options["platform"] == "npu":
+        if self._tracked.options["platform"] == "npu":
             reason = Code.NO_RULE("rules run for classes of torch.optim on CPUs alone")
         reason = reason or self._binding.why_not()
         if reason is None:
@@ -86,6 +86,6 @@ class StockRoad:
             except Refused as e:
                 reason = e.reason
         if self._captured is None:
-            self._captured = captured(self._binding.optimizer, self._step, self._watched, reason)
-        self._watched.no_rule = reason
+            self._captured = captured(self._binding.optimizer, self._step, self._tracked, reason)
+        self._tracked.no_rule = reason
         return self._captured(*args, **kwargs)

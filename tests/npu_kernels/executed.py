@@ -128,7 +128,7 @@ class GraphBackend:
         if not captured.updates:
             return gm.forward
         assert not captured.unfused, captured.unfused
-        assert not captured.stages, "operations between kernels"
+        assert not captured.segments, "operations between kernels"
         grouped = group(captured)
         self.captured.append(grouped)
         if not self._run:

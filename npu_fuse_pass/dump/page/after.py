@@ -45,9 +45,9 @@ class _After:
         self._number = 0
 
     def run(self, contents: Contents) -> list[Box]:
-        for stage in contents.grouped.stages:
-            self._fuse(stage.groups)
-            self._calls(stage.calls)
+        for segment in contents.grouped.segments:
+            self._fuse(segment.groups)
+            self._calls(segment.calls)
         self._add_totals(contents.grouped.groups)
         self._fuse(contents.grouped.groups)
         return self._boxes

@@ -32,11 +32,11 @@ class _Provenance:
         assert contents.original is not None
         self._leaves = contents.grouped.leaves
         self._groups = contents.grouped.all_groups
-        self._owners = Owners(self._leaves, self._groups, contents.grouped.stages)
+        self._owners = Owners(self._leaves, self._groups, contents.grouped.segments)
         named = {leaf.name: i for i, leaf in enumerate(self._leaves) if leaf.kind in ("input", "attribute")}
         owners = {name: self._owners.of_leaf.get(i) for name, i in named.items()}
         self._flow = Flow(contents.original, owners, {name for name, i in named.items() if self._leaves[i].shape})
-        self._kept = {call.node: call for stage in contents.grouped.stages for call in stage.calls}
+        self._kept = {call.node: call for segment in contents.grouped.segments for call in segment.calls}
         self._stored = self._last_values(contents)
         self._exports: dict[int, list[Element]] = {}  # elements of a parameter that shared computations read
         for e in self._flow.elements:

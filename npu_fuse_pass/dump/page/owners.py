@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from npu_fuse_pass.ir.disjoint import Disjoint
-from npu_fuse_pass.ir.types import Call, Group, GroupedStage, Leaf, references
+from npu_fuse_pass.ir.types import Call, Group, GroupedSegment, Leaf, references
 
 
 class Owners:
@@ -16,16 +16,16 @@ class Owners:
         members: for every parameter its places in the groups: pairs of a group's and a member's number.
     """
 
-    def __init__(self, leaves: Sequence[Leaf], groups: Sequence[Group], stages: Sequence[GroupedStage]) -> None:
-        """`groups`: those of all stages and of the last."""
+    def __init__(self, leaves: Sequence[Leaf], groups: Sequence[Group], segments: Sequence[GroupedSegment]) -> None:
+        """`groups`: those of all segments and of the last."""
         self._leaves = leaves
         self._sets = Disjoint()
         places = [(g, m, member) for g, group in enumerate(groups) for m, member in enumerate(group.members)]
         for _, _, member in places:
             self._join([i for i in member if leaves[i].shape])
-        for _ in stages:  # what a call gives may be an argument of the next stage's
-            for stage in stages:
-                for call in stage.calls:
+        for _ in segments:  # what a call gives may be an argument of the next segment's
+            for segment in segments:
+                for call in segment.calls:
                     self._join_results(call)
         self._join_counters([member for _, _, member in places])
         numbers: dict[int, int] = {}

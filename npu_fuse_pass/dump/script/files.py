@@ -107,7 +107,7 @@ def _formulas(contents: Contents) -> Iterator[str]:
 def _inputs(contents: Contents, arguments: Mapping[int, str]) -> Iterator[str]:
     """Dtype and shape of every argument, and what the formulas call it."""
     leaves = contents.grouped.leaves
-    large = sum(math.prod(leaf.shape) for leaf in leaves) > _LARGE and not contents.grouped.stages
+    large = sum(math.prod(leaf.shape) for leaf in leaves) > _LARGE and not contents.grouped.segments
     labels = {
         i: label for g in contents.grouped.all_groups for m in g.members for i, label in zip(m, g.labels, strict=True)
     }

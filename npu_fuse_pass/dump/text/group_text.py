@@ -25,7 +25,7 @@ _KINDS = {
 def updates(contents: Contents) -> str:
     """Every captured update as mathematics with its numbers, and the groups that it became part of."""
     captured = contents.captured
-    every = [*(u for stage in captured.stages for u in stage.updates), *captured.updates]
+    every = [*(u for segment in captured.segments for u in segment.updates), *captured.updates]
     groups = contents.grouped.all_groups
     group_of = {member[slot]: g.name for g in groups for member in g.members for slot in g.formula.written}
     told: dict[tuple[str, str], list[Leaf]] = {}
@@ -65,9 +65,10 @@ def groups(contents: Contents) -> str:
         lines += ["  slots:", *columns(list(_slots(group, contents)), "    ")]
         lines += ["  members:", *_by_shape([written_leaf(group, leaves, member) for member in group.members])]
         lines += ["  identity:", *(f"    {line}" for line in group.formula.text.splitlines())]
-    for number, stage in enumerate(contents.grouped.stages):
-        lines += ["", f"stage {number + 1}: after {few([g.name for g in stage.groups]) or 'nothing'}, as they were:"]
-        lines += [f"  {counted(map(_call, stage.calls))}"]
+    for number, segment in enumerate(contents.grouped.segments):
+        names = few([g.name for g in segment.groups]) or "nothing"
+        lines += ["", f"segment {number + 1}: after {names}, as they were:"]
+        lines += [f"  {counted(map(_call, segment.calls))}"]
     lines += [f"unfused {reason}" for reason in contents.report.unfused]
     if contents.report.fallback:
         lines += ["", f"the original runs: {contents.report.fallback}"]

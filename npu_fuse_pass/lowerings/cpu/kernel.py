@@ -15,7 +15,7 @@ from npu_fuse_pass.ir.expr import postorder
 from npu_fuse_pass.ir.types import Group, Leaf
 from npu_fuse_pass.lowerings.cpu import build as cpu_build
 from npu_fuse_pass.lowerings.cpu.codegen import generate
-from npu_fuse_pass.lowerings.cpu.native_look import Looking
+from npu_fuse_pass.lowerings.cpu.input_check import KernelInputs
 from npu_fuse_pass.lowerings.cpu.over import sizes_of, tasks_of
 from npu_fuse_pass.lowerings.cpu.tables import Args, Column, Moving, Tables, Values
 from npu_fuse_pass.private_torch import find
@@ -92,7 +92,7 @@ class Kernel:
         self._scalars_read, self._scalars_written = read, [c for c in self._scalar_columns if c.written]
         self._same = SameTensors()
         self._moving = Moving((*self._varying, *self._counters))
-        self.looking = Looking(self._moving.written)
+        self.inputs = KernelInputs(self._moving.written)
         self._kinds: object = None
         # whose elements are counted, in their order: what a tensor that is rounded stochastically replaces
         rounded = (e.args[1] for e in postorder(formula.roots) if e.op == "stochastic")
@@ -128,7 +128,7 @@ class Kernel:
         """Fill the tables with this call's addresses."""
         varying = self._moving.of(values)
         if self._bound and self._all_active:
-            addresses = self.looking.same(varying)
+            addresses = self.inputs.same(varying)
             if addresses is not None or kinds == self._kinds is not None or self._same.match(varying):
                 self._bind_same(values, varying, addresses)
                 return
@@ -159,7 +159,7 @@ class Kernel:
             self._bind_scalars(column, values)
         if addresses is None:
             addresses = array.array("q", list(map(Tensor.data_ptr, varying)))
-            self.looking.learn(varying)
+            self.inputs.learn(varying)
         self._enter(addresses)
 
     def _enter(self, addresses: array.array[int]) -> None:
@@ -170,14 +170,14 @@ class Kernel:
                 table[begin : begin + self._n] = here
                 self.moved |= column.written
 
-    def looks(self, ids: Set[int]) -> bool:
+    def checks(self, ids: Set[int]) -> bool:
         """Whether `same` can find all that changes between steps: these objects and their gradients."""
-        return self._bound and self._all_active and not self._one_by_one and self.looking.holds(ids)
+        return self._bound and self._all_active and not self._one_by_one and self.inputs.holds(ids)
 
     def same(self) -> bool:
-        """Bind the tensors of the last call and their present gradients, if they are as they were; see `looks`."""
+        """Bind the tensors of the last call and their present gradients, if they are as they were; see `checks`."""
         ready = self._bound and self._all_active  # not if the last call, which may have been refused, left members out
-        addresses = self.looking.same() if ready else None
+        addresses = self.inputs.same() if ready else None
         if addresses is not None:
             self._enter(addresses)
         return addresses is not None
@@ -323,7 +323,7 @@ class Kernel:
     def write(self, values: Values) -> None:
         """Tell autograd what changes: ahead of the kernel, while all that knows the tensors is still in a cache."""
         self.done[0] = self.done[1] = 0
-        if self.looking.write():
+        if self.inputs.write():
             return
         for column in (*self._columns, *self._scalar_columns):
             if column.written and not column.fixed:
@@ -341,4 +341,4 @@ class Kernel:
     def release(self) -> None:
         """Let go of the call's tensors."""
         self._keep, self._copy_back = [], []
-        self.looking.release()
+        self.inputs.release()

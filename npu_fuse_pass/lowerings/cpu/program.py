@@ -19,8 +19,8 @@ from torch import Tensor
 from npu_fuse_pass.errors import Mismatch, Unsupported
 from npu_fuse_pass.ir.totals import rounds, total_slots
 from npu_fuse_pass.ir.types import Group, Leaf
+from npu_fuse_pass.lowerings.cpu.input_check import native_dicts
 from npu_fuse_pass.lowerings.cpu.kernel import Kernel
-from npu_fuse_pass.lowerings.cpu.native_look import look_at_dicts
 from npu_fuse_pass.lowerings.cpu.spread import Spread
 from npu_fuse_pass.lowerings.cpu.tables import Values
 from npu_fuse_pass.lowerings.interrupts import to_the_end
@@ -76,7 +76,7 @@ class Program:
         written = {m[s] for g in groups for s in g.formula.written for m in g.members}
         self._outputs = [(i, leaves[i]) for i in sorted(written) if leaves[i].kind in ("output", "temporary")]
         for kernel in self.kernels:
-            kernel.looking.wait()
+            kernel.inputs.wait()
 
     def __call__(self, values: Values, complete: bool = False, kinds: object = None) -> None:
         """Run the step; fills in the values of "output" and "temporary" leaves.
@@ -101,21 +101,19 @@ class Program:
             self._compute(values)
         finally:
             self.release()
-        missing = [why for kernel in self.kernels if (why := kernel.looking.missing or kernel.slower)]
+        missing = [why for kernel in self.kernels if (why := kernel.inputs.missing or kernel.slower)]
         if missing and self._slower is not None:
             self._slower(missing[0])
             self._slower = None  # said once
 
-    def looks(self, params: Set[int]) -> bool:
-        """Whether `same` can be asked instead of collecting a step's tensors.
+    def checks(self, params: Set[int]) -> bool:
+        """True if `same` can replace collecting a step's tensors.
 
         Args:
-            params: ids of the parameters; beside them and their gradients no tensor may be another one at a next step.
+            params: ids of the parameters; every other tensor but their gradients is the same object at later steps.
         """
-        alone = self.spread is None
-        return (
-            alone and not self._outputs and not self._snapshots and all(kernel.looks(params) for kernel in self.kernels)
-        )
+        alone = self.spread is None and not self._outputs and not self._snapshots
+        return alone and all(kernel.checks(params) for kernel in self.kernels)
 
     def same(self) -> bool:
         """True if the parameters of the last call and their present gradients are as they were.
@@ -124,9 +122,9 @@ class Program:
         """
         return all(kernel.same() for kernel in self.kernels)
 
-    def look_at_dicts(self, dicts: Sequence[dict[Any, Any]]) -> Callable[[], bool] | None:
-        """What tells whether dicts hold the objects that they hold now, if that can be had natively."""
-        return look_at_dicts(dicts)
+    def dict_check(self, dicts: Sequence[dict[Any, Any]]) -> Callable[[], bool] | None:
+        """A native check that dicts still hold the objects that they hold now; None without the library."""
+        return native_dicts(dicts)
 
     def again(self) -> None:
         """Run the step on what `same` has found.

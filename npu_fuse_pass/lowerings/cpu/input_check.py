@@ -1,8 +1,8 @@
-"""One native look at a step's tensors instead of several Python calls for each of them.
+"""The native input check: one call for all tensors of a step instead of several Python calls for each.
 
-`native_look.cpp` is compiled beside the first kernel with many tensors (four seconds, once for each version of torch)
+`input_check.cpp` is compiled beside the first kernel with many tensors (four seconds, once for each version of torch)
 and kept with the kernels. A step of very many tensors waits for it before its first run; others begin without it. Until
-it is there, and where it cannot be had, Python looks.
+it is there, and where it cannot be had, Python checks.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ _HANDLES = "torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors"
 _log = logging.getLogger(__name__)
 
 
-class Look:
-    """Remembers the kinds of a list of tensors; also the objects, whose gradients may be other objects at every step.
+class NativeInputs:
+    """A native table of the kinds of tensors, and of the objects whose gradients may be other objects at every step.
 
     Attributes:
-        addresses: of all, from the last look that found them the same.
+        addresses: of all, from the last check that found them the same.
         held: ids of those that are not gradients of others.
     """
 
@@ -60,32 +60,32 @@ class Look:
         handles = find(_HANDLES)(list(tensors))
         pointers = array.array("q", [_pointer(h, None) for h in handles])
         size = Tensor.__base__.__basicsize__  # type: ignore[union-attr]
-        table = library.look_make(_at(pointers), _at(objects), _at(owners), len(tensors), size)
+        table = library.inputs_make(_at(pointers), _at(objects), _at(owners), len(tensors), size)
         if not table:
-            raise Unsupported("look", "a tensor is not contiguous memory of its own kind", Code.CHANGED)
+            raise Unsupported("input check", "a tensor is not contiguous memory of its own kind", Code.CHANGED)
         self._table = table
-        weakref.finalize(self, library.look_free, table).atexit = False
+        weakref.finalize(self, library.inputs_free, table).atexit = False
 
     def same(self, given: list[Tensor] | None) -> bool:
-        """True if tensors are of the same kinds, contiguous in memory of theirs; the caller calls `done` next.
+        """True if tensors are of the same kinds and contiguous in their memory; the caller calls `done` next.
 
         Args:
             given: those of this step; None: those known and their present gradients. The caller keeps them alive.
         """
         listed = None if given is None else id(given)
-        return bool(self._library.look_same(self._table, listed, _at(self.addresses), torch.get_num_threads()))
+        return bool(self._library.inputs_same(self._table, listed, _at(self.addresses), torch.get_num_threads()))
 
     def write(self, written: array.array[int]) -> None:
-        """Tell autograd which of the tensors that were found (1 or 0 for each) are written."""
-        self._library.look_write(self._table, _at(written))
+        """Tell autograd which of the tensors that `same` found are written (1 or 0 for each)."""
+        self._library.inputs_write(self._table, _at(written))
 
     def done(self) -> None:
         """Let go of the tensors."""
-        self._library.look_done(self._table)
+        self._library.inputs_done(self._table)
 
 
-class DictLook:
-    """Whether dicts hold the objects that they hold now, in the same order."""
+class NativeDicts:
+    """A native table of dicts; a call is True if they hold the same objects in the same order as when it was made."""
 
     def __init__(self, dicts: Sequence[dict[Any, Any]], library: Any) -> None:
         self._held = [*dicts, *(x for d in dicts for item in d.items() for x in item)]
@@ -96,17 +96,17 @@ class DictLook:
         self._library = library
 
     def __call__(self) -> bool:
-        return bool(self._library.look_dicts(*self._arguments))
+        return bool(self._library.inputs_dicts(*self._arguments))
 
 
-def look_at_dicts(dicts: Sequence[dict[Any, Any]]) -> DictLook | None:
-    """A look at dicts, if the library is there."""
+def native_dicts(dicts: Sequence[dict[Any, Any]]) -> NativeDicts | None:
+    """A table of these dicts; None without the library."""
     library = _library.get("native")
-    return None if library is None else DictLook(dicts, library)
+    return None if library is None else NativeDicts(dicts, library)
 
 
-class Looking:
-    """The `Look` of one kernel: made as soon as it can be, and again when the tensors are of other kinds.
+class KernelInputs:
+    """The input check of one kernel: its table is made as soon as possible, and again for tensors of other kinds.
 
     Args:
         written: for each tensor, 1 if the kernel writes it, else 0.
@@ -114,7 +114,7 @@ class Looking:
 
     def __init__(self, written: array.array[int]) -> None:
         self._written = written
-        self._look: Look | None = None
+        self._native: NativeInputs | None = None
         self._left = _MADE_AT_MOST if len(written) >= WORTH else 0
         self._found = False
         if self._left:
@@ -127,40 +127,40 @@ class Looking:
 
     @property
     def missing(self) -> str | None:
-        """Why there is none although there should be."""
+        """Why there is no table although there should be one."""
         return _library.get("missing") if self._left else None
 
     def same(self, given: list[Tensor] | None = None) -> array.array[int] | None:
-        """The addresses of the tensors, if they are as those it knows; see `Look.same`."""
-        self._found = self._look is not None and self._look.same(given)
-        return self._look.addresses if self._look is not None and self._found else None
+        """The addresses of the tensors if they match the table, else None; see `NativeInputs.same`."""
+        self._found = self._native is not None and self._native.same(given)
+        return self._native.addresses if self._native is not None and self._found else None
 
     def learn(self, tensors: Sequence[Tensor]) -> None:
-        """Remember the kinds of these tensors, on which the caller has found that the kernel may run."""
+        """Remember the kinds of these tensors; the caller has found that the kernel may run on them."""
         if self._left and (library := _library.get("native")) is not None:
             self._left -= 1
             with contextlib.suppress(Unsupported):
-                self._look = Look(tensors, library)
+                self._native = NativeInputs(tensors, library)
 
     def holds(self, ids: Set[int]) -> bool:
-        """Whether it knows tensors, and those that are not gradients are among these."""
-        return self._look is not None and self._look.held <= ids
+        """True if there is a table, and its tensors that are not gradients are among these."""
+        return self._native is not None and self._native.held <= ids
 
     def write(self) -> bool:
-        """Tell autograd what the kernel writes, if it was `same` that found the tensors."""
-        if self._look is not None and self._found:
-            self._look.write(self._written)
+        """Tell autograd what the kernel writes; False if the last `same` did not find the tensors."""
+        if self._native is not None and self._found:
+            self._native.write(self._written)
         return self._found
 
     def release(self) -> None:
         """Let go of the tensors."""
-        if self._look is not None and self._found:
-            self._look.done()
+        if self._native is not None and self._found:
+            self._native.done()
             self._found = False
 
 
 def _owners(tensors: Sequence[Tensor]) -> list[int]:
-    """For each tensor: which one it is the gradient of, or -1: it is looked at as itself."""
+    """For each tensor the index of the one whose gradient it is; -1: it is checked as itself."""
     leaves = [(i, t) for i, t in enumerate(tensors) if type(t) in (Tensor, torch.nn.Parameter) and t.is_leaf]
     grads = [(id(t.grad), i) for i, t in leaves if t.grad is not None]
     times = collections.Counter(grad for grad, _ in grads)
@@ -171,12 +171,12 @@ def _owners(tensors: Sequence[Tensor]) -> list[int]:
 
 _INTEGER, _POINTER = ctypes.c_int64, ctypes.c_void_p
 _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
-    "look_make": ([_POINTER] * 3 + [_INTEGER] * 2, _POINTER),
-    "look_free": ([_POINTER], None),
-    "look_same": ([*[_POINTER] * 3, _INTEGER], ctypes.c_int),
-    "look_write": ([_POINTER, _POINTER], None),
-    "look_done": ([_POINTER], None),
-    "look_dicts": ([_POINTER, _POINTER, _INTEGER, _POINTER], ctypes.c_int),
+    "inputs_make": ([_POINTER] * 3 + [_INTEGER] * 2, _POINTER),
+    "inputs_free": ([_POINTER], None),
+    "inputs_same": ([*[_POINTER] * 3, _INTEGER], ctypes.c_int),
+    "inputs_write": ([_POINTER, _POINTER], None),
+    "inputs_done": ([_POINTER], None),
+    "inputs_dicts": ([_POINTER, _POINTER, _INTEGER, _POINTER], ctypes.c_int),
 }
 _library: dict[str, Any] = {}  # "native", when it is there, or "missing": why it never will be
 _pointer = ctypes.pythonapi.PyCapsule_GetPointer
@@ -196,7 +196,7 @@ def _start() -> threading.Thread:
     """Compile or load the library beside everything else; at its end the interpreter kills the compiler."""
     with _lock:
         if not _threads:
-            thread = threading.Thread(target=_load, name="npu_fuse_pass: compiling native_look.cpp", daemon=True)
+            thread = threading.Thread(target=_load, name="npu_fuse_pass: compiling input_check.cpp", daemon=True)
             _threads.append(thread)
             _begun.append(time.monotonic())
             try:

@@ -1,4 +1,4 @@
-"""What a plan for a rule optimizer was made for."""
+"""The facts that the plan of a rule optimizer's step depends on."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from npu_fuse_pass.rules.batch import Batch
 
 
 @dataclasses.dataclass(frozen=True)
-class Planned:
-    """What a plan for a rule optimizer was made for, to tell later what changed."""
+class PlanFacts:
+    """The facts that a plan depends on, kept to say later which of them changed."""
 
     facts: dict[str, object]
 
     @classmethod
-    def of(cls, batches: Sequence[Batch]) -> Planned:
+    def of(cls, batches: Sequence[Batch]) -> PlanFacts:
         return cls(
             {
                 "the number of parameters": sum(len(b.params) for b in batches),
@@ -28,8 +28,8 @@ class Planned:
             }
         )
 
-    def changed(self, now: Planned) -> Cause:
-        """What is different now; the first that explains it."""
+    def changed(self, now: PlanFacts) -> Cause:
+        """Name the first fact that is different now."""
         for name, value in self.facts.items():
             if now.facts[name] != value:
                 shown = "" if name == "the shapes" else f" from {value} to {now.facts[name]}"
@@ -38,7 +38,7 @@ class Planned:
 
 
 def forget(step: object, names: Sequence[str]) -> None:
-    """Let go of attributes of a step whose optimizer is gone."""
+    """Delete attributes of a step whose optimizer is gone."""
     for name in names:
         if hasattr(step, name):
             delattr(step, name)

@@ -1,4 +1,4 @@
-// One look at the tensors of a step: whether all are as they were, and where their memory is now.
+// One check of the tensors of a step: whether all are as they were, and where their memory is now.
 //
 // Python takes about a microsecond for each parameter (its gradient, sizes and strides, address, version counter), most
 // of it waiting for memory; this takes a tenth. Built against the header in torch's wheel that compiles in two seconds;
@@ -59,7 +59,7 @@ struct Table {
   std::vector<Known> known;
   std::vector<int64_t> order;         // of looking: those that are no gradients come first
   int64_t gradients;                  // the turn of the first one
-  std::vector<c10::TensorImpl*> now;  // of the last look
+  std::vector<c10::TensorImpl*> now;  // of the last check
   std::vector<at::TensorBase> held;   // gradients: another thread may set p.grad while a kernel runs
 
   const at::TensorBase& in(PyObject* object) const {
@@ -76,10 +76,10 @@ struct Table {
   }
 };
 
-// One look. Most of it is waiting for memory, so every tensor is taken up in stages, each of them some turns ahead of
+// One check. Most of it is waiting for memory, so every tensor is taken up in stages, each of them some turns ahead of
 // the next, that ask for the memory which the next one needs; and threads share the turns. They touch no Python objects
 // but to read them, which the caller's lock allows.
-struct Look {
+struct Check {
   static constexpr int64_t AHEAD = 6, SHARE = 256;  // turns that are worth another thread
   Table& table;
   const std::vector<PyObject*>& objects;
@@ -162,7 +162,7 @@ extern "C" {
 
 // Takes the tensors over, which are those of the objects. size: bytes of a tensor object. owners[i]: which tensor i is
 // the gradient of, or -1. Null: they cannot be looked at so.
-void* look_make(at::TensorBase* const* tensors, PyObject* const* objects, const int64_t* owners, int64_t n, int64_t size) {
+void* inputs_make(at::TensorBase* const* tensors, PyObject* const* objects, const int64_t* owners, int64_t n, int64_t size) {
   auto table = std::make_unique<Table>();
   bool good = n > 0;
   try {
@@ -190,12 +190,12 @@ void* look_make(at::TensorBase* const* tensors, PyObject* const* objects, const 
   return good ? table.release() : nullptr;
 }
 
-void look_free(void* table) {
+void inputs_free(void* table) {
   delete static_cast<Table*>(table);
 }
 
-// Tells autograd which of the tensors that `look_same` found are written.
-void look_write(void* table_, const uint8_t* written) {
+// Tells autograd which of the tensors that `inputs_same` found are written.
+void inputs_write(void* table_, const uint8_t* written) {
   const auto& table = *static_cast<Table*>(table_);
   for (size_t i = 0; i < table.now.size(); i++) {
     if (written[i] && !table.now[i]->is_inference()) table.now[i]->bump_version();
@@ -203,12 +203,12 @@ void look_write(void* table_, const uint8_t* written) {
 }
 
 // Lets go of gradients.
-void look_done(void* table) {
+void inputs_done(void* table) {
   static_cast<Table*>(table)->held.clear();
 }
 
 // Whether dicts hold the objects that they held, in this order: items are the key and the value of each, dict after dict.
-int look_dicts(PyObject* const* dicts, const int64_t* sizes, int64_t n, PyObject* const* items) {
+int inputs_dicts(PyObject* const* dicts, const int64_t* sizes, int64_t n, PyObject* const* items) {
   constexpr int64_t AHEAD = 8, KEYS = 4;  // a dict's fifth word is where its keys are: a guess, and nothing but a hint
   for (int64_t i = 0; i < n; i++) {
     if (i + 2 * AHEAD < n) __builtin_prefetch(dicts[i + 2 * AHEAD]);
@@ -226,20 +226,20 @@ int look_dicts(PyObject* const* dicts, const int64_t* sizes, int64_t n, PyObject
   return true;
 }
 
-// Whether tensors are as those learned; writes their addresses. look_done has to follow. given: a list of them; null:
+// Whether tensors are as those learned; writes their addresses. inputs_done has to follow. given: a list of them; null:
 // those of the objects learned, which must exist, and their present gradients.
-int look_same(void* table_, PyObject* given, int64_t* addresses, int64_t threads) {
+int inputs_same(void* table_, PyObject* given, int64_t* addresses, int64_t threads) {
   auto& table = *static_cast<Table*>(table_);
   try {
     const int64_t n = table.order.size();
     std::vector<PyObject*> listed;
     for (int64_t i = 0; given != nullptr && i < n; i++) listed.push_back(PyList_GetItem(given, i));
-    Look look{table, given != nullptr ? listed : table.objects, given != nullptr ? n : table.gradients, addresses};
-    if (!look.fit(0, look.alone, threads) || !look.fit(look.alone, n, threads)) return false;
-    for (int64_t turn = look.alone; turn < n; turn++) table.held.push_back(*look.tensors[turn]);
+    Check check{table, given != nullptr ? listed : table.objects, given != nullptr ? n : table.gradients, addresses};
+    if (!check.fit(0, check.alone, threads) || !check.fit(check.alone, n, threads)) return false;
+    for (int64_t turn = check.alone; turn < n; turn++) table.held.push_back(*check.tensors[turn]);
     return true;
   } catch (...) {
-    look_done(table_);
+    inputs_done(table_);
     return false;
   }
 }

@@ -21,20 +21,20 @@ class _Last(_Program, Protocol):
 
 
 class Program:
-    """Stages in turn: kernels that make temporaries, the operations that read them; at last the kernels that write.
+    """Segments in turn: kernels that make temporaries, the operations that read them; at last the kernels that write.
 
     Args:
-        stages: kernels, and the operations after them.
+        segments: kernels, and the operations after them.
         last: the kernels that write.
         stores: leaves that get the values of other leaves then.
     """
 
-    written = False  # nobody asks a program of several stages
+    written = False  # nobody asks a program of several segments
 
     def __init__(
-        self, stages: Sequence[tuple[_Program, Sequence[Call]]], last: _Last, stores: Sequence[tuple[int, int]] = ()
+        self, segments: Sequence[tuple[_Program, Sequence[Call]]], last: _Last, stores: Sequence[tuple[int, int]] = ()
     ) -> None:
-        self._stages = stages
+        self._segments = segments
         self._last = last
         self._stores = stores
 
@@ -47,10 +47,10 @@ class Program:
 
         Whatever is raised before the last kernels, the random numbers that were drawn are in the generators again.
         """
-        drawn = Generators([call for _, calls in self._stages for call in calls])
+        drawn = Generators([call for _, calls in self._segments for call in calls])
         self._last.written = False
         try:
-            for program, calls in self._stages:
+            for program, calls in self._segments:
                 program(values, complete)
                 for call in calls:
                     _run(call, values)
