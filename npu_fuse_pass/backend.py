@@ -126,7 +126,7 @@ class TrackedBackend:
 
 
 def isolated(step: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile with compiled variants of its own, of which none counts against another instance's limit."""
+    """torch.compile with a recompile limit for this instance alone, where torch can (2.13)."""
     known = inspect.signature(torch.compile).parameters
     options: dict[str, Any] = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}  # since torch 2.13
     return torch.compile(step, backend=backend, **options)
@@ -162,7 +162,7 @@ _compile = torch.compile
 def shared_core(tracked: TrackedBackend) -> Callable[[Tensor], None]:
     """A compiled core for one optimizer; those with the same options share what Dynamo makes of it.
 
-    Where somebody has put a function of their own in the place of torch.compile, that sees every one of them.
+    A function that replaces torch.compile sees each of them instead.
     """
     options = tracked.options
     if torch.compile is not _compile or options["torchair_config"] is not None:
@@ -183,19 +183,19 @@ def let_torch_hide_steps() -> None:
 
 
 def own_error(error: Exception) -> FuseError | None:
-    """This package's error behind one that Dynamo raised: it wraps what a backend raises."""
+    """The FuseError that Dynamo has wrapped in this one; None if there is none."""
     found = (error, error.__cause__, getattr(error, "inner_exception", None))
     return next((e for e in found if isinstance(e, FuseError)), None)
 
 
 def compiling() -> bool:
-    """Whether torch.compile compiles at all; TORCHDYNAMO_DISABLE=1 and torch.compiler.set_stance switch it off."""
+    """True if torch.compile compiles at all; TORCHDYNAMO_DISABLE=1 and torch.compiler.set_stance switch it off."""
     stance = getattr(find("torch._dynamo.eval_frame._stance"), "stance", None)
     return not find("torch._dynamo.config.disable") and stance != "force_eager"
 
 
 class NewBreaks:
-    """What Dynamo says of graphs that it has ended since this was made."""
+    """The graph breaks since this was made, as Dynamo reports them."""
 
     _KINDS = "graph_break", "unimplemented"  # a step that it skips from a loop on is counted as the latter alone
 
@@ -204,7 +204,7 @@ class NewBreaks:
         self._told = len(_told())
 
     def reason(self) -> str | None:
-        """Why it ended one, and where: the first that it tells, else the last that it only counted; None: none."""
+        """Why and where the first of them was, else the last that was only counted; None: there was none."""
         if found := _told()[self._told :]:
             return told(found[0])
         for kind, before in self._counts.items():
@@ -219,18 +219,18 @@ def breaks() -> list[str]:
 
 
 def _counted(kind: str) -> Mapping[str, int]:
-    """How often Dynamo has ended a graph, by its reason."""
+    """The number of graph breaks by their reason."""
     counters = find("torch._dynamo.utils.counters")
     return counters[kind] if counters is not None else {}
 
 
 def _told() -> Sequence[Any]:
-    """Dynamo's reasons for ending graphs that have a place in the source."""
+    """Dynamo's graph breaks that have a place in the source."""
     return find("torch._dynamo.utils.graph_break_reasons") or ()
 
 
 def _cause(with_rules: bool) -> Cause:
-    """Why Dynamo calls the backend: the guard of an earlier compile that failed, if it compiles this code again."""
+    """Why Dynamo compiles: the failed guard of an earlier compile of this code, if there was one."""
     metrics = find("torch._dynamo.utils.get_metrics_context")
     current = find("torch._guards.CompileContext.current_compile_id")
     reason = getattr(metrics(), "_metrics", {}).get("recompile_reason") if metrics is not None else None
@@ -280,7 +280,7 @@ def _check_torchair_config(config: Any, platform: str) -> None:
 
 
 def _has_rules(gm: fx.GraphModule) -> bool:
-    """Whether a rule optimizer steps in the graph, or ends it because the step has to be apart."""
+    """True if a rule optimizer steps in the graph, or ends it because the step has to be apart."""
     if any(node.target is core_op.rule_update for node in gm.graph.nodes):
         return True
     ended = getattr(gm, "compile_subgraph_reason", None)
@@ -289,6 +289,6 @@ def _has_rules(gm: fx.GraphModule) -> bool:
 
 
 def _is_rule_step(gm: fx.GraphModule) -> bool:
-    """Whether the graph is the core of rule optimizers."""
+    """True for the core of rule optimizers."""
     calls = [n for n in gm.graph.nodes if n.op not in ("placeholder", "output")]
     return len(calls) == 1 and calls[0].target is core_op.rule_step

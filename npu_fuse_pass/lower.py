@@ -29,7 +29,7 @@ Values = list[Tensor | None] | None  # of the leaves, where they are known befor
 
 @dataclasses.dataclass(frozen=True)
 class Lowered:
-    """What became of the groups.
+    """The result of lowering.
 
     Attributes:
         program: None where the original runs, or another compiler takes the groups over.
@@ -88,7 +88,7 @@ def lower(
 
 
 def _not_lowered(step: Grouped, target: Target) -> Reason | None:
-    """Why an NPU and other compilers' graphs lack what the step computes; None if they do not."""
+    """The reason why neither an NPU nor another compiler's graph can compute the step; None if they can."""
     if any(leaf.across for leaf in step.leaves):
         return Code.SHARDED(f"norms or sums of tensors that are spread over processes are not lowered for {target}")
     if any(has_dimensions(g.formula.roots) for g in step.all_groups):
@@ -142,14 +142,14 @@ def _lower_eager(
 def _lower_nodes(
     leaves: Sequence[Leaf], groups: Sequence[Group], options: Options, values: Values, matches: Matches | None
 ) -> Lowered:
-    """The fused nodes themselves, which another compiler takes over; `copy_` reads and writes every new value again."""
+    """Leave the fused nodes to another compiler; `copy_` reads and writes every new value again."""
     return Lowered(None, [_node_row(g, leaves, multi_tensor_update, copies=3) for g in groups])
 
 
 def _lower_kernel_nodes(
     leaves: Sequence[Leaf], groups: Sequence[Group], options: Options, values: Values, matches: Matches | None
 ) -> Lowered:
-    """The same as operations that run generated kernels, which work on copies."""
+    """As `_lower_nodes`, with operations that run generated kernels on copies."""
     return Lowered(None, [_node_row(g, leaves, graph_op.multi_tensor_kernel, copies=5) for g in groups])
 
 
@@ -217,7 +217,7 @@ def _lower_npu(
 
 
 def _look_at_kernels(leaves: Sequence[Leaf], groups: Sequence[Group], missing: PlatformError) -> Lowered:
-    """What generated kernels would be, where nothing can run them; the original runs."""
+    """Report generated kernels where nothing can run them; the original runs."""
     from npu_fuse_pass.lowerings.npu.kernels import launch, look
 
     rows, looked = [], look.look(leaves, groups)
@@ -242,7 +242,7 @@ def npu_kernels(step: Grouped) -> str:
 
 
 def _lower_npu_whole(step: Grouped, options: Options) -> Lowered:
-    """Groups and the original operations between them as one graph."""
+    """Lower groups and the original operations between them to one graph."""
     from npu_fuse_pass.lowerings.npu import fakes, whole
 
     if (reason := fakes.refused()) is not None:
@@ -270,7 +270,7 @@ LOWERINGS: Mapping[str, Callable[..., Lowered]] = {
 
 
 def is_torchair_config(value: object) -> bool:
-    """Whether a value can be the option `torchair_config`."""
+    """True if a value can be the option `torchair_config`."""
     from npu_fuse_pass.lowerings.npu import environment
 
     return environment.is_config(value)

@@ -17,7 +17,7 @@ KERNELS = ("auto", "generated", "operations", "dedicated", "elementwise")
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Where a step runs, and as what. Chosen once for a compile, and passed on.
+    """The platform that a step runs on, and the form in which. Chosen once for a compile.
 
     Attributes:
         platform: "cpu", "npu" or "eager" (the original graph).
@@ -30,17 +30,17 @@ class Target:
 
     @property
     def matches_first(self) -> bool:
-        """Dedicated operations are chosen by what a group computes, so that is decided before it is lowered.
+        """True if groups are matched before they are lowered: dedicated operations are chosen by the match.
 
-        Elsewhere a match is something to read: it is decided when the report is, and no compile takes longer for it.
+        Elsewhere a match is text for the report: it is made when that is read, and no compile takes longer for it.
         """
         return self == Target("npu")
 
     @property
     def specialises(self) -> bool:
-        """A test of a number against 0 costs a pass over memory, so it is decided beforehand.
+        """True if tests of numbers against 0 are decided before lowering, because each costs a sweep over memory.
 
-        In a kernel that is generated it costs nothing, and one kernel serves all numbers.
+        In a generated kernel it costs nothing, and one kernel serves all numbers.
         """
         return self == Target("npu")
 
@@ -49,7 +49,7 @@ class Target:
 
 
 def disabled() -> bool:
-    """Whether NPU_FUSE_DISABLE=1 switches everything off: original steps run, and nothing is compiled or fused."""
+    """True if NPU_FUSE_DISABLE=1 switches everything off: original steps run, and nothing is compiled or fused."""
     return os.environ.get("NPU_FUSE_DISABLE") == "1"
 
 

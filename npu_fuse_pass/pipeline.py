@@ -48,7 +48,7 @@ Number = Callable[[Leaf], Tensor | None]
 
 @dataclasses.dataclass(frozen=True)
 class Fused:
-    """What the stages made; without a program the original has to run, and the report says why.
+    """The result of the stages; without a program the original has to run, and the report says why.
 
     Attributes:
         graph: the rewritten graph, where another compiler takes it over.
@@ -123,7 +123,7 @@ _known: dict[object, Fused] = {}
 
 
 def _key(batches: Sequence[Batch], options: Options, replaces: str | None) -> object | None:
-    """Of a compile that serves every optimizer with the same key; None where it serves one alone."""
+    """The key of a compile that every optimizer with the same key shares; None where it serves one alone."""
     found = outline(batches)
     return None if found is None else (found, replaces, options.platform, options.strict, options.verify)
 
@@ -189,7 +189,7 @@ def fuse_functional(gm: fx.GraphModule, options: Options, kernels: bool) -> Fuse
 
 
 def _symbolic(placeholder: fx.Node) -> bool:
-    """Whether an argument is or has a number that changes from call to call; looking at it would fix it."""
+    """True if an argument is or has a number that changes from call to call; reading the number would fix it."""
     value = recorded(placeholder)
     numbers = value.shape if isinstance(value, Tensor) else (value,)
     fixed = (n for n in numbers if isinstance(n, torch.SymInt) and n.node.maybe_as_int() is not None)
@@ -205,7 +205,7 @@ def _fuse(
     values: lower.Values = None,
     number: Number | None = None,
 ) -> Fused:
-    """The stages after capture; `report` gets what they made."""
+    """Run the stages after capture; they fill `report`."""
     report.unfused = list(captured.unfused)
     if not captured.updates:
         if captured.unfused:
@@ -234,7 +234,7 @@ def _fuse(
 
 
 def _matches(grouped: Grouped, seconds: dict[str, float]) -> Matches:
-    """Which known kernel computes each group, by the group's name."""
+    """Match each group with the known kernels, by the group's name."""
     with timed(seconds, "match") as said:
         found = dict(zip([g.name for g in grouped.groups], match(grouped.groups, grouped.leaves), strict=True))
         said += [f"{name}: {m.reason if isinstance(m, NoMatch) else m.kernel.name}" for name, m in found.items()]
@@ -280,7 +280,7 @@ def _finished(fused: Fused, options: Options, original: fx.GraphModule | None = 
 
 
 def _dump(root: pathlib.Path, fused: Fused, options: Options, original: fx.GraphModule | None) -> None:
-    """Leave files to read."""
+    """Write the files of a dump."""
     from npu_fuse_pass.dump.write import write, write_graphs
 
     path = write(root, functools.partial(_contents, fused, options, original))

@@ -1,6 +1,6 @@
 """Private names of torch, which a later torch may drop: all are looked up here, and none of them has to be there.
 
-Whoever uses one has another way, or gives a reason that names it. What was looked for in vain stands in the log and in
+Code that uses one has a fallback, or gives a reason that names it. What was looked for in vain stands in the log and in
 every report.
 """
 
@@ -98,7 +98,7 @@ _owner = functools.cache(pkgutil.resolve_name)  # some names are asked for at ev
 
 
 def find(*names: str) -> Any:
-    """What has the first of these names that this torch has; None, said once in the log, where it has none of them."""
+    """The object of the first of these names that this torch has; None, logged once, if it has none of them."""
     for name in names:
         try:
             return _resolved(name)
@@ -115,14 +115,14 @@ def _resolved(name: str) -> Any:
     try:
         return getattr(_owner(owner), last)
     except AttributeError:
-        return pkgutil.resolve_name(name)  # a module that nobody has imported yet
+        return pkgutil.resolve_name(name)  # a module that is not imported yet
 
 
 def need(name: str) -> Any:
-    """What has this name.
+    """The object of this name.
 
     Raises:
-        Unsupported: this torch has no such name; a reason that says so.
+        Unsupported: this torch has no such name.
     """
     found = find(name)
     if found is None:
@@ -131,7 +131,7 @@ def need(name: str) -> Any:
 
 
 def lacking() -> list[str]:
-    """What was looked for in vain so far, and what happens without it."""
+    """The names that were not found so far, and what happens without them."""
     return [_lacking(name) for name in _looked_for]
 
 
@@ -140,12 +140,12 @@ def _lacking(name: str) -> str:
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:
-    """What tensors that share memory have in common, as long as one of them lives."""
+    """A key that tensors with shared memory have in common, as long as one of them lives."""
     return int(getattr(storage, "_cdata", id(storage)))  # torch keeps one Python object for each
 
 
 class _NoMode:
-    """In the place of a class that torch lacks: whoever enters it hears so."""
+    """A stand-in for a class that torch lacks: entering it raises Unsupported."""
 
     def __enter__(self) -> None:
         need(_MODE)

@@ -108,7 +108,7 @@ class Code(enum.Enum):
         "let the compiled function step once, and call it as often",
     )
     STATES = (
-        "Two states of an optimizer of ours share memory: a step is wrong in whatever form it runs.",
+        "Two states of a rule optimizer share memory: a step is wrong in whatever form it runs.",
         "put copies in opt.state (state.clone()); report it if you put nothing there",
     )
     CHANGED = ("A tensor is not what the step was compiled for.", _KEEP)
@@ -147,7 +147,7 @@ class Code(enum.Enum):
         self.remedy = remedy
 
     def __call__(self, text: str, op: str = "", remedy: str | None = None) -> Reason:
-        """A reason of this kind; without a remedy of its own it has the code's."""
+        """Make a reason of this kind; its remedy is the code's unless one is given."""
         return Reason(self, text, op, remedy or self.remedy)
 
 

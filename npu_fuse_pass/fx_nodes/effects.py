@@ -1,4 +1,4 @@
-"""What a node of a graph does beside giving a result: what it writes, and whether its place in the order matters."""
+"""Side effects of a node of a graph: what it writes, and if its place in the order matters."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Effect:
 
 
 class Effects:
-    """Answers for the nodes of one graph; equal calls are tried out once."""
+    """The effects of the nodes of one graph; equal calls are tried out once."""
 
     def __init__(self) -> None:
         self._known: dict[object, tuple[list[int], list[int | None], bool] | None] = {}
 
     def of(self, node: fx.Node) -> Effect | None:
-        """What a node's call does, tried out on tensors without memory; None where it cannot be tried out."""
+        """The effect of a node's call, tried out on tensors without memory; None where it cannot be tried out."""
         places = [(n, k) for n in node.all_input_nodes for k, _ in enumerate(_tensors(recorded(n)))]
         key = (node.target, *_described(node))
         if key not in self._known:
@@ -52,7 +52,7 @@ class Effects:
 
 
 def writes_leaves(graph: fx.Graph, of_parameters: bool = False) -> bool:
-    """Whether in-place operations write floating-point arguments or attributes of a graph, also through views.
+    """True if in-place operations write floating-point arguments or attributes of a graph, also through views.
 
     What a model's layers write by themselves (batch norm its averages, `relu(x, inplace=True)`) is no update. Counters
     are none without something that they count.
@@ -67,7 +67,7 @@ def writes_leaves(graph: fx.Graph, of_parameters: bool = False) -> bool:
             for target in _written(node):
                 value = recorded(target)
                 if value is None and target in own:
-                    return True  # nobody knows what it is
+                    return True  # an unknown function may write anything
                 if isinstance(value, Tensor) and (target in own or storage_of(value) in storages):
                     counts = value.is_floating_point() or value.is_complex()
                     if counts and (value.requires_grad or not of_parameters):
@@ -92,7 +92,7 @@ def _written(node: fx.Node) -> list[fx.Node]:
 
 
 def storage_of(fake: Any) -> int | None:
-    """What tensors that share memory have in common."""
+    """A key that tensors with shared memory have in common."""
     return storage_key(fake.untyped_storage()) if isinstance(fake, Tensor) else None
 
 
@@ -102,7 +102,7 @@ def recorded(node: Any) -> Any:
 
 
 def has_record(node: fx.Node) -> bool:
-    """Whether torch has recorded what a node gives; None is something, too."""
+    """True if torch has recorded a node's result; None is a result, too."""
     return "val" in node.meta or "example_value" in node.meta
 
 
@@ -130,7 +130,7 @@ def _number(value: Any) -> Any:
 
 
 class _WriteRecorder(DispatchMode):
-    """Notices what operations write, and those that draw random numbers or are not torch's own."""
+    """A mode that records what operations write, and those that draw random numbers or are not torch's own."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

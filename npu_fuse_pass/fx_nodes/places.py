@@ -1,4 +1,4 @@
-"""Where in the source a node of a graph, or an error, comes from."""
+"""The place in the source that a node of a graph, or an error, comes from."""
 
 from __future__ import annotations
 

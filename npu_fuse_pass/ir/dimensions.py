@@ -1,4 +1,4 @@
-"""Reductions over some of a tensor's dimensions, and the way back: what they give is read by every element again.
+"""Reductions over some of a tensor's dimensions, and the expansion of their results to every element.
 
 A tensor is seen as [R0, K0, R1, K1]: dimensions R are reduced, or the small tensor lacks them; K stay. `expand` reads a
 small tensor's element [k0, k1] for every element; `sum_over`, `amax_over`, `amin_over` reduce all that meet in one. The
@@ -51,17 +51,17 @@ def small(writes: Iterable[tuple[int, Expr]], roots: Sequence[Expr]) -> set[int]
 
 
 def reduces(root: Expr) -> bool:
-    """Whether a value is one of a tensor of which dimensions were reduced."""
+    """True for a value of a tensor of which dimensions were reduced."""
     return any(e.op in OVER for e in postorder([root]))
 
 
 def has_dimensions(roots: Sequence[Expr]) -> bool:
-    """Whether an update works on some of the dimensions, and so on elements in the order of their indices."""
+    """True if an update works on some of the dimensions, and so on elements in index order."""
     return any(e.op == EXPAND or e.op in OVER for e in postorder(roots))
 
 
 def elements(roots: Sequence[Expr], sizes: Mapping[int, int], scalars: Mapping[int, float]) -> int:
-    """How many elements a member has that is worked on, where all its tensors may be small ones.
+    """The number of elements that a member is computed on, where all its tensors may be small ones.
 
     Args:
         sizes: of tensors that are not small, by slot.

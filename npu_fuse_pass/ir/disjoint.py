@@ -4,13 +4,13 @@ from __future__ import annotations
 
 
 class Disjoint:
-    """Numbers start in sets of their own."""
+    """Sets of numbers; each starts with one."""
 
     def __init__(self) -> None:
         self._parent: dict[int, int] = {}
 
     def find(self, x: int) -> int:
-        """The number that stands for the set of `x`."""
+        """The representative of the set of `x`."""
         parent = self._parent
         while parent.setdefault(x, x) != x:
             parent[x] = parent[parent[x]]
@@ -18,5 +18,5 @@ class Disjoint:
         return x
 
     def join(self, x: int, y: int) -> None:
-        """Make the sets of `x` and `y` one; what stood for that of `y` stands for both."""
+        """Join the sets of `x` and `y`; the representative of `y` is that of both."""
         self._parent[self.find(x)] = self.find(y)

@@ -47,7 +47,7 @@ class Expr:
 
 
 class Builder:
-    """Makes expressions, equal ones once (hash-consing; a + b and b + a are equal), with every cast written out."""
+    """A maker of expressions: equal ones once (hash-consing; a + b equals b + a), with every cast written out."""
 
     def __init__(self) -> None:
         self._made: dict[object, Expr] = {}
@@ -61,7 +61,7 @@ class Builder:
         return found
 
     def leaf(self, position: int, dtype: torch.dtype, tensor: bool) -> Expr:
-        """What a leaf holds before the step; 0-dim leaves are read as float64."""
+        """The value of a leaf before the step; 0-dim leaves are read as float64."""
         return self.make("leaf", (), position, dtype if tensor else torch.float64, tensor)
 
     def const(self, value: float) -> Expr:
@@ -112,7 +112,7 @@ def rebuilt(
     below: Callable[[Expr], Sequence[Expr]],
     copy: Callable[[Expr, Sequence[Expr]], Expr],
 ) -> Expr:
-    """A copy of `root`, made from below without recursion: formulas are deeper than Python's stack.
+    """Copy `root` from its arguments up, without recursion: formulas are deeper than Python's stack.
 
     Args:
         made: copies by the `id` of their originals; gets those that are made now.

@@ -2,8 +2,8 @@
 
 `npu_fused::multi_tensor_update(tensors, scalars, members, formula) -> Tensor[]` computes the new values of all
 writes of a group. `tensors` and `scalars` are slot-major: slot 0 of every member, slot 1 of every member, ...;
-`formula` is the text of `formula_text.serialise`. The result is write-major. `npu_fused::multi_tensor_contribute` gives
-what every member adds to each total, contribution-major. Both are functional; `copy_` writes the values back.
+`formula` is the text of `ir.text.serialise`. The result is write-major. `npu_fused::multi_tensor_contribute` gives
+what every member adds to each total, contribution-major. Both are functional; `copy_` writes the results back.
 
 The eager kernels here interpret the formula with torch's own operations: the oracle for every lowering, and what runs
 where there is no compiler.
@@ -117,7 +117,7 @@ def _per_member(
 
 
 def new_value(formula: Formula, slot: int, value: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """A written value as it is stored: a scalar that goes into a tensor slot is spread over it."""
+    """A written value as it is stored: a scalar for a tensor slot is expanded to its shape."""
     if not formula.slots[slot].tensor:
         return value.clone()
     shape = tensors[formula.tensor_slots.index(slot)].shape
@@ -134,7 +134,7 @@ def _contribute(tensors: Sequence[Tensor], scalars: Sequence[Tensor], members: i
 
 
 def fake_update(tensors: Sequence[Tensor], scalars: Sequence[Tensor], members: int, formula: str) -> list[Tensor]:
-    """Shapes, dtypes and layouts of what the node gives: those of what is written."""
+    """Fake results: the shapes, dtypes and layouts of the written tensors."""
     made = parsed(formula)
     rank = {s: i for i, s in enumerate(made.tensor_slots)}
     results = []

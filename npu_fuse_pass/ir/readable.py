@@ -1,4 +1,4 @@
-"""Formulas as mathematics that people read."""
+"""Formulas as readable mathematics."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def readable(formula: Formula, labels: Sequence[str]) -> str:
 
 
 def named_values(formula: Formula, labels: Sequence[str]) -> dict[int, str]:
-    """What every expression of a formula is in its readable text, by `id`: the line that names it, or its term."""
+    """The readable text of every expression of a formula, by `id`: the line that names it, or its term."""
     lines, _, texts = _written(formula, labels)
     return {key: lines.get(key, text) for key, (text, _) in texts.items()}
 

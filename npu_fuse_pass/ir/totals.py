@@ -1,4 +1,4 @@
-"""In how many rounds totals are added up: one may depend on another (a norm of gradients that were clipped before)."""
+"""The rounds in which totals are added up: one may depend on another (a norm of gradients that were clipped before)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from npu_fuse_pass.ir.types import Group, Leaf
 
 
 def rounds(groups: Sequence[Group], leaves: Sequence[Leaf]) -> int:
-    """How often all contributions have to be computed and added up, until every total is right; 0 without totals."""
+    """The number of times that contributions are computed and added up until every total is right; 0 without totals."""
     read: dict[int, set[int]] = {}
     for group in groups:
         for k, root in enumerate(group.formula.contributions):

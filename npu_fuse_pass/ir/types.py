@@ -19,7 +19,7 @@ from npu_fuse_pass.reasons import Reason
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """Something that an update reads or writes.
+    """A tensor or number that an update reads or writes.
 
     Attributes:
         kind: "input" (argument `index` of the graph), "attribute" (of the graph module, `name`), "constant" (`value`),
@@ -161,7 +161,7 @@ class Grouped:
 
     @property
     def all_groups(self) -> list[Group]:
-        """Those of all segments, in the order in which they run."""
+        """The groups of all segments, in the order in which they run."""
         return [*(g for segment in self.segments for g in segment.groups), *self.groups]
 
 

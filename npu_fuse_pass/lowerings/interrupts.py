@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 
-INTERRUPTS = 100  # somebody who goes on for so long does not want to wait for the end of the step
+INTERRUPTS = 100  # after so many the user does not want to wait for the end of the step
 
 
 def to_the_end(write: Callable[[], None], refused: Callable[[BaseException], bool] = lambda e: False) -> None:

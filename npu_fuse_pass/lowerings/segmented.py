@@ -29,7 +29,7 @@ class Program:
         stores: leaves that get the values of other leaves then.
     """
 
-    written = False  # nobody asks a program of several segments
+    written = False  # not read of a program of several segments
 
     def __init__(
         self, segments: Sequence[tuple[_Program, Sequence[Call]]], last: _Last, stores: Sequence[tuple[int, int]] = ()

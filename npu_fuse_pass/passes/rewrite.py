@@ -40,7 +40,7 @@ def rewrite(step: Grouped) -> fx.GraphModule:
 
 
 def argument_name(leaf: Leaf) -> str:
-    """What the fused graph calls a leaf that it gets."""
+    """The name of a leaf as an argument of the fused graph."""
     return leaf.name.replace("[", "_").replace("]", "").replace(".", "_")
 
 
@@ -130,7 +130,7 @@ def _group_node(
 
 
 def _add_totals(graph: fx.Graph, leaves: Sequence[Leaf], groups: Sequence[Group], nodes: dict[int, fx.Node]) -> None:
-    """Let `nodes` have the totals to which these groups contribute."""
+    """Add to `nodes` the totals to which these groups contribute."""
     sums = _total_nodes(graph, leaves, groups, nodes)
     nodes |= {i: sums[leaf.index] for i, leaf in enumerate(leaves) if leaf.kind == "total" and leaf.index in sums}
 

@@ -1,9 +1,8 @@
-"""Stage 2, on platforms that gain from it: tests of numbers against 0 are decided before a program is made.
+"""The stage before group, on platforms that gain from it: tests of numbers against 0 are decided before lowering.
 
-A rule says that 0 is a case of its own, with `where(weight_decay == 0, grad, grad + weight_decay * param)`. In a
-program for every weight decay that is work over all elements; where it is known whether the number is 0, one branch is
-left. So a program is made for the outcome of these tests. Another outcome needs another program, no other change of a
-number does.
+A rule treats 0 as a special case with `where(weight_decay == 0, grad, grad + weight_decay * param)`. In a program for
+every weight decay both branches are computed for all elements; with the outcome known, one is left. So a program is
+made for one outcome of these tests. Only another outcome needs another program.
 """
 
 from __future__ import annotations

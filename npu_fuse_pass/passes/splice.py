@@ -1,4 +1,4 @@
-"""Puts the fused graph in the place of what a graph computed, in the same graph object."""
+"""Replace what a graph computes by the fused graph, in the same graph object."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules on tensors without values: what a rule reads, and whether it is one."""
+"""Checks of rules on tensors without values: what a rule reads, and if it is valid."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def check_flat_shards(rule: Declaration, settings: Mapping[str, Any]) -> None:
 
 
 class _Pointwise(DispatchMode):
-    """Notices operations on tensors that are not of their elements one by one."""
+    """A mode that notices operations on tensors that are not pointwise."""
 
     _others = (
         "_to_copy",

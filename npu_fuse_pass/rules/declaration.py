@@ -44,8 +44,8 @@ ones = Init(1.0)
 def number(value: float) -> Init:
     """A state that is one number for the whole parameter, behind all that have its shape.
 
-    The rule gets and gives a 0-dim float64 tensor. torch's own classes have such states, and only they can: there is no
-    place for them in the flat buffers of an optimizer of ours.
+    The rule gets and returns a 0-dim float64 tensor. Only torch's own classes have such states: the flat buffers of a
+    rule optimizer have no place for them.
     """
     return Init(value, is_number=True)
 
@@ -184,8 +184,7 @@ RESIDUAL = "master_residual"
 
 
 def with_master_weights(rule: Declaration) -> Declaration:
-    """The rule on parameters of float32, of which a half-precision parameter holds what its dtype can, and a float32
-    state the rest.
+    """The rule on float32 parameters, each kept as a half-precision parameter and a float32 state with the rest.
 
     Raises:
         RuleError: the rule has a state of that name.
@@ -201,13 +200,14 @@ def _exact(param: Tensor, states: Mapping[str, Tensor], work: torch.dtype) -> Te
 
 
 def is_number(value: object) -> bool:
-    """Whether a hyperparameter changes freely (and enters as a tensor) rather than being part of the structure."""
+    """True for a hyperparameter that enters as a tensor and may change freely; False for a part of the structure."""
     return number_of(value) is not None
 
 
 def number_of(value: object) -> float | None:
-    """A hyperparameter as a float: any real number (NumPy's scalars and Fractions, too), or a tensor or an array of one
-    element. None for what is no number; bools are flags.
+    """A hyperparameter as a float: a real number (NumPy scalar, Fraction), or a tensor or array of one element.
+
+    None for anything else; bools are flags.
     """
     if isinstance(value, (int, float)):  # first, because it is the most common case
         return None if isinstance(value, bool) else float(value)
@@ -244,5 +244,5 @@ def split_keywords(
 
 
 def _is_flag(value: object) -> bool:
-    """Whether a value is a bool of NumPy's, or a tensor or an array of one."""
+    """True for NumPy's bools, and for tensors and arrays of one bool."""
     return getattr(value, "dtype", None) in (torch.bool, bool) and getattr(value, "ndim", None) == 0

@@ -1,4 +1,4 @@
-"""Which of torch's optimizers Dynamo never hands to a backend, why, and what to do instead."""
+"""Optimizers of torch whose step Dynamo never hands to a backend: why, and what to do instead."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def hidden_class(opt: torch.optim.Optimizer) -> Reason | None:
 
 @functools.cache
 def _calls_by_keyword(step: Callable[..., Any]) -> bool:
-    """Whether it gives `_init_group` lists by keyword: Dynamo calls that itself, and goes on with empty ones."""
+    """True if it passes lists to `_init_group` by keyword: Dynamo calls that itself, and leaves the lists empty."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(step)))
     except (OSError, TypeError, SyntaxError):
@@ -57,5 +57,5 @@ def _calls_by_keyword(step: Callable[..., Any]) -> bool:
 
 
 def uses_fused(opt: torch.optim.Optimizer) -> bool:
-    """Whether torch's own fused kernels run its step."""
+    """True if torch's own fused kernels run its step."""
     return any(group.get("fused") for group in opt.param_groups)

@@ -12,19 +12,19 @@ Hook = Callable[..., Any]
 
 
 def before(opt: torch.optim.Optimizer) -> list[Hook]:
-    """What was registered to be called before the steps of one optimizer."""
+    """The hooks that run before the steps of one optimizer."""
     own: Mapping[int, Hook] | None = getattr(opt, "_optimizer_step_pre_hooks", None)
     return list((_kept(opt.register_step_pre_hook) if own is None else own).values())
 
 
 def after(opt: torch.optim.Optimizer) -> list[Hook]:
-    """What was registered to be called behind the steps of one optimizer."""
+    """The hooks that run after the steps of one optimizer."""
     own: Mapping[int, Hook] | None = getattr(opt, "_optimizer_step_post_hooks", None)
     return list((_kept(opt.register_step_post_hook) if own is None else own).values())
 
 
 def _kept(register: Callable[..., Any]) -> Mapping[int, Hook]:
-    """Where a function of torch's keeps what it registers: the handle that it gives refers to that."""
+    """The dict in which a torch function keeps the hooks that it registers, found through a hook's handle."""
     handle = register(lambda *_: None)
     kept: Mapping[int, Hook] = handle.hooks_dict_ref()
     handle.remove()
@@ -33,4 +33,4 @@ def _kept(register: Callable[..., Any]) -> Mapping[int, Hook]:
 
 BEFORE_ALL = _kept(register_optimizer_step_pre_hook)
 AFTER_ALL = _kept(register_optimizer_step_post_hook)
-"""What was registered for the steps of all optimizers, now and later."""
+"""The hooks for the steps of all optimizers, now and later."""

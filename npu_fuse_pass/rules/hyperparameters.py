@@ -41,7 +41,7 @@ class Hyper:
         self._given: list[Any] | None = None  # what was taken over last; None: it may change in place
 
     def by_keyword(self, numbers: Iterable[T]) -> dict[str, T | tuple[T, ...]]:
-        """Whatever stands for the numbers, in the order of `names`, as the rule's keywords."""
+        """Arrange values of the numbers, in the order of `names`, as the rule's keywords."""
         left = iter(numbers)
         return {n: next(left) if size is None else tuple(islice(left, size)) for n, size in self._sizes.items()}
 

@@ -47,7 +47,7 @@ class Meeting:
         self._refused = False
 
     def agree(self, batches: Sequence[Batch], opening: Opening | None) -> bool:
-        """Whether all processes run this step fused; gradients that are missing here alone become zeros.
+        """True if all processes run this step fused; gradients that only this process lacks become zeros.
 
         Args:
             batches: all of the optimizer's; those that need whole parameters count.
@@ -80,7 +80,7 @@ class Meeting:
         self._opening = None
 
     def unfused(self, batches: Sequence[Batch]) -> None:
-        """Ahead of an unfused step: all others make one, too, if that was not said already."""
+        """Announce an unfused step, unless it was announced: all other processes make one, too."""
         if not self._refused:
             self.agree(batches, None)
         self._refused = False
@@ -99,5 +99,5 @@ def groups_of(batches: Sequence[Batch]) -> list[Any]:
 
 
 def flagged(numbers: Tensor) -> bool:
-    """Whether somebody has declined the step that these numbers open."""
+    """True if a process has declined the step that these numbers open."""
     return bool(numbers[0] != 0)

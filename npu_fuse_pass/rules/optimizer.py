@@ -55,7 +55,7 @@ def left_to_python(function: F) -> F:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _nothing(msg: str) -> None:
-    """No graph goes across it, without a word about why."""
+    """Break the graph, without a message."""
 
 
 end_graph = find("torch._dynamo.graph_break") or _nothing
@@ -264,7 +264,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         self.__dict__["_opt_called"] = True
 
     def _run_original(self) -> None:
-        """One step without a compiler, in place of a compiled one."""
+        """Run one eager step in place of a compiled one."""
         core_op.run_eager(self)
 
     def _run_beside(self) -> None:
@@ -273,7 +273,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     @property
     def has_hooks(self) -> bool:
-        """Whether functions are registered that run before or after a step."""
+        """True if hooks are registered that run before or after a step."""
         every = (*hooks.before(self), *hooks.after(self), *hooks.BEFORE_ALL.values(), *hooks.AFTER_ALL.values())
         return any(not getattr(hook, "only_watches", False) for hook in every)
 
@@ -325,7 +325,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         return {name: value for name, value in {**self.defaults, **group}.items() if value is not required}
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
-        """Refuse hyperparameters that no step could take."""
+        """Refuse hyperparameters that no step can use."""
         complete = self.complete(group)
         for check in (check_kinds, check_ranges):
             check(self.rule_for(complete), self.hyperparameters(complete))

@@ -101,8 +101,9 @@ def _readable(source: str) -> str:
 
 
 def _reachable(optimizer: Keeping, wanted: Set[int | str]) -> Iterator[int | str]:
-    """Which of these objects, by id, and globals, by name, a step may read: what the optimizer and the methods of its
-    classes refer to, and what that refers to, and so on.
+    """The objects, by id, and globals, by name, that a step may read.
+
+    Those are what the optimizer and the methods of its classes refer to, directly or through other objects.
     """
     classes = itertools.takewhile(lambda c: c is not torch.optim.Optimizer, type(optimizer).__mro__)
     waiting: list[object] = [optimizer, *(x for c in classes for x in (*vars(c).values(), c))]
@@ -135,7 +136,7 @@ def _globals_of(function: types.FunctionType) -> tuple[set[str], list[object]]:
 
 
 def _touched(optimizer: Keeping, arguments: Any) -> bool:
-    """Whether the graph has an argument in whose memory the optimizer keeps a state or a number."""
+    """True if an argument of the graph shares memory with a state or number of the optimizer."""
     entries = (value for entry in dict.values(optimizer.state) for value in dict.values(entry))
     kept = [*kept_outside(optimizer), *(value for value in entries if isinstance(value, Tensor))]
     given = {_storage(a.example) for a in arguments if a.is_tensor and isinstance(a.example, Tensor)}
@@ -151,7 +152,7 @@ def kept_outside(optimizer: Keeping) -> list[Tensor]:
 
 
 def uses_kept(optimizer: Keeping, tensors: Iterable[Tensor]) -> bool:
-    """Whether any of these lies where the optimizer keeps a state or a number."""
+    """True if any of these tensors shares memory with a state or number of the optimizer."""
     given = set(map(_storage, tensors))
     return bool(given) and not given.isdisjoint(map(_storage, kept_outside(optimizer)))
 

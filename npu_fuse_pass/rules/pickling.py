@@ -14,7 +14,7 @@ from typing import Any
 
 
 def lookup(module: str, qualname: str) -> Any:
-    """What has this name in a module that is loaded; None where there is nothing."""
+    """The object of this name in a loaded module; None if there is none."""
     found: Any = sys.modules.get(module)
     for part in qualname.split("."):
         found = getattr(found, part, None)
@@ -36,7 +36,7 @@ def pack(function: Callable[..., Any] | None) -> Any:
 
 
 def unpack(packed: Any) -> Any:
-    """What was packed."""
+    """The function that `pack` packed."""
     if packed is None or packed[0] == "pickle":
         return packed and packed[1]
     _, code, name, module, used, cells, (defaults, kwdefaults) = packed

@@ -1,4 +1,4 @@
-"""What an optimizer looks at before every step, in plain Python: gradients, numbers, and whether storage still fits."""
+"""The checks before every step, in plain Python: gradients, numbers, and storage that must still fit."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ class Prelude:
             batch.all_seen = all(batch.seen)
 
     def release_gradients(self) -> None:
-        """Let go of this step's gradients: the next forward pass needs the memory that zero_grad frees."""
+        """Release this step's gradients: the next forward pass needs the memory that zero_grad frees."""
         for batch in self.batches:
             if batch.is_dtensors:  # what was written is a tensor inside of them
                 increment_version([p for p, g in zip(batch.owners, batch.grads, strict=True) if g is not None])
@@ -280,13 +280,13 @@ class Prelude:
 
 
 def _numbers(optimizer: Stepped) -> dict[int, int]:
-    """Which parameter each is, by its `id`; of one that is listed twice the first place."""
+    """The number of each parameter by its `id`; the first one of a parameter that is listed twice."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     return {id(p): i for i, p in reversed([*enumerate(params)])}
 
 
 def _serves(batch: Batch, rule: Declaration, part: int, settings: Mapping[str, Any], members: list[Tensor]) -> bool:
-    """Whether an existing batch still is what would be made for these parameters."""
+    """True if a batch made now for these parameters would equal the existing one."""
     same = len(members) == len(batch.owners) and all(map(operator.is_, members, batch.owners))
     return (
         same

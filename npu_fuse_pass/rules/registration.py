@@ -18,7 +18,7 @@ _lock = threading.Lock()
 
 
 def register_backend() -> None:
-    """Make the name known, where it is not yet."""
+    """Register the name, if it is not registered."""
     with _lock:
         look_after_compiled_steps()
         _register()
@@ -33,5 +33,5 @@ def _register() -> None:
 
 
 def _npu_fused(*args: Any, **kwargs: Any) -> Any:
-    """The backend, which takes a second to import: who never compiles does not wait for it."""
+    """The backend, which takes a second to import, so it is imported at the first compile."""
     return importlib.import_module("npu_fuse_pass.backend").npu_fused(*args, **kwargs)

@@ -77,7 +77,7 @@ def _device_type(p: Tensor) -> str:
 
 
 def npu_format(p: Tensor) -> int:
-    """torch_npu's number of the order in which an NPU tensor's elements lie."""
+    """torch_npu's format number of an NPU tensor: the order of its elements in memory."""
     return int(sys.modules["torch_npu"].get_npu_format(p))
 
 
@@ -113,7 +113,7 @@ def _by_kind(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _adjacent(params: Sequence[Tensor]) -> bool:
-    """Whether parameters lie one behind the other; a single one always does."""
+    """True if the parameters are adjacent in memory, in order; a single one always is."""
     if any(_unusual(p) is not None for p in params):
         return False
     pairs = itertools.pairwise(p for p in params if p.numel())

@@ -1,4 +1,4 @@
-"""What stochastic rounding is told of each parameter: a seed, which parameter it is, and which elements are here."""
+"""The inputs of stochastic rounding for each parameter: seed, the parameter's number, the first element held here."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Rounding:
 
 
 def check_seed(group: Mapping[str, Any]) -> None:
-    """Refuse a group with a seed that is none.
+    """Refuse a group with an invalid seed.
 
     Raises:
         OptionError: says what is allowed.

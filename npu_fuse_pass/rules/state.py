@@ -36,18 +36,18 @@ class Changes:
         self._handed_out: dict[int, tuple[Tensor, tuple[object, ...]]] = {}
 
     def hand_out(self, value: object) -> None:
-        """Watch the memory of a tensor that the caller may keep."""
+        """Record the memory of a tensor that the caller may keep."""
         if isinstance(value, Tensor) and id(value) not in self._handed_out:
             self._handed_out[id(value)] = (value, _memory(value))
 
     def forget(self) -> None:
-        """Watch nothing any more, and begin anew."""
+        """Forget all records; nothing counts as changed any more."""
         self._handed_out.clear()
         self.made = False
 
     @property
     def moved(self) -> bool:
-        """Whether a tensor that was handed out has other memory now."""
+        """True if a tensor that was handed out has other memory now."""
         return any(_memory(value) != memory for value, memory in self._handed_out.values())
 
 
@@ -131,7 +131,7 @@ class ParamState(_Noting):
             self._hand_out()
 
     def present(self) -> dict[str, Any]:
-        """What is there and not None, for the optimizer itself."""
+        """The values that are not None, for the optimizer itself."""
         return {name: value for name, value in dict.items(self) if value is not None}
 
     def _hand_out(self) -> None:

@@ -24,7 +24,7 @@ _warned: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
 def look_after_compiled_steps() -> None:
-    """From now on in this process, or until `torch._dynamo.reset()`, which forgets the look at compiles."""
+    """Install both checks, until `torch._dynamo.reset()` removes that of compiles."""
     _let_schedulers_take_functions()
     handler = find("torch._dynamo.callback.callback_handler")
     if handler is not None and _warn_hidden not in handler.start_callbacks:

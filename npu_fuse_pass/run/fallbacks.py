@@ -1,4 +1,4 @@
-"""A step that runs as the original: said once, and in the report."""
+"""Steps that run as the original: one warning, and an entry in the report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from npu_fuse_pass.tensors.memory import check_apart
 
 
 def refusal(mismatch: Mismatch, optimizers: Iterable[Stepping]) -> Reason:
-    """Why a step is refused. Where states share memory, eager steps are as wrong, and that has to be said."""
+    """The reason for a refused step. Where states share memory, it says that eager steps are wrong as well."""
     batches = [b for o in optimizers for b in o._prelude.batches]
     if mismatch.reason.code is Code.SHARED_MEMORY and not _states_apart(batches):
         return Code.STATES("states of this optimizer share memory, so that eager steps are wrong as well")
@@ -22,7 +22,7 @@ def refusal(mismatch: Mismatch, optimizers: Iterable[Stepping]) -> Reason:
 
 
 def _states_apart(batches: Iterable[Batch]) -> bool:
-    """Whether every state of these batches has memory of its own."""
+    """True if no two states of these batches share memory."""
     try:
         check_apart([view for b in batches for views in b.views.values() for view in views], [])
     except Mismatch:
@@ -31,7 +31,7 @@ def _states_apart(batches: Iterable[Batch]) -> bool:
 
 
 def refused(report: CompileReport, reason: Reason, strict: bool) -> None:
-    """A step that runs unfused because of its tensors: said once for each reason, and in the report.
+    """Report a step that runs unfused because of its tensors: one warning for each reason.
 
     Raises:
         UnfusedError: `strict`; nothing was changed.
@@ -44,9 +44,9 @@ def refused(report: CompileReport, reason: Reason, strict: bool) -> None:
 
 
 def falls_back(report: CompileReport, refusal: GraphRefused, strict: bool) -> None:
-    """The device refused the program before it changed anything: said once; the original runs from now on.
+    """Report that the device refused the program, in all of its forms, before it changed anything.
 
-    An NPU program has been tried in all of its forms by then.
+    The original runs from now on.
 
     Raises:
         UnfusedError: `strict`.

@@ -1,4 +1,4 @@
-"""The step of any other graph: a stock optimizer's, or a larger function in which rule optimizers step."""
+"""Steps of all other graphs: a torch.optim optimizer's, or a larger function in which rule optimizers step."""
 
 from __future__ import annotations
 
@@ -30,11 +30,15 @@ from npu_fuse_pass.run.variants import Variant, Variants
 from npu_fuse_pass.tensors.sharded import is_dtensor, local
 
 Kept = dict[str, list[Tensor | None]]
-"""Tensors that rule optimizers hold, by their handles."""
+"""Tensors that rule optimizers hold, by optimizer handle."""
 
 
 def graph_step(gm: fx.GraphModule, options: Options, cause: Cause) -> Callable[..., Any]:
-    """Compile any other graph: a stock optimizer's step, or a larger function in which rule optimizers step."""
+    """Compile any other graph: a torch.optim step, or a larger function in which rule optimizers step.
+
+    Returns:
+        The fused step; the original graph where nothing of it is fused.
+    """
     handles = [str(n.args[3]) for n in gm.graph.nodes if n.target is core_op.rule_update]
     try:
         for handle in handles:
@@ -46,9 +50,9 @@ def graph_step(gm: fx.GraphModule, options: Options, cause: Cause) -> Callable[.
 
 
 class _Later:
-    """A step whose optimizer refuses what it is given while it is compiled: at the call it does so itself.
+    """A step whose optimizer refuses its inputs while it is compiled: it is compiled at a call that has valid ones.
 
-    What a backend raises Dynamo wraps in an error of its own; and what was wrong may be right at the next call.
+    The call raises the optimizer's own error, which Dynamo would wrap if the backend raised it.
     """
 
     __slots__ = ("_cause", "_gm", "_options", "_step")
@@ -68,7 +72,7 @@ class _Later:
 class GraphStep:
     """A captured graph: its leaves are the graph's arguments and attributes, and what rule optimizers hold."""
 
-    # Dynamo keeps what a backend gives it for good, and with it a copy of its __dict__: so there is none.
+    # Dynamo keeps what a backend returns for good, and a copy of its __dict__: with slots there is none.
     __slots__ = ("__weakref__", "_facts", "_gm", "_numbers", "_optimizers", "_options", "_state", "_variants")
 
     def __init__(self, gm: fx.GraphModule, options: Options, handles: Sequence[str], cause: Cause) -> None:
@@ -83,7 +87,7 @@ class GraphStep:
         self._plan(cause)
 
     def _drop(self, optimizer: weakref.ref[Stepping]) -> None:
-        """Let go of the plan and the graph: without one of its optimizers no step of it can be made."""
+        """Release the plan and the graph: without one of its optimizers the graph cannot run."""
         forget(self, ("_gm", "_facts", "_state", "_variants"))
 
     @property
@@ -111,7 +115,7 @@ class GraphStep:
         return found  # type: ignore[return-value]
 
     def _inputs(self) -> list[object]:
-        """What a plan depends on beside the graph: the optimizers' batches, and which gradients there are."""
+        """What a plan depends on beside the graph: the optimizers' batches, and which gradients exist."""
         preludes = [o._prelude for o in self._stepped()]
         return [(p.version, [[g is None for g in b.grads] for b in p.batches]) for p in preludes]
 
@@ -171,7 +175,7 @@ class GraphStep:
 
 
 def _numbers(gm: fx.GraphModule) -> list[int]:
-    """Positions of the arguments that are tensors of one element: who keeps them is not seen by a look at memory."""
+    """Positions of the arguments that are tensors of one element: the check of memory does not see who keeps them."""
     found = [recorded(n) for n in gm.graph.find_nodes(op="placeholder")]
     return [i for i, t in enumerate(found) if isinstance(t, Tensor) and all(type(n) is int and n == 1 for n in t.shape)]
 
@@ -189,11 +193,11 @@ class _GraphVariant(Variant):
         self.layouts = _layouts(gm, made.captured) if made.captured.segments else []
         self.written = [i for g in made.grouped.groups for s in g.formula.written for i in {m[s] for m in g.members}]
         self.inference: bool | None = None
-        """Whether what the graph writes only inference mode may write, once that is known: Dynamo guards it."""
+        """True if only inference mode may write what the graph writes; found out once, as Dynamo guards it."""
 
 
 def _layouts(gm: fx.GraphModule, captured: Captured) -> list[tuple[int, tuple[int, ...]]]:
-    """How the graph's tensors lay in memory when it was captured, by leaf.
+    """The strides of the graph's tensors when it was captured, by leaf.
 
     Tensors that a step makes for operations that stay lie as they would without fusion, and random draws follow that.
     Dynamo guards layouts, though not everywhere: a graph that ends before the step of an optimizer has been seen to run
@@ -212,13 +216,13 @@ def _layouts(gm: fx.GraphModule, captured: Captured) -> list[tuple[int, tuple[in
 
 
 def graph_break_of(gm: fx.GraphModule) -> str | None:
-    """Why and where Dynamo ended a graph before the end of the function."""
+    """Say why and where Dynamo ended a graph before the end of the function; None if it did not."""
     reason = getattr(gm, "compile_subgraph_reason", None)
     return told(reason) if reason is not None and reason.graph_break else None
 
 
 def told(reason: Any) -> str:
-    """A break of Dynamo's in a line: why and where."""
+    """Format a graph break as one line: why and where."""
     frame = reason.user_stack[-1] if reason.user_stack else None
     place = f" ({frame.filename}:{frame.lineno}, in {frame.name})" if frame is not None else ""
     own = re.search(r"npu_fused: (.*)", str(reason.reason))  # a break of this package's says why
@@ -226,7 +230,7 @@ def told(reason: Any) -> str:
 
 
 def told_of(text: str) -> str:
-    """The same of a break of which there is only Dynamo's text, with the place that this names, if any."""
+    """Format the text of a graph break as one line, with the place that it names, if any."""
     found = re.search(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<name>\w+)', text)
     found = found or re.search(r"frame skipped: (?P<name>\w+) \((?P<file>.+) line (?P<line>\d+)\)", text)
     place = f" ({found['file']}:{found['line']}, in {found['name']})" if found else ""
@@ -234,7 +238,7 @@ def told_of(text: str) -> str:
 
 
 class _Arguments:
-    """From the graph's arguments to the values of all leaves; attributes are looked up once."""
+    """Map the graph's arguments to the values of all leaves; attributes are looked up once."""
 
     def __init__(self, gm: fx.GraphModule, leaves: Sequence[Leaf]) -> None:
         self._template: list[Any] = [None] * len(leaves)

@@ -1,4 +1,4 @@
-"""The steps of rule optimizers: what the backend gives to Dynamo for their core."""
+"""Steps of rule optimizers: the callable that the backend returns to Dynamo for their core."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _MOST = 64  # plans of one optimizer that are kept
 
 
 class RuleSteps:
-    """The compiled core: finds the optimizer on the ticket, and the step that was planned for it at its first call.
+    """The compiled core: runs the step that was planned for the optimizer on the ticket at its first call.
 
     Args:
         original: the core as it was captured.
@@ -38,7 +38,7 @@ class RuleSteps:
         ticket: of the optimizer for which it does.
     """
 
-    # Dynamo keeps what a backend gives it for good, and with it a copy of its __dict__: so there is none.
+    # Dynamo keeps what a backend returns for good, and a copy of its __dict__: with slots there is none.
     __slots__ = ("__weakref__", "_cause", "_options", "_original", "_steps")
 
     def __init__(self, original: Callable[..., object], options: Options, cause: Cause, ticket: Tensor) -> None:
@@ -48,7 +48,7 @@ class RuleSteps:
         self._steps[handle] = self._begun(handle)
 
     def __call__(self, ticket: Tensor, ran: list[CompileReport] | None = None) -> tuple[()]:
-        """A step of the optimizer on the ticket; its report goes to `ran`."""
+        """Run a step of the optimizer on the ticket; append its report to `ran`."""
         handle = core_op.handle_on(ticket)
         step = self._steps.get(handle)
         if step is None:
@@ -62,7 +62,7 @@ class RuleSteps:
         return ()
 
     def _begun(self, handle: str) -> RuleStep | CompileReport:
-        """The step of an optimizer; where planning it has failed, the report that says so."""
+        """Plan the step of an optimizer; where that fails, return the report that says so."""
         optimizer = core_op.optimizer_of(handle)
         cause = self._cause if optimizer._prelude.compiled else FIRST
         report = CompileReport(self._options.platform, cause=cause.text, cause_remedy=cause.remedy)
@@ -87,7 +87,7 @@ class RuleStep:
 
     @property
     def report(self) -> CompileReport:
-        """Of what runs now."""
+        """The report of the variant that ran last."""
         return self._variants.newest.report
 
     def _plan(self, cause: Cause = FIRST) -> None:
@@ -108,7 +108,7 @@ class RuleStep:
             del self._kept[next(iter(self._kept))]
 
     def _drop(self, optimizer: weakref.ref[Stepping]) -> None:
-        """Let go of the plan of an optimizer that is gone."""
+        """Release the plan of an optimizer that is gone."""
         self._gone()
 
     def _variant(self, cause: Cause, number: pipeline.Number | None) -> Variant:
@@ -121,7 +121,7 @@ class RuleStep:
         return Variant(made, self._options)
 
     def __call__(self) -> None:
-        """One step of the optimizer."""
+        """Run one step of the optimizer."""
         optimizer = self._optimizer()
         assert optimizer is not None
         prelude = optimizer._prelude
@@ -140,7 +140,7 @@ class RuleStep:
             optimizer._run_original()
 
     def _together(self, optimizer: Stepping) -> bool:
-        """A step with norms of tensors of which this process holds parts: all processes run it fused, or none."""
+        """Agree with other processes on a step with norms of sharded tensors: all run it fused, or none."""
         batches, meeting = optimizer._prelude.batches, optimizer._prelude.meeting
         newest = self._variants.newest
         while meeting.agree(batches, getattr(getattr(newest.program, "spread", None), "opening", None)):
@@ -172,7 +172,7 @@ class RuleStep:
         return done
 
     def _beside_torch(self, optimizer: Stepping, variant: Variant, check: Callable[[], None]) -> None:
-        """The check of a step, and after it that of what both forms of it share."""
+        """Run the check of a step, then the check beside torch's own class, of what both forms of it share."""
         torch_step = torch_class.of_rule(optimizer) if isinstance(optimizer, RuleOptimizer) else None
         check()
         if torch_step is not None:

@@ -19,7 +19,7 @@ _MOST = 8
 
 
 class Variant:
-    """A program of a step, and what it was made for.
+    """A program of a step, and the captured step that it was made for.
 
     Attributes:
         program: None where the original runs.
@@ -39,7 +39,7 @@ class Variant:
         self.check = SideBySide(fused.grouped, fused.report, self.rounds_once) if checked else None
 
     def differing(self, number: Number) -> list[tuple[str, bool]]:
-        """The numbers that are 0 at a step and were not, or the other way round: their names, whether they are."""
+        """The numbers whose comparison with 0 differs from this variant's: names, and True for those that are 0."""
         found = [(d, (t := number(d.leaf)) is not None and t.item() == 0) for d in self.captured.decided]
         return [(d.label, zero) for d, zero in found if zero != d.zero]
 
@@ -48,7 +48,7 @@ V = TypeVar("V", bound=Variant)
 
 
 class Variants(Generic[V]):
-    """Those that have been made; `newest` ran last."""
+    """The variants made so far; `newest` ran last."""
 
     def __init__(self, first: V) -> None:
         self._made = [first]

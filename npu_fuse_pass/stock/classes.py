@@ -124,7 +124,7 @@ _TORCH = pathlib.Path(torch.optim.__file__).parent
 
 
 def _torchs_own(step: Any) -> bool:
-    """Whether a step and all that wraps it (hooks, a profile's name, schedulers' counts) are torch's."""
+    """True if a step and all that wraps it (hooks, profiler range, schedulers' counts) are torch's."""
     while step is not None:
         code = getattr(step, "__code__", None)
         if code is None or pathlib.Path(code.co_filename).parent != _TORCH:

@@ -1,4 +1,4 @@
-"""What is looked at before every step of an optimizer of torch.optim that runs as a rule.
+"""The checks before every step of a torch.optim optimizer that runs as a rule.
 
 The batches are those of `rules.batch`, but that nothing is kept apart: states are the tensors in `opt.state`, made by
 torch's own class and updated where they are, so that whatever else reads or writes them (checkpoints, an uncompiled
@@ -292,7 +292,7 @@ def _check_numbers(name: str, values: Sequence[Any], params: Sequence[Tensor], l
 
 
 def _serves(batch: Batch, rule: Declaration, index: int, group: Mapping[str, Any], members: list[Tensor]) -> bool:
-    """Whether an existing batch still is what would be made for these parameters."""
+    """True if a batch made now for these parameters would equal the existing one."""
     return (
         len(members) == len(batch.owners)
         and all(map(operator.is_, members, batch.owners))
@@ -329,7 +329,7 @@ def _read(batch: Batch) -> bool:
 
 
 def _fits(batch: Batch, index: int, param: Tensor, grad: Tensor | None) -> bool:
-    """Whether a parameter, its gradient and its states are what the batch was made for."""
+    """True if a parameter, its gradient and its states are what the batch was made for."""
     if param.numel() != batch.numels[index] or param.stride() != batch.strides[index] or _odd(param, batch.dtype):
         return False
     if grad is None:
@@ -344,11 +344,11 @@ def _fits(batch: Batch, index: int, param: Tensor, grad: Tensor | None) -> bool:
 
 
 def _odd(t: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a tensor is of a kind for which the rule's arithmetic is not torch's."""
+    """True for a tensor on which the rule's arithmetic differs from torch's."""
     return type(t) not in _PLAIN or t.dtype != dtype or t.device.type != "cpu" or t.layout is not torch.strided
 
 
 def _odd_number(name: str, t: object) -> bool:
-    """Whether a counter, or another number of a parameter, is of a kind that torch does not make or a rule not keep."""
+    """True for a counter or other per-parameter number of a kind that torch does not make or a rule cannot keep."""
     dtypes = DTYPES if name == "step" else (torch.float32,)
     return type(t) is not Tensor or t.dtype not in dtypes or t.device.type != "cpu" or t.ndim != 0

@@ -1,4 +1,4 @@
-"""Which objects an optimizer of torch.optim keeps as its states, and whether they are still the same."""
+"""The states of a torch.optim optimizer as objects, and the check that they are still the same."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Entries:
             self._unchanged = check.dict_check([self._state, *self._entries])
 
     def learn(self, state: States) -> None:
-        """Know these from now on."""
+        """Remember these entries."""
         self._unchanged = None
         self._state, self._keys, self._entries = state, list(state), list(state.values())
         self._values = list(_values(self._entries))
 
     def same(self, state: States) -> bool:
-        """Whether nothing was put in, taken out or exchanged."""
+        """True if no entry was added, removed or exchanged."""
         if self._unchanged is not None:
             return state is self._state and self._unchanged()
         return (

@@ -37,7 +37,7 @@ def reference_strides(param: Tensor) -> tuple[int, ...]:
 
 
 def conflicts(a: Tensor, b: Tensor) -> int:
-    """In how many of 256 pages the lines of two tensors evict each other."""
+    """The number of pages, of 256, in which the lines of two tensors evict each other."""
     pages = range(0, 256 * _PAGE, _PAGE)
     return sum(_hash(a.data_ptr() + p) == _hash(b.data_ptr() + p) for p in pages)
 

@@ -1,4 +1,4 @@
-"""Numbers of several processes become one: sums and extremes over a process group."""
+"""Sums and extremes of numbers over a process group."""
 
 from __future__ import annotations
 
@@ -29,6 +29,6 @@ def reduce_over(group: Any, ops: Sequence[str], values: Tensor) -> None:
 
 
 def largest_over(groups: Iterable[Any], values: Tensor) -> None:
-    """The largest of each of these numbers over all processes of these groups, in place."""
+    """Take the maximum of each number over all processes of these groups, in place."""
     for group in groups:
         dist.all_reduce(values, dist.ReduceOp.MAX, group=group)

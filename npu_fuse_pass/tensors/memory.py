@@ -34,7 +34,7 @@ def check_apart(written: Sequence[Tensor], read: Sequence[Tensor]) -> None:
 
 
 def apart(starts: Tensor, sizes: Tensor, written: Tensor) -> bool:
-    """The same for blocks that stand in tensors: whether none that is written overlaps another one.
+    """True if no written block of memory overlaps another one; blocks are given as tensors.
 
     Args:
         starts: where the blocks begin, int64.
@@ -50,7 +50,7 @@ def apart(starts: Tensor, sizes: Tensor, written: Tensor) -> bool:
 
 
 def _extent(t: Tensor) -> int:
-    """Bytes from a tensor's first to behind its last element."""
+    """Bytes from the start of a tensor's first element to the end of its last."""
     return (1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))) * t.element_size()
 
 
@@ -68,12 +68,12 @@ def memory_order(tensors: Sequence[Tensor]) -> tuple[int, ...]:
 
 
 def materialised(t: Tensor) -> bool:
-    """Whether memory holds the tensor's values: not their negatives (imaginary parts of conjugates), nor nothing."""
+    """True if memory holds the values: not their negatives (imaginary parts of conjugates), and not a zero tensor's."""
     return not (t.is_neg() or getattr(t, "_is_zerotensor", bool)())  # without it their address, 0, is refused
 
 
 def in_order(t: Tensor, strides: tuple[int, ...]) -> bool:
-    """Whether the tensor's elements lie in memory as these strides say, and as they are."""
+    """True if the tensor's elements lie in memory with these strides, unchanged."""
     if not materialised(t):
         return False
     agree = all(size <= 1 or a == b for size, a, b in zip(t.shape, t.stride(), strides, strict=True))
@@ -91,5 +91,5 @@ def copy_each(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same elements of the same memory."""
+    """True if two tensors are the same elements of the same memory."""
     return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)

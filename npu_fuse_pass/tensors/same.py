@@ -1,4 +1,4 @@
-"""Whether a step's tensors are of the kind that they were at an earlier step, asked in one call for all of them."""
+"""A check that all tensors of a step are of the kinds that they had at an earlier step, in one call."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SameTensors:
         """Which of those learned the tensors asked about last were like, by number; None: not like the latest."""
 
     def match(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Whether these are what was learned, one by one; never where one of them is None."""
+        """True if each of these is of the kind that was learned; False if one is None."""
         same = self._guards is not None and bool(self._guards.check(*tensors))
         self.matched = self._learned if same else None
         return same

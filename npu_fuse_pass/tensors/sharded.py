@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def is_dtensor(t: object) -> bool:
-    """Whether a tensor is a torch.distributed.tensor.DTensor; without importing torch.distributed."""
+    """True for a torch.distributed.tensor.DTensor; does not import torch.distributed."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)
 
@@ -83,13 +83,13 @@ def first_element(param: Tensor) -> int:
 
 
 def holds_values(t: Tensor) -> bool:
-    """Whether a DTensor's local part has elements of it, and not what has to be added up first."""
+    """True if a DTensor's local part holds elements of it, not partial sums."""
     layout: Any = t
     return not any(p.is_partial() for p in layout.placements)
 
 
 def alike(param: Tensor, t: Tensor) -> bool:
-    """Whether a gradient or a state is spread as its parameter, or neither is spread at all."""
+    """True if a gradient or state is sharded as its parameter is, or neither is sharded."""
     if not is_dtensor(param) or not is_dtensor(t):
         return is_dtensor(param) == is_dtensor(t)
     layout: Any = param

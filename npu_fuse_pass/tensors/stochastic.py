@@ -1,8 +1,8 @@
 """Stochastic rounding: float32 to half precision, up or down by chance, the more likely the nearer that is.
 
 The random bits are those of Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), a
-function of a key and a counter that keeps nothing: whoever rounds an element, in whatever order and with how many
-threads, gets the same bits. The key is (seed, parameter), the counter (block of 8 elements, step), both of 64 bits.
+function of a key and a counter without a state: an element gets the same bits in any order of elements and with any
+number of threads. The key is (seed, parameter), the counter (block of 8 elements, step), both of 64 bits.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _library.define(
     "stochastic_round(Tensor x, Tensor like, Tensor seed, Tensor parameter, Tensor first, Tensor step) -> Tensor"
 )
 stochastic_round = torch.ops.npu_fused.stochastic_round.default
-"""`x` as a tensor of the dtype of `like`, in whose order in memory elements are counted, from number `first` on.
+"""Round `x` to the dtype of `like`; elements are counted in the memory order of `like`, from number `first` on.
 
 A number's distance from the one next to it towards 0, in 65536ths of that to the next one away from 0, and 16 random
 bits are added: away from 0 where that gives 65536 or more. So probabilities are exact, but those of subnormal float16
-numbers, which are rounded to 65536ths. What is beyond the largest finite number is rounded to nearest; a dtype that is
+numbers, which are rounded to 65536ths. Values beyond the largest finite number are rounded to nearest; a dtype that is
 not of half precision is cast to.
 """
 

@@ -55,7 +55,7 @@ def mark_cleared(params: Iterable[Tensor]) -> None:
 
 
 def is_cleared(param: Tensor) -> bool:
-    """Whether a parameter has a gradient, and nothing was written to it since it was cleared."""
+    """True if a parameter has a gradient, and it was not written since it was cleared."""
     return param.grad is not None and _has_mark(param.grad, _CLEARED)
 
 

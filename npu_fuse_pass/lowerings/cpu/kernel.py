@@ -102,10 +102,10 @@ class Kernel:
         self._keep: list[Tensor] = []
         self._copy_back: list[tuple[Tensor, Tensor]] = []
         self._bound = False
-        self._load(in_pieces)  # last: the library that looks at tensors is compiled meanwhile
+        self._load(in_pieces)  # last: the library of the input check is compiled meanwhile
 
     def _load(self, in_pieces: bool) -> None:
-        """Compile the kernel, or load it."""
+        """Load the kernel, compiled now or earlier."""
         source = self.source
         library = cpu_build.load(source.text, [*source.functions, "find_overlap"])
         functions = [getattr(library, name) for name in source.functions]
@@ -171,7 +171,7 @@ class Kernel:
                 self.moved |= column.written
 
     def checks(self, ids: Set[int]) -> bool:
-        """Whether `same` can find all that changes between steps: these objects and their gradients."""
+        """True if `same` finds all that changes between steps: these objects and their gradients."""
         return self._bound and self._all_active and not self._one_by_one and self.inputs.holds(ids)
 
     def same(self) -> bool:
@@ -195,7 +195,7 @@ class Kernel:
     _all_active = True
 
     def _fits(self, column: Column, tensors: Sequence[Tensor], complete: bool) -> bool:
-        """Whether all have the dtype and size that the kernel was made for, and their values lie in memory in order."""
+        """True if all have the dtype and size that the kernel was made for, and their values are in order in memory."""
         if complete and {t.dtype for t in tensors} != {column.dtype}:
             found = next(t for t in tensors if t.dtype != column.dtype)
             raise Mismatch(f"a tensor is {found.dtype}; the kernel was compiled for {column.dtype}")
@@ -252,7 +252,7 @@ class Kernel:
 
     @property
     def copies(self) -> bool:
-        """Whether this call works on copies of tensors whose elements lie in another order."""
+        """True if this call works on copies of tensors whose elements lie in another order."""
         return bool(self._keep)
 
     def tensors(self, values: Values) -> list[tuple[Tensor, bool]]:
@@ -290,7 +290,7 @@ class Kernel:
         return b"".join([*rows, self._tables.active.tobytes()])
 
     def reads_overlap(self, starts: array.array[int], ends: array.array[int]) -> bool:
-        """Whether a tensor that is only read shares memory with one that is written."""
+        """True if a tensor that is only read shares memory with one that is written."""
         written = (starts.buffer_info()[0], ends.buffer_info()[0], len(starts))
 
         def found(table: array.array[int], column: Column, sizes: array.array[int]) -> bool:
@@ -339,6 +339,6 @@ class Kernel:
                 target.detach().copy_(dense)
 
     def release(self) -> None:
-        """Let go of the call's tensors."""
+        """Release the call's tensors."""
         self._keep, self._copy_back = [], []
         self.inputs.release()

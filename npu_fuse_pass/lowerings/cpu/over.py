@@ -1,4 +1,4 @@
-"""C++ for what works on some of the dimensions (`ir.dimensions`): the pass that reduces, and what is expanded."""
+"""C++ for what works on some of the dimensions (`ir.dimensions`): the sweep that reduces, and what is expanded."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Program:
         self.another = functools.partial(Program, leaves, groups, slower)
         self._leaves = leaves
         numbers = [leaf.value for leaf in leaves if leaf.kind == "constant"]
-        contributed = {number for g in groups for totals in g.totals for number in totals}  # read by nobody, maybe
+        contributed = {number for g in groups for totals in g.totals for number in totals}  # a total may have no reader
         read = {leaf.index for leaf in leaves if leaf.kind == "total"}
         self._n_totals = 1 + max(contributed | read, default=-1)
         self._table = array.array("d", [*numbers, *[0.0] * self._n_totals, 0.0])
@@ -139,7 +139,7 @@ class Program:
             self.release()
 
     def release(self) -> None:
-        """Let go of the tensors of a step."""
+        """Release the tensors of a step."""
         for kernel in self.kernels:
             kernel.release()
 

@@ -1,4 +1,4 @@
-"""A step whose norms are of tensors of which this process holds parts: kernels in pieces, exchanges between them.
+"""Steps with norms of sharded tensors: kernels in pieces, and exchanges between processes after each.
 
 A piece ends where a sweep has reduced something. What members that are spread over processes have reduced then becomes
 that of their whole tensors: one exchange for each process group, whatever the number of members and kernels.
@@ -88,11 +88,11 @@ class Spread:
         return exchanges
 
     def begin(self) -> None:
-        """A new step."""
+        """Begin a new step."""
         self._at = 0
 
     def open(self, threads: int) -> None:
-        """The pieces up to the first exchange.
+        """Run the pieces up to the first exchange.
 
         Raises:
             Declined: another process does not run this step fused; nothing was changed.
@@ -100,7 +100,7 @@ class Spread:
         self._until(self._open_after, threads)
 
     def finish(self, threads: int) -> None:
-        """The rest of the step, as far as it is not done."""
+        """Run the rest of the step."""
         self._until(len(self._actions), threads)
 
     def _until(self, end: int, threads: int) -> None:

@@ -106,7 +106,7 @@ class Tables:
         self.pointer = ctypes.byref(self.args)
 
     def share(self, threads: int) -> None:
-        """How many threads share the next call, and how many chunks each takes at once."""
+        """Set how many threads share the next call, and how many chunks each takes at once."""
         elements, chunks = self.args.elements, max(1, self.args.chunks)
         self.args.threads = threads if elements > _SERIAL else 1
         at_once = min(max(elements // (_TURNS * threads), _FEW), _MANY)

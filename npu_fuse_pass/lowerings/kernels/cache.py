@@ -1,7 +1,7 @@
 """The folder in which compiled kernels are kept: safe to share between processes, hard to poison for other users.
 
 It is a folder of our own below the one that the user names, so that whatever else is there is none of our business.
-Nobody else may write it, nor anything above it: what was checked stays what it is until it is loaded.
+No other user may write it, nor anything above it: what was checked stays what it is until it is loaded.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def usable(folder: pathlib.Path) -> pathlib.Path:
 
 
 def noexec(folder: pathlib.Path) -> bool:
-    """Whether libraries in a folder cannot be loaded because of how its file system is mounted."""
+    """True if a folder's file system is mounted so that libraries in it cannot be loaded."""
     return bool(os.statvfs(folder).f_flag & os.ST_NOEXEC)
 
 
@@ -71,7 +71,7 @@ def publish(library: pathlib.Path, folder: pathlib.Path, key: str, kind: str = "
 
 
 def trusted(folder: pathlib.Path, key: str, kind: str = "so") -> pathlib.Path | None:
-    """The cached library, if it and its note are ours and it holds what was once built."""
+    """The cached library, if it and its note are this user's and it holds what was once built."""
     note = folder / f"{key}.{kind}.sha256"
     try:
         digest = note.read_text()
@@ -86,7 +86,7 @@ def trusted(folder: pathlib.Path, key: str, kind: str = "so") -> pathlib.Path | 
 
 
 def kept(key: str, kind: str) -> bytes | None:
-    """What the cache holds of a kind under a key; None where there is nothing, or nothing that can be trusted."""
+    """The cached content of a kind under a key; None if there is none, or it cannot be trusted."""
     try:
         path = trusted(usable(cache_folder()), key, kind)
         return None if path is None else path.read_bytes()
@@ -95,7 +95,11 @@ def kept(key: str, kind: str) -> bytes | None:
 
 
 def keep(key: str, kind: str, content: bytes) -> str:
-    """Put something into the cache, in place of what it holds there; why that is not possible, or ""."""
+    """Put content into the cache, in place of what it holds there.
+
+    Returns:
+        Why that is not possible, or "".
+    """
     try:
         folder = usable(cache_folder())
         before = trusted(folder, key, kind)
@@ -111,7 +115,7 @@ def keep(key: str, kind: str, content: bytes) -> str:
 
 
 def drop(key: str, kind: str) -> None:
-    """Take something out of the cache."""
+    """Remove a key's content from the cache."""
     with contextlib.suppress(OSError, RuntimeError):
         folder = usable(cache_folder())
         path = trusted(folder, key, kind)
@@ -139,7 +143,7 @@ def clear_cache() -> None:
 
 
 def _remove_builds(folder: pathlib.Path, before: float) -> None:
-    """What killed processes have left."""
+    """Remove what killed processes have left."""
     for path in folder.glob(f"{_BUILD}*"):
         with contextlib.suppress(OSError):
             if path.lstat().st_mtime <= before:
@@ -152,7 +156,7 @@ def _check_safe(folder: pathlib.Path) -> None:
     for path in (*reversed(folder.parents), folder):
         status, last = path.stat(), path == folder
         own = status.st_uid == os.getuid()
-        sticky = status.st_mode & stat.S_ISVTX and not last  # /tmp: nobody else can replace what is ours
+        sticky = status.st_mode & stat.S_ISVTX and not last  # /tmp: no other user can replace what is in it
         if not own and (last or (reachable and status.st_uid != 0)):
             raise PermissionError(f"{path} belongs to user {status.st_uid}")
         if status.st_mode & 0o022 and not sticky and (last or reachable):
