@@ -164,6 +164,50 @@ def test_float64_keeps_ge_operations_beside_kernels(ge: harness.Recording, cores
         assert calls_back or "all of a step's groups have to be kernels" in rows["f32"].note
 
 
+def in_one_buffer(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same values as parts of one buffer, between which one element belongs to nobody."""
+    buffer = torch.full((sum(t.numel() + 1 for t in tensors),), 77.0)
+    parts = buffer.split([n for t in tensors for n in (t.numel(), 1)])[::2]
+    for part, t in zip(parts, tensors, strict=True):
+        part.copy_(t.detach().flatten())
+    return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+
+
+@pytest.mark.parametrize("name", ["AdamW foreach", "lamb_global"])
+def test_tensors_that_are_parts_of_one_buffer(name: str, ge: harness.Recording, cores: Cores) -> None:
+    opts = triple(BY_NAME[name])
+    train(opts, 2, kernels="generated", strict=True)
+    params, state = opts[0].param_groups[0]["params"], opts[0].state
+    whole = [(p, key) for p in params for key, t in state[p].items() if isinstance(t, Tensor) and t.shape == p.shape]
+    parts = in_one_buffer([*params, *(state[p][key] for p, key in whole)])
+    for p, part in zip(params, parts, strict=False):
+        p.data = part
+    for (p, key), part in zip(whole, parts[len(params) :], strict=True):
+        state[p][key] = part
+    before = len(cores.launched)
+    said = train(opts, 3, kernels="generated", strict=True)
+    assert not said and len(cores.launched) > before
+    assert report().groups[0].kernel == "generated NPU kernel"
+    assert_same(opts)
+    assert parts[0].untyped_storage().data_ptr() == opts[0].param_groups[0]["params"][-1].untyped_storage().data_ptr()
+    free = torch.tensor([], dtype=torch.float32).set_(parts[0].untyped_storage())
+    assert int((free == 77).sum()) == len(parts)  # what lies between is as it was
+
+
+def test_parts_that_overlap_are_the_original_s(ge: harness.Recording, cores: Cores) -> None:
+    opts = triple(BY_NAME["adamw"])
+    train(opts, 2, kernels="generated", strict=True)
+    for opt in opts:
+        params = opt.param_groups[0]["params"]
+        params[1].data = params[2].data[1:8]
+    before = len(cores.launched)
+    said = train(opts, 2, kernels="generated")
+    assert len(cores.launched) == before
+    assert any("share memory" in text for text in said) and "share memory" in str(npu_fuse_pass.reports()[-1].fallback)
+    for p, q in zip(opts[0].param_groups[0]["params"], opts[1].param_groups[0]["params"], strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)  # two steps were by kernels
+
+
 STAGES = ("generation", "compile", "load", "conversion", "callback", "GE's load", "launch", "write")
 PLANTED = RuntimeError("EZ9999: planted")
 
