@@ -78,6 +78,57 @@ def test_counts(name: str, in_group: bool) -> None:
     assert all(report.groups and report.fallback is None and not report.reasons for report in reports)
 
 
+class Adapting(torch.optim.Optimizer):
+    """Sign descent that finds its size, as D-Adaptation does. Python reads sums and ends the graph with a branch.
+
+    The first step computes `weighted` and leaves it at 0; `size` and `scale` are variables on both sides of the branch.
+    """
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 1.0, "weighted": 0.0, "size": 0.01})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        group = self.param_groups[0]
+        size, scale = group["size"], group["size"] * group["lr"]
+        dots = total = 0.0
+        for p in group["params"]:
+            sums = self.state[p].setdefault("sums", torch.zeros_like(p))
+            update = p.grad.sign()
+            dots += scale * (update * sums).sum().item()
+            p.sub_(update, alpha=scale)
+            total += sums.mul_(0.9).add_(update, alpha=0.1 * scale).abs().sum().item()
+        weighted = 0.9 * group["weighted"] + 0.1 * dots
+        if total == 0:
+            return
+        group["size"] = max(size, weighted / (0.1 * total) + 0.001 * scale)
+        group["weighted"] = weighted
+        for p in group["params"]:
+            p.mul_(1 - scale * 1e-3)
+
+
+def test_numbers_that_the_first_step_leaves_as_they_are_and_variables_after_a_break() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    npu_fuse_pass.clear_reports()
+    params = parameters([(3, 4), (5,)])
+    others = clones(params)
+    opt, eager = Adapting(params), Adapting(others)
+    step = npu_fuse_pass.compile_step(opt)
+    for seed in range(6):
+        for some in (opt, eager):
+            some.param_groups[0]["lr"] = 1.0 / (1 + seed // 3)
+        for ps in (params, others):
+            set_gradients(ps, gradients(ps, seed))
+        step()
+        eager.step()
+    assert_close(params, others)
+    ours, theirs = (o.param_groups[0] for o in (opt, eager))
+    assert all(ours[key] == pytest.approx(theirs[key], rel=1e-5) for key in ("weighted", "size")) and ours["weighted"]
+    made = [report for report in npu_fuse_pass.reports() if report.groups]
+    assert len(made) == 2 and all(report.cause == "compile" and not report.reasons for report in made)
+
+
 def adam_like(p: Tensor, g: Tensor, state: dict[str, Any]) -> None:
     step = state["count"].add_(1).item()
     state["average"].lerp_(g, 1 - (0.9**step - 0.9) / (0.9**step - 1))

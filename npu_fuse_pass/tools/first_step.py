@@ -7,6 +7,7 @@ which Python numbers change.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,8 @@ def first_eagerly(
     classes, whose states Dynamo makes while it captures.
 
     Args:
-        changing: filled with keys in groups and states whose Python numbers change: lr, and those of the first step.
+        changing: filled with keys in groups and states whose Python numbers change: lr, and those that the first step
+            wrote.
     """
     if getattr(step, "__module__", "").startswith("torch.optim."):
         return compiled
@@ -38,7 +40,7 @@ def first_eagerly(
         try:
             return step(*args, **kwargs)
         finally:
-            changing.update(key for key, values in _numbers(opt).items() if before.get(key) != values)
+            changing.update(key for key, values in _numbers(opt).items() if not _are_same(before.get(key, []), values))
 
     return run
 
@@ -51,6 +53,11 @@ def _numbers(opt: torch.optim.Optimizer) -> dict[str, list[float]]:
             if type(value) in (int, float) and isinstance(key, str):
                 found.setdefault(key, []).append(value)
     return found
+
+
+def _are_same(before: list[float], now: list[float]) -> bool:
+    """Whether no number was written: one that was computed anew will change, though its value is still the same."""
+    return len(before) == len(now) and all(map(operator.is_, before, now))
 
 
 def _has_states(opt: torch.optim.Optimizer) -> bool:

@@ -58,10 +58,18 @@ _set_capturable, _attribute_source, _variable, _lazy = _CAPTURABLE = (
 def _entry_as_if_changed(tx: Any, name: str, entry: Any, **kwargs: Any) -> Any:
     """Dynamo's entry of an input; a number that is known to change is marked as changed."""
     found = _entry_of(tx, name, entry, **kwargs)
-    key = re.search(r"\['(\w+)'\]$", name)
-    if key is None or key[1] not in _changing.get() or not isinstance(found.scalar, (int, float)):
-        return found
-    return dataclasses.replace(found, scalar=_auto_dynamic)
+    if isinstance(found.scalar, (int, float)) and _is_known_to_change(tx, name, found.scalar):
+        return dataclasses.replace(found, scalar=_auto_dynamic)
+    return found
+
+
+def _is_known_to_change(tx: Any, name: str, value: float) -> bool:
+    """Of an input by Dynamo's name for it. A float variable after a break was computed before it, of those that do."""
+    key = re.search(r"(^L)?\['(\w+)'\]$", name)
+    if key is None:
+        return False
+    resumed = key[1] and isinstance(value, float) and tx.f_code.co_name.startswith("torch_dynamo_resume_in_")
+    return bool(resumed) or key[2] in _changing.get()
 
 
 def _set_capturable_where_known(self: Any, tx: Any) -> None:
