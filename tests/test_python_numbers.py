@@ -27,6 +27,7 @@ NUMBERS: dict[str, Number] = {
     "math.log": lambda beta, step: math.log(step + 1),
     "math.log with a base": lambda beta, step: math.log(step + 1, 10),
     "math.exp": lambda beta, step: math.exp(-step / 10),
+    "integers": lambda beta, step: (round(step / 2) + int(-0.4 * step) + (step << 2) + (step >> 1)) / 100,
 }
 
 
@@ -54,7 +55,7 @@ class Counting(torch.optim.Optimizer):
 
 
 @pytest.mark.parametrize("in_group", [True, False], ids=["group", "state"])
-@pytest.mark.parametrize("name", NUMBERS if FULL else ["math.pow", "math.log with a base"])
+@pytest.mark.parametrize("name", NUMBERS if FULL else ["math.pow", "math.log with a base", "integers"])
 def test_counts(name: str, in_group: bool) -> None:
     """Ten steps and six learning rates: the first step is eager, and all others are one graph."""
     torch._dynamo.reset()
@@ -76,6 +77,30 @@ def test_counts(name: str, in_group: bool) -> None:
     assert counters["stats"]["unique_graphs"] == len(reports) == 1
     assert opt.param_groups[0].keys() == eager.param_groups[0].keys()
     assert all(report.groups and report.fallback is None and not report.reasons for report in reports)
+
+
+KEPT: dict[str, Number] = {
+    "bits": lambda beta, step: (step & 5) ^ 2,
+    "decimal places": lambda beta, step: round(beta**step, 2),
+    "of one that is kept": lambda beta, step: 1 / (1 + (round(beta * step, 1) + 1) // 1) + ((step | 1) & 7),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_only_python_computes_of_numbers_is_called_between_kernels(name: str) -> None:
+    torch._dynamo.reset()
+    npu_fuse_pass.clear_reports()
+    params = parameters([(3, 4), (5,)])
+    others = clones(params)
+    opt, eager = (Counting(ps, KEPT[name], in_group=True) for ps in (params, others))
+    trained(opt, npu_fuse_pass.compile_step(opt), range(8))
+    trained(eager, eager.step, range(8))
+    assert_close(params, others)
+    (report,) = npu_fuse_pass.reports()
+    assert report.fallback is None and sum(g.updates for g in report.groups if g.writes == "leaves") >= 2
+    assert report.unfused and all("compute this number with" in str(reason.remedy) for reason in report.unfused)
+    assert opt.param_groups[0]["step"] == 8 and type(opt.param_groups[0]["step"]) is int
+    assert report.fused_graph is not None and "float64" in report.fused_graph.print_readable(print_output=False)
 
 
 class Adapting(torch.optim.Optimizer):

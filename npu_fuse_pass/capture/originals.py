@@ -33,7 +33,7 @@ class _Interpreter(Protocol):
     builder: Builder
     leaves: list[Leaf]
 
-    def add_leaf(self, leaf: Leaf, tensor: bool) -> Cell: ...
+    def add_leaf(self, leaf: Leaf, tensor: bool, number: torch.dtype | None = None) -> Cell: ...
     def replace(self, cell: Cell, name: str, val: Val) -> None: ...
     def moves(self, given: Sequence[Val], made: Sequence[Val], fused: bool) -> None: ...
 
@@ -70,7 +70,9 @@ class Originals:
         several = isinstance(meta, (list, tuple))
         fakes: list[Any] = list(meta) if several else [] if meta is None else [meta]
         known = has_record(node) or not node.users
-        if effect is None or not known or not all(isinstance(fake, Tensor) for fake in fakes):
+        number = next((t for t, kinds in _NUMBERS.items() if isinstance(meta, kinds)), None)
+        tensors = all(isinstance(fake, Tensor) for fake in fakes)
+        if effect is None or not known or not (tensors or number in (int, float)):
             raise Unsupported.of(reason)
         returned = effect.returned if fakes else ()
         if len(returned) != len(fakes) or any(isinstance(env[n], Scalars) for n in node.all_input_nodes):
@@ -84,7 +86,9 @@ class Originals:
         if effect.ordered:
             level = self._ordered = max(level, self._ordered)
         self._reach(level)
-        call = Call(node.target, (), {}, [], several, node.name)
+        if number is not None:
+            reason = dataclasses.replace(reason, remedy=_OF_NUMBERS)
+        call = Call(node.target, (), {}, [], several, node.name, number=number is not None)
         held = {place: self._held(_entry(env[place[0]], place[1]), level, place, call) for place in effect.written}
         given: Any = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: self._given(n, env[n], level, held))
         call.args, call.kwargs = given
@@ -97,7 +101,9 @@ class Originals:
         made = []
         for fake, itself in zip(fakes, returned, strict=True):
             val = new.get(itself) if itself is not None else None
-            if val is None:
+            if number is not None:
+                val = self._number(name, number, level)
+            elif val is None:
                 val = self._result(name, fake.dtype, tuple(map(int, fake.shape)), fake.device, level)
             call.results.append(_index(val))
             given_cell = None if itself is None else _entry(env[itself[0]], itself[1])
@@ -124,6 +130,13 @@ class Originals:
         place = f"{name}_{len(self._interpreter.leaves)}"
         leaf = Leaf("result", place, dtype=dtype, shape=shape, device=device)
         val = self._interpreter.add_leaf(leaf, bool(shape)).val
+        self._level_of[id(val.expr)] = level + 1
+        return val
+
+    def _number(self, name: str, kind: type, level: int) -> Val:
+        """A Python number that an operation gives, as a leaf."""
+        leaf = Leaf("result", f"{name}_{len(self._interpreter.leaves)}")
+        val = self._interpreter.add_leaf(leaf, False, torch.int64 if kind is int else torch.float64).val
         self._level_of[id(val.expr)] = level + 1
         return val
 
@@ -195,6 +208,7 @@ class Originals:
         return index
 
 
+_OF_NUMBERS = "compute this number with + - * / // % **, min, max, round or int, which need no call between kernels"
 _NUMBERS: dict[type[int] | type[float] | type[bool], tuple[type, ...]] = {
     bool: (bool, torch.SymBool),
     int: (int, torch.SymInt),

@@ -197,6 +197,7 @@ class Call:
         node: its name in the captured graph.
         copies: pairs of a leaf and one that holds a copy of it before the call, for what is written in place.
         written: pairs of a leaf that the call writes in place and the leaf that stands for its new value.
+        number: it gives a Python number.
     """
 
     target: Callable[..., Any] | str
@@ -207,6 +208,7 @@ class Call:
     node: str = ""
     copies: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     written: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    number: bool = False
 
 
 @dataclasses.dataclass

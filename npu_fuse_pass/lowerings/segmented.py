@@ -77,6 +77,8 @@ def _run(call: Call, values: list[Any]) -> None:
         made = getattr(args[0], call.target)(*args[1:], **kwargs)
     else:
         made = call.target(*args, **kwargs)
+    if call.number:
+        made = torch.tensor(made, dtype=torch.float64)
     for index, tensor in zip(call.results, made if call.several else [made], strict=bool(call.results)):
         values[index] = tensor
     for holder, result in call.written:

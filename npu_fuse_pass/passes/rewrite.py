@@ -74,7 +74,10 @@ def _call_node(graph: fx.Graph, call: Call, nodes: dict[int, fx.Node]) -> None:
     """An original operation, as it was."""
 
     def node_of(value: Any) -> Any:
-        return nodes[value.index] if isinstance(value, LeafRef) else value
+        if not isinstance(value, LeafRef):
+            return value
+        node = nodes[value.index]
+        return node if value.number is None else graph.call_function(value.number, (node,))
 
     for source, holder in call.copies:
         nodes[holder] = graph.call_function(torch.clone, (nodes[source],))
@@ -84,6 +87,8 @@ def _call_node(graph: fx.Graph, call: Call, nodes: dict[int, fx.Node]) -> None:
         node = graph.call_method(call.target, args, kwargs)
     else:
         node = graph.call_function(call.target, args, kwargs)
+    if call.number:
+        node = _number(graph, node)
     for i, index in enumerate(call.results):
         nodes[index] = graph.call_function(operator.getitem, (node, i)) if call.several else node
     for holder, result in call.written:
@@ -101,7 +106,7 @@ def _leaf_nodes(graph: fx.Graph, leaves: Sequence[Leaf]) -> dict[int, fx.Node]:
     return nodes
 
 
-def _number(graph: fx.Graph, value: float) -> fx.Node:
+def _number(graph: fx.Graph, value: float | fx.Node) -> fx.Node:
     return graph.call_function(torch.ops.aten.scalar_tensor.default, (value,), {"dtype": torch.float64})
 
 

@@ -131,6 +131,33 @@ def _item(b: Builder, x: Val) -> Val:
     return Val(x.expr, torch.float64 if x.dtype.is_floating_point else torch.int64, (), number=True)
 
 
+def _rounded(b: Builder, x: Val, digits: object = None) -> Val:
+    """Python's round."""
+    if digits is not None:
+        raise Unsupported("round", "rounds to decimal places", Code.OPERATION)
+    if not x.number:
+        return evaluate(b, "round", (x,), {})
+    return Val(b.op("round", x.expr), torch.int64, (), number=True)
+
+
+def _truncated(b: Builder, x: Val) -> Val:
+    """Python's int."""
+    return Val(b.op("trunc", x.expr), torch.int64, (), number=True)
+
+
+def _shifted(left: bool) -> Callable[..., Val]:
+    """Python's shift of an integer."""
+
+    def shift(b: Builder, x: Val, places: object) -> Val:
+        if not isinstance(x, Val) or not x.number or not isinstance(places, int) or places < 0:
+            raise Unsupported("shift", "works on the bits of integers", Code.DTYPE)
+        factor = b.const(2**places)
+        shifted = b.op("mul", x.expr, factor) if left else b.op("floor", b.op("div", x.expr, factor))
+        return Val(shifted, torch.int64, (), number=True)
+
+    return shift
+
+
 def _whole(name: str, x: Val, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse a reduction over some of the dimensions."""
     dims = [d for d in (*args[:1], kwargs.get("dim"), kwargs.get("axis")) if d is not None and d != []]
@@ -174,4 +201,8 @@ SHAPED: dict[str, Callable[..., Val]] = {
         for n in ["clone", "detach", "alias", "_get_data_attr", "lift_fresh", "lift_fresh_copy", *REAL]
     },
     **dict.fromkeys(("item", "_local_scalar_dense", "sym_float"), _item),
+    "__round__": _rounded,
+    "sym_int": _truncated,
+    "lshift": _shifted(left=True),
+    "rshift": _shifted(left=False),
 }
