@@ -194,13 +194,14 @@ def compiling() -> bool:
     return not find("torch._dynamo.config.disable") and stance != "force_eager"
 
 
+_KINDS = "graph_break", "unimplemented"  # code that it skips, a loop for example, is counted as the latter alone
+
+
 class NewBreaks:
     """The graph breaks since this was made, as Dynamo reports them."""
 
-    _KINDS = "graph_break", "unimplemented"  # a step that it skips from a loop on is counted as the latter alone
-
     def __init__(self) -> None:
-        self._counts = {kind: dict(_counted(kind)) for kind in self._KINDS}
+        self._counts = {kind: dict(_counted(kind)) for kind in _KINDS}
         self._told = len(_told())
 
     def reason(self) -> str | None:
@@ -212,10 +213,16 @@ class NewBreaks:
                 return told_of(grown[-1])
         return None
 
+    def leave_an_update(self, ran: Sequence[CompileReport]) -> bool:
+        """Whether the graphs that ran in a step, of those that it ended, update something; otherwise Python does."""
+        return any(report.is_update for report in ran) or (bool(ran) and self.reason() is None)
+
 
 def breaks() -> list[str]:
-    """Why and where Dynamo broke graphs in this process, each once, oldest first."""
-    return list(dict.fromkeys(map(told, _told())))
+    """Why and where Dynamo broke graphs in this process, oldest first; then why it skipped code; each once."""
+    found = list(map(told, _told()))
+    skipped = [text for text in _counted(_KINDS[1]) if not any(f.startswith(text.splitlines()[0]) for f in found)]
+    return list(dict.fromkeys([*found, *map(told_of, skipped)]))
 
 
 def _counted(kind: str) -> Mapping[str, int]:

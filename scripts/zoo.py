@@ -5,6 +5,7 @@ python scripts/zoo.py                        # every class, a row for each in zo
 python scripts/zoo.py --only timm.optim.Lion,optimi --again
 python scripts/zoo.py --sample               # 30 classes, which have to show what zoo_classes.SAMPLE says
 python scripts/zoo.py --page                 # docs/zoo.md from the rows there are
+python scripts/zoo.py --plain                # how often plain torch.compile compiles those 30, or --only ...
 python scripts/zoo.py --record               # what a recorder would make of what docs/zoo.md has not wholly fused
 
 A class that has a row is not run again. Every class has a process and a time limit of its own.
@@ -162,12 +163,14 @@ def page(rows: Sequence[Row]) -> str:
     known = [f"{name} {_version(name)}" for name in LIBRARIES.values() if _version(name)]
     libraries = len({row["library"] for row in ran})
     missing = [name for name in LIBRARIES if all(row["library"] != name for row in rows)]
+    numbers = sum(any(text.startswith(zoo_run.NUMBERS_LEFT) for text in row["why"]) for row in rows)
     lines = [
         "# Optimizers that nobody here wrote",
         "",
         f"{len(ran)} classes of {libraries} public libraries, as their users construct them: {whole} wholly fused, "
         f"{counts['partly']} partly, {counts['not reached']} not reached, {counts['wrong']} wrong, "
         f"{counts['crash']} crashing."
+        + (f" Of those partly, {numbers} leave nothing outside but operations with single numbers." if numbers else "")
         + (f" These libraries have no rows yet: {', '.join(missing)}." if missing else ""),
         "",
         "| result | classes |",
@@ -247,15 +250,19 @@ def main() -> int:
     parser.add_argument("--only", default="", help="libraries or classes, separated by commas")
     parser.add_argument("--again", action="store_true", help="run classes again that have a row")
     parser.add_argument("--page", action="store_true", help="only write docs/zoo.md")
+    parser.add_argument("--plain", action="store_true", help="count what plain torch.compile compiles")
     parser.add_argument("--record", action="store_true", help="what a recorder would make of what is not wholly fused")
     parser.add_argument("--jobs", type=int, default=1, help="classes at a time")
     chosen = parser.parse_args()
     if chosen.sample:
         return check_sample(chosen.jobs)
     OUTPUT.mkdir(exist_ok=True)
-    results = OUTPUT / ("recorded.jsonl" if chosen.record else "results.jsonl")
+    measure = zoo_record.run if chosen.record else zoo_run.run_plainly if chosen.plain else zoo_run.run
+    results = OUTPUT / ("recorded.jsonl" if chosen.record else "plain.jsonl" if chosen.plain else "results.jsonl")
     if not chosen.page:
         only = [name for name in chosen.only.split(",") if name]
+        if chosen.plain and not only:
+            only = list(SAMPLE)
         if chosen.record and not only:
             only = zoo_record.unfused(PAGE.read_text(encoding="utf-8"))
         done = set() if chosen.again else rows_of(results).keys()
@@ -265,7 +272,11 @@ def main() -> int:
             return full not in done and (not only or library in only or full in only)
 
         asked = [name for name in LIBRARIES if not only or any(o == name or o.startswith(f"{name}.") for o in only)]
-        run(asked, wanted, chosen.jobs, results, zoo_record.run if chosen.record else zoo_run.run)
+        run(asked, wanted, chosen.jobs, results, measure)
+    if chosen.plain:
+        counted = collections.Counter(row["result"] for row in rows_of(results).values())
+        print(", ".join(f"{result}: {n}" for result, n in sorted(counted.items())))
+        return 0
     if chosen.record:
         print(zoo_record.table(list(rows_of(results).values())))
         return 0

@@ -25,6 +25,8 @@ STEPS, LR_AT = 6, 3  # compared steps; the one before which lr is halved
 TIMED = 9  # steps after them
 COMPILING = 4  # steps after them that may be looked at: the first that compiles nothing counts
 TOLERANCE = 1e-4  # |a - b| / max|b|, float32
+_LEFT = "outside of what was captured"
+NUMBERS_LEFT = f"{_LEFT}, with single numbers alone"
 EXACT = 1e-9  # the same in float64, where float32 is further apart
 # how a step is made, of which the first counts that runs eagerly: without arguments; with a lr; with groups that say
 # use_muon; with a closure; after a backward pass that can be differentiated; and on matrices alone
@@ -38,14 +40,20 @@ _NOTHING = {
 }
 
 _CLOSURE = "closure"  # what its operations lie in
+_OF_NUMBERS = " of numbers"  # what names of operations end with that compute with 0-dim tensors alone
 
 
 class Twin:
-    """A small model and an optimizer of it; two of them start the same and get the same gradients."""
+    """A small model and an optimizer of it; two of them start the same and get the same gradients.
 
-    def __init__(self, library: str, cls: Class, way: str, dtype: torch.dtype = torch.float32) -> None:
+    `lr_at`: the steps before which lr is halved, counted from 1.
+    """
+
+    def __init__(
+        self, library: str, cls: Class, way: str, dtype: torch.dtype = torch.float32, lr_at: tuple[int, ...] = (LR_AT,)
+    ) -> None:
         torch.manual_seed(0)
-        self.way = way
+        self.way, self.lr_at = way, lr_at
         if "matrices" in way or "large" in way:
             sizes = (256,) * 101 if "large" in way else (32, 16, 12, 24, 8)
             self.model = nn.Sequential(*(nn.Linear(i, o, bias=False) for i, o in itertools.pairwise(sizes)))
@@ -71,7 +79,7 @@ class Twin:
 
     def step(self, function: Callable[..., Any], i: int) -> float:
         """Make step `i`, counted from 0; returns its seconds."""
-        if i + 1 == LR_AT:
+        if i + 1 in self.lr_at:
             for group in self.groups():
                 group["lr"] = group["lr"].mul_(0.5) if isinstance(group["lr"], Tensor) else group["lr"] * 0.5
         torch.manual_seed(100 + i)
@@ -168,15 +176,24 @@ def _wide(value: Any) -> Tensor:
 
 def operations(step: Callable[[], Any]) -> dict[str, int]:
     """ATen operations that compute something, as one step calls them; what its closure does is the model's."""
-    with profile(activities=[ProfilerActivity.CPU]) as record:
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as record:
         step()
     found: dict[str, int] = collections.Counter()
     for event in record.events() or ():
         above = [parent.name for parent in _parents(event)]
         outer = not above[:1] or not above[0].startswith("aten::")
-        if event.name.startswith("aten::") and outer and _CLOSURE not in above and event.name[6:] not in _NOTHING:
-            found[event.name[6:]] += 1
+        name = event.name.removeprefix("aten::")
+        if name != event.name and outer and _CLOSURE not in above and name not in _NOTHING:
+            small = not any(event.input_shapes) and _is_pointwise(name)
+            found[name + _OF_NUMBERS * small] += 1
     return dict(found)
+
+
+def _is_pointwise(name: str) -> bool:
+    overloads = getattr(torch.ops.aten, name, None)
+    return overloads is not None and any(
+        torch.Tag.pointwise in getattr(overloads, overload).tags for overload in overloads.overloads()
+    )
 
 
 def _parents(event: Any) -> Iterator[Any]:
@@ -215,11 +232,11 @@ class Phase:
         return len(self.compiles) >= STEPS and all(self.compiles[LR_AT:STEPS])
 
 
-def eager(twin: Twin, timed: bool = True) -> tuple[list[dict[str, Any]], Phase]:
+def eager(twin: Twin, timed: bool = True, steps: int = STEPS) -> tuple[list[dict[str, Any]], Phase]:
     """Values after each of the compared steps. What a library compiles itself runs as Python here."""
     phase, values = Phase(), []
     with mock.patch("torch.compile", lambda model=None, **kwargs: model if model is not None else lambda f: f):
-        for i in range(STEPS):
+        for i in range(steps):
             twin.step(twin.opt.step, i)
             values.append(twin.values())
         if timed:
@@ -231,7 +248,7 @@ def compiled(twin: Twin, want: list[dict[str, Any]], function: Callable[..., Any
     """The steps of `function`, compared with `want`; `tracked` knows which graphs ran."""
     phase = Phase()
     try:
-        for i in range(STEPS):
+        for i in range(len(want)):
             npu_fuse_pass.clear_reports()
             seconds = twin.step(function, i)
             phase.first = phase.first or seconds
@@ -307,19 +324,10 @@ def run(library: str, name: str, cls: Class) -> dict[str, Any]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     row: dict[str, Any] = {"library": library, "name": name}
-    errors = []
-    for way in WAYS:
-        try:
-            twin = Twin(library, cls, way)
-            start = twin.values()
-            want, plain = eager(twin)
-            if all(torch.equal(want[-1][k], start[k]) for k in start if k.startswith("parameter")):
-                raise RuntimeError("no parameter changed")
-            break
-        except Exception as e:
-            errors.append(f"{type(e).__name__}: {_first_lines(str(e))}")
-    else:
-        return {**row, "result": "not run", "why": [errors[0]]}
+    found = _first_way(library, cls)
+    if isinstance(found, str):
+        return {**row, "result": "not run", "why": [found]}
+    way, want, plain = found
     ours = fused(library, cls, way, want)
     dynamo, rounding = None, False
     if ours.error or ours.difference[0] > TOLERANCE:
@@ -345,6 +353,41 @@ def run(library: str, name: str, cls: Class) -> dict[str, Any]:
         "microseconds": ours.microseconds,
         "eager_microseconds": plain.microseconds,
     }
+
+
+def run_plainly(library: str, name: str, cls: Class) -> dict[str, Any]:
+    """How often `torch.compile(opt.step, backend="npu_fused")` compiles in ten steps with three changes of lr."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    row: dict[str, Any] = {"library": library, "name": name}
+    found = _first_way(library, cls, 10, (3, 5, 8))
+    if isinstance(found, str):
+        return {**row, "result": "not run", "why": [found]}
+    way, want, _ = found
+    _forget()
+    twin = Twin(library, cls, way, lr_at=(3, 5, 8))
+    phase = compiled(twin, want, torch.compile(twin.opt.step, backend="npu_fused"))
+    causes = [cause for cause in dict.fromkeys(phase.causes) if cause != "compile"]
+    result = "wrong" if phase.difference[0] > TOLERANCE else phase.error or f"{sum(phase.compiles)} compiles"
+    return {**row, "result": result, "why": [" ".join(map(str, phase.compiles)), *causes, *phase.breaks[:1]]}
+
+
+def _first_way(
+    library: str, cls: Class, steps: int = STEPS, lr_at: tuple[int, ...] = (LR_AT,)
+) -> str | tuple[str, list[dict[str, Any]], Phase]:
+    """The first way in which steps run eagerly, and what they give; or why there is none."""
+    errors = []
+    for way in WAYS:
+        try:
+            twin = Twin(library, cls, way, lr_at=lr_at)
+            start = twin.values()
+            want, phase = eager(twin, steps=steps)
+            if all(torch.equal(want[-1][k], start[k]) for k in start if k.startswith("parameter")):
+                raise RuntimeError("no parameter changed")
+            return way, want, phase
+        except Exception as e:
+            errors.append(f"{type(e).__name__}: {_first_lines(str(e))}")
+    return errors[0]
 
 
 def _differs_by_rounding(library: str, cls: Class, way: str) -> bool:
@@ -380,8 +423,10 @@ def verdict(ours: Phase, plain: Phase, dynamo: Phase | None, rounding: bool) -> 
     if not any(r.groups for r in ours.ran):
         return "not reached", [*told, *ours.breaks[:3]]
     if sum(ours.left.values()) > 0:
-        left = ", ".join(f"{op} x{n}" for op, n in sorted(ours.left.items(), key=lambda item: -item[1])[:6])
-        return "partly", [*told, f"outside of what was captured: {left}", *ours.breaks[:3]]
+        text = f"{NUMBERS_LEFT}: " if all(op.endswith(_OF_NUMBERS) for op in ours.left) else f"{_LEFT}: "
+        most = sorted(ours.left.items(), key=lambda item: -item[1])[:6]
+        text += ", ".join(f"{op.removesuffix(_OF_NUMBERS)} x{n}" for op, n in most)
+        return "partly", [*told, text, *ours.breaks[:3]]
     if total == 1:
         return "fused", told
     parts = ours.causes.count("compile")

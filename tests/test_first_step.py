@@ -164,6 +164,72 @@ def test_the_error_says_why_and_where_a_loop_is_skipped(cls: Any) -> None:
     assert "test_first_step.py:" in str(npu_fuse_pass.explain(cls(params)).fallback)
 
 
+def doubled(x: Tensor) -> Tensor:
+    return x * 2
+
+
+class LoopingAround(Stateless):
+    """Dynamo skips the loop, with the updates in it, and compiles a function that it calls."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            x = doubled(p.grad)
+            if x.sum() > 0:
+                p.data.sub_(x)
+
+
+@pytest.mark.parametrize("options", [None, {}, {"strict": True}], ids=["compile_step", "compile_optimizer_", "strict"])
+def test_a_step_of_which_graphs_update_nothing_is_not_captured(options: Any) -> None:
+    params = parameters(SHAPES)
+    others = clones(params)
+    opt = LoopingAround(params)
+    in_place = options is not None
+    step = npu_fuse_pass.compile_optimizer_(opt, **options).step if in_place else npu_fuse_pass.compile_step(opt)
+    train(step, params, range(1))
+    said: Any = pytest.warns(UserWarning, match="nothing was compiled.*Data-dependent branching")
+    with pytest.raises(npu_fuse_pass.NotCapturedError, match="no update") if options != {} else said:
+        train(step, params, range(1, 2))
+    if options == {}:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            train(step, params, range(2, 4))
+    train(LoopingAround(others).step, others, range(4 if options == {} else 2))
+    assert_close(params, others)
+    assert npu_fuse_pass.explain(LoopingAround(params)).reasons[0].code is Code.VALUE
+
+
+class InPlaceOfAPart(Stateless):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            p[:1].sub_(p.grad[:1])
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["compile_step", "compile_optimizer_"])
+def test_a_step_that_is_all_fallback_is_said_once_and_strict_raises(in_place: bool) -> None:
+    def compiled(params: Any, **options: Any) -> Any:
+        opt = InPlaceOfAPart(params)
+        if in_place:
+            return npu_fuse_pass.compile_optimizer_(opt, **options).step
+        return npu_fuse_pass.compile_step(opt, **options)
+
+    params = parameters(SHAPES)
+    others = clones(params)
+    step = compiled(params)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(step, params, range(5))
+    said = [str(w.message) for w in caught if "npu_fused" in str(w.message)]
+    assert len(said) == 1 and "not fused, the original step runs: sub_: writes in place through a view" in said[0]
+    assert "What to do: write to the whole tensor" in said[0]
+    train(InPlaceOfAPart(others).step, others, range(5))
+    assert_close(params, others)
+    step = compiled(params, strict=True)
+    train(step, params, range(1))
+    with pytest.raises(npu_fuse_pass.UnfusedError, match="writes in place through a view"):
+        train(step, params, range(1, 2))
+
+
 def test_a_parameter_whose_gradient_comes_later() -> None:
     """Its state is made within a compiled step, or eagerly where Dynamo refuses, and is right."""
     params = parameters(SHAPES)

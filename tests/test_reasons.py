@@ -530,12 +530,26 @@ def test_what_torch_compiles_no_further_is_said_with_its_cause() -> None:
         ("0/2: len(self.param_groups[0]['params']) == 3", "parameters were added", False),
         ("1/0: Cache line invalidated because L['self'] got deallocated", "another optimizer runs", True),
         ("1/0: Cache line invalidated because L['p'] got deallocated", "no longer true: Cache", False),
+        ("1/0: ___check_obj_id(p, 14), type=<class 'torch.nn.parameter.Parameter'>", "another parameter", True),
     ],
 )
 def test_what_a_guard_says(reason: str, cause: str, has_remedy: bool) -> None:
     found = recompile(reason, with_rules=False)
     assert cause in found.text and (found.remedy is not None) == has_remedy
     assert (", lib/a.py:3, in step)" in found.text) == ("lib/a.py" in reason)
+
+
+class Deprecated(torch.optim.SGD):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            p.add_(-0.1, p.grad)
+
+
+def test_a_deprecated_order_of_arguments() -> None:
+    (reason,) = npu_fuse_pass.explain(Deprecated(ones((4,)), lr=0.1)).reasons
+    assert reason.code is Code.NOT_CAPTURED and "test_reasons.py:" in reason.text
+    assert "as torch documents it now" in str(reason.remedy)
 
 
 def test_dtypes_that_meet_without_a_cast() -> None:

@@ -15,7 +15,7 @@ sys.path.append(str(ROOT / "scripts"))  # its modules import each other as scrip
 import zoo  # noqa: E402
 import zoo_record  # noqa: E402
 from zoo_classes import SAMPLE, construct  # noqa: E402
-from zoo_run import Phase, Twin, compiled, difference, eager, fused, verdict  # noqa: E402
+from zoo_run import NUMBERS_LEFT, Phase, Twin, compiled, difference, eager, fused, operations, verdict  # noqa: E402
 
 from npu_fuse_pass.reasons import Code  # noqa: E402
 from npu_fuse_pass.report.report import CompileReport, GroupReport  # noqa: E402
@@ -59,6 +59,40 @@ def test_a_whole_step_and_a_step_that_reads_a_tensor() -> None:
     assert result == "not reached" and "Data-dependent branching" in " ".join(why)
 
 
+class Keyed(Halved):
+    """Finds what it keeps by addresses: Dynamo does not know them, skips the step and compiles what it calls."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr)
+        self.rows = {p.data_ptr(): i for i, p in enumerate(self.param_groups[0]["params"])}
+
+    def row(self, p: torch.Tensor) -> int:
+        if p.data_ptr() not in self.rows:
+            raise KeyError("no row")
+        return self.rows[p.data_ptr()]
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> None:
+        group = self.param_groups[0]
+        group["step"] = group.get("step", torch.tensor(0)) + 1
+        lr = group["lr"] * group["step"] / group["step"].clamp(min=3)
+        _update(sorted(group["params"], key=self.row), lr)
+
+
+def _update(params: Any, lr: torch.Tensor) -> None:
+    for p in params:
+        p.sub_(p.grad * lr)
+
+
+def test_what_dynamo_skips_is_left_with_its_reason() -> None:
+    want, plain = eager(Twin("tests", Keyed, "plain"))
+    ours = fused("tests", Keyed, "plain", want)
+    assert ours.difference[0] <= 1e-6 and len(ours.ran) == 1
+    result, why = verdict(ours, plain, None, False)
+    assert result == "partly" and why[0] == f"{NUMBERS_LEFT}: add x1, mul x1, clamp x1, div x1"
+    assert "Observed exception (raised exception KeyError('no row'))" in why
+
+
 class Closes(Halved):
     def __init__(self, params: Any, lr: float = 0.1) -> None:
         super().__init__(params, lr)
@@ -74,6 +108,12 @@ def test_what_a_closure_computes_is_not_the_optimizers() -> None:
     assert plain.left == {"add_": 6}  # and not the copies of gradients
     ours = fused("tests", Closes, "closure", want)
     assert not ours.left and verdict(ours, plain, None, False)[0].startswith("fused")
+
+
+def test_operations_with_single_numbers_are_told_from_others() -> None:
+    n, x = torch.tensor(3), torch.ones(2)
+    found = operations(lambda: (n + 1, n.clamp(min=1), x * n, torch.full((2,), 0.5), n.expand(2).contiguous(), x.sum()))
+    assert found == {"add of numbers": 1, "clamp of numbers": 1, "mul": 1, "full": 1, "contiguous": 1, "sum": 1}
 
 
 def test_values_that_differ_are_seen_and_so_is_an_error() -> None:
@@ -118,7 +158,8 @@ def test_results_and_their_reasons() -> None:
             causes=["compile", "compile"], breaks=["a branch"]
         ),
         "partly: mm: has no place": ran(ran=[unfused]),
-        "partly: outside of what was captured: mul x2": ran(left={"mul": 2}),
+        "partly: outside of what was captured: mul x2, add x1": ran(left={"mul": 2, "add of numbers": 1}),
+        "partly: outside of what was captured, with single numbers alone: add x1": ran(left={"add of numbers": 1}),
         "partly: compiles anew at every step: n == 3": ran(compiles=[1] * 6, causes=["n == 3"]),
         "not reached: Dynamo skips the step": ran(compiles=[0] * 6, ran=[]),
     }
@@ -144,11 +185,13 @@ def test_the_page_counts_and_hides_where_the_libraries_are() -> None:
         dict(library="optimi", name="Adam", result="fused with 3 compiles", why=[]),
         dict(library="timm.optim", name="Lion", result="partly", why=[place]),
     ]
+    rows[2]["why"].append(f"{NUMBERS_LEFT}: add x1")
     text = zoo.page(rows)
+    assert "Of those partly, 1 leave" in text
     assert "3 classes of 2 public libraries" in text and "2 wholly fused, 1 partly, 0 not reached" in text
     assert "| SGD | fused | 1 | 5 | 9 |  |" in text
     assert zoo._cell("a/b/site-packages/lib.py:1 (/x/site-packages/y.py:2)") == "lib.py:1 (y.py:2)"
-    assert "| Lion | partly | – | – | – | view: a part (lib.py:3, in step) \\| more |" in text
+    assert "| Lion | partly | – | – | – | view: a part (lib.py:3, in step) \\| more; outside" in text
 
 
 def test_a_class_gets_usual_values_for_what_has_none() -> None:

@@ -19,6 +19,7 @@ class Cause:
 
 
 FIRST = Cause("compile")
+_CALLED_OTHERWISE = "call this method as torch documents it now: Dynamo does not take deprecated orders, x.add_(2, y)"
 
 _RULES = "use an optimizer of this package or a rule (optimizers.*, npu_fuse_pass.rule), whose numbers never recompile"
 _OUTSIDE = "set and read the numbers of parameter groups outside of the compiled function: there they cost no compile"
@@ -76,6 +77,11 @@ _GUARDS = [
         "keep opt.param_groups[...]['params'] as it was at the first step",
     ),
     _Guard(
+        r"obj_id\(\w+, .*Parameter'",
+        "it was compiled for another parameter: code that Dynamo captures for one at a time has a compile for each",
+        "keep what ends graphs out of the loop over parameters (reports of the graphs say what does, and where)",
+    ),
+    _Guard(
         r"(deallocated|obj_id|\bid\().*(self|opt)|(self|opt).*deallocated",
         "another optimizer runs the same code (instances of a class share torch's limit of compiles)",
         "npu_fuse_pass.compile_step(opt) gives each optimizer compiles of its own",
@@ -115,13 +121,14 @@ def recompile(reason: str, with_rules: bool) -> Cause:
 def _place(rest: str) -> str:
     """The place of the code that asked for a guard, from its comment: "# code  # file.py:12 in step"."""
     found = re.search(r"(\S+\.py:\d+) in (\w+)", rest)
-    return f", {found[1]}, in {found[2]}" if found and "torch/_dynamo/" not in found[1] else ""
+    return f", {found[1]}, in {found[2]}" if found and "_dynamo/" not in found[1] else ""
 
 
 def graph_break(text: str) -> Reason:
     """The reason for a step that runs outside of graphs, from Dynamo's text of the graph break."""
-    reads_a_value = any(words in text.lower() for words in ("tensor.item()", "data-dependent"))
-    return (Code.VALUE if reads_a_value else Code.NOT_CAPTURED)(text)
+    if any(words in text.lower() for words in ("tensor.item()", "data-dependent")):
+        return Code.VALUE(text)
+    return Code.NOT_CAPTURED(text, remedy=_CALLED_OTHERWISE if "unhandled args for method" in text.lower() else None)
 
 
 def decided_otherwise(numbers: Sequence[tuple[str, bool]]) -> Cause:

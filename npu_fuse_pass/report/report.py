@@ -78,6 +78,7 @@ class GroupReport:
     layout: str = "list"
     layout_reason: str = ""
     _matched: Callable[[], KernelMatch | str] = dataclasses.field(default=_not_asked, repr=False, compare=False)
+    _returned: bool = dataclasses.field(default=False, repr=False, compare=False)  # it makes what the graph returns
 
     @property
     def match(self) -> KernelMatch | None:
@@ -167,6 +168,11 @@ class CompileReport:
     def reasons(self) -> list[Reason]:
         """Why something is not fused; empty if everything is."""
         return list(dict.fromkeys([*self.unfused, *self.fallbacks]))
+
+    @property
+    def is_update(self) -> bool:
+        """Whether the graph updates something, as far as that is known: fused, or as the original."""
+        return bool(self.reasons) or not all(g._returned for g in self.groups)
 
     @property
     def remedies(self) -> list[str]:

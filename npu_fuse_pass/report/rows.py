@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +39,9 @@ def group_report(
     device = str(leaves[g.members[0][first]].device)
     elements = sum(max((math.prod(leaves[m[s]].shape) for s in slots), default=0) for m in g.members)
     kind = (dtype, device, lowering, kernel)
-    return GroupReport(g.name, formula, len(g.members), *kind, bytes_per_element, launches, elements)
+    returned = all(leaves[m[s]].kind == "output" for m in g.members for s in g.formula.written)
+    row = GroupReport(g.name, formula, len(g.members), *kind, bytes_per_element, launches, elements)
+    return dataclasses.replace(row, _returned=returned)
 
 
 def show_layouts(rows: Sequence[GroupReport], layouts: Sequence[LayoutCost]) -> None:

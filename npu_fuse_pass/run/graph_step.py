@@ -230,10 +230,11 @@ def told(reason: Any) -> str:
 
 
 def told_of(text: str) -> str:
-    """Format the text of a graph break as one line, with the place that it names, if any."""
+    """Format the text of a graph break as one line, with the place that it names, or else its context."""
     found = re.search(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<name>\w+)', text)
     found = found or re.search(r"frame skipped: (?P<name>\w+) \((?P<file>.+) line (?P<line>\d+)\)", text)
-    place = f" ({found['file']}:{found['line']}, in {found['name']})" if found else ""
+    more = re.search(r"Developer debug context: *(\S.*)", text)
+    place = f" ({found['file']}:{found['line']}, in {found['name']})" if found else f" ({more[1]})" if more else ""
     return f"{text.splitlines()[0]}{place}"
 
 

@@ -129,7 +129,7 @@ class CompiledStep:
             if own is None or own is e:
                 raise
             raise own from e
-        if self._tracked.ran:
+        if self._tracked.ran and (self._compiled is not None or self._breaks.leave_an_update(self._tracked.ran)):
             self._compiled = self._tracked.ran[-1]
             if torch_step is not None:
                 report = self._compiled

@@ -74,7 +74,7 @@ def try_on_copy(opt: torch.optim.Optimizer, options: dict[str, Any]) -> Trial:
             raise
         name = type(opt).__name__
         raise own or FuseError(f"explain cannot run a step of {name}: {type(e).__name__}: {e}") from e
-    if not tracked.ran:
+    if not breaks.leave_an_update(tracked.ran):
         missed = Code.NOT_CAPTURED("no parameter requires a gradient", remedy="give it parameters that do")
         if has_gradients(twin):
             missed = graph_break(breaks.reason() or "Dynamo skips it (TORCH_LOGS=graph_breaks says why)")
