@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from npu_fuse_pass import lower
 from npu_fuse_pass.capture.graph import capture
-from npu_fuse_pass.capture.rule import capture_batches, outline
+from npu_fuse_pass.capture.rule import Calls, capture_batches, outline
 from npu_fuse_pass.dump.contents import Contents
 from npu_fuse_pass.dump.folder import wanted
 from npu_fuse_pass.errors import UnfusedError
@@ -105,12 +105,13 @@ def fuse_batches(
     The first compiles of optimizers that are alike are one, for as long as its report is listed in `reports()`.
     """
     key = None
+    calls: Calls = {}
     if cause is FIRST and apart is None and not options.check_numerics and wanted(options.dump) is None:
         with net(_report(options, cause), options):
-            key = _key(batches, options, replaces)
+            key = _key(batches, options, replaces, calls)
     if key is not None and (known := _known.get(key)) is not None and is_listed(known.report):
         return dataclasses.replace(known, program=known.another() if known.another is not None else None)
-    fused = _fuse_batches(batches, options, cause, number, apart, replaces)
+    fused = _fuse_batches(batches, options, cause, number, apart, replaces, calls)
     another = getattr(fused.program, "another", None)
     if key is not None and another is not None and not fused.report.reasons:
         for old in [k for k, f in _known.items() if not is_listed(f.report)]:
@@ -122,9 +123,9 @@ def fuse_batches(
 _known: dict[object, Fused] = {}
 
 
-def _key(batches: Sequence[Batch], options: Options, replaces: str | None) -> object | None:
+def _key(batches: Sequence[Batch], options: Options, replaces: str | None, calls: Calls) -> object | None:
     """The key of a compile that every optimizer with the same key shares; None where it serves one alone."""
-    found = outline(batches)
+    found = outline(batches, calls)
     return None if found is None else (found, replaces, options.platform, options.strict, options.verify)
 
 
@@ -135,12 +136,13 @@ def _fuse_batches(
     number: Number | None,
     apart: str | None,
     replaces: str | None,
+    calls: Calls,
 ) -> Fused:
     report = _report(options, cause)
     report.apart, report.replaces = apart, replaces
     with net(report, options), _without_collection():
         with timed(report.seconds, "capture") as said:
-            captured = capture_batches(batches)
+            captured = capture_batches(batches, calls)
             said.append(captured.summary)
         target = lower.choose(options.platform, captured.leaves)
         return _finished(_fuse(captured, target, report, options, inputs_of(batches), number), options)

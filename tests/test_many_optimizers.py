@@ -75,11 +75,13 @@ def test_one_compile_serves_them_all(build: Any, compiled: Any) -> None:
     began()
     with (
         mock.patch.object(capture, "_trace", wraps=capture._trace) as traces,
+        mock.patch.object(capture, "_calls", wraps=capture._calls) as asked,
         mock.patch.object(core_op, "run_rules") as rules,
         mock.patch.object(binding, "original_step") as originals,
     ):
         steps = [compiled(opt) for opt in opts]
         train(params, steps)
+    assert asked.call_count == COUNT  # what the rule calls, once for each, the first one too
     assert not rules.called and not originals.called  # no step of any of them was unfused
     train(others, [opt.step for opt in eager])
     assert_fused(npu_fuse_pass.reports()[-1], parameters=1)

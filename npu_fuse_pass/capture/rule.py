@@ -45,14 +45,21 @@ class _Roles:
         return [*self.tensors, *self.scalars]
 
 
-def capture_batches(batches: Sequence[Batch]) -> Captured:
-    """Updates of all parameters; leaves are, batch after batch: params, grads, states, steps, numbers."""
-    return while_compiling(functools.partial(_capture, batches))
+Calls = dict[object, object]
+"""Recorded calls of rules by batch structure and shape: `outline` hands them to `capture_batches` of equal batches."""
 
 
-def _capture(batches: Sequence[Batch]) -> Captured:
+def capture_batches(batches: Sequence[Batch], calls: Calls | None = None) -> Captured:
+    """Updates of all parameters; leaves are, batch after batch: params, grads, states, steps, numbers.
+
+    `calls`: what `outline` has just recorded of the same batches.
+    """
+    return while_compiling(functools.partial(_capture, batches, calls if calls is not None else {}))
+
+
+def _capture(batches: Sequence[Batch], calls: Calls) -> Captured:
     captured = Captured([], [], [])
-    traces = _Traces()
+    traces = _Traces(calls)
     for batch in batches:
         shaped = [n for n in batch.stored if n not in batch.numbers]
         numbers = [*batch.numbers, "step", *batch.rounding.names, *batch.hyper.names]
@@ -75,23 +82,24 @@ def _capture(batches: Sequence[Batch]) -> Captured:
     return captured
 
 
-def outline(batches: Sequence[Batch]) -> tuple[object, ...] | None:
+def outline(batches: Sequence[Batch], calls: Calls) -> tuple[object, ...] | None:
     """A key of what `capture_batches` returns: optimizers with equal keys get equal results. None where unknown.
 
-    The rule's calls are recorded anew, on meta tensors: its code may read what has changed in the meantime.
+    The rule's calls are recorded anew, on meta tensors: its code may read what has changed in the meantime. `calls`
+    keeps them for `capture_batches`.
     """
-    traces = _Traces()
+    traces = _Traces(calls)
     found: list[object] = [torch.get_default_dtype()]
     for b in batches:
         if b.repeats or b.sharding is not None:  # a rule may compute with the shape of the whole
             return None
         shapes = [tuple(p.shape) for p in b.params]
-        calls = {shape: traces.calls(b, shape or (1,)) for shape in dict.fromkeys(shapes)}
-        if any(called == (shape or (1,)) for shape, called in calls.items()):
+        called = {shape: traces.calls(b, shape or (1,)) for shape in dict.fromkeys(shapes)}
+        if any(c == (shape or (1,)) for shape, c in called.items()):
             return None  # a rule that does not say
         totals = tuple(traces.totals.setdefault(_total_key(b, name), len(traces.totals)) for name in b.totals)
         own = (b.rule, *_structure(b), b.group, b.part, b.device, b.fixed)
-        found += [own, totals, tuple(shapes), tuple(calls.values())]
+        found += [own, totals, tuple(shapes), tuple(called.values())]
     return tuple(found)
 
 
@@ -123,9 +131,9 @@ class _Traces:
         totals: number of each total, by what it sums over.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, calls: Calls) -> None:
         self.totals: dict[tuple[object, ...], int] = {}
-        self._calls: dict[object, object] = {}
+        self._calls = calls
         self._updates: dict[object, tuple[Update, float]] = {}
 
     def calls(self, batch: Batch, shape: tuple[int, ...]) -> object:
