@@ -4,10 +4,11 @@ of a run: how much of torch's database of optimizers was met, and where the time
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -19,12 +20,16 @@ os.environ.setdefault("NPU_FUSE_VERIFY", "1")  # in processes that tests start, 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """What is loaded by now, torch and the tests, stays: the garbage collector need not look at it again and again."""
+    """What is loaded by now, torch and the tests, stays: the garbage collector need not look at it again and again.
+
+    Nor as often as usual at what a compile makes, nearly all of which goes without it: it took a tenth of a compile.
+    """
     gc.disable()
     try:
         return (yield)
     finally:
         gc.enable()
+        gc.set_threshold(20_000, 20, 20)
         gc.freeze()
         unheard_traces()
 
@@ -59,6 +64,48 @@ def pytest_runtest_makereport() -> Generator[None, Any, Any]:
 
 def pytest_runtest_logreport(report: Any) -> None:
     TOTALS.add(report.nodeid, getattr(report, "spent", []))  # none of a test that ended its process
+
+
+@dataclasses.dataclass(frozen=True)
+class Loads:
+    """Two ways of `build.load`: kernels as users have them, and quickly compiled ones."""
+
+    shipped: Callable[..., Any]
+    quick: Callable[..., Any]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def kernels(counted_compilers: None) -> Iterator[Loads]:
+    """With -Og the compiler takes a quarter of its time, and kernels give the same bits (test_bits.py).
+
+    Kernels are as users have them in the slow tier, in processes that tests start, and in files that use
+    `shipped_kernels`.
+    """
+    from npu_fuse_pass.lowerings.cpu import build
+
+    from .support import FULL
+
+    shipped = build.load
+
+    def quick(source: str, functions: Sequence[str], flags: tuple[str, ...] = ()) -> Any:
+        return shipped(source, functions, flags or ("-Og",))
+
+    loads = Loads(shipped, quick)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "load", shipped if FULL else quick)
+        yield loads
+
+
+@pytest.fixture
+def shipped_kernels(kernels: Loads, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kernels with the flags that users have, for tests of numbers and of operations."""
+    import npu_fuse_pass
+    from npu_fuse_pass.lowerings.cpu import build
+
+    monkeypatch.setattr(build, "load", kernels.shipped)
+    npu_fuse_pass.clear_reports()  # a compile serves optimizers that are alike for as long as its report is listed
+    yield
+    npu_fuse_pass.clear_reports()
 
 
 @pytest.fixture(autouse=True, scope="session")

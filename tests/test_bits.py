@@ -7,11 +7,13 @@ import functools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
+from npu_fuse_pass.lowerings.cpu import build
 from optimizers.paddle import RMSProp
 from optimizers.paddle import clip as paddle_clip
 
@@ -45,6 +47,9 @@ EVERY = [(c, torch.float32) for c in POINTWISE] + [(c, torch.float64) for c in (
 every = pytest.mark.parametrize(("case", "dtype"), EVERY, ids=lambda x: getattr(x, "name", str(x)))
 
 Make = Callable[[Tensor], Tensor]
+
+
+pytestmark = pytest.mark.usefixtures("shipped_kernels")
 
 
 @pytest.fixture(autouse=True)
@@ -128,6 +133,16 @@ def test_threads(case, dtype):
         torch.set_num_threads(threads)
         assert_same_bits(results(case, dtype), usual(case.name))
     assert_fused(last_report(), parameters=len(SHAPES))
+
+
+@every
+def test_flags(case, dtype, kernels, monkeypatch):
+    """Compiled without most optimisations, as in other tests (tests/conftest.py)."""
+    expected = usual(case.name)
+    load = mock.Mock(wraps=kernels.quick)
+    monkeypatch.setattr(build, "load", load)
+    assert_same_bits(results(case, dtype), expected)
+    assert load.called
 
 
 @every

@@ -30,7 +30,7 @@ SHAPES: list[tuple[int, ...]] = [(3, 5), (130, 300), (301, 401), (0,), (), (17,)
 MATRICES = SHAPES[:3]
 LR, BETA = 0.1, 0.9
 
-pytestmark = pytest.mark.usefixtures("afresh")
+pytestmark = pytest.mark.usefixtures("afresh", "shipped_kernels")
 
 
 # Rules, each with what it does in float64 and what it has to move --------------------------------------------------

@@ -11,6 +11,8 @@ from torch import Tensor
 import npu_fuse_pass
 import optimizers
 
+pytestmark = pytest.mark.usefixtures("shipped_kernels")
+
 STOCK: dict[str, tuple[Any, dict[str, Any]]] = {
     "Adam": (torch.optim.Adam, {}),
     "Adam amsgrad": (torch.optim.Adam, dict(amsgrad=True)),

@@ -15,6 +15,8 @@ from npu_fuse_pass.tolerances import TRAJECTORY
 from .goldens import Golden, all_goldens, error, flat
 from .support import MODES, Step
 
+pytestmark = pytest.mark.usefixtures("shipped_kernels")
+
 OURS = {
     "SGD": optimizers.NpuFusedSGD,
     "Adam": optimizers.NpuFusedAdam,

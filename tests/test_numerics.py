@@ -40,7 +40,8 @@ STOCK = [
 everything = pytest.mark.parametrize("case", [*CASES, *STOCK], ids=lambda c: c.name)
 OPTIONS = {"fullgraph": False}  # torch's own classes have graph breaks
 
-pytestmark = pytest.mark.usefixtures("afresh")  # instances of one of torch's classes share Dynamo's limit of 8 compiles
+# afresh: instances of one of torch's classes share Dynamo's limit of 8 compiles
+pytestmark = pytest.mark.usefixtures("afresh", "shipped_kernels")
 
 
 def tensors_of(opt: Any, p: Tensor) -> dict[str, Tensor]:

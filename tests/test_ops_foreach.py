@@ -16,6 +16,8 @@ from npu_fuse_pass.passes.group import group
 
 from .graphs import check, traced
 
+pytestmark = pytest.mark.usefixtures("shipped_kernels")
+
 FOREACH = sorted(
     n for n in dir(torch) if n.startswith("_foreach_") and n.removeprefix("_foreach_").rstrip("_") in {*ROWS, *SHAPED}
 )

@@ -19,6 +19,8 @@ from . import test_ops_table as table
 from .graphs import PROGRAMS, check, fused, run, traced, ulps
 from .ops_cases import TABLE, Op
 
+pytestmark = pytest.mark.usefixtures("shipped_kernels")
+
 SIZES = (0, 1, 15, 16, 17, 33, 16384, 16385, 50001)  # around the number of lanes and the size of a chunk
 
 # Casts and fills -----------------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from npu_fuse_pass.capture.graph import capture
 from .graphs import PROGRAMS, fused, run, traced, ulps
 from .ops_cases import TABLE, Op
 
+pytestmark = pytest.mark.usefixtures("shipped_kernels")
+
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _BATCH = 32  # operations in one kernel
 

@@ -30,6 +30,8 @@ from .support import (
     tier,
 )
 
+pytestmark = pytest.mark.usefixtures("shipped_kernels")
+
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 HALVES = pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 SHAPES = [(30, 10), (7,), (), (7,)]
