@@ -1,10 +1,9 @@
-"""Running tests on a copy of the project with a bug planted in it, in a process that has torch imported already."""
+"""Running tests on a copy of the project with a bug planted in it, in a fork that has torch imported already."""
 
 from __future__ import annotations
 
 import ast
 import functools
-import multiprocessing
 import os
 import pathlib
 import re
@@ -12,12 +11,9 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
-ROOT = pathlib.Path(__file__).parent.parent
-OUTPUT = "output.txt"
+from .forked import FORKS, ROOT, enter
 
-# Importing torch takes longer than most of these tests: one clean server does it, and every run is a fork of it.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "pytest", "hypothesis"])
+OUTPUT = "output.txt"
 
 
 def copy_of_the_project(folder: pathlib.Path) -> pathlib.Path:
@@ -78,7 +74,7 @@ def run_tests(
     folder: pathlib.Path, tests: Sequence[str], environment: Mapping[str, str], seconds: float = 300
 ) -> tuple[int | None, str]:
     """pytest's exit code (None: it did not end in so many seconds) and its output."""
-    process = _CONTEXT.Process(target=_run, args=(str(folder), list(tests), dict(environment)))
+    process = FORKS.Process(target=_run, args=(str(folder), list(tests), dict(environment)))
     process.start()
     process.join(timeout=seconds)
     if process.is_alive():
@@ -89,14 +85,9 @@ def run_tests(
 
 
 def _run(folder: str, tests: list[str], environment: dict[str, str]) -> None:
-    os.environ.update(environment)
-    os.chdir(folder)
-    descriptor = os.open(OUTPUT, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
-        del sys.modules[name]  # this very module, of the original project
-    sys.path[:] = [folder, *(p for p in sys.path if p and pathlib.Path(p).resolve() != ROOT)]
+    output = os.path.join(folder, OUTPUT)
+    pathlib.Path(output).unlink(missing_ok=True)
+    enter(folder, {**os.environ, **environment}, [folder], output, output)
 
     import pytest
 

@@ -15,6 +15,8 @@ import pytest
 
 from scripts import private_names
 
+from .forked import run_script
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGES = ("npu_fuse_pass", "optimizers")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
@@ -136,12 +138,21 @@ def test_what_is_allowed_is_not_complained_about() -> None:
 # Fresh processes ------------------------------------------------------------------------------------------
 
 
-def run(code: str, cwd: pathlib.Path, blocked: tuple[str, ...] = ()) -> str:
-    """Run a script in a process of its own, from its own folder, as if `blocked` were not installed."""
+def run(code: str, cwd: pathlib.Path, blocked: tuple[str, ...]) -> str:
+    """Run a script in a new interpreter, from its own folder, as if `blocked` were not installed."""
     script = cwd / "script.py"
     script.write_text(f"import sys\nsys.modules |= dict.fromkeys({blocked})\n{code}")
     command = [sys.executable, script.name]
     result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def forked(code: str, cwd: pathlib.Path) -> str:
+    """Run a script in a process that has imported torch, and nothing of ours, from its own folder."""
+    script = cwd / "script.py"
+    script.write_text(code)
+    result = run_script(script, cwd=cwd)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -195,7 +206,7 @@ def test_a_users_own_optimizers_file_is_left_alone(tmp_path: pathlib.Path) -> No
         "def sign_descent(param, grad, *, lr):\n"
         "    return (param - lr * grad.sign(),)\n"
     )
-    printed = run(TRAIN.format(module="optimizers", name="sign_descent"), tmp_path)
+    printed = forked(TRAIN.format(module="optimizers", name="sign_descent"), tmp_path)
     assert pathlib.Path(printed.split("\n")[-2]).resolve() == (tmp_path / "optimizers.py").resolve()
 
 
@@ -208,7 +219,7 @@ p.grad = torch.ones(3)
 torch.compile(torch.optim.SGD([p], lr=0.5, momentum=0.9).step, backend="npu_fused")()
 assert p.tolist() == [0.5] * 3 and npu_fuse_pass.reports()[-1].fallback is None
 """
-    run(code, tmp_path)
+    forked(code, tmp_path)
 
 
 def test_training_works_without_numpy_and_npu_packages(tmp_path: pathlib.Path) -> None:

@@ -15,6 +15,8 @@ from npu_fuse_pass.lowerings.cpu import kernel as cpu_kernel
 from npu_fuse_pass.tools.doctor import Diagnosis, examine
 from npu_fuse_pass.tools.observe import observe
 
+from .forked import run_script
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BROKEN = pathlib.Path(__file__).parent / "broken"
 HEAD = "import torch, optimizers\np = torch.nn.Parameter(torch.randn(1000))\nq = torch.nn.Parameter(torch.randn(500))\n"
@@ -145,13 +147,7 @@ CHECK = ["doctor", "--check-numerics", "--script"]
 def alone(*given: str, **env: str) -> subprocess.CompletedProcess[str]:
     """A script as a user calls it."""
     path = os.pathsep.join([str(ROOT), *sys.path[1:]])
-    return subprocess.run(
-        [sys.executable, *given],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, **env},
-        capture_output=True,
-        text=True,
-    )
+    return run_script(*given, cwd=ROOT, environment={**os.environ, "PYTHONPATH": path, **env})
 
 
 def test_why_did_it_recompile(capsys: pytest.CaptureFixture[str]) -> None:

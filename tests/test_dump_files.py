@@ -21,6 +21,7 @@ import npu_fuse_pass
 from npu_fuse_pass import pipeline
 from npu_fuse_pass.options import Options
 
+from . import forked
 from .dump_cases import CASES, compiled
 from .support import gradients, profiled, set_gradients
 
@@ -97,7 +98,7 @@ def test_the_script_is_a_program(dumps, tmp_path):
     text = (dumps / "sgd" / "rank_0" / "compile_001" / "03_fused_graph.py").read_text()
     (tmp_path / "wrong.py").write_text(text.replace("0.9,", "0.8,", 1))
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, "wrong.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    result = forked.run_script(tmp_path / "wrong.py", cwd=tmp_path, environment=env)
     assert result.returncode == 1 and "params___0, torch.float32 (4, 3): relative difference" in result.stdout, result
 
 

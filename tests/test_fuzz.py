@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 
+from .forked import run_script
 from .fuzz import left_out, run
 from .fuzz.actions import AFTER, BETWEEN, INSIDE
 from .fuzz.draw import ROWS, Draws, Program, _Writer
@@ -110,7 +109,7 @@ def test_a_finding_is_a_script_of_its_own(tmp_path: pathlib.Path) -> None:
     finding, script = found("value"), tmp_path / "finding.py"
     for text, code in ((finding.script(), 1), (finding.script().replace("mode != 'compiled'", "True"), 0)):
         script.write_text(text, encoding="utf-8")
-        made = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, env=environment())
+        made = run_script(script, cwd=tmp_path, environment=environment())
         assert made.returncode == code, made.stdout + made.stderr
         assert ("got value: " in made.stdout) == bool(code), made.stdout
 

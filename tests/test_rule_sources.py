@@ -7,7 +7,6 @@ import linecache
 import os
 import pathlib
 import pickle
-import subprocess
 import sys
 import threading
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 
 import npu_fuse_pass
 
+from .forked import run_script
 from .support import assert_close, clones, compiled, gradients, last_report, parameters, set_gradients, train
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -224,7 +224,7 @@ print("done")
 def run(path: pathlib.Path, text: str) -> str:
     path.write_text(text)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, cwd=path.parent, env=environment)
+    done = run_script(path, cwd=path.parent, environment=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

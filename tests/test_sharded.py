@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from . import sharded_stacks
+from .forked import FORKS
 from .support import FULL
+
+
+def _rank(rank: int, environment: dict[str, str], world: int, store: str) -> None:
+    os.environ.update(environment)  # a fork has its server's
+    sharded_stacks.run(rank, world, store)
 
 
 @pytest.mark.parametrize("world", [2, 4] if FULL else [2])
@@ -16,5 +23,6 @@ def test_ranks(world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     """Every scenario of sharded_ranks.py and sharded_stacks.py, in processes of their own."""
     monkeypatch.setenv("SHARDED_FOLDER", str(tmp_path / "checkpoint"))
     sharded_stacks.save_alone()
-    torch.multiprocessing.spawn(sharded_stacks.run, (world, str(tmp_path / "store")), nprocs=world)
+    given = (dict(os.environ), world, str(tmp_path / "store"))
+    torch.multiprocessing.start_processes(_rank, given, nprocs=world, start_method=FORKS.get_start_method())
     sharded_stacks.load_alone()
