@@ -1,4 +1,4 @@
-"""Dumps of four steps that differ in kind, made by a process of its own: python -m tests.dump_cases FOLDER."""
+"""Dumps of four steps that differ in kind, made by a process of its own: dump_cases.py FOLDER."""
 
 from __future__ import annotations
 

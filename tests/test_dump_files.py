@@ -23,22 +23,21 @@ from npu_fuse_pass.options import Options
 
 from . import forked
 from .dump_cases import CASES, compiled
-from .support import gradients, profiled, set_gradients
+from .support import another_hash_seed, gradients, profiled, set_gradients
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COMPILES = [f"{name}/rank_0/compile_{i:03}" for name, (_, count) in CASES.items() for i in range(count)]
 
 
-def dumped(root: pathlib.Path, seed: int) -> pathlib.Path:
-    env = {**os.environ, "PYTHONHASHSEED": str(seed)}
-    command = [sys.executable, "-m", "tests.dump_cases", str(root)]
-    subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True)
-    return root
+MAKE = ROOT / "tests" / "dump_cases.py"
 
 
 @pytest.fixture(scope="module")
 def dumps(tmp_path_factory):
-    return dumped(tmp_path_factory.mktemp("dumps"), seed=1)
+    root = tmp_path_factory.mktemp("dumps")
+    made = forked.run_script(MAKE, str(root), cwd=ROOT, environment={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert made.returncode == 0, made.stderr
+    return root
 
 
 def run_script(path: pathlib.Path) -> tuple[int, str]:
@@ -53,7 +52,10 @@ def summary(folder: pathlib.Path) -> dict[str, object]:
 
 
 def test_two_processes_write_the_same_bytes(dumps, tmp_path):
-    again = dumped(tmp_path, seed=2)
+    """With other hashes of strings."""
+    env = {**os.environ, "PYTHONHASHSEED": another_hash_seed(), "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, str(MAKE), str(tmp_path)], cwd=ROOT, env=env, check=True, capture_output=True)
+    again = tmp_path
     files = sorted(p.relative_to(dumps) for p in dumps.rglob("*") if p.is_file())
     assert files == sorted(p.relative_to(again) for p in again.rglob("*") if p.is_file())
     assert {str(f.parent) for f in files} == set(COMPILES)
