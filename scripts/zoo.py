@@ -6,6 +6,7 @@ python scripts/zoo.py --only timm.optim.Lion,optimi --again
 python scripts/zoo.py --sample               # 30 classes, which have to show what zoo_classes.SAMPLE says
 python scripts/zoo.py --page                 # docs/zoo.md from the rows there are
 python scripts/zoo.py --plain                # how often plain torch.compile compiles those 30, or --only ...
+python scripts/zoo.py --inductor             # their times by compile_step, by Inductor and eager
 python scripts/zoo.py --record               # what a recorder would make of what docs/zoo.md has not wholly fused
 
 A class that has a row is not run again. Every class has a process and a time limit of its own.
@@ -258,17 +259,19 @@ def main() -> int:
     parser.add_argument("--again", action="store_true", help="run classes again that have a row")
     parser.add_argument("--page", action="store_true", help="only write docs/zoo.md")
     parser.add_argument("--plain", action="store_true", help="count what plain torch.compile compiles")
+    parser.add_argument("--inductor", action="store_true", help="time steps beside Inductor's")
     parser.add_argument("--record", action="store_true", help="what a recorder would make of what is not wholly fused")
     parser.add_argument("--jobs", type=int, default=1, help="classes at a time")
     chosen = parser.parse_args()
     if chosen.sample:
         return check_sample(chosen.jobs)
     OUTPUT.mkdir(exist_ok=True)
-    measure = zoo_record.run if chosen.record else zoo_run.run_plainly if chosen.plain else zoo_run.run
-    results = OUTPUT / ("recorded.jsonl" if chosen.record else "plain.jsonl" if chosen.plain else "results.jsonl")
+    measures = {"record": zoo_record.run, "plain": zoo_run.run_plainly, "inductor": zoo_run.run_beside_inductor}
+    kind = next((kind for kind in measures if vars(chosen)[kind]), "results")
+    measure, results = measures.get(kind, zoo_run.run), OUTPUT / f"{kind}.jsonl"
     if not chosen.page:
         only = [name for name in chosen.only.split(",") if name]
-        if chosen.plain and not only:
+        if kind in ("plain", "inductor") and not only:
             only = list(SAMPLE)
         if chosen.record and not only:
             only = zoo_record.unfused(PAGE.read_text(encoding="utf-8"))
@@ -280,6 +283,8 @@ def main() -> int:
 
         asked = [name for name in LIBRARIES if not only or any(o == name or o.startswith(f"{name}.") for o in only)]
         run(asked, wanted, chosen.jobs, results, measure)
+    if chosen.inductor:
+        return 0
     if chosen.plain:
         counted = collections.Counter(row["result"] for row in rows_of(results).values())
         print(", ".join(f"{result}: {n}" for result, n in sorted(counted.items())))

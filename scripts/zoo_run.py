@@ -372,6 +372,27 @@ def run_plainly(library: str, name: str, cls: Class) -> dict[str, Any]:
     return {**row, "result": result, "why": [" ".join(map(str, phase.compiles)), *causes, *phase.breaks[:1]]}
 
 
+def run_beside_inductor(library: str, name: str, cls: Class) -> dict[str, Any]:
+    """Microseconds of a step: by compile_step, by torch.compile with Inductor, and eager."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    row: dict[str, Any] = {"library": library, "name": name}
+    found = _first_way(library, cls)
+    if isinstance(found, str):
+        return {**row, "result": "not run", "why": [found]}
+    way, want, plain = found
+    ours = fused(library, cls, way, want)
+    _forget()
+    twin = Twin(library, cls, way)
+    step = torch.compile(twin.opt.step)
+    inductor = compiled(twin, want, step)
+    if not inductor.error:
+        _measure(twin, step, inductor)
+    times = {"ours": ours.microseconds, "Inductor": inductor.microseconds, "eager": plain.microseconds}
+    told = [f"{key} {value:.0f} us" if value else f"{key} –" for key, value in times.items()]
+    return {**row, **times, "result": ", ".join(told), "why": [inductor.error] if inductor.error else []}
+
+
 def _first_way(
     library: str, cls: Class, steps: int = STEPS, lr_at: tuple[int, ...] = (LR_AT,)
 ) -> str | tuple[str, list[dict[str, Any]], Phase]:

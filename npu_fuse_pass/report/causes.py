@@ -66,7 +66,7 @@ _GUARDS = [
     ),
     _Guard(r"\.state\b.*\] == -?[\d.]+(e[+-]?\d+)?$", "a Python number in the states changed", _RULES, settles=True),
     _Guard(
-        r"len\(self\.state|\.state\b.* (is|in|==|!=) ",
+        r"len\(self\.state|^not \S+\.state$|\.state\b.* (is|in|==|!=) ",
         "the step before this one created states, as first steps do",
         None,
     ),
