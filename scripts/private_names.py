@@ -131,8 +131,8 @@ _HEAD = """# Private names of torch
 The package works with every torch from 2.7.1 on, and some of what it needs has no public name. A later torch may drop
 such a name. Then imports and training go on: what only saves time or says something is done in another way, or not;
 what cannot be done leaves the step as the original, with a reason (`TORCH`) that names what torch lacks. The log says
-so once, and reports have a line for each name that was looked for in vain. `tests/test_private_torch.py` takes every
-name away in turn.
+so once, and reports have a line for each name that was looked for in vain. `tests/repo/test_private_torch.py` takes
+every name away in turn.
 
 Written by `python -m scripts.private_names`. Names behind a class are attributes of its objects.
 

@@ -35,7 +35,7 @@ stage "tests ($workers at a time)" \
     "$PY" -m pytest -n "$workers" --dist worksteal -m "not npu and not browser" --durations=10 "${given[@]}"
 lacking="$(no_browser)"
 if [ -z "$lacking" ]; then
-    stage "the page of a dump in Chromium" env NPU_FUSE_BROWSER=1 "$PY" -m pytest -m browser tests/test_page_browser.py
+    stage "the page of a dump in Chromium" env NPU_FUSE_BROWSER=1 "$PY" -m pytest -m browser tests/unit/dump/test_page_browser.py
 else
     not_run "the page of a dump in Chromium" "$lacking"
 fi

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from .stages import Clock, Totals
+from tests.support.stages import Clock, Totals
 
 os.environ.setdefault("NPU_FUSE_VERIFY", "1")  # in processes that tests start, too
 
@@ -82,8 +82,7 @@ def kernels(counted_compilers: None) -> Iterator[Loads]:
     `shipped_kernels`.
     """
     from npu_fuse_pass.lowerings.cpu import build
-
-    from .support import FULL
+    from tests.support.training import FULL
 
     shipped = build.load
 
@@ -182,7 +181,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         names = [getattr(report, "nodeid", "") for report in terminalreporter.stats.get(outcome, [])]
         outcomes[outcome] = [name for name in names if "test_optim_db.py::" in name]
     if any(outcomes.values()):
-        from .optim_cases import summary
+        from tests.support.optim_cases import summary
 
         terminalreporter.section("torch's database of optimizers")
         for line in summary(outcomes):

@@ -1,7 +1,7 @@
 """Which rule computes what a class of torch.optim does, and for which optimizers and options that is proved.
 
-Proved with torch's database of optimizers, in tests/test_stock_road.py: every input that it has for these classes but
-those with the options that `StockClass.refused` names.
+Proved with torch's database of optimizers, in tests/unit/capture/test_stock_road.py: every input that it has for these
+classes but those with the options that `StockClass.refused` names.
 """
 
 from __future__ import annotations

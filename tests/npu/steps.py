@@ -11,8 +11,8 @@ from torch import Tensor
 from npu_fuse_pass.lowerings.npu import program as npu
 from npu_fuse_pass.match.find import match
 from npu_fuse_pass.passes.group import group
-from tests.cases import Case
-from tests.graphs import captured_step, step_with
+from tests.support.cases import Case
+from tests.support.graphs import captured_step, step_with
 
 SHAPES = [(4, 5), (3,), (1,), (2, 1, 6), (0, 3), (3,), (2, 3, 2, 2)]
 

@@ -24,7 +24,7 @@ from npu_fuse_pass.tolerances import PROMISED
 from optimizers import paddle
 from scripts import conversion_cases
 from scripts.conversion_cases import Make, Row
-from tests.tolerances import ADADELTA_NPU, STOCK_NPU
+from tests.support.tolerances import ADADELTA_NPU, STOCK_NPU
 
 TENSORS = [((4, 5), torch.float32), ((7,), torch.float32), ((3, 2), torch.float16), ((2, 1, 4), torch.bfloat16)]
 

@@ -19,7 +19,7 @@ from npu_fuse_pass.lowerings.npu.emit import dedicated_operations, elementwise, 
 from npu_fuse_pass.lowerings.npu.environment import require
 from npu_fuse_pass.match import known_kernels
 from npu_fuse_pass.tolerances import PROMISED
-from tests.cases import BY_NAME
+from tests.support.cases import BY_NAME
 
 ADAM, ADAMW, AMSGRAD, MOMENTUM = "AdamApplyOneAssign", "ApplyAdamW", "ApplyAdamWithAmsgradV2", "FusedMulApplyMomentum"
 SHAPES = [(4, 5), (3,), (2, 1, 6), (3,)]
@@ -89,7 +89,7 @@ def test_stock_optimizers(name: str, foreach: bool, kernels_option: str, ge: har
             assert_close(ours.state[p][state].float(), value.float(), 2e-5 if second else 1e-6)
 
 
-# Our classes, with options as in tests/cases.py; bytes per element in float32.
+# Our classes, with options as in tests/support/cases.py; bytes per element in float32.
 OURS: dict[str, tuple[tuple[str, int], tuple[str, int]]] = {
     "sgd_momentum": ((MOMENTUM, 40), (MOMENTUM, 40)),
     "adam": ((ADAM, 48), (ADAM, 48)),

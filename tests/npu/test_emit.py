@@ -14,7 +14,7 @@ from npu_fuse_pass import errors
 from npu_fuse_pass.lowerings.npu import program as npu
 from npu_fuse_pass.lowerings.npu.emit import elementwise
 from npu_fuse_pass.lowerings.npu.environment import require
-from tests.graphs import fused
+from tests.support.graphs import fused
 
 
 def test_an_operation_without_a_document_is_refused() -> None:

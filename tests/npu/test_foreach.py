@@ -19,7 +19,7 @@ from npu_fuse_pass.lowerings.npu.emit import elementwise, list_operations
 from npu_fuse_pass.lowerings.npu.environment import require
 from npu_fuse_pass.match.result import NoMatch
 from optimizers.paddle import RMSProp
-from tests.graphs import fused
+from tests.support.graphs import fused
 
 
 @pytest.fixture(autouse=True)

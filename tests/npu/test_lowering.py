@@ -14,8 +14,8 @@ from npu_fuse_pass import pipeline
 from npu_fuse_pass.lowerings.npu.emit import elementwise
 from npu_fuse_pass.lowerings.npu.environment import require
 from npu_fuse_pass.tolerances import PROMISED
-from tests.cases import BY_NAME, CASES, Case, over
-from tests.graphs import captured_step, inputs_of_step, step_with
+from tests.support.cases import BY_NAME, CASES, Case, over
+from tests.support.graphs import captured_step, inputs_of_step, step_with
 
 
 @over(CASES)

@@ -17,7 +17,7 @@ import npu_fuse_pass
 from npu_fuse_pass.backend import npu_fused
 from npu_fuse_pass.lowerings.npu.emit import elementwise
 from scripts import conversion_cases
-from tests.tolerances import MUON_NPU
+from tests.support.tolerances import MUON_NPU
 
 _muon: Any = pytest.importorskip("torch.optim._muon")  # since torch 2.9
 

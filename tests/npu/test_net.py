@@ -12,7 +12,7 @@ from steps import assert_same, set_gradients, twins
 
 import npu_fuse_pass
 from npu_fuse_pass import pipeline
-from tests.cases import BY_NAME
+from tests.support.cases import BY_NAME
 
 
 @pytest.mark.parametrize("stage", ["decide", "match", "group"])

@@ -21,7 +21,7 @@ from npu_fuse_pass.passes.group import group
 from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.report import report
 from npu_fuse_pass.tensors import memory
-from tests.cases import BY_NAME
+from tests.support.cases import BY_NAME
 
 STOCK: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adam": lambda p: torch.optim.Adam(p, lr=0.02, weight_decay=0.1, foreach=False),

@@ -11,7 +11,7 @@ from steps import assert_close, assert_same, set_gradients, twins
 
 import npu_fuse_pass
 from npu_fuse_pass.backend import npu_fused
-from tests.cases import BY_NAME
+from tests.support.cases import BY_NAME
 
 OPTIONS: dict[str, Any] = {"platform": "npu"}
 

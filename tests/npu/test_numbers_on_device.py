@@ -32,8 +32,8 @@ from npu_fuse_pass.lowerings.npu import execution
 from npu_fuse_pass.lowerings.npu import program as npu
 from npu_fuse_pass.lowerings.npu.host import mirror as npu_mirror
 from npu_fuse_pass.lowerings.npu.layout import bind, binding_cache
-from tests import graphs
-from tests.cases import BY_NAME
+from tests.support import graphs
+from tests.support.cases import BY_NAME
 
 SHAPES = [(4, 5), (3,), (2, 2), (3,)]
 NPU = torch.device("privateuseone:0")  # "npu" has that name where torch_npu is imported

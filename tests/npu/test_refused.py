@@ -21,7 +21,7 @@ from npu_fuse_pass import errors
 from npu_fuse_pass.lowerings.npu import execution
 from npu_fuse_pass.lowerings.npu.environment import require
 from npu_fuse_pass.lowerings.npu.graph import converters
-from tests.cases import BY_NAME
+from tests.support.cases import BY_NAME
 
 TORCH_NPU = importlib.metadata.version("torch_npu")
 LEAVES = ["load", "compile", "run", "write"]

@@ -12,7 +12,7 @@ import harness
 import pytest
 
 from npu_fuse_pass.tools.selftest import cases, parity
-from tests.cases import BY_NAME
+from tests.support.cases import BY_NAME
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 

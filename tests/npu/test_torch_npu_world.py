@@ -24,7 +24,7 @@ import npu_fuse_pass
 import optimizers
 from npu_fuse_pass.backend import npu_fused
 from scripts.conversion_cases import OURS
-from tests.tolerances import TORCH_NPU
+from tests.support.tolerances import TORCH_NPU
 
 SHAPES = [(4, 5), (7,), (2, 3), (7,)]
 

@@ -15,7 +15,7 @@ from test_refused import STEPS, compiled
 import npu_fuse_pass
 from npu_fuse_pass import errors
 from npu_fuse_pass.lowerings.npu.environment import require
-from tests.cases import BY_NAME
+from tests.support.cases import BY_NAME
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from npu_fuse_pass.lowerings.npu.kernels.generate import Kernel
 from npu_fuse_pass.lowerings.npu.kernels.launch import Generated, generate_group
 from npu_fuse_pass.lowerings.npu.program import Program
 from npu_fuse_pass.passes.group import group
-from tests.graphs import captured_step, inputs_of_step
 from tests.npu_kernels import machine
 from tests.npu_kernels.compiler import final_ir
+from tests.support.graphs import captured_step, inputs_of_step
 
 CORES = 40
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from npu_fuse_pass.ir.types import Grouped
-from tests.cases import CASES
 from tests.npu_kernels.executed import GraphBackend, captured_rules
-from tests.papers import AdaBelief, Adan, Lion, ScheduleFreeAdamW, Signum, Tiger
-from tests.papers_norms import CautiousAdamW, ClippedSGD, DiffGrad, Lamb, NovoGrad, Yogi
+from tests.support.cases import CASES
+from tests.support.papers import AdaBelief, Adan, Lion, ScheduleFreeAdamW, Signum, Tiger
+from tests.support.papers_norms import CautiousAdamW, ClippedSGD, DiffGrad, Lamb, NovoGrad, Yogi
 
 O = torch.optim  # noqa: E741
 Params = Sequence[torch.nn.Parameter]

@@ -11,12 +11,12 @@ import torch
 
 from npu_fuse_pass.lowerings.npu.kernels.generate import Kernel
 from npu_fuse_pass.lowerings.npu.program import Program
-from tests.graphs import inputs_of_step
 from tests.npu_kernels import machine
 from tests.npu_kernels.compiler import final_ir
 from tests.npu_kernels.executed import Cores, captured_rules
 from tests.npu_kernels.races import Races
 from tests.npu_kernels.steps import OURS, Step, parameters, set_gradients
+from tests.support.graphs import inputs_of_step
 
 SIZES = (3 * 4096, 5000, 4 * 4096, 1, 9000, 700, 33)
 Edit = Callable[[str], str]

@@ -10,12 +10,12 @@ from hypothesis import HealthCheck, given, settings
 
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.lowerings.npu.kernels.operations import REASONS
+from tests.behaviour.test_properties_rules import optimizer, rule_of
 from tests.npu_kernels.compiler import final_ir
 from tests.npu_kernels.executed import captured_rules, generated_groups
 from tests.npu_kernels.steps import parameters, set_gradients
-from tests.rules_programs import Program
-from tests.rules_strategy import programs
-from tests.test_properties_rules import optimizer, rule_of
+from tests.support.rules_programs import Program
+from tests.support.rules_strategy import programs
 
 
 @pytest.mark.slow

@@ -13,8 +13,8 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 
 import npu_fuse_pass
+from tests.support.training import assert_close
 
-from ..support import assert_close
 from .twins import MAKERS, RELATIVE, Patch, assert_all_fused, assert_twins, batches, left_alone, small_model, trained
 
 pytestmark = [

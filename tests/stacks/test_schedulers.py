@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ..test_compile_optimizer import (
+from tests.unit.tools.test_compile_optimizer import (
     SCHEDULERS,
     test_a_compiled_step_in_the_place_of_step_takes_a_scheduler,
     test_every_scheduler_before_and_after,

@@ -12,9 +12,8 @@ from torch import Tensor
 
 import npu_fuse_pass
 import optimizers
-
-from ..support import assert_close, assert_fused
-from ..tolerances import AS_NEAR
+from tests.support.tolerances import AS_NEAR
+from tests.support.training import assert_close, assert_fused
 
 RELATIVE = 1e-6
 MAKERS: dict[str, Callable[..., Any]] = {

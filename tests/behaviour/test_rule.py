@@ -1,0 +1,215 @@
+"""The public decorator `rule`: what it refuses, and what it says then."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from npu_fuse_pass import FuseError, RuleError, RuleOptimizer, rule, total, zeros
+from tests.support.rules import same_compiled
+from tests.support.training import gradients, parameters, set_gradients
+
+
+def decided(function: Callable[..., Any], **defaults: Any) -> None:
+    """Declare and construct."""
+    rule(states={"m": zeros}, defaults={"lr": 0.1, **defaults})(function)(parameters())
+
+
+def by_if(param: Tensor, grad: Tensor, m: Tensor, *, lr: Tensor) -> Any:
+    if grad.sum() > 0:
+        return param - lr * grad, m
+    return param, m
+
+
+def by_step(param: Tensor, grad: Tensor, m: Tensor, *, lr: Tensor, step: Tensor) -> Any:
+    return (param - lr * grad, grad) if step == 1 else (param - lr * m, m)
+
+
+def by_lr(param: Tensor, grad: Tensor, m: Tensor, *, lr: Tensor) -> Any:
+    return (param - lr * grad, m) if lr > 0.5 else (param, m)
+
+
+def by_item(param: Tensor, grad: Tensor, m: Tensor, *, lr: Tensor) -> Any:
+    return param - grad.norm().item() * lr, m
+
+
+def by_float(param: Tensor, grad: Tensor, m: Tensor, *, lr: Tensor) -> Any:
+    return param - float(lr) * grad, m
+
+
+def by_math(param: Tensor, grad: Tensor, m: Tensor, *, lr: Tensor, step: Tensor) -> Any:
+    return param - lr / math.sqrt(step) * grad, m
+
+
+def by_max(param: Tensor, grad: Tensor, m: Tensor, *, lr: Tensor) -> Any:
+    return param - lr * grad / max(grad.norm(), lr), m
+
+
+def by_range(param: Tensor, grad: Tensor, m: Tensor, *, lr: Tensor, step: Tensor) -> Any:
+    for _ in range(int(step)):
+        param = param - lr * grad
+    return param, m
+
+
+def by_tolist(param: Tensor, grad: Tensor, m: Tensor, *, lr: Tensor) -> Any:
+    return param - lr * sum(grad.flatten().tolist()), m
+
+
+def by_numpy(param: Tensor, grad: Tensor, m: Tensor, *, lr: Tensor) -> Any:
+    return param - lr * torch.from_numpy(grad.numpy()), m
+
+
+def by_index(param: Tensor, grad: Tensor, m: Tensor, *, lr: Tensor) -> Any:
+    return param - lr * grad[grad > 0].sum(), m
+
+
+@pytest.mark.parametrize(
+    "function", [by_if, by_step, by_lr, by_item, by_float, by_math, by_max, by_range, by_tolist, by_numpy]
+)
+def test_values_decide(function: Callable[..., Any]) -> None:
+    with pytest.raises(RuleError, match=r"torch\.where") as error:
+        decided(function)
+    assert function.__name__ in str(error.value)
+    assert isinstance(error.value, ValueError)
+    assert isinstance(error.value, FuseError)
+
+
+def test_selecting_elements_is_right_or_refused() -> None:
+    """grad[grad > 0] has a shape that depends on values: refused at once, or unfused with a warning and right."""
+    made = rule(states={"m": zeros}, defaults={"lr": 0.1})(by_index)
+    found: list[str] = []
+    with contextlib.suppress(RuleError), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        opt = made(parameters())
+        found.append("accepted")
+        same_compiled(made, fused=False)
+        found += [str(w.message) for w in caught if "not fused" in str(w.message)]
+        assert opt.param_groups
+    assert len(found) != 1
+
+
+IN_PLACE: dict[str, Callable[..., Any]] = {
+    "param": lambda param, grad, m, *, lr, betas: (param.sub_(lr * grad), m),
+    "grad": lambda param, grad, m, *, lr, betas: (param - lr * grad.mul_(2), m),
+    "m": lambda param, grad, m, *, lr, betas: (param - lr * m.lerp_(grad, 0.1), m),
+    "a view of m": lambda param, grad, m, *, lr, betas: (param - lr * grad, m.view(-1).add_(1).view_as(m)),
+    "lr": lambda param, grad, m, *, lr, betas: (param - lr.mul_(2) * grad, m),
+    "betas": lambda param, grad, m, *, lr, betas: (param - betas[1].mul_(2) * grad, m),
+}
+
+
+@pytest.mark.parametrize("what", IN_PLACE)
+def test_in_place(what: str) -> None:
+    with pytest.raises(RuleError, match="in place") as error:
+        decided(IN_PLACE[what], betas=(0.5, 0.25))
+    assert what.split()[-1] in str(error.value)
+
+
+def test_in_place_on_a_value_of_its_own() -> None:
+    def own(param: Tensor, grad: Tensor, m: Tensor, *, lr: Tensor) -> Any:
+        m = (m * 0.9).add_(grad)
+        return param - (m * lr).mul_(2), m
+
+    same_compiled(rule(states={"m": zeros}, defaults={"lr": 0.1})(own))
+
+
+RETURNS: dict[str, tuple[Callable[..., Any], str]] = {
+    "too few": (lambda param, grad, m, *, lr: param, "1 values; it must return"),
+    "too many": (lambda param, grad, m, *, lr: (param, m, m), "3 values; it must return"),
+    "nothing": (lambda param, grad, m, *, lr: None, "must return"),
+    "a number": (lambda param, grad, m, *, lr: (param, 1.0), "float.*'m'.*tensor"),
+    "a sum": (lambda param, grad, m, *, lr: (param, grad.sum()), r"shape \(\).*'m'.*\(2, 3\)"),
+    "a transpose": (lambda param, grad, m, *, lr: (param.t(), m), r"shape \(3, 2\).*'param'"),
+    "a broadcast": (lambda param, grad, m, *, lr: (param + grad[None], m), r"shape \(1, 2, 3\).*'param'"),
+    "no state": (lambda param, grad, m, *, lr: (param, None), "'m'"),
+}
+
+
+@pytest.mark.parametrize("what", RETURNS)
+def test_results(what: str) -> None:
+    function, message = RETURNS[what]
+    with pytest.raises(RuleError, match=message):
+        decided(function)
+
+
+def test_a_value_for_a_state_that_the_group_lacks() -> None:
+    @rule(states={"m": zeros.when(lambda group: group["momentum"])}, defaults={"lr": 0.1, "momentum": False})
+    def sometimes(param: Tensor, grad: Tensor, m: Tensor | None, *, lr: Tensor) -> Any:
+        return param - lr * grad, grad
+
+    sometimes(parameters(), momentum=True)
+    with pytest.raises(RuleError, match="'m', which this group lacks"):
+        sometimes(parameters())
+    opt = sometimes(parameters(), momentum=True)
+    opt.add_param_group({"params": parameters(), "momentum": False})
+    params = opt.param_groups[1]["params"]
+    set_gradients(params, gradients(params, 0))
+    with pytest.raises(RuleError, match="'m', which this group lacks"):
+        opt.step()
+
+
+def test_hyperparameters() -> None:
+    @rule(defaults={"lr": 0.1, "name": "x", "flag": False, "nothing": None, "pair": (1, 2.0)})
+    def plain(param: Tensor, grad: Tensor, *, lr: Tensor, name: str, flag: bool, nothing: None, pair: Any) -> Any:
+        assert (name, flag, nothing) == ("x", False, None)
+        assert all(isinstance(x, Tensor) and x.dtype is torch.float64 and x.ndim == 0 for x in (lr, *pair))
+        return param - lr * pair[1] * grad
+
+    same_compiled(plain)
+    with pytest.raises(TypeError, match=r"plain\(\) has no hyperparameter 'beta'; allowed are \['flag', 'lr'"):
+        plain(parameters(), beta=1)
+    with pytest.raises(RuleError, match=r"lr=\[\] must be a number"):
+        plain(parameters(), lr=[])
+    for wrong in (torch.ones(2), object(), {"a": 1}, ("a", "b"), (1, None)):
+        with pytest.raises(RuleError, match="lr="):
+            plain(parameters(), lr=wrong)
+    opt = plain([{"params": parameters(), "lr": 0.5}, {"params": parameters()}])
+    assert [g["lr"] for g in opt.param_groups] == [0.5, 0.1]
+    assert isinstance(opt, RuleOptimizer)
+
+
+@pytest.mark.parametrize(
+    "wrong", [[0.9, 0.99], {"a": 1}, torch.ones(()), object(), 1j, zeros, {1}], ids=lambda w: type(w).__name__
+)
+def test_defaults(wrong: Any) -> None:
+    with pytest.raises(RuleError, match="default lr="):
+        rule(defaults={"lr": wrong})(lambda param, grad, *, lr: param)
+
+
+SIGNATURES: dict[str, Callable[..., Any]] = {
+    "no gradient": lambda param, *, lr: param,
+    "no state": lambda param, grad, *, lr: param,
+    "another state": lambda param, grad, n, *, lr: (param, n),
+    "more": lambda param, grad, m, n, *, lr: (param, m),
+    "positional lr": lambda param, grad, m, lr: (param, m),
+    "any": lambda *args: args,
+}
+
+
+@pytest.mark.parametrize("what", SIGNATURES)
+def test_signatures(what: str) -> None:
+    with pytest.raises(RuleError, match=r"ask for \(param, grad, m, \*, \.\.\.\)"):
+        rule(states={"m": zeros}, defaults={"lr": 0.1})(SIGNATURES[what])
+
+
+def test_reserved_and_unknown_names() -> None:
+    for name in ("param", "grad", "step", "params"):
+        with pytest.raises(RuleError, match=name):
+            rule(defaults={name: 1.0})(lambda param, grad: param)
+    with pytest.raises(RuleError, match="'typo', which is not among"):
+        rule(defaults={"lr": 0.1})(lambda param, grad, *, typo: param)(parameters())
+    with pytest.raises(RuleError, match="allowed are 'group' and 'optimizer'"):
+        total(lambda grad: grad.sum(), over="world")  # type: ignore[arg-type]
+
+
+def test_a_total_must_be_a_number() -> None:
+    bad = rule(totals={"t": total(lambda grad: grad)})(lambda param, grad, *, t: param - t)
+    with pytest.raises(RuleError, match="must return a 0-dim tensor"):
+        bad(parameters())

@@ -1,0 +1,127 @@
+"""Parameters that torch refuses to write, and parameters that are listed twice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import npu_fuse_pass
+from optimizers import NpuFusedAdam
+from tests.support.cases import BY_NAME, Case, over
+from tests.support.plain import Plain
+from tests.support.training import Step, assert_close, clones, gradients, last_report, parameters, set_gradients
+
+modes = pytest.mark.parametrize("mode", ["eager", "compiled"])
+KINDS = [BY_NAME[n] for n in ("sgd", "adam", "adamw", "rmsprop_tf", "lion", "paddle_rmsprop")]
+REFUSED = "Inplace update to inference tensor outside InferenceMode is not allowed"
+
+
+def mixed() -> list[torch.nn.Parameter]:
+    """An ordinary parameter, and one made in inference mode."""
+    with torch.inference_mode():
+        (made,) = parameters([(4,)])
+    return [*parameters([(4,)], seed=1), made]
+
+
+@over([*KINDS, BY_NAME["sgd_momentum"]])
+@modes
+def test_parameters_made_in_inference_mode(case: Case, mode: str) -> None:
+    """Refused at every step, before anything is changed; taken inside inference mode, or without a gradient."""
+    params = mixed()
+    before = clones(params)
+    opt = case.build(params)
+    step = Step(opt, mode)
+    for _ in range(2):
+        set_gradients(params, gradients(params, 0))
+        with pytest.raises(RuntimeError, match=REFUSED):
+            step()
+        assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+        assert not opt.state
+    params[1].grad = None
+    step()
+    assert not torch.equal(params[0], before[0])
+    assert torch.equal(params[1], before[1])
+
+
+@modes
+def test_steps_inside_inference_mode(mode: str) -> None:
+    """They are taken; the states that they made are refused outside, as in torch.optim."""
+    params, others = mixed(), mixed()
+    opt, stock = NpuFusedAdam(params), torch.optim.Adam(others)
+    step = Step(opt, mode)
+    with torch.inference_mode():
+        for seed in range(2):
+            set_gradients(params, gradients(params, seed))
+            set_gradients(others, gradients(others, seed))
+            step()
+            stock.step()
+        assert_close([p.clone() for p in params], [p.clone() for p in others])
+    for o, own, call in ((opt, params, step), (stock, others, stock.step)):
+        for p in own:
+            p.grad = torch.ones(4) if not p.is_inference() else None
+        with pytest.raises(RuntimeError, match=REFUSED):
+            call()
+        assert o.state
+
+
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("foreach", [False, True])
+def test_stock_classes_refuse_them_compiled(cls: Any, foreach: bool) -> None:
+    """As torch does: with its error, behind the first write that it notices."""
+    torch._dynamo.reset()
+    npu_fuse_pass.clear_reports()
+    params = mixed()
+    opt = cls(params, lr=0.1, foreach=foreach)
+    step = torch.compile(opt.step, backend="npu_fused")
+    for seed in range(3):
+        set_gradients(params, gradients(params, seed))
+        with pytest.raises(RuntimeError, match=REFUSED):
+            step()
+    assert last_report().groups
+    before = params[1].clone()
+    with torch.inference_mode():
+        torch._dynamo.reset()
+        torch.compile(opt.step, backend="npu_fused")()
+    assert not torch.equal(params[1], before)
+
+
+def twin(case: Case, params: list[Tensor]) -> Any:
+    if case.stock is not None:
+        with pytest.warns(UserWarning, match="duplicate parameters"):
+            return case.stock(params, foreach=False, **case.options)
+    return Plain(case.build(clones(params)), params)
+
+
+@over([case for case in KINDS if case.name != "paddle_rmsprop"])  # which updates it once, and says so
+@modes
+def test_a_parameter_listed_twice(case: Case, mode: str) -> None:
+    """It is updated twice, the second time from what the first update has made; torch's class warns, and ours."""
+    p, q, r = parameters([(4,), (3, 2), (4,)])
+    a, b, c = clones([p, q, r])
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        opt = case.build([p, q, p, r, p, q])
+    other = twin(case, [a, b, a, c, a, b])
+    step = Step(opt, mode)
+    for seed in range(4):
+        for params in ([p, q, r], [a, b, c]):
+            set_gradients(params, gradients(params, seed))
+        if seed == 3:
+            q.grad = b.grad = None
+        step()
+        other.step()
+        assert_close([p, q, r], [a, b, c])
+        for name in case.states:
+            assert_close([opt.state[x][name] for x in (p, q, r)], [other.state[x][name] for x in (a, b, c)])
+    counts = [float(opt.state[x]["step"]) for x in (p, q, r)] if case.states else [12, 6, 4]
+    assert counts == [12, 6, 4]
+    opt.state.clear()
+    other.state.clear()
+    step()
+    other.step()
+    assert_close([p, q, r], [a, b, c])
+    if mode == "compiled":
+        assert "a parameter is listed twice" in last_report().fallback
+        assert last_report().remedies == ["list every parameter once"]

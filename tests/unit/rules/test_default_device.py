@@ -1,0 +1,84 @@
+"""`torch.set_default_device` says where a user's new tensors go: it changes nothing of what an optimizer computes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import npu_fuse_pass
+import optimizers
+from npu_fuse_pass.errors import PlatformError
+from npu_fuse_pass.lowerings.cpu import program as cpu
+from tests.support.training import MODES, assert_close, gradients, parameters, set_gradients
+
+
+@npu_fuse_pass.rule(states=dict(average=npu_fuse_pass.zeros), defaults=dict(lr=0.1))
+def with_tensors_of_its_own(param: Any, grad: Any, average: Any, *, lr: Any) -> Any:
+    average = torch.lerp(average, grad, torch.tensor(0.25, dtype=grad.dtype, device=grad.device))
+    return param - lr * torch.minimum(average, torch.ones_like(average)), average
+
+
+def lamb(params: Any) -> Any:
+    made = optimizers.NpuFusedLamb(params, lr=0.02)
+    made.use_global_grad_norm = True
+    return made
+
+
+CASES: dict[str, tuple[Callable[[Any], Any], torch.dtype]] = {
+    "Adam": (lambda params: optimizers.NpuFusedAdam(params, lr=0.02, weight_decay=0.1), torch.float32),
+    "Adam, half precision": (lambda params: optimizers.NpuFusedAdam(params, lr=0.02), torch.bfloat16),
+    "Lamb, one norm for all": (lamb, torch.float32),
+    "tensors in the rule": (with_tensors_of_its_own, torch.float32),
+    "stock Adam": (lambda params: torch.optim.Adam(params, lr=0.02, weight_decay=0.1), torch.float32),
+    "stock Adam, half precision": (lambda params: torch.optim.Adam(params, lr=0.02), torch.bfloat16),
+}
+
+
+def train(name: str, step_of: Callable[[Any], Callable[[], Any]], missing: int | None) -> list[Tensor]:
+    """The parameters after some steps; what a test makes itself is made on the CPU."""
+    make, dtype = CASES[name]
+    here = torch.device("cpu")
+    with here:
+        params = parameters(dtype=dtype)
+        grads = [gradients(params, k) for k in range(4)]
+    stock = name.startswith("stock")
+    with here if stock else contextlib.nullcontext():
+        opt = make(params)
+        if stock:  # torch makes its states at the first step, and counters on the default device
+            set_gradients(params, grads[0])
+            opt.step()
+    step = step_of(opt)
+    for k in range(stock, 4):
+        set_gradients(params, [None if k == 2 and i == missing else g for i, g in enumerate(grads[k])])
+        step()
+    return [p.detach() for p in params]
+
+
+@pytest.mark.parametrize("how", [*MODES, "interpreted"])
+@pytest.mark.parametrize("name", CASES)
+def test_steps_under_another_default_device(
+    name: str, how: str, on_meta: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_compiler(*args: Any) -> Any:
+        raise PlatformError("no compiler")
+
+    def step_of(opt: Any) -> Callable[[], Any]:
+        return opt.step if how == "eager" else torch.compile(opt.step, backend="npu_fused")
+
+    missing = None if name.startswith("stock") else 1
+    with torch.device("cpu"):
+        wanted = train(name, lambda opt: opt.step, missing)
+    if how == "interpreted":
+        monkeypatch.setattr(cpu, "Program", no_compiler)
+    npu_fuse_pass.clear_reports()
+    assert_close(train(name, step_of, missing), wanted)
+    if how != "eager":
+        report = npu_fuse_pass.reports()[-1]
+        assert not report.unfused
+        assert (report.fallback is None) == (how == "compiled"), report.fallback
+        assert ("match: adamw" in str(report)) == ("Adam" in name)  # decided here, where it is asked for

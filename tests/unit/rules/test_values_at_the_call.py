@@ -1,0 +1,660 @@
+"""The values at the call count: what a compiled function changes before `opt.step()` is what the step computes with.
+
+Dynamo carries out changes of Python objects behind the graph; where that would be too late, the graph ends before the
+step, which then has a graph of its own, fused.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+import npu_fuse_pass
+import optimizers
+from npu_fuse_pass.rules import pending
+from optimizers import NpuFusedAdam
+from tests.support.cases import BY_NAME
+from tests.support.training import (
+    assert_close,
+    assert_fused,
+    clones,
+    error,
+    gradients,
+    last_report,
+    parameters,
+    set_gradients,
+    tier,
+)
+
+SHAPES = [(3, 4), (5,), (3, 4)]
+Change = Callable[[Any, list[Tensor], int], None]  # of an optimizer and its parameters, at call i
+CHANGES: dict[str, Change] = {}
+
+
+def change(function: Change) -> Change:
+    CHANGES[function.__name__] = function
+    return function
+
+
+@change
+def lr(opt: Any, params: list[Tensor], i: int) -> None:
+    for group in opt.param_groups:
+        group[rate(opt)] = 0.01 * (i + 1)
+
+
+@change
+def weight_decay(opt: Any, params: list[Tensor], i: int) -> None:
+    opt.param_groups[0]["weight_decay"] = 0.1 * i
+
+
+@change
+def factors(opt: Any, params: list[Tensor], i: int) -> None:
+    group = opt.param_groups[0]
+    if "betas" in group:
+        group["betas"] = (0.5 + 0.1 * i, 0.9)
+    else:
+        group["momentum"] = 0.5 + 0.1 * i
+
+
+@change
+def several_at_once(opt: Any, params: list[Tensor], i: int) -> None:
+    opt.param_groups[0].update({rate(opt): 0.02 * (i + 1), "weight_decay": 0.2})
+
+
+@change
+def another_group(opt: Any, params: list[Tensor], i: int) -> None:
+    opt.param_groups[0] = {**opt.param_groups[0], rate(opt): 0.02 * (i + 1)}
+
+
+@change
+def other_groups(opt: Any, params: list[Tensor], i: int) -> None:
+    opt.param_groups = [{**group, "weight_decay": 0.3 * i} for group in opt.param_groups]
+
+
+@change
+def fewer_parameters(opt: Any, params: list[Tensor], i: int) -> None:
+    opt.param_groups[0]["params"] = params[: 3 - i % 2]
+
+
+@change
+def tensor_lr(opt: Any, params: list[Tensor], i: int) -> None:
+    opt.param_groups[0][rate(opt)] = torch.tensor(0.01) * (i + 1)
+
+
+@change
+def tensor_lr_in_place(opt: Any, params: list[Tensor], i: int) -> None:
+    opt.param_groups[0]["lr"].mul_(0.5)
+
+
+@change
+def cleared_states(opt: Any, params: list[Tensor], i: int) -> None:
+    opt.state.clear()
+
+
+@change
+def cleared_entry(opt: Any, params: list[Tensor], i: int) -> None:
+    opt.state[params[0]].clear()
+
+
+@change
+def replaced_states(opt: Any, params: list[Tensor], i: int) -> None:
+    entry = opt.state[params[0]]
+    for name in [n for n in entry if n != "step"]:
+        entry[name] = torch.full((3, 4), 0.5)
+
+
+@change
+def states_in_place(opt: Any, params: list[Tensor], i: int) -> None:
+    for value in opt.state[params[2]].values():
+        if value is not None:
+            value.mul_(0.5)
+
+
+@change
+def popped_entry(opt: Any, params: list[Tensor], i: int) -> None:
+    opt.state.pop(params[1], None)
+
+
+@change
+def grad_assigned(opt: Any, params: list[Tensor], i: int) -> None:
+    params[0].grad = torch.full((3, 4), 1.0 - i)
+
+
+@change
+def grad_dropped(opt: Any, params: list[Tensor], i: int) -> None:
+    params[i % 3].grad = None
+
+
+@change
+def grads_cloned(opt: Any, params: list[Tensor], i: int) -> None:
+    for p in params:
+        if p.grad is not None:
+            p.grad = p.grad.clone()
+            p.grad.add_(0.5)
+
+
+@change
+def grads_scaled(opt: Any, params: list[Tensor], i: int) -> None:
+    for p in params:
+        if p.grad is not None:
+            p.grad = p.grad * 0.25
+
+
+@change
+def zeroed_gradients(opt: Any, params: list[Tensor], i: int) -> None:
+    opt.zero_grad()
+    params[1].grad = torch.ones(5)
+
+
+@change
+def data_assigned(opt: Any, params: list[Tensor], i: int) -> None:
+    params[0].data = torch.full((3, 4), 0.5 * i)
+
+
+@change
+def parameters_in_place(opt: Any, params: list[Tensor], i: int) -> None:
+    with torch.no_grad():
+        params[0].mul_(0.5)
+        params[1].grad.mul_(2.0) if params[1].grad is not None else None
+
+
+@change
+def nothing_of_the_optimizer(opt: Any, params: list[Tensor], i: int) -> None:
+    COUNTED.append(i)
+
+
+COUNTED: list[int] = []
+IN_ONE_GRAPH = ("parameters_in_place", "nothing_of_the_optimizer")  # of ours, if the step comes once
+TOLD = ("lr", "weight_decay", "factors", "several_at_once", "another_group", "fewer_parameters", "tensor_lr")
+TOLD = (*TOLD, "grad_assigned", "grad_dropped", "grads_cloned", "grads_scaled")  # the others end a graph themselves
+OURS = ("adam", "sgd_momentum", "adam_amsgrad", "lion", "paddle_rmsprop", "lamb")
+STOCK = ("stock_adam", "stock_sgd_momentum", "stock_adamw")
+
+
+def rate(opt: Any) -> str:
+    return "lr" if "lr" in opt.param_groups[0] else "learning_rate"
+
+
+def build(kind: str, params: list[Tensor], name: str) -> Any:
+    case = BY_NAME[kind.removeprefix("stock_")]
+    more = {"lr": torch.tensor(0.1)} if name == "tensor_lr_in_place" else {}
+    if kind.startswith("stock_"):
+        assert case.stock is not None
+        foreach = {"foreach": False} if more and "sgd" in kind else {}
+        return case.stock(params, **{**case.options, **more, **foreach})
+    return case.build(params, **more)
+
+
+def before(opt: Any, params: list[Tensor], i: int, do: Change) -> None:
+    do(opt, params, i)
+    opt.step()
+
+
+def after(opt: Any, params: list[Tensor], i: int, do: Change) -> None:
+    opt.step()
+    do(opt, params, i)
+
+
+def around(opt: Any, params: list[Tensor], i: int, do: Change) -> None:
+    do(opt, params, i)
+    opt.step()
+    do(opt, params, i + 1)
+    opt.step()
+
+
+def within_a_call(opt: Any, params: list[Tensor], i: int, do: Change) -> None:
+    """The change and the step in functions of their own."""
+    total = sum(p.detach().sum() for p in params)
+    before(opt, params, i, do)
+    params[0].data.add_(total * 0.01)
+
+
+ORDERS = {f.__name__: f for f in (before, after, around, within_a_call)}
+
+
+def possible(name: str, kind: str) -> bool:
+    if name == "other_groups" and kind in STOCK:  # see test_what_dynamo_loses_itself
+        return False
+    return not (name == "tensor_lr_in_place" and kind == "paddle_rmsprop")
+
+
+RUNS = [(name, kind, order) for name in CHANGES for kind in (*OURS, *STOCK) for order in ORDERS if possible(name, kind)]
+
+
+@pytest.mark.parametrize(("name", "kind", "order"), tier(RUNS))
+def test_what_was_changed_before_counts(name: str, kind: str, order: str) -> None:
+    torch._dynamo.reset()
+    npu_fuse_pass.clear_reports()
+    mine: list[Any] = parameters(SHAPES)
+    others: list[Any] = clones(mine)
+    opt, other = build(kind, mine, name), build(kind, others, name)
+    function, do = ORDERS[order], CHANGES[name]
+
+    def body(i: int) -> None:
+        function(opt, mine, i, do)
+
+    compiled = torch.compile(body, backend="npu_fused", dynamic=False)
+    for i in range(4):
+        for params in (mine, others):
+            set_gradients(params, gradients(params, i))
+        function(other, others, i, do)
+        compiled(i)
+        assert_close(mine, others)
+        for p, q in zip(mine, others, strict=True):
+            for n, value in other.state.get(q, {}).items():
+                if value is not None:
+                    assert error(torch.as_tensor(opt.state[p][n]), torch.as_tensor(value)) <= 2e-4, n
+    reports = [r for r in npu_fuse_pass.reports() if r.groups or r.unfused or r.fallback]
+    assert reports
+    left = name == "data_assigned" or (name == "tensor_lr_in_place" and order == "after")  # and the report says why
+    for report in reports:
+        assert left or not (report.fallback or report.unfused), report
+    if kind in OURS and order == "before":
+        assert not any(map(said, reports)) or name not in IN_ONE_GRAPH
+        assert any(map(said, reports)) or name not in TOLD
+
+
+def said(report: Any) -> bool:
+    """That the step has a graph of its own, or that Python has to change something before it."""
+    return report.apart is not None or "which Python has to do" in str(report.graph_break)
+
+
+def test_what_dynamo_loses_itself() -> None:
+    """An assignment to an attribute of torch's own optimizers, whatever the backend: no table can have it."""
+    (p,) = parameters([(3,)])
+    opt = torch.optim.Adam([p], lr=0.1)
+
+    def assign() -> Tensor:
+        opt.param_groups = [{**group, "lr": 0.5} for group in opt.param_groups]
+        return torch.ones(2) + 1
+
+    torch.compile(assign, backend="eager")()
+    assert opt.param_groups[0]["lr"] == 0.1  # this torch; where it has become 0.5, put it back into the table
+
+
+Function = Callable[[], Any]
+
+
+def beside_eager(make: Callable[[Any, Tensor], Function], calls: int = 3) -> Any:
+    """A function of an optimizer and its parameter, compiled and eager: equal values; gives the last report."""
+    torch._dynamo.reset()
+    npu_fuse_pass.clear_reports()
+    (p,), (q,) = parameters([(4,)]), parameters([(4,)])
+    opts = [NpuFusedAdam([x], lr=0.1) for x in (p, q)]
+    for opt, x in zip(opts, (p, q), strict=True):
+        x.grad = torch.ones(4)
+        opt.step()
+    compiled, eager = torch.compile(make(opts[0], p), backend="npu_fused"), make(opts[1], q)
+    for _ in range(calls):
+        got, want = compiled(), eager()
+        assert_close([p], [q])
+        assert (got is None and want is None) or error(got, want) <= 1e-6
+    return last_report()
+
+
+def test_two_steps_in_one_function() -> None:
+    def make(opt: Any, p: Tensor) -> Function:
+        def twice() -> None:
+            opt.step()
+            opt.step()
+
+        return twice
+
+    report = beside_eager(make)
+    assert_fused(report, parameters=1)
+    assert "the optimizer steps before it in the same function" in report.apart
+
+
+@pytest.mark.parametrize("name", ["step", "exp_avg"])
+def test_a_state_held_before_and_read_after_the_step(name: str) -> None:
+    """Nobody sees that it is one before the graph runs: the original runs, in its order, and the report says why."""
+
+    def make(opt: Any, p: Tensor) -> Function:
+        held = opt.state[p][name]
+
+        def stepped() -> Tensor:
+            opt.step()
+            return held * 2
+
+        return stepped
+
+    with pytest.warns(UserWarning, match="npu_fused"):
+        report = beside_eager(make)
+    wanted = "a number that the optimizer reads or counts itself" if name == "step" else "share memory"
+    assert wanted in report.fallback
+    if name == "step":
+        assert any("use it outside of the compiled function" in remedy for remedy in report.remedies)
+
+
+@pytest.mark.parametrize("laid_out", [torch.contiguous_format, torch.preserve_format], ids=["otherwise", "alike"])
+@pytest.mark.parametrize("again", ["read", "changed"])
+def test_a_state_put_in_before_and_used_after_the_step(laid_out: torch.memory_format, again: str) -> None:
+    """The step takes it over in the order of its parameter's elements, which is not to break Dynamo's guards."""
+
+    def trained(compiled: bool) -> list[Tensor]:
+        params = [torch.nn.Parameter(torch.linspace(-1, 1, 12).view(4, 3).t())]
+        opt = optimizers.NpuFusedRMSpropTF(params, lr=0.05)
+        read: list[Tensor] = []
+
+        def function() -> None:
+            with torch.no_grad():
+                value = torch.full_like(params[0], 0.5, memory_format=laid_out)
+                opt.state[params[0]]["square_avg"] = value
+            opt.step()
+            if again == "changed":
+                opt.state[params[0]]["square_avg"].mul_(0.5)
+            else:
+                read.append(opt.state[params[0]]["square_avg"].sum())
+
+        step = torch.compile(function, backend="npu_fused") if compiled else function
+        for t in range(2):
+            set_gradients(params, gradients(params, t))
+            step()
+        return [params[0].detach(), opt.state[params[0]]["square_avg"], *read]
+
+    for got, want in zip(trained(True), trained(False), strict=True):
+        torch.testing.assert_close(got, want)
+    assert any(r.groups for r in npu_fuse_pass.reports())
+
+
+@pytest.mark.parametrize("name", ["lr", "exp_avg"])
+def test_a_tensor_of_the_optimizer_written_before_the_step(name: str) -> None:
+    def make(opt: Any, p: Tensor) -> Function:
+        held = torch.tensor(0.1)
+        if name == "lr":
+            opt.param_groups[0]["lr"] = held
+        else:
+            held = opt.state[p][name]
+
+        def stepped() -> None:
+            held.mul_(0.5)
+            opt.step()
+
+        return stepped
+
+    report = beside_eager(make)
+    assert_fused(report, parameters=1)
+    assert "a state or a tensor hyperparameter of the optimizer is used before it" in report.apart
+
+
+def test_a_tensor_lr_written_after_the_step() -> None:
+    def make(opt: Any, p: Tensor) -> Function:
+        opt.param_groups[0]["lr"] = held = torch.tensor(0.1)
+
+        def stepped() -> None:
+            opt.step()
+            held.mul_(0.5)
+
+        return stepped
+
+    with pytest.warns(UserWarning, match="npu_fused"):
+        assert "a number that the optimizer reads" in beside_eager(make).fallback
+
+
+SETTINGS = {"lr": 0.1}
+SCALE = 1.0
+
+
+def looked_up() -> float:
+    return SETTINGS["lr"] * SCALE
+
+
+class Elsewhere(NpuFusedAdam):
+    """Reads its learning rate where nothing leads to from its instances."""
+
+    FACTORS: ClassVar[list[float]] = [1.0]
+
+    def hyperparameters(self, group: dict[str, Any]) -> Any:
+        return {**group, "lr": looked_up() * self.FACTORS[0]}
+
+
+def in_a_dict(value: float) -> None:
+    SETTINGS["lr"] = value
+
+
+def in_a_global(value: float) -> None:
+    global SCALE
+    SCALE = value
+
+
+def in_a_class(value: float) -> None:
+    Elsewhere.FACTORS[0] = value
+
+
+@pytest.mark.parametrize(("change", "name"), [(in_a_dict, "SETTINGS"), (in_a_global, "SCALE"), (in_a_class, "FACTORS")])
+def test_a_class_that_reads_its_numbers_elsewhere(
+    change: Callable[[float], None], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SETTINGS, "lr", 0.1)
+    monkeypatch.setattr(sys.modules[__name__], "SCALE", 1.0)
+    monkeypatch.setattr(Elsewhere, "FACTORS", [1.0])
+    npu_fuse_pass.clear_reports()
+    (p,) = parameters([(4,)])
+    opt, start = Elsewhere([p], eps=0.0), p.detach().clone()
+
+    def stepped(value: float) -> None:
+        change(value)
+        opt.step()
+
+    compiled, moved = torch.compile(stepped, backend="npu_fused"), 0.0
+    for value in (0.5, 0.25):
+        p.grad = torch.ones(4)
+        compiled(value)
+        moved += value * (1.0 if name == "SETTINGS" else 0.1)
+    assert_close([p], [start - moved])
+    assert f"{name}" in str(last_report().apart)
+
+
+def test_a_hook_that_drops_gradients() -> None:
+    """As part of a function, too: nothing is stepped, and nothing crashes."""
+
+    def make(opt: Any, p: Tensor) -> Function:
+        def drop(*_: Any) -> None:
+            p.grad = None
+
+        def stepped() -> None:
+            opt.step()
+
+        opt.register_step_pre_hook(drop)
+        return stepped
+
+    with pytest.warns(UserWarning, match="step hooks run"):
+        beside_eager(make)
+
+
+def test_what_fullgraph_gets() -> None:
+    """An error that says what was changed and what to do; nothing is changed. What is in order stays one graph."""
+    (p,) = parameters([(4,)])
+    p.grad, opt = torch.ones(4), NpuFusedAdam([p])
+    before = p.detach().clone()
+
+    def changed() -> None:
+        opt.param_groups[0]["lr"] = 0.5
+        opt.step()
+
+    with pytest.raises(Exception, match=r"(?s)opt.param_groups\[0\] was changed before it .* outside of the compiled"):
+        torch.compile(changed, backend="npu_fused", fullgraph=True)()
+    assert torch.equal(p, before)
+    assert opt.param_groups[0]["lr"] == 1e-3
+
+    def in_order() -> None:
+        p.grad.mul_(0.5)  # type: ignore[union-attr]
+        COUNTED.append(1)
+        opt.step()
+        opt.param_groups[0]["lr"] = 0.5
+
+    torch._dynamo.reset()
+    torch.compile(in_order, backend="npu_fused", fullgraph=True)()
+    assert_close([p], [before - 1e-3])
+    assert opt.param_groups[0]["lr"] == 0.5
+
+
+def test_where_torch_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another torch may keep its notes on changes elsewhere: then every step has a graph of its own."""
+
+    def missing(*_: Any) -> Any:
+        raise AttributeError("no notes")
+
+    monkeypatch.setattr(pending, "_changed", missing)
+
+    def make(opt: Any, p: Tensor) -> Function:
+        def stepped() -> None:
+            opt.step()
+
+        return stepped
+
+    report = beside_eager(make)
+    assert_fused(report, parameters=1)
+    assert "this torch does not say what the function has changed before it (no notes)" in report.apart
+
+
+def in_the_list(opt: Any, new: Tensor) -> None:
+    opt.param_groups[0]["params"][0] = new
+
+
+def in_another_list(opt: Any, new: Tensor) -> None:
+    opt.param_groups[0]["params"] = [new, *opt.param_groups[0]["params"][1:]]
+
+
+def in_another_group(opt: Any, new: Tensor) -> None:
+    opt.param_groups[0] = {**opt.param_groups[0], "params": [new, *opt.param_groups[0]["params"][1:]]}
+
+
+def in_other_groups(opt: Any, new: Tensor) -> None:
+    opt.param_groups = [{**opt.param_groups[0], "params": [new, *opt.param_groups[0]["params"][1:]]}]
+
+
+def nowhere(opt: Any, new: Tensor) -> None:
+    """Only the function uses another tensor."""
+
+
+@pytest.mark.usefixtures("afresh")
+@pytest.mark.parametrize("used_first", [False, True])
+@pytest.mark.parametrize("follows", [True, False])
+@pytest.mark.parametrize("put", [in_the_list, in_another_list, in_another_group, in_other_groups, nowhere])
+def test_a_parameter_in_the_place_of_another(
+    put: Callable[[Any, Tensor], None], follows: bool, used_first: bool
+) -> None:
+    """What the function does itself goes to the tensor that it names then, whether or not that is a parameter."""
+
+    def trained(compiled: bool) -> list[Tensor]:
+        params = parameters([(3,), (4,)], seed=0)
+        opt = NpuFusedAdam(params)
+        own = {"param": params[0]}
+
+        @torch.no_grad()
+        def function() -> None:
+            if used_first:
+                own["param"].add_(0.25)
+            opt.step()
+            own["param"].mul_(0.5)
+
+        step = torch.compile(function, backend="npu_fused") if compiled else function
+        new = torch.nn.Parameter(torch.full((3,), 2.0))
+        every = [*params, new]
+        for i in range(5):
+            if i == 2:
+                put(opt, new)
+            if i == (2 if follows else 4):
+                own["param"] = new
+            set_gradients(every, gradients(every, i))
+            step()
+        return [p.detach() for p in every]
+
+    assert_close(trained(True), trained(False))
+    for report in npu_fuse_pass.reports():  # Dynamo guards that one tensor stays one, but not that two stay two
+        assert report.fallback is None or (not follows and "share memory" in str(report.fallback))
+        assert sum(group.updates for group in report.groups) >= 2
+
+
+@pytest.mark.usefixtures("afresh")
+@pytest.mark.parametrize("changes", ["the gradient", "the name", "both"])
+@pytest.mark.parametrize("scaled_first", [False, True])
+def test_a_gradient_in_the_place_of_another(changes: str, scaled_first: bool) -> None:
+    """A function that keeps its gradients by a name of its own scales what that is, and the step reads `.grad`."""
+
+    def trained(compiled: bool) -> list[Tensor]:
+        params = parameters([(3,), (4,)], seed=0)
+        opt = NpuFusedAdam(params)
+        set_gradients(params, gradients(params, 0))
+        own = {"grad": params[0].grad}
+
+        @torch.no_grad()
+        def function() -> None:
+            if scaled_first:
+                own["grad"].mul_(0.5)
+            opt.step()
+            if not scaled_first:
+                own["grad"].mul_(0.5)
+
+        step = torch.compile(function, backend="npu_fused") if compiled else function
+        seen = []
+        for i in range(4):
+            if i == 2:
+                new = torch.full((3,), 2.0)
+                if changes != "the name":
+                    params[0].grad = new
+                if changes != "the gradient":
+                    own["grad"] = new
+            step()
+            seen += [clones([p.detach() for p in params]), clones([own["grad"], params[0].grad])]
+        return [t for tensors in seen for t in tensors]
+
+    assert_close(trained(True), trained(False))
+    for report in npu_fuse_pass.reports():
+        assert report.fallback is None
+        assert sum(group.updates for group in report.groups) >= 2
+
+
+def test_a_step_without_gradients_in_a_function_calls_its_hooks() -> None:
+    params, twins = parameters([(3,), (3,)], seed=0), parameters([(3,), (3,)], seed=0)
+    opt, twin = NpuFusedAdam(params), torch.optim.Adam(twins)
+
+    def function() -> None:
+        with torch.no_grad():
+            params[0].add_(0.5)
+        opt.step()
+
+    step = torch.compile(function, backend="npu_fused")
+    for ps, o in ((params, opt), (twins, twin)):
+        o.register_step_post_hook(lambda *_, p=ps[0]: (p.detach().mul_(0.5), None)[1])
+    for i in range(3):
+        for ps in (params, twins):
+            set_gradients(ps, gradients(ps, i) if i == 1 else [None, None])
+        step()
+        with torch.no_grad():
+            twins[0].add_(0.5)
+        twin.step()
+    assert_close(params, twins)
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("shared", [(0, 1), (2,)], ids=["at first", "later"])
+def test_a_gradient_of_two_parameters_may_be_two_at_the_next_call(shared: tuple[int, ...], average: bool) -> None:
+    """Dynamo takes the two for one tensor and does not guard it: the graph ends before the step."""
+
+    def trained(compiled: bool) -> list[Tensor]:
+        params = parameters([(3, 4), (5,), (3, 4)])
+        opt = optimizers.NpuFusedSGD(params, lr=0.1)
+
+        def function() -> None:
+            opt.step()
+            if average:
+                torch._foreach_mul_([p.data for p in params], 0.9)
+
+        step = torch.compile(function, backend="npu_fused") if compiled else function
+        for seed in range(5):
+            set_gradients(params, gradients(params, seed))
+            if seed in shared:
+                params[2].grad = params[0].grad
+            step()
+        return [p.detach() for p in params]
+
+    for got, want in zip(trained(True), trained(False), strict=True):
+        assert error(got, want) <= 1e-6
+    assert any(r.groups for r in npu_fuse_pass.reports())
