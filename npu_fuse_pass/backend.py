@@ -195,6 +195,7 @@ def compiling() -> bool:
 
 
 _KINDS = "graph_break", "unimplemented"  # code that it skips, a loop for example, is counted as the latter alone
+_LIMIT = "recompile limit exceeded"  # counted there, too; what leads to it are compiles, and they have causes
 
 
 class NewBreaks:
@@ -222,7 +223,7 @@ def breaks() -> list[str]:
     """Why and where Dynamo broke graphs in this process, oldest first; then why it skipped code; each once."""
     found = list(map(told, _told()))
     skipped = [text for text in _counted(_KINDS[1]) if not any(f.startswith(text.splitlines()[0]) for f in found)]
-    return list(dict.fromkeys([*found, *map(told_of, skipped)]))
+    return list(dict.fromkeys([*found, *(told_of(text) for text in skipped if _LIMIT not in text)]))
 
 
 def _counted(kind: str) -> Mapping[str, int]:

@@ -8,6 +8,7 @@ import dataclasses
 import gc
 import logging
 import os
+import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
@@ -136,6 +137,14 @@ def usual_look(native_look: int, monkeypatch: pytest.MonkeyPatch) -> int:
 
     monkeypatch.setattr(cpu_look, "WORTH", native_look)
     return native_look
+
+
+@pytest.fixture(autouse=True, scope="module")
+def limits_of_a_file() -> Iterator[None]:
+    """Files do not share torch's limit of compiles for a class: which of them run in one process is by chance."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
 
 
 @pytest.fixture

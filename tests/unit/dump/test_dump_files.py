@@ -28,7 +28,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[3]
 COMPILES = [f"{name}/rank_0/compile_{i:03}" for name, (_, count) in CASES.items() for i in range(count)]
 
 
-MAKE = ROOT / "tests" / "dump_cases.py"
+MAKE = ROOT / "tests" / "support" / "dump_cases.py"
 
 
 @pytest.fixture(scope="module")

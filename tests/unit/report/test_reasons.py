@@ -211,12 +211,12 @@ def test_users_of_these_optimizers_are_not_told_to_use_one() -> None:
             params[0].grad = None
         step(0.1 * (i + 1))
     remedies = [remedy for report in npu_fuse_pass.reports() for remedy in report.remedies]
-    assert not any("optimizer of ours" in remedy or "npu_fuse_pass.rule" in remedy for remedy in remedies)
+    assert not any("optimizer of this package" in remedy or "npu_fuse_pass.rule" in remedy for remedy in remedies)
 
 
 def test_guards_on_numbers_have_a_remedy_for_who_steps() -> None:
     guard = "0/1: G['opt'].param_groups[0]['lr'] == 0.1"
-    assert "optimizer of ours" in str(recompile(guard, with_rules=False).remedy)
+    assert "optimizer of this package" in str(recompile(guard, with_rules=False).remedy)
     assert "outside of the compiled function" in str(recompile(guard, with_rules=True).remedy)
 
 
