@@ -22,6 +22,7 @@ from npu_fuse_pass import backend
 from npu_fuse_pass.report.report import CompileReport
 
 STEPS, LR_AT = 6, 3  # compared steps; the one before which lr is halved
+PLAIN_LR_AT = (3, 5, 8)  # the same, of plain torch.compile's ten steps
 TIMED = 9  # steps after them
 COMPILING = 4  # steps after them that may be looked at: the first that compiles nothing counts
 TOLERANCE = 1e-4  # |a - b| / max|b|, float32
@@ -319,15 +320,47 @@ def _forget() -> None:
     npu_fuse_pass.clear_reports()
 
 
+Measure = Callable[[str, Class, str, list[dict[str, Any]], Phase], dict[str, Any]]
+
+
 def run(library: str, name: str, cls: Class) -> dict[str, Any]:
     """Everything about one class, as JSON."""
+    return _row(library, name, cls, _everything)
+
+
+def run_plainly(library: str, name: str, cls: Class) -> dict[str, Any]:
+    """How often `torch.compile(opt.step, backend="npu_fused")` compiles in ten steps with three changes of lr."""
+    return _row(library, name, cls, _plainly, 10, PLAIN_LR_AT)
+
+
+def run_beside_inductor(library: str, name: str, cls: Class) -> dict[str, Any]:
+    """Microseconds of a step: by compile_step, by torch.compile with Inductor, and eager."""
+    return _row(library, name, cls, _beside_inductor)
+
+
+def _row(
+    library: str, name: str, cls: Class, measure: Measure, steps: int = STEPS, lr_at: tuple[int, ...] = (LR_AT,)
+) -> dict[str, Any]:
+    """What is measured of the first way in which steps run eagerly, or why there is none."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    row: dict[str, Any] = {"library": library, "name": name}
-    found = _first_way(library, cls)
-    if isinstance(found, str):
-        return {**row, "result": "not run", "why": [found]}
-    way, want, plain = found
+    errors = []
+    for way in WAYS:
+        try:
+            twin = Twin(library, cls, way, lr_at=lr_at)
+            start = twin.values()
+            want, plain = eager(twin, steps=steps)
+            if all(torch.equal(want[-1][k], start[k]) for k in start if k.startswith("parameter")):
+                raise RuntimeError("no parameter changed")
+            break
+        except Exception as e:
+            errors.append(f"{type(e).__name__}: {_first_lines(str(e))}")
+    else:
+        return {"library": library, "name": name, "result": "not run", "why": [errors[0]]}
+    return {"library": library, "name": name, **measure(library, cls, way, want, plain)}
+
+
+def _everything(library: str, cls: Class, way: str, want: list[dict[str, Any]], plain: Phase) -> dict[str, Any]:
     ours = fused(library, cls, way, want)
     dynamo, rounding = None, False
     if ours.error or ours.difference[0] > TOLERANCE:
@@ -335,7 +368,6 @@ def run(library: str, name: str, cls: Class) -> dict[str, Any]:
         rounding = not ours.error and _differs_by_rounding(library, cls, way)
     result, why = verdict(ours, plain, dynamo, rounding)
     return {
-        **row,
         "way": way,
         "result": result,
         "why": why,
@@ -355,32 +387,16 @@ def run(library: str, name: str, cls: Class) -> dict[str, Any]:
     }
 
 
-def run_plainly(library: str, name: str, cls: Class) -> dict[str, Any]:
-    """How often `torch.compile(opt.step, backend="npu_fused")` compiles in ten steps with three changes of lr."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    row: dict[str, Any] = {"library": library, "name": name}
-    found = _first_way(library, cls, 10, (3, 5, 8))
-    if isinstance(found, str):
-        return {**row, "result": "not run", "why": [found]}
-    way, want, _ = found
+def _plainly(library: str, cls: Class, way: str, want: list[dict[str, Any]], plain: Phase) -> dict[str, Any]:
     _forget()
-    twin = Twin(library, cls, way, lr_at=(3, 5, 8))
+    twin = Twin(library, cls, way, lr_at=PLAIN_LR_AT)
     phase = compiled(twin, want, torch.compile(twin.opt.step, backend="npu_fused"))
     causes = [cause for cause in dict.fromkeys(phase.causes) if cause != "compile"]
     result = "wrong" if phase.difference[0] > TOLERANCE else phase.error or f"{sum(phase.compiles)} compiles"
-    return {**row, "result": result, "why": [" ".join(map(str, phase.compiles)), *causes, *phase.breaks[:1]]}
+    return {"result": result, "why": [" ".join(map(str, phase.compiles)), *causes, *phase.breaks[:1]]}
 
 
-def run_beside_inductor(library: str, name: str, cls: Class) -> dict[str, Any]:
-    """Microseconds of a step: by compile_step, by torch.compile with Inductor, and eager."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    row: dict[str, Any] = {"library": library, "name": name}
-    found = _first_way(library, cls)
-    if isinstance(found, str):
-        return {**row, "result": "not run", "why": [found]}
-    way, want, plain = found
+def _beside_inductor(library: str, cls: Class, way: str, want: list[dict[str, Any]], plain: Phase) -> dict[str, Any]:
     ours = fused(library, cls, way, want)
     _forget()
     twin = Twin(library, cls, way)
@@ -390,25 +406,7 @@ def run_beside_inductor(library: str, name: str, cls: Class) -> dict[str, Any]:
         _measure(twin, step, inductor)
     times = {"ours": ours.microseconds, "Inductor": inductor.microseconds, "eager": plain.microseconds}
     told = [f"{key} {value:.0f} us" if value else f"{key} –" for key, value in times.items()]
-    return {**row, **times, "result": ", ".join(told), "why": [inductor.error] if inductor.error else []}
-
-
-def _first_way(
-    library: str, cls: Class, steps: int = STEPS, lr_at: tuple[int, ...] = (LR_AT,)
-) -> str | tuple[str, list[dict[str, Any]], Phase]:
-    """The first way in which steps run eagerly, and what they give; or why there is none."""
-    errors = []
-    for way in WAYS:
-        try:
-            twin = Twin(library, cls, way, lr_at=lr_at)
-            start = twin.values()
-            want, phase = eager(twin, steps=steps)
-            if all(torch.equal(want[-1][k], start[k]) for k in start if k.startswith("parameter")):
-                raise RuntimeError("no parameter changed")
-            return way, want, phase
-        except Exception as e:
-            errors.append(f"{type(e).__name__}: {_first_lines(str(e))}")
-    return errors[0]
+    return {**times, "result": ", ".join(told), "why": [inductor.error] if inductor.error else []}
 
 
 def _differs_by_rounding(library: str, cls: Class, way: str) -> bool:
