@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -40,8 +39,8 @@ def group_report(
     elements = sum(max((math.prod(leaves[m[s]].shape) for s in slots), default=0) for m in g.members)
     kind = (dtype, device, lowering, kernel)
     returned = all(leaves[m[s]].kind == "output" for m in g.members for s in g.formula.written)
-    row = GroupReport(g.name, formula, len(g.members), *kind, bytes_per_element, launches, elements)
-    return dataclasses.replace(row, _returned=returned)
+    counts = (bytes_per_element, launches, elements)
+    return GroupReport(g.name, formula, len(g.members), *kind, *counts, _returned=returned)
 
 
 def show_layouts(rows: Sequence[GroupReport], layouts: Sequence[LayoutCost]) -> None:
