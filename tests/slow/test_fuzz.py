@@ -14,7 +14,7 @@ from tests.fuzz.draw import ROWS, Draws, Program, _Writer
 from tests.fuzz.optimizers import BY_NAME, OPTIMIZERS
 from tests.fuzz.parameters import PARAMETERS, RARE
 from tests.fuzz.shrink import shrink
-from tests.fuzz.twin import check
+from tests.fuzz.twin import check, param
 from tests.fuzz.twin import run as twin_run
 from tests.support.forked import run_script
 from tests.support.mutations import Mutation
@@ -116,6 +116,22 @@ def test_a_finding_is_a_script_of_its_own(tmp_path: pathlib.Path) -> None:
 
 def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def test_what_an_ulp_changes_as_much_is_no_finding() -> None:
+    """Adam's first step divides by |g| + eps; here g is what weight decay makes of the rest of a cancellation."""
+    start = param((3,), seed=1).detach()
+    lines = (
+        "ps.append(param((3,), seed=1))",
+        "opt = optimizers.NpuFusedAdam(ps, lr=0.05, weight_decay=0.1)",
+        "step = compiled(opt.step)",
+        "ps[0].data.mul_(1 + (mode == 'compiled') * {off})",
+        f"ps[0].data.sub_(torch.tensor({(start * (1 - 2**-22)).tolist()}))",
+        "gradients(ps, 1, 'zeros')",
+        "step()",
+    )
+    for off, kind in ((0, ""), (2**-23, ""), (1e-5, "value")):
+        assert check([line.replace("{off}", str(off)) for line in lines])[0] == kind, off
 
 
 def test_a_step_that_is_not_fused_without_a_reason_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
