@@ -160,7 +160,7 @@ class Program:
         """Launch the kernels of every node on the current stream, without a graph."""
         numbers, device = inputs[-1], inputs[0].device
         if numbers.device != device:
-            numbers = to_device(numbers, device)  # the step's only transfer
+            numbers = to_device(numbers, device)  # the only transfer while addresses stay
         addresses = list(map(Tensor.data_ptr, inputs))
         for cluster, places in zip(self._clusters, self._arguments, strict=True):
             written, read = ([addresses[k] for k in chosen] for chosen in places)

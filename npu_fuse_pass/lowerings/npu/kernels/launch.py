@@ -186,10 +186,11 @@ class Cluster:
         self._sizes = [[_elements(made, leaves, member) for member in made.group.members] for made in generated]
         counts = [_terms(made, sizes) for made, sizes in zip(generated, self._sizes, strict=True)]
         totals = [leaf.index for leaf in leaves if leaf.kind == "total"]
-        self._terms = torch.zeros(max(totals, default=-1) + 1, sum(counts), device=device)
+        self._terms = torch.empty(max(totals, default=-1) + 1, sum(counts), device=device)
         self._launches = [Launches(made, leaves, self._terms, sum(counts[:k])) for k, made in enumerate(generated)]
         self.active = [[True] * len(made.group.members) for made in generated]
         self._bound: object = None
+        self._zeroed: object = None  # which members took part when terms were
 
     def leaves(self, written: bool) -> list[tuple[Generated, int, int]]:
         """The tensors that the node writes, or only reads, in the order of its arguments: group, slot, member.
@@ -217,14 +218,16 @@ class Cluster:
         if bound != self._bound:
             self._bound = None
             self._bind(written, read)
-            self._bound = (*bound[:2], [list(a) for a in self.active])
+            self._bound = (*bound[:2], self._zeroed)
         for contributes in (True, False):
             for launches, first in zip(self._launches, self._numbers, strict=True):
                 launches.launch(numbers + 4 * first, contributes, self._launcher)
 
     def _bind(self, written: Sequence[int], read: Sequence[int]) -> None:
-        # nobody adds what a member that is left out now added before; a copy from the host is done when it returns
-        self._terms.copy_(torch.zeros(self._terms.shape, device="cpu"))
+        if self.active != self._zeroed:
+            # nobody adds what a member that is left out now added before; a copy from the host is done when it returns
+            self._terms.copy_(torch.zeros(self._terms.shape, device="cpu"))
+            self._zeroed = [list(a) for a in self.active]
         order = [*self.leaves(written=True), *self.leaves(written=False)]
         places = {(id(made), s, m): a for (made, s, m), a in zip(order, [*written, *read], strict=True)}
         for launches, sizes, active in zip(self._launches, self._sizes, self.active, strict=True):
