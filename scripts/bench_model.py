@@ -18,7 +18,7 @@ import npu_peers
 import torch
 from bench_cases import WORKLOADS, Workload
 from npu_graphs import NoTorchNpu, emitted, host_of_kernels, lane
-from npu_kernels_table import BLOCK, kernels_of
+from npu_kernels_table import BLOCK, grouped, kernels_of
 from npu_model import CONSTANTS, Work, compare, device_seconds, eager, host_seconds, nominal, seconds, static_graph
 
 import optimizers
@@ -87,7 +87,7 @@ def kernels(family: Family, workload: Workload, node: bool, moving: bool) -> Wor
     cores = [min(count, 1 + -(-count * CORES // chunks)) for count in counts]
     combined = sum(count * times for count, times in zip(counts, cores, strict=True))
     sizes, tables = [], 0
-    for made in kernels_of(make):
+    for made in kernels_of(grouped(make)):
         row = 8 * (2 + len(made.kernels.slots))
         spans = 16 * len(workload.shapes) if made.kernels.sums else 0
         tables += chunks * row + spans

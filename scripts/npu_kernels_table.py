@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -27,7 +27,8 @@ import torch  # noqa: E402
 import optimizers  # noqa: E402
 from npu_fuse_pass.capture.rule import capture_batches  # noqa: E402
 from npu_fuse_pass.ir.expr import REDUCTIONS, postorder  # noqa: E402
-from npu_fuse_pass.ir.types import Formula  # noqa: E402
+from npu_fuse_pass.ir.totals import total_slots  # noqa: E402
+from npu_fuse_pass.ir.types import Formula, Grouped  # noqa: E402
 from npu_fuse_pass.lowerings.kernels.sweeps import schedule  # noqa: E402
 from npu_fuse_pass.lowerings.npu.kernels.launch import Generated, generate_group  # noqa: E402
 from npu_fuse_pass.passes.group import group  # noqa: E402
@@ -46,32 +47,41 @@ ROWS: dict[str, Make] = {
     "RMSpropTF, centered": lambda p: optimizers.NpuFusedRMSpropTF(p, lr=1e-3, momentum=0.9, centered=True),
     "Paddle RMSProp": lambda p: RMSProp(1e-3, parameters=p),
     "LAMB": lambda p: optimizers.NpuFusedLamb(p, lr=1e-3),
+    "LAMB, norm of all gradients": lambda p: optimizers.NpuFusedLamb(p, lr=1e-3, use_global_grad_norm=True),
 }
 _SHAPE = (64, 64)
 BLOCK = 4096
 """Elements of a chunk; tables alone depend on it."""
 
 
-def least(formula: Formula) -> tuple[int, int]:
-    """Bytes for each element that no kernel for a formula can do without, and passes over memory."""
+def least(formula: Formula, totals: Collection[int] | None) -> tuple[int, int]:
+    """Bytes for each element that no kernel for a formula can do without, and passes over memory.
+
+    Args:
+        totals: as `schedule` takes them.
+    """
     order = postorder(formula.roots)
     if any(e.op in REDUCTIONS for e in order):
-        scheduled = schedule(formula)
+        scheduled = schedule(formula, totals)
         return sum(scheduled.bytes), sum(len(function.sweeps) for function in scheduled.functions)
     used = {e.value for e in order if e.op == "leaf" and e.tensor}
     each = [*used, *(s for s in formula.written if formula.slots[s].tensor)]
     return sum(slot.dtype.itemsize for s in each if isinstance(s, int) for slot in [formula.slots[s]]), 1
 
 
-def kernels_of(make: Make) -> list[Generated]:
-    """The groups of an optimizer's step, with their kernels."""
+def grouped(make: Make) -> Grouped:
+    """An optimizer's step in groups."""
     params = [torch.nn.Parameter(torch.zeros(_SHAPE)) for _ in range(2)]
     for p in params:
         p.grad = torch.zeros(_SHAPE)
     opt = make(params)
     opt._prelude.prepare()
-    grouped = group(capture_batches(opt._prelude.batches))
-    return [generate_group(g, grouped.leaves, lambda _: BLOCK) for g in grouped.groups]
+    return group(capture_batches(opt._prelude.batches))
+
+
+def kernels_of(step: Grouped) -> list[Generated]:
+    """The groups of a step, with their kernels."""
+    return [generate_group(g, step.leaves, lambda _: BLOCK) for g in step.groups]
 
 
 def table(parameters: int) -> Iterator[str]:
@@ -81,9 +91,10 @@ def table(parameters: int) -> Iterator[str]:
     for name, make in ROWS.items():
         nodes, _ = npu_graphs.emitted(make, [_SHAPE] * parameters, False)
         before = sum(size for _, size in nodes) / (parameters * _SHAPE[0] * _SHAPE[1])
-        made = kernels_of(make)
+        step = grouped(make)
+        made, totals = kernels_of(step), total_slots(step.groups, step.leaves)
         now, launches = (sum(k.kernels.bytes_per_element for k in made), sum(len(k.kernels.launches) for k in made))
-        minimum, passes = map(sum, zip(*(least(k.group.formula) for k in made), strict=True))
+        minimum, passes = map(sum, zip(*map(least, (g.formula for g in step.groups), totals), strict=True))
         yield f"| {name} | {before:.0f} B, {len(nodes)} | {now} B, {launches} | {minimum} B, {passes} |"
 
 

@@ -22,6 +22,7 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parents[2] / "scripts"))
 import bench_cases
 import bench_model
 import npu_graphs
+import npu_kernels_table
 import npu_peers
 
 SHAPES = [(64, 8), (32,), (100,)]
@@ -95,6 +96,11 @@ def test_graphs_of_ours_agree_with_the_report(adjacent: bool) -> None:
     assert 0 < seconds < 10
     with harness.record() as graphs:
         assert not graphs.graphs  # the patched run is gone
+
+
+def test_the_page_has_the_table_that_the_script_prints() -> None:
+    page = (pathlib.Path(__file__).resolve().parents[2] / "docs" / "npu.md").read_text(encoding="utf-8")
+    assert "\n".join(npu_kernels_table.table(100)) in page
 
 
 def test_the_whole_model_of_a_small_workload(
