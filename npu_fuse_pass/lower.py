@@ -178,7 +178,7 @@ def _lower_npu(
     except PlatformError as e:
         if options.kernels != choice.GENERATED or wanted(options.dump) is None:
             raise
-        return _look_at_kernels(leaves, groups, e)
+        return _preview_kernels(leaves, groups, e)
     if (reason := fakes.refused()) is not None:
         return Lowered(None, [], [reason])
     rows: list[GroupReport] = []
@@ -216,13 +216,13 @@ def _lower_npu(
     return Lowered(program, rows)
 
 
-def _look_at_kernels(leaves: Sequence[Leaf], groups: Sequence[Group], missing: PlatformError) -> Lowered:
+def _preview_kernels(leaves: Sequence[Leaf], groups: Sequence[Group], missing: PlatformError) -> Lowered:
     """Report generated kernels where nothing can run them; the original runs."""
-    from npu_fuse_pass.lowerings.npu.kernels import launch, look
+    from npu_fuse_pass.lowerings.npu.kernels import launch, preview
 
-    rows, looked = [], look.look(leaves, groups)
+    rows, kernels = [], preview.preview(leaves, groups)
     for g in groups:
-        found = looked[g.name]
+        found = kernels[g.name]
         if isinstance(found, launch.Generated):
             cost = found.kernels.bytes_per_element, len(found.kernels.launches)
             row = group_report(g, leaves, "npu", launch.KERNEL, *cost)
@@ -236,9 +236,9 @@ def _look_at_kernels(leaves: Sequence[Leaf], groups: Sequence[Group], missing: P
 
 def npu_kernels(step: Grouped) -> str:
     """Sources of generated NPU kernels, and the compiler's last IR where there is a compiler."""
-    from npu_fuse_pass.lowerings.npu.kernels import look
+    from npu_fuse_pass.lowerings.npu.kernels import preview
 
-    return look.text(look.look(step.leaves, step.all_groups))
+    return preview.text(preview.preview(step.leaves, step.all_groups))
 
 
 def _lower_npu_whole(step: Grouped, options: Options) -> Lowered:

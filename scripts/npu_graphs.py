@@ -20,7 +20,7 @@ from torch import Tensor
 from npu_fuse_pass.backend import npu_fused
 from npu_fuse_pass.lowerings.npu.kernels import hardware
 from npu_fuse_pass.lowerings.npu.kernels.generate import Kernel
-from npu_fuse_pass.lowerings.npu.kernels.look import Looked
+from npu_fuse_pass.lowerings.npu.kernels.preview import PreviewHardware
 
 Node = tuple[str, int]
 _VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "ExpandDims", "Identity")  # no task: the same memory
@@ -102,7 +102,7 @@ def emitted(
     return nodes_of(*ran[0], interpreter, kernels), min(seconds[_FIRST:])
 
 
-class _Idle(Looked):
+class _Idle(PreviewHardware):
     """Hardware on which kernels take no time."""
 
     calls_back = False

@@ -1,5 +1,5 @@
-"""Every test steps with the native look at tensors, however few there are, and sees internal errors; and the last lines
-of a run: how much of torch's database of optimizers was met, and where the time went.
+"""Every test steps with the native input check, however few tensors there are, and sees internal errors; the last lines
+of a run say how much of torch's database of optimizers was met, and where the time went.
 """
 
 from __future__ import annotations
@@ -121,22 +121,22 @@ def unmeasured_guards() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def native_look() -> int:
-    """Without it, most tests have too few parameters for the native look; returns how many it takes otherwise."""
-    from npu_fuse_pass.lowerings.cpu import input_check as cpu_look
+def native_input_check() -> int:
+    """Without it, most tests have too few parameters for the native check; returns how many it takes otherwise."""
+    from npu_fuse_pass.lowerings.cpu import input_check
 
-    usual, cpu_look.WORTH = cpu_look.WORTH, 1
-    cpu_look.wait()
+    usual, input_check.WORTH = input_check.WORTH, 1
+    input_check.wait()
     return usual
 
 
 @pytest.fixture
-def usual_look(native_look: int, monkeypatch: pytest.MonkeyPatch) -> int:
-    """As users have it: few tensors are looked at in Python. Returns from how many on the look is native."""
-    from npu_fuse_pass.lowerings.cpu import input_check as cpu_look
+def usual_input_check(native_input_check: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """As users have it: few tensors are checked in Python. Returns from how many on the check is native."""
+    from npu_fuse_pass.lowerings.cpu import input_check
 
-    monkeypatch.setattr(cpu_look, "WORTH", native_look)
-    return native_look
+    monkeypatch.setattr(input_check, "WORTH", native_input_check)
+    return native_input_check
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 
 from npu_fuse_pass.lowerings.npu.kernels import compiler
-from npu_fuse_pass.lowerings.npu.kernels.compiler import LOOKED_AT, TARGETS, Refused
+from npu_fuse_pass.lowerings.npu.kernels.compiler import PREVIEW_TARGET, TARGETS, Refused
 
 __all__ = ["TARGETS", "Refused", "final_ir"]
 
 
 @functools.cache
-def final_ir(mlir: str, target: str = LOOKED_AT) -> str:
+def final_ir(mlir: str, target: str = PREVIEW_TARGET) -> str:
     """The module before its HIVM operations become calls: all decisions of the schedule are in it.
 
     Raises:

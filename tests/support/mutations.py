@@ -36,7 +36,7 @@ def _small(name: str) -> tuple[str, ...]:
     return (f"tests/behaviour/test_small_steps.py::test_{name}",)
 
 
-def _look(name: str) -> tuple[str, ...]:
+def _check(name: str) -> tuple[str, ...]:
     return (f"tests/unit/lowerings/test_input_check.py::test_{name}",)
 
 
@@ -204,7 +204,7 @@ MUTATIONS = [
         "C++",
         "if (!known || memcmp(given, args, sizeof(args))) {",
         "if (!known) {",
-        _look("what_changes_between_steps_is_noticed[gradient_missing]"),
+        _check("what_changes_between_steps_is_noticed[gradient_missing]"),
     ),
     Mutation(
         "a NaN loses against a number",
@@ -254,7 +254,7 @@ MUTATIONS = [
         "Kernel._enter",
         "self.moved |= column.written",
         "pass",
-        _look("parameters_that_come_to_overlap_are_refused"),
+        _check("parameters_that_come_to_overlap_are_refused"),
     ),
     Mutation(
         "a number that changes in place stays as it was",
@@ -263,55 +263,55 @@ MUTATIONS = [
         "given",
         (f"{CHANGES}::test_numbers_that_change_in_place[lr]",),
     ),
-    # the native look at a step's tensors
+    # the native check of a step's tensors
     Mutation(
         "negated tensors look the same",
         "C++",
         "t.key_set() == keys && ",
         "",
-        _look("what_changes_between_steps_is_noticed[gradient_negated]"),
+        _check("what_changes_between_steps_is_noticed[gradient_negated]"),
     ),
     Mutation(
         "a transposed parameter looks the same",
         "C++",
         "t.strides().equals(strides) && t.has_storage()",
         "t.has_storage()",
-        _look("what_changes_between_steps_is_noticed[laid_out_otherwise]"),
+        _check("what_changes_between_steps_is_noticed[laid_out_otherwise]"),
     ),
     Mutation(
         "who was left out of a refused step stays out",
         "Kernel.same",
         "self._bound and self._all_active  #",
         "True  #",
-        _look("what_changes_between_steps_is_noticed[refused]"),
+        _check("what_changes_between_steps_is_noticed[refused]"),
     ),
     Mutation(
         "memory that was given back looks the same",
         "C++",
         "t.has_storage() &&\n        t.storage().nbytes() >= (t.storage_offset() + t.numel()) * t.itemsize()",
         "t.has_storage()",
-        _look("memory_given_back_under_a_tensor_is_not_touched"),
+        _check("memory_given_back_under_a_tensor_is_not_touched"),
     ),
     Mutation(
         "every gradient looks the same",
         "C++",
         " || !table.known[i].kind->fits(*t)) return false;",
         ") return false;",
-        _look("what_changes_between_steps_is_noticed[gradient_apart]"),
+        _check("what_changes_between_steps_is_noticed[gradient_apart]"),
     ),
     Mutation(
-        "what one share of a look sees is forgotten at the next",
+        "what one share of a check sees is forgotten at the next",
         "C++",
         "good = good && fit_in_turn",
         "good = fit_in_turn",
-        _look("a_look_has_fewer_threads_than_it_asks_for"),
+        _check("a_check_has_fewer_threads_than_it_asks_for"),
     ),
     Mutation(
         "autograd is not told what was written",
         "C++",
         "table.now[i]->bump_version();",
         ";",
-        _look("every_optimizer_is_looked_at[adam]"),
+        _check("every_optimizer_is_checked[adam]"),
     ),
     # what is kept on disk, and for how long in memory
     Mutation(

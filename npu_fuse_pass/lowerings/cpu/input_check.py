@@ -238,7 +238,7 @@ def _load() -> None:
         if find(_HANDLES) is None:
             raise PlatformError(f"torch {torch.__version__} lacks {_HANDLES}")
         built = cpu_build.load(_source(), list(_FUNCTIONS), _torch_flags())
-        library = ctypes.PyDLL("cpu_look", handle=built._handle)  # keeps the lock
+        library = ctypes.PyDLL("npu_fuse_input_check", handle=built._handle)  # keeps the lock
     except Exception as e:
         _miss(e)
         return

@@ -28,7 +28,7 @@ from npu_fuse_pass.lowerings.npu.graph.graph import build
 from npu_fuse_pass.lowerings.npu.host.host import Host
 from npu_fuse_pass.lowerings.npu.host.mirror import to_device
 from npu_fuse_pass.lowerings.npu.host.numbers import NumberTable
-from npu_fuse_pass.lowerings.npu.kernels import look
+from npu_fuse_pass.lowerings.npu.kernels import preview
 from npu_fuse_pass.lowerings.npu.kernels.groups import generate_groups, with_totals
 from npu_fuse_pass.lowerings.npu.kernels.hardware import Hardware
 from npu_fuse_pass.lowerings.npu.kernels.launch import Cluster, Generated
@@ -105,7 +105,7 @@ class Program:
         self._binder = Binder(self._leaves, self.groups)
         self._clusters = self._clustered()
         if self._texts is not None:
-            self._texts.kernels("" if self._hardware is None else look.text(self._found, self._hardware))
+            self._texts.kernels("" if self._hardware is None else preview.text(self._found, self._hardware))
         if self._by_itself:
             place = {key: k for k, key in enumerate(self._binder.tensor_inputs)}
             self._arguments = [

@@ -144,7 +144,7 @@ print("ends", flush=True)
 
 
 def test_nobody_waits_for_a_compiler_at_the_end(kernel_cache: Path, tmp_path: Path) -> None:
-    """The native look's is compiled in the background."""
+    """The native check's is compiled in the background."""
     environment = {**os.environ, "CXX": hanging(tmp_path), "PYTHONPATH": str(ROOT)}
     code = LOOK.format(pid=str(tmp_path / "pid"))
     with subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=tmp_path, text=True, stdout=-1) as process:

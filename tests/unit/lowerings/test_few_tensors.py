@@ -1,4 +1,4 @@
-"""Steps of few tensors, which Python looks at, as those of small models; test_input_check.py has the native check."""
+"""Steps of few tensors, which Python checks, as those of small models; test_input_check.py has the native check."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from tests.support.training import (
     set_gradients,
     tier,
 )
-from tests.unit.lowerings.test_input_check import BETWEEN, SHAPES, Params, looks, side_by_side, swapped, watched
+from tests.unit.lowerings.test_input_check import BETWEEN, SHAPES, Params, checks, side_by_side, swapped, watched
 
 FEW = SHAPES[:3]
 
 
 @pytest.fixture(autouse=True)
-def native(usual_look: int, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """The native looks of a test: there are none."""
-    return looks(monkeypatch)
+def native(usual_input_check: int, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """The native checks of a test: there are none."""
+    return checks(monkeypatch)
 
 
 @pytest.mark.parametrize("more", [-1, 0])
-def test_from_how_many_tensors_on_the_look_is_native(more: int, usual_look: int, native: list[bool]) -> None:
+def test_from_how_many_tensors_on_the_check_is_native(more: int, usual_input_check: int, native: list[bool]) -> None:
     """A parameter and its gradient are two."""
-    params = parameters([(5,)] * (usual_look // 2 + more))
+    params = parameters([(5,)] * (usual_input_check // 2 + more))
     twins = clones(params)
     opt = optimizers.NpuFusedSGD(params, lr=0.1)
     side_by_side(params, compiled(opt), twins, torch.optim.SGD(twins, lr=0.1), 5)

@@ -1,4 +1,4 @@
-"""The native look at a step's tensors: it is used, it notices what changes between steps, it keeps nothing alive."""
+"""The native check of a step's tensors: it is used, it notices what changes between steps, it keeps nothing alive."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def watched(opt: Any) -> bool:
     return prelude.unchanged
 
 
-def looks(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """What every look from here on finds."""
+def checks(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """What every check from here on finds."""
     found: list[bool] = []
     same = input_check.NativeInputs.same
 
@@ -57,7 +57,7 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_every_optimizer_is_looked_at(case: Any) -> None:
+def test_every_optimizer_is_checked(case: Any) -> None:
     params = parameters(SHAPES)
     oracle, opt = case.oracle(params), case.build(params)
     step = compiled(opt)
@@ -73,11 +73,11 @@ def test_every_optimizer_is_looked_at(case: Any) -> None:
 
 
 @pytest.mark.parametrize("foreach", [False, True])
-def test_stock_optimizers_are_looked_at(foreach: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stock_optimizers_are_checked(foreach: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     params = parameters(SHAPES)
     twins = clones(params)
     opt, eager = (torch.optim.Adam(ps, lr=1e-2, foreach=foreach) for ps in (params, twins))
-    step, found = compiled(opt, fullgraph=False), looks(monkeypatch)
+    step, found = compiled(opt, fullgraph=False), checks(monkeypatch)
     side_by_side(params, step, twins, eager, 6)
     assert found[-2:] == [True, True]
     assert_close(params, twins, 1e-6)
@@ -85,14 +85,14 @@ def test_stock_optimizers_are_looked_at(foreach: bool, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_numbers_that_members_share_are_looked_at_once(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_that_members_share_are_checked_once(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """An lr that changes is a tensor of the graph, one for all parameters of a group."""
     shapes = [(3, 4)] * 10
     params = parameters(shapes)
     twins = clones(params)
     split = [slice(None)] if groups == 1 else [slice(4), slice(4, None)]
     opt, eager = (torch.optim.SGD([dict(params=ps[s]) for s in split], lr=0.1) for ps in (params, twins))
-    step, found = compiled(opt, fullgraph=False), looks(monkeypatch)
+    step, found = compiled(opt, fullgraph=False), checks(monkeypatch)
     for seed in range(7):
         for o, ps in ((opt, params), (eager, twins)):
             for i, group in enumerate(o.param_groups):
@@ -184,7 +184,7 @@ def frozen(params: Params) -> None:
     params[0].requires_grad_(False)
 
 
-BETWEEN: list[tuple[Callable[[Params], None], bool]] = [  # and whether the look sees tensors of the same kind
+BETWEEN: list[tuple[Callable[[Params], None], bool]] = [  # and whether the check sees tensors of the same kind
     (replaced, True),
     (memory_written, True),
     (moved, True),
@@ -247,10 +247,10 @@ def test_memory_given_back_under_a_tensor_is_not_touched() -> None:
         step()
     grad = params[0].grad
     assert grad is not None
-    look = input_check.NativeInputs([*params], input_check._library["native"])
-    assert look.same(None)
+    check = input_check.NativeInputs([*params], input_check._library["native"])
+    assert check.same(None)
     params[0].untyped_storage().resize_(0)
-    assert not look.same(None)
+    assert not check.same(None)
 
 
 def test_a_gradient_lives_no_longer_than_without() -> None:
@@ -285,34 +285,34 @@ def test_no_tensor_is_kept_alive() -> None:
 
 def test_only_tensors_of_the_same_kind_are_the_same() -> None:
     x = torch.ones(4)
-    look = input_check.NativeInputs([x], input_check._library["native"])
+    check = input_check.NativeInputs([x], input_check._library["native"])
     others: list[Any] = [torch.ones(5), torch.ones(4).double(), torch.ones(4, 1), torch._neg_view(x), x.to("meta")]
     others += [None, 1.0, torch.nn.Parameter(x), torch.ones(8)[::2], torch.ones(4).to_sparse()]
-    assert look.same([x]) and look.same([torch.ones(4)]) and look.same(None)
-    assert [look.same([other]) for other in others] == [False] * len(others)
+    assert check.same([x]) and check.same([torch.ones(4)]) and check.same(None)
+    assert [check.same([other]) for other in others] == [False] * len(others)
 
 
 def differing_anywhere(threads: int) -> list[bool]:
-    """What looks find where one of many tensors is of another kind: at several places, listed and as a gradient."""
+    """What checks find where one of many tensors is of another kind: at several places, listed and as a gradient."""
     input_check.wait()
     torch.set_num_threads(threads)
     params = [torch.nn.Parameter(torch.ones(2)) for _ in range(600)]
     set_gradients(params, [torch.ones(2) for _ in params])
     listed = [*params, *(p.grad for p in params if p.grad is not None)]
-    look = input_check.NativeInputs(listed, input_check._library["native"])
-    assert look.same(None) and look.same(listed)
+    check = input_check.NativeInputs(listed, input_check._library["native"])
+    assert check.same(None) and check.same(listed)
     found = []
     for place in (0, 299, 300, 599):
         other = torch.ones(3)
-        found.append(look.same([*listed[:place], other, *listed[place + 1 :]]))
+        found.append(check.same([*listed[:place], other, *listed[place + 1 :]]))
         kept, params[place].grad = params[place].grad, None
-        found.append(look.same(None))
+        found.append(check.same(None))
         params[place].grad = kept
     return found
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads_that_share_a_look_notice_what_one_of_them_sees(threads: int) -> None:
+def test_threads_that_share_a_check_notice_what_one_of_them_sees(threads: int) -> None:
     before = torch.get_num_threads()
     try:
         assert not any(differing_anywhere(threads))
@@ -320,7 +320,7 @@ def test_threads_that_share_a_look_notice_what_one_of_them_sees(threads: int) ->
         torch.set_num_threads(before)
 
 
-def test_a_look_has_fewer_threads_than_it_asks_for() -> None:
+def test_a_check_has_fewer_threads_than_it_asks_for() -> None:
     code = "from tests.unit.lowerings.test_input_check import differing_anywhere as d; assert not any(d(2))"
     limited = {**os.environ, "OMP_THREAD_LIMIT": "1"}
     root = pathlib.Path(__file__).parents[3]
@@ -330,7 +330,7 @@ def test_a_look_has_fewer_threads_than_it_asks_for() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_without_the_library_python_looks_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_python_checks_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any) -> Any:
         raise npu_fuse_pass.PlatformError("no headers here")
 
@@ -411,7 +411,7 @@ def slow_to_come(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     input_check._library.update(before)
 
 
-def first_look(tensors: int) -> list[bool]:
+def first_checks(tensors: int) -> list[bool]:
     """Which of three steps are watched."""
     params = parameters([(2,)] * tensors)
     opt = optimizers.NpuFusedAdam(params)
@@ -429,17 +429,17 @@ def test_a_step_of_very_many_tensors_waits_for_the_library(
 ) -> None:
     monkeypatch.setattr(input_check, "WAITED", 8)
     threading.Timer(0.5, slow_to_come.set).start()
-    assert first_look(tensors=5) == [False, False, True]
+    assert first_checks(tensors=5) == [False, False, True]
 
 
 def test_others_do_not_wait(slow_to_come: threading.Event) -> None:
-    assert first_look(tensors=5) == [False] * 3
+    assert first_checks(tensors=5) == [False] * 3
 
 
 def test_patience_ends(slow_to_come: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(input_check, "WAITED", 8)
     monkeypatch.setattr(input_check, "PATIENCE", 0.1)
-    assert first_look(tensors=5) == [False] * 3
+    assert first_checks(tensors=5) == [False] * 3
 
 
 def test_the_library_is_compiled_beside_the_first_kernel(
@@ -453,5 +453,5 @@ def test_the_library_is_compiled_beside_the_first_kernel(
         return load(source, functions, flags)
 
     monkeypatch.setattr(cpu_build, "load", noting)
-    first_look(tensors=5)
+    first_checks(tensors=5)
     assert begun[0]

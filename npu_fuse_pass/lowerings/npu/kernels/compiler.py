@@ -26,7 +26,7 @@ TARGETS = (
     *("Ascend910_9599", "Ascend950PR_9599"),  # 950: another binary
 )
 """What the compiler can compile for: the chips' names."""
-LOOKED_AT = "Ascend910B3"
+PREVIEW_TARGET = "Ascend910B3"
 """The target for which kernels are shown where there is no chip."""
 _FLAGS = (
     "--enable-hfusion-compile=true",

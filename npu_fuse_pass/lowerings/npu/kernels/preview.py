@@ -1,11 +1,11 @@
-"""Generated kernels to look at: what they are and what they move, without an NPU and without CANN."""
+"""A preview of generated kernels: what they are and what they move, without an NPU and without CANN."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
 from npu_fuse_pass.ir.types import Group, Leaf
-from npu_fuse_pass.lowerings.npu.kernels.compiler import LOOKED_AT, Compiler, Refused, find
+from npu_fuse_pass.lowerings.npu.kernels.compiler import PREVIEW_TARGET, Compiler, Refused, find
 from npu_fuse_pass.lowerings.npu.kernels.generate import Kernel
 from npu_fuse_pass.lowerings.npu.kernels.groups import generate_groups
 from npu_fuse_pass.lowerings.npu.kernels.hardware import Hardware
@@ -14,13 +14,13 @@ from npu_fuse_pass.lowerings.npu.kernels.launch import Generated
 _UNKNOWN = 2048
 
 
-class Looked:
+class PreviewHardware:
     """Hardware that compiles as far as there is a compiler, and launches nothing."""
 
     calls_back = True
 
     def __init__(self) -> None:
-        self.target, self._compiler = LOOKED_AT, _compiler()
+        self.target, self._compiler = PREVIEW_TARGET, _compiler()
         self.identity = self._compiler.identity if self._compiler is not None else ""
         self.chunk = None if self._compiler is not None else _UNKNOWN
 
@@ -33,24 +33,24 @@ class Looked:
         """Nothing."""
 
     def __call__(self, kernel: Kernel, arguments: Sequence[int], rows: int) -> None:
-        raise Refused("kernels that are only looked at are not launched")
+        raise Refused("kernels of a preview are not launched")
 
 
 def _compiler() -> Compiler | None:
     try:
-        return find(LOOKED_AT)
+        return find(PREVIEW_TARGET)
     except Refused:
         return None
 
 
-def look(leaves: Sequence[Leaf], groups: Sequence[Group]) -> Mapping[str, Generated | str]:
+def preview(leaves: Sequence[Leaf], groups: Sequence[Group]) -> Mapping[str, Generated | str]:
     """Kernels of a step's groups, by their names; or why a group has none."""
-    return generate_groups(leaves, groups, Looked())
+    return generate_groups(leaves, groups, PreviewHardware())
 
 
 def text(found: Mapping[str, Generated | str], hardware: Hardware | None = None) -> str:
     """Sources and last IR of kernels, as a dump shows them."""
-    return "\n".join(line for name, made in found.items() for line in _lines(name, made, hardware or Looked()))
+    return "\n".join(line for name, made in found.items() for line in _lines(name, made, hardware or PreviewHardware()))
 
 
 def _lines(name: str, made: Generated | str, hardware: Hardware) -> Iterator[str]:
