@@ -3,6 +3,8 @@ r"""Adadelta.
 $$g \leftarrow g + \lambda p, \quad v \leftarrow \rho v + (1-\rho) g^2, \quad
   u = \frac{\sqrt{d + \epsilon}}{\sqrt{v + \epsilon}}\,g, \quad d \leftarrow \rho d + (1-\rho) u^2, \quad
   p \leftarrow p - lr\,u$$
+
+Source: torch.optim.Adadelta, https://arxiv.org/abs/1212.5701.
 """
 
 from __future__ import annotations

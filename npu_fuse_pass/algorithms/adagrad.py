@@ -2,6 +2,8 @@ r"""Adagrad.
 
 $$g \leftarrow g + \lambda p, \quad s \leftarrow s + g^2, \quad
   p \leftarrow p - \frac{lr}{1 + (t-1)\,\eta} \cdot \frac{g}{\sqrt s + \epsilon}$$
+
+Source: torch.optim.Adagrad; Duchi et al., Adaptive Subgradient Methods, JMLR 12 (2011).
 """
 
 from __future__ import annotations

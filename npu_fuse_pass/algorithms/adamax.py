@@ -2,6 +2,8 @@ r"""Adamax: Adam with the infinity norm.
 
 $$g \leftarrow g + \lambda p, \quad m \leftarrow \beta_1 m + (1-\beta_1) g, \quad
   u \leftarrow \max(\beta_2 u, |g| + \epsilon), \quad p \leftarrow p - \frac{lr}{1-\beta_1^t} \cdot \frac{m}{u}$$
+
+Source: torch.optim.Adamax, https://arxiv.org/abs/1412.6980 (section 7.1).
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@ r"""Averaged stochastic gradient descent.
 
 $$p \leftarrow (1 - \lambda\,\eta_t)\,p - \eta_t\,g, \quad a \leftarrow a + \mu_t\,(p - a), \quad
   \eta_{t+1} = \frac{lr}{(1 + \lambda\,lr\,t)^\alpha}, \quad \mu_{t+1} = \frac{1}{\max(1, t - t_0)}$$
+
+Source: torch.optim.ASGD; Polyak and Juditsky, SIAM J. Control Optim. 30 (1992).
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@ r"""NAdam: Adam with Nesterov momentum, whose coefficient grows with the steps.
 $$\mu_t = \beta_1 \left(1 - \tfrac12\,0.96^{\,t\psi}\right), \quad \Pi_t = \Pi_{t-1}\,\mu_t,$$
 $$p \leftarrow p - lr\,\frac{(1-\mu_t)\,g / (1-\Pi_t) + \mu_{t+1}\,m / (1-\Pi_t\,\mu_{t+1})}
   {\sqrt{v / (1-\beta_2^t)} + \epsilon}$$
+
+Source: torch.optim.NAdam; Dozat, Incorporating Nesterov Momentum into Adam (2016).
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ $$\rho_\infty = \frac{2}{1-\beta_2} - 1, \quad \rho_t = \rho_\infty - \frac{2t\b
   r = \sqrt{\frac{(\rho_t-4)(\rho_t-2)\rho_\infty}{(\rho_\infty-4)(\rho_\infty-2)\rho_t}},$$
 $$p \leftarrow p - lr\,\frac{m}{1-\beta_1^t} \cdot
   \begin{cases} r\sqrt{1-\beta_2^t} / (\sqrt v + \epsilon) & \rho_t > 5 \\ 1 \end{cases}$$
+
+Source: torch.optim.RAdam, https://arxiv.org/abs/1908.03265.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-r"""RMSprop as torch.optim has it, where epsilon is added to the root; after Hinton, and centered after Graves.
+r"""RMSprop as torch.optim has it, where epsilon is added to the root.
 
 $$g \leftarrow g + \lambda p, \quad v \leftarrow \alpha v + (1-\alpha) g^2, \quad
   a \leftarrow \alpha a + (1-\alpha) g \text{ (centered)},$$
 $$u = g / (\sqrt{v - a^2} + \epsilon), \quad b \leftarrow \mu b + u, \quad p \leftarrow p - lr\,b$$
+
+Source: torch.optim.RMSprop; slide 29 of Hinton's lecture 6, and https://arxiv.org/abs/1308.0850 for centered.
 """
 
 from __future__ import annotations

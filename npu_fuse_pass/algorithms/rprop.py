@@ -2,6 +2,8 @@ r"""Rprop: steps that grow where the gradient keeps its sign and shrink where it
 
 $$s \leftarrow \mathrm{clamp}(s \cdot \eta^\pm, s_{min}, s_{max}), \quad
   g \leftarrow 0 \text{ where the sign changed}, \quad p \leftarrow p - s\,\mathrm{sign}(g)$$
+
+Source: torch.optim.Rprop; Riedmiller and Braun, The RPROP Algorithm (1993).
 """
 
 from __future__ import annotations
