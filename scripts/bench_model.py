@@ -27,6 +27,7 @@ APART, ADJACENT, FEWEST = "ours", "ours, adjacent", 'ours, adjacent, kernels="de
 GENERATED, GENERATED_NODE = "ours, generated kernels", "ours, generated kernels, a GE node"
 GENERATED_MOVING = "ours, generated kernels, gradients move"
 STOCK, STOCK_ADJACENT = "torch.optim, compiled by ours", "torch.optim, compiled by ours, adjacent"
+FOREACH, FUSED = "torch.optim, foreach", "torch.optim, fused=True"
 CORES = 40
 """Vector cores of most A2 and A3."""
 _TRACED = 200  # parameters: with more, Dynamo takes a minute for one of torch.optim's steps
@@ -125,10 +126,10 @@ def peers(family: Family, workload: Workload) -> dict[str, Work]:
         f"torch_npu.optim.{family.ours}": npu_peers.torch_npu_optim(family.ours, workload.shapes, **family.options)
     }
     if family.stock is not None:
-        found["torch.optim, foreach"] = npu_peers.foreach(family.stock, workload.shapes, **family.options)
+        found[FOREACH] = npu_peers.foreach(family.stock, workload.shapes, **family.options)
         fused = npu_peers.FUSED[family.stock][0]
         if fused is not None:
-            found["torch.optim, fused=True"] = fused(workload.shapes)
+            found[FUSED] = fused(workload.shapes)
     return found
 
 
@@ -197,6 +198,41 @@ def print_cells(cells: list[dict[str, Any]]) -> None:
     table(f"workload | optimizer | modelled | best peer | {ratios_of} | where ours is slower: why", verdicts)
 
 
+def print_page(cells: list[dict[str, Any]]) -> None:
+    """The two tables of docs/npu.md: microseconds of a step without anybody's Python (launches, bytes per element)."""
+    operations: list[list[object]] = []
+    generated: list[list[object]] = []
+    for found in cells:
+        made, verdicts = found["contestants"], found["verdict"]
+        npu = next(name for name in made if name.startswith("torch_npu.optim."))
+        head = [found["workload"], found["optimizer"]]
+        apart, adjacent = made[APART], made[ADJACENT]
+        ours = [_step(apart), "the same" if apart["nodes"] == adjacent["nodes"] else _step(adjacent)]
+        rivals = [_step(made.get(name)) for name in (npu, FOREACH, FUSED)]
+        ratio, fewest = (_times(verdicts[name]["ratio"]) for name in (ADJACENT, FEWEST))
+        operations.append([*head, *ours, *rivals, ratio if ratio == fewest else f"{ratio}; dedicated {fewest}"])
+        names = (GENERATED, GENERATED_MOVING, GENERATED_NODE)
+        steps = [_step(made[name], "launches", 1) for name in names]
+        peer = verdicts[GENERATED]["peer"]
+        best = f"{peer} {made[peer]['modelled us']['step without our Python']:.0f}"
+        generated.append([*head, *steps, best, ", ".join(_times(verdicts[name]["ratio"]) for name in names)])
+    columns = "ours | ours, adjacent | torch_npu.optim | foreach | fused=True | adjacent against the best peer"
+    table(f"workload | optimizer | {columns}", operations)
+    table("workload | optimizer | by itself | gradients move | a GE node | best peer | against it", generated)
+
+
+def _step(found: dict[str, Any] | None, counted: str = "nodes", digits: int = 0) -> str:
+    if found is None:
+        return "–"
+    step, size = found["modelled us"]["step without our Python"], found["bytes/element"]
+    return f"{step:.0f} ({found[counted]}, {size:.{digits}f})"
+
+
+def _times(ratio: float) -> str:
+    text = f"{ratio:.2f}x"
+    return text if float(text[:-1]) >= 1 else f"**{text}**"
+
+
 def main(only: str, out: pathlib.Path) -> int:
     """Print the model and write it as JSON.
 
@@ -223,6 +259,7 @@ def main(only: str, out: pathlib.Path) -> int:
     print("Our Python is measured here, in the last columns only; that of the peers is not counted, in their favour.")
     print_constants()
     print_cells(cells)
+    print_page(cells)
     out.mkdir(exist_ok=True)
     constants = {name: dataclasses.asdict(c) for name, c in CONSTANTS.items()}
     (out / "model.json").write_text(json.dumps({"modelled": True, "constants": constants, "cells": cells}, indent=2))

@@ -23,6 +23,7 @@ import bench_cases
 import bench_model
 import npu_graphs
 import npu_kernels_table
+import npu_model
 import npu_peers
 
 SHAPES = [(64, 8), (32,), (100,)]
@@ -98,6 +99,12 @@ def test_graphs_of_ours_agree_with_the_report(adjacent: bool) -> None:
         assert not graphs.graphs  # the patched run is gone
 
 
+def test_only_a_graph_is_slower_by_its_head() -> None:
+    tasks, peers = [50_000_000, 40], {"peer": npu_model.eager([50_000_000])}
+    assert "2 nodes" in npu_model.compare(npu_model.eager(tasks), peers).why
+    assert "head of 30 us" in npu_model.compare(npu_model.static_graph(tasks[:1]), peers).why
+
+
 def test_the_page_has_the_table_that_the_script_prints() -> None:
     page = (pathlib.Path(__file__).resolve().parents[2] / "docs" / "npu.md").read_text(encoding="utf-8")
     assert "\n".join(npu_kernels_table.table(100)) in page
@@ -110,6 +117,9 @@ def test_the_whole_model_of_a_small_workload(
     assert bench_model.main("", tmp_path) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("MODELLED, not measured")
+    *_, operations, generated, _ = (block.splitlines() for block in printed.split("\n\n"))
+    assert operations[2].startswith("| 3 x 64 | Adam | ") and len(operations) == len(generated) == 2 + 5
+    assert all(row.count(" (3, ") == 2 for row in generated[2:-1])  # beside one launch: numbers; a table or GE's graph
     found = json.loads((tmp_path / "model.json").read_text())
     assert found["modelled"] is True
     assert [c["optimizer"] for c in found["cells"]] == [f.name for f in bench_model.FAMILIES]
