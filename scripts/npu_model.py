@@ -152,7 +152,7 @@ def _why(ours: Work, peer: Work, c: Values) -> str:
         ),
     ]
     found = [text for holds, text in reasons if holds]
-    if not found and seconds(ours, c) - (c["head"] if ours.graph else 0.0) > limit:
+    if not found and max(host_seconds(ours, c), device_seconds(ours, c)) > limit:
         found = [
             f"{ours.nodes} nodes with {ours.moved / 1e6:.0f} MB, the peer has {peer.nodes} with {peer.moved / 1e6:.0f}"
         ]
