@@ -1,9 +1,10 @@
-"""Kernels that a lowering offers as one dedicated operation, each declared once by its mathematics.
+"""Kernels that a lowering may have as one dedicated operation, each declared once by its mathematics.
 
-A kernel is a plain function. Positional arguments are tensors, keyword-only ones are numbers (0-dim), both named as the
-operation names its inputs; the result is the operation's outputs, the parameter first. Arithmetic operators, `.sqrt()`
-and `.maximum()` are all that it may use, so that tensors and symbols can both run it. `find` decides which kernel
-computes a group's formula; a lowering reads the operation, the roles of the slots and the scalars from the `Match`.
+A kernel is a plain function. Positional arguments are tensors, keyword-only ones are numbers (0-dim), named as in
+TensorFlow's and GE's operations; the results begin with the parameter. Arithmetic operators, `.sqrt()` and `.maximum()`
+are all that it may use, so that tensors and symbols can both run it. `find` decides which kernel computes a group's
+formula. Reports name it; a lowering with an operation for it (`dedicated_operations` has GE's) reads the roles of the
+slots and the scalars from the `Match`.
 """
 
 from __future__ import annotations
@@ -16,17 +17,14 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class KnownKernel:
-    """One dedicated operation.
+    """One kernel.
 
     Attributes:
         name: what reports call it.
-        operation: GE's operation type.
         function: the mathematics.
         outputs: tensors that the function returns, in order; the parameter first.
         inputs: tensor arguments.
         scalars: number arguments.
-        document: where the semantics come from.
-        attributes: of the operation, that the function takes for granted.
         powers: a scalar that is another one to the power of the step number plus this.
         scaled: scalars into which a bias correction may be folded.
         prepared: inputs that may be computed from the formula's tensors first, by elementwise operations: of `var`
@@ -35,13 +33,10 @@ class KnownKernel:
     """
 
     name: str
-    operation: str
     function: Callable[..., tuple[Any, ...]]
     outputs: tuple[str, ...]
     inputs: tuple[str, ...]
     scalars: tuple[str, ...]
-    document: str
-    attributes: Mapping[str, bool]
     powers: Mapping[str, tuple[str, int]]
     scaled: tuple[str, ...]
     prepared: tuple[str, ...]
@@ -50,15 +45,11 @@ class KnownKernel:
 
 # The table ------------------------------------------------------------------------------------------------------------
 
-_OPS_NN = "https://gitcode.com/cann/ops-nn, optim"
 KERNELS: tuple[KnownKernel, ...] = ()
 
 
 def _kernel(
-    operation: str,
-    document: str,
     outputs: str,
-    attributes: Mapping[str, bool] | None = None,
     powers: Mapping[str, tuple[str, int]] | None = None,
     scaled: str = "",
     prepared: str = "grad",
@@ -71,13 +62,10 @@ def _kernel(
         parameters = inspect.signature(function).parameters.values()
         row = KnownKernel(
             function.__name__,
-            operation,
             function,
             tuple(outputs.split()),
             tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD),
             tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY),
-            document,
-            attributes or {},
             powers or {},
             tuple(scaled.split()),
             tuple(prepared.split()),
@@ -89,14 +77,7 @@ def _kernel(
     return add
 
 
-@_kernel(
-    "ApplyAdamW",
-    f"{_OPS_NN}/apply_adam_w/docs/aclnnApplyAdamW.md and apply_adam_w_proto.h: the powers are beta**(t-1)",
-    outputs="var m v",
-    attributes={"amsgrad": False, "maximize": False},
-    powers={"beta1_power": ("beta1", -1), "beta2_power": ("beta2", -1)},
-    nonnegative="v",
-)
+@_kernel("var m v", powers={"beta1_power": ("beta1", -1), "beta2_power": ("beta2", -1)}, nonnegative="v")
 def adamw(
     var: Any,
     m: Any,
@@ -120,13 +101,7 @@ def adamw(
 
 
 @_kernel(
-    "ApplyAdam",
-    f"{_OPS_NN}/apply_adam/README.md, TensorFlow's ApplyAdam: the powers are beta**t",
-    outputs="var m v",
-    attributes={"use_nesterov": False},
-    powers={"beta1_power": ("beta1", 0), "beta2_power": ("beta2", 0)},
-    scaled="epsilon",
-    nonnegative="v",
+    "var m v", powers={"beta1_power": ("beta1", 0), "beta2_power": ("beta2", 0)}, scaled="epsilon", nonnegative="v"
 )
 def adam(
     var: Any,
@@ -149,9 +124,7 @@ def adam(
 
 
 @_kernel(
-    "ApplyAdamWithAmsgradV2",
-    f"{_OPS_NN}/apply_adam_with_amsgrad_v2/README.md: the powers are beta**t; vhat is not corrected, as in torch",
-    outputs="var m v vhat",
+    "var m v vhat",
     powers={"beta1_power": ("beta1", 0), "beta2_power": ("beta2", 0)},
     scaled="epsilon",
     prepared="grad var",
@@ -179,30 +152,21 @@ def adam_amsgrad(
     return var - step_size * m / (vhat.sqrt() + epsilon), m, v, vhat
 
 
-_MOMENTUM = f"{_OPS_NN}/apply_momentum and inplace_apply_momentum/README.md, TensorFlow's ApplyMomentum"
-
-
-@_kernel("ApplyMomentum", _MOMENTUM, outputs="var accum", attributes={"use_nesterov": False})
+@_kernel("var accum")
 def momentum(var: Any, accum: Any, grad: Any, *, lr: Any, momentum: Any) -> tuple[Any, ...]:
     """Gradient descent with momentum."""
     accum = accum * momentum + grad
     return var - lr * accum, accum
 
 
-@_kernel("ApplyMomentum", _MOMENTUM, outputs="var accum", attributes={"use_nesterov": True})
+@_kernel("var accum")
 def nesterov(var: Any, accum: Any, grad: Any, *, lr: Any, momentum: Any) -> tuple[Any, ...]:
     """Gradient descent that looks ahead along the momentum."""
     accum = accum * momentum + grad
     return var - (grad * lr + accum * momentum * lr), accum
 
 
-@_kernel(
-    "ApplyRMSProp",
-    f"{_OPS_NN}/apply_rms_prop/README.md, TensorFlow's ApplyRMSProp",
-    outputs="var ms mom",
-    prepared="grad var",
-    nonnegative="ms",
-)
+@_kernel("var ms mom", prepared="grad var", nonnegative="ms")
 def rmsprop(
     var: Any, ms: Any, mom: Any, grad: Any, *, lr: Any, rho: Any, momentum: Any, epsilon: Any
 ) -> tuple[Any, ...]:
@@ -212,13 +176,7 @@ def rmsprop(
     return var - mom, ms, mom
 
 
-@_kernel(
-    "ApplyCenteredRMSProp",
-    f"{_OPS_NN}/apply_centered_rms_prop/README.md, TensorFlow's ApplyCenteredRMSProp",
-    outputs="var mg ms mom",
-    prepared="grad var",
-    nonnegative="ms",
-)
+@_kernel("var mg ms mom", prepared="grad var", nonnegative="ms")
 def centered_rmsprop(
     var: Any, mg: Any, ms: Any, mom: Any, grad: Any, *, lr: Any, rho: Any, momentum: Any, epsilon: Any
 ) -> tuple[Any, ...]:

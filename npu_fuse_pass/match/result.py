@@ -2,7 +2,8 @@
 
 A lowering emits the dedicated operation of a matched group so, for every member (`group.members[k]`):
 
-- `kernel.operation` with `kernel.attributes`; its tensor inputs are `kernel.inputs`, its numbers `kernel.scalars`.
+- The lowering's own table has an operation for `kernel`, whose tensor inputs are `kernel.inputs`, its numbers
+  `kernel.scalars`.
 - `outputs` says which slot of the group's formula is var, m, v, ...: the operation writes those leaves in place. It
   writes every tensor that the group writes. 0-dim leaves that the group writes (step counters) are no part of a match:
   the formula's own writes to them hold as without one.

@@ -25,7 +25,6 @@ class KernelMatch:
 
     Attributes:
         kernel: its name in `match/known_kernels.py`.
-        operation: GE's operation type.
         tensors: the kernel's outputs, and the leaf that each is.
         arguments: its numbers, and inputs that are computed first, as mathematics over the formula's names.
         assumptions: what the equality needs beyond finite values.
@@ -33,7 +32,6 @@ class KernelMatch:
     """
 
     kernel: str
-    operation: str
     tensors: dict[str, str]
     arguments: dict[str, str]
     assumptions: tuple[str, ...]
@@ -41,7 +39,7 @@ class KernelMatch:
 
     def __str__(self) -> str:
         arguments = ", ".join(f"{name} = {text}" for name, text in self.arguments.items())
-        return f"{self.kernel} ({self.operation}, within {self.tolerance:g}): {arguments}"
+        return f"{self.kernel} (within {self.tolerance:g}): {arguments}"
 
 
 @dataclasses.dataclass

@@ -92,7 +92,7 @@ def _dedicate(formula: Formula, found: Match, operation: Operation, totals: Coll
     size += sum(4 for e in operands if e.tensor) + 4 * len(results)
     casts = [s for s in results if formula.slots[s].dtype != torch.float32]
     size += sum(4 + formula.slots[s].dtype.itemsize for s in casts)
-    call = " ".join([operation.name, *(name for name in operation.attributes if found.kernel.attributes[name])])
+    call = " ".join([operation.name, *operation.attributes.get(found.kernel.name, ())])
     within = f"{operation.name}, within {found.tolerance:g}"
     note = within if operation.exact else f"{within} except that {operation.deviation}"
     place = {slot: i for i, slot in enumerate(made.tensor_slots)}

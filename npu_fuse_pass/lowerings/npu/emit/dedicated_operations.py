@@ -67,7 +67,7 @@ class Operation:
         function: its mathematics, on tensors in the order of `inputs`; attributes by keyword.
         document: of these semantics.
         series: the chips that the document names.
-        attributes: of the kernel that the operation has, too.
+        attributes: per kernel those that are set to true.
         absent: optional inputs that are left out.
         exact: as close to the formula as eager.
         deviation: the larger error, if not exact.
@@ -80,7 +80,7 @@ class Operation:
     function: Callable[..., tuple[torch.Tensor, ...]]
     document: str
     series: tuple[str, ...] = (TRAINING, A2, A3)
-    attributes: tuple[str, ...] = ()
+    attributes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     absent: tuple[str, ...] = ()
     scales: bool = False
     exact: bool = True
@@ -216,7 +216,7 @@ OPERATIONS: tuple[Operation, ...] = (
         {"momentum": _momentum, "nesterov": _momentum},
         _fused_momentum,
         f"{_OPS_NN}/fused_mul_apply_momentum/README.md and fused_mul_apply_momentum_proto.h: grad = x1·x2",
-        attributes=("use_nesterov",),
+        attributes={"nesterov": ("use_nesterov",)},
         scales=True,
     ),
 )
