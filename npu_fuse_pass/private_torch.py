@@ -29,6 +29,9 @@ WITHOUT = {
     "torch._dynamo.config.do_not_emit_runtime_asserts": "Dynamo refuses some quotients of numbers that item() reads",
     "torch._dynamo.config.patch": "a number that item() reads ends the graph",
     "torch._dynamo.config.recompile_limit": "reports of recompiles do not say where torch stops",
+    "torch._dynamo.convert_frame": "with plain torch.compile, numbers that change may compile a step at every step",
+    "torch._dynamo.convert_frame._compile": "with plain torch.compile, numbers that change may compile a step at every "
+    "step",
     "torch._dynamo.eval_frame": "what torch.compile gave is compiled as it is",
     "torch._dynamo.eval_frame._stance": "a step that torch.compiler.set_stance leaves eager counts as not captured",
     "torch._dynamo.eval_frame.skip_code": "Dynamo captures a rule optimizer's step with all parameters; with "
@@ -53,7 +56,8 @@ WITHOUT = {
     "torch._dynamo.variables.builder": "numbers that change may compile a step twice",
     "torch._dynamo.variables.builder.process_automatic_dynamic": "numbers that change may compile a step twice",
     "torch._foreach_copy_": "lists of tensors are copied one by one",
-    "torch._guards.CompileContext.current_compile_id": "reports do not say why a step was compiled again",
+    "torch._guards.CompileContext.current_compile_id": "reports do not say why a step was compiled again; with plain "
+    "torch.compile, numbers that change may compile a step at every step",
     "torch._guards.TracingContext": "NPU steps run as the original; a rule is traced in a compile of its own",
     "torch._guards.TracingContext.extract_stack": "reports do not say where a compiled function calls the step",
     "torch._guards.tracing": "NPU steps run as the original",

@@ -77,13 +77,14 @@ def _compiling() -> Iterator[Any]:
     while caller is not None and not is_users(caller.f_code):
         converter, frame = caller.f_locals.get("self"), caller.f_locals.get("frame")
         if hasattr(converter, "_torchdynamo_orig_backend") and hasattr(frame, "f_locals"):
-            if _is_ours(converter):
+            if is_ours(converter):
                 yield frame
             return
         caller = caller.f_back
 
 
-def _is_ours(backend: Any) -> bool:
+def is_ours(backend: Any) -> bool:
+    """Whether this, under what torch wraps it in, is the backend as a user names it."""
     while hasattr(backend, "_torchdynamo_orig_backend"):
         backend = backend._torchdynamo_orig_backend
     return getattr(backend, "compiler_name", getattr(backend, "__name__", "")) in ("npu_fused", "_npu_fused")

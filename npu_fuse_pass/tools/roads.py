@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from npu_fuse_pass import backend
+from npu_fuse_pass.capture.symbolic import reading_numbers, symbolic_numbers
 from npu_fuse_pass.reasons import Code, Reason
 from npu_fuse_pass.rules.hidden import hidden_class
 from npu_fuse_pass.rules.optimizer import RuleOptimizer
@@ -19,7 +20,6 @@ from npu_fuse_pass.stock.binding import Binding
 from npu_fuse_pass.stock.classes import stock_class
 from npu_fuse_pass.stock.prelude import Refused
 from npu_fuse_pass.tools.first_step import first_eagerly
-from npu_fuse_pass.tools.symbolic import reading_numbers, symbolic_numbers
 
 
 def road(opt: torch.optim.Optimizer, step: Callable[..., Any], tracked: backend.TrackedBackend) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import npu_fuse_pass
-from npu_fuse_pass.tools.symbolic import reading_numbers, symbolic_numbers
+from npu_fuse_pass.capture.symbolic import reading_numbers, symbolic_numbers
 from tests.support.training import FULL, assert_close, assert_fused, clones, gradients, parameters, set_gradients
 
 Number = Callable[[float, int], float]

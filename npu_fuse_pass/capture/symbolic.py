@@ -1,0 +1,216 @@
+"""Python numbers in a step that Dynamo traces: symbolic where they change, instead of a compile for each value.
+
+Dynamo makes an integer that changed symbolic, but fixes it again where `math.pow`, `math.log` or `math.exp` takes it:
+it looks for torch._sym_pow and its like, which torch lacks (it has _sym_sqrt and others). They exist only
+while a step of `compile_step` is called, or Dynamo compiles for this backend; other compiles do not see them. The same
+holds for a traceable context in the place of one that Dynamo skips. Numbers that are known to change are symbolic from
+the first compile on, and Dynamo does not write `capturable`, an option of torch's classes, into the groups of others,
+where its guards then fail.
+
+Under plain `torch.compile` nobody has seen a step before the first compile. What a later compile finds in states and
+groups for the first time was made by a step, and will change; so will lr. Both are symbolic then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import math
+import re
+import threading
+import types
+import weakref
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+
+from npu_fuse_pass.private_torch import find
+from npu_fuse_pass.rules.torch_steps import is_ours
+
+
+def _sym_pow(x: Any, y: Any) -> Any:
+    """math.pow of symbolic numbers."""
+    return torch.sym_float(x) ** torch.sym_float(y)
+
+
+def _sym_log(x: Any, base: float = math.e) -> Any:
+    """math.log of a symbolic number."""
+    return _sym_log2(x) / math.log2(base)
+
+
+def _sym_exp(x: Any) -> Any:
+    """math.exp of a symbolic number."""
+    return math.e ** torch.sym_float(x)
+
+
+_changing: contextvars.ContextVar[Collection[str]] = contextvars.ContextVar("changing", default=())
+_compile_of_code: contextvars.ContextVar[int | None] = contextvars.ContextVar("compile_of_code", default=None)  # plain
+_first_seen: weakref.WeakKeyDictionary[types.CodeType, dict[str, int]] = weakref.WeakKeyDictionary()
+_sym_log2 = find("torch._sym_log2")
+_entry_of, _auto_dynamic = _ENTRIES = (
+    find("torch._dynamo.variables.builder.process_automatic_dynamic"),
+    find("torch._dynamo.pgo.auto_dynamic"),
+)
+_set_capturable, _attribute_source, _variable, _lazy = _CAPTURABLE = (
+    find("torch._dynamo.variables.OptimizerVariable._set_capturable"),
+    find("torch._dynamo.source.AttrSource"),
+    find("torch._dynamo.variables.VariableTracker"),
+    find("torch._dynamo.variables.LazyVariableTracker"),
+)
+
+
+def _entry_as_if_changed(tx: Any, name: str, entry: Any, **kwargs: Any) -> Any:
+    """Dynamo's entry of an input; a number that is known to change is marked as changed."""
+    found = _entry_of(tx, name, entry, **kwargs)
+    if isinstance(found.scalar, (int, float)) and _is_known_to_change(tx, name, found.scalar):
+        return dataclasses.replace(found, scalar=_auto_dynamic)
+    return found
+
+
+def _is_known_to_change(tx: Any, name: str, value: float) -> bool:
+    """Of an input by Dynamo's name for it. A float variable after a break was computed before it, of those that do."""
+    key = re.search(r"(^L)?\['(\w+)'\]$", name)
+    if key is None:
+        return False
+    variable = bool(key[1]) and isinstance(value, float)
+    resumed = variable and tx.f_code.co_name.startswith("torch_dynamo_resume_in_")
+    if resumed or key[2] in _changing.get():
+        return True
+    number = _compile_of_code.get()
+    if number is None:
+        return False
+    if variable:  # of a function that is compiled by itself: computed by what calls it
+        return number > 0 or key[2] == "lr"
+    return bool(re.search(r"\.(state|param_groups)\[", name)) and (
+        (key[2] == "lr" and number > 0) or _came_with_a_step(tx.f_code, name, value, number)
+    )
+
+
+def _came_with_a_step(code: types.CodeType, name: str, value: float, number: int) -> bool:
+    """Whether a number was not there before a compile of this code that was not the first.
+
+    A count is met after one step, at 1 or 2; larger integers may be sizes, which stay parts of the graph.
+    """
+    first = _first_seen.setdefault(code, {}).setdefault(name, number)
+    return first > 0 and (isinstance(value, float) or 0 <= value <= 2)
+
+
+def _set_capturable_where_known(self: Any, tx: Any) -> None:
+    """Set `capturable` as torch does, but only in groups that have the option."""
+    if any("capturable" in group for group in self.value.param_groups):
+        _set_capturable(self, tx)
+        return
+    source = self.source and _attribute_source(self.source, "param_groups")
+    built = _variable.build(tx, self.value.param_groups, source)
+    _lazy.realize_all(built)
+
+
+_MISSING = {"_sym_pow": _sym_pow, "_sym_exp": _sym_exp, **({"_sym_log": _sym_log} if _sym_log2 is not None else {})}
+
+
+class _Replaced:
+    """Attributes of torch's modules that are others as long as somebody needs them.
+
+    Args:
+        replacements: module or class, name, replacement; None as the first, or as the last, replaces nothing.
+    """
+
+    def __init__(self, *replacements: tuple[Any, str, Any]) -> None:
+        self._replacements = [r for r in replacements if r[0] is not None and r[2] is not None]
+        self._before = [getattr(owner, name, None) for owner, name, _ in self._replacements]
+        self._lock = threading.Lock()
+        self._entered = 0
+
+    @contextlib.contextmanager
+    def meanwhile(self) -> Iterator[None]:
+        """A context in which they are."""
+        with self._lock:
+            self._entered += 1
+            if self._entered == 1:
+                for owner, name, replacement in self._replacements:
+                    setattr(owner, name, replacement)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._entered -= 1
+                if not self._entered:
+                    for (owner, name, _), before in zip(self._replacements, self._before, strict=True):
+                        if before is None:
+                            delattr(owner, name)
+                        else:
+                            setattr(owner, name, before)
+
+
+_tracing = _Replaced(
+    *((torch, name, function) for name, function in _MISSING.items() if not hasattr(torch, name)),
+    (
+        None if None in _ENTRIES else find("torch._dynamo.variables.builder"),
+        "process_automatic_dynamic",
+        _entry_as_if_changed,
+    ),
+    (
+        None if None in _CAPTURABLE else find("torch._dynamo.variables.OptimizerVariable"),
+        "_set_capturable",
+        _set_capturable_where_known,
+    ),
+)
+# Libraries that compile parts of their steps themselves lift torch's limit of compiles meanwhile, in a context that
+# Dynamo skips; a step that is compiled as a whole has its own limit. Guards look at it, so it stays during the call.
+_calling = _Replaced((find("torch._dynamo.utils"), "disable_cache_limit", contextlib.nullcontext))
+
+
+@contextlib.contextmanager
+def symbolic_numbers(changing: Collection[str] = ()) -> Iterator[None]:
+    """Keep `math`'s functions of changing numbers in the graph: a context around compiles, and calls of them.
+
+    Args:
+        changing: keys in groups and states whose numbers are symbolic from the first compile on.
+    """
+    token = _changing.set(changing)
+    try:
+        with _tracing.meanwhile(), _calling.meanwhile():
+            yield
+    finally:
+        _changing.reset(token)
+
+
+@functools.cache
+def keep_numbers_in_plain_compiles() -> None:
+    """Let Dynamo do the same while it compiles for this backend, whoever called torch.compile; once for a process."""
+    current = find("torch._guards.CompileContext.current_compile_id")
+    converting, compile_frame = find("torch._dynamo.convert_frame"), find("torch._dynamo.convert_frame._compile")
+    if compile_frame is None or current is None:
+        return
+
+    @functools.wraps(compile_frame)
+    def compile_for_us(*args: Any, **kwargs: Any) -> Any:
+        if not is_ours(args[_BACKEND] if len(args) > _BACKEND else None):
+            return compile_frame(*args, **kwargs)
+        now = current()
+        token = _compile_of_code.set(now.frame_compile_id if now is not None else 0)
+        try:
+            with _tracing.meanwhile():
+                return compile_frame(*args, **kwargs)
+        finally:
+            _compile_of_code.reset(token)
+
+    setattr(converting, compile_frame.__name__, compile_for_us)
+
+
+_BACKEND = 5  # its place among the arguments, in torch 2.7 to 2.13
+
+
+def reading_numbers() -> contextlib.AbstractContextManager[None]:
+    """Keep numbers read by `item()` in the graph instead of breaking it: a context, for compiles of this thread.
+
+    Dynamo's own check of what it assumes of such numbers is off: it cannot write a quotient of two of them, and fails.
+    `torch._check` of a number is a node of the graph, and stays.
+    """
+    patch = find("torch._dynamo.config.patch")
+    options = ("torch._dynamo.config.capture_scalar_outputs", "torch._dynamo.config.do_not_emit_runtime_asserts")
+    known = {name.rpartition(".")[2]: True for name in options if find(name) is not None}
+    return contextlib.nullcontext() if patch is None else patch(**known)
