@@ -5,8 +5,8 @@ python scripts/zoo.py                        # every class, a row for each in zo
 python scripts/zoo.py --only timm.optim.Lion,optimi --again
 python scripts/zoo.py --sample               # 30 classes, which have to show what zoo_classes.SAMPLE says
 python scripts/zoo.py --page                 # docs/zoo.md from the rows there are
-python scripts/zoo.py --plain                # how often plain torch.compile compiles those 30, or --only ...
-python scripts/zoo.py --inductor             # their times by compile_step, by Inductor and eager
+python scripts/zoo.py --plain                # how often plain torch.compile compiles them: the page's last section
+python scripts/zoo.py --inductor             # times of those 30 by compile_step, by Inductor and eager
 python scripts/zoo.py --record               # what a recorder would make of what docs/zoo.md has not wholly fused
 
 A class that has a row is not run again. Every class has a process and a time limit of its own.
@@ -28,6 +28,7 @@ import re
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -208,16 +209,60 @@ runs the same steps, and float64 does: *wrong* and *crash* are what only this ba
 - *not reached*: no update came to the backend.
 - *not run*: not even eagerly, or not within {SECONDS} s.
 
-Plain `torch.compile(opt.step, backend="npu_fused")` compiles more often: `bash scripts/zoo.sh --plain`, ten steps of
-the 30 classes of CI with three changes of lr, on 2026-11-29: 6 compile twice, 18 three times, one four times; one is
-not reached. The first graph makes states, the second finds them, and what changes for the first time then (a counter,
-lr) costs the third; no later step and no later lr does. Four compile at every step until torch stops at 8: `math.pow`
-of a counter, which `compile_step` keeps in the graph.
-
 A class that was not run again keeps the row of an earlier run, which may be of an older package.
 
 Times are medians of later steps on a machine that others used; with parameters this small they show the cost of
 calls, not of memory."""
+
+
+_PLAIN = "## Plain torch.compile"
+
+
+def section(rows: Sequence[Row]) -> str:
+    """What docs/zoo.md says of plain torch.compile, at its end."""
+    rows = [row for row in rows if row["result"] != "not run"]
+    whole = [row for row in rows if row.get("compiles")]
+    twice = sum(1 for row in whole if row["most"] <= 2)
+    others = sorted((row for row in rows if row["result"] not in _FEW), key=_full_name)
+    told = (
+        f'{len(rows)} classes through `torch.compile(opt.step, backend="npu_fused")`: {zoo_run.PLAIN_STEPS} steps, '
+        f"each compared as above, with {len(zoo_run.PLAIN_LR_AT)} changes of lr (`bash scripts/zoo.sh --plain` on "
+        f"{datetime.date.today().isoformat()} with torch {torch.__version__}). {len(whole)} reach the backend, and "
+        f"{twice} of these compile no part more than twice; a part is the step, or what Dynamo compiles by itself of a "
+        "step that it breaks. The first compile makes states, the second finds them, or a lr that has changed."
+    )
+    return "\n".join(
+        [
+            _PLAIN,
+            "",
+            textwrap.fill(told, 120),
+            "",
+            "| result | classes |",
+            "|---|---|",
+            *(f"| {result} | {sum(1 for row in rows if row['result'] == result)} |" for result in _FEW),
+            f"| others, below | {len(others)} |",
+            "",
+            "| class | result | at each step | causes of what is not a part's first compile, or the first break |",
+            "|---|---|---|---|",
+            *map(_line, others),
+            "",
+        ]
+    )
+
+
+_FEW = ("1 compile", "2 compiles")
+_STORM = "compiled until torch stops, and eager then: use compile_step(opt)"
+
+
+def _line(row: Row) -> str:
+    made = row.get("compiles", [])
+    storm = [_STORM] if made and all(made[3:8]) else []
+    why = "; ".join(map(_cell, [*storm, *row["why"]][:4]))
+    return f"| {_full_name(row)} | {_cell(row['result'])} | {' '.join(map(str, made))} | {why} |"
+
+
+def _full_name(row: Row) -> str:
+    return f"{row['library']}.{row['name']}"
 
 
 def _kind(result: str) -> str:
@@ -271,7 +316,7 @@ def main() -> int:
     measure, results = measures.get(kind, zoo_run.run), OUTPUT / f"{kind}.jsonl"
     if not chosen.page:
         only = [name for name in chosen.only.split(",") if name]
-        if kind in ("plain", "inductor") and not only:
+        if chosen.inductor and not only:
             only = list(SAMPLE)
         if chosen.record and not only:
             only = zoo_record.unfused(PAGE.read_text(encoding="utf-8"))
@@ -285,14 +330,16 @@ def main() -> int:
         run(asked, wanted, chosen.jobs, results, measure)
     if chosen.inductor:
         return 0
-    if chosen.plain:
-        counted = collections.Counter(row["result"] for row in rows_of(results).values())
-        print(", ".join(f"{result}: {n}" for result, n in sorted(counted.items())))
-        return 0
     if chosen.record:
         print(zoo_record.table(list(rows_of(results).values())))
         return 0
-    PAGE.write_text(page(list(rows_of(results).values())), encoding="utf-8")
+    head, _, tail = PAGE.read_text(encoding="utf-8").partition(_PLAIN)
+    tail = _PLAIN + tail
+    if chosen.plain:
+        tail = section(list(rows_of(results).values()))
+    else:
+        head = page(list(rows_of(results).values()))
+    PAGE.write_text(head.rstrip("\n") + "\n\n" + tail, encoding="utf-8")
     print(f"wrote {PAGE.relative_to(ROOT)}")
     return 0
 

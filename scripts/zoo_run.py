@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import re
 import statistics
 import time
 import warnings
@@ -22,7 +23,7 @@ from npu_fuse_pass import backend
 from npu_fuse_pass.report.report import CompileReport
 
 STEPS, LR_AT = 6, 3  # compared steps; the one before which lr is halved
-PLAIN_LR_AT = (3, 5, 8)  # the same, of plain torch.compile's ten steps
+PLAIN_STEPS, PLAIN_LR_AT = 10, (3, 5, 8)  # the same of plain torch.compile
 TIMED = 9  # steps after them
 COMPILING = 4  # steps after them that may be looked at: the first that compiles nothing counts
 TOLERANCE = 1e-4  # |a - b| / max|b|, float32
@@ -330,7 +331,7 @@ def run(library: str, name: str, cls: Class) -> dict[str, Any]:
 
 def run_plainly(library: str, name: str, cls: Class) -> dict[str, Any]:
     """How often `torch.compile(opt.step, backend="npu_fused")` compiles in ten steps with three changes of lr."""
-    return _row(library, name, cls, _plainly, 10, PLAIN_LR_AT)
+    return _row(library, name, cls, _plainly, PLAIN_STEPS, PLAIN_LR_AT)
 
 
 def run_beside_inductor(library: str, name: str, cls: Class) -> dict[str, Any]:
@@ -391,9 +392,14 @@ def _plainly(library: str, cls: Class, way: str, want: list[dict[str, Any]], pla
     _forget()
     twin = Twin(library, cls, way, lr_at=PLAIN_LR_AT)
     phase = compiled(twin, want, torch.compile(twin.opt.step, backend="npu_fused"))
+    total = sum(phase.compiles)
+    most = max((int(n) for cause in phase.causes for n in re.findall(r"compile (\d+) of this code", cause)), default=1)
+    result = f"{total} compile{'s' * (total > 1)}" if total else "none"
+    if phase.error or phase.difference[0] > TOLERANCE:
+        result = phase.error or f"{phase.difference[1]} differs by {phase.difference[0]:.1e}"
     causes = [cause for cause in dict.fromkeys(phase.causes) if cause != "compile"]
-    result = "wrong" if phase.difference[0] > TOLERANCE else phase.error or f"{sum(phase.compiles)} compiles"
-    return {"result": result, "why": [" ".join(map(str, phase.compiles)), *causes, *phase.breaks[:1]]}
+    made = phase.compiles if total else []
+    return {"result": result, "compiles": made, "most": most, "why": [*causes, *phase.breaks[:1]]}
 
 
 def _beside_inductor(library: str, cls: Class, way: str, want: list[dict[str, Any]], plain: Phase) -> dict[str, Any]:

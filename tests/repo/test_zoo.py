@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 import sys
 from typing import Any
@@ -15,7 +16,7 @@ sys.path.append(str(ROOT / "scripts"))  # its modules import each other as scrip
 import zoo  # noqa: E402
 import zoo_record  # noqa: E402
 from zoo_classes import SAMPLE, construct  # noqa: E402
-from zoo_run import NUMBERS_LEFT, Phase, Twin, compiled, difference, eager, fused, operations, verdict  # noqa: E402
+from zoo_run import NUMBERS_LEFT, Phase, Twin, compiled, difference, eager, fused, operations, run_plainly, verdict  # noqa: E402  # noqa: E402
 
 from npu_fuse_pass.reasons import Code  # noqa: E402
 from npu_fuse_pass.report.report import CompileReport, GroupReport  # noqa: E402
@@ -192,6 +193,38 @@ def test_the_page_counts_and_hides_where_the_libraries_are() -> None:
     assert "| SGD | fused | 1 | 5 | 9 |  |" in text
     assert zoo._cell("a/b/site-packages/lib.py:1 (/x/site-packages/y.py:2)") == "lib.py:1 (y.py:2)"
     assert "| Lion | partly | – | – | – | view: a part (lib.py:3, in step) \\| more; outside" in text
+
+
+class Powered(Halved):
+    """Takes math.pow of a count in each state; `kept` makes it a part of the graph, at every step."""
+
+    def __init__(self, params: Any, lr: float = 0.1, kept: bool = False) -> None:
+        super().__init__(params, lr)
+        self.kept = kept
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            state["step"] = state.get("step", 0) + 1
+            factor = math.lgamma(state["step"] + 2) if self.kept else math.pow(0.9, state["step"])
+            p.add_(p.grad, alpha=-self.param_groups[0]["lr"] * factor)
+
+
+class Kept(Powered):
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr, kept=True)
+
+
+def test_compiles_of_plain_torch_compile_and_what_the_page_says_of_them() -> None:
+    rows = [run_plainly("tests", cls.__name__, cls) for cls in (Powered, Kept, Reads)]
+    assert [row["result"] for row in rows] == ["2 compiles", "8 compiles", "none"]
+    assert rows[0]["compiles"] == [1, 1, *[0] * 8] and rows[1]["most"] == 8
+    text = zoo.section(rows)
+    assert "3 classes through" in text and "2 reach the backend, and 1 of these" in text
+    assert "| 2 compiles | 1 |" in text and "| others, below | 2 |" in text and "tests.Powered" not in text
+    assert "| tests.Kept | 8 compiles | 1 1 1 1 1 1 1 1 0 0 | compiled until torch stops" in text
+    assert "| tests.Reads | none |  | Data-dependent branching" in text
 
 
 def test_a_class_gets_usual_values_for_what_has_none() -> None:
