@@ -251,13 +251,11 @@ def section(rows: Sequence[Row]) -> str:
 
 
 _FEW = ("1 compile", "2 compiles")
-_STORM = "compiled until torch stops, and eager then: use compile_step(opt)"
 
 
 def _line(row: Row) -> str:
     made = row.get("compiles", [])
-    storm = [_STORM] if made and all(made[3:8]) else []
-    why = "; ".join(map(_cell, [*storm, *row["why"]][:4]))
+    why = "; ".join(map(_cell, row["why"][:4]))
     return f"| {_full_name(row)} | {_cell(row['result'])} | {' '.join(map(str, made))} | {why} |"
 
 

@@ -389,17 +389,30 @@ def _everything(library: str, cls: Class, way: str, want: list[dict[str, Any]], 
 
 
 def _plainly(library: str, cls: Class, way: str, want: list[dict[str, Any]], plain: Phase) -> dict[str, Any]:
-    _forget()
-    twin = Twin(library, cls, way, lr_at=PLAIN_LR_AT)
-    phase = compiled(twin, want, torch.compile(twin.opt.step, backend="npu_fused"))
+    phase = plainly(library, cls, way, want)
     total = sum(phase.compiles)
-    most = max((int(n) for cause in phase.causes for n in re.findall(r"compile (\d+) of this code", cause)), default=1)
     result = f"{total} compile{'s' * (total > 1)}" if total else "none"
-    if phase.error or phase.difference[0] > TOLERANCE:
-        result = phase.error or f"{phase.difference[1]} differs by {phase.difference[0]:.1e}"
+    apart = f"{phase.difference[1]} differs by {phase.difference[0]:.1e}" if phase.difference[0] > TOLERANCE else ""
+    rounding = bool(apart) and _differs_by_rounding(library, cls, way, plainly, PLAIN_STEPS, PLAIN_LR_AT)
+    if phase.error or (apart and not rounding):
+        result = phase.error or apart
+    told = [f"{apart}, not in float64"] if rounding else []
+    if phase.storm:
+        too = "so it is" if fused(library, cls, way, want[:STEPS]).storm else "not so"
+        told.append(f"compiled until torch stops, then eager; {too} with compile_step(opt)")
     causes = [cause for cause in dict.fromkeys(phase.causes) if cause != "compile"]
+    most = max((int(n) for cause in causes for n in re.findall(r"compile (\d+) of this code", cause)), default=1)
     made = phase.compiles if total else []
-    return {"result": result, "compiles": made, "most": most, "why": [*causes, *phase.breaks[:1]]}
+    return {"result": result, "compiles": made, "most": most, "why": [*told, *causes, *phase.breaks[:1]]}
+
+
+def plainly(
+    library: str, cls: Class, way: str, want: list[dict[str, Any]], dtype: torch.dtype = torch.float32
+) -> Phase:
+    """Plain torch.compile."""
+    _forget()
+    twin = Twin(library, cls, way, dtype, PLAIN_LR_AT)
+    return compiled(twin, want, torch.compile(twin.opt.step, backend="npu_fused"))
 
 
 def _beside_inductor(library: str, cls: Class, way: str, want: list[dict[str, Any]], plain: Phase) -> dict[str, Any]:
@@ -415,11 +428,18 @@ def _beside_inductor(library: str, cls: Class, way: str, want: list[dict[str, An
     return {**times, "result": ", ".join(told), "why": [inductor.error] if inductor.error else []}
 
 
-def _differs_by_rounding(library: str, cls: Class, way: str) -> bool:
+def _differs_by_rounding(
+    library: str,
+    cls: Class,
+    way: str,
+    run: Callable[..., Phase] | None = None,
+    steps: int = STEPS,
+    lr_at: tuple[int, ...] = (LR_AT,),
+) -> bool:
     """Whether the same steps agree in float64, so that only float32's roundings, enlarged, lie between them."""
     try:
-        want, _ = eager(Twin(library, cls, way, torch.float64), timed=False)
-        return fused(library, cls, way, want, torch.float64).difference[0] < EXACT
+        want, _ = eager(Twin(library, cls, way, torch.float64, lr_at), timed=False, steps=steps)
+        return (run or fused)(library, cls, way, want, torch.float64).difference[0] < EXACT
     except Exception:
         return False
 

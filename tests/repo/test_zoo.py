@@ -223,7 +223,7 @@ def test_compiles_of_plain_torch_compile_and_what_the_page_says_of_them() -> Non
     text = zoo.section(rows)
     assert "3 classes through" in text and "2 reach the backend, and 1 of these" in text
     assert "| 2 compiles | 1 |" in text and "| others, below | 2 |" in text and "tests.Powered" not in text
-    assert "| tests.Kept | 8 compiles | 1 1 1 1 1 1 1 1 0 0 | compiled until torch stops" in text
+    assert "| tests.Kept | 8 compiles | 1 1 1 1 1 1 1 1 0 0 | compiled until torch stops, then eager; so it is" in text
     assert "| tests.Reads | none |  | Data-dependent branching" in text
 
 
