@@ -35,6 +35,18 @@ def pytest_collection() -> Generator[None, object, object]:
         unheard_traces()
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A case that is named in the command runs anyway."""
+    from tests.support.selection import left_to_the_slow_tier
+    from tests.support.training import FULL
+
+    if not FULL and not any("[" in argument for argument in config.args):
+        left = left_to_the_slow_tier(items)
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in left])
+        items[:] = [item for item in items if item.nodeid not in left]
+
+
 def unheard_traces() -> None:
     """pytest listens to every logger that passes nothing on; Dynamo would write a trace of all that it does for it."""
     logging.getLogger("torch.__trace").propagate = True  # to nobody: without a handler nothing is written
@@ -109,14 +121,16 @@ def shipped_kernels(kernels: Loads, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 
 @pytest.fixture(autouse=True, scope="session")
-def unmeasured_guards() -> Iterator[None]:
-    """Dynamo measures the guards of everything that it compiles, and empties the processor's caches before: for a small
-    step that is half of the compile, and only its debug log says what was measured.
+def unmeasured_compiles() -> Iterator[None]:
+    """Without what only Dynamo's logs tell. It measures the guards of everything that it compiles, and empties the
+    processor's caches before, which is half of the compile of a small step; it writes all settings of torch into a
+    record of the compile. And without its own collection of garbage after each (see `pytest_collection`).
     """
     import torch._dynamo.guards
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, torch._dynamo.config.patch(run_gc_after_compile=False):
         patch.setattr(torch._dynamo.guards, "profile_guard_manager", lambda *given: 0.0, raising=False)
+        patch.setattr(torch._dynamo.utils.get_metrics_context(), "_on_exit", lambda *given: None)
         yield
 
 
