@@ -11,6 +11,7 @@ from steps import assert_close, assert_same, set_gradients, twins
 
 import npu_fuse_pass
 from npu_fuse_pass.backend import npu_fused
+from npu_fuse_pass.lowerings.npu.kernels.operations import REASONS
 from tests.support.cases import BY_NAME
 
 OPTIONS: dict[str, Any] = {"platform": "npu"}
@@ -45,6 +46,28 @@ def test_unscaling_runs_as_it_is(ge_graphs: harness.Recording) -> None:
         run("adam", torch.tensor(0.5), OPTIONS, fullgraph=True)
     assert not ge_graphs.graphs
     assert "0-dim state is computed from a tensor" in (npu_fuse_pass.reports()[-1].fallback or "")
+
+
+def test_a_norm_of_clipped_gradients_runs_as_it_is(ge_graphs: harness.Recording) -> None:
+    with pytest.warns(UserWarning, match="a total depends on another total"):
+        run("lamb_global", None, OPTIONS, fullgraph=True)
+    assert not ge_graphs.graphs
+
+
+@pytest.mark.parametrize("op", REASONS)
+def test_what_no_vector_unit_has_runs_as_it_is(op: str, ge_graphs: harness.Recording) -> None:
+    """GE operations have none of what generated kernels refuse."""
+    params = [torch.nn.Parameter(torch.full((5,), 1.25)) for _ in range(2)]
+    function, two = getattr(torch, op), op in ("atan2", "fmod", "hypot")
+
+    def step() -> None:
+        with torch.no_grad():
+            for p in params:
+                p.copy_(function(p, p * 0.4) if two else function(p))
+
+    with pytest.warns(UserWarning, match=f"{op}: has no GE operation"):
+        torch.compile(step, backend=npu_fused, options=OPTIONS)()
+    assert not ge_graphs.graphs
 
 
 def run(name: str, scale: torch.Tensor | None, options: dict[str, Any], fullgraph: bool) -> None:

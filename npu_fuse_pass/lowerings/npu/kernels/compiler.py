@@ -50,7 +50,7 @@ class Refused(PlatformError):  # noqa: N818 - stages pass it on: another form co
     """A kernel cannot be compiled, loaded or launched here; says why."""
 
     def __init__(self, text: str) -> None:
-        super().__init__(text, Code.PLATFORM, "nothing has to be done: GE operations compute the group")
+        super().__init__(text, Code.PLATFORM, "nothing has to be done: GE operations or the original compute the group")
 
 
 @dataclasses.dataclass(frozen=True)

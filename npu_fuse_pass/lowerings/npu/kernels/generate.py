@@ -40,7 +40,7 @@ Behind them stand the totals: those that it reads ("total0", ...) and those that
 _ATTRIBUTES = (
     '{SyncBlockLockArgIdx = 0 : i64, WorkspaceArgIdx = 1 : i64, global_kernel = "local", parallel_mode = "simd"}'
 )
-_OTHERWISE = "nothing has to be done: GE operations compute the group"
+_OTHERWISE = "nothing has to be done: GE operations or the original compute the group"
 _REDUCE = {
     "sum": ("arith.addf", "add", 0.0),
     "amax": ("arith.maximumf", "maximum", float("-inf")),
