@@ -10,6 +10,11 @@ from npu_fuse_pass.ir.types import Group, Leaf
 
 def rounds(groups: Sequence[Group], leaves: Sequence[Leaf]) -> int:
     """The number of times that contributions are computed and added up until every total is right; 0 without totals."""
+    return max(depths(groups, leaves).values(), default=0)
+
+
+def depths(groups: Sequence[Group], leaves: Sequence[Leaf]) -> dict[int, int]:
+    """For each total that something is added to, the round in which it is right, from 1 on."""
     read: dict[int, set[int]] = {}
     for group in groups:
         for k, root in enumerate(group.formula.contributions):
@@ -24,7 +29,7 @@ def rounds(groups: Sequence[Group], leaves: Sequence[Leaf]) -> int:
             depth[total] = 1 + max(map(deep, read.get(total, ())), default=0)
         return depth[total]
 
-    return max(map(deep, read), default=0)
+    return {total: deep(total) for total in read}
 
 
 def total_slots(groups: Sequence[Group], leaves: Sequence[Leaf]) -> list[frozenset[int] | None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pathlib
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -130,6 +130,31 @@ def test_a_group_is_one_node(name: str, ge: harness.Recording, cores: Cores) -> 
     tensors = [t for t in given[-1].inputs if t is not given[-1].inputs[-1]]
     placed = placement.placed(given[-1], tensors)
     assert len(placed.in_place) == len(op.output_desc) and len(placed.host) == 1
+
+
+def test_a_norm_of_clipped_gradients_is_one_node(ge: harness.Recording, cores: Cores) -> None:
+    opts = triple(BY_NAME["lamb_global"])
+
+    def tail(opt: Any) -> Callable[[], None]:
+        def step() -> None:
+            torch.nn.utils.clip_grad_norm_(opt.param_groups[0]["params"], 1.0)
+            opt.step()
+
+        return step
+
+    first, *others = map(tail, opts)
+    compiled = torch.compile(
+        first, backend=npu_fused, options={"platform": "npu", "kernels": "generated", "strict": True}
+    )
+    for k in range(3):
+        for opt in opts:
+            set_gradients(opt.param_groups[0]["params"], k)
+        for step in (compiled, *others):
+            step()
+    assert_same(opts)
+    assert [op.type for op in ge[-1].compute_ops()] == [generated.TYPE]
+    (row,) = report().groups
+    assert (row.kernel, row.launches) == ("generated NPU kernel", 4)
 
 
 def test_missing_gradients(ge: harness.Recording, cores: Cores) -> None:

@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from npu_fuse_pass.backend import npu_fused
 from npu_fuse_pass.ir.totals import total_slots
 from npu_fuse_pass.lowerings.kernels.sweeps import schedule
+from npu_fuse_pass.lowerings.npu.kernels.final_ir import facts
+from tests.npu_kernels.compiler import final_ir
 from tests.npu_kernels.executed import GraphBackend
 from tests.npu_kernels.steps import parameters, set_gradients
 from tests.npu_kernels.test_executed import distance
@@ -29,6 +32,14 @@ def second_moment(params: list[Any], grads: list[Any], states: list[list[Any]]) 
     roots = torch._foreach_sqrt(states[1])
     torch._foreach_add_(roots, 1e-3)
     torch._foreach_addcdiv_(params, states[0], roots, -0.01)
+
+
+def normalized(params: list[Any], grads: list[Any], states: list[list[Any]]) -> None:
+    """By the norm of what has been clipped: a total that depends on a total."""
+    norm = torch.nn.utils.get_total_norm(grads)
+    torch._foreach_mul_(states[0], 0.9)
+    torch._foreach_add_(states[0], torch._foreach_div(grads, [norm + 1e-3] * len(grads)))
+    torch._foreach_add_(params, states[0], alpha=-0.1)
 
 
 UPDATES = {"momentum": momentum, "second moment": second_moment}
@@ -66,14 +77,40 @@ def test_two_launches(name: str) -> None:
         assert distance(a, b) <= 1e-6
         assert distance(a, c) <= max(1.1 * distance(b, c), 8 * 2.0**-23)
     grouped, (found,) = backend.captured[-1], backend.groups[-1:]
-    assert [(k.over, k.contributes) for k in found.kernels.launches] == [
-        ("chunks", True), ("chunks", False),
-    ]  # fmt: skip
+    assert [(k.over, k.round) for k in found.kernels.launches] == [("chunks", 0), ("chunks", None)]
     slots = total_slots(grouped.groups, grouped.leaves)
     assert found.kernels.bytes_per_element == sum(schedule(found.group.formula, slots[0]).bytes)
 
 
-def test_bits_do_not_depend_on_the_number_of_cores() -> None:
-    results = [train(torch.float32, GraphBackend(blocks, 1024), UPDATES["second moment"]) for blocks in (1, 3, 40)]
+def test_a_total_of_a_total_is_one_more_launch() -> None:
+    backend = GraphBackend()
+    ours, eager, exact = (train(d, b, normalized) for d, b in (
+        (torch.float32, backend), (torch.float32, None), (torch.float64, None),
+    ))  # fmt: skip
+    for a, b, c in zip(ours, eager, exact, strict=True):
+        assert distance(a, b) <= 1e-6
+        assert distance(a, c) <= max(1.1 * distance(b, c), 8 * 2.0**-23)
+    (found,) = backend.groups[-1:]
+    assert [(k.over, k.round) for k in found.kernels.launches] == [("chunks", 0), ("chunks", 1), ("chunks", None)]
+    # gradients, gradients again; then they, parameters, averages and momentum, of which all are written
+    assert found.kernels.bytes_per_element == 4 + 4 + 8 * 4
+    for kernel in found.kernels.launches:
+        read = facts(final_ir(kernel.text))
+        assert read.bytes_per_element == kernel.bytes_per_element and read.double_buffered
+
+
+def test_what_members_add_to_a_total_of_a_total() -> None:
+    """In bfloat16 each norm of a norm is rounded, as the CPU's kernels do."""
+    backend = GraphBackend(size=2048)
+    ours, wanted = (train(torch.bfloat16, b, normalized) for b in (backend, npu_fused))
+    assert [(k.over, k.round) for k in backend.groups[-1].kernels.launches] == [
+        ("chunks", 0), ("members", 0), ("chunks", 1), ("members", 1), ("chunks", None),
+    ]  # fmt: skip
+    assert all(distance(a, b) <= 2.0**-7 / 16 for a, b in zip(ours, wanted, strict=True) if a.numel() > 100)
+
+
+@pytest.mark.parametrize("update", [second_moment, normalized])
+def test_bits_do_not_depend_on_the_number_of_cores(update: Any) -> None:
+    results = [train(torch.float32, GraphBackend(blocks, 1024), update) for blocks in (1, 3, 40)]
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

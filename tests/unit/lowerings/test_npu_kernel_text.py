@@ -64,9 +64,7 @@ def test_a_norm_is_two_launches() -> None:
 def test_what_is_a_sum_over_elements_takes_no_launch_of_its_own(term: tuple[str, ...], of_members: bool) -> None:
     """The root of a sum that may be negative is not a number, so that its square is not that sum."""
     made = kernels(*NORM, *term)
-    assert [(k.over, k.contributes) for k in made.launches] == [
-        ("chunks", True), *[("members", True)] * of_members,
-    ]  # fmt: skip
+    assert [(k.over, k.round) for k in made.launches] == [("chunks", 0), *[("members", 0)] * of_members]
     assert made.terms_of_members == of_members
     assert bool(made.sums) == of_members
 

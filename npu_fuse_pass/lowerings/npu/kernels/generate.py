@@ -21,7 +21,7 @@ import torch
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.ir.expr import DTYPE_NAMES, HALF, REDUCTIONS, Expr, postorder
 from npu_fuse_pass.ir.types import Formula
-from npu_fuse_pass.lowerings.kernels.sweeps import CONTRIBUTE, Function, Sweep, schedule
+from npu_fuse_pass.lowerings.kernels.sweeps import Function, Sweep, schedule
 from npu_fuse_pass.lowerings.npu.emit.split import Split
 from npu_fuse_pass.lowerings.npu.kernels.final_ir import SIZES
 from npu_fuse_pass.lowerings.npu.kernels.mlir import CHUNK, ONE, Body, Value
@@ -78,7 +78,7 @@ class Kernel:
 
     Attributes:
         name: of the function.
-        contributes: it belongs to the contributions to totals, which come before every group's update.
+        round: of the contributions to totals, which come before every group's update; None: it is of the update.
         over: "chunks" or "members", the rows of its table.
         pointers: its arguments, in order.
         integers: the numbers after these.
@@ -86,7 +86,7 @@ class Kernel:
     """
 
     name: str
-    contributes: bool
+    round: int | None
     over: str
     pointers: tuple[Pointer, ...]
     integers: tuple[str, ...]
@@ -138,7 +138,9 @@ def check(formula: Formula) -> None:
             raise Unsupported(e.op, REASONS[e.op], Code.OPERATION, _OTHERWISE)
 
 
-def generate(name: str, made: Split, block: int, shared: Collection[int] = ()) -> Kernels:
+def generate(
+    name: str, made: Split, block: int, shared: Collection[int] = (), rounds: Sequence[int] | None = None
+) -> Kernels:
     """The kernels of one group.
 
     Args:
@@ -146,25 +148,40 @@ def generate(name: str, made: Split, block: int, shared: Collection[int] = ()) -
         made: the formula, split between host and device by `split_whole`.
         block: the elements of a buffer in the vector cores' memory.
         shared: numbers that all members have in common; what follows from them and from totals is computed once.
+        rounds: for each contribution to a total the round in which it is right, from 0 on, where one depends on others.
 
     Raises:
-        Unsupported: see `check`; or a total depends on another total.
+        Unsupported: see `check`; or a total depends on another total of no earlier round.
     """
     formula = made.device
     check(formula)
     totals = formula.scalar_slots[len(made.values) :]
-    below = postorder(formula.contributions)
+    rounds = rounds or [0] * len(formula.contributions)
+    below = postorder([e for e, number in zip(formula.contributions, rounds, strict=True) if not number])
     if any(e.op == "leaf" and not e.tensor and e.value in totals for e in below):
         raise Unsupported(name, "a total depends on another total", Code.ACROSS_PARAMETERS, _OTHERWISE)
-    scheduled = schedule(formula, totals)
     launches: list[Kernel] = []
     kept = 0
-    for function in scheduled.functions:
-        contributes = bool(formula.contributions) and function is scheduled.functions[CONTRIBUTE]
-        group = _Group(f"{name}_contribute" if contributes else name, made, totals, block, shared, function)
-        launches += group.kernels(contributes)
+    for number, function in _functions(formula, totals, rounds):
+        adds = [k for k, r in enumerate(rounds) if r == number]
+        called = name if number is None else f"{name}_contribute{number or ''}"
+        group = _Group(called, made, totals, block, shared, function, adds)
+        launches += group.kernels(number)
         kept = max(kept, len(group.kept))
     return Kernels(tuple(launches), block, len(made.values), tuple(formula.tensor_slots), kept)
+
+
+def _functions(formula: Formula, totals: Sequence[int], rounds: Sequence[int]) -> Iterator[tuple[int | None, Function]]:
+    """The contributions of each round, and the update; only what is added in one round alone may write early."""
+    if not any(rounds):
+        *contribute, update = schedule(formula, totals).functions
+        yield from ((0, function) for function in contribute)
+    else:
+        for number in sorted(set(rounds)):
+            added = [e for e, r in zip(formula.contributions, rounds, strict=True) if r == number]
+            yield number, schedule(dataclasses.replace(formula, writes=(), contributions=tuple(added))).functions[0]
+        (update,) = schedule(dataclasses.replace(formula, contributions=())).functions
+    yield None, update
 
 
 class _Group:
@@ -173,21 +190,30 @@ class _Group:
     Attributes:
         kept: sums whose partial results are kept for each chunk, by their ids: their row.
         terms: contributions that are sums over elements: each chunk adds its own; by the sums' ids, which totals. Empty
-            where one of them is something else.
+            where one of the group's is something else.
+        adds: the numbers of the function's contributions among the group's.
     """
 
     def __init__(
-        self, name: str, made: Split, totals: Sequence[int], block: int, shared: Collection[int], function: Function
+        self,
+        name: str,
+        made: Split,
+        totals: Sequence[int],
+        block: int,
+        shared: Collection[int],
+        function: Function,
+        adds: Sequence[int],
     ) -> None:
-        self.name, self.made, self.block, self.function = name, made, block, function
+        self.name, self.made, self.block, self.function, self.adds = name, made, block, function, adds
         self.formula = made.device
         first = len(self.formula.tensor_slots)
         self.totals = {s: k for k, s in enumerate(totals)}
         self.number = {first + k: k for k in range(len(made.values))}  # scalar slot -> column of the numbers
         self.shared = {first + k for k in shared}
-        added = [_added(e) for e in function.contributions]
+        by_members = any(_added(e) is None for e in self.formula.contributions)
+        added = [] if by_members else [_added(e) for e in function.contributions]
         self.terms: dict[int, list[int]] = {}
-        for k, e in enumerate(added if None not in added else ()):
+        for k, e in zip(adds, added, strict=False):
             self.terms.setdefault(id(e), []).append(k)
         # of a sum that only chunks add to a total, what is below it
         ends = [e for a in added if a is not None for e in a.args] if self.terms else function.contributions
@@ -195,13 +221,13 @@ class _Group:
         sums = (e for work in function.sweeps for e in work.sums)
         self.kept = {id(e): k for k, e in enumerate(e for e in sums if id(e) in read)}
 
-    def kernels(self, contributes: bool) -> list[Kernel]:
+    def kernels(self, number: int | None) -> list[Kernel]:
         """Passes; then what members add to totals, where that is not what chunks add."""
         several, found = len(self.function.sweeps) > 1, []
         for k, work in enumerate(self.function.sweeps):
-            found.append(_Sweep(self, f"{self.name}_pass{k}" if several else self.name, work).kernel(contributes))
+            found.append(_Sweep(self, f"{self.name}_pass{k}" if several else self.name, work).kernel(number))
         if self.function.contributions and not self.terms:
-            found.append(_Combine(self, f"{self.name}_combine").kernel(contributes))
+            found.append(_Combine(self, f"{self.name}_combine").kernel(number))
         return found
 
 
@@ -263,7 +289,7 @@ class _Emitter:
         self.pointers[made.name] = made
         return made.name
 
-    def finished(self, over: str, contributes: bool) -> Kernel:
+    def finished(self, over: str, number: int | None) -> Kernel:
         """The function; its loop over rows is closed."""
         order = ("read", "write", "partial", "terms", "numbers", "spans", "table")
         given = sorted(self.pointers.values(), key=lambda p: (order.index(p.kind), p.written, p.slot))
@@ -274,7 +300,7 @@ class _Emitter:
         arguments += [f"%grid{k}: i32" for k in range(6)]  # blocks in x, y, z, then this block's x, y, z
         head = f"  func.func @{self.name}({', '.join(arguments)}) attributes {_ATTRIBUTES} {{"
         text = "\n".join(["module {", head, self.body.text, "    return", "  }", "}", ""])
-        return Kernel(self.name, contributes, over, tuple(given), tuple(self._integers), text)
+        return Kernel(self.name, number, over, tuple(given), tuple(self._integers), text)
 
     def columns(self, source: str, row: str, width: int, wanted: Sequence[int]) -> list[str]:
         """Cells of a row of a table."""
@@ -393,16 +419,16 @@ class _Emitter:
 class _Combine(_Emitter):
     """One row per member: what it adds to totals."""
 
-    def kernel(self, contributes: bool) -> Kernel:
+    def kernel(self, number: int | None) -> Kernel:
         body, terms = self.body, self.group.function.contributions
         self.before([a for e in self._below(terms) for a in (e, *e.args)])
         with body.loop("scf.for %row = %grid3 to %rows step %grid0 : i32"):
             (self._member,) = self.columns("table", body.as_index("%row", "i32"), 1, (MEMBER,))
             self._span = self.span()
-            for k, e in enumerate(terms):
+            for k, e in zip(self.group.adds, terms, strict=True):
                 one = body.spread(self._plain(self.scalar(e)), ONE)
                 body.store(one, self.pointer("terms", "f32", written=True), self.term(k, self._member))
-        return self.finished("members", contributes)
+        return self.finished("members", number)
 
 
 class _Sweep(_Emitter):
@@ -414,7 +440,7 @@ class _Sweep(_Emitter):
         self._slots = group.formula.tensor_slots
         self._width = ADDRESSES + len(self._slots)
 
-    def kernel(self, contributes: bool) -> Kernel:
+    def kernel(self, number: int | None) -> Kernel:
         body = self.body
         scalars = [e for e in self._work.values if not e.tensor]
         self.before(scalars)
@@ -424,7 +450,7 @@ class _Sweep(_Emitter):
         else:
             with body.loop("scf.for %row = %grid3 to %rows step %grid0 : i32"):
                 self._chunk()
-        return self.finished("chunks", contributes)
+        return self.finished("chunks", number)
 
     def _members(self, combined: Sequence[Expr]) -> None:
         """A core's part of the rows, one member after another: what follows from its sums, then its chunks."""

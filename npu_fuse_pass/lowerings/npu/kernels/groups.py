@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 from npu_fuse_pass.errors import FuseError
+from npu_fuse_pass.ir.totals import depths
 from npu_fuse_pass.ir.types import Group, Leaf
 from npu_fuse_pass.lowerings.kernels import cache
 from npu_fuse_pass.lowerings.npu.kernels import block
@@ -27,7 +28,8 @@ def generate_groups(
         hardware: what compiles and loads.
     """
     used = collections.Counter(m[s] for g in groups for m in g.members for s in g.formula.tensor_slots)
-    found = {g.name: _generated(g, leaves, used, hardware) for g in groups}
+    deep = depths(groups, leaves)
+    found = {g.name: _generated(g, leaves, used, deep, hardware) for g in groups}
     # a total is added up over all that contribute, before anybody reads it: by kernels or by GE operations
     coupled = [g.name for g in groups if with_totals(g, leaves)]
     refused = [name for name in coupled if isinstance(found[name], str)]
@@ -47,14 +49,16 @@ def with_totals(group: Group, leaves: Sequence[Leaf]) -> bool:
     return read or bool(group.formula.contributions)
 
 
-def _generated(group: Group, leaves: Sequence[Leaf], used: Mapping[int, int], hardware: Hardware) -> Generated | str:
+def _generated(
+    group: Group, leaves: Sequence[Leaf], used: Mapping[int, int], deep: Mapping[int, int], hardware: Hardware
+) -> Generated | str:
     slots, written = group.formula.tensor_slots, set(group.formula.written)
     if not slots or all(0 in leaves[m[slots[0]]].shape for m in group.members):
         return ""  # nothing is computed on a device
     if any(used[m[s]] > 1 for m in group.members for s in slots if s in written):
         return "a tensor that it writes has a part in two updates, and kernels write in place"
     try:
-        made = generate_group(group, leaves, lambda kernels: hardware.chunk or _block(kernels, hardware))
+        made = generate_group(group, leaves, lambda kernels: hardware.chunk or _block(kernels, hardware), deep)
         for kernel in made.kernels.launches:
             hardware.load(kernel)
         return dataclasses.replace(made, note=_note(made.kernels, hardware))

@@ -10,11 +10,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.ir.expr import Expr, postorder
 from npu_fuse_pass.ir.types import Group, Leaf
 from npu_fuse_pass.lowerings.npu.emit.split import Split, constants_of, slots_of, split_whole
 from npu_fuse_pass.lowerings.npu.kernels.generate import Kernel, Kernels, generate
 from npu_fuse_pass.lowerings.npu.kernels.tables import chunk_table, member_spans
+from npu_fuse_pass.reasons import Code
 
 KERNEL = "generated NPU kernel"
 """What reports call it."""
@@ -36,11 +38,17 @@ class Generated:
     note: str = ""
 
 
-def generate_group(group: Group, leaves: Sequence[Leaf], block: Callable[[Callable[[int], Kernels]], int]) -> Generated:
+def generate_group(
+    group: Group,
+    leaves: Sequence[Leaf],
+    block: Callable[[Callable[[int], Kernels]], int],
+    depths: Mapping[int, int] | None = None,
+) -> Generated:
     """The kernels of a group.
 
     Args:
         block: finds the elements of a chunk, given what makes the kernels for one.
+        depths: the round in which each total of the step is right, where one may depend on another.
 
     Raises:
         Unsupported: the vector unit cannot compute the group; says why.
@@ -48,10 +56,14 @@ def generate_group(group: Group, leaves: Sequence[Leaf], block: Callable[[Callab
     formula = group.formula
     totals = [s for s in formula.scalar_slots if any(leaves[m[s]].kind == "total" for m in group.members)]
     made = split_whole(formula, totals, constants_of(group, leaves))
+    several = {tuple(depths.get(t, 1) - 1 for t in row) for row in group.totals} if depths else set()
+    if len(several) > 1:
+        raise Unsupported(group.name, "its members add to totals of other rounds", Code.ACROSS_PARAMETERS)
+    rounds = next(iter(several), None)
     shared = [k for k, e in enumerate(made.values) if _shared(group, e)]
 
     def kernels(size: int) -> Kernels:
-        return generate(group.name, made, size, shared)
+        return generate(group.name, made, size, shared, rounds)
 
     return Generated(group, made, kernels(block(kernels)))
 
@@ -109,15 +121,15 @@ class Launches:
             self._classes.append(_Class(totals, parts, rows, partial, first_term))
             first_term += 0 if kernels.terms_of_members else rows["chunks"]
 
-    def launch(self, numbers: int, contributes: bool, launcher: Launcher) -> None:
-        """Launch the contributions to totals, or the update.
+    def launch(self, numbers: int, round_: int | None, launcher: Launcher) -> None:
+        """Launch a round of contributions to totals, or the update.
 
         Args:
             numbers: the address of those from the host, (members, numbers) float32 on the device.
         """
         for members in self._classes:
             for kernel in self.generated.kernels.launches:
-                if kernel.contributes == contributes:
+                if kernel.round == round_:
                     arguments = list(self._arguments(kernel, members, numbers))
                     launcher(kernel, arguments, members.rows[kernel.over])
 
@@ -189,6 +201,8 @@ class Cluster:
         self._terms = torch.empty(max(totals, default=-1) + 1, sum(counts), device=device)
         self._launches = [Launches(made, leaves, self._terms, sum(counts[:k])) for k, made in enumerate(generated)]
         self.active = [[True] * len(made.group.members) for made in generated]
+        kernels = [k for made in generated for k in made.kernels.launches]
+        self._rounds = sorted({k.round for k in kernels if k.round is not None})
         self._bound: object = None
         self._zeroed: object = None  # which members took part when terms were
 
@@ -219,9 +233,9 @@ class Cluster:
             self._bound = None
             self._bind(written, read)
             self._bound = (*bound[:2], self._zeroed)
-        for contributes in (True, False):
+        for round_ in (*self._rounds, None):
             for launches, first in zip(self._launches, self._numbers, strict=True):
-                launches.launch(numbers + 4 * first, contributes, self._launcher)
+                launches.launch(numbers + 4 * first, round_, self._launcher)
 
     def _bind(self, written: Sequence[int], read: Sequence[int]) -> None:
         if self.active != self._zeroed:
@@ -239,7 +253,7 @@ class Cluster:
 def _terms(generated: Generated, sizes: Sequence[int]) -> int:
     """How many numbers a group adds to a total."""
     kernels = generated.kernels
-    if not any(k.contributes for k in kernels.launches):
+    if all(k.round is None for k in kernels.launches):
         return 0
     return len(sizes) if kernels.terms_of_members else sum(-(-size // kernels.block) for size in sizes)
 
