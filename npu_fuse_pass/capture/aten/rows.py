@@ -147,7 +147,7 @@ def _quotient(b: Builder, x: Expr, y: Expr) -> Expr:
     """
     divisors = [_divisor(t) for t in _terms(y)]
     common = [_factors(d) for d in divisors if d is not None and not d.tensor]
-    complete = y.tensor and len(common) == len(divisors) > 1
+    complete = len(common) == len(divisors) > 1
     number = next((f for f in common[0] if all(f in other for other in common)), None) if complete else None
     if number is None:
         return b.op("div", x, y)
