@@ -71,29 +71,25 @@ def _entry_as_if_changed(tx: Any, name: str, entry: Any, **kwargs: Any) -> Any:
 
 
 def _is_known_to_change(tx: Any, name: str, value: float) -> bool:
-    """Of an input by Dynamo's name for it. A float variable after a break was computed before it, of those that do."""
+    """Of an input by Dynamo's name for it."""
     key = re.search(r"(^L)?\['(\w+)'\]$", name)
     if key is None:
         return False
-    variable = bool(key[1]) and isinstance(value, float)
-    resumed = variable and tx.f_code.co_name.startswith("torch_dynamo_resume_in_")
-    if resumed or key[2] in _changing.get():
-        return True
     number = _compile_of_code.get()
-    if number is None:
-        return False
-    if variable:  # of a function that is compiled by itself: computed by what calls it
-        return number > 0 or key[2] == "lr"
-    return bool(re.search(r"\.(state|param_groups)\[", name)) and (
-        (key[2] == "lr" and number > 0) or _came_with_a_step(tx.f_code, name, value, number)
-    )
+    if number is not None:
+        return (key[2] == "lr" and number > 0) or _came_with_a_step(tx.f_code, name, value, number)
+    if key[1] and isinstance(value, float) and tx.f_code.co_name.startswith("torch_dynamo_resume_in_"):
+        return True  # a variable after a break was computed before it, of those that change
+    return key[2] in _changing.get()
 
 
 def _came_with_a_step(code: types.CodeType, name: str, value: float, number: int) -> bool:
-    """Whether a number was not there before a compile of this code that was not the first.
+    """Whether a number of a state or group was not there before a compile of this code that was not the first.
 
     A count is met after one step, at 1 or 2; larger integers may be sizes, which stay parts of the graph.
     """
+    if not re.search(r"\.(state|param_groups)\[", name):
+        return False
     first = _first_seen.setdefault(code, {}).setdefault(name, number)
     return first > 0 and (isinstance(value, float) or 0 <= value <= 2)
 
