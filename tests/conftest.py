@@ -155,10 +155,15 @@ def usual_input_check(native_input_check: int, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture(autouse=True, scope="module")
 def limits_of_a_file() -> Iterator[None]:
-    """Files do not share torch's limit of compiles for a class: which of them run in one process is by chance."""
+    """Files do not share torch's limit of compiles for a class: which of them run in one process is by chance.
+
+    Nor do tests that collect garbage look through what the files before them have left behind, several seconds long.
+    """
     yield
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].reset()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
