@@ -21,7 +21,7 @@ from tests.support.mutations import Mutation
 from tests.support.planted import ROOT, copy_of_the_project, find, plant, run_tests
 from tests.support.training import FULL
 
-SEED, PROGRAMS = 2, 20  # half a minute of an idle machine
+SEED, PROGRAMS = 2, 40  # about a minute of an idle machine
 SLOW = 600
 
 
