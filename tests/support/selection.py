@@ -1,9 +1,9 @@
-"""Which cases of a test with several axes run at every commit; the slow tier runs all of them.
+"""Which cases of a costly product run at every commit; the slow tier runs all of them.
 
-A fault depends on one choice, or on two that meet: more than two hardly ever. So of a product of three axes or more
+A test with several axes has the mark `costly` where its whole product takes several seconds; the products of all other
+tests are whole. A fault depends on one choice, or on two that meet: more than two hardly ever. So of three axes or more
 every pair of values is met (an optimizer with a dtype, the dtype with a road, the road with the optimizer), and of two
-axes every value, the test itself being the other choice: which optimizer meets which road, and the like, comes from the
-tests together, as each begins at another place.
+axes every value, the test itself being the other choice.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import itertools
 import random
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
-
-ROOMS = ("tests/behaviour/", "tests/unit/")  # whose products are large
 
 
 def covering(rows: Sequence[Sequence[Hashable]], seed: str) -> list[int]:
@@ -34,12 +32,12 @@ def covering(rows: Sequence[Sequence[Hashable]], seed: str) -> list[int]:
 
 
 def left_to_the_slow_tier(items: Iterable[Any]) -> set[str]:
-    """Ids of collected tests: cases of products that need not run at every commit."""
+    """Ids of collected tests: cases of costly products that need not run at every commit."""
     tests: dict[str, list[tuple[str, tuple[Hashable, ...]]]] = {}
     for item in items:
-        axes = [_value(item, mark) for mark in item.iter_markers("parametrize")]
-        if len(axes) > 1 and item.nodeid.startswith(ROOMS):
-            tests.setdefault(item.nodeid.partition("[")[0], []).append((item.nodeid, tuple(axes)))
+        if item.get_closest_marker("costly"):
+            axes = tuple(_value(item, mark) for mark in item.iter_markers("parametrize"))
+            tests.setdefault(item.nodeid.partition("[")[0], []).append((item.nodeid, axes))
     left = set()
     for name, cases in tests.items():
         kept = set(covering([axes for _, axes in cases], name))
