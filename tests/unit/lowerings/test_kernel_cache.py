@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import pathlib
 import shutil
 import stat
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 
 from npu_fuse_pass import clear_cache
+from tests.support.forked import run_script
 from tests.support.kernel_cache import (
     Path,
     counting_compiler,
@@ -28,6 +28,7 @@ from tests.support.kernel_cache import (
     script,
     train_compiled,
 )
+from tests.support.training import at_once
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 
@@ -237,16 +238,13 @@ print(json.dumps([r.fallback, [g.lowering for g in r.groups], p.double().tolist(
 """
 
 
-def start(cxx: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "CXX": cxx, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", PROGRAM], env=environment, cwd=ROOT, text=True, stdout=-1, stderr=-1)
-
-
-def result(process: subprocess.Popen[str]) -> Any:
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    assert "npu_fused" not in err
-    return json.loads(out.splitlines()[-1])
+def result(program: Path, cxx: str) -> Any:
+    """What the program prints in a process of its own."""
+    environment = {**os.environ, "CXX": cxx, "PYTHONPATH": str(ROOT)}
+    done = run_script(program, environment=environment)
+    assert done.returncode == 0, done.stderr
+    assert "npu_fused" not in done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_processes_share_kernels(kernel_cache: Path, tmp_path: Path) -> None:
@@ -254,11 +252,13 @@ def test_processes_share_kernels(kernel_cache: Path, tmp_path: Path) -> None:
     wait = f"touch {tmp_path}/started.$$; for i in $(seq 600); do "
     wait += f"[ $(ls {tmp_path}/started.* | wc -l) -ge 2 ] && break; sleep 0.1; done"
     cxx, calls = counting_compiler(tmp_path / "cxx", wait)
-    first, second = [result(p) for p in [start(cxx), start(cxx)]]
+    (program := tmp_path / "program.py").write_text(PROGRAM)
+    one = functools.partial(result, program, cxx)
+    first, second = at_once(one, one)
     assert calls() == 2
     assert first == second
     assert first[:2] == [None, ["cpu"]]
     assert sorted(p.suffix for p in kernel_cache.rglob("*.*") if not p.name.endswith(".so")) == [".sha256"]  # no rests
-    third = result(start(cxx))
+    third = one()
     assert calls() == 2
     assert third == first
