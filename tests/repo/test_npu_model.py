@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
 import pathlib
-import subprocess
 import sys
 
 import pytest
@@ -16,6 +16,8 @@ sys.path.append(str(ROOT / "scripts"))  # its modules import each other as scrip
 import npu_model  # noqa: E402
 import npu_peers  # noqa: E402
 from npu_model import compare, corners, eager, nominal, seconds, static_graph  # noqa: E402
+
+from tests.support.forked import run_script  # noqa: E402
 
 C = {"bandwidth": 1e12, "enqueue": 12e-6, "share": 0.5, "task": 2e-6, "head": 30e-6}
 
@@ -107,8 +109,8 @@ def test_host_operations_are_not_launches() -> None:
 
 
 def test_without_torch_npu_it_says_what_to_run(tmp_path: pathlib.Path) -> None:
-    code = "import sys; sys.modules['torch_npu'] = None; sys.argv[1:] = ['--model', 'npu']; import bench; bench.main()"
-    command = [sys.executable, "-c", f"import sys; sys.path[:0] = {[str(ROOT / 'scripts'), str(ROOT)]}; {code}"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    (tmp_path / "run.py").write_text("import sys; sys.modules['torch_npu'] = None; import bench; bench.main()")
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'scripts'}{os.pathsep}{ROOT}"}
+    done = run_script(tmp_path / "run.py", "--model", "npu", cwd=tmp_path, environment=environment)
     assert done.returncode == 1
     assert "Run: bash scripts/bench.sh --model npu" in done.stderr

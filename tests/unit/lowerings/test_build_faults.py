@@ -17,6 +17,7 @@ import torch
 
 import optimizers
 from npu_fuse_pass.lowerings.cpu import compiler as cpu_compiler
+from tests.support.forked import run_script
 from tests.support.kernel_cache import (
     GXX,
     Path,
@@ -213,11 +214,9 @@ print(torch.allclose(p, torch.full((3,), 0.9)), npu_fuse_pass.reports()[-1].fall
 """
 
 
-def test_a_limit_on_the_size_of_files(kernel_cache: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
-    )
+def test_a_limit_on_the_size_of_files(kernel_cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "limited.py").write_text(LIMITED)
+    done = run_script(tmp_path / "limited.py", environment={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("True the fused graph is interpreted:"), done.stdout
     assert "File too large" in done.stdout or "SIGXFSZ" in done.stdout

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import re
 import shlex
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from npu_fuse_pass.__main__ import main
+from tests.support.forked import run_script
 from tests.support.training import forget_scripts
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
@@ -87,8 +87,8 @@ def test_models_have_the_sizes_of_their_papers():
 
 def test_the_script_in_scripts_is_the_same(tmp_path):
     given = ["SGD", *SMALL.split(), "--check", "--out", str(tmp_path)]
-    command = [sys.executable, str(ROOT / "scripts" / "dump_graph.py"), *given]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = run_script(ROOT / "scripts" / "dump_graph.py", *given, cwd=tmp_path, environment=environment)
     assert result.returncode == FINE and "everything is fused" in result.stdout, result
 
 
