@@ -223,6 +223,7 @@ def section(rows: Sequence[Row]) -> str:
     rows = [row for row in rows if row["result"] != "not run"]
     whole = [row for row in rows if row.get("compiles")]
     twice = sum(1 for row in whole if row["most"] <= 2)
+    missing = [name for name in LIBRARIES if all(row["library"] != name for row in rows)]
     others = sorted((row for row in rows if row["result"] not in _FEW), key=_full_name)
     told = (
         f'{len(rows)} classes through `torch.compile(opt.step, backend="npu_fused")`: {zoo_run.PLAIN_STEPS} steps, '
@@ -230,6 +231,7 @@ def section(rows: Sequence[Row]) -> str:
         f"{datetime.date.today().isoformat()} with torch {torch.__version__}). {len(whole)} reach the backend, and "
         f"{twice} of these compile no part more than twice; a part is the step, or what Dynamo compiles by itself of a "
         "step that it breaks. The first compile makes states, the second finds them, or a lr that has changed."
+        + (f" Not run: {', '.join(missing)}." if missing else "")
     )
     return "\n".join(
         [
