@@ -79,7 +79,7 @@ def test_the_fused_graph_computes_what_the_captured_one_does(dumps, folder):
         ("adam/rank_0/compile_000", "= sqrt(", "= abs("),  # in a formula
         ("adam/rank_0/compile_000", "0.999,", "0.998,"),  # a number of the fused graph
         ("adam/rank_0/compile_000", "1e-08 /", "9.0 /"),  # in the captured graph
-        ("sgd/rank_0/compile_002", "0.9,", "0.8,"),
+        ("sgd/rank_0/compile_001", "0.9,", "0.8,"),
         ("muon/rank_0/compile_000", "= div(", "= mul("),
         ("tail/rank_0/compile_000", "f64 = minimum(", "f64 = maximum("),
         ("tail/rank_0/compile_000", "_foreach_addcmul_(", "_foreach_addcdiv_("),

@@ -49,7 +49,7 @@ def report_of(cls: Any, options: dict[str, Any], **backend: Any) -> Any:
 ADAMW = dict(lr="0.02", beta1="0.9", beta2="0.999", epsilon="1e-08", beta1_power="0.9^step", beta2_power="0.999^step")
 RULE = dict(lr="lr", beta1="betas[0]", beta2="betas[1]", epsilon="eps", beta1_power="betas[0]^step")
 AMSGRAD = dict(beta1_power="0.9^x0", x0="step + 1", epsilon="1e-08·sqrt(1 - beta2_power)")
-MOMENTUM = dict(lr="0.02", momentum="0.9")
+MOMENTUM = dict(lr="lr", momentum="0.9")
 CENTERED = dict(lr="lr", rho="alpha", momentum="momentum", epsilon="eps")
 DECAYED = dict(lr=0.02, weight_decay=0.1)
 
