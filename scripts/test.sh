@@ -4,8 +4,7 @@
 # Chromium; elsewhere it has to be there), the NPU lane, the lane of generated NPU kernels, 30 public optimizers, and
 # the README from the built wheel. Arguments go to pytest, for example: bash scripts/test.sh -k lamb
 # --slow runs the slow tier, too: all planted bugs, all cases of torch's database of optimizers and of other large tables
-# instead of every sixth, whole costly products instead of their pairs (tests/support/selection.py), more random
-# programs, all CPU kernels with the flags that users have (base tests: tests of numbers and operations alone), the lanes'
+# instead of every sixth, more random programs, all CPU kernels with the flags that users have (base tests: tests of numbers and operations alone), the lanes'
 # slow tests, and the training libraries (scripts/stacks.sh). It has no time limit.
 # Environment: PYTHON (which interpreter makes .venv), TEST_WORKERS (pytest processes; default: cores, at most 4).
 set -euo pipefail

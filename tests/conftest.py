@@ -35,18 +35,6 @@ def pytest_collection() -> Generator[None, object, object]:
         unheard_traces()
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A case that is named in the command runs anyway."""
-    from tests.support.selection import left_to_the_slow_tier
-    from tests.support.training import FULL
-
-    if not FULL and not any("[" in argument for argument in config.args):
-        left = left_to_the_slow_tier(items)
-        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in left])
-        items[:] = [item for item in items if item.nodeid not in left]
-
-
 def unheard_traces() -> None:
     """pytest listens to every logger that passes nothing on; Dynamo would write a trace of all that it does for it."""
     logging.getLogger("torch.__trace").propagate = True  # to nobody: without a handler nothing is written

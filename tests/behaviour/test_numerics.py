@@ -70,7 +70,6 @@ def take_over(opt: Any, params: Sequence[Tensor], twin: Any, others: Sequence[Te
                     twin.state[q][name].copy_(value)
 
 
-@pytest.mark.costly
 @everything
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_every_step_is_near_the_eager_one(case, dtype):
@@ -122,7 +121,6 @@ def test_errors_are_at_most_those_of_eager(case):
     assert float(fused.topk(20).values.mean() / eager.topk(20).values.mean()) <= 1.1
 
 
-@pytest.mark.costly
 @over(CASES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision(case, dtype):

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.support.optim_cases import CASES, HIDDEN, NOT_SHOWN, PARTLY, SHOWN, STEPS, Case, Result, run
-from tests.support.selection import covering
-from tests.support.training import FULL, assert_fused, tier
+from tests.support.training import assert_fused, tier
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*")
 
@@ -123,13 +122,7 @@ COUNTING = [
 ]
 
 
-def over_counting(seed: str) -> pytest.MarkDecorator:
-    """Every optimizer, and foreach and for-loop; the slow tier has each of them in both ways."""
-    chosen = range(len(COUNTING)) if FULL else covering([(c.name, c.implementation) for c in COUNTING], seed)
-    return pytest.mark.parametrize("case", [COUNTING[i] for i in chosen], ids=str)
-
-
-@over_counting("differ")
+@pytest.mark.parametrize("case", COUNTING, ids=str)
 def test_counters_that_differ(case: Case) -> None:
     """Every parameter's own counter counts: a loaded state in which they differ."""
 
@@ -146,7 +139,7 @@ def test_counters_that_differ(case: Case) -> None:
     assert_all_fused(case, got)
 
 
-@over_counting("late")
+@pytest.mark.parametrize("case", COUNTING, ids=str)
 def test_a_late_gradient(case: Case) -> None:
     """A parameter without a gradient at first: two counters differ from then on."""
 

@@ -78,7 +78,6 @@ def check_reports() -> None:
         assert [(g.dtype, g.updates) for g in groups] == [("f32", len(SHAPES[F32])), ("f64", len(SHAPES[F64]))], report
 
 
-@pytest.mark.costly
 @pytest.mark.parametrize("foreach", [False, True], ids=["loop", "foreach"])
 @pytest.mark.parametrize("cls", WITH_LISTS, ids=lambda c: c.__name__)
 def test_papers(cls: Any, foreach: bool) -> None:

@@ -132,7 +132,7 @@ def test_random_rules() -> None:
     counts: collections.Counter[str] = collections.Counter()
     lengths = []
 
-    @settled(400 if FULL else 10)
+    @settled(400 if FULL else 20)
     @given(programs())
     def check(drawn: tuple[Program, tuple[float, ...]]) -> None:
         program, constants = drawn

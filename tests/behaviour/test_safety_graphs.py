@@ -199,7 +199,6 @@ MAKERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.costly
 @pytest.mark.filterwarnings("ignore:npu_fused")
 @pytest.mark.parametrize("maker", MAKERS)
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)

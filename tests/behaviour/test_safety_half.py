@@ -65,7 +65,6 @@ def states_beside(opt: Any, other: Any, oracle: Any, params: Any) -> list[tuple[
     return found
 
 
-@pytest.mark.costly
 @pytest.mark.parametrize("foreach", [True, False], ids=["foreach", "loop"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("cls", "options"), HALF, ids=lambda x: x.__name__ if isinstance(x, type) else "")

@@ -90,7 +90,6 @@ TIED: dict[str, Callable[[], list[Tensor]]] = {
 }
 
 
-@pytest.mark.costly
 @over_makers
 @pytest.mark.parametrize("tied", TIED)
 def test_tied_parameters(tied: str, maker: str) -> None:
@@ -182,7 +181,6 @@ WRITTEN = [own_values, of_a_neighbour, flipped, by_turns]
 READ_ONLY = [one_tensor, one_storage, expanded]
 
 
-@pytest.mark.costly
 @over_makers
 @pytest.mark.parametrize("give", [*WRITTEN, *READ_ONLY], ids=lambda f: f.__name__)
 def test_gradients_that_share_memory(give: Any, maker: str) -> None:
@@ -198,7 +196,6 @@ BEFORE: dict[str, Callable[[list[Tensor]], Any]] = {
 }
 
 
-@pytest.mark.costly
 @over_makers
 @pytest.mark.parametrize("before", BEFORE)
 def test_0dim_gradients_that_are_their_parameters_memory(before: str, maker: str) -> None:

@@ -55,7 +55,6 @@ def relative(got: Tensor, want: Tensor, before: Tensor) -> float:
     return float(((got - want).abs() / (1e-3 + torch.maximum(want.abs(), before.abs()))).max())
 
 
-@pytest.mark.costly
 @pytest.mark.parametrize("foreach", [True, False], ids=["foreach", "loop"])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.float64, 1e-14)], ids=str)
 @pytest.mark.parametrize(("cls", "options"), STOCK, ids=str)

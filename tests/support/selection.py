@@ -1,17 +1,14 @@
-"""Which cases of a costly product run at every commit; the slow tier runs all of them.
+"""Which cases of a product of several axes stand for all of it; the slow tier runs all of them.
 
-A test with several axes has the mark `costly` where its whole product takes several seconds; the products of all other
-tests are whole. A fault depends on one choice, or on two that meet: more than two hardly ever. So of three axes or more
-every pair of values is met (an optimizer with a dtype, the dtype with a road, the road with the optimizer), and of two
-axes every value, the test itself being the other choice.
+A fault depends on one choice, or on two that meet: more than two hardly ever. So of three axes or more every pair of
+values is met (a change with an order, the order with a road, the road with the change), and of two axes every value.
 """
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Hashable, Iterable, Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
 
 
 def covering(rows: Sequence[Sequence[Hashable]], seed: str) -> list[int]:
@@ -29,24 +26,3 @@ def covering(rows: Sequence[Sequence[Hashable]], seed: str) -> list[int]:
         left -= met[best]
         chosen.append(best)
     return sorted(chosen)
-
-
-def left_to_the_slow_tier(items: Iterable[Any]) -> set[str]:
-    """Ids of collected tests: cases of costly products that need not run at every commit."""
-    tests: dict[str, list[tuple[str, tuple[Hashable, ...]]]] = {}
-    for item in items:
-        if item.get_closest_marker("costly"):
-            axes = tuple(_value(item, mark) for mark in item.iter_markers("parametrize"))
-            tests.setdefault(item.nodeid.partition("[")[0], []).append((item.nodeid, axes))
-    left = set()
-    for name, cases in tests.items():
-        kept = set(covering([axes for _, axes in cases], name))
-        left |= {case for i, (case, _) in enumerate(cases) if i not in kept}
-    return left
-
-
-def _value(item: Any, mark: Any) -> Hashable:
-    """An item's value on the axis of a mark: the very objects, as values need not be equal to themselves."""
-    names = mark.args[0] if mark.args else mark.kwargs["argnames"]
-    names = names.replace(",", " ").split() if isinstance(names, str) else names
-    return tuple(id(item.callspec.params[name]) for name in names)

@@ -49,7 +49,6 @@ def test_the_names_below_are_all_there_are() -> None:
     assert names | {"__rdiv__"} == {f"__r{n}__" for n in REFLECTED}
 
 
-@pytest.mark.costly
 @pytest.mark.parametrize("other", ["number", "tensor", "0-dim"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("name", sorted(FUSED))

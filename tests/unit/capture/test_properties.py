@@ -114,7 +114,7 @@ def check_stages(problem: Problem, how: str, counts: Counts) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "examples"), [("interpreter", 2000 if FULL else 100), ("kernel", 200 if FULL else 12)])
+@pytest.mark.parametrize(("how", "examples"), [("interpreter", 2000 if FULL else 200), ("kernel", 200 if FULL else 25)])
 def test_random_steps(how: str, examples: int) -> None:
     counts = Counts()
 

@@ -71,7 +71,6 @@ def _groups(gm: fx.GraphModule) -> list[tuple[str, int]]:
     return sorted((g.formula.text, len(g.members)) for g in group(captured).groups)
 
 
-@pytest.mark.costly
 @FOREACH
 @pytest.mark.parametrize("name", STOCK)
 def test_both_forms_are_the_same_groups(name: str, foreach: bool) -> None:
@@ -120,7 +119,6 @@ def assert_rewritten(graph: fx.Graph, groups: int) -> None:
     }
 
 
-@pytest.mark.costly
 @FOREACH
 @pytest.mark.parametrize("name", STOCK)
 def test_a_rewritten_graph_steps_as_eager_does(name: str, foreach: bool) -> None:

@@ -189,7 +189,6 @@ def strided(t: Tensor) -> Tensor:
     return torch.stack([t, t], -1)[..., 0]
 
 
-@pytest.mark.costly
 @every
 @pytest.mark.parametrize("layout", [other_order, strided])
 def test_layout(case, dtype, layout):

@@ -149,7 +149,6 @@ def captured_step(opt: Any) -> tuple[Captured, list[Group]]:
     return with_groups(steps[-1])
 
 
-@pytest.mark.costly
 @pytest.mark.parametrize("foreach", [True, False], ids=["foreach", "loop"])
 @pytest.mark.parametrize(
     ("cls", "options", "kernel"), STOCK, ids=lambda x: getattr(x, "__name__", getattr(x, "name", str(x)))

@@ -86,7 +86,6 @@ RULES: list[tuple[Any, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.costly
 @pytest.mark.parametrize("numbers", DEDICATED, ids=str)
 @pytest.mark.parametrize(("cls", "options"), RULES, ids=[f"{i}-{c.__name__}" for i, (c, _) in enumerate(RULES)])
 def test_steps_of_the_dedicated_operation_are_the_optimizers(

@@ -59,7 +59,6 @@ def train(name: str, step_of: Callable[[Any], Callable[[], Any]], missing: int |
     return [p.detach() for p in params]
 
 
-@pytest.mark.costly
 @pytest.mark.parametrize("how", [*MODES, "interpreted"])
 @pytest.mark.parametrize("name", CASES)
 def test_steps_under_another_default_device(
