@@ -86,12 +86,15 @@ def _is_known_to_change(tx: Any, name: str, value: float) -> bool:
 def _came_with_a_step(code: types.CodeType, name: str, value: float, number: int) -> bool:
     """Whether a number of a state or group was not there before a compile of this code that was not the first.
 
-    A count is met after one step, at 1 or 2; larger integers may be sizes, which stay parts of the graph.
+    A group that was not there itself is of another optimizer of the class, and its numbers are options. A count is met
+    after one step, at 1 or 2; larger integers may be sizes, which stay parts of the graph.
     """
     if not re.search(r"\.(state|param_groups)\[", name):
         return False
-    first = _first_seen.setdefault(code, {}).setdefault(name, number)
-    return first > 0 and (isinstance(value, float) or 0 <= value <= 2)
+    seen = _first_seen.setdefault(code, {})
+    group = re.match(r".*\.param_groups\[\d+\]", name)
+    since = seen.setdefault(group[0], number) if group else 0
+    return seen.setdefault(name, number) > since and (isinstance(value, float) or 0 <= value <= 2)
 
 
 def _set_capturable_where_known(self: Any, tx: Any) -> None:

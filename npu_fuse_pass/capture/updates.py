@@ -6,6 +6,7 @@ find the readers of a 0-dim leaf, and to compare it with the updates found befor
 
 from __future__ import annotations
 
+import re
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -252,6 +253,8 @@ def label_of(name: str) -> str:
         return known or "x"
     if last.isdigit() and "state" in low:
         return f"state{last}"
+    if option := re.search(r"param_groups_+\d+_+((?!params)[a-z]\w*)$", low):
+        return option[1]
     if "param" in low:
         return "param"
     named = [part for part in low.split("_") if not part.isdigit()]  # g_ema_3: an entry of a list

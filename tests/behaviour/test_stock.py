@@ -99,8 +99,23 @@ def test_stock_step_in_a_profile() -> None:
         assert_one_fused_step(step)
 
 
-def test_stock_groups_share_a_kernel() -> None:
-    """Parameter groups that differ in numbers are one group of the pass, each with its own numbers."""
+def test_a_number_has_the_name_of_its_option(afresh: None) -> None:
+    """One that differs from an earlier optimizer's is an argument of the graph."""
+    for weight_decay in (0.2, 0.3):
+        params = parameters(SHAPES)
+        train(params, compiled(ADAM(params, weight_decay=weight_decay), fullgraph=False), seeds=range(1))
+    assert "param·weight_decay + grad" in str(last_report())
+
+
+@pytest.mark.parametrize("before", [0, 2])
+def test_stock_groups_share_a_kernel(before: int, afresh: None) -> None:
+    """Parameter groups that differ in numbers are one group of the pass, each with its own numbers.
+
+    Args:
+        before: steps of an optimizer of the class that has one group; the options of the second one did not change.
+    """
+    other = parameters(SHAPES)
+    train(other, compiled(ADAM(other, lr=0.1, weight_decay=0.2), fullgraph=False), seeds=range(before))
     params = parameters(SHAPES)
     others = clones(params)
     opt, stock = (
@@ -112,6 +127,7 @@ def test_stock_groups_share_a_kernel() -> None:
     train(others, stock.step)
     assert max(error(p, q) for p, q in zip(params, others, strict=True)) <= 1e-5
     assert [g.updates for g in last_report().groups] == [len(SHAPES)]
+    assert "epsilon = 1e-08" in str(last_report())
 
 
 def test_stock_under_a_backend_that_passes_through_is_noticed() -> None:

@@ -21,8 +21,8 @@ from tests.support.mutations import Mutation
 from tests.support.planted import ROOT, copy_of_the_project, find, plant, run_tests
 from tests.support.training import FULL
 
-SEED, PROGRAMS = 2, 40  # about a minute of an idle machine
-SLOW = 600
+SEED, PROGRAMS = 2, 100  # about a minute of an idle processor
+SLOW = 1000  # about ten
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import npu_fuse_pass
+from npu_fuse_pass.capture import symbolic
 from npu_fuse_pass.capture.symbolic import reading_numbers, symbolic_numbers
 from tests.support.training import FULL, assert_close, assert_fused, clones, gradients, parameters, set_gradients
 
@@ -352,3 +353,18 @@ def test_nobody_elses_compiles_are_touched() -> None:
     with pytest.raises(ZeroDivisionError), symbolic_numbers():
         _ = 1 / 0
     assert [hasattr(torch, name) for name in names] == had
+
+
+def test_numbers_that_came_with_a_step() -> None:
+    """Options of a group that was not there itself are of another optimizer of the class."""
+    code = (lambda: None).__code__
+    groups = "L['self'].param_groups"
+    for number, name, came in (
+        (0, f"{groups}[0]['eps']", False),
+        (1, f"{groups}[0]['eps']", False),
+        (1, f"{groups}[0]['count']", True),
+        (1, f"{groups}[1]['eps']", False),
+        (2, f"{groups}[1]['count']", True),
+        (2, "L['self'].state[L['p']]['count']", True),
+    ):
+        assert symbolic._came_with_a_step(code, name, 1.0, number) == came, (number, name)
