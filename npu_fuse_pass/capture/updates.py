@@ -6,8 +6,8 @@ find the readers of a 0-dim leaf, and to compare it with the updates found befor
 
 from __future__ import annotations
 
-import re
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
