@@ -204,14 +204,13 @@ def _layouts(gm: fx.GraphModule, captured: Captured) -> list[tuple[int, tuple[in
     on others.
     """
     placeholders = gm.graph.find_nodes(op="placeholder")
+    attributes = {n.target: n for n in gm.graph.find_nodes(op="get_attr")}  # parameters that Dynamo knows by their id
     found = []
     for i, leaf in enumerate(captured.leaves):
-        if len(leaf.shape) > 1 and leaf.kind == "input" and leaf.optimizer is None:
-            example = recorded(placeholders[leaf.index])
-            if isinstance(example, Tensor) and all(type(n) is int for n in example.stride()):
-                found.append((i, example.stride()))
-        elif len(leaf.shape) > 1 and leaf.kind == "attribute":
-            found.append((i, operator.attrgetter(leaf.name)(gm).stride()))
+        node = placeholders[leaf.index] if leaf.kind == "input" and leaf.optimizer is None else None
+        example = recorded(attributes[leaf.name] if leaf.kind == "attribute" else node)
+        if len(leaf.shape) > 1 and isinstance(example, Tensor) and all(type(n) is int for n in example.stride()):
+            found.append((i, example.stride()))
     return found
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import npu_fuse_pass
+import optimizers
 from npu_fuse_pass.backend import npu_fused
 from npu_fuse_pass.match import find
 from tests.support.training import FULL, tier
@@ -278,6 +279,36 @@ def test_draws_follow_the_layout_of_the_call() -> None:
         runs.append((p, torch.get_rng_state()))
     assert torch.equal(runs[0][0], runs[1][0]) and torch.equal(runs[0][1], runs[1][1])
     assert "lies otherwise in memory" in str(npu_fuse_pass.reports()[-1].fallback)
+
+
+def test_draws_follow_the_layout_of_parameters_that_dynamo_knows_by_their_id() -> None:
+    """It does once a function has read the optimizer's groups, and no longer guards how they lie."""
+    runs = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        npu_fuse_pass.clear_reports()
+        ps = [torch.nn.Parameter(torch.ones(3, 4)), torch.nn.Parameter(torch.ones(4, 3).t())]
+        opt = optimizers.NpuFusedSGD(ps, lr=0.1)
+
+        def body(ps: list[Any] = ps, opt: Any = opt) -> None:
+            with torch.no_grad():
+                ps[1].add_(torch.empty_like(ps[1]).uniform_())
+            opt.step()
+            opt.param_groups[0]["lr"] *= 0.5
+
+        step = torch.compile(body, backend="npu_fused") if compiled else body
+        for k in range(3):
+            if k == 2:
+                assert not compiled or not npu_fuse_pass.reports()[-1].fallback
+                ps[1].data = ps[1].detach().contiguous()
+            for p in ps:
+                p.grad = torch.ones(3, 4)
+            step()
+        runs.append([*(p.detach() for p in ps), torch.get_rng_state()])
+    assert all(map(torch.equal, *runs))
+    report = npu_fuse_pass.reports()[-1]
+    assert report.groups and "lies otherwise in memory" in str(report.fallback)
 
 
 MADE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
