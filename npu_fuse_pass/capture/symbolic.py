@@ -77,6 +77,8 @@ def _is_known_to_change(tx: Any, name: str, value: float) -> bool:
         return False
     number = _compile_of_code.get()
     if number is not None:
+        if not name.startswith(("L['self']", "L['args'][0]")):  # Dynamo mixes up states in functions
+            return False
         return (key[2] == "lr" and number > 0) or _came_with_a_step(tx.f_code, name, value, number)
     if key[1] and isinstance(value, float) and tx.f_code.co_name.startswith("torch_dynamo_resume_in_"):
         return True  # a variable after a break was computed before it, of those that change
