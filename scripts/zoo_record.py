@@ -238,7 +238,7 @@ def _now(twin: Twin) -> float | None:
         for i in range(BEFORE + 2):
             twin.step(step, i)
         return min(_seconds(twin, step) for _ in range(TIMED))
-    except Exception:
+    except Exception:  # what does not compile in time, or does not run, has no time to compare
         return None
     finally:
         signal.alarm(0)

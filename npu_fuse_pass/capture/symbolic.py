@@ -8,7 +8,8 @@ the first compile on, and Dynamo does not write `capturable`, an option of torch
 where its guards then fail.
 
 Under plain `torch.compile` nobody has seen a step before the first compile. What a later compile finds in states and
-groups for the first time was made by a step, and will change; so will lr. Both are symbolic then.
+groups for the first time was made by a step, and will change; so will lr. Both are symbolic then, where the step
+itself is compiled: in a function around it Dynamo's own guesses stay.
 """
 
 from __future__ import annotations
