@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from npu_fuse_pass import lower
 from npu_fuse_pass.capture.clipping import let_clipping_be_captured
-from npu_fuse_pass.capture.symbolic import keep_numbers_in_plain_compiles
+from npu_fuse_pass.capture.tracing import look_after_plain_compiles
 from npu_fuse_pass.errors import FuseError, OptionError
 from npu_fuse_pass.options import KERNELS, LAYOUTS, PLATFORMS, Options
 from npu_fuse_pass.private_torch import find
@@ -33,7 +33,7 @@ from npu_fuse_pass.user_warnings import warn
 
 look_after_compiled_steps()
 let_clipping_be_captured()
-keep_numbers_in_plain_compiles()
+look_after_plain_compiles()
 _OPTIONS = frozenset(f.name for f in dataclasses.fields(Options))
 
 

@@ -37,6 +37,9 @@ WITHOUT = {
     "torch._dynamo.eval_frame.skip_code": "Dynamo captures a rule optimizer's step with all parameters; with "
     "step hooks it runs as the original",
     "torch._dynamo.graph_break": "a graph that has to end does not say why",
+    "torch._dynamo.guards": "a function that removes states of torch.optim's optimizer may mix up the others",
+    "torch._dynamo.guards.is_from_optimizer_source": "a function that removes states of torch.optim's "
+    "optimizer may mix up the others",
     "torch._dynamo.pgo.auto_dynamic": "numbers that change may compile a step twice",
     "torch._dynamo.register_backend": 'backend="npu_fused" is known by the entry point of the installed package',
     "torch._dynamo.reset_code": "Dynamo keeps what stands around the trace of a rule",

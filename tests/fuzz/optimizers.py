@@ -24,7 +24,7 @@ class Drawn:
 
     @property
     def ours(self) -> bool:
-        return "torch.optim" not in self.text and self.name != "Drawing"
+        return "torch.optim" not in self.text and self.name not in ("Drawing", "Counting")
 
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -69,5 +69,6 @@ OPTIMIZERS = [
     _torch("SGD", "foreach", ("momentum_buffer",), ", momentum=0.9", ("momentum", "0.5")),
     _torch("RMSprop", "loop", ("square_avg",), "", ("alpha", "0.8")),
     Drawn("Drawing", "Drawing(ps, lr=0.05)", ("m",)),
+    Drawn("Counting", "Counting(ps, lr=0.05)", ("unused",), "", (("mu", "0.5"),)),
 ]
 BY_NAME = {o.name: o for o in OPTIMIZERS}

@@ -38,6 +38,7 @@ NOT_ASKED_FOR = {
     "torch._dynamo.config.recompile_limit",  # at a first compile
     "torch._dynamo.variables.OptimizerVariable",  # where a name in it is missing
     "torch._dynamo.variables.builder",
+    "torch._dynamo.guards",
     "torch._inductor.inductor_prims",  # where torchair is not
 }
 

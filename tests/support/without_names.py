@@ -177,7 +177,7 @@ def tools() -> None:
     """What lies beside a step: Inductor's hook, folders of dumps, scripts that are watched, numbers."""
     import npu_fuse_pass
     from npu_fuse_pass import private_torch
-    from npu_fuse_pass.capture import symbolic
+    from npu_fuse_pass.capture import tracing
     from npu_fuse_pass.dump import folder
     from npu_fuse_pass.lowerings.cpu import input_check
     from npu_fuse_pass.rules.optimizer import RuleOptimizer
@@ -206,7 +206,7 @@ def tools() -> None:
         p.grad = torch.ones(3)
         npu_fuse_pass.compile_step(opt, dump=there)()
         assert list(pathlib.Path(there).rglob("*.txt"))
-    with symbolic.symbolic_numbers(), symbolic.reading_numbers():
+    with tracing.symbolic_numbers(), tracing.reading_numbers():
         pass
     assert issubclass(RuleOptimizer, torch.optim.Optimizer)
 

@@ -241,9 +241,9 @@ def test_what_was_changed_before_counts(name: str, kind: str, order: str) -> Non
         function(opt, mine, i, do)
 
     compiled = torch.compile(body, backend="npu_fused", dynamic=False)
-    for i in range(4):
+    for call, i in enumerate((0, 1, 2, 2)):  # at the last call what was compiled is used again
         for params in (mine, others):
-            set_gradients(params, gradients(params, i))
+            set_gradients(params, gradients(params, call))
         function(other, others, i, do)
         compiled(i)
         assert_close(mine, others)
@@ -259,6 +259,69 @@ def test_what_was_changed_before_counts(name: str, kind: str, order: str) -> Non
     if kind in OURS and order == "before":
         assert not any(map(said, reports)) or name not in IN_ONE_GRAPH
         assert any(map(said, reports)) or name not in TOLD
+
+
+@pytest.mark.usefixtures("afresh")
+@pytest.mark.parametrize("changes", [False, True], ids=["lr stays", "lr changes"])
+@pytest.mark.parametrize("many", [2, 3])
+@pytest.mark.parametrize("kind", ["adam", *STOCK])
+def test_states_taken_out_by_a_compile_that_is_used_again(kind: str, many: int, changes: bool) -> None:
+    """They come back behind the others, and a state is found by its place among the keys."""
+
+    def trained(compiled: bool) -> list[Tensor]:
+        params = parameters([(3,)] * many)
+        opt = build(kind, params, "")
+        first = params[0]
+
+        def function(value: float) -> None:
+            opt.param_groups[0][rate(opt)] = value
+            opt.state.pop(first, None)
+            opt.step()
+
+        step = torch.compile(function, backend="npu_fused") if compiled else function
+        for i, value in enumerate((0.1, 0.05, 0.02, 0.02) if changes else (0.1,) * 4):
+            set_gradients(params, gradients(params, i))
+            step(value)
+        states = [v for p in params for v in opt.state[p].values() if v is not None]
+        return [p.detach() for p in params] + [torch.as_tensor(v) for v in states]
+
+    for got, want in zip(trained(True), trained(False), strict=True):
+        assert error(got, want) <= 1e-5
+    assert any(r.groups for r in npu_fuse_pass.reports())
+
+
+class Counting(torch.optim.Optimizer):
+    """Keeps nothing but a Python number for each parameter."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                state["step"] = state.get("step", 0) + 1
+                p.add_(p.grad, alpha=-group["lr"] / state["step"])
+
+
+@pytest.mark.usefixtures("afresh")
+def test_states_of_python_numbers_in_another_order() -> None:
+    """Taken out between calls: nothing else tells the states of two parameters apart."""
+
+    def trained(compiled: bool) -> list[Tensor]:
+        params = parameters([(3,)] * 3)
+        opt = Counting(params)
+        step = torch.compile(opt.step, backend="npu_fused") if compiled else opt.step
+        for i in range(8):
+            if i in (3, 5, 6):
+                opt.state.pop(params[0])
+            set_gradients(params, gradients(params, i))
+            step()
+        return [p.detach() for p in params] + [torch.tensor(float(opt.state[p]["step"])) for p in params]
+
+    assert_close(trained(True), trained(False))
+    assert any(r.groups for r in npu_fuse_pass.reports())
 
 
 def test_every_optimizer_has_a_change() -> None:

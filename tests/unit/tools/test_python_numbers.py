@@ -14,8 +14,8 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import npu_fuse_pass
-from npu_fuse_pass.capture import symbolic
-from npu_fuse_pass.capture.symbolic import reading_numbers, symbolic_numbers
+from npu_fuse_pass.capture import tracing
+from npu_fuse_pass.capture.tracing import reading_numbers, symbolic_numbers
 from tests.support.training import FULL, assert_close, assert_fused, clones, gradients, parameters, set_gradients
 
 Number = Callable[[float, int], float]
@@ -367,4 +367,4 @@ def test_numbers_that_came_with_a_step() -> None:
         (2, f"{groups}[1]['count']", True),
         (2, "L['self'].state[L['p']]['count']", True),
     ):
-        assert symbolic._came_with_a_step(code, name, 1.0, number) == came, (number, name)
+        assert tracing._came_with_a_step(code, name, 1.0, number) == came, (number, name)
