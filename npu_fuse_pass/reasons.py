@@ -86,8 +86,10 @@ class Code(enum.Enum):
         f'run this part with options={{"platform": "cpu"}}, or {_RULE}',
     )
     GE_STATE = (
-        "A 0-dim state is computed from a tensor, and the NPU path advances those on the host.",
-        "set opt.found_inf outside of the compiled function",
+        "A 0-dim state follows from tensors. GE operations leave 0-dim states to the host; generated kernels write "
+        "those that lie on the parameters' device, in float32, bfloat16 or float16.",
+        'keep the state there in one of these, and use options={"kernels": "generated"}; where it is a step counter '
+        "that found_inf holds back, set opt.found_inf outside of the compiled function",
     )
     GE_REFUSED = (
         "GE or torchair refused the step's graph, and nothing was changed.",

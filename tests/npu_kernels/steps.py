@@ -93,9 +93,9 @@ def captured(step: Step, dtype: torch.dtype) -> list[Grouped]:
 
 
 def tensors(opt: Any) -> list[Tensor]:
-    """Parameters and states with as many elements, in order."""
+    """Parameters and states, but for step counters, in order."""
     if hasattr(opt, "state"):
         params = [p for g in opt.param_groups for p in g["params"]]
-        states = [t for p in params for t in opt.state[p].values() if isinstance(t, Tensor) and t.shape == p.shape]
-        return [*params, *states]
+        states = [(p, key, t) for p in params for key, t in opt.state[p].items() if isinstance(t, Tensor)]
+        return [*params, *(t for p, key, t in states if t.shape == p.shape or (not t.shape and key != "step"))]
     return [*opt._parameter_list]

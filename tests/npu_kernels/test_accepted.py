@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.ir.expr import REDUCTIONS, postorder
 from npu_fuse_pass.ir.types import Formula
 from npu_fuse_pass.lowerings.npu.kernels.final_ir import facts
@@ -29,13 +28,22 @@ def least(formula: Formula) -> int | None:
     return sum(formula.slots[s].dtype.itemsize for s in [*read, *written])  # type: ignore[index]
 
 
-WITH_SUMS = {"lamb": [40], "lamb_global": [44], "Lamb": [40], "ClippedSGD": [24], "Tiger": [24], "CautiousAdamW": [36]}
+WITH_SUMS = {
+    "lamb": [40],
+    "lamb_global": [44],
+    "Lamb": [40],
+    "ClippedSGD": [24],
+    "Tiger": [24],
+    "NovoGrad": [24],
+    "CautiousAdamW": [36],
+}
 """Bytes per element in float32, counted by hand. LAMB: the first pass reads four tensors and writes two, the second
 reads three and writes one. Global: a norm of all gradients before. The others: a pass over what is
 summed up (gradients; parameters; gradients and momentum), then the update."""
 LAUNCHES = {"lamb_global": 3}
 """Beside one for an elementwise update and two with norms of tensors: the passes over memory, and no more."""
-NOT = {"NovoGrad": "a 0-dim state is computed from a tensor"}
+STATES = ("NovoGrad",)
+"""With 0-dim states that follow from tensors: after all passes, a launch over members writes them."""
 
 
 def check(step: Step, dtype: torch.dtype, targets: tuple[str, ...] = CLASSES[:1]) -> None:
@@ -43,7 +51,8 @@ def check(step: Step, dtype: torch.dtype, targets: tuple[str, ...] = CLASSES[:1]
         for found in generated_groups(captured):
             minimum = least(found.group.formula)
             launches = [kernel.over for kernel in found.kernels.launches]
-            assert launches == ["chunks"] * LAUNCHES.get(step.name, 1 if minimum is not None else 2)
+            passes = ["chunks"] * LAUNCHES.get(step.name, 1 if minimum is not None else 2)
+            assert launches == [*passes, *(["members"] if step.name in STATES else [])]
             if minimum is not None:
                 assert found.kernels.bytes_per_element == minimum
             elif dtype == torch.float32:
@@ -60,26 +69,20 @@ def check(step: Step, dtype: torch.dtype, targets: tuple[str, ...] = CLASSES[:1]
                         assert kernel.over == "members" or not waiting_loads(text)
 
 
-@pytest.mark.parametrize("step", [s for s in ALL if s.name in NOT], ids=str)
-def test_reasons(step: Step) -> None:
-    with pytest.raises(Unsupported, match=NOT[step.name]):
-        check(step, torch.float32)
-
-
-@pytest.mark.parametrize("step", [s for s in ALL if s.name not in NOT], ids=str)
+@pytest.mark.parametrize("step", ALL, ids=str)
 def test_float32(step: Step) -> None:
     check(step, torch.float32)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
-@pytest.mark.parametrize("step", [s for s in ALL if s.name not in NOT], ids=str)
+@pytest.mark.parametrize("step", ALL, ids=str)
 def test_half(step: Step, dtype: torch.dtype) -> None:
     check(step, dtype)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [s for s in ALL if s.name not in NOT], ids=str)
+@pytest.mark.parametrize("step", ALL, ids=str)
 def test_each_kind_of_target(step: Step) -> None:
     check(step, torch.float32, CLASSES)
 

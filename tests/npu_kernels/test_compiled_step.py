@@ -6,6 +6,7 @@ whatever stage, steps down to GE operations and then to the original, which star
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import sys
 import warnings
@@ -30,13 +31,13 @@ from npu_fuse_pass.lowerings.npu.kernels import ascend, compiler, groups, hardwa
 from npu_fuse_pass.report.report import CompileReport
 from npu_fuse_pass.tools.selftest import cases, parity, session
 from npu_fuse_pass.tools.selftest.report import Report
-from tests.npu_kernels import steps
+from tests.npu_kernels import steps, test_states
 from tests.npu_kernels.executed import Cores
-from tests.npu_kernels.steps import OURS, STOCK, Step, parameters, set_gradients
+from tests.npu_kernels.steps import ALL, Step, parameters, set_gradients
 from tests.npu_kernels.test_executed import assert_close
 
 SIZES = (1, 7, 2049, 363)
-BY_NAME = {step.name: step for step in [*OURS, *STOCK]}
+BY_NAME = {step.name: step for step in ALL}
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +105,15 @@ def report() -> CompileReport:
     return [r for r in npu_fuse_pass.reports() if r.groups][-1]  # type: ignore[no-any-return]
 
 
-ONE_NODE = ("adamw", "lamb", "lamb_global", "rmsprop_tf_momentum", "AdamW foreach", "SGD nesterov decay loop")
+ONE_NODE = (
+    "adamw",
+    "lamb",
+    "lamb_global",
+    "rmsprop_tf_momentum",
+    "AdamW foreach",
+    "SGD nesterov decay loop",
+    "NovoGrad",
+)
 
 
 @pytest.mark.parametrize("name", ONE_NODE)
@@ -155,6 +164,72 @@ def test_a_norm_of_clipped_gradients_is_one_node(ge: harness.Recording, cores: C
     assert [op.type for op in ge[-1].compute_ops()] == [generated.TYPE]
     (row,) = report().groups
     assert (row.kernel, row.launches) == ("generated NPU kernel", 4)
+
+
+@pytest.mark.parametrize("case", test_states.CASES, ids=str)
+def test_states_that_follow_from_tensors_are_in_the_node(
+    case: test_states.Case, ge: harness.Recording, cores: Cores
+) -> None:
+    options = {"platform": "npu", "kernels": "generated", "strict": True}
+    backend = functools.partial(npu_fused, options=options)
+    ours, eager, exact = (
+        test_states.train(case, b, d, SIZES, infinite=2 if case.skips else None)
+        for b, d in ((backend, torch.float32), (None, torch.float32), (None, torch.float64))
+    )
+    assert_close(ours, eager, exact)
+    assert [op.type for op in ge[-1].compute_ops()] == [generated.TYPE]
+    assert ge[-1].runs == 4
+    assert {row.kernel for row in report().groups} == {"generated NPU kernel"}
+
+
+def test_a_norm_that_is_returned(ge: harness.Recording, cores: Cores) -> None:
+    found = []
+    for compiled in (True, False):
+        params = parameters(SIZES)
+
+        def tail() -> Tensor:
+            norm = torch.nn.utils.clip_grad_norm_(params, 1.0)  # noqa: B023
+            with torch.no_grad():
+                torch._foreach_add_(params, [p.grad for p in params], alpha=-0.1)  # noqa: B023
+            return norm
+
+        options = {"platform": "npu", "kernels": "generated", "strict": True}
+        call = torch.compile(tail, backend=npu_fused, options=options, fullgraph=True) if compiled else tail
+        norms = []
+        for k in range(3):
+            set_gradients(params, k)
+            norms.append(call())
+        found.append([*params, *norms])
+    assert [op.type for op in ge[-1].compute_ops()] == [generated.TYPE] and ge[-1].runs == 3
+    for a, b in zip(*found, strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_states_step_down_to_the_original(ge: harness.Recording, cores: Cores) -> None:
+    cores.failing["write"] = PLANTED
+    opts = triple(BY_NAME["NovoGrad"])
+    said = train(opts, 3, kernels="generated")
+    for a, b in zip(*(steps.tensors(opt) for opt in opts[:2]), strict=True):
+        assert torch.equal(a, b)
+    (text,) = said
+    assert "EZ9999: planted" in text and "0-dim state is computed from a tensor" in text
+
+
+def test_counters_in_host_memory_after_found_inf(ge: harness.Recording, cores: Cores) -> None:
+    """No kernel writes there, nor float64: a step of ours that is skipped on the device is the original's."""
+    params = parameters(SIZES)
+    opt = BY_NAME["adamw"].build(params)
+    opt.found_inf, scale = torch.zeros(()), torch.tensor(0.5)
+
+    def tail() -> None:
+        torch._amp_foreach_non_finite_check_and_unscale_([p.grad for p in params], opt.found_inf, scale)
+        opt.step()
+
+    set_gradients(params, 0)
+    with pytest.warns(UserWarning, match="0-dim state is computed from a tensor"):
+        torch.compile(tail, backend=npu_fused, options={"platform": "npu", "kernels": "generated"}, fullgraph=True)()
+    assert "'step' follows from tensors, and is stored in torch.float64" in str(npu_fuse_pass.reports()[-1].fallback)
 
 
 def test_missing_gradients(ge: harness.Recording, cores: Cores) -> None:

@@ -47,14 +47,14 @@ class LoweredGroup:
             self.splits = [self.generated.made]
             chosen: dedicated.Dedicated | str = self.generated.note
         else:
-            chosen = self._operations(found, chip, kernels)
+            chosen = self._operations(found, chip, kernels, generated)
         first = formula.tensor_slots[:1]
         self.device_members = [
             i for i, member in enumerate(group.members) if all(0 not in leaves[member[s]].shape for s in first)
         ]
         if not first:
             self.device_members = []
-        inputs = {m[s] for s in formula.scalar_slots for m in group.members}
+        inputs = {m[s] for s in formula.scalar_slots if s not in self.states for m in group.members}
         self.device_scalars = {i for i in inputs if leaves[i].kind in _GIVEN and leaves[i].device.type != "cpu"}
         """0-dim leaves on a device, which the host mirrors (`host.mirror`)."""
         not_generated = f"no generated kernel: {generated}" if isinstance(generated, str) and generated else ""
@@ -65,8 +65,23 @@ class LoweredGroup:
             if len(set(targets)) != len(targets):
                 raise Unsupported(group.name, "several members write the same 0-dim tensor", Code.SAME_SCALAR)
 
-    def _operations(self, found: Match | NoMatch | None, chip: str, kernels: str) -> dedicated.Dedicated | str:
-        """Split the formula for GE operations; returns the dedicated operation, or why there is none."""
+    def _operations(
+        self, found: Match | NoMatch | None, chip: str, kernels: str, generated: object
+    ) -> dedicated.Dedicated | str:
+        """Split the formula for GE operations; returns the dedicated operation, or why there is none.
+
+        Raises:
+            Unsupported: GE has none; says why there is no generated kernel, either, if one was asked for.
+        """
+        try:
+            return self._split(found, chip, kernels)
+        except Unsupported as e:
+            if not generated:
+                raise
+            both = dataclasses.replace(e.reason, text=f"{e.reason.text}; no generated kernel: {generated}")
+            raise Unsupported.of(both) from e
+
+    def _split(self, found: Match | NoMatch | None, chip: str, kernels: str) -> dedicated.Dedicated | str:
         group, leaves, formula = self.group, self._leaves, self.group.formula
         totals = [s for s in formula.scalar_slots if leaves[group.members[0][s]].kind == "total"]
         chosen = dedicated.choose(group, found, totals, chip, kernels)
@@ -83,6 +98,11 @@ class LoweredGroup:
             elementwise.check(made.device)
         self._lists = self._lists and npu_foreach.usable(self.splits[0].device)
         return chosen
+
+    @property
+    def states(self) -> tuple[int, ...]:
+        """Slots of 0-dim states that the device reads and writes, as no host can: they follow from tensors."""
+        return () if self.generated is None else self.generated.made.states
 
     @property
     def in_lists(self) -> bool:

@@ -150,7 +150,8 @@ class Program:
                 for numbers in self._binder.numbers[k]
                 if isinstance(numbers, NumberTable)
             ]
-            device = self._leaves[made[0].group.members[0][made[0].made.tensor_slots[0]]].device
+            first = (*made[0].made.tensor_slots, *made[0].made.states)[0]
+            device = self._leaves[made[0].group.members[0][first]].device
             assert self._hardware is not None
             cluster = Cluster(made[0].group.name, made, self._leaves, rows, self._hardware, device)
             found.append((cluster, together))

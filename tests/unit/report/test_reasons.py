@@ -27,6 +27,7 @@ from npu_fuse_pass.lowerings.cpu import program as cpu
 from npu_fuse_pass.lowerings.npu import whole
 from npu_fuse_pass.lowerings.npu.emit import elementwise
 from npu_fuse_pass.lowerings.npu.emit.split import split
+from npu_fuse_pass.lowerings.npu.kernels.launch import generate_group
 from npu_fuse_pass.match.polynomial import Arithmetic
 from npu_fuse_pass.passes.group import group
 from npu_fuse_pass.reasons import Code, Reason
@@ -646,6 +647,37 @@ def test_states_that_a_host_cannot_advance() -> None:
         split(formula(lambda count, p: (count.copy_(p.sum()), p.mul_(count)), count, p), (), False, {})
     assert refused.value.reason.code is Code.GE_STATE
     split(formula(lambda count, p: (count.add_(1), p.mul_(count)), count, p), (), False, {})
+
+
+@pytest.mark.parametrize(
+    ("kept", "says"),
+    [
+        ({"device": torch.device("cpu")}, "lies in the host's memory"),
+        ({"dtype": torch.float64}, "stored in torch.float64"),
+        ({"dtype": torch.int64}, "stored in torch.int64"),
+        ({}, None),
+    ],
+    ids=["host", "float64", "int64", "float32"],
+)
+@pytest.mark.parametrize("alone", [False, True], ids=["of a parameter", "alone"])
+def test_states_that_kernels_cannot_write(kept: dict[str, Any], says: str | None, alone: bool) -> None:
+    def step(v: Tensor, *tensors: Tensor) -> None:
+        norm = sum(t.sum() for t in tensors)
+        v.copy_(norm)
+        for t in tensors:
+            t.mul_(norm)
+
+    grouped = group(capture(traced(step, torch.tensor(1.0), *map(torch.rand, (3, 4) if alone else (3,)))))
+    leaves = [dataclasses.replace(leaf, device=torch.device("meta")) for leaf in grouped.leaves]
+    leaves = [leaf if leaf.shape else dataclasses.replace(leaf, **kept) for leaf in leaves]
+    (found,) = (g for g in grouped.groups if any(not g.formula.slots[s].tensor for s in g.formula.written))
+    assert bool(found.formula.tensor_slots) != alone
+    if says is None:
+        generate_group(found, leaves, lambda _: 1024)
+        return
+    with pytest.raises(Unsupported, match=says) as refused:
+        generate_group(found, leaves, lambda _: 1024)
+    assert refused.value.reason.code is Code.GE_STATE
 
 
 def test_states_that_a_host_advances_between_original_operations() -> None:

@@ -3,6 +3,7 @@
 Scalars that depend on no tensor (step counts, bias corrections, learning rates) are computed on the host in
 float64 once per step and enter the device formula as scalar slots, one for each value that a tensor operation
 reads. So the graph has neither float64 nor a mutated host input, and a changed hyperparameter is a changed number.
+States that follow from tensors (NovoGrad's second moments) stay on the device, where generated kernels compute them.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ class Split:
     """A device formula and the host's part of it.
 
     The device formula has the tensor slots that it reads or writes (`tensor_slots` are the numbers that they
-    have in the whole formula), then one scalar slot for each of `values`, then one for each of `device_slots`,
-    and last, if it contributes to a total (`flagged`), a flag: nonzero if the member takes part. `advanced`: scalar
-    slots that the host writes (step counters). `written`: slots of the whole formula that the device writes.
+    have in the whole formula), then one scalar slot for each of `values`, then one for each of `device_slots`, then
+    one for each of `states`, and last, if it contributes to a total (`flagged`), a flag: nonzero if the member takes
+    part. `advanced`: scalar slots that the host writes (step counters). `states`: those that the device reads and
+    writes, because they follow from tensors. `written`: slots of the whole formula that the device writes.
     `constants`: values of slots that the whole formula does not have.
     """
 
@@ -42,6 +44,13 @@ class Split:
     written: tuple[int, ...] = ()
     constants: Mapping[int, float] = dataclasses.field(default_factory=dict)
     flagged: bool = False
+    states: tuple[int, ...] = ()
+
+    @property
+    def state_slots(self) -> tuple[int, ...]:
+        """The slots of `states` in the device formula."""
+        first = len(self.tensor_slots) + len(self.values) + len(self.device_slots)
+        return tuple(range(first, first + len(self.states)))
 
     def host_values(self, scalars: dict[int, Tensor], numel: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
         """Evaluate `values` and the new values of `advanced` for all members: scalars have shape () or (members,).
@@ -81,22 +90,45 @@ def split(
     return build.split(writes, contributions, advanced, tuple(s for s, _ in tensor_writes), flagged=contribute)
 
 
-def split_whole(formula: Formula, device_slots: Collection[int], constants: Mapping[int, float] | None = None) -> Split:
+def split_whole(
+    formula: Formula,
+    device_slots: Collection[int],
+    constants: Mapping[int, float] | None = None,
+    states: Mapping[int, torch.dtype] | None = None,
+) -> Split:
     """Split the writes of a formula together with its contributions, as `split` does either.
 
+    `states`: those of `states_from_tensors`, with their dtypes in memory.
+
     Raises:
-        Unsupported: a 0-dim state depends on a tensor, so that the host cannot advance it.
+        Unsupported: another 0-dim state depends on a tensor, so that the host cannot advance it.
     """
-    tensor_writes, advanced = [(s, e) for s, e in formula.writes if formula.slots[s].tensor], _advanced(formula)
-    roots = [*(e for _, e in tensor_writes), *formula.contributions]
-    on_host = _on_host(roots, advanced, device_slots)
+    states = states or {}
+    on_device = [*device_slots, *states]
+    writes = [(s, e) for s, e in formula.writes if formula.slots[s].tensor or s in states]
+    advanced = [(s, e) for s, e in _advanced(formula) if s not in states]
+    roots = [*(e for _, e in writes), *formula.contributions]
+    on_host = _on_host(roots, advanced, on_device)
     read = {e.value for e in postorder(roots) if e.op == "leaf"}
-    used = [s for s in formula.tensor_slots if s in read or any(s == written for written, _ in tensor_writes)]
-    build = _Device(formula, used, on_host, [s for s in device_slots if s in read], constants or {})
-    writes = [(build.tensor_slot[s], build.copy(e)) for s, e in tensor_writes]
+    used = [s for s in formula.tensor_slots if s in read or any(s == written for written, _ in writes)]
+    totals = [s for s in device_slots if s in read]
+    build = _Device(formula, used, on_host, totals, constants or {}, states)
+    copied = [(s, build.copy(e)) for s, e in writes]
     contributions = [build.copy(e) for e in formula.contributions]
     build.finish()
-    return build.split(writes, contributions, advanced, tuple(s for s, _ in tensor_writes))
+    new = [(build.place(s), e) for s, e in copied]
+    return build.split(new, contributions, advanced, tuple(s for s, _ in writes))
+
+
+def states_from_tensors(formula: Formula, device_slots: Collection[int]) -> tuple[int, ...]:
+    """The 0-dim states that the host cannot advance: they follow from tensors, from totals, or from such states."""
+    advanced, found = _advanced(formula), set[int]()
+    while True:
+        on_host = _computed_on_host([e for _, e in advanced], {*device_slots, *found})
+        more = {s for s, e in advanced if id(e) not in on_host} - found
+        if not more:
+            return tuple(sorted(found))
+        found |= more
 
 
 def split_operands(
@@ -146,15 +178,20 @@ def slots_of(expr: Expr) -> list[int]:
 
 
 def _on_host(roots: Sequence[Expr], advanced: Sequence[tuple[int, Expr]], device_slots: Collection[int]) -> set[int]:
+    found = _computed_on_host([*roots, *(e for _, e in advanced)], device_slots)
+    if any(id(e) not in found for _, e in advanced):
+        raise Unsupported(
+            "copy_", "a 0-dim state is computed from a tensor; GE operations leave those to the host", Code.GE_STATE
+        )
+    return found
+
+
+def _computed_on_host(roots: Sequence[Expr], device_slots: Collection[int]) -> set[int]:
     found: set[int] = set()
-    for e in postorder([*roots, *(e for _, e in advanced)]):
+    for e in postorder(roots):
         inner = e.op != "leaf" and e.op not in REDUCTIONS and all(id(a) in found for a in e.args)
         if not e.tensor and (inner or (e.op == "leaf" and e.value not in device_slots)):
             found.add(id(e))
-    if any(id(e) not in found for _, e in advanced):
-        raise Unsupported(
-            "copy_", "a 0-dim state is computed from a tensor; the NPU path advances those on the host", Code.GE_STATE
-        )
     return found
 
 
@@ -168,14 +205,15 @@ class _Device:
         on_host: set[int],
         device_slots: Sequence[int],
         constants: Mapping[int, float],
+        states: Mapping[int, torch.dtype] | None = None,
     ) -> None:
         self._on_host, self._constants = on_host, constants
         self._made: dict[int, Expr] = {}
         self.tensor_slot = {s: i for i, s in enumerate(tensor_slots)}
         self.slots = [formula.slots[s] for s in tensor_slots]
         self.values: list[Expr] = []
-        self.totals = list(device_slots)
-        self._total_leaves: dict[int, Expr] = {s: self._leaf(-1) for s in self.totals}
+        self.totals, self.states = list(device_slots), dict(states or {})
+        self._device_leaves: dict[int, Expr] = {s: self._leaf(-1) for s in (*self.totals, *self.states)}
 
     def copy(self, root: Expr) -> Expr:
         """Copy a root."""
@@ -187,10 +225,16 @@ class _Device:
         return interpolation(e, self._constants) or e.args
 
     def finish(self) -> None:
-        """Assign slots to the totals, behind the host's values."""
-        for s in self.totals:
-            self._total_leaves[s].value = len(self.slots)
-            self.slots.append(Slot(False, torch.float64))
+        """Assign slots to the totals and states, behind the host's values."""
+        for s, leaf in self._device_leaves.items():
+            leaf.value = len(self.slots)
+            self.slots.append(Slot(False, self.states.get(s, torch.float64)))
+
+    def place(self, slot: int) -> int:
+        """The slot of the device formula for one that is written; after `finish`."""
+        found = self.tensor_slot[slot] if slot in self.tensor_slot else self._device_leaves[slot].value
+        assert isinstance(found, int)
+        return found
 
     def split(
         self,
@@ -206,7 +250,7 @@ class _Device:
         device = Formula(tuple(self.slots), tuple(writes), tuple(contributions), text)
         host = Formula((), (), (*self.values, *(e for _, e in advanced)), "")
         found = (tuple(self.tensor_slot), tuple(self.values), tuple(self.totals), tuple(advanced))
-        return Split(device, *found, host, written, constants or {}, flagged)
+        return Split(device, *found, host, written, constants or {}, flagged, tuple(self.states))
 
     def scalar(self) -> Expr:
         self.slots.append(Slot(False, torch.float64))
@@ -225,7 +269,7 @@ class _Device:
         if e.op == "leaf":
             assert isinstance(e.value, int)
             if not e.tensor:
-                return self._total_leaves[e.value]
+                return self._device_leaves[e.value]
             return Expr("leaf", (), self.tensor_slot[e.value], e.dtype, True)
         args = tuple(self._made[id(a)] for a in below)
         if below is not e.args:  # those of the interpolation that it is

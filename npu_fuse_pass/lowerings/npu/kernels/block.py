@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from npu_fuse_pass.errors import FuseError
-from npu_fuse_pass.lowerings.npu.kernels.final_ir import SIZES, facts
+from npu_fuse_pass.lowerings.npu.kernels.final_ir import facts
 from npu_fuse_pass.lowerings.npu.kernels.generate import Kernel, Kernels
 from npu_fuse_pass.lowerings.npu.kernels.pipes import waiting_loads
 
@@ -59,5 +59,5 @@ def largest(kernels: Callable[[int], Kernels], compiled: Callable[[Kernel], str]
 
 def _first(kernels: Kernels) -> int:
     """Two buffers for every tensor that a launch reads, and hardly one for what it computes."""
-    reads = max(sum(2 * SIZES[p.dtype] for p in k.pointers if p.slot >= 0 and not p.written) for k in kernels.launches)
+    reads = max(sum(2 * p.bytes_per_element for p in k.pointers if not p.written) for k in kernels.launches)
     return min(_LARGEST, BUFFER_BYTES // (reads + 4) // STEP * STEP)

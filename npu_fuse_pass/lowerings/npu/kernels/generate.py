@@ -7,6 +7,9 @@ Totals are added up in the order of chunks where they are read, before a core's 
 number of cores. Only where a member adds something else to a total than a sum over its elements, a launch with a row
 for each member comes between.
 
+0-dim states that follow from tensors (NovoGrad's second moments) lie on the device. Passes read them; what they become
+is written by a last launch with a row for each member: no core writes what another one still reads.
+
 Memory is reached by absolute addresses, divided by the size of an element, against bases that are zero: no tensor is
 special, and one that moved is one other number in the table of chunks.
 """
@@ -29,11 +32,15 @@ from npu_fuse_pass.lowerings.npu.kernels.operations import REASONS, Operations, 
 from npu_fuse_pass.reasons import Code
 
 STORED = {"f32": "f32", "f16": "f16", "bf16": "bf16", "bool": "i8"}
+STATES_IN = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of 0-dim states that kernels read and write."""
 MEMBER, LENGTH = 0, 1
 ADDRESSES = 2
 """Columns of the table of chunks: the member, the elements, then one address for each tensor slot."""
 FIRST, COUNT = 0, 1
-"""Columns of the spans of members: its first chunk and how many it has; none if it does not take part."""
+STATES = 2
+"""Columns of the spans of members: its first chunk and how many it has (none if it does not take part), then one
+address for each 0-dim state."""
 INTEGERS = ("rows", "chunks", "terms", "first_term")
 """Numbers that every kernel gets: rows of its table, chunks, terms of each total, and where those of the group begin.
 Behind them stand the totals: those that it reads ("total0", ...) and those that it adds to ("adds0", ...)."""
@@ -53,9 +60,10 @@ class Pointer:
     """An argument of a kernel that is memory.
 
     Attributes:
-        kind: "read" or "write" (tensor slot `slot`, base 0), or a vector of the group: "partial" (sums of passes, one
-            row of chunks for each), "terms" (what is added up to totals, a row per total), "numbers" (from the host, a
-            row per member), "spans" (of members) or "table" (of chunks, or of the members that take part).
+        kind: "read" or "write" (tensor slot `slot`, base 0), "old" or "new" (slot of a 0-dim state, base 0), or a
+            vector of the group: "partial" (sums of passes, one row of chunks for each), "terms" (what is added up to
+            totals, a row per total), "numbers" (from the host, a row per member), "spans" (of members) or "table" (of
+            chunks, or of the members that take part).
         dtype: MLIR's name of the element type.
         written: the kernel writes there. What it reads and writes is two arguments.
     """
@@ -70,6 +78,11 @@ class Pointer:
         if self.slot >= 0:
             return f"%{self.kind}{self.slot}"
         return f"%{self.kind}_{'out' if self.written else 'in'}"
+
+    @property
+    def bytes_per_element(self) -> int:
+        """What a kernel moves through it for each element of a tensor."""
+        return SIZES[self.dtype] if self.kind in ("read", "write") else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +108,7 @@ class Kernel:
     @property
     def bytes_per_element(self) -> int:
         """What it must read and write of tensors; tables and numbers come on top, once for each chunk."""
-        return sum(SIZES[p.dtype] for p in self.pointers if p.slot >= 0)
+        return sum(p.bytes_per_element for p in self.pointers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +120,7 @@ class Kernels:
         numbers: columns of the numbers from the host.
         slots: the tensor slots of the formula, in the order of the table's addresses.
         sums: how many partial results of each chunk are kept.
+        states: the slots of 0-dim states, in the order of their addresses in the spans of members.
     """
 
     launches: tuple[Kernel, ...]
@@ -114,6 +128,7 @@ class Kernels:
     numbers: int
     slots: tuple[int, ...]
     sums: int
+    states: tuple[int, ...] = ()
 
     @property
     def bytes_per_element(self) -> int:
@@ -122,7 +137,7 @@ class Kernels:
     @property
     def terms_of_members(self) -> bool:
         """Whether what is added to a total is one number for each member; else one for each chunk."""
-        return any(k.over == "members" for k in self.launches)
+        return any(k.over == "members" and k.round is not None for k in self.launches)
 
 
 def check(formula: Formula) -> None:
@@ -155,7 +170,8 @@ def generate(
     """
     formula = made.device
     check(formula)
-    totals = formula.scalar_slots[len(made.values) :]
+    states = made.state_slots
+    totals = [s for s in formula.scalar_slots[len(made.values) :] if s not in states]
     rounds = rounds or [0] * len(formula.contributions)
     below = postorder([e for e, number in zip(formula.contributions, rounds, strict=True) if not number])
     if any(e.op == "leaf" and not e.tensor and e.value in totals for e in below):
@@ -168,7 +184,7 @@ def generate(
         group = _Group(called, made, totals, block, shared, function, adds)
         launches += group.kernels(number)
         kept = max(kept, len(group.kept))
-    return Kernels(tuple(launches), block, len(made.values), tuple(formula.tensor_slots), kept)
+    return Kernels(tuple(launches), block, len(made.values), tuple(formula.tensor_slots), kept, states)
 
 
 def _functions(formula: Formula, totals: Sequence[int], rounds: Sequence[int]) -> Iterator[tuple[int | None, Function]]:
@@ -208,6 +224,7 @@ class _Group:
         self.formula = made.device
         first = len(self.formula.tensor_slots)
         self.totals = {s: k for k, s in enumerate(totals)}
+        self.states = {s: STATES + k for k, s in enumerate(made.state_slots)}  # slot -> column of the spans
         self.number = {first + k: k for k in range(len(made.values))}  # scalar slot -> column of the numbers
         self.shared = {first + k for k in shared}
         by_members = any(_added(e) is None for e in self.formula.contributions)
@@ -221,13 +238,19 @@ class _Group:
         sums = (e for work in function.sweeps for e in work.sums)
         self.kept = {id(e): k for k, e in enumerate(e for e in sums if id(e) in read)}
 
+    def stored(self, slot: int) -> str:
+        """MLIR's name of the elements of a slot in memory."""
+        return STORED[DTYPE_NAMES[self.formula.slots[slot].dtype]]
+
     def kernels(self, number: int | None) -> list[Kernel]:
-        """Passes; then what members add to totals, where that is not what chunks add."""
+        """Passes; then what members add to totals, where that is not what chunks add, or what their states become."""
         several, found = len(self.function.sweeps) > 1, []
         for k, work in enumerate(self.function.sweeps):
             found.append(_Sweep(self, f"{self.name}_pass{k}" if several else self.name, work).kernel(number))
         if self.function.contributions and not self.terms:
             found.append(_Combine(self, f"{self.name}_combine").kernel(number))
+        if any(s in self.states for s, _ in self.function.writes):
+            found.append(_Advance(self, f"{self.name}_states").kernel(number))
         return found
 
 
@@ -291,7 +314,7 @@ class _Emitter:
 
     def finished(self, over: str, number: int | None) -> Kernel:
         """The function; its loop over rows is closed."""
-        order = ("read", "write", "partial", "terms", "numbers", "spans", "table")
+        order = ("read", "write", "old", "new", "partial", "terms", "numbers", "spans", "table")
         given = sorted(self.pointers.values(), key=lambda p: (order.index(p.kind), p.written, p.slot))
         arguments = ["%sync: memref<?xi8>", "%work: memref<?xi8>"]
         for p in given:
@@ -311,8 +334,16 @@ class _Emitter:
 
     def span(self) -> tuple[str, str]:
         """The member's first chunk, and how many it has."""
-        first, count = self.columns("spans", self._member, 2, (FIRST, COUNT))
+        first, count = self.columns("spans", self._member, self._of_member, (FIRST, COUNT))
         return first, count
+
+    def state(self, slot: int) -> str:
+        """Where the member's state lies."""
+        return self.columns("spans", self._member, self._of_member, (self.group.states[slot],))[0]
+
+    @property
+    def _of_member(self) -> int:
+        return STATES + len(self.group.states)
 
     def before(self, needed: Sequence[Expr]) -> None:
         """What is the same for all rows: totals, and what follows from them and from shared numbers."""
@@ -376,6 +407,10 @@ class _Emitter:
             assert isinstance(e.value, int)
             if e.value in self.group.totals:
                 return self._total(self.group.totals[e.value])
+            if e.value in self.group.states:
+                dtype = self.group.stored(e.value)
+                one = body.one(self.pointer("old", dtype, slot=e.value), self.state(e.value), dtype)
+                return self.apply.cast(one, "f32")
             at = body.product(self._member, body.index(len(self.group.made.values)))
             return body.number(self.pointer("numbers", "f32"), body.sum_of(at, body.index(self.group.number[e.value])))
         if e.op == "zero":
@@ -431,6 +466,25 @@ class _Combine(_Emitter):
         return self.finished("members", number)
 
 
+class _Advance(_Emitter):
+    """One row per member: what its 0-dim states become, after every pass that reads what they were."""
+
+    def kernel(self, number: int | None) -> Kernel:
+        body = self.body
+        writes = [(s, e) for s, e in self.group.function.writes if s in self.group.states]
+        self.before([a for e in self._below([e for _, e in writes]) for a in (e, *e.args)])
+        with body.loop("scf.for %row = %grid3 to %rows step %grid0 : i32"):
+            (self._member,) = self.columns("table", body.as_index("%row", "i32"), 1, (MEMBER,))
+            if any(x.op in REDUCTIONS for _, e in writes for x in _scalars(e)):
+                self._span = self.span()
+            found = [(s, body.spread(self._plain(self.scalar(e)), ONE)) for s, e in writes]
+            for s, value in found:  # all are read before one is written
+                dtype = self.group.stored(s)
+                target = self.pointer("new", dtype, written=True, slot=s)
+                body.store(self.apply.cast(value, dtype), target, self.state(s))
+        return self.finished("members", number)
+
+
 class _Sweep(_Emitter):
     """One row per chunk."""
 
@@ -444,7 +498,7 @@ class _Sweep(_Emitter):
         body = self.body
         scalars = [e for e in self._work.values if not e.tensor]
         self.before(scalars)
-        combined = [e for e in scalars if any(x.op in REDUCTIONS for x in _scalars(e))]
+        combined = [e for e in scalars if any(self._of_members(x) for x in _scalars(e))]
         if combined:
             self._members(combined)
         else:
@@ -452,8 +506,12 @@ class _Sweep(_Emitter):
                 self._chunk()
         return self.finished("chunks", number)
 
+    def _of_members(self, e: Expr) -> bool:
+        """Whether a core reads it once for each member that it comes to."""
+        return e.op in REDUCTIONS or (e.op == "leaf" and e.value in self.group.states)
+
     def _members(self, combined: Sequence[Expr]) -> None:
-        """A core's part of the rows, one member after another: what follows from its sums, then its chunks."""
+        """A core's part of the rows, one member after another: what its sums and states give, then its chunks."""
         body = self.body
         rows, cores, core = (body.as_index(name, "i32") for name in ("%rows", "%grid0", "%grid3"))
         begin, end = (
@@ -495,7 +553,7 @@ class _Sweep(_Emitter):
     def _tensor(self, e: Expr) -> None:
         slot = self._work.places.get(id(e))
         if slot is not None:
-            dtype = STORED[DTYPE_NAMES[self.group.formula.slots[slot].dtype]]
+            dtype = self.group.stored(slot)
             source = self.pointer("read", dtype, slot=slot)
             self.values[id(e)] = self.body.load(source, self._address[slot], dtype)
         elif e.op == "cast":
@@ -522,7 +580,7 @@ class _Sweep(_Emitter):
 
     def _write(self, slot: int, e: Expr) -> None:
         """Rounded once, where the slot is narrower than what was computed."""
-        dtype = STORED[DTYPE_NAMES[self.group.formula.slots[slot].dtype]]
+        dtype = self.group.stored(slot)
         value = self.values[id(e)] if e.tensor else self.body.spread(self._outside(self.scalar(e)), CHUNK)
         if value.dtype == "i1":
             value = self.apply("where", value, 1.0, 0.0)

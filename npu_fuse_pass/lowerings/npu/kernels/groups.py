@@ -10,6 +10,7 @@ from npu_fuse_pass.errors import FuseError
 from npu_fuse_pass.ir.totals import depths
 from npu_fuse_pass.ir.types import Group, Leaf
 from npu_fuse_pass.lowerings.kernels import cache
+from npu_fuse_pass.lowerings.npu.emit.split import states_from_tensors
 from npu_fuse_pass.lowerings.npu.kernels import block
 from npu_fuse_pass.lowerings.npu.kernels.final_ir import facts
 from npu_fuse_pass.lowerings.npu.kernels.generate import Kernel, Kernels
@@ -53,7 +54,9 @@ def _generated(
     group: Group, leaves: Sequence[Leaf], used: Mapping[int, int], deep: Mapping[int, int], hardware: Hardware
 ) -> Generated | str:
     slots, written = group.formula.tensor_slots, set(group.formula.written)
-    if not slots or all(0 in leaves[m[slots[0]]].shape for m in group.members):
+    totals = [s for s in group.formula.scalar_slots if leaves[group.members[0][s]].kind == "total"]
+    idle = not slots or all(0 in leaves[m[slots[0]]].shape for m in group.members)
+    if idle and not states_from_tensors(group.formula, totals):
         return ""  # nothing is computed on a device
     if any(used[m[s]] > 1 for m in group.members for s in slots if s in written):
         return "a tensor that it writes has a part in two updates, and kernels write in place"
@@ -71,6 +74,8 @@ def _note(kernels: Kernels, hardware: Hardware) -> str:
     if not hardware.identity:
         return f"chunks of {kernels.block} elements, a guess; not compiled"
     found = [(k, facts(hardware.last_ir(k))) for k in kernels.launches if k.over == "chunks"]
+    if not found:
+        return f"accepted by the compiler for {hardware.target}, 0-dim states alone"
     used, limit = max(f.buffer_bytes for _, f in found), found[0][1].buffer_limit
     as_asked = all(f.bytes_per_element == k.bytes_per_element for k, f in found)
     moved = sum(f.bytes_per_element for _, f in found)

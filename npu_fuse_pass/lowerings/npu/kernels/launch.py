@@ -13,9 +13,9 @@ from torch import Tensor
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.ir.expr import Expr, postorder
 from npu_fuse_pass.ir.types import Group, Leaf
-from npu_fuse_pass.lowerings.npu.emit.split import Split, constants_of, slots_of, split_whole
-from npu_fuse_pass.lowerings.npu.kernels.generate import Kernel, Kernels, generate
-from npu_fuse_pass.lowerings.npu.kernels.tables import chunk_table, member_spans
+from npu_fuse_pass.lowerings.npu.emit.split import Split, constants_of, slots_of, split_whole, states_from_tensors
+from npu_fuse_pass.lowerings.npu.kernels.generate import STATES_IN, Kernel, Kernels, generate
+from npu_fuse_pass.lowerings.npu.kernels.tables import chunk_table, in_elements, member_spans
 from npu_fuse_pass.reasons import Code
 
 KERNEL = "generated NPU kernel"
@@ -55,7 +55,8 @@ def generate_group(
     """
     formula = group.formula
     totals = [s for s in formula.scalar_slots if any(leaves[m[s]].kind == "total" for m in group.members)]
-    made = split_whole(formula, totals, constants_of(group, leaves))
+    states = {s: _stored(group, leaves, s) for s in states_from_tensors(formula, totals)}
+    made = split_whole(formula, totals, constants_of(group, leaves), states)
     several = {tuple(depths.get(t, 1) - 1 for t in row) for row in group.totals} if depths else set()
     if len(several) > 1:
         raise Unsupported(group.name, "its members add to totals of other rounds", Code.ACROSS_PARAMETERS)
@@ -74,6 +75,24 @@ def _shared(group: Group, number: Expr) -> bool:
     return not sized and len({tuple(member[s] for s in slots) for member in group.members}) <= 1
 
 
+def _stored(group: Group, leaves: Sequence[Leaf], slot: int) -> torch.dtype:
+    """The dtype of a 0-dim state that kernels read and write.
+
+    Raises:
+        Unsupported: they cannot.
+    """
+    found = [leaves[member[slot]] for member in group.members]
+    dtypes = {leaf.dtype for leaf in found}
+    name = group.labels[slot]
+    if {leaf.device for leaf in leaves if leaf.shape} - {leaf.device for leaf in found}:
+        why = f"{name!r} follows from tensors, and lies in the host's memory, which kernels do not write"
+        raise Unsupported("copy_", why, Code.GE_STATE)
+    if len(dtypes) > 1 or not dtypes <= {*STATES_IN}:
+        why = f"{name!r} follows from tensors, and is stored in {' and '.join(sorted(map(str, dtypes)))}; kernels keep "
+        raise Unsupported("copy_", f"{why}such 0-dim states in float32, bfloat16 or float16", Code.GE_STATE)
+    return dtypes.pop()
+
+
 class Launches:
     """The launches of one group on the tensors of a step.
 
@@ -87,13 +106,20 @@ class Launches:
         self.generated, self._leaves, self._terms, self._first_term = generated, leaves, terms, first_term
         self._classes: list[_Class] = []
 
-    def bind(self, addresses: Sequence[Sequence[int]], sizes: Sequence[int], active: Sequence[bool]) -> None:
+    def bind(
+        self,
+        addresses: Sequence[Sequence[int]],
+        sizes: Sequence[int],
+        active: Sequence[bool],
+        states: Sequence[Sequence[int]] = (),
+    ) -> None:
         """Build the tables for tensors at these addresses, and put them on the device.
 
         Args:
             addresses: for each tensor slot of the device formula those of all members, whose elements fill memory.
             sizes: the elements of each member's tensors.
             active: which members take part.
+            states: addresses of 0-dim states, as `addresses`.
 
         Raises:
             Mismatch: an address is no multiple of the size of an element.
@@ -102,17 +128,21 @@ class Launches:
         itemsizes = [made.device.slots[s].dtype.itemsize for s in kernels.slots]
         members: dict[tuple[int, ...], list[int]] = {}
         for m, takes_part in enumerate(active):
-            if takes_part and sizes[m]:
+            if takes_part and (sizes[m] or states):
                 read = tuple(self._leaves[group.members[m][s]].index for s in made.device_slots)
                 members.setdefault((*read, *group.totals[m]), []).append(m)
         self._classes = []
-        each_slot = torch.tensor(addresses, dtype=torch.int64, device="cpu")
+        each_slot, each_state = (
+            torch.tensor(each, dtype=torch.int64, device="cpu").reshape(-1, len(sizes)) for each in (addresses, states)
+        )
+        each_state = in_elements(each_state, [made.device.slots[s].dtype.itemsize for s in kernels.states])
         first_term, device = self._first_term, self._terms.device
         for totals, chosen in members.items():
             counts = [sizes[m] for m in chosen]
             tables = [chunk_table(chosen, counts, each_slot[:, chosen], itemsizes, kernels.block)]
-            if kernels.sums or kernels.terms_of_members:
-                tables.append(member_spans(len(active), chosen, counts, kernels.block))
+            if kernels.sums or kernels.terms_of_members or kernels.states:
+                spans = member_spans(len(active), chosen, counts, kernels.block)
+                tables.append(torch.cat([spans, each_state.T], dim=1).contiguous())
                 tables.append(torch.tensor(chosen, dtype=torch.int64, device="cpu"))
             rows = {"chunks": len(tables[0]), "members": len(chosen)}
             placed = torch.cat([t.flatten() for t in tables]).to(device)  # one transfer
@@ -129,7 +159,7 @@ class Launches:
         """
         for members in self._classes:
             for kernel in self.generated.kernels.launches:
-                if kernel.round == round_:
+                if kernel.round == round_ and members.rows[kernel.over]:
                     arguments = list(self._arguments(kernel, members, numbers))
                     launcher(kernel, arguments, members.rows[kernel.over])
 
@@ -209,15 +239,15 @@ class Cluster:
     def leaves(self, written: bool) -> list[tuple[Generated, int, int]]:
         """The tensors that the node writes, or only reads, in the order of its arguments: group, slot, member.
 
-        Slots are those of the whole formula; members without elements are left out.
+        Slots are those of the whole formula; tensors without elements are left out.
         """
         return [
             (made, s, m)
             for made, sizes in zip(self.generated, self._sizes, strict=True)
-            for s in made.made.tensor_slots
+            for s in (*made.made.tensor_slots, *made.made.states)
             if (s in made.made.written) == written
             for m, size in enumerate(sizes)
-            if size
+            if size or s in made.made.states
         ]
 
     def __call__(self, written: Sequence[int], read: Sequence[int], numbers: int) -> None:
@@ -246,8 +276,11 @@ class Cluster:
         places = {(id(made), s, m): a for (made, s, m), a in zip(order, [*written, *read], strict=True)}
         for launches, sizes, active in zip(self._launches, self._sizes, self.active, strict=True):
             made = launches.generated
-            rows = [[places.get((id(made), s, m), 0) for m in range(len(sizes))] for s in made.made.tensor_slots]
-            launches.bind(rows, sizes, active)
+            rows, states = (
+                [[places.get((id(made), s, m), 0) for m in range(len(sizes))] for s in slots]
+                for slots in (made.made.tensor_slots, made.made.states)
+            )
+            launches.bind(rows, sizes, active, states)
 
 
 def _terms(generated: Generated, sizes: Sequence[int]) -> int:
@@ -259,4 +292,5 @@ def _terms(generated: Generated, sizes: Sequence[int]) -> int:
 
 
 def _elements(generated: Generated, leaves: Sequence[Leaf], member: Sequence[int]) -> int:
-    return math.prod(leaves[member[generated.made.tensor_slots[0]]].shape)
+    slots = generated.made.tensor_slots
+    return math.prod(leaves[member[slots[0]]].shape) if slots else 0

@@ -99,15 +99,18 @@ class Body:
 
     def element(self, source: str, index: str, dtype: str) -> str:
         """One element of a vector in the device's memory, read by the scalar unit."""
-        one = f"memref<1x{dtype}, strided<[1], offset: ?>>"
-        at = self.name(
-            f"memref.reinterpret_cast {source} to offset: [{index}], sizes: [1], strides: [1] "
-            f": memref<?x{dtype}> to {one}"
-        )
-        return self.name(f"memref.load {at}[{self.index(0)}] : {one}")
+        at = self._element(source, index, dtype)
+        return self.name(f"memref.load {at}[{self.index(0)}] : memref<1x{dtype}, strided<[1], offset: ?>>")
 
     def number(self, source: str, index: str) -> Value:
         return Value(self.element(source, index, "f32"), "f32", NUMBER)
+
+    def one(self, source: str, index: str, dtype: str) -> Value:
+        """One element in a buffer of its own."""
+        at = self._element(source, index, dtype)
+        buffer = self.name(f"memref.alloc() : memref<1x{dtype}>")
+        self.add(f"memref.copy {at}, {buffer} : memref<1x{dtype}, strided<[1], offset: ?>> to memref<1x{dtype}>")
+        return Value(self.name(f"bufferization.to_tensor {buffer} restrict writable : memref<1x{dtype}>"), dtype, ONE)
 
     def load(self, source: str, offset: str, dtype: str) -> Value:
         """`%n` elements into a buffer of their own; the rest of the buffer stays as it is."""
@@ -125,10 +128,7 @@ class Body:
         if value.size == CHUNK:
             window = self._window(target, offset, value.dtype)
         else:
-            window = self.name(
-                f"memref.reinterpret_cast {target} to offset: [{offset}], sizes: [1], strides: [1] "
-                f": memref<?x{value.dtype}> to {strided}"
-            )
+            window = self._element(target, offset, value.dtype)
         self.add(
             f"bufferization.materialize_in_destination {value.name} in writable {window} "
             f": ({value.type}, {strided}) -> ()"
@@ -173,6 +173,12 @@ class Body:
         one = f"tensor<1x{value.dtype}>"
         return Value(
             self.name(f"tensor.expand_shape {total} [] output_shape [1] : {rank0} into {one}"), value.dtype, ONE
+        )
+
+    def _element(self, source: str, index: str, dtype: str) -> str:
+        return self.name(
+            f"memref.reinterpret_cast {source} to offset: [{index}], sizes: [1], strides: [1] "
+            f": memref<?x{dtype}> to memref<1x{dtype}, strided<[1], offset: ?>>"
         )
 
     def _window(self, source: str, offset: str, dtype: str) -> str:

@@ -27,9 +27,7 @@ def chunk_table(
     Raises:
         Mismatch: an address is no multiple of an element's size.
     """
-    each = torch.tensor(itemsizes, dtype=torch.int64, device="cpu").reshape(-1, 1)
-    if bool((addresses % each).any()):
-        raise Mismatch("a tensor's address is no multiple of the size of its elements")
+    starts = in_elements(addresses, itemsizes)
     size = torch.tensor(list(sizes), dtype=torch.int64, device="cpu")
     counts = -(-size // block)
     place = torch.arange(len(members), device="cpu").repeat_interleave(counts)
@@ -38,7 +36,19 @@ def chunk_table(
         torch.tensor(list(members), dtype=torch.int64, device="cpu")[place],
         (size[place] - start).clamp(max=block),
     ]
-    return torch.stack([*columns, *((addresses // each)[:, place] + start)], dim=1).contiguous()
+    return torch.stack([*columns, *(starts[:, place] + start)], dim=1).contiguous()
+
+
+def in_elements(addresses: Tensor, itemsizes: Sequence[int]) -> Tensor:
+    """Addresses in bytes, (slots, members) int64, divided by the sizes of the slots' elements.
+
+    Raises:
+        Mismatch: one is no multiple of that.
+    """
+    each = torch.tensor(itemsizes, dtype=torch.int64, device="cpu").reshape(-1, 1)
+    if bool((addresses % each).any()):
+        raise Mismatch("a tensor's address is no multiple of the size of its elements")
+    return addresses // each
 
 
 def member_spans(count: int, members: Sequence[int], sizes: Sequence[int], block: int) -> Tensor:

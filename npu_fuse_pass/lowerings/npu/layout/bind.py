@@ -66,6 +66,7 @@ class Binder:
         scalars = {
             m[s] for lowered in groups for m in lowered.group.members for s in lowered.group.formula.scalar_slots
         }
+        scalars -= self._bound
         in_memory = (i for i in sorted(scalars) if leaves[i].kind not in ("constant", "total"))
         self._numbers = {i: i in written for i in in_memory}
         self._cache = BindingCache(self.tensor_inputs, self._written, self._numbers)
@@ -86,6 +87,8 @@ class Binder:
                         size = sum(math.prod(self._leaves[i].shape) for i in key)
                         dtype, device = lowered.group.formula.slots[s].dtype, self._leaves[key[0]].device
                         self.tensor_inputs[key] = (size, dtype, device)
+        for i in (m[s] for m in lowered.group.members for s in lowered.states):
+            self.tensor_inputs[(i,)] = (1, self._leaves[i].dtype, self._leaves[i].device)
 
     def bind(self, step: HostStep, values: Values) -> None:
         """Add the inputs of the graph to a step.
@@ -114,6 +117,9 @@ class Binder:
         for lowered, active in zip(self._groups, step.active, strict=True):
             for span in lowered.plan.spans:
                 self._bind_span(lowered, span, values, step, active)
+            for m, takes_part in enumerate(active):
+                for i in (lowered.group.members[m][s] for s in lowered.states):
+                    self._bind_state(i, values[i], step, takes_part)
         found = [(t, key in self._written) for key, t in step.used.items()]
         found += [(t, written) for i, written in self._numbers.items() if (t := values[i]) is not None]
         check_apart([t for t, written in found if written], [t for t, written in found if not written])
@@ -172,6 +178,20 @@ class Binder:
                 if s in formula.written:
                     step.copy_back.append((t, dense))
             step.flat[leaves] = dense.as_strided((key[0],), (1,))
+
+    def _bind_state(self, i: int, t: Tensor | None, step: HostStep, active: bool) -> None:
+        """Bind a 0-dim state that a generated kernel reads and writes."""
+        if self._leaves[i].kind == "output":
+            step.orders[i] = (active, ())
+            self._bind_new(i, (), step, active)
+        elif not active or t is None:
+            step.flat[(i,)] = self._placeholder(self.tensor_inputs[(i,)])
+        else:
+            size, dtype, device = self.tensor_inputs[(i,)]
+            if (t.numel(), t.dtype, t.device, t.layout) != (size, dtype, device, torch.strided):
+                raise Mismatch("a 0-dim state has another dtype or device than when the step was compiled")
+            step.used[(i,)] = t.detach()
+            step.flat[(i,)] = t.detach().as_strided((1,), (1,))
 
     def _bind_new(self, i: int, strides: tuple[int, ...], step: HostStep, active: bool) -> None:
         """Bind a tensor that the step makes, which a generated kernel writes as any other."""
