@@ -24,7 +24,7 @@ from npu_fuse_pass.reasons import Code, Reason
 from npu_fuse_pass.report.report import GroupReport
 from npu_fuse_pass.report.rows import Matches, group_report, show_layouts
 
-Values = list[Tensor | None] | None  # of the leaves, where they are known before the step is called
+KnownLeaves = list[Tensor | None] | None  # of the leaves, where they are known before the step is called
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ def choose(platform: str, leaves: Sequence[Leaf]) -> Target:
 
 
 def lower(
-    step: Grouped, target: Target, options: Options, values: Values = None, matches: Matches | None = None
+    step: Grouped, target: Target, options: Options, values: KnownLeaves = None, matches: Matches | None = None
 ) -> Lowered:
     """Make a step's program with the target's lowering, segment after segment.
 
@@ -111,7 +111,7 @@ def sources(step: Grouped) -> Mapping[str, str]:
 
 
 def _lower_cpu(
-    leaves: Sequence[Leaf], groups: Sequence[Group], options: Options, values: Values, matches: Matches | None
+    leaves: Sequence[Leaf], groups: Sequence[Group], options: Options, values: KnownLeaves, matches: Matches | None
 ) -> Lowered:
     from npu_fuse_pass.lowerings.cpu import program as cpu
 
@@ -133,21 +133,21 @@ def _lower_cpu(
 
 
 def _lower_eager(
-    leaves: Sequence[Leaf], groups: Sequence[Group], options: Options, values: Values, matches: Matches | None
+    leaves: Sequence[Leaf], groups: Sequence[Group], options: Options, values: KnownLeaves, matches: Matches | None
 ) -> Lowered:
     """The original graph, on request; the report still shows what would be fused."""
     return Lowered(None, [group_report(g, leaves, "eager", "original graph", 0, 0) for g in groups])
 
 
 def _lower_nodes(
-    leaves: Sequence[Leaf], groups: Sequence[Group], options: Options, values: Values, matches: Matches | None
+    leaves: Sequence[Leaf], groups: Sequence[Group], options: Options, values: KnownLeaves, matches: Matches | None
 ) -> Lowered:
     """Leave the fused nodes to another compiler; `copy_` reads and writes every new value again."""
     return Lowered(None, [_node_row(g, leaves, multi_tensor_update, copies=3) for g in groups])
 
 
 def _lower_kernel_nodes(
-    leaves: Sequence[Leaf], groups: Sequence[Group], options: Options, values: Values, matches: Matches | None
+    leaves: Sequence[Leaf], groups: Sequence[Group], options: Options, values: KnownLeaves, matches: Matches | None
 ) -> Lowered:
     """As `_lower_nodes`, with operations that run generated kernels on copies."""
     return Lowered(None, [_node_row(g, leaves, graph_op.multi_tensor_kernel, copies=5) for g in groups])
@@ -166,7 +166,7 @@ def _node_row(g: Group, leaves: Sequence[Leaf], operation: Any, copies: int) -> 
 
 
 def _lower_npu(
-    leaves: Sequence[Leaf], groups: Sequence[Group], options: Options, values: Values, matches: Matches | None
+    leaves: Sequence[Leaf], groups: Sequence[Group], options: Options, values: KnownLeaves, matches: Matches | None
 ) -> Lowered:
     from npu_fuse_pass.lowerings.npu import fakes, ge_texts, retry
     from npu_fuse_pass.lowerings.npu import program as npu
@@ -201,7 +201,7 @@ def _lower_npu(
 
     texts = ge_texts.Texts() if wanted(options.dump) is not None else None
 
-    def build(kernels: str, given: Values) -> npu.Program:
+    def build(kernels: str, given: KnownLeaves) -> npu.Program:
         config, hardware = options.torchair_config, chosen.hardware if kernels == choice.GENERATED else None
         return npu.Program(leaves, groups, config, options.layout, given, planned, matches, kernels, texts, hardware)
 

@@ -204,7 +204,7 @@ def _fuse(
     target: Target,
     report: CompileReport,
     options: Options,
-    values: lower.Values = None,
+    values: lower.KnownLeaves = None,
     number: Number | None = None,
 ) -> Fused:
     """Run the stages after capture; they fill `report`."""

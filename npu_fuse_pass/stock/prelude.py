@@ -25,7 +25,7 @@ from npu_fuse_pass.rules.hyperparameters import Hyper
 from npu_fuse_pass.rules.meeting import Meeting
 from npu_fuse_pass.rules.prelude import InputCheck
 from npu_fuse_pass.stock.classes import StockClass
-from npu_fuse_pass.stock.states import Entries, refused_state
+from npu_fuse_pass.stock.entries import Entries, refused_state
 from npu_fuse_pass.tensors.sharded import alike, is_dtensor, local, sharding
 
 DTYPES = (torch.float32, torch.float64)

@@ -1,10 +1,10 @@
 // One check of the tensors of a step: whether all are as they were, and where their memory is now.
 //
 // Python takes about a microsecond for each parameter (its gradient, sizes and strides, address, version counter), most
-// of it waiting for memory; this takes a tenth. Built against the header in torch's wheel that compiles in two seconds;
-// the one with all of a tensor's methods takes one more, and the one that knows Python's tensor objects fifteen, so where
-// the tensor is in its object is found out (`place_in`). Called with the interpreter's lock held. No function lets an
-// exception out.
+// of it waiting for memory; this takes a tenth. It is built against the header in torch's wheel that compiles in two
+// seconds; the one with all of a tensor's methods takes one more, and the one that knows Python's tensor objects
+// fifteen, so where the tensor is in its object is found out (`place_in`). It is called with the interpreter's lock
+// held. No function lets an exception out.
 
 #include <ATen/core/TensorBase.h>
 
@@ -160,8 +160,8 @@ PyObject* type_of(PyObject* object) {
 
 extern "C" {
 
-// Takes the tensors over, which are those of the objects. size: bytes of a tensor object. owners[i]: which tensor i is
-// the gradient of, or -1. Null: they cannot be looked at so.
+// Takes over the tensors, which are those of the objects. size: bytes of a tensor object. owners[i]: which tensor i is
+// the gradient of, or -1. Null: they cannot be checked in this way.
 void* inputs_make(at::TensorBase* const* tensors, PyObject* const* objects, const int64_t* owners, int64_t n, int64_t size) {
   auto table = std::make_unique<Table>();
   bool good = n > 0;
@@ -202,12 +202,12 @@ void inputs_write(void* table_, const uint8_t* written) {
   }
 }
 
-// Lets go of gradients.
+// Releases the gradients.
 void inputs_done(void* table) {
   static_cast<Table*>(table)->held.clear();
 }
 
-// Whether dicts hold the objects that they held, in this order: items are the key and the value of each, dict after dict.
+// Whether dicts hold the objects that they held, in this order: items are the key and value of each, dict after dict.
 int inputs_dicts(PyObject* const* dicts, const int64_t* sizes, int64_t n, PyObject* const* items) {
   constexpr int64_t AHEAD = 8, KEYS = 4;  // a dict's fifth word is where its keys are: a guess, and nothing but a hint
   for (int64_t i = 0; i < n; i++) {

@@ -36,7 +36,7 @@ struct Args {
   double* scratch;               // [member][SCRATCH]
   double* partial;               // [chunk][PARTIAL]
   double* contributions;         // [contribution][member]
-  uint8_t* done;                 // [2]: the contributing function and the updating one set theirs when they are through
+  uint8_t* done;                 // [2]: the contributing and the updating function set theirs at their end
 };
 
 // Members of so many elements or fewer are left to one thread each: a core's cache holds them from pass to pass, and
@@ -96,7 +96,7 @@ static inline void store(const Args& a, int64_t slot, int64_t m, double x) {
     default: *(bool*)p = x != 0;
   }
 }
-// math::pow that remembers: members that have been updated equally often have the same powers.
+// math::pow that remembers its last result: members that have been updated equally often have the same powers.
 struct Power {
   double args[2], value;
   bool known;

@@ -1,6 +1,6 @@
 // Small tensors: an element for each [k0, k1] of tensors seen as [R0, K0, R1, K1].
 
-// What of a member one thread reduces at a time: its number, and the ranges of k0 and k1.
+// The part of a member that one thread reduces at a time: the number of the member, and the ranges of k0 and k1.
 struct Over : Args {
   const int64_t* whole;
   int64_t tasks;
@@ -32,7 +32,7 @@ template <class T> static inline void expand(
   }
 }
 
-// Reductions: x runs, y is what its roundings lost.
+// Reductions: x is the running value, y what its roundings lost.
 template <bool EXACT> struct SumOver {
   static double first() { return 0; }
   static inline void take(double& x, double& y, double v) { if (EXACT) add_exact(x, y, v); else x += v; }
