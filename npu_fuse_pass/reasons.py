@@ -89,7 +89,7 @@ class Code(enum.Enum):
         "A 0-dim state follows from tensors. GE operations leave 0-dim states to the host; generated kernels write "
         "those that lie on the parameters' device, in float32, bfloat16 or float16.",
         'keep the state there in one of these, and use options={"kernels": "generated"}; where it is a step counter '
-        "that found_inf holds back, set opt.found_inf outside of the compiled function",
+        "that found_inf holds back, leave out fullgraph=True: the step then has a graph of its own",
     )
     GE_REFUSED = (
         "GE or torchair refused the step's graph, and nothing was changed.",

@@ -24,6 +24,7 @@ from npu_fuse_pass.tensors.same import share_a_gradient
 from npu_fuse_pass.tensors.sharded import is_dtensor
 
 _KNOWN = ("npu_fuse_pass", "torch")  # whose functions read nothing that a training function changes
+_NPU = "npu"
 _LEAVES = (type, types.ModuleType, types.BuiltinFunctionType, types.CodeType, types.FrameType)
 
 
@@ -36,6 +37,8 @@ class Keeping(Protocol):
     def state(self) -> Any: ...
     @property
     def _prelude(self) -> Prepared: ...
+
+    found_inf: Tensor | None
 
 
 def why_apart(optimizer: Keeping, surface: object, operation: object, handle: str) -> str:
@@ -61,6 +64,8 @@ def why_apart(optimizer: Keeping, surface: object, operation: object, handle: st
         steps = (n for n in output.graph.nodes if n.target is operation and n.args[-1] == handle)
         if next(steps, None) is not None and not tracer.one_graph:
             return "the optimizer steps before it in the same function"
+        if optimizer.found_inf is not None and optimizer.found_inf.device.type == _NPU and not tracer.one_graph:
+            return "step counters are in host memory, and found_inf is on an NPU"  # the step asks for it first
     except Exception as e:  # another torch may keep its notes elsewhere
         return f"this torch does not say what the function has changed before it ({e})"
     return ""

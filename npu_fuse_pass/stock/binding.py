@@ -23,6 +23,7 @@ class Binding:
     """
 
     has_hooks = False
+    found_inf: Tensor | None = None  # GradScaler skips whole steps of torch.optim's classes
 
     def __init__(self, opt: torch.optim.Optimizer, known: StockClass) -> None:
         self.optimizer = opt

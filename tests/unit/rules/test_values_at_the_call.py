@@ -381,6 +381,24 @@ def test_two_steps_in_one_function() -> None:
     assert "the optimizer steps before it in the same function" in report.apart
 
 
+def test_a_step_that_is_skipped_on_an_npu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its counters are in host memory, which the graph of an NPU cannot write: the step asks before its own graph."""
+    monkeypatch.setattr(pending, "_NPU", "cpu")
+
+    def make(opt: Any, p: Tensor) -> Function:
+        opt.found_inf = torch.zeros(())
+
+        def stepped() -> None:
+            torch._amp_foreach_non_finite_check_and_unscale_([p.grad], opt.found_inf, torch.tensor(2.0))
+            opt.step()
+
+        return stepped
+
+    report = beside_eager(make, calls=3)
+    assert_fused(report, parameters=1)
+    assert "step counters are in host memory" in report.apart
+
+
 @pytest.mark.parametrize("name", ["step", "exp_avg"])
 def test_a_state_held_before_and_read_after_the_step(name: str) -> None:
     """Nobody sees that it is one before the graph runs: the original runs, in its order, and the report says why."""
