@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -28,8 +27,6 @@ from npu_fuse_pass.rules import core_op
 from npu_fuse_pass.rules.torch_steps import look_after_compiled_steps
 from npu_fuse_pass.run.graph_step import graph_step, told, told_of
 from npu_fuse_pass.run.rule_step import RuleSteps
-from npu_fuse_pass.tensors.same import share_a_gradient
-from npu_fuse_pass.user_warnings import warn
 
 look_after_compiled_steps()
 let_clipping_be_captured()
@@ -71,7 +68,6 @@ def npu_fused(
         return gm.forward  # Dynamo compiles empty graphs too, around what it does not capture
     report = CompileReport(chosen.platform)
     with net(report, chosen):
-        _warn_of_shared_gradients(gm)
         if _is_rule_step(gm):
             core_op.note_compile()
             return RuleSteps(gm.forward, chosen, _cause(with_rules=True), example_inputs[0])
@@ -79,19 +75,6 @@ def npu_fused(
     record(report)
     warn_unfused(report.fallbacks)
     return gm.forward
-
-
-def _warn_of_shared_gradients(gm: fx.GraphModule) -> None:
-    """One input of the graph is the gradient of two others: Dynamo does not guard that it stays so."""
-    given = (node.meta.get("grapharg") for node in gm.graph.find_nodes(op="placeholder"))
-    found = [a.example for a in given if a is not None and a.is_tensor]
-    found += [operator.attrgetter(node.target)(gm) for node in gm.graph.find_nodes(op="get_attr")]
-    if share_a_gradient(t for t in found if isinstance(t, torch.nn.Parameter)):
-        warn(
-            "npu_fused: two parameters have one gradient tensor while a step is compiled: torch's graph gives both "
-            "that gradient at later steps, too, whatever they have then. What to do: "
-            "npu_fuse_pass.compile_optimizer_(opt), or give every parameter a gradient of its own"
-        )
 
 
 class TrackedBackend:

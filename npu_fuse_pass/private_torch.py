@@ -38,6 +38,8 @@ WITHOUT = {
     "step hooks it runs as the original",
     "torch._dynamo.graph_break": "a graph that has to end does not say why",
     "torch._dynamo.guards": "a function that removes states of torch.optim's optimizer may mix up the others",
+    "torch._dynamo.guards.GuardBuilder.DUPLICATE_INPUT": "parameters that had one gradient keep it in a compiled step",
+    "torch._dynamo.guards.install_guard": "parameters that had one gradient keep it in a compiled step",
     "torch._dynamo.guards.is_from_optimizer_source": "a function that removes states of torch.optim's "
     "optimizer may mix up the others",
     "torch._dynamo.pgo.auto_dynamic": "numbers that change may compile a step twice",
@@ -55,6 +57,8 @@ WITHOUT = {
     "torch._dynamo.variables.NewGlobalVariable": "a step behind a change in a function has its own graph",
     "torch._dynamo.variables.OptimizerVariable": "a class without capturable may be compiled twice",
     "torch._dynamo.variables.OptimizerVariable._set_capturable": "a class without capturable may be compiled twice",
+    "torch._dynamo.variables.OptimizerVariable.create_finalizer": "parameters that had one gradient keep it in a "
+    "compiled step",
     "torch._dynamo.variables.VariableTracker": "a class without capturable may be compiled twice",
     "torch._dynamo.variables.builder": "numbers that change may compile a step twice",
     "torch._dynamo.variables.builder.process_automatic_dynamic": "numbers that change may compile a step twice",

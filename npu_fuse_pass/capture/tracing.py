@@ -15,7 +15,8 @@ itself is compiled: in a function around it Dynamo's own guesses stay.
 What is found through an optimizer has other names, too: a parameter is a key of `opt.state`, and may be a variable of
 the function. Dynamo finds an entry of the state by its place among the keys, and leaves out the guards that both names
 mean one tensor still, which takes less time (measured: 7 % of a call of a step of 600 parameters). Entries that were
-removed and made anew are in another order; without those guards parameters get each other's states, silently.
+removed and made anew are in another order; without those guards parameters get each other's states, silently. A
+gradient that two parameters have it reads from one of them, and does not guard that it stays the other's.
 """
 
 from __future__ import annotations
@@ -67,6 +68,11 @@ _set_capturable, _attribute_source, _variable, _lazy = _CAPTURABLE = (
     find("torch._dynamo.variables.VariableTracker"),
     find("torch._dynamo.variables.LazyVariableTracker"),
 )
+_end_mapping, _install_guard, _one_object = _GRADIENTS = (
+    find("torch._dynamo.variables.OptimizerVariable.create_finalizer"),
+    find("torch._dynamo.guards.install_guard"),
+    find("torch._dynamo.guards.GuardBuilder.DUPLICATE_INPUT"),
+)
 _leaves_out_guards = find("torch._dynamo.guards.is_from_optimizer_source")
 
 
@@ -117,6 +123,16 @@ def _set_capturable_where_known(self: Any, tx: Any) -> None:
     _lazy.realize_all(built)
 
 
+def _guard_shared_gradients(self: Any, tx: Any) -> None:
+    """Guard that two parameters with one gradient have one: the last thing Dynamo does for the parameters of a step."""
+    for p, source in self.tensor_to_source.items():
+        used = self.grad_to_source.get(p.grad) if p.is_leaf else None
+        if used is not None and used.base != source:
+            same = functools.partial(_one_object, source_b=used)
+            _install_guard(dataclasses.replace(used, base=source).make_guard(same))
+    _end_mapping(self, tx)
+
+
 _MISSING = {"_sym_pow": _sym_pow, "_sym_exp": _sym_exp, **({"_sym_log": _sym_log} if _sym_log2 is not None else {})}
 
 
@@ -165,6 +181,11 @@ _tracing = _Replaced(
         None if None in _CAPTURABLE else find("torch._dynamo.variables.OptimizerVariable"),
         "_set_capturable",
         _set_capturable_where_known,
+    ),
+    (
+        None if None in _GRADIENTS else find("torch._dynamo.variables.OptimizerVariable"),
+        "create_finalizer",
+        _guard_shared_gradients,
     ),
     (
         None if _leaves_out_guards is None else find("torch._dynamo.guards"),
