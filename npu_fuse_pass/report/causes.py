@@ -39,6 +39,8 @@ class _Guard(NamedTuple):
     settles: bool = False
 
 
+_ID = re.compile(r"(?<=[^(]), \d+(?=\), type=)")  # of an object, which another process does not have
+
 _GUARDS = [
     _Guard(
         r"\['lr'\] ==",
@@ -65,6 +67,16 @@ _GUARDS = [
         "zero_grad(set_to_none=False) keeps gradients",
     ),
     _Guard(r"\.state\b.*\] == -?[\d.]+(e[+-]?\d+)?$", "a Python number in the states changed", _RULES, settles=True),
+    _Guard(
+        r"( is .*|^)list\(dict\.keys\(.*\.state\)\)\[\d+\]( is |$)",
+        "the states are in another order than before",
+        "change entries of opt.state in place: those that are removed and made anew come behind the others",
+    ),
+    _Guard(
+        r"\.grad is .*\.grad$",
+        "two parameters had one gradient tensor, and have two now",
+        "give every parameter a gradient of its own, or npu_fuse_pass.compile_optimizer_(opt)",
+    ),
     _Guard(
         r"len\(self\.state|^not \S+\.state$|\.state\b.* (is|in|==|!=) ",
         "the step before this one created states, as first steps do",
@@ -109,7 +121,7 @@ def recompile(reason: str, with_rules: bool) -> Cause:
     guard, _, rest = reason.splitlines()[0].partition("#")
     earlier = re.match(r"\d+/(\d+): ", guard)
     guard = guard[earlier.end() if earlier else 0 :].strip()
-    no_longer = f"no longer true: {guard}{_place(rest)}"
+    no_longer = f"no longer true: {_ID.sub('', guard)}{_place(rest)}"
     for known in _GUARDS:
         if re.search(known.pattern, guard):
             settles = known.settles and (earlier is None or int(earlier[1]) < 2)

@@ -531,6 +531,17 @@ def test_what_torch_compiles_no_further_is_said_with_its_cause() -> None:
         ("0/2: len(self.param_groups[0]['params']) == 3", "parameters were added", False),
         ("1/0: Cache line invalidated because L['self'] got deallocated", "another optimizer runs", True),
         ("1/0: Cache line invalidated because L['p'] got deallocated", "no longer true: Cache", False),
+        ("1/0: list(dict.keys(L['opt'].state))[1] is L['p']", "states are in another order", True),
+        (
+            "1/0: self.param_groups[0]['params'][1] is list(dict.keys(self.state))[0]",
+            "states are in another order",
+            True,
+        ),
+        (
+            "1/0: self.param_groups[0]['params'][2].grad is self.param_groups[0]['params'][0].grad",
+            "had one gradient",
+            True,
+        ),
         ("1/0: ___check_obj_id(p, 14), type=<class 'torch.nn.parameter.Parameter'>", "another parameter", True),
     ],
 )
