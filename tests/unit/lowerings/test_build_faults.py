@@ -242,7 +242,6 @@ def test_a_cache_that_code_must_not_be_run_from(kernel_cache: Path, monkeypatch:
 def test_threads_ask_for_the_backend_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A name that torch does not know yet, and that takes a moment to load, as in a new process."""
     registry = torch._dynamo.backends.registry
-    entry = registry._BACKENDS.get("npu_fused")
 
     class Slow:
         def load(self) -> Any:
@@ -265,7 +264,6 @@ def test_threads_ask_for_the_backend_at_once(monkeypatch: pytest.MonkeyPatch) ->
         assert torch.allclose(p, torch.full((3,), 0.9))
 
     at_once(*[work] * 4)
-    assert entry is not None
 
 
 def test_threads_build_at_once(kernel_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
