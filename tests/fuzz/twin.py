@@ -61,7 +61,9 @@ class Drawing(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, k=0))
 
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
         keep = torch.tensor([0.9, 0.5])
         for group in self.param_groups:
             for p in group["params"]:
@@ -75,6 +77,7 @@ class Drawing(torch.optim.Optimizer):
                 noise = torch.empty_like(p).uniform_() * torch.full_like(p, 0.125)
                 p.add_(s["m"] + noise * torch.as_tensor([[0.5]]).view(()), alpha=-group["lr"])
                 p.mul_(1 - group["lr"] * group["weight_decay"])
+        return loss
 
 
 class Counting(torch.optim.Optimizer):
@@ -84,7 +87,9 @@ class Counting(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, mu=0.9))
 
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -94,6 +99,7 @@ class Counting(torch.optim.Optimizer):
                 s["scale"] = s.get("scale", 1.0) * group["mu"]
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(p.grad, alpha=-group["lr"] * s["scale"] / math.sqrt(s["step"]))
+        return loss
 
 
 nudge: torch.Generator | None = None  # with it random values are an ulp off, by chance up or down
