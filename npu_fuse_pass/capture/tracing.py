@@ -4,9 +4,8 @@ Python numbers are symbolic where they change, instead of a compile for each val
 symbolic, but fixes it again where `math.pow`, `math.log` or `math.exp` takes it: it looks for torch._sym_pow and its
 like, which torch lacks (it has _sym_sqrt and others). They exist only while a step of `compile_step` is called, or
 Dynamo compiles for this backend; other compiles do not see them. The same holds for a traceable context in the place
-of one that Dynamo skips. Numbers that are known to change are symbolic from
-the first compile on, and Dynamo does not write `capturable`, an option of torch's classes, into the groups of others,
-where its guards then fail.
+of one that Dynamo skips. Numbers that are known to change are symbolic from the first compile on, and Dynamo does not
+write `capturable`, an option of torch's classes, into the groups of others, where its guards then fail.
 
 Under plain `torch.compile` nobody has seen a step before the first compile. What a later compile finds in states and
 groups for the first time was made by a step, and will change; so will lr. Both are symbolic then, where the step
@@ -14,9 +13,9 @@ itself is compiled: in a function around it Dynamo's own guesses stay.
 
 What is found through an optimizer has other names, too: a parameter is a key of `opt.state`, and may be a variable of
 the function. Dynamo finds an entry of the state by its place among the keys, and leaves out the guards that both names
-mean one tensor still, which takes less time (measured: 7 % of a call of a step of 600 parameters). Entries that were
-removed and made anew are in another order; without those guards parameters get each other's states, silently. A
-gradient that two parameters have it reads from one of them, and does not guard that it stays the other's.
+mean one tensor still, which takes less time. Entries that were removed and made anew are in another order; without
+those guards parameters get each other's states, silently. A gradient that two parameters have it reads from one of
+them, and does not guard that it stays the other's.
 """
 
 from __future__ import annotations

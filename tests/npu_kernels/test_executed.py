@@ -70,22 +70,28 @@ def run(
     return ours, eager, exact, cores
 
 
-def assert_close(ours: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
+CANCELLING = ("NovoGrad",)
+"""Its momentum is a thirtieth of the terms that it is the sum of: one element alone is twice as far off as eager's."""
+
+
+def assert_close(
+    ours: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[Tensor], cancels: bool = False
+) -> None:
     for i, (a, b, c) in enumerate(zip(ours, eager, exact, strict=True)):
         # in half precision a result may round to the other neighbour where it lies between two
         near = 1e-6 if a.dtype == torch.float32 else ULP[a.dtype] / 16
         assert distance(a, b) <= near, (i, distance(a, b))
         # eager has fused multiply-adds, the vector unit's are two roundings: where terms cancel, a tensor of one
         # element has no others that make up for it
-        factor, ulps = (1.1, 2) if a.numel() > 1 else (2, 8)
-        limit = max(factor * distance(b, c), ulps * ULP[a.dtype])
+        factor = 2 if cancels and a.numel() == 1 else 1.1
+        limit = max(factor * distance(b, c), (2 if a.numel() > 1 else 8) * ULP[a.dtype])
         assert distance(a, c) <= limit, (i, distance(a, c), limit)
 
 
 @pytest.mark.parametrize("step", ALL, ids=str)
 def test_five_steps(step: Step) -> None:
     ours, eager, exact, _ = run(step)
-    assert_close(ours, eager, exact)
+    assert_close(ours, eager, exact, step.name in CANCELLING)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])

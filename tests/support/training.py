@@ -111,6 +111,15 @@ def set_gradients(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> N
         p.grad = None if g is None else g.clone()
 
 
+def step_with_a_shared_gradient(params: list[Any], step: Callable[[], Any], shared: Sequence[int]) -> None:
+    """Five steps over three parameters; at those that are named the third has the gradient tensor of the first."""
+    for seed in range(5):
+        set_gradients(params, gradients(params, seed))
+        if seed in shared:
+            params[2].grad = params[0].grad
+        step()
+
+
 def error(got: Tensor, want: Tensor) -> float:
     """The goldens' measure: the largest |a - b| / (1e-3 + |b|)."""
     got, want = got.detach().double(), want.detach().double()

@@ -30,6 +30,7 @@ from tests.support.training import (
     last_report,
     parameters,
     set_gradients,
+    step_with_a_shared_gradient,
 )
 
 SHAPES = [(3, 4), (5,), (3, 4)]
@@ -737,11 +738,7 @@ def test_a_gradient_of_two_parameters_may_be_two_at_the_next_call(shared: tuple[
                 torch._foreach_mul_([p.data for p in params], 0.9)
 
         step = torch.compile(function, backend="npu_fused") if compiled else function
-        for seed in range(5):
-            set_gradients(params, gradients(params, seed))
-            if seed in shared:
-                params[2].grad = params[0].grad
-            step()
+        step_with_a_shared_gradient(params, step, shared)
         return [p.detach() for p in params]
 
     for got, want in zip(trained(True), trained(False), strict=True):

@@ -30,6 +30,7 @@ from tests.support.training import (
     gradients,
     parameters,
     set_gradients,
+    step_with_a_shared_gradient,
     tier,
 )
 
@@ -614,11 +615,7 @@ def test_a_gradient_of_two_parameters_may_be_two_at_the_next_step(cls: Any, shar
         params = parameters([(3, 4), (5,), (3, 4)])
         opt = cls(params, lr=0.1)
         step = torch.compile(opt.step, backend="npu_fused") if compiled else opt.step
-        for seed in range(5):
-            set_gradients(params, gradients(params, seed))
-            if seed in shared:
-                params[2].grad = params[0].grad
-            step()
+        step_with_a_shared_gradient(params, step, shared)
         return [p.detach() for p in params]
 
     assert_close(trained(True), trained(False))
