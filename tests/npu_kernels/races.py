@@ -4,6 +4,9 @@ A core runs its pipes (scalar unit, vector unit, copies in, copies out) side by 
 barriers, order them. Two accesses of the same bytes, one of them a write, must be ordered. Right numbers on a CPU say
 nothing about that: there one operation runs after another.
 
+The scalar unit issues the other pipes' operations. It has what it reads before it issues the next one; what it writes
+may still be under way then, and needs a flag.
+
 Not shown: order between cores (chunks are disjoint), nor whether hivmc keeps the flags.
 """
 
@@ -12,7 +15,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Sequence
 
-from npu_fuse_pass.lowerings.npu.kernels.pipes import COPY_IN, COPY_OUT, Pipes
+from npu_fuse_pass.lowerings.npu.kernels.pipes import COPY_IN, COPY_OUT, SCALAR, Pipes
 
 _HISTORY = 600  # earlier accesses of one kind of memory that an access is compared with: some trips of the loop
 
@@ -46,6 +49,8 @@ class Races(Pipes):
             for other, other_pipe, other_number, other_writes, other_start, other_end in before:
                 if start >= other_end or other_start >= start + size or not (writes or other_writes):
                     continue
+                if other_pipe == SCALAR and not other_writes:
+                    continue  # the scalar unit has what it reads before it issues anything else
                 if (other_pipe, other_number) != (pipe, number) and clock.get(other_pipe, 0) < other_number:
                     self.found[other, line] += 1
             before.append((line, pipe, number, writes, start, start + size))

@@ -93,9 +93,24 @@ def captured(step: Step, dtype: torch.dtype) -> list[Grouped]:
 
 
 def tensors(opt: Any) -> list[Tensor]:
-    """Parameters and states, but for step counters, in order."""
-    if hasattr(opt, "state"):
-        params = [p for g in opt.param_groups for p in g["params"]]
-        states = [(p, key, t) for p in params for key, t in opt.state[p].items() if isinstance(t, Tensor)]
-        return [*params, *(t for p, key, t in states if t.shape == p.shape or (not t.shape and key != "step"))]
-    return [*opt._parameter_list]
+    """Parameters and states, but for step counters, by role."""
+    groups = getattr(opt, "param_groups", None)
+    params = [p for g in groups for p in g["params"]] if groups else [*opt._parameter_list]
+    roles: dict[str, list[Tensor]] = {}
+    for p in params if groups else ():
+        for key, t in opt.state[p].items():
+            if isinstance(t, Tensor) and (t.shape == p.shape or (not t.shape and key != "step")):
+                roles.setdefault(key, []).append(t)
+    return joined(params, *roles.values())
+
+
+def joined(*roles: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors of each role; those of one element as one tensor.
+
+    Alone, one element says little of a kernel: where its terms cancel, a last bit of them is many of the sum.
+    """
+    found = []
+    for role in roles:
+        single = [t.detach().reshape(1) for t in role if t.numel() == 1]
+        found += [t for t in role if t.numel() != 1] + ([torch.cat(single)] if single else [])
+    return found

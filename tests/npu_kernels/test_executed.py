@@ -15,7 +15,7 @@ from tests.npu_kernels import steps
 from tests.npu_kernels.executed import Cores, GraphBackend, RuleStep
 from tests.npu_kernels.steps import ALL, OURS, STOCK, Step, parameters, set_gradients
 
-SIZES = (1, 7, 4864, 4865, 363, 10001)
+SIZES = (1, 7, 4864, 4865, 363, 10001, *[1] * 15)
 ULP = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
 
@@ -70,28 +70,20 @@ def run(
     return ours, eager, exact, cores
 
 
-CANCELLING = ("NovoGrad",)
-"""Its momentum is a thirtieth of the terms that it is the sum of: one element alone is twice as far off as eager's."""
-
-
-def assert_close(
-    ours: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[Tensor], cancels: bool = False
-) -> None:
+def assert_close(ours: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
     for i, (a, b, c) in enumerate(zip(ours, eager, exact, strict=True)):
         # in half precision a result may round to the other neighbour where it lies between two
         near = 1e-6 if a.dtype == torch.float32 else ULP[a.dtype] / 16
         assert distance(a, b) <= near, (i, distance(a, b))
-        # eager has fused multiply-adds, the vector unit's are two roundings: where terms cancel, a tensor of one
-        # element has no others that make up for it
-        factor = 2 if cancels and a.numel() == 1 else 1.1
-        limit = max(factor * distance(b, c), (2 if a.numel() > 1 else 8) * ULP[a.dtype])
+        factor = 1.1 if a.numel() > 100 else 1.5  # eager's own distance is a matter of luck where elements are few
+        limit = max(factor * distance(b, c), 2 * ULP[a.dtype])
         assert distance(a, c) <= limit, (i, distance(a, c), limit)
 
 
 @pytest.mark.parametrize("step", ALL, ids=str)
 def test_five_steps(step: Step) -> None:
     ours, eager, exact, _ = run(step)
-    assert_close(ours, eager, exact, step.name in CANCELLING)
+    assert_close(ours, eager, exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])

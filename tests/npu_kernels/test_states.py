@@ -19,7 +19,7 @@ from npu_fuse_pass.passes.group import group
 from npu_fuse_pass.reasons import Code
 from tests.npu_kernels.compiler import final_ir
 from tests.npu_kernels.executed import Cores, GraphBackend
-from tests.npu_kernels.steps import parameters, set_gradients
+from tests.npu_kernels.steps import joined, parameters, set_gradients
 from tests.npu_kernels.test_executed import SIZES, ULP, assert_close, distance
 from tests.npu_kernels.test_races import Watched
 from tests.support.graphs import traced
@@ -123,7 +123,7 @@ def train(
             grads[0][0] = torch.inf
         s["found"][0].zero_()
         call(grads)
-    return [t.clone() for t in (*params, *s["m"], *s["sq"], *s["v"], *s["peak"], *s["count"], *s["found"])]
+    return [t.clone() for t in joined(params, *(s[name] for name in ("m", "sq", "v", "peak", "count", "found")))]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -149,8 +149,7 @@ def test_a_step_that_is_skipped(case: Case) -> None:
     ours, eager, exact = (train(case, b, d, infinite=2) for b, d in kinds)
     assert_close(ours, eager, exact)
     count = len(SIZES)
-    counted = [float(t) for t in ours[-1 - count : -1]]
-    assert counted == ([3.0] * count if case.update is skipped else [3.0] + [4.0] * (count - 1))
+    assert ours[-2].tolist() == ([3.0] * count if case.update is skipped else [3.0] + [4.0] * (count - 1))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -164,10 +163,10 @@ def test_bits_do_not_depend_on_the_number_of_cores(case: Case) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_half_precision(case: Case, dtype: torch.dtype) -> None:
     """States are stored in half precision, too; the CPU's kernels round what is read from them where torch does."""
-    ours, wanted = (train(case, b, dtype) for b in (GraphBackend(size=1024), npu_fused))
+    sizes = [n for n in SIZES if n > 100]
+    ours, wanted = (train(case, b, dtype, sizes) for b in (GraphBackend(size=1024), npu_fused))
     for i, (a, b) in enumerate(zip(ours, wanted, strict=True)):
-        if a.numel() > 100 or not a.shape:
-            assert distance(a, b) <= ULP[dtype] / 16, i
+        assert distance(a, b) <= ULP[dtype] / (16 if a.numel() > 100 else 1), i  # one of few may lie between two
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -29,15 +29,13 @@ class Pipes:
     def start(self, pipe: str) -> Clock:
         """Give a pipe its next operation; what is finished when that starts."""
         self.count[pipe] += 1
-        clock = dict(self._clock[pipe])
-        _join(clock, self._clock[SCALAR])  # the scalar unit issues everything
+        clock = self._issued(pipe)
         if pipe == SCALAR:
             self._clock[SCALAR][SCALAR] = self.count[SCALAR]  # in order
         return clock
 
     def set_flag(self, source: str, target: str, event: object) -> None:
-        clock = dict(self._clock[source])
-        _join(clock, self._clock[SCALAR])
+        clock = self._issued(source)
         clock[source] = self.count[source]
         self._flags.setdefault((source, target, event), []).append(clock)
 
@@ -48,6 +46,18 @@ class Pipes:
             return False
         _join(self._clock[target], waiting.pop(0))
         return True
+
+    def _issued(self, pipe: str) -> Clock:
+        """What is finished when a pipe gets something to do.
+
+        The scalar unit issues everything, so all wait for what it has waited for. Its own accesses of memory may still
+        be under way then.
+        """
+        clock = dict(self._clock[SCALAR])
+        if pipe != SCALAR:
+            clock.pop(SCALAR, None)
+        _join(clock, self._clock[pipe])
+        return clock
 
     def barrier(self, pipe: str) -> None:
         if pipe == EVERY:
