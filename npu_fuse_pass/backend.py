@@ -14,7 +14,6 @@ from torch import Tensor, fx
 
 from npu_fuse_pass import lower
 from npu_fuse_pass.capture.clipping import let_clipping_be_captured
-from npu_fuse_pass.capture.tracing import look_after_plain_compiles
 from npu_fuse_pass.errors import FuseError, OptionError
 from npu_fuse_pass.options import KERNELS, LAYOUTS, PLATFORMS, Options
 from npu_fuse_pass.private_torch import find
@@ -25,6 +24,7 @@ from npu_fuse_pass.report.net import net
 from npu_fuse_pass.report.report import CompileReport, record, reports
 from npu_fuse_pass.rules import core_op
 from npu_fuse_pass.rules.torch_steps import look_after_compiled_steps
+from npu_fuse_pass.rules.tracing import look_after_plain_compiles
 from npu_fuse_pass.run.graph_step import graph_step, told, told_of
 from npu_fuse_pass.run.rule_step import RuleSteps
 

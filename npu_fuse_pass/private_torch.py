@@ -56,11 +56,16 @@ WITHOUT = {
     "torch._dynamo.variables.LazyVariableTracker": "a class without capturable may be compiled twice",
     "torch._dynamo.variables.NewGlobalVariable": "a step behind a change in a function has its own graph",
     "torch._dynamo.variables.OptimizerVariable": "a class without capturable may be compiled twice",
-    "torch._dynamo.variables.OptimizerVariable._set_capturable": "a class without capturable may be compiled twice",
+    "torch._dynamo.variables.OptimizerVariable._set_capturable": "a class without capturable may be compiled twice, "
+    "and a group that a function changes becomes capturable",
     "torch._dynamo.variables.OptimizerVariable.create_finalizer": "parameters that had one gradient keep it in a "
     "compiled step",
     "torch._dynamo.variables.VariableTracker": "a class without capturable may be compiled twice",
     "torch._dynamo.variables.builder": "numbers that change may compile a step twice",
+    "torch._dynamo.variables.builder.VariableBuilder": "what a function assigns to attributes of torch.optim's "
+    "optimizers is lost",
+    "torch._dynamo.variables.builder.VariableBuilder._wrap": "what a function assigns to attributes of torch.optim's "
+    "optimizers is lost",
     "torch._dynamo.variables.builder.process_automatic_dynamic": "numbers that change may compile a step twice",
     "torch._foreach_copy_": "lists of tensors are copied one by one",
     "torch._guards.CompileContext.current_compile_id": "reports do not say why a step was compiled again; with plain "

@@ -74,7 +74,7 @@ def why_apart(optimizer: Keeping, surface: object, operation: object, handle: st
 def _guard_identity(surface: Any) -> None:
     """Have Dynamo guard that a parameter which the function uses by another name, too, is one tensor by both.
 
-    It leaves that out for what it finds through an optimizer, which is quicker with torch's own. `capture.tracing` puts
+    It leaves that out for what it finds through an optimizer, which is quicker with torch's own. `tracing` puts
     such guards back where this backend compiles; a step of these optimizers is in graphs of other backends, too.
 
     Args:

@@ -1,6 +1,8 @@
 """torch learns the backend's name from a rule optimizer, ahead of `torch.compile(..., backend="npu_fused")`.
 
 By itself it looks a name up when it is first asked for, and where several threads ask at once it refuses all but one.
+The backend itself is imported at the end of the first compile, when Dynamo has traced it; so what concerns Dynamo has
+to be in place before.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any
 
 from npu_fuse_pass.private_torch import find
 from npu_fuse_pass.rules.torch_steps import look_after_compiled_steps
+from npu_fuse_pass.rules.tracing import look_after_plain_compiles
 
 _lock = threading.Lock()
 
@@ -21,6 +24,7 @@ def register_backend() -> None:
     """Register the name, if it is not registered."""
     with _lock:
         look_after_compiled_steps()
+        look_after_plain_compiles()
         _register()
 
 

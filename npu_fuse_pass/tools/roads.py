@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from npu_fuse_pass import backend
-from npu_fuse_pass.capture.tracing import reading_numbers, symbolic_numbers
 from npu_fuse_pass.reasons import Code, Reason
 from npu_fuse_pass.rules.hidden import hidden_class
 from npu_fuse_pass.rules.optimizer import RuleOptimizer
+from npu_fuse_pass.rules.tracing import reading_numbers, symbolic_numbers
 from npu_fuse_pass.stock.binding import Binding
 from npu_fuse_pass.stock.classes import stock_class
 from npu_fuse_pass.stock.prelude import Refused

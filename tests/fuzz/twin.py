@@ -10,6 +10,7 @@ import os
 os.environ.setdefault("NPU_FUSE_VERIFY", "1")  # internal errors are findings, not fallbacks
 
 # ruff: noqa: F401 (programs use these)
+import collections
 import concurrent.futures
 import copy
 import dataclasses
@@ -351,6 +352,8 @@ def _look(names: dict[str, Any], states: bool) -> dict[str, Any]:
             for n, x in [*names["opt"].state[p].items()]:
                 if x is not None:
                     found[f"p{i}.{n}"] = torch.as_tensor(x).detach().clone()
+    for i, group in enumerate(names["opt"].param_groups if "opt" in names else ()):
+        found |= {f"group {i}, {n}": copy.copy(x) for n, x in group.items() if n != "params"}
     return found
 
 
@@ -424,7 +427,7 @@ def compare(
         for name in want.seen[i].keys() | got.seen[i].keys():
             x, y = (seen[i].get(name) for seen in (got.seen, want.seen))
             limits = of_all if name == "average" else of_states if "." in name else of_parameters
-            if shared and (x is None or y is None or name.endswith(".step")):
+            if shared and (x is None or y is None or name.startswith("group") or name.endswith(".step")):
                 continue
             off = [other.seen[i].get(name) for other in near if i < len(other.seen)]
             if captured:

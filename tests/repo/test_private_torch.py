@@ -36,7 +36,7 @@ NOT_ASKED_FOR = {
     "torch._dynamo.variables.NewGlobalVariable",  # behind another one that is missing
     "torch._dynamo.source.OptimizerSource",
     "torch._dynamo.config.recompile_limit",  # at a first compile
-    "torch._dynamo.variables.OptimizerVariable",  # where a name in it is missing
+    "torch._dynamo.variables.builder.VariableBuilder",  # where a name in it is missing
     "torch._dynamo.variables.builder",
     "torch._dynamo.guards",
     "torch._inductor.inductor_prims",  # where torchair is not

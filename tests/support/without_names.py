@@ -177,9 +177,9 @@ def tools() -> None:
     """What lies beside a step: Inductor's hook, folders of dumps, scripts that are watched, numbers."""
     import npu_fuse_pass
     from npu_fuse_pass import private_torch
-    from npu_fuse_pass.capture import tracing
     from npu_fuse_pass.dump import folder
     from npu_fuse_pass.lowerings.cpu import input_check
+    from npu_fuse_pass.rules import tracing
     from npu_fuse_pass.rules.optimizer import RuleOptimizer
     from npu_fuse_pass.tensors import memory, sharded
     from npu_fuse_pass.tools import observe

@@ -6,6 +6,8 @@ step, which then has a graph of its own, fused.
 
 from __future__ import annotations
 
+import collections
+import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -96,6 +98,11 @@ def tensor_lr_in_place(opt: Any, params: list[Tensor], i: int) -> None:
 @change
 def cleared_states(opt: Any, params: list[Tensor], i: int) -> None:
     opt.state.clear()
+
+
+@change
+def other_states(opt: Any, params: list[Tensor], i: int) -> None:
+    opt.state = collections.defaultdict(dict, {p: opt.state[p] for p in params[i % 2 :] if p in opt.state})
 
 
 @change
@@ -220,9 +227,11 @@ ORDERS = {f.__name__: f for f in (before, after, around, within_a_call)}
 
 
 def possible(name: str, kind: str) -> bool:
-    if name == "other_groups" and kind in STOCK:  # see test_what_dynamo_loses_itself
-        return False
     return not (name == "tensor_lr_in_place" and kind == "paddle_rmsprop")
+
+
+def options_of(opt: Any) -> list[dict[str, Any]]:
+    return [{name: value for name, value in group.items() if name != "params"} for group in opt.param_groups]
 
 
 RUNS = [(name, kind, order) for name in CHANGES for kind in (*OURS, *STOCK) for order in ORDERS if possible(name, kind)]
@@ -252,6 +261,7 @@ def test_what_was_changed_before_counts(name: str, kind: str, order: str) -> Non
             for n, value in other.state.get(q, {}).items():
                 if value is not None:
                     assert error(torch.as_tensor(opt.state[p][n]), torch.as_tensor(value)) <= 2e-4, n
+        assert options_of(opt) == options_of(other)
     reports = [r for r in npu_fuse_pass.reports() if r.groups or r.unfused or r.fallback]
     assert reports
     left = name == "data_assigned" or (name == "tensor_lr_in_place" and order == "after")  # and the report says why
@@ -336,17 +346,45 @@ def said(report: Any) -> bool:
     return report.apart is not None or "which Python has to do" in str(report.graph_break)
 
 
-def test_what_dynamo_loses_itself() -> None:
-    """An assignment to an attribute of torch's own optimizers, whatever the backend: no table can have it."""
-    (p,) = parameters([(3,)])
-    opt = torch.optim.Adam([p], lr=0.1)
+@pytest.mark.parametrize("make", [torch.optim.Adam, Counting, NpuFusedAdam])
+def test_attributes_of_an_optimizer(make: Any) -> None:
+    """Whose assignment Dynamo drops where the class is torch's, under other backends."""
+    torch._dynamo.reset()
+    opt = make(parameters([(3,)]))
 
-    def assign() -> Tensor:
-        opt.param_groups = [{**group, "lr": 0.5} for group in opt.param_groups]
-        return torch.ones(2) + 1
+    def assign(value: float) -> Tensor:
+        opt.param_groups = [{**group, "lr": value} for group in opt.param_groups]
+        opt.defaults = {**opt.defaults, "lr": value}
+        opt.note = value
+        seen = opt.param_groups[0]["lr"] + opt.defaults["lr"] + opt.note
+        return torch.ones(2) * seen
 
-    torch.compile(assign, backend="eager")()
-    assert opt.param_groups[0]["lr"] == 0.1  # this torch; where it has become 0.5, put it back into the table
+    compiled = torch.compile(assign, backend="npu_fused")
+    for value in (0.5, 0.25, 0.125):
+        assert compiled(value).tolist() == [3 * value] * 2
+        assert opt.param_groups[0]["lr"] == opt.defaults["lr"] == opt.note == value
+
+
+FIRST_COMPILE = """
+import torch, optimizers
+params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+opt = optimizers.NpuFusedAdam(params)
+kept = dict(opt.param_groups[0])
+def function(value):
+    opt.param_groups[0]["lr"] = value
+    opt.step()
+step = torch.compile(function, backend="npu_fused")
+for p in params:
+    p.grad = torch.ones(3)
+step(0.5)
+print(opt.param_groups[0] == {**kept, "lr": 0.5})
+"""
+
+
+def test_the_first_compile_of_a_process() -> None:
+    """When the backend is not imported yet, which is what Dynamo calls first when it has traced."""
+    run = subprocess.run([sys.executable, "-c", FIRST_COMPILE], capture_output=True, text=True, check=True)
+    assert run.stdout == "True\n"
 
 
 Function = Callable[[], Any]

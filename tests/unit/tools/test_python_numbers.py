@@ -14,8 +14,8 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import npu_fuse_pass
-from npu_fuse_pass.capture import tracing
-from npu_fuse_pass.capture.tracing import reading_numbers, symbolic_numbers
+from npu_fuse_pass.rules import tracing
+from npu_fuse_pass.rules.tracing import reading_numbers, symbolic_numbers
 from tests.support.training import FULL, assert_close, assert_fused, clones, gradients, parameters, set_gradients
 
 Number = Callable[[float, int], float]

@@ -1,4 +1,4 @@
-"""What Dynamo does otherwise while it compiles for this backend: numbers, and two names of one tensor.
+"""What Dynamo does otherwise while it compiles for this backend: numbers, names of one tensor, optimizers' attributes.
 
 Python numbers are symbolic where they change, instead of a compile for each value. Dynamo makes an integer that changed
 symbolic, but fixes it again where `math.pow`, `math.log` or `math.exp` takes it: it looks for torch._sym_pow and its
@@ -16,6 +16,9 @@ the function. Dynamo finds an entry of the state by its place among the keys, an
 mean one tensor still, which takes less time. Entries that were removed and made anew are in another order; without
 those guards parameters get each other's states, silently. A gradient that two parameters have it reads from one of
 them, and does not guard that it stays the other's.
+
+Dynamo drops what is assigned to attributes of torch's optimizers, `opt.param_groups` among them. It carries out what is
+assigned to objects that it tracks, so it tracks optimizers, too.
 """
 
 from __future__ import annotations
@@ -73,6 +76,10 @@ _end_mapping, _install_guard, _one_object = _GRADIENTS = (
     find("torch._dynamo.guards.GuardBuilder.DUPLICATE_INPUT"),
 )
 _leaves_out_guards = find("torch._dynamo.guards.is_from_optimizer_source")
+_variable_of, _optimizer = _ATTRIBUTES = (
+    find("torch._dynamo.variables.builder.VariableBuilder._wrap"),
+    find("torch._dynamo.variables.OptimizerVariable"),
+)
 
 
 def _entry_as_if_changed(tx: Any, name: str, entry: Any, **kwargs: Any) -> Any:
@@ -113,13 +120,27 @@ def _came_with_a_step(code: types.CodeType, name: str, value: float, number: int
 
 
 def _set_capturable_where_known(self: Any, tx: Any) -> None:
-    """Set `capturable` as torch does, but only in groups that have the option."""
-    if any("capturable" in group for group in self.value.param_groups):
-        _set_capturable(self, tx)
-        return
+    """Set `capturable` as torch does, but only in groups that have the option, and only while they are read.
+
+    What a function changes in a group, or copies from it, gets the option as it is.
+    """
     source = self.source and _attribute_source(self.source, "param_groups")
-    built = _variable.build(tx, self.value.param_groups, source)
-    _lazy.realize_all(built)
+    groups = _lazy.realize_all(_variable.build(tx, self.value.param_groups, source)).items
+    options = [_capturable(group) for group in groups]
+    if not any(options):
+        return
+    _set_capturable(self, tx)
+    for group, option in zip(groups, options, strict=True):
+        ((key, traced),) = _capturable(group).items()
+        if not option:
+            del group.items[key]
+        for variable in option.values():
+            group.items[key] = type(traced)(traced.value, source=variable.source)
+
+
+def _capturable(group: Any) -> dict[Any, Any]:
+    """The option in Dynamo's variable of a group, if it has it."""
+    return {key: value for key, value in group.items.items() if key.vt.as_python_constant() == "capturable"}
 
 
 def _guard_shared_gradients(self: Any, tx: Any) -> None:
@@ -130,6 +151,14 @@ def _guard_shared_gradients(self: Any, tx: Any) -> None:
             same = functools.partial(_one_object, source_b=used)
             _install_guard(dataclasses.replace(used, base=source).make_guard(same))
     _end_mapping(self, tx)
+
+
+def _track_optimizers(self: Any, value: Any) -> Any:
+    """Dynamo's variable of an input; what is assigned to attributes of an optimizer is carried out behind the graph."""
+    variable, tracked = _variable_of(self, value), self.tx.output.side_effects
+    if not isinstance(variable, _optimizer) or value in tracked:
+        return variable
+    return tracked.track_object_existing(value, variable)
 
 
 _MISSING = {"_sym_pow": _sym_pow, "_sym_exp": _sym_exp, **({"_sym_log": _sym_log} if _sym_log2 is not None else {})}
@@ -190,6 +219,11 @@ _tracing = _Replaced(
         None if _leaves_out_guards is None else find("torch._dynamo.guards"),
         "is_from_optimizer_source",
         lambda source: False,
+    ),
+    (
+        None if None in _ATTRIBUTES else find("torch._dynamo.variables.builder.VariableBuilder"),
+        "_wrap",
+        _track_optimizers,
     ),
 )
 # Libraries that compile parts of their steps themselves lift torch's limit of compiles meanwhile, in a context that
