@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, fx
 
 from npu_fuse_pass import lower
-from npu_fuse_pass.capture.clipping import let_clipping_be_captured
 from npu_fuse_pass.errors import FuseError, OptionError
 from npu_fuse_pass.options import KERNELS, LAYOUTS, PLATFORMS, Options
 from npu_fuse_pass.private_torch import find
@@ -23,14 +22,11 @@ from npu_fuse_pass.report.logs import switched_off, warn_unfused
 from npu_fuse_pass.report.net import net
 from npu_fuse_pass.report.report import CompileReport, record, reports
 from npu_fuse_pass.rules import core_op
-from npu_fuse_pass.rules.torch_steps import look_after_compiled_steps
-from npu_fuse_pass.rules.tracing import look_after_plain_compiles
+from npu_fuse_pass.rules.registration import prepare
 from npu_fuse_pass.run.graph_step import graph_step, told, told_of
 from npu_fuse_pass.run.rule_step import RuleSteps
 
-look_after_compiled_steps()
-let_clipping_be_captured()
-look_after_plain_compiles()
+prepare()
 _OPTIONS = frozenset(f.name for f in dataclasses.fields(Options))
 
 
@@ -62,7 +58,7 @@ def npu_fused(
     Raises:
         OptionError: an unknown option or value; the message names the allowed ones.
     """
-    look_after_compiled_steps()
+    prepare()
     chosen = Options(**_checked_options(mode, options))
     if switched_off() or all(node.op in ("placeholder", "get_attr", "output") for node in gm.graph.nodes):
         return gm.forward  # Dynamo compiles empty graphs too, around what it does not capture

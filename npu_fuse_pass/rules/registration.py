@@ -14,17 +14,24 @@ import threading
 from typing import Any
 
 from npu_fuse_pass.private_torch import find
+from npu_fuse_pass.rules.clipping import let_clipping_be_captured
 from npu_fuse_pass.rules.torch_steps import look_after_compiled_steps
 from npu_fuse_pass.rules.tracing import look_after_plain_compiles
 
 _lock = threading.Lock()
 
 
+def prepare() -> None:
+    """Have torch ask this package where compiles begin, and Dynamo do what it does otherwise for this backend."""
+    look_after_compiled_steps()
+    look_after_plain_compiles()
+    let_clipping_be_captured()
+
+
 def register_backend() -> None:
     """Register the name, if it is not registered."""
     with _lock:
-        look_after_compiled_steps()
-        look_after_plain_compiles()
+        prepare()
         _register()
 
 

@@ -12,9 +12,9 @@ import torch
 from steps import assert_close
 
 from npu_fuse_pass.backend import npu_fused
-from npu_fuse_pass.capture.clipping import older_than
 from npu_fuse_pass.lowerings.npu import program as npu
 from npu_fuse_pass.lowerings.npu.environment import require
+from npu_fuse_pass.rules.clipping import older_than
 from scripts import conversion_cases, conversion_table
 
 ROWS = {row.name: row for row in conversion_cases.ROWS}

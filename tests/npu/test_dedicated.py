@@ -14,10 +14,10 @@ from steps import OnNpu, assert_close, assert_same, parameters, set_gradients, t
 
 import npu_fuse_pass
 from npu_fuse_pass.backend import npu_fused
-from npu_fuse_pass.capture.clipping import older_than
 from npu_fuse_pass.lowerings.npu.emit import dedicated_operations, elementwise, list_operations
 from npu_fuse_pass.lowerings.npu.environment import require
 from npu_fuse_pass.match import known_kernels
+from npu_fuse_pass.rules.clipping import older_than
 from npu_fuse_pass.tolerances import PROMISED
 from tests.support.cases import BY_NAME
 

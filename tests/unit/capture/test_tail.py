@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import npu_fuse_pass
-from npu_fuse_pass.capture.clipping import grouped
+from npu_fuse_pass.rules.clipping import grouped
 from tests.support.cases import BY_NAME, ONE_EACH, Case
 from tests.support.training import assert_close, assert_fused, error, gradients, last_report, parameters, set_gradients
 
