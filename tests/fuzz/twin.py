@@ -353,8 +353,13 @@ def _look(names: dict[str, Any], states: bool) -> dict[str, Any]:
                 if x is not None:
                     found[f"p{i}.{n}"] = torch.as_tensor(x).detach().clone()
     for i, group in enumerate(names["opt"].param_groups if "opt" in names else ()):
-        found |= {f"group {i}, {n}": copy.copy(x) for n, x in group.items() if n != "params"}
+        found |= {f"group {i}, {n}": _plain(x) for n, x in group.items() if n != "params"}
     return found
+
+
+def _plain(x: Any) -> Any:
+    """A number of NumPy's as Python's: Dynamo makes arrays of what a function computes of one."""
+    return x.item() if isinstance(x, (np.generic, np.ndarray)) else copy.copy(x)
 
 
 def differs(
