@@ -140,7 +140,8 @@ def _set_capturable_where_known(self: Any, tx: Any) -> None:
 
 def _capturable(group: Any) -> dict[Any, Any]:
     """The option in Dynamo's variable of a group, if it has it."""
-    return {key: value for key, value in group.items.items() if key.vt.as_python_constant() == "capturable"}
+    names = {key: key.vt.as_python_constant() for key in group.items if key.vt.is_python_constant()}
+    return {key: group.items[key] for key, name in names.items() if name == "capturable"}
 
 
 def _guard_shared_gradients(self: Any, tx: Any) -> None:
