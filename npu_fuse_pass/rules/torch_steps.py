@@ -94,5 +94,5 @@ def _optimizers(found: dict[str, Any]) -> Iterator[torch.optim.Optimizer]:
     """Of a step's frame: `self`, or the first of `args`."""
     args = found.get("args")
     for value in (found.get("self"), args[0] if isinstance(args, tuple) and args else None):
-        if isinstance(value, torch.optim.Optimizer):
+        if isinstance(value, torch.optim.Optimizer) and hasattr(value, "param_groups"):  # else it is being made
             yield value

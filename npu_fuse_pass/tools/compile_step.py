@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,14 +70,14 @@ class CompiledStep:
         self._breaks = backend.NewBreaks()
         backend.let_torch_hide_steps()
         self._original = plain_step(opt)
-        self._calls_closure_first = self._prefers_foreach = False
+        self._calls_closure_first = False
         if is_hooked(self._original):
             inner = self._original.__wrapped__  # type: ignore[attr-defined]
             module = inner.__module__
             self._calls_closure_first = module.startswith("torch.optim.") and module != "torch.optim.lbfgs"
-            self._prefers_foreach = by == "compile_optimizer_" and module in ("torch.optim.adam", "torch.optim.adamw")
+            foreach = by == "compile_optimizer_" and module in ("torch.optim.adam", "torch.optim.adamw")
             self._between_hooks: Callable[..., Any] = types.MethodType(inner, opt)
-            self._compiled_update = road(opt, self._between_hooks, self._tracked)
+            self._compiled_update = road(opt, self._between_hooks, self._tracked, foreach)
             hooked = torch.optim.Optimizer.profile_hook_step(self._closure_then_update)
             self._step: Callable[..., Any] = types.MethodType(hooked, opt)
         else:
@@ -110,10 +109,7 @@ class CompiledStep:
             if self._released:
                 return self._original(*args, **kwargs)
             self.fused_option.switch_off()
-            if not self._prefers_foreach:
-                return self._checked(*args, **kwargs)
-            with self._as_foreach():
-                return self._checked(*args, **kwargs)
+            return self._checked(*args, **kwargs)
         finally:
             self.running = running
 
@@ -161,21 +157,6 @@ class CompiledStep:
         step = self._compiled_update if ready else self._between_hooks
         return step(*args, **kwargs)
 
-    @contextlib.contextmanager
-    def _as_foreach(self) -> Iterator[None]:
-        """Let Adam take its foreach form where neither was asked for.
-
-        Its for-loop form, while it is compiled, divides by lr: at 0 that is NaN where the captured step runs unfused.
-        """
-        groups = [g for g in self._opt.param_groups if _may_be_foreach(g)]
-        for group in groups:
-            group["foreach"] = True
-        try:
-            yield
-        finally:
-            for group in groups:
-                group["foreach"] = None
-
     def _missed(self) -> None:
         """Handle a step that updated parameters, but not in a compiled graph."""
         self._steps += 1
@@ -215,11 +196,3 @@ def has_gradients(opt: torch.optim.Optimizer) -> bool:
 def is_spread(opt: torch.optim.Optimizer) -> bool:
     """True if a rule optimizer has parameters sharded over processes, which step together."""
     return isinstance(opt, RuleOptimizer) and any(is_dtensor(p) for group in opt.param_groups for p in group["params"])
-
-
-def _may_be_foreach(group: dict[str, Any]) -> bool:
-    """True if a group of torch's Adam leaves its form open and the foreach form supports its settings and dtype."""
-    if group.get("foreach", False) is not None or group.get("fused") or group.get("differentiable"):
-        return False
-    half = any(p.dtype is torch.float16 for p in group["params"][:1])  # docs/limits.md
-    return not half and not isinstance(group.get("lr"), torch.Tensor)

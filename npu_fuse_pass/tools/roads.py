@@ -5,8 +5,9 @@ All entry points make the compiled step of an optimizer here.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,22 +23,29 @@ from npu_fuse_pass.stock.prelude import Refused
 from npu_fuse_pass.tools.first_step import first_eagerly
 
 
-def road(opt: torch.optim.Optimizer, step: Callable[..., Any], tracked: backend.TrackedBackend) -> Callable[..., Any]:
+def road(
+    opt: torch.optim.Optimizer, step: Callable[..., Any], tracked: backend.TrackedBackend, foreach: bool = False
+) -> Callable[..., Any]:
     """The function that makes the updates of a step.
 
     Args:
         opt: the optimizer.
         step: the class's method as torch wraps it, with its arguments; hooks run around the result.
         tracked: the backend, which sees all compiles.
+        foreach: Dynamo captures the foreach form of a torch.optim class where neither was asked for.
     """
     known = stock_class(opt, step)
     if isinstance(known, Reason):
-        return captured(opt, step, tracked, known)
-    return StockRoad(Binding(opt, known), step, tracked)
+        return captured(opt, step, tracked, known, foreach)
+    return StockRoad(Binding(opt, known), step, tracked, foreach)
 
 
 def captured(
-    opt: torch.optim.Optimizer, step: Callable[..., Any], tracked: backend.TrackedBackend, reason: Reason | None = None
+    opt: torch.optim.Optimizer,
+    step: Callable[..., Any],
+    tracked: backend.TrackedBackend,
+    reason: Reason | None = None,
+    foreach: bool = False,
 ) -> Callable[..., Any]:
     """A step that Dynamo captures. `reason`: why it is not run as a rule, for the report."""
     if isinstance(opt, RuleOptimizer) and getattr(step, "__func__", None) is RuleOptimizer.step:
@@ -55,10 +63,36 @@ def captured(
     changing: set[str] = set()
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with symbolic_numbers(changing), numbers_read:
+        with symbolic_numbers(changing), numbers_read, _as_foreach(opt) if foreach else contextlib.nullcontext():
             return compiled(*args, **kwargs)
 
     return first_eagerly(opt, step, run, changing)
+
+
+@contextlib.contextmanager
+def _as_foreach(opt: torch.optim.Optimizer) -> Iterator[None]:
+    """Let Adam take its foreach form where neither was asked for.
+
+    Its for-loop form, while it is compiled, divides by lr: at 0 that is NaN where the captured step runs unfused.
+    """
+    groups = [g for g in opt.param_groups if _may_be_foreach(g)]
+    for group in groups:
+        group["foreach"] = True
+    try:
+        yield
+    finally:
+        for group in groups:
+            group["foreach"] = None
+
+
+def _may_be_foreach(group: dict[str, Any]) -> bool:
+    """True if a group of torch's Adam leaves its form open and the foreach form supports its settings and dtype."""
+    params = group["params"]
+    if group.get("foreach", False) is not None or group.get("fused") or group.get("differentiable"):
+        return False
+    half = any(p.dtype is torch.float16 for p in params[:1])  # docs/limits.md
+    listed_twice = len({*map(id, params)}) < len(params)  # it counts both steps before it makes either
+    return not half and not listed_twice and not isinstance(group.get("lr"), torch.Tensor)
 
 
 def _of_rules(opt: RuleOptimizer, core: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -68,8 +102,10 @@ def _of_rules(opt: RuleOptimizer, core: Callable[..., Any], *args: Any, **kwargs
 class StockRoad:
     """The updates of an optimizer of torch.optim, by its rule as long as that applies."""
 
-    def __init__(self, binding: Binding, step: Callable[..., Any], tracked: backend.TrackedBackend) -> None:
-        self._binding, self._step, self._tracked = binding, step, tracked
+    def __init__(
+        self, binding: Binding, step: Callable[..., Any], tracked: backend.TrackedBackend, foreach: bool
+    ) -> None:
+        self._binding, self._step, self._tracked, self._foreach = binding, step, tracked, foreach
         binding.core = backend.shared_core(tracked)
         self._captured: Callable[..., Any] | None = None
 
@@ -86,6 +122,6 @@ class StockRoad:
             except Refused as e:
                 reason = e.reason
         if self._captured is None:
-            self._captured = captured(self._binding.optimizer, self._step, self._tracked, reason)
+            self._captured = captured(self._binding.optimizer, self._step, self._tracked, reason, self._foreach)
         self._tracked.no_rule = reason
         return self._captured(*args, **kwargs)

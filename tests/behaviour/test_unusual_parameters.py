@@ -16,6 +16,8 @@ from tests.support.training import Step, assert_close, clones, gradients, last_r
 
 modes = pytest.mark.parametrize("mode", ["eager", "compiled"])
 KINDS = [BY_NAME[n] for n in ("sgd", "adam", "adamw", "rmsprop_tf", "lion", "paddle_rmsprop")]
+O = torch.optim  # noqa: E741
+STOCK = (O.Adam, O.AdamW, O.SGD, O.RMSprop, O.Adagrad, O.NAdam, O.RAdam, O.Adamax, O.Adadelta, O.ASGD, O.Rprop)
 REFUSED = "Inplace update to inference tensor outside InferenceMode is not allowed"
 
 
@@ -125,3 +127,26 @@ def test_a_parameter_listed_twice(case: Case, mode: str) -> None:
     if mode == "compiled":
         assert "a parameter is listed twice" in last_report().fallback
         assert last_report().remedies == ["list every parameter once"]
+
+
+@pytest.mark.usefixtures("afresh")
+@pytest.mark.parametrize("mode", ["plain", "compile_step", "compile_optimizer_"])
+@pytest.mark.parametrize("cls", STOCK)
+@pytest.mark.filterwarnings("ignore:.*duplicate parameters")
+def test_stock_classes_with_a_parameter_listed_twice(cls: Any, mode: str) -> None:
+    """Torch's foreach forms count both updates before they make either; compiled, it is the form that eager takes."""
+    p, q = parameters([(4,), (3, 2)])
+    a, b = clones([p, q])
+    opt, other = cls([p, q, p], lr=0.1), cls([a, b, a], lr=0.1)
+    step: Any = opt.step
+    if mode == "compile_optimizer_":
+        step = npu_fuse_pass.compile_optimizer_(opt).step
+    else:
+        step = npu_fuse_pass.compile_step(opt) if mode == "compile_step" else torch.compile(step, backend="npu_fused")
+    for seed in range(4):
+        for params in ([p, q], [a, b]):
+            set_gradients(params, gradients(params, seed))
+        step()
+        other.step()
+        assert_close([p, q], [a, b])
+    assert npu_fuse_pass.reports()[-1].groups

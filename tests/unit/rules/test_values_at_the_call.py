@@ -7,6 +7,7 @@ step, which then has a graph of its own, fused.
 from __future__ import annotations
 
 import collections
+import copy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -363,6 +364,28 @@ def test_attributes_of_an_optimizer(make: Any) -> None:
     for value in (0.5, 0.25, 0.125):
         assert compiled(value).tolist() == [3 * value] * 2
         assert opt.param_groups[0]["lr"] == opt.defaults["lr"] == opt.note == value
+
+
+@pytest.mark.usefixtures("afresh")
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.SGD, Counting, NpuFusedAdam])
+def test_an_optimizer_that_a_function_makes(make: Any) -> None:
+    """Dynamo compiles its `__init__`, too, before there are any groups."""
+
+    def make_and_step(p: Tensor) -> Any:
+        opt = make([p])
+        opt.step()
+        copied = copy.deepcopy(opt)
+        (twin,) = copied.param_groups[0]["params"]
+        twin.grad = p.grad
+        copied.step()
+        return twin
+
+    (p,), (q,) = parameters([(3,)]), parameters([(3,)])
+    compiled = torch.compile(make_and_step, backend="npu_fused")
+    for seed in range(3):
+        for x in (p, q):
+            set_gradients([x], gradients([x], seed))
+        assert_close([compiled(p), p], [make_and_step(q), q])
 
 
 FIRST_COMPILE = """
