@@ -60,6 +60,8 @@ WITHOUT = {
     "and a group that a function changes becomes capturable",
     "torch._dynamo.variables.OptimizerVariable.create_finalizer": "parameters that had one gradient keep it in a "
     "compiled step",
+    "torch._dynamo.variables.OptimizerVariable.var_getattr": "attributes of an optimizer whose names are part of "
+    "_init_group are taken for that",
     "torch._dynamo.variables.VariableTracker": "a class without capturable may be compiled twice",
     "torch._dynamo.variables.builder": "numbers that change may compile a step twice",
     "torch._dynamo.variables.builder.VariableBuilder": "what a function assigns to attributes of torch.optim's "

@@ -53,6 +53,10 @@ class Code(enum.Enum):
         "The step reads through a view what it has written before.",
         "read before writing, or write to the whole tensor",
     )
+    VIEW_RETURNED = (
+        "What the graph returns, or leaves in Python's objects, is a view.",
+        "return the whole tensor, or a copy: .clone()",
+    )
     CONSTANT = ("A rule uses a tensor constant.", "use Python numbers in the rule, or a state")
     SIZE = ("The step computes with the size of a tensor.", "take the size as a Python number before the step")
     VALUE = (

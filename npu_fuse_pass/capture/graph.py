@@ -25,7 +25,9 @@ from npu_fuse_pass.capture.updates import updates_of
 from npu_fuse_pass.capture.values import Cell, Val
 from npu_fuse_pass.capture.walk import Recorded, run_graph
 from npu_fuse_pass.errors import Unsupported
-from npu_fuse_pass.fx_nodes.effects import writes_leaves
+from npu_fuse_pass.fx_nodes.effects import recorded, storage_of, writes_leaves
+from npu_fuse_pass.fx_nodes.names import operation_name
+from npu_fuse_pass.fx_nodes.places import source_of
 from npu_fuse_pass.ir.types import Captured, Leaf, Output, Segment
 from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.tensors.sharded import is_dtensor
@@ -119,32 +121,62 @@ def _kept(interpreter: Interpreter, val: Val) -> int | None:
 
 
 def _outputs(interpreter: Interpreter, node: fx.Node, returned: Sequence[Any]) -> list[Output]:
-    """The graph's results; values that are not leaves become new tensors that the kernel writes."""
+    """The graph's results; values that are not leaves become new tensors that the kernel writes.
+
+    Raises:
+        Unsupported: one shares memory with something else, or lies in it as no new tensor would.
+    """
     outputs: list[Output] = []
+    made: dict[int | None, Cell] = {}  # by memory
+    given = {storage_of(recorded(n)) for n in node.graph.find_nodes(op="placeholder")}
     sources = node.args[0] if isinstance(node.args[0], (list, tuple)) else (node.args[0],)
     for index, (source, cell) in enumerate(zip(sources, returned, strict=False)):
         if not isinstance(cell, Cell):
             outputs.append(Output(literal=cell))
             continue
-        meta = source.meta.get("val", source.meta.get("example_value")) if isinstance(source, fx.Node) else None
+        meta = recorded(source)
         number = next((t for t, kinds in _NUMBERS.items() if isinstance(meta, kinds)), None)
         kept = _kept(interpreter, cell.val) if cell.leaf is None else None
         if kept is not None:
             outputs.append(Output(kept))
             continue
         if cell.leaf is None:
+            value, memory = cell.read(), storage_of(meta)
+            if memory is not None and (memory in given or made.setdefault(memory, cell) is not cell):
+                raise _not_new(source, "shares memory with another tensor")
+            if value.shape and dense_strides(meta) is None:
+                raise _not_new(source, "has gaps in memory, or elements at one place")
             device = next((leaf.device for leaf in interpreter.leaves if leaf.shape), torch.device("cpu"))
             cell.leaf = len(interpreter.leaves)
             strides = dense_strides(meta) if cell.val.shape else None
-            name, dtype, shape = f"output_{index}", cell.val.dtype, cell.val.shape
+            name, dtype, shape = f"output_{index}", value.dtype, value.shape
             leaf = Leaf("output", name, index, dtype=dtype, shape=shape, device=device, strides=strides)
             interpreter.leaves.append(leaf)
             interpreter.written[cell.leaf] = cell
-        outputs.append(Output(cell.leaf, number))
+        outputs.append(Output(cell.leaf, number, detached=_is_detached(source)))
     return outputs
 
 
-_NUMBERS: dict[type[int] | type[float], tuple[type, ...]] = {int: (int, torch.SymInt), float: (float, torch.SymFloat)}
+def _not_new(source: fx.Node, why: str) -> Unsupported:
+    return Unsupported("output", f"{source.name}, which the graph returns, {why}", Code.VIEW_RETURNED).at(
+        source.name, source_of(source)
+    )
+
+
+def _is_detached(node: fx.Node) -> bool:
+    """True if what a node returns is another tensor object over the memory of an argument of the graph."""
+    while node.op not in ("placeholder", "get_attr") and node.args and isinstance(node.args[0], fx.Node):
+        if operation_name(node) in ("detach", "alias", "_get_data_attr"):
+            return True
+        node = node.args[0]
+    return False
+
+
+_NUMBERS: dict[type, tuple[type, ...]] = {
+    bool: (bool, torch.SymBool),
+    int: (int, torch.SymInt),
+    float: (float, torch.SymFloat),
+}
 
 
 def _input(interpreter: Interpreter, node: fx.Node, index: int, numbers: bool) -> Any:

@@ -222,12 +222,13 @@ class Segment:
 @dataclasses.dataclass(frozen=True)
 class Output:
     """What the graph returns at one place: a leaf's value, as a Python number of type `number` if that is set, or
-    `literal`.
+    `literal`; `detached`: as a tensor object of its own.
     """
 
     leaf: int | None = None
-    number: type[int] | type[float] | None = None
+    number: type | None = None
     literal: object = None
+    detached: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -76,6 +76,7 @@ _end_mapping, _install_guard, _one_object = _GRADIENTS = (
     find("torch._dynamo.guards.GuardBuilder.DUPLICATE_INPUT"),
 )
 _leaves_out_guards = find("torch._dynamo.guards.is_from_optimizer_source")
+_read_attribute = find("torch._dynamo.variables.OptimizerVariable.var_getattr")
 _variable_of, _optimizer = _ATTRIBUTES = (
     find("torch._dynamo.variables.builder.VariableBuilder._wrap"),
     find("torch._dynamo.variables.OptimizerVariable"),
@@ -129,7 +130,11 @@ def _set_capturable_where_known(self: Any, tx: Any) -> None:
     options = [_capturable(group) for group in groups]
     if not any(options):
         return
+    before = [group.get("capturable") for group in self.value.param_groups]
     _set_capturable(self, tx)
+    for group, option in zip(self.value.param_groups, before, strict=True):
+        if not group["params"] and option is not None:
+            group["capturable"] = option  # torch takes all of no parameters to be on a GPU
     for group, option in zip(groups, options, strict=True):
         ((key, traced),) = _capturable(group).items()
         if not option:
@@ -142,6 +147,13 @@ def _capturable(group: Any) -> dict[Any, Any]:
     """The option in Dynamo's variable of a group, if it has it."""
     names = {key: key.vt.as_python_constant() for key in group.items if key.vt.is_python_constant()}
     return {key: group.items[key] for key, name in names.items() if name == "capturable"}
+
+
+def _attribute(self: Any, tx: Any, name: str) -> Any:
+    """An optimizer's attribute; Dynamo takes any name that is part of "_init_group" for that method: `n`, `group`."""
+    if name != "_init_group" and name in "_init_group":
+        return super(type(self), self).var_getattr(tx, name)
+    return _read_attribute(self, tx, name)
 
 
 def _guard_shared_gradients(self: Any, tx: Any) -> None:
@@ -211,6 +223,7 @@ _tracing = _Replaced(
         "_set_capturable",
         _set_capturable_where_known,
     ),
+    (None if _read_attribute is None else find("torch._dynamo.variables.OptimizerVariable"), "var_getattr", _attribute),
     (
         None if None in _GRADIENTS else find("torch._dynamo.variables.OptimizerVariable"),
         "create_finalizer",

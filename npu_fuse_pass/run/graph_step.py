@@ -276,6 +276,6 @@ def _returned(output: Output, values: Sequence[Any]) -> Any:
     if output.leaf is None:
         return output.literal
     value = values[output.leaf]
-    if output.number is int:
-        return round(float(value))
-    return float(value) if output.number is float else value
+    if output.number is not None:
+        return round(float(value)) if output.number is int else output.number(float(value))
+    return value.detach() if output.detached else value

@@ -78,7 +78,9 @@ _CLASSES: dict[type[torch.optim.Optimizer], StockClass] = {
     torch.optim.Adam: StockClass(
         lambda g: adamw if g.get("decoupled_weight_decay") else adam, frozenset(_ADAM), plain=True
     ),
-    torch.optim.AdamW: StockClass(lambda g: adamw, frozenset(_ADAM), plain=True),
+    torch.optim.AdamW: StockClass(
+        lambda g: adamw if g.get("decoupled_weight_decay", True) else adam, frozenset(_ADAM), plain=True
+    ),
     torch.optim.SGD: _stock(sgd, "momentum", "dampening", "nesterov", counts=False),
     torch.optim.RMSprop: _stock(rmsprop, "alpha", "eps", "momentum", "centered"),
     torch.optim.Adagrad: _stock(adagrad, "lr_decay", "initial_accumulator_value", "eps"),

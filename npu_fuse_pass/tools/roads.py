@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from npu_fuse_pass import backend
+from npu_fuse_pass.private_torch import storage_key
 from npu_fuse_pass.reasons import Code, Reason
 from npu_fuse_pass.rules.hidden import hidden_class
 from npu_fuse_pass.rules.optimizer import RuleOptimizer
@@ -53,12 +54,10 @@ def captured(
     replaced = Code.NO_RULE(f"another function has taken the place of this {type(opt).__name__}'s step")
     tracked.no_rule = None if isinstance(opt, RuleOptimizer) else reason or replaced
     compiled = backend.isolated(step, tracked)
-    if isinstance(opt, RuleOptimizer):  # its numbers are no part of the graph
-        return compiled
-
     if hidden_class(opt) is not None:
         return step
-    numbers_read = reading_numbers()
+    of_rules = isinstance(opt, RuleOptimizer)  # its numbers are no part of the graph
+    numbers_read = contextlib.nullcontext() if of_rules else reading_numbers()
 
     changing: set[str] = set()
 
@@ -66,7 +65,7 @@ def captured(
         with symbolic_numbers(changing), numbers_read, _as_foreach(opt) if foreach else contextlib.nullcontext():
             return compiled(*args, **kwargs)
 
-    return first_eagerly(opt, step, run, changing)
+    return run if of_rules else first_eagerly(opt, step, run, changing)
 
 
 @contextlib.contextmanager
@@ -90,9 +89,10 @@ def _may_be_foreach(group: dict[str, Any]) -> bool:
     params = group["params"]
     if group.get("foreach", False) is not None or group.get("fused") or group.get("differentiable"):
         return False
-    half = any(p.dtype is torch.float16 for p in params[:1])  # docs/limits.md
-    listed_twice = len({*map(id, params)}) < len(params)  # it counts both steps before it makes either
-    return not half and not listed_twice and not isinstance(group.get("lr"), torch.Tensor)
+    # it updates all before it writes any, and rounds elsewhere in half precision
+    apart = len({storage_key(p.untyped_storage()) for p in params}) == len(params)
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in params)
+    return apart and not half and not isinstance(group.get("lr"), torch.Tensor)
 
 
 def _of_rules(opt: RuleOptimizer, core: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

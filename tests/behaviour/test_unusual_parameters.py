@@ -150,3 +150,34 @@ def test_stock_classes_with_a_parameter_listed_twice(cls: Any, mode: str) -> Non
         other.step()
         assert_close([p, q], [a, b])
     assert npu_fuse_pass.reports()[-1].groups
+
+
+def tied() -> list[Tensor]:
+    memory = torch.linspace(-1, 1, 4)
+    return [torch.nn.Parameter(memory), torch.nn.Parameter(memory.view(2, 2))]
+
+
+def of_two_dtypes() -> list[Tensor]:
+    return [*parameters([(4,)]), torch.nn.Parameter(torch.ones(4, dtype=torch.float16))]
+
+
+def of_bfloat16() -> list[Tensor]:
+    return [torch.nn.Parameter(p.detach().bfloat16()) for p in parameters([(50,), (50,)])]
+
+
+@pytest.mark.usefixtures("afresh")
+@pytest.mark.parametrize("cls", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("make", [tied, of_two_dtypes, of_bfloat16])
+def test_compile_optimizer_takes_the_form_that_eager_takes(cls: Any, make: Any) -> None:
+    """Torch's foreach form updates all before it writes any, and rounds elsewhere in half precision."""
+    mine, others = make(), make()
+    opt, other = cls(mine, lr=0.1, weight_decay=0.1), cls(others, lr=0.1, weight_decay=0.1)
+    npu_fuse_pass.compile_optimizer_(opt)
+    for seed in range(3):
+        for params in (mine, others):
+            scale = 6e4 if seed == 1 and make is of_two_dtypes else 1.0
+            set_gradients(params, [g * scale for g in gradients(params, seed)])
+        opt.step()
+        other.step()
+        for p, q in zip(mine, others, strict=True):
+            assert torch.allclose(p, q, rtol=2e-6 if p.dtype == torch.float32 else 2e-3, equal_nan=True)

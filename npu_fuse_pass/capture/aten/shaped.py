@@ -171,6 +171,17 @@ def _whole(name: str, x: Val, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         raise Unsupported(name, "keeps reduced dimensions; without keepdim it can fuse", Code.REDUCTION)
 
 
+def _extremum(name: str) -> Callable[..., Val]:
+    def row(b: Builder, x: Val, *other: Any) -> Val:
+        if not other:
+            return _reduction(f"a{name}")(b, x)
+        if not isinstance(other[0], Val):
+            raise Unsupported(name, "of a dimension gives indices, too; amax and amin can fuse", Code.REDUCTION)
+        return evaluate(b, f"{name}imum", (x, *other), {})
+
+    return row
+
+
 # operations that return a real tensor itself
 REAL = ("conj", "conj_physical", "resolve_conj", "resolve_neg", "real", "positive", "pos")
 
@@ -185,8 +196,8 @@ SHAPED: dict[str, Callable[..., Val]] = {
     "sum": _reduction("sum"),
     "amax": _reduction("amax"),
     "amin": _reduction("amin"),
-    "max": lambda b, x, *y: evaluate(b, "maximum", (x, *y), {}) if y else _reduction("amax")(b, x),
-    "min": lambda b, x, *y: evaluate(b, "minimum", (x, *y), {}) if y else _reduction("amin")(b, x),
+    "max": _extremum("max"),
+    "min": _extremum("min"),
     "mean": _mean,
     **dict.fromkeys(("div", "divide", "true_divide"), _divide),
     "fma": _fma,

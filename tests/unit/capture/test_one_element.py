@@ -198,7 +198,7 @@ def test_programs_and_the_rewritten_graph_agree() -> None:
         held.mul_(0.5)
         count.add_(1)
         p.sub_(held * p)
-        return held.reshape(()), count.item() + 0.5
+        return held.reshape(()) * 2, count.item() + 0.5
 
     given = (torch.randn(3, 4), torch.rand(1), torch.tensor([4]))
     captured, groups = with_groups(capture(traced(update, *given), numbers=True))

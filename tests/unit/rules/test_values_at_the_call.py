@@ -366,6 +366,46 @@ def test_attributes_of_an_optimizer(make: Any) -> None:
         assert opt.param_groups[0]["lr"] == opt.defaults["lr"] == opt.note == value
 
 
+class Noting(NpuFusedAdam):
+    """Keeps attributes whose names are parts of that of a method of torch's optimizers, `_init_group`."""
+
+    def step(self, closure: Any = None) -> Any:
+        self.n = getattr(self, "n", 0) + 1
+        if not hasattr(self, "group"):
+            self.group = 0
+        loss = super().step(closure)
+        self.group += self.n
+        return loss
+
+
+@pytest.mark.usefixtures("afresh")
+@pytest.mark.parametrize("how", ["plain", "compile_step", "compile_optimizer_"])
+def test_attributes_that_a_subclass_keeps(how: str) -> None:
+    params, others = parameters([(3,)]), parameters([(3,)])
+    opt, other = Noting(params), Noting(others)
+    step: Any = torch.compile(opt.step, backend="npu_fused") if how == "plain" else npu_fuse_pass.compile_step(opt)
+    if how == "compile_optimizer_":
+        step = npu_fuse_pass.compile_optimizer_(opt).step
+    for seed in range(3):
+        for ps in (params, others):
+            set_gradients(ps, gradients(ps, seed))
+        step()
+        other.step()
+    assert (opt.n, opt.group) == (other.n, other.group) == (3, 6)
+    assert_close(params, others)
+    assert any(r.groups for r in npu_fuse_pass.reports())
+
+
+def test_an_empty_group_keeps_its_options() -> None:
+    torch._dynamo.reset()
+    params = parameters([(3,)])
+    opt = torch.optim.Adam([{"params": []}, {"params": params}])
+    set_gradients(params, gradients(params, 0))
+    torch.compile(opt.step, backend="npu_fused")()
+    assert [group["capturable"] for group in opt.param_groups] == [False, False]
+    assert_fused(last_report(), parameters=1)
+
+
 @pytest.mark.usefixtures("afresh")
 @pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.SGD, Counting, NpuFusedAdam])
 def test_an_optimizer_that_a_function_makes(make: Any) -> None:
