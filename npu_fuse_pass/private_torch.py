@@ -29,6 +29,7 @@ WITHOUT = {
     "torch._dynamo.config.do_not_emit_runtime_asserts": "Dynamo refuses some quotients of numbers that item() reads",
     "torch._dynamo.config.patch": "a number that item() reads ends the graph",
     "torch._dynamo.config.recompile_limit": "reports of recompiles do not say where torch stops",
+    "torch._dynamo.config.use_numpy_random_stream": "numpy.random draws from torch's generator in compiled code",
     "torch._dynamo.convert_frame": "with plain torch.compile, numbers that change may compile a step at every step",
     "torch._dynamo.convert_frame._compile": "with plain torch.compile, numbers that change may compile a step at every "
     "step",

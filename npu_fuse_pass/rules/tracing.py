@@ -277,7 +277,7 @@ def look_after_plain_compiles() -> None:
         now = current()
         token = _compile_of_code.set(now.frame_compile_id if now is not None else 0)
         try:
-            with _tracing.meanwhile():
+            with _tracing.meanwhile(), _numpys_own_draws():
                 return compile_frame(*args, **kwargs)
         finally:
             _compile_of_code.reset(token)
@@ -295,6 +295,18 @@ def reading_numbers() -> contextlib.AbstractContextManager[None]:
     `torch._check` of a number is a node of the graph, and stays.
     """
     patch = find("torch._dynamo.config.patch")
-    options = ("torch._dynamo.config.capture_scalar_outputs", "torch._dynamo.config.do_not_emit_runtime_asserts")
+    options = (
+        "torch._dynamo.config.capture_scalar_outputs",
+        "torch._dynamo.config.do_not_emit_runtime_asserts",
+        "torch._dynamo.config.use_numpy_random_stream",
+    )
     known = {name.rpartition(".")[2]: True for name in options if find(name) is not None}
     return contextlib.nullcontext() if patch is None else patch(**known)
+
+
+def _numpys_own_draws() -> contextlib.AbstractContextManager[None]:
+    """Let `numpy.random` draw what it does eagerly, between graphs: Dynamo puts torch's generator in its place."""
+    patch = find("torch._dynamo.config.patch")
+    if patch is None or find("torch._dynamo.config.use_numpy_random_stream") is None:
+        return contextlib.nullcontext()
+    return patch(use_numpy_random_stream=True)  # type: ignore[no-any-return]

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -368,3 +369,35 @@ def test_numbers_that_came_with_a_step() -> None:
         (2, "L['self'].state[L['p']]['count']", True),
     ):
         assert tracing._came_with_a_step(code, name, 1.0, number) == came, (number, name)
+
+
+class WithNoise(torch.optim.Optimizer):
+    """Adds noise that NumPy draws."""
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad, alpha=group["lr"])
+                p.add_(torch.from_numpy(np.random.randn(*p.shape)))
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_numpys_draws_are_numpys(plain: bool) -> None:
+    """Dynamo puts torch's generator in the place of NumPy's."""
+
+    def trained(compiled: bool) -> Tensor:
+        torch._dynamo.reset()
+        torch.manual_seed(3)
+        np.random.seed(3)
+        p = torch.nn.Parameter(torch.zeros(3))
+        opt = WithNoise([p], {"lr": 0.1})
+        step: Any = opt.step
+        if compiled:
+            step = torch.compile(step, backend="npu_fused") if plain else npu_fuse_pass.compile_optimizer_(opt).step
+        for _ in range(3):
+            p.grad = torch.ones(3)
+            step()
+        return torch.cat([p.detach(), torch.tensor([np.random.rand()]), torch.rand(1)])
+
+    torch.testing.assert_close(trained(True), trained(False))
