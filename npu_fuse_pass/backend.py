@@ -114,14 +114,20 @@ def isolated(step: Callable[..., Any], backend: Callable[..., Any]) -> Callable[
 
 
 class SharedCore:
-    """The core of rule optimizers, compiled once for all steps that `compile_step` makes with the same options."""
+    """The core of rule optimizers, compiled once for all steps that `compile_step` makes with the same options.
+
+    Attributes:
+        compiles: how many forms of it there are; torch counts them against its limit of 8.
+    """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
+        self.compiles = 0
         self._options = dict(options)
         self._ran: dict[int, list[CompileReport]] = {}
         self._compiled = isolated(core_op.make_core(), self._backend)
 
     def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.compiles += 1
         compiled = npu_fused(gm, example_inputs, options=self._options)
         if not isinstance(compiled, RuleSteps):
             return compiled
@@ -143,15 +149,21 @@ _compile = torch.compile
 def shared_core(tracked: TrackedBackend) -> Callable[[Tensor], None]:
     """A compiled core for one optimizer; those with the same options share what Dynamo makes of it.
 
-    A function that replaces torch.compile sees each of them instead.
+    Once there are two compiled forms of it (for other global settings), optimizers that have not stepped yet take a new
+    one, as in `core_op`. A function that replaces torch.compile sees each of them instead.
     """
     options = tracked.options
     if torch.compile is not _compile or options["torchair_config"] is not None:
         return isolated(core_op.make_core(), tracked)
     key = tuple(options.items())
-    if key not in _cores:
-        _cores[key] = SharedCore(options)
-    return functools.partial(_cores[key].run, tracked)
+
+    @functools.cache
+    def core() -> SharedCore:
+        if key not in _cores or _cores[key].compiles > 1:
+            _cores[key] = SharedCore(options)
+        return _cores[key]
+
+    return lambda ticket: core().run(tracked, ticket)
 
 
 @functools.cache

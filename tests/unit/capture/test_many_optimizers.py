@@ -90,6 +90,28 @@ def test_one_compile_serves_them_all(build: Any, compiled: Any) -> None:
         torch.testing.assert_close(p, q, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("build", [torch.optim.Adam, optimizers.NpuFusedAdam], ids=["torch", "ours"])
+def test_each_has_torchs_limit_of_compiles_to_itself(build: Any) -> None:
+    """More global settings in a process than torch compiles one code for, each with optimizers of its own."""
+    began()
+    threads = torch.get_num_threads()
+    params, opts = make(build, 12)
+    gone = []
+    try:
+        for i in range(12):
+            torch.set_num_threads(i + 1)
+            step = npu_fuse_pass.compile_step(opts[i])  # raises where it is not captured
+            train([params[i]], [step], rounds=3)
+            assert_fused(step._tracked.ran[-1], parameters=1)
+            gone.append(weakref.ref(step._tracked))
+    finally:
+        torch.set_num_threads(threads)
+    del step
+    opts.clear()
+    gc.collect()
+    assert [r() for r in gone] == [None] * len(gone)
+
+
 def test_those_that_stay_do_not_notice_what_goes() -> None:
     (params, opts), (others, eager) = make(optimizers.NpuFusedAdamW, 6), make(optimizers.NpuFusedAdamW, 6)
     began()
