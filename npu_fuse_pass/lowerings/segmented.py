@@ -78,7 +78,7 @@ def _run(call: Call, values: list[Any]) -> None:
     else:
         made = call.target(*args, **kwargs)
     if call.number:
-        made = torch.tensor(made, dtype=torch.float64)
+        made = torch.tensor(made, dtype=torch.float64, device="cpu")
     for index, tensor in zip(call.results, made if call.several else [made], strict=bool(call.results)):
         values[index] = tensor
     for holder, result in call.written:

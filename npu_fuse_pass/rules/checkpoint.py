@@ -55,7 +55,7 @@ def torch_options(cls: Callable[..., torch.optim.Optimizer]) -> dict[str, Any]:
     A state dict holds them beside our own, because torch.distributed.checkpoint reads into a torch optimizer only what
     has all of its options. Those that our classes lack have no effect at their defaults.
     """
-    return dict(cls([torch.zeros(1)]).defaults)
+    return dict(cls([torch.zeros(1, device="cpu")]).defaults)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -105,7 +105,7 @@ class StockPrelude:
             value.copy_(self._opt.state[param][name])
         for batch in self.batches:
             if "step" in batch.fixed and batch.counts:
-                batch.steps += torch.tensor([g is not None for g in batch.grads])
+                batch.steps += torch.tensor([g is not None for g in batch.grads], dtype=torch.bool, device="cpu")
 
     def refused_parameters(self) -> Reason | None:
         """Why the rule's arithmetic is not torch's for these parameters."""
@@ -225,7 +225,7 @@ class StockPrelude:
             _check_numbers(name, views[name], batch.owners, labels)
         if "step" in batch.fixed:
             begun = [any(entry.get(name) is not None for name in batch.stored) for entry in entries]
-            batch.steps.copy_(torch.tensor(begun))
+            batch.steps.copy_(torch.tensor(begun, dtype=torch.bool, device="cpu"))
         else:
             batch.step_views = [entry.get("step") for entry in entries]  # type: ignore[misc]
             _check_numbers("step", batch.step_views, batch.owners, labels)

@@ -141,6 +141,21 @@ def test_a_group_is_one_node(name: str, ge: harness.Recording, cores: Cores) -> 
     assert len(placed.in_place) == len(op.output_desc) and len(placed.host) == 1
 
 
+@pytest.mark.parametrize("name", ["lamb", "lamb_global"])
+def test_another_default_dtype(name: str, ge: harness.Recording, cores: Cores) -> None:
+    """Where kernels leave their parts of totals is float32, whatever torch.set_default_dtype says."""
+    opts = triple(BY_NAME[name])
+    torch.set_default_dtype(torch.float16)
+    try:
+        said = train(opts, 3, kernels="generated", strict=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same(opts)
+    assert not said
+    (row,) = report().groups
+    assert (row.lowering, row.kernel) == ("npu", "generated NPU kernel")
+
+
 def test_a_norm_of_clipped_gradients_is_one_node(ge: harness.Recording, cores: Cores) -> None:
     opts = triple(BY_NAME["lamb_global"])
 

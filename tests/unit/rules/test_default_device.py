@@ -14,7 +14,16 @@ import npu_fuse_pass
 import optimizers
 from npu_fuse_pass.errors import PlatformError
 from npu_fuse_pass.lowerings.cpu import program as cpu
-from tests.support.training import MODES, assert_close, gradients, parameters, set_gradients
+from tests.support.training import (
+    MODES,
+    assert_close,
+    assert_fused,
+    clones,
+    gradients,
+    last_report,
+    parameters,
+    set_gradients,
+)
 
 
 @npu_fuse_pass.rule(states=dict(average=npu_fuse_pass.zeros), defaults=dict(lr=0.1))
@@ -57,6 +66,37 @@ def train(name: str, step_of: Callable[[Any], Callable[[], Any]], missing: int |
         set_gradients(params, [None if k == 2 and i == missing else g for i, g in enumerate(grads[k])])
         step()
     return [p.detach() for p in params]
+
+
+BEGUN_THERE: dict[str, Callable[[Any], Any]] = {
+    "torch's SGD": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+    "ours": lambda params: optimizers.NpuFusedAdam(params, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", BEGUN_THERE)
+def test_the_first_step_under_other_defaults(name: str, dtype: torch.dtype) -> None:
+    """The default device and dtype are others from the first step on, or while states are made anew."""
+    params = parameters(dtype=dtype)
+    others = clones(params)
+    ours, eager = BEGUN_THERE[name](params), BEGUN_THERE[name](others)
+    npu_fuse_pass.clear_reports()
+    npu_fuse_pass.compile_optimizer_(ours)
+    before = torch.get_default_dtype()
+    for k in range(4):
+        for opt, tensors in ((ours, params), (eager, others)):
+            if k == 2:
+                opt.state.clear()
+            set_gradients(tensors, gradients(tensors, k))
+            torch.set_default_dtype(torch.float64 if dtype is torch.float32 else torch.float32)
+            try:
+                with torch.device("meta"):
+                    opt.step()
+            finally:
+                torch.set_default_dtype(before)
+    assert_close(params, others)
+    assert_fused(last_report(), parameters=len(params))
 
 
 @pytest.mark.parametrize("how", [*MODES, "interpreted"])

@@ -147,7 +147,7 @@ class Launches:
             rows = {"chunks": len(tables[0]), "members": len(chosen)}
             placed = torch.cat([t.flatten() for t in tables]).to(device)  # one transfer
             parts = dict(zip(("chunks", "spans", "members"), placed.split([t.numel() for t in tables]), strict=False))
-            partial = torch.empty(max(1, kernels.sums * rows["chunks"]), device=device)
+            partial = torch.empty(max(1, kernels.sums * rows["chunks"]), dtype=torch.float32, device=device)
             self._classes.append(_Class(totals, parts, rows, partial, first_term))
             first_term += 0 if kernels.terms_of_members else rows["chunks"]
 
@@ -228,7 +228,7 @@ class Cluster:
         self._sizes = [[_elements(made, leaves, member) for member in made.group.members] for made in generated]
         counts = [_terms(made, sizes) for made, sizes in zip(generated, self._sizes, strict=True)]
         totals = [leaf.index for leaf in leaves if leaf.kind == "total"]
-        self._terms = torch.empty(max(totals, default=-1) + 1, sum(counts), device=device)
+        self._terms = torch.empty(max(totals, default=-1) + 1, sum(counts), dtype=torch.float32, device=device)
         self._launches = [Launches(made, leaves, self._terms, sum(counts[:k])) for k, made in enumerate(generated)]
         self.active = [[True] * len(made.group.members) for made in generated]
         kernels = [k for made in generated for k in made.kernels.launches]
@@ -270,7 +270,7 @@ class Cluster:
     def _bind(self, written: Sequence[int], read: Sequence[int]) -> None:
         if self.active != self._zeroed:
             # nobody adds what a member that is left out now added before; a copy from the host is done when it returns
-            self._terms.copy_(torch.zeros(self._terms.shape, device="cpu"))
+            self._terms.copy_(torch.zeros(self._terms.shape, dtype=torch.float32, device="cpu"))
             self._zeroed = [list(a) for a in self.active]
         order = [*self.leaves(written=True), *self.leaves(written=False)]
         places = {(id(made), s, m): a for (made, s, m), a in zip(order, [*written, *read], strict=True)}
