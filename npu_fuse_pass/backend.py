@@ -156,14 +156,20 @@ def shared_core(tracked: TrackedBackend) -> Callable[[Tensor], None]:
     if torch.compile is not _compile or options["torchair_config"] is not None:
         return isolated(core_op.make_core(), tracked)
     key = tuple(options.items())
+    chosen: SharedCore | None = None
 
-    @functools.cache
-    def core() -> SharedCore:
-        if key not in _cores or _cores[key].compiles > 1:
-            _cores[key] = SharedCore(options)
-        return _cores[key]
+    def core(ticket: Tensor) -> None:
+        nonlocal chosen
+        if chosen is None:
+            if not compiling():  # torch may never compile what runs now
+                core_op.rule_step(ticket)
+                return
+            if key not in _cores or _cores[key].compiles > 1:
+                _cores[key] = SharedCore(options)
+            chosen = _cores[key]
+        chosen.run(tracked, ticket)
 
-    return lambda ticket: core().run(tracked, ticket)
+    return core
 
 
 @functools.cache
@@ -182,9 +188,14 @@ def own_error(error: Exception) -> FuseError | None:
 
 
 def compiling() -> bool:
-    """True if torch.compile compiles at all; TORCHDYNAMO_DISABLE=1 and torch.compiler.set_stance switch it off."""
+    """True if torch.compile compiles at all.
+
+    TORCH_COMPILE_DISABLE=1, of which torch's configuration tells, TORCHDYNAMO_DISABLE=1, which torch reads whenever
+    torch.compile is called, and torch.compiler.set_stance switch it off.
+    """
     stance = getattr(find("torch._dynamo.eval_frame._stance"), "stance", None)
-    return not find("torch._dynamo.config.disable") and stance != "force_eager"
+    outside = os.environ.get("TORCHDYNAMO_DISABLE") == "1"
+    return not (outside or find("torch._dynamo.config.disable") or stance == "force_eager")
 
 
 _KINDS = "graph_break", "unimplemented"  # code that it skips, a loop for example, is counted as the latter alone

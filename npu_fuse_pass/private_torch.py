@@ -25,7 +25,7 @@ WITHOUT = {
     "for each call",
     "torch._dynamo.callback.callback_handler": "nobody says that torch hides a step",
     "torch._dynamo.config.capture_scalar_outputs": "a number that item() reads ends the graph",
-    "torch._dynamo.config.disable": "a step that TORCHDYNAMO_DISABLE=1 leaves eager counts as not captured",
+    "torch._dynamo.config.disable": "a step that TORCH_COMPILE_DISABLE=1 leaves eager counts as not captured",
     "torch._dynamo.config.do_not_emit_runtime_asserts": "Dynamo refuses some quotients of numbers that item() reads",
     "torch._dynamo.config.patch": "a number that item() reads ends the graph",
     "torch._dynamo.config.recompile_limit": "reports of recompiles do not say where torch stops",

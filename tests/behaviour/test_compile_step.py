@@ -129,11 +129,17 @@ def test_steps_without_gradients_are_no_error() -> None:
     assert_fused(npu_fuse_pass.reports()[-1], parameters=len(params))
 
 
-def test_switching_torch_compile_off_is_no_error() -> None:
+@pytest.mark.parametrize("make", [torch.optim.SGD, optimizers.NpuFusedSGD])
+@pytest.mark.parametrize("by", ["TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"])
+def test_switching_torch_compile_off_is_no_error(by: str, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     params = parameters(MATRICES)
-    with torch._dynamo.config.patch(disable=True):
-        train(params, npu_fuse_pass.compile_step(torch.optim.SGD(params, lr=0.1)))
+    at_import = by == "TORCH_COMPILE_DISABLE"
+    with torch._dynamo.config.patch(disable=at_import), monkeypatch.context() as patch:
+        patch.setenv(by, "1")
+        train(params, npu_fuse_pass.compile_step(make(params, lr=0.1)))
     assert not npu_fuse_pass.reports()
+    train(params, npu_fuse_pass.compile_step(make(params, lr=0.1)))  # others are compiled again
+    assert_fused(npu_fuse_pass.reports()[-1], parameters=len(params))
 
 
 class Captured(torch.optim.SGD):
