@@ -126,6 +126,10 @@ class Code(enum.Enum):
         "A step of tensors of which this process holds parts (DTensors) cannot run fused here, or not everywhere.",
         "step in optimizers by compile_step, which fuses norms of DTensors; look at the reports of the other processes",
     )
+    NUMBER = (
+        "Python numbers of the step are ones that no kernel computes with.",
+        "keep integers below 2**53, and numbers real",
+    )
     REPEATED = ("A parameter is listed more than once in a group.", "list every parameter once")
     KEPT = (
         "A compiled function uses a state or a tensor hyperparameter of an optimizer whose step is in its graph.",

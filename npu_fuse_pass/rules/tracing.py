@@ -42,18 +42,22 @@ from npu_fuse_pass.rules.torch_steps import is_ours
 
 
 def _sym_pow(x: Any, y: Any) -> Any:
-    """math.pow of symbolic numbers."""
-    return torch.sym_float(x) ** torch.sym_float(y)
+    """math.pow of numbers, of which one may be symbolic."""
+    return torch.sym_float(x) ** torch.sym_float(y) if _is_symbolic(x) or _is_symbolic(y) else math.pow(x, y)
 
 
 def _sym_log(x: Any, base: float = math.e) -> Any:
-    """math.log of a symbolic number."""
-    return _sym_log2(x) / math.log2(base)
+    """math.log of a number that may be symbolic."""
+    return _sym_log2(x) / math.log2(base) if _is_symbolic(x) else math.log(x) if base == math.e else math.log(x, base)
 
 
 def _sym_exp(x: Any) -> Any:
-    """math.exp of a symbolic number."""
-    return math.e ** torch.sym_float(x)
+    """math.exp of a number that may be symbolic."""
+    return math.e ** torch.sym_float(x) if _is_symbolic(x) else math.exp(x)
+
+
+def _is_symbolic(x: Any) -> bool:
+    return isinstance(x, (torch.SymInt, torch.SymFloat))
 
 
 _changing: contextvars.ContextVar[Collection[str]] = contextvars.ContextVar("changing", default=())

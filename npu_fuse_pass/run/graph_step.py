@@ -26,6 +26,7 @@ from npu_fuse_pass.rules.core_op import Stepping
 from npu_fuse_pass.rules.pending import uses_kept
 from npu_fuse_pass.run.fallbacks import falls_back, refusal, refused
 from npu_fuse_pass.run.plan_facts import PlanFacts, forget
+from npu_fuse_pass.run.python_numbers import PythonNumbers
 from npu_fuse_pass.run.variants import Variant, Variants
 from npu_fuse_pass.tensors.sharded import is_dtensor, local
 
@@ -73,13 +74,24 @@ class GraphStep:
     """A captured graph: its leaves are the graph's arguments and attributes, and what rule optimizers hold."""
 
     # Dynamo keeps what a backend returns for good, and a copy of its __dict__: with slots there is none.
-    __slots__ = ("__weakref__", "_facts", "_gm", "_numbers", "_optimizers", "_options", "_state", "_variants")
+    __slots__ = (
+        "__weakref__",
+        "_facts",
+        "_gm",
+        "_numbers",
+        "_optimizers",
+        "_options",
+        "_python",
+        "_state",
+        "_variants",
+    )
 
     def __init__(self, gm: fx.GraphModule, options: Options, handles: Sequence[str], cause: Cause) -> None:
         self._gm = gm
         self._options = options
         self._optimizers = {h: weakref.ref(core_op.optimizer_of(h), self._drop) for h in handles}
         self._numbers = _numbers(gm) if handles else []
+        self._python = PythonNumbers(gm)
         for optimizer in self._stepped():
             optimizer._prelude.prepare()
             optimizer._prelude.compiled = True
@@ -125,6 +137,10 @@ class GraphStep:
             return self._unfused(Code.HOOKS("step hooks run between the operations of this graph"), args)
         if self._numbers and any(uses_kept(o, (args[i] for i in self._numbers)) for o in optimizers):
             return self._unfused(Code.KEPT("the graph uses a number that the optimizer reads or counts itself"), args)
+        try:
+            self._python.check(args)
+        except Mismatch as e:
+            return self._unfused(e.reason, args)
         for o in optimizers:
             o._before(None, in_graph=True)
         if optimizers and self._inputs() != self._state:

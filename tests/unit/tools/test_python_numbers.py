@@ -80,6 +80,93 @@ def test_counts(name: str, in_group: bool) -> None:
     assert all(report.groups and report.fallback is None and not report.reasons for report in reports)
 
 
+OUT_OF_RANGE: dict[str, Number] = {
+    "math.sqrt": lambda beta, step: math.sqrt(5 - step),
+    "math.sqrt of an option": lambda beta, step: math.sqrt(beta - 0.4),
+    "math.log": lambda beta, step: math.log(6 - step),
+    "math.acos": lambda beta, step: math.acos(step / 5),
+    "math.exp": lambda beta, step: 1e-300 * math.exp(step * 120),
+    "quotient": lambda beta, step: 1 / (step - 6),
+    "quotient of an option": lambda beta, step: 1 / (beta - 0.4),
+}
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["compile_step", "torch.compile"])
+@pytest.mark.parametrize("name", OUT_OF_RANGE if FULL else ["math.log", "quotient", "quotient of an option"])
+def test_what_python_raises_is_raised_before_anything_is_changed(name: str, plain: bool) -> None:
+    torch._dynamo.reset()
+    npu_fuse_pass.clear_reports()
+    params = parameters([(3, 4), (5,)])
+    others = clones(params)
+    opt, eager = (Counting(ps, OUT_OF_RANGE[name], in_group=True) for ps in (params, others))
+    step = torch.compile(opt.step, backend="npu_fused") if plain else npu_fuse_pass.compile_step(opt)
+    for seed in range(10):
+        for ps in (params, others):
+            set_gradients(ps, gradients(ps, seed))
+        for some in (opt, eager):
+            some.param_groups[0]["beta"] = 0.9 - 0.1 * seed if seed < 5 else 0.4 - 0.1 * (seed - 5)
+        before = clones(params), clones([opt.state[p]["average"] for p in params if opt.state[p]])
+        try:
+            eager.step()
+        except (ValueError, ArithmeticError) as error:
+            with pytest.raises(type(error)):
+                step()
+            break
+        step()
+        assert_close(params, others)
+    else:
+        raise AssertionError("nothing was raised")
+    after = list(params), [opt.state[p]["average"] for p in params]
+    assert all(torch.equal(a, b) for x, y in zip(before, after, strict=True) for a, b in zip(x, y, strict=True))
+    report = npu_fuse_pass.reports()[-1]
+    assert report.groups and not report.reasons
+
+
+def test_a_number_of_a_tensor_is_infinite_where_torchs_is() -> None:
+    """Nor does it matter that Python would raise, where torch computes."""
+    torch._dynamo.reset()
+    npu_fuse_pass.clear_reports()
+
+    def run(count: Tensor, p: Tensor) -> None:
+        count.add_(1)
+        p.add_(1 / (count - 3))
+
+    compiled, count, p = torch.compile(run, backend="npu_fused"), torch.zeros(()), torch.zeros(4)
+    for _ in range(3):
+        compiled(count, p)
+    assert torch.equal(p, torch.full((4,), math.inf))
+    assert npu_fuse_pass.reports()[-1].groups
+
+
+class Large(torch.optim.Optimizer):
+    """Draws its factor from an integer that grows, as hashes do."""
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            state["drawn"] = state.get("drawn", 1) * 3000017 + 1
+            p.sub_(p.grad, alpha=0.1 / (1 + state["drawn"] % 7))
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["compile_step", "torch.compile"])
+def test_integers_that_float64_does_not_hold(plain: bool) -> None:
+    torch._dynamo.reset()
+    npu_fuse_pass.clear_reports()
+    params = parameters([(3, 4), (5,)])
+    others = clones(params)
+    opt, eager = (Large(ps, {}) for ps in (params, others))
+    step = torch.compile(opt.step, backend="npu_fused") if plain else npu_fuse_pass.compile_step(opt)
+    trained(opt, step, range(2))
+    with pytest.warns(UserWarning, match="an integer beyond"):
+        trained(opt, step, range(2, 6))
+    trained(eager, eager.step, range(6))
+    assert_close(params, others)
+    assert opt.state[params[0]]["drawn"] == eager.state[others[0]]["drawn"] > 2**64
+    report = npu_fuse_pass.reports()[-1]
+    assert report.groups and any(r.code.name == "NUMBER" for r in report.fallbacks)
+
+
 KEPT: dict[str, Number] = {
     "bits": lambda beta, step: (step & 5) ^ 2,
     "decimal places": lambda beta, step: round(beta**step, 2),
