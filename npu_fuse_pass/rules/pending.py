@@ -94,11 +94,11 @@ def _changed(optimizer: Keeping, effects: Any) -> list[str]:
         if var.source is None:
             continue  # made by the function itself
         names = list(effects.store_attr_mutations.get(var, ()))
-        changed_object = None if id(var) in known else var.value
-        if isinstance(var, new_global) or isinstance(changed_object, types.ModuleType):
+        value = getattr(var, "value", None)
+        if isinstance(var, new_global) or isinstance(value, types.ModuleType):
             changed |= {name: name for name in names}
         else:
-            changed[known.get(id(var), id(changed_object))] = ".".join([_readable(var.source.name), *names[:1]])
+            changed[known.get(id(var), id(value))] = ".".join([_readable(var.source.name), *names[:1]])
     return [changed[at] for at in _reachable(optimizer, changed.keys())] if changed else []
 
 
@@ -123,22 +123,26 @@ def _reachable(optimizer: Keeping, wanted: Set[int | str]) -> Iterator[int | str
             yield id(x)
         if isinstance(x, types.FunctionType):
             if (x.__module__ or "").partition(".")[0] not in _KNOWN:
-                names, found = _globals_of(x)
-                yield from (name for name in names if name in wanted)
+                read, found = _globals_of(x)
+                yield from (at for at in read if at in wanted)
                 waiting += [*found, *(x.__closure__ or ()), *(x.__defaults__ or ())]
         elif not isinstance(x, _LEAVES):
             waiting += gc.get_referents(x)
 
 
-def _globals_of(function: types.FunctionType) -> tuple[set[str], list[object]]:
-    """The global names that a function uses, and what is there now: attributes of modules, too."""
+def _globals_of(function: types.FunctionType) -> tuple[set[int | str], list[object]]:
+    """The global names that a function uses and, by id, where they stand; and what is there now.
+
+    Attributes of modules are among them.
+    """
     codes = [function.__code__]
     for code in codes:
         codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
     names = {name for code in codes for name in code.co_names}
     found = [function.__globals__[name] for name in names if name in function.__globals__]
     modules = [vars(m) for m in found if isinstance(m, types.ModuleType)]
-    return names, [*found, *(values[name] for values in modules for name in names if name in values)]
+    found += [values[name] for values in modules for name in names if name in values]
+    return {*names, *map(id, (function.__globals__, *modules))}, found
 
 
 def _touched(optimizer: Keeping, arguments: Any) -> bool:

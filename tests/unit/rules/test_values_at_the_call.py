@@ -10,6 +10,7 @@ import collections
 import copy
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -376,6 +377,59 @@ class Noting(NpuFusedAdam):
         loss = super().step(closure)
         self.group += self.n
         return loss
+
+
+OF_THIS_MODULE = 1.0
+
+
+def of_this_module() -> float:
+    return OF_THIS_MODULE
+
+
+class Scaled(NpuFusedAdam):
+    """Takes a number of its module's for lr, by a function of that."""
+
+    def hyperparameters(self, group: Any) -> Any:
+        return {**super().hyperparameters(group), "lr": group["lr"] * of_this_module()}
+
+
+def by_a_statement() -> None:
+    global OF_THIS_MODULE
+    OF_THIS_MODULE = OF_THIS_MODULE * 0.5
+
+
+def by_its_dictionary() -> None:
+    globals()["OF_THIS_MODULE"] *= 0.5
+
+
+ELSEWHERE = """
+def function(change, opt):
+    def changed():
+        change()
+        opt.step()
+    return changed
+"""
+
+
+@pytest.mark.usefixtures("afresh")
+@pytest.mark.parametrize("change", [by_a_statement, by_its_dictionary])
+def test_a_global_of_another_module_than_the_functions(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("elsewhere")
+    exec(ELSEWHERE, module.__dict__)
+    monkeypatch.setitem(sys.modules, "elsewhere", module)
+
+    def trained(compiled: bool) -> list[Tensor]:
+        monkeypatch.setitem(globals(), "OF_THIS_MODULE", 1.0)
+        params = parameters([(3,)])
+        call = module.function(change, Scaled(params, lr=0.1))
+        call = torch.compile(call, backend="npu_fused") if compiled else call
+        for seed in range(4):
+            set_gradients(params, gradients(params, seed))
+            call()
+        return params
+
+    assert_close(trained(True), trained(False))
+    assert any(r.groups for r in npu_fuse_pass.reports())
 
 
 @pytest.mark.usefixtures("afresh")
