@@ -94,7 +94,7 @@ def _changed(optimizer: Keeping, effects: Any) -> list[str]:
         if var.source is None:
             continue  # made by the function itself
         names = list(effects.store_attr_mutations.get(var, ()))
-        value = getattr(var, "value", None)
+        value = vars(var).get("value") if id(var) in known else var.value  # elsewhere a property may fail
         if isinstance(var, new_global) or isinstance(value, types.ModuleType):
             changed |= {name: name for name in names}
         else:
