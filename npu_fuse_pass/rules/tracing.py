@@ -4,8 +4,9 @@ Python numbers are symbolic where they change, instead of a compile for each val
 symbolic, but fixes it again where `math.pow`, `math.log` or `math.exp` takes it: it looks for torch._sym_pow and its
 like, which torch lacks (it has _sym_sqrt and others). They exist only while a step of `compile_step` is called, or
 Dynamo compiles for this backend; other compiles do not see them. The same holds for a traceable context in the place
-of one that Dynamo skips. Numbers that are known to change are symbolic from the first compile on, and Dynamo does not
-write `capturable`, an option of torch's classes, into the groups of others, where its guards then fail.
+of one that Dynamo skips, and for powers of negative numbers, which torch refuses since some are complex. Numbers that
+are known to change are symbolic from the first compile on, and Dynamo does not write `capturable`, an option of torch's
+classes, into the groups of others, where its guards then fail.
 
 Under plain `torch.compile` nobody has seen a step before the first compile. What a later compile finds in states and
 groups for the first time was made by a step, and will change; so will lr. Both are symbolic then, where the step
@@ -178,6 +179,16 @@ def _track_optimizers(self: Any, value: Any) -> Any:
     return tracked.track_object_existing(value, variable)
 
 
+def _power(x: Any, y: Any) -> Any:
+    """A power of a symbolic base, which may be negative."""
+    return x.__float_pow__(y)
+
+
+def _power_of(x: Any, base: Any) -> Any:
+    """A power with a symbolic exponent, of a base that may be negative."""
+    return x.__rfloat_pow__(base)
+
+
 _MISSING = {"_sym_pow": _sym_pow, "_sym_exp": _sym_exp, **({"_sym_log": _sym_log} if _sym_log2 is not None else {})}
 
 
@@ -216,6 +227,8 @@ class _Replaced:
 
 
 _tracing = _Replaced(
+    (torch.SymFloat, "__pow__", _power),
+    (torch.SymFloat, "__rpow__", _power_of),
     *((torch, name, function) for name, function in _MISSING.items() if not hasattr(torch, name)),
     (
         None if None in _ENTRIES else find("torch._dynamo.variables.builder"),

@@ -24,12 +24,15 @@ Number = Callable[[float, int], float]
 NUMBERS: dict[str, Number] = {
     "math.pow": lambda beta, step: 1 - math.pow(beta, step),
     "power": lambda beta, step: 1 - beta**step,
+    "math.pow of a negative base": lambda beta, step: math.pow(-beta, step),
+    "negative powers": lambda beta, step: (-0.5) ** step + (4.5 - step) ** 2,
     "math.sqrt": lambda beta, step: math.sqrt(1 - beta**step),
     "math.log": lambda beta, step: math.log(step + 1),
     "math.log with a base": lambda beta, step: math.log(step + 1, 10),
     "math.exp": lambda beta, step: math.exp(-step / 10),
     "integers": lambda beta, step: (round(step / 2) + int(-0.4 * step) + (step << 2) + (step >> 1)) / 100,
 }
+SOME = ("math.pow", "negative powers", "math.log with a base", "integers")
 
 
 class Counting(torch.optim.Optimizer):
@@ -56,7 +59,7 @@ class Counting(torch.optim.Optimizer):
 
 
 @pytest.mark.parametrize("in_group", [True, False], ids=["group", "state"])
-@pytest.mark.parametrize("name", NUMBERS if FULL else ["math.pow", "math.log with a base", "integers"])
+@pytest.mark.parametrize("name", NUMBERS if FULL else SOME)
 def test_counts(name: str, in_group: bool) -> None:
     """Ten steps and six learning rates: the first step is eager, and all others are one graph."""
     torch._dynamo.reset()
@@ -86,6 +89,7 @@ OUT_OF_RANGE: dict[str, Number] = {
     "math.log": lambda beta, step: math.log(6 - step),
     "math.acos": lambda beta, step: math.acos(step / 5),
     "math.exp": lambda beta, step: 1e-300 * math.exp(step * 120),
+    "math.pow": lambda beta, step: math.pow(5 - step, 0.5),
     "quotient": lambda beta, step: 1 / (step - 6),
     "quotient of an option": lambda beta, step: 1 / (beta - 0.4),
 }
@@ -135,6 +139,21 @@ def test_a_number_of_a_tensor_is_infinite_where_torchs_is() -> None:
     for _ in range(3):
         compiled(count, p)
     assert torch.equal(p, torch.full((4,), math.inf))
+    assert npu_fuse_pass.reports()[-1].groups
+
+
+def test_powers_that_are_complex_leave_the_step_as_the_original() -> None:
+    torch._dynamo.reset()
+    npu_fuse_pass.clear_reports()
+    params = parameters([(3, 4), (5,)])
+    others = clones(params)
+    opt, eager = (Counting(ps, lambda beta, step: abs((4.5 - step) ** 0.5), in_group=True) for ps in (params, others))
+    step = npu_fuse_pass.compile_step(opt)
+    trained(opt, step, range(4))
+    with pytest.warns(UserWarning, match="is complex"):
+        trained(opt, step, range(4, 8))
+    trained(eager, eager.step, range(8))
+    assert_close(params, others)
     assert npu_fuse_pass.reports()[-1].groups
 
 
