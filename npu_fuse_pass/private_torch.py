@@ -49,11 +49,16 @@ WITHOUT = {
     "torch._dynamo.source.AttrSource": "a class without capturable may be compiled twice",
     "torch._dynamo.source.OptimizerSource": "a step in a function has its own graph",
     "torch._dynamo.symbolic_convert.InstructionTranslator.current_tx": "a step in a function has its own graph",
+    "torch._dynamo.symbolic_convert.InstructionTranslatorBase": "f-strings of numbers that change "
+    "fail, or lose their format",
+    "torch._dynamo.symbolic_convert.InstructionTranslatorBase._format_value": "f-strings of numbers that change "
+    "fail, or lose their format",
     "torch._dynamo.utils": "a step that lifts torch's limit of compiles by itself is compiled in parts",
     "torch._dynamo.utils.counters": "messages do not say why Dynamo ended a graph",
     "torch._dynamo.utils.get_debug_dir": "dumps under TORCH_COMPILE_DEBUG=1 go to torch_compile_debug",
     "torch._dynamo.utils.get_metrics_context": "reports do not say why a step was compiled again",
     "torch._dynamo.utils.graph_break_reasons": "messages do not say where Dynamo ended a graph",
+    "torch._dynamo.variables.ConstantVariable": "f-strings of numbers that change fail, or lose their format",
     "torch._dynamo.variables.LazyVariableTracker": "a class without capturable may be compiled twice",
     "torch._dynamo.variables.NewGlobalVariable": "a step behind a change in a function has its own graph",
     "torch._dynamo.variables.OptimizerVariable": "a class without capturable may be compiled twice",
@@ -63,6 +68,7 @@ WITHOUT = {
     "compiled step",
     "torch._dynamo.variables.OptimizerVariable.var_getattr": "attributes of an optimizer whose names are part of "
     "_init_group are taken for that",
+    "torch._dynamo.variables.SymNodeVariable": "f-strings of numbers that change fail, or lose their format",
     "torch._dynamo.variables.VariableTracker": "a class without capturable may be compiled twice",
     "torch._dynamo.variables.builder": "numbers that change may compile a step twice",
     "torch._dynamo.variables.builder.VariableBuilder": "what a function assigns to attributes of torch.optim's "

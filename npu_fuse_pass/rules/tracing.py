@@ -87,6 +87,13 @@ _variable_of, _optimizer = _ATTRIBUTES = (
     find("torch._dynamo.variables.OptimizerVariable"),
 )
 
+_format_value, _sym_node, _constant, _unbacked = _FORMATS = (
+    find("torch._dynamo.symbolic_convert.InstructionTranslatorBase._format_value"),
+    find("torch._dynamo.variables.SymNodeVariable"),
+    find("torch._dynamo.variables.ConstantVariable"),
+    find("torch.fx.experimental.symbolic_shapes.free_unbacked_symbols"),
+)
+
 
 def _entry_as_if_changed(tx: Any, name: str, entry: Any, **kwargs: Any) -> Any:
     """Dynamo's entry of an input; a number that is known to change is marked as changed."""
@@ -189,6 +196,14 @@ def _power_of(x: Any, base: Any) -> Any:
     return x.__rfloat_pow__(base)
 
 
+def _format_as_constant(self: Any, fmt_spec: Any, flags: int) -> None:
+    """Format a value in an f-string; a number is fixed then. Dynamo formats the text of one that is symbolic."""
+    value = self.stack[-1]
+    if isinstance(value, _sym_node) and not _unbacked(value.sym_num):  # of a tensor's number nothing is known
+        self.stack[-1] = _constant.create(value.evaluate_expr())
+    _format_value(self, fmt_spec, flags)
+
+
 _MISSING = {"_sym_pow": _sym_pow, "_sym_exp": _sym_exp, **({"_sym_log": _sym_log} if _sym_log2 is not None else {})}
 
 
@@ -255,6 +270,11 @@ _tracing = _Replaced(
         None if None in _ATTRIBUTES else find("torch._dynamo.variables.builder.VariableBuilder"),
         "_wrap",
         _track_optimizers,
+    ),
+    (
+        None if None in _FORMATS else find("torch._dynamo.symbolic_convert.InstructionTranslatorBase"),
+        "_format_value",
+        _format_as_constant,
     ),
 )
 # Libraries that compile parts of their steps themselves lift torch's limit of compiles meanwhile, in a context that

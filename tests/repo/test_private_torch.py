@@ -39,6 +39,7 @@ NOT_ASKED_FOR = {
     "torch._dynamo.variables.builder.VariableBuilder",  # where a name in it is missing
     "torch._dynamo.variables.builder",
     "torch._dynamo.guards",
+    "torch._dynamo.symbolic_convert.InstructionTranslatorBase",
     "torch._inductor.inductor_prims",  # where torchair is not
 }
 

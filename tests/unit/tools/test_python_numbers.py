@@ -157,6 +157,37 @@ def test_powers_that_are_complex_leave_the_step_as_the_original() -> None:
     assert npu_fuse_pass.reports()[-1].groups
 
 
+class Telling(torch.optim.Optimizer):
+    """Keeps texts of numbers that change."""
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        group = self.param_groups[0]
+        for p in group["params"]:
+            state = self.state[p]
+            state["step"] = state.get("step", 0) + 1
+            p.sub_(p.grad, alpha=group["lr"] / state["step"])
+            size = p.abs().max().item() if group["reads"] else 1.0
+            state["texts"] = (f"{group['lr']:.3f}", f"step {state['step']:03d}", f"{state['step']!r:>4}", f"{size:.2f}")
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["compile_step", "torch.compile"])
+def test_numbers_in_formatted_strings(plain: bool) -> None:
+    torch._dynamo.reset()
+    npu_fuse_pass.clear_reports()
+    params = parameters([(3, 4), (5,)])
+    others = clones(params)
+    opt, eager = (Telling(ps, {"lr": 0.1, "reads": not plain}) for ps in (params, others))
+    step = torch.compile(opt.step, backend="npu_fused") if plain else npu_fuse_pass.compile_step(opt)
+    for seed in range(4):
+        opt.param_groups[0]["lr"] = eager.param_groups[0]["lr"] = 0.1 / (1 + seed)
+        trained(opt, step, [seed])
+        trained(eager, eager.step, [seed])
+        assert [opt.state[p]["texts"] for p in params] == [eager.state[p]["texts"] for p in others]
+    assert_close(params, others)
+    assert npu_fuse_pass.reports()[-1].groups
+
+
 class Large(torch.optim.Optimizer):
     """Draws its factor from an integer that grows, as hashes do."""
 
