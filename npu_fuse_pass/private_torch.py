@@ -37,6 +37,8 @@ WITHOUT = {
     "torch._dynamo.eval_frame._stance": "a step that torch.compiler.set_stance leaves eager counts as not captured",
     "torch._dynamo.eval_frame.skip_code": "Dynamo captures a rule optimizer's step with all parameters; with "
     "step hooks it runs as the original",
+    "torch._dynamo.exc.InternalTorchDynamoError": "a step on which Dynamo fails raises its error",
+    "torch._dynamo.exc.TorchRuntimeError": "a step on which Dynamo fails raises its error",
     "torch._dynamo.graph_break": "a graph that has to end does not say why",
     "torch._dynamo.guards": "a function that removes states of torch.optim's optimizer may mix up the others",
     "torch._dynamo.guards.GuardBuilder.DUPLICATE_INPUT": "parameters that had one gradient keep it in a compiled step",

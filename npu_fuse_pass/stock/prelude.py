@@ -150,6 +150,8 @@ class StockPrelude:
     def _make(self) -> None:
         self.input_check, self.unchanged = None, False
         self._made, self._idle = [], []
+        if not all(isinstance(entry, dict) for entry in self._opt.state.values()):
+            raise Refused(Code.NO_RULE("an entry of its state is no dict"))
         groups = self._opt.param_groups
         labels = {id(p): f"parameter {i}" for i, p in enumerate(p for group in groups for p in group["params"])}
         if len(labels) < sum(len(group["params"]) for group in groups):

@@ -20,6 +20,7 @@ from npu_fuse_pass.run import torch_class
 from npu_fuse_pass.run.check_numerics import names_of
 from npu_fuse_pass.tensors.sharded import is_dtensor
 from npu_fuse_pass.tools.fused_option import FusedOption
+from npu_fuse_pass.tools.not_begun import failed_before
 from npu_fuse_pass.tools.plain_step import ORIGINAL, function_of, is_hooked, plain_step
 from npu_fuse_pass.tools.roads import captured, road
 from npu_fuse_pass.tools.twin import twin
@@ -57,6 +58,7 @@ class CompiledStep:
     Raises:
         UnfusedError: `strict`, and something is left unfused; this step has changed nothing.
         NumericsError: `check_numerics`, and a fused update differs; the original's values are in place.
+        Exception: torch failed to compile a step of which a part has run, or `strict`; otherwise the original runs.
         NotCapturedError: when called for the second time, if no update reached the backend; names reason and remedy.
             Both steps were done, eagerly. `compile_optimizer_` warns instead, unless `strict`.
     """
@@ -77,15 +79,17 @@ class CompiledStep:
             self._calls_closure_first = module.startswith("torch.optim.") and module != "torch.optim.lbfgs"
             foreach = by == "compile_optimizer_" and module in ("torch.optim.adam", "torch.optim.adamw")
             self._between_hooks: Callable[..., Any] = types.MethodType(inner, opt)
-            self._compiled_update = road(opt, self._between_hooks, self._tracked, foreach)
+            compiled = road(opt, self._between_hooks, self._tracked, foreach)
+            self._compiled_update = self._unless_torch_fails(compiled, self._between_hooks)
             hooked = torch.optim.Optimizer.profile_hook_step(self._closure_then_update)
             self._step: Callable[..., Any] = types.MethodType(hooked, opt)
         else:
-            self._step = captured(opt, self._original, self._tracked)
+            self._step = self._unless_torch_fails(captured(opt, self._original, self._tracked), self._original)
         self.fused_option = FusedOption(opt, by)
         self._steps = 0
         self._compiled: CompileReport | None = None
         self._warned = False
+        self._failed = False
         self._released = switched_off()
         self.running = False
         setattr(self, ORIGINAL, self._original)
@@ -132,7 +136,7 @@ class CompiledStep:
                 report.checked_against[1:] = [torch_step.name]
                 steps = report.checked_steps
                 torch_step.compare(self._opt.state, names_of([self._opt]), steps, rounds_once=False)
-        elif backend.compiling() and has_gradients(self._opt):
+        elif not self._failed and backend.compiling() and has_gradients(self._opt):
             self._missed()
         return result
 
@@ -156,6 +160,26 @@ class CompiledStep:
         ready = has_gradients(self._opt) or is_spread(self._opt)  # other processes may have gradients
         step = self._compiled_update if ready else self._between_hooks
         return step(*args, **kwargs)
+
+    def _unless_torch_fails(self, compiled: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+        """`compiled`, until torch fails to compile it before anything of a step has run: from then on `original`."""
+        if isinstance(self._opt, RuleOptimizer):  # what surrounds its core has run
+            return compiled
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            if not self._failed:
+                try:
+                    return compiled(*args, **kwargs)
+                except Exception as e:
+                    if self._tracked.options["strict"] or not failed_before(original, e):
+                        raise
+                    said = f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}"
+                self._failed = True
+                name = type(self._opt).__name__
+                warn(f"npu_fused: steps of {name} run eagerly from now on, because torch failed to compile one: {said}")
+            return original(*args, **kwargs)
+
+        return step
 
     def _missed(self) -> None:
         """Handle a step that updated parameters, but not in a compiled graph."""

@@ -36,6 +36,8 @@ NOT_ASKED_FOR = {
     "torch._dynamo.variables.NewGlobalVariable",  # behind another one that is missing
     "torch._dynamo.source.OptimizerSource",
     "torch._dynamo.config.recompile_limit",  # at a first compile
+    "torch._dynamo.exc.InternalTorchDynamoError",  # where Dynamo fails
+    "torch._dynamo.exc.TorchRuntimeError",
     "torch._dynamo.variables.builder.VariableBuilder",  # where a name in it is missing
     "torch._dynamo.variables.builder",
     "torch._dynamo.guards",
