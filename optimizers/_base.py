@@ -29,7 +29,13 @@ _FLAGS = ("amsgrad", "nesterov", "centered", "decoupled_decay", "lr_in_momentum"
 
 
 class NpuFusedOptimizer(RuleOptimizer):
-    """Base of the drop-in classes: every group's hyperparameters are checked before anything is changed."""
+    """Base of the drop-in classes: every group's hyperparameters are checked before anything is changed.
+
+    Attributes:
+        decouples: weight decay acts on the parameter alone; groups of torch's classes may ask for either.
+    """
+
+    decouples = False
 
     def __init__(
         self,
@@ -52,6 +58,10 @@ class NpuFusedOptimizer(RuleOptimizer):
 
     def checked(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The hyperparameters among `values`, in the form that groups hold; a ValueError for a wrong one."""
+        if values.get("decoupled_weight_decay", self.decouples) != self.decouples:
+            other = "NpuFusedAdam adds it to the gradient" if self.decouples else "NpuFusedAdamW decouples it"
+            allowed = f"{self.decouples}; {other}"
+            raise refuse("Invalid decoupled_weight_decay value", values["decoupled_weight_decay"], allowed)
         return {name: _checked(name, value) for name, value in values.items() if value is not required}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

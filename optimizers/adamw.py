@@ -40,6 +40,7 @@ class NpuFusedAdamW(NpuFusedOptimizer):
 
     rule = adamw
     torch_class = torch.optim.AdamW
+    decouples = True
 
     def __init__(
         self,

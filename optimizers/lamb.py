@@ -83,6 +83,7 @@ class NpuFusedLamb(NpuFusedOptimizer):
     """
 
     rule = lamb
+    decouples = True
 
     def __init__(
         self,

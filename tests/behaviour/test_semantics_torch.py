@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import npu_fuse_pass
+import optimizers
 from tests.support.cases import BY_NAME, CASES, NPU, ONE_EACH, Case, over
 from tests.support.training import MODES, Step, assert_close, clones, gradients, parameters, set_gradients, train
 
@@ -95,6 +96,26 @@ def test_options_that_a_checkpoint_lacks(case: Case) -> None:
     saved["param_groups"][0]["maximize"] = True
     with pytest.raises(ValueError, match="Invalid maximize value: True"):
         opt.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize(("make", "decouples"), [(optimizers.NpuFusedAdam, False), (optimizers.NpuFusedAdamW, True)])
+def test_the_kind_of_weight_decay_in_a_group(make: Any, decouples: bool, decoupled: bool) -> None:
+    """torch.optim.Adam and AdamW are one class with an option; ours are two."""
+    saved = torch.optim.Adam(parameters(), weight_decay=0.5).state_dict()
+    saved["param_groups"][0]["decoupled_weight_decay"] = decoupled  # on torch 2.7, too
+    opt = make(parameters(), lr=0.5)
+    group = {"params": parameters(), "decoupled_weight_decay": decoupled}
+    if decoupled == decouples:
+        opt.load_state_dict(saved)
+        assert opt.param_groups[0]["weight_decay"] == 0.5
+        opt.add_param_group(group)
+        return
+    for change, given in ((opt.load_state_dict, saved), (opt.add_param_group, group)):
+        with pytest.raises(ValueError, match=f"decoupled_weight_decay value: {decoupled} .allowed: {decouples}; Npu"):
+            change(given)
+    (own,) = opt.param_groups
+    assert own["lr"] == 0.5 and "decoupled_weight_decay" not in own  # nothing was changed
 
 
 @over(ONE_EACH)
