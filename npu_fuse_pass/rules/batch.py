@@ -54,6 +54,7 @@ class Batch:
     shown: list[dict[str, Tensor]]  # by parameter: what `opt.state` has of it
     hyper: Hyper
     numels: list[int]
+    shapes: list[torch.Size]
     seen: list[bool]
     totals: tuple[str, ...]
     strides: list[tuple[int, ...]]
@@ -65,6 +66,7 @@ class Batch:
     pointers: list[int] = dataclasses.field(default_factory=list)
     all_seen: bool = False
     same: SameTensors = dataclasses.field(default_factory=SameTensors)
+    same_params: SameTensors = dataclasses.field(default_factory=SameTensors)  # where gradients are others, or missing
     serial: int = dataclasses.field(init=False, default_factory=_serials.__next__)  # no other batch's, now or later
     _grads: list[Tensor | None] | None = dataclasses.field(default_factory=list)  # None: not read yet
 
@@ -158,6 +160,7 @@ def make_batch(
         shown=[{} for _ in params],
         hyper=hyper,
         numels=[p.numel() for p in params],
+        shapes=[p.shape for p in params],
         seen=[False] * len(params),
         totals=rule.totals_of(settings),
         strides=[p.stride() for p in params],
@@ -191,11 +194,13 @@ def repeated(batch: Batch, params: Sequence[Tensor]) -> Batch:
         rounding=batch.rounding.part(places),
         shown=[batch.shown[i] for i in places],
         numels=[batch.numels[i] for i in places],
+        shapes=[batch.shapes[i] for i in places],
         seen=[batch.seen[i] for i in places],
         strides=[batch.strides[i] for i in places],
         pointers=[],
         repeats=True,
         same=SameTensors(),
+        same_params=SameTensors(),
     )
 
 

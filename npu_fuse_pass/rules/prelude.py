@@ -310,11 +310,17 @@ def _read_gradients(batch: Batch) -> bool:
     batch.inference = any(p.is_inference() for p, g in zip(params, grads, strict=True) if g is not None)
     batch.inference |= any(flat.is_inference() for flat in batch.flat.values())
     dtypes = {None if g is None else g.dtype for g in grads} - {None, batch.grad_dtype}
-    if dtypes or {p.dtype for p in params} != {batch.dtype} or [p.numel() for p in params] != batch.numels:
+    if dtypes:
         return False
+    if not batch.same_params.match(params):  # a parameter may be another in the same memory: `p.data = p.data.t()`
+        if {p.dtype for p in params} != {batch.dtype} or [p.shape for p in params] != batch.shapes:
+            return False
+        if [p.stride() for p in params] != batch.strides:
+            return False
+        batch.same_params.learn(params)
     pointers = [p.data_ptr() for p in params]
     if pointers != batch.pointers:
-        if any(p.device != batch.device for p in params) or [p.stride() for p in params] != batch.strides:
+        if any(p.device != batch.device for p in params):
             return False
         batch.pointers = pointers
     for p, g in zip(params, grads, strict=True):

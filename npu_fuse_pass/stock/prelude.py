@@ -257,6 +257,7 @@ def _new(rule: Declaration, index: int, group: Mapping[str, Any], params: list[T
         shown=[],
         hyper=hyper,
         numels=[p.numel() for p in held],
+        shapes=[p.shape for p in held],
         seen=[],
         totals=(),
         strides=[p.stride() for p in held],

@@ -152,6 +152,51 @@ def test_data_is_moved(move: str) -> None:
     step.check(len(params))
 
 
+RESHAPED: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
+    "view": ((4, 4), lambda p: p.view(2, 8)),
+    "flattened": ((4, 4), torch.flatten),
+    "transposed, with the same strides": ((4, 1), lambda p: p.as_strided((1, 4), (1, 1))),
+}
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("how", RESHAPED)
+def test_data_gets_another_shape(how: str, is_compiled: bool, copied: bool) -> None:
+    """Its states have the old one: refused before anything is changed, in the same memory, too."""
+    shape, change = RESHAPED[how]
+    first, other = parameters([(3,), shape])
+    opt = NpuFusedAdam([first, other], lr=0.01)
+    if is_compiled:
+        npu_fuse_pass.compile_optimizer_(opt)
+    for p in (first, other):
+        p.grad = torch.ones_like(p)
+    opt.step()
+    opt.step()
+    if is_compiled:
+        assert_fused(last_report(), parameters=2)
+    other.grad = None
+    other.data = change(other.data.clone() if copied else other.data)
+    other.grad = torch.ones_like(other)
+    before = first.detach().clone()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"state 'exp_avg' of parameter 1 .* shape"):
+            opt.step()
+    assert torch.equal(first, before) and int(opt.state[first]["step"]) == 2
+
+
+@pytest.mark.parametrize("missing", [(), (0,)])
+def test_data_is_transposed_in_its_memory(missing: tuple[int, ...]) -> None:
+    params, _, step, others, stock = twins(lr=0.01, shapes=[(3,), (4, 4)])
+    for seed in range(4):
+        if seed == 2:
+            for p in (params[1], others[1]):
+                p.grad = None
+                p.data = p.data.t()
+        both(params, step, others, stock, seed, missing, plain=False)
+    step.check(len(params))
+
+
 def test_added_groups() -> None:
     """Other options, other dtypes, other options that change the structure."""
     params, opt, step, others, stock = twins(lr=0.01, cls=NpuFusedSGD, stock=torch.optim.SGD)
