@@ -397,6 +397,19 @@ def other_gradients() -> Steps:
     return torch.compile(step, backend=drops), torch.compile(step, backend="npu_fused")
 
 
+def large_integers() -> Steps:
+    def step(number: int) -> Callable[[], Any]:
+        def run() -> None:
+            torch._dynamo.reset()
+            update = torch.compile(lambda p, n: p.mul_(n * n % 7), backend="npu_fused", dynamic=True)
+            update(torch.ones(4), 3)
+            update(torch.ones(4), number)
+
+        return run
+
+    return step(2**40), step(4)
+
+
 def sharded() -> Steps:
     @torch.no_grad()
     def divide(p: Tensor, by: Tensor) -> None:
@@ -422,6 +435,7 @@ def sharded() -> Steps:
 
 
 STEPS: dict[Code, Callable[[], Steps]] = {
+    Code.NUMBER: large_integers,
     Code.SHARDED: sharded,
     Code.SHARED_MEMORY: shared_memory,
     Code.NO_MEMORY: no_memory,
