@@ -65,6 +65,8 @@ _changing: contextvars.ContextVar[Collection[str]] = contextvars.ContextVar("cha
 _compile_of_code: contextvars.ContextVar[int | None] = contextvars.ContextVar("compile_of_code", default=None)  # plain
 _first_seen: weakref.WeakKeyDictionary[types.CodeType, dict[str, int]] = weakref.WeakKeyDictionary()
 _sym_log2 = find("torch._sym_log2")
+_data_dependent = find("torch._subclasses.fake_tensor.DataDependentOutputException")
+_KNOWN = ("floor", "ceil", "trunc", "radians", "isnan", "isinf", "isfinite")  # of which Dynamo has forms of its own
 _entry_of, _auto_dynamic = _ENTRIES = (
     find("torch._dynamo.variables.builder.process_automatic_dynamic"),
     find("torch._dynamo.pgo.auto_dynamic"),
@@ -204,7 +206,31 @@ def _format_as_constant(self: Any, fmt_spec: Any, flags: int) -> None:
     _format_value(self, fmt_spec, flags)
 
 
+def _of_real_numbers(name: str) -> Any:
+    """A function of math that has no symbolic form: of a number that a tensor gave, it ends the graph."""
+
+    real = getattr(math, name)
+
+    @functools.wraps(real)
+    def function(*args: Any) -> Any:
+        if any(_is_symbolic(x) and _is_read(x) for x in args):
+            raise _data_dependent(f"math.{name}")
+        return real(*args)
+
+    return function
+
+
+def _is_read(x: Any) -> bool:
+    """True of what is computed of a number that `item()` reads."""
+    sources = getattr(x.node.shape_env, "var_to_sources", {})
+    found = [source for symbol in x.node.expr.free_symbols for source in sources.get(symbol, ())]
+    return any(type(source).__name__ == "CallMethodItemSource" for source in found)
+
+
 _MISSING = {"_sym_pow": _sym_pow, "_sym_exp": _sym_exp, **({"_sym_log": _sym_log} if _sym_log2 is not None else {})}
+if _data_dependent is not None:
+    _others = [name for name, f in vars(math).items() if callable(f) and name[0] != "_" and name not in _KNOWN]
+    _MISSING = {f"_sym_{name}": _of_real_numbers(name) for name in _others} | _MISSING
 
 
 class _Replaced:

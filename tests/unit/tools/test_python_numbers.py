@@ -538,3 +538,41 @@ def test_numpys_draws_are_numpys(plain: bool) -> None:
         return torch.cat([p.detach(), torch.tensor([np.random.rand()]), torch.rand(1)])
 
     torch.testing.assert_close(trained(True), trained(False))
+
+
+class Counted(torch.optim.Optimizer):
+    """Counts in a float64 tensor, whose number a function of `math` takes."""
+
+    def __init__(self, params: Any, function: Callable[[float], float]) -> None:
+        super().__init__(params, {"lr": 0.1})
+        self.function = function
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float64)
+                state["step"] += 1
+                p.add_(p.grad, alpha=-group["lr"] * self.function(state["step"].item() * 0.3))
+
+
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("name", ["log1p", "log10", "expm1", "fabs", "erf", "gamma", "tanh", "floor", "degrees"])
+def test_functions_of_a_number_that_a_tensor_gave(name: str, plain: bool) -> None:
+    """Torch has a symbolic form of few; of the others it keeps the value of the compile, and does not guard that."""
+
+    def trained(compiled: bool) -> Tensor:
+        torch._dynamo.reset()
+        p = torch.nn.Parameter(torch.zeros(3))
+        opt = Counted([p], getattr(math, name))
+        step: Any = opt.step
+        if compiled:
+            step = torch.compile(step, backend="npu_fused") if plain else npu_fuse_pass.compile_optimizer_(opt).step
+        for _ in range(4):
+            p.grad = torch.ones(3)
+            step()
+        return p.detach()
+
+    torch.testing.assert_close(trained(True), trained(False))
