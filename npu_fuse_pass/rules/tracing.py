@@ -208,7 +208,6 @@ def _format_as_constant(self: Any, fmt_spec: Any, flags: int) -> None:
 
 def _of_real_numbers(name: str) -> Any:
     """A function of math that has no symbolic form: of a number that a tensor gave, it ends the graph."""
-
     real = getattr(math, name)
 
     @functools.wraps(real)
