@@ -8,6 +8,7 @@ one float64 vector; that is why a step touches few Python objects and a changed 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import numbers
 import operator
@@ -53,7 +54,6 @@ class Batch:
     step_views: list[Tensor]
     shown: list[dict[str, Tensor]]  # by parameter: what `opt.state` has of it
     hyper: Hyper
-    numels: list[int]
     shapes: list[torch.Size]
     seen: list[bool]
     totals: tuple[str, ...]
@@ -69,6 +69,11 @@ class Batch:
     same_params: SameTensors = dataclasses.field(default_factory=SameTensors)  # where gradients are others, or missing
     serial: int = dataclasses.field(init=False, default_factory=_serials.__next__)  # no other batch's, now or later
     _grads: list[Tensor | None] | None = dataclasses.field(default_factory=list)  # None: not read yet
+
+    @functools.cached_property
+    def numels(self) -> list[int]:
+        """The number of elements of each parameter."""
+        return [shape.numel() for shape in self.shapes]
 
     @property
     def grads(self) -> list[Tensor | None]:
@@ -159,7 +164,6 @@ def make_batch(
         step_views=list(steps.unbind()),
         shown=[{} for _ in params],
         hyper=hyper,
-        numels=[p.numel() for p in params],
         shapes=[p.shape for p in params],
         seen=[False] * len(params),
         totals=rule.totals_of(settings),
@@ -193,7 +197,6 @@ def repeated(batch: Batch, params: Sequence[Tensor]) -> Batch:
         step_views=[batch.step_views[i] for i in places],
         rounding=batch.rounding.part(places),
         shown=[batch.shown[i] for i in places],
-        numels=[batch.numels[i] for i in places],
         shapes=[batch.shapes[i] for i in places],
         seen=[batch.seen[i] for i in places],
         strides=[batch.strides[i] for i in places],

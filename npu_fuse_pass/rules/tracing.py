@@ -266,41 +266,24 @@ class _Replaced:
                             setattr(owner, name, before)
 
 
+def _where(needed: Collection[Any], owner: Any, name: str, replacement: Any) -> tuple[Any, str, Any]:
+    """A replacement on a torch that has all that it needs, otherwise none."""
+    return (None if None in needed else owner), name, replacement
+
+
+_BUILDER = find("torch._dynamo.variables.builder")
+_TRANSLATOR = find("torch._dynamo.symbolic_convert.InstructionTranslatorBase")
 _tracing = _Replaced(
     (torch.SymFloat, "__pow__", _power),
     (torch.SymFloat, "__rpow__", _power_of),
     *((torch, name, function) for name, function in _MISSING.items() if not hasattr(torch, name)),
-    (
-        None if None in _ENTRIES else find("torch._dynamo.variables.builder"),
-        "process_automatic_dynamic",
-        _entry_as_if_changed,
-    ),
-    (
-        None if None in _CAPTURABLE else find("torch._dynamo.variables.OptimizerVariable"),
-        "_set_capturable",
-        _set_capturable_where_known,
-    ),
-    (None if _read_attribute is None else find("torch._dynamo.variables.OptimizerVariable"), "var_getattr", _attribute),
-    (
-        None if None in _GRADIENTS else find("torch._dynamo.variables.OptimizerVariable"),
-        "create_finalizer",
-        _guard_shared_gradients,
-    ),
-    (
-        None if _leaves_out_guards is None else find("torch._dynamo.guards"),
-        "is_from_optimizer_source",
-        lambda source: False,
-    ),
-    (
-        None if None in _ATTRIBUTES else find("torch._dynamo.variables.builder.VariableBuilder"),
-        "_wrap",
-        _track_optimizers,
-    ),
-    (
-        None if None in _FORMATS else find("torch._dynamo.symbolic_convert.InstructionTranslatorBase"),
-        "_format_value",
-        _format_as_constant,
-    ),
+    _where(_ENTRIES, _BUILDER, "process_automatic_dynamic", _entry_as_if_changed),
+    _where(_CAPTURABLE, _optimizer, "_set_capturable", _set_capturable_where_known),
+    _where([_read_attribute], _optimizer, "var_getattr", _attribute),
+    _where(_GRADIENTS, _optimizer, "create_finalizer", _guard_shared_gradients),
+    _where([_leaves_out_guards], find("torch._dynamo.guards"), "is_from_optimizer_source", lambda source: False),
+    _where(_ATTRIBUTES, find("torch._dynamo.variables.builder.VariableBuilder"), "_wrap", _track_optimizers),
+    _where(_FORMATS, _TRANSLATOR, "_format_value", _format_as_constant),
 )
 # Libraries that compile parts of their steps themselves lift torch's limit of compiles meanwhile, in a context that
 # Dynamo skips; a step that is compiled as a whole has its own limit. Guards look at it, so it stays during the call.
@@ -339,7 +322,7 @@ def look_after_plain_compiles() -> None:
         now = current()
         token = _compile_of_code.set(now.frame_compile_id if now is not None else 0)
         try:
-            with _tracing.meanwhile(), _numpys_own_draws():
+            with _tracing.meanwhile(), _switched_on(_NUMPYS_DRAWS):
                 return compile_frame(*args, **kwargs)
         finally:
             _compile_of_code.reset(token)
@@ -356,19 +339,17 @@ def reading_numbers() -> contextlib.AbstractContextManager[None]:
     Dynamo's own check of what it assumes of such numbers is off: it cannot write a quotient of two of them, and fails.
     `torch._check` of a number is a node of the graph, and stays.
     """
-    patch = find("torch._dynamo.config.patch")
-    options = (
-        "torch._dynamo.config.capture_scalar_outputs",
-        "torch._dynamo.config.do_not_emit_runtime_asserts",
-        "torch._dynamo.config.use_numpy_random_stream",
+    return _switched_on(
+        "torch._dynamo.config.capture_scalar_outputs", "torch._dynamo.config.do_not_emit_runtime_asserts", _NUMPYS_DRAWS
     )
+
+
+# numpy.random draws what it does eagerly, between graphs; otherwise Dynamo puts torch's generator in its place
+_NUMPYS_DRAWS = "torch._dynamo.config.use_numpy_random_stream"
+
+
+def _switched_on(*options: str) -> contextlib.AbstractContextManager[None]:
+    """Switch on those of these options that torch has: a context."""
+    patch = find("torch._dynamo.config.patch")
     known = {name.rpartition(".")[2]: True for name in options if find(name) is not None}
     return contextlib.nullcontext() if patch is None else patch(**known)
-
-
-def _numpys_own_draws() -> contextlib.AbstractContextManager[None]:
-    """Let `numpy.random` draw what it does eagerly, between graphs: Dynamo puts torch's generator in its place."""
-    patch = find("torch._dynamo.config.patch")
-    if patch is None or find("torch._dynamo.config.use_numpy_random_stream") is None:
-        return contextlib.nullcontext()
-    return patch(use_numpy_random_stream=True)  # type: ignore[no-any-return]

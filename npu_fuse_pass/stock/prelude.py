@@ -256,7 +256,6 @@ def _new(rule: Declaration, index: int, group: Mapping[str, Any], params: list[T
         step_views=list(steps.unbind()),
         shown=[],
         hyper=hyper,
-        numels=[p.numel() for p in held],
         shapes=[p.shape for p in held],
         seen=[],
         totals=(),

@@ -38,10 +38,6 @@ NOT_ASKED_FOR = {
     "torch._dynamo.config.recompile_limit",  # at a first compile
     "torch._dynamo.exc.InternalTorchDynamoError",  # where Dynamo fails
     "torch._dynamo.exc.TorchRuntimeError",
-    "torch._dynamo.variables.builder.VariableBuilder",  # where a name in it is missing
-    "torch._dynamo.variables.builder",
-    "torch._dynamo.guards",
-    "torch._dynamo.symbolic_convert.InstructionTranslatorBase",
     "torch._inductor.inductor_prims",  # where torchair is not
 }
 
