@@ -104,13 +104,17 @@ def tensors(opt: Any) -> list[Tensor]:
     return joined(params, *roles.values())
 
 
-def joined(*roles: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors of each role; those of one element as one tensor.
+SMALL = 100
+"""Elements below which a tensor's distance from float64 is a matter of luck, eager's, too."""
 
-    Alone, one element says little of a kernel: where its terms cancel, a last bit of them is many of the sum.
+
+def joined(*roles: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors of each role; small ones as one tensor.
+
+    Alone, a few elements say little of a kernel: where terms cancel, a last bit of them is many of the sum.
     """
     found = []
     for role in roles:
-        single = [t.detach().reshape(1) for t in role if t.numel() == 1]
-        found += [t for t in role if t.numel() != 1] + ([torch.cat(single)] if single else [])
+        small = [t.detach().flatten() for t in role if t.numel() < SMALL]
+        found += [t for t in role if t.numel() >= SMALL] + ([torch.cat(small)] if small else [])
     return found

@@ -36,7 +36,7 @@ from tests.npu_kernels.executed import Cores
 from tests.npu_kernels.steps import ALL, Step, parameters, set_gradients
 from tests.npu_kernels.test_executed import assert_close
 
-SIZES = (1, 7, 2049, 363, *[1] * 15)
+SIZES = (1, 7, 2049, 363, *[1, 7] * 12)
 BY_NAME = {step.name: step for step in ALL}
 
 
