@@ -322,7 +322,7 @@ def look_after_plain_compiles() -> None:
         now = current()
         token = _compile_of_code.set(now.frame_compile_id if now is not None else 0)
         try:
-            with _tracing.meanwhile(), _switched_on(_NUMPYS_DRAWS):
+            with _tracing.meanwhile(), numpys_draws():
                 return compile_frame(*args, **kwargs)
         finally:
             _compile_of_code.reset(token)
@@ -344,7 +344,11 @@ def reading_numbers() -> contextlib.AbstractContextManager[None]:
     )
 
 
-# numpy.random draws what it does eagerly, between graphs; otherwise Dynamo puts torch's generator in its place
+def numpys_draws() -> contextlib.AbstractContextManager[None]:
+    """Have numpy.random draw what it does eagerly, between graphs, where Dynamo would draw from torch's generator."""
+    return _switched_on(_NUMPYS_DRAWS)
+
+
 _NUMPYS_DRAWS = "torch._dynamo.config.use_numpy_random_stream"
 
 

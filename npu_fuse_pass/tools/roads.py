@@ -17,7 +17,7 @@ from npu_fuse_pass.private_torch import storage_key
 from npu_fuse_pass.reasons import Code, Reason
 from npu_fuse_pass.rules.hidden import hidden_class
 from npu_fuse_pass.rules.optimizer import RuleOptimizer
-from npu_fuse_pass.rules.tracing import reading_numbers, symbolic_numbers
+from npu_fuse_pass.rules.tracing import numpys_draws, reading_numbers, symbolic_numbers
 from npu_fuse_pass.stock.binding import Binding
 from npu_fuse_pass.stock.classes import stock_class
 from npu_fuse_pass.stock.prelude import Refused
@@ -57,7 +57,7 @@ def captured(
     if hidden_class(opt) is not None:
         return step
     of_rules = isinstance(opt, RuleOptimizer)  # its numbers are no part of the graph
-    numbers_read = contextlib.nullcontext() if of_rules else reading_numbers()
+    numbers_read = numpys_draws() if of_rules else reading_numbers()
 
     changing: set[str] = set()
 

@@ -17,6 +17,7 @@ from torch._dynamo.utils import counters
 import npu_fuse_pass
 from npu_fuse_pass.rules import tracing
 from npu_fuse_pass.rules.tracing import reading_numbers, symbolic_numbers
+from optimizers import NpuFusedSGD
 from tests.support.training import FULL, assert_close, assert_fused, clones, gradients, parameters, set_gradients
 
 Number = Callable[[float, int], float]
@@ -519,8 +520,17 @@ class WithNoise(torch.optim.Optimizer):
                 p.add_(torch.from_numpy(np.random.randn(*p.shape)))
 
 
+class SGDWithNoise(NpuFusedSGD):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for p in self.param_groups[0]["params"]:
+            p.grad.add_(torch.from_numpy(np.random.randn(*p.shape)))
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("optimizer", [WithNoise, SGDWithNoise])
 @pytest.mark.parametrize("plain", [True, False])
-def test_numpys_draws_are_numpys(plain: bool) -> None:
+def test_numpys_draws_are_numpys(optimizer: Any, plain: bool) -> None:
     """Dynamo puts torch's generator in the place of NumPy's."""
 
     def trained(compiled: bool) -> Tensor:
@@ -528,7 +538,7 @@ def test_numpys_draws_are_numpys(plain: bool) -> None:
         torch.manual_seed(3)
         np.random.seed(3)
         p = torch.nn.Parameter(torch.zeros(3))
-        opt = WithNoise([p], {"lr": 0.1})
+        opt = optimizer([p], {"lr": 0.1} if optimizer is WithNoise else 0.1)
         step: Any = opt.step
         if compiled:
             step = torch.compile(step, backend="npu_fused") if plain else npu_fuse_pass.compile_optimizer_(opt).step
