@@ -88,8 +88,9 @@ BETWEEN = {
     "deepcopy": "ps, opt = copy.deepcopy((ps, opt))\nstep = {again}",
     "pickle": "ps, opt = pickle.loads(pickle.dumps((ps, opt)))\nstep = {again}",
     "another optimizer": (
-        "forget('e', 'a', 'b', 'g', 'kept', 'before', 'saved'); r = weakref.ref(opt.state[ps[0]].get('{n}', opt)); "
-        "del opt, step; gc.collect(); promise('the states of a deleted optimizer are gone', r() is None)\n"
+        "forget('e', 'a', 'b', 'g', 'kept', 'before', 'saved', 'returned'); "
+        "r = weakref.ref(opt.state[ps[0]].get('{n}', opt)); del opt, step; gc.collect(); "
+        "promise('the states of a deleted optimizer are gone', r() is None)\n"
         "{make}\nstep = {again}"
     ),
     # calls
@@ -153,7 +154,17 @@ INSIDE = {
     "in: two steps": "opt.step()",
     "in: average": "average.lerp_(ps[{i}].detach().float().sum(), 0.5)",
     "in: closure": "opt.zero_grad()\nwith torch.enable_grad():\n    closure(ps, labels)()",
+    # what the function returns: `returned` has the expressions
+    "in: returns the parameter": "returned += [ps[{i}]]",
+    "in: returns a detached parameter": "returned += [ps[{i}].detach()]",
+    "in: returns a view": "returned += [ps[{i}].detach()[..., None]]",
+    "in: returns a part": "returned += [ps[{i}].detach().flatten()[:1]]",
+    "in: returns a gradient": "returned += [ps[{i}].grad]",
+    "in: returns a state": 'returned += [opt.state[ps[{i}]].get("{n}")]',
+    "in: returns a new tensor": "returned += [ps[{i}] * 2, ps[{i}].isfinite().all()]",
+    "in: returns a number": 'returned += [x * 2, opt.param_groups[0]["lr"]]',
 }
+RETURNS = "in: returns"  # how the names of those begin
 # the other way round in a function: after opt.step()
 AFTER = (
     "in: average",
@@ -162,4 +173,5 @@ AFTER = (
     "in: a gradient's other name",
     "in: lr *=",
     "in: state in place",
+    *(name for name in INSIDE if name.startswith(RETURNS)),
 )

@@ -9,7 +9,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 
-from .actions import AFTER, BETWEEN, INSIDE
+from .actions import AFTER, BETWEEN, INSIDE, RETURNS
 from .left_out import LEFT_OUT, OPTIMIZERS_LEFT_OUT, is_left_out
 from .optimizers import OPTIMIZERS, Drawn
 from .parameters import PARAMETERS, RARE
@@ -164,6 +164,8 @@ class _Writer:
             if inner:
                 text += "    with torch.no_grad():\n" + textwrap.indent(inner, " " * 8) + "\n"
             text += then + "\n" if then else ""
+        if any(n.startswith(RETURNS) for n in self.inside):
+            text = text.replace("\n", "\n    returned = []\n", 1) + "    return returned\n"
         self.rows += [(name, len(self.lines) + 4) for name in self.inside]  # behind the first step
         self.lines += ["average = torch.zeros(())"] if "average" in text else []
         self.lines += [BETWEEN["names follow"]] if "named" in text else []

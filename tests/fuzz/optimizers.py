@@ -24,7 +24,7 @@ class Drawn:
 
     @property
     def ours(self) -> bool:
-        return "torch.optim" not in self.text and self.name not in ("Drawing", "Counting")
+        return self.text.startswith(("optimizers.", "clipped("))
 
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -70,5 +70,6 @@ OPTIMIZERS = [
     _torch("RMSprop", "loop", ("square_avg",), "", ("alpha", "0.8")),
     Drawn("Drawing", "Drawing(ps, lr=0.05)", ("m",)),
     Drawn("Counting", "Counting(ps, lr=0.05)", ("unused",), "", (("mu", "0.5"),)),
+    Drawn("Keeping", "Keeping(ps, lr=0.05)", ("slow",), "", (("mu", "0.5"),)),
 ]
 BY_NAME = {o.name: o for o in OPTIMIZERS}
