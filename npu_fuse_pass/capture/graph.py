@@ -128,7 +128,7 @@ def _outputs(interpreter: Interpreter, node: fx.Node, returned: Sequence[Any]) -
     """
     outputs: list[Output] = []
     made: dict[int | None, Cell] = {}  # by memory
-    given = {storage_of(recorded(n)) for n in node.graph.find_nodes(op="placeholder")}
+    given = {storage_of(recorded(n)) for n in node.graph.nodes if n.op in ("placeholder", "get_attr")}
     sources = node.args[0] if isinstance(node.args[0], (list, tuple)) else (node.args[0],)
     for index, (source, cell) in enumerate(zip(sources, returned, strict=False)):
         if not isinstance(cell, Cell):

@@ -102,6 +102,8 @@ BETWEEN = {
         "torch.use_deterministic_algorithms(True)\nstep({call})\ntorch.use_deterministic_algorithms(False)"
     ),
     "compiled again": "step = {again}",
+    "compile_step": "step = by_compile_step(opt)",
+    "compile_optimizer_": "step = by_compile_optimizer(opt)",
     "Dynamo reset": "torch._dynamo.reset()",
     "closure": "step(closure(ps, labels))",
     "two optimizers at once": (

@@ -116,7 +116,11 @@ class _Writer:
         if self.chance.random() < (0.7 if self.lacks(INSIDE) else 0.5):
             self.inside = self.draws.pick(self.optimizer, list(INSIDE), self.chance.choice((1, 2, 3, 4)))
             self.function()
-        self.lines.append(f"step = {self.again}")
+        elif self.chance.random() < 0.3:
+            name = self.chance.choice(("compile_step", "compile_optimizer_"))
+            self.add(name, BETWEEN[name])
+        if not self.lines[-1].startswith("step = "):
+            self.lines.append(f"step = {self.again}")
         self.steps(self.chance.choice((1, 2)))
         usable = [k for k in BETWEEN if not (self.inside and k == "closure")]
         for name in self.draws.pick(self.optimizer, usable, self.chance.choice((3, 4, 5, 6))):

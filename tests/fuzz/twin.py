@@ -337,14 +337,28 @@ def run(lines: Sequence[str], mode: str) -> Run:
         "observe": observed.__setitem__,
     }
 
-    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-        call = torch.compile(function, backend=backend) if backend else function
-
+    def noting(call: Callable[..., Any]) -> Callable[..., Any]:
         def noted(*args: Any) -> None:
             names["returned"] = call(*args)
 
         return noted
 
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        return noting(torch.compile(function, backend=backend) if backend else function)
+
+    def by_tool(tool: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """Steps that a tool compiles; they take a closure, and not the number that a function is given."""
+
+        def made(opt: Any) -> Callable[..., Any]:
+            call = (
+                tool(opt) if mode == "compiled" else torch.compile(opt.step, backend=backend) if backend else opt.step
+            )
+            return noting(lambda *args: call(*filter(callable, args)))
+
+        return made
+
+    names["by_compile_step"] = by_tool(npu_fuse_pass.compile_step)
+    names["by_compile_optimizer"] = by_tool(lambda opt: npu_fuse_pass.compile_optimizer_(opt).step)
     names["compiled"] = compiled
     result = Run()
     names["promise"] = result.promise

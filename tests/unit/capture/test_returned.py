@@ -12,6 +12,7 @@ from torch import Tensor
 import npu_fuse_pass
 from npu_fuse_pass.capture.graph import capture
 from npu_fuse_pass.reasons import Code
+from optimizers import NpuFusedSGD
 from tests.support.graphs import traced
 from tests.support.training import last_report
 
@@ -105,6 +106,31 @@ def test_what_is_returned_shares_memory_with_what_it_does_eagerly(function: Func
                 assert torch.equal(a, b)
     if function in FUSED:
         assert last_report().fallback is None and last_report().groups
+
+
+@pytest.mark.usefixtures("afresh")
+@pytest.mark.parametrize(
+    "view", [lambda p: p.detach()[:1], lambda p: p.detach().view(1, 2), Tensor.detach, lambda p: p]
+)
+def test_a_view_of_a_parameter_that_the_graph_holds(view: Callable[[Tensor], Tensor]) -> None:
+    """The graph ahead of a step has the optimizer's parameters as attributes."""
+    found = []
+    for compiled in (True, False):
+        p = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        p.grad = torch.ones(2)
+        opt = NpuFusedSGD([p], lr=0.1)
+
+        def step(x: float, p: Any = p, opt: Any = opt) -> Tensor:
+            with torch.no_grad():
+                p.mul_(0.5)
+                opt.param_groups[0]["lr"] = x
+                part = view(p)
+            opt.step()
+            return part
+
+        found.append((torch.compile(step, backend="npu_fused") if compiled else step)(0.2))
+    assert torch.equal(*found) and found[0].max() < 1
+    assert last_report().groups
 
 
 @pytest.mark.parametrize("function", [both, two_parts, view_of_an_argument, expanded])
