@@ -83,7 +83,13 @@ class Patch:
         self._previous = vars(opt).get(_STEP)
         self._warned = False
         self._watching: RemovableHandle | None = None
-        self._function = function_of(plain_step(opt), lambda *args, **kwargs: self.compiled(*args, **kwargs))
+        self._original = plain_step(opt)
+        self._function = function_of(self._original, self._run)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        # Dynamo is not to follow how the compiled step of a copy is made
+        step = self._original if torch.compiler.is_dynamo_compiling() else self.compiled
+        return step(*args, **kwargs)
 
     @functools.cached_property
     def compiled(self) -> CompiledStep:

@@ -421,6 +421,18 @@ def test_copies_are_compiled_as_well(maker: str, how: str, said: list[str], tmp_
     assert not [text for text in said if "npu_fused" in text], said
 
 
+@pytest.mark.parametrize("maker", ["stock", "ours"])
+def test_a_copy_in_a_compiled_function(maker: str) -> None:
+    """Its step is in the function's graphs; Dynamo does not follow how it would be compiled by itself."""
+    params = parameters(MATRICES)
+    twin = copy.deepcopy(npu_fuse_pass.compile_optimizer_(MAKERS[maker](params)))
+    train(twin.param_groups[0]["params"], torch.compile(lambda: twin.step(), backend="npu_fused"), range(2))
+    assert_fused(npu_fuse_pass.reports()[-1], parameters=len(params))
+    opt = MAKERS[maker](params)
+    train(params, lambda: opt.step(), range(2))
+    assert_close(twin.param_groups[0]["params"], params)
+
+
 def test_a_shallow_copy_leaves_the_first_alone() -> None:
     params = parameters(MATRICES)
     opt = npu_fuse_pass.compile_optimizer_(MAKERS["stock"](params))
