@@ -41,6 +41,7 @@ WITHOUT = {
     "torch._dynamo.exc.TorchRuntimeError": "a step on which Dynamo fails raises its error",
     "torch._dynamo.graph_break": "a graph that has to end does not say why",
     "torch._dynamo.guards": "a function that removes states of torch.optim's optimizer may mix up the others",
+    "torch._dynamo.guards.GuardBuilder.CONSTANT_MATCH": "a full deque of the step has one item more in its graph",
     "torch._dynamo.guards.GuardBuilder.DUPLICATE_INPUT": "parameters that had one gradient keep it in a compiled step",
     "torch._dynamo.guards.install_guard": "parameters that had one gradient keep it in a compiled step",
     "torch._dynamo.guards.is_from_optimizer_source": "a function that removes states of torch.optim's "

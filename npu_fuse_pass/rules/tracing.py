@@ -19,11 +19,13 @@ those guards parameters get each other's states, silently. A gradient that two p
 them, and does not guard that it stays the other's.
 
 Dynamo drops what is assigned to attributes of torch's optimizers, `opt.param_groups` among them. It carries out what is
-assigned to objects that it tracks, so it tracks optimizers, too.
+assigned to objects that it tracks, so it tracks optimizers, too. It takes a deque for one without a `maxlen`, so that a
+full one would have one item too many in the graph.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import contextvars
 import dataclasses
@@ -95,6 +97,8 @@ _format_value, _sym_node, _constant, _unbacked = _FORMATS = (
     find("torch._dynamo.variables.ConstantVariable"),
     find("torch.fx.experimental.symbolic_shapes.free_unbacked_symbols"),
 )
+_same_constant = find("torch._dynamo.guards.GuardBuilder.CONSTANT_MATCH")
+_DEQUES = (_same_constant, _install_guard, _attribute_source, _constant)
 
 
 def _entry_as_if_changed(tx: Any, name: str, entry: Any, **kwargs: Any) -> Any:
@@ -180,9 +184,13 @@ def _guard_shared_gradients(self: Any, tx: Any) -> None:
     _end_mapping(self, tx)
 
 
-def _track_optimizers(self: Any, value: Any) -> Any:
+def _input(self: Any, value: Any) -> Any:
     """Dynamo's variable of an input; what is assigned to attributes of an optimizer is carried out behind the graph."""
     variable, tracked = _variable_of(self, value), self.tx.output.side_effects
+    if type(value) is collections.deque and None not in _DEQUES:
+        _install_guard(_attribute_source(self.source, "maxlen").make_guard(_same_constant))
+        variable.maxlen = _constant(value.maxlen)
+        variable.maxlen.is_constant_none = lambda: True  # Dynamo writes all items anew, whatever the limit
     if not isinstance(variable, _optimizer) or value in tracked:
         return variable
     return tracked.track_object_existing(value, variable)
@@ -282,7 +290,7 @@ _tracing = _Replaced(
     _where([_read_attribute], _optimizer, "var_getattr", _attribute),
     _where(_GRADIENTS, _optimizer, "create_finalizer", _guard_shared_gradients),
     _where([_leaves_out_guards], find("torch._dynamo.guards"), "is_from_optimizer_source", lambda source: False),
-    _where(_ATTRIBUTES, find("torch._dynamo.variables.builder.VariableBuilder"), "_wrap", _track_optimizers),
+    _where(_ATTRIBUTES, find("torch._dynamo.variables.builder.VariableBuilder"), "_wrap", _input),
     _where(_FORMATS, _TRANSLATOR, "_format_value", _format_as_constant),
 )
 # Libraries that compile parts of their steps themselves lift torch's limit of compiles meanwhile, in a context that

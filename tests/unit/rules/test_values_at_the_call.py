@@ -367,6 +367,40 @@ def test_attributes_of_an_optimizer(make: Any) -> None:
         assert opt.param_groups[0]["lr"] == opt.defaults["lr"] == opt.note == value
 
 
+class Remembering(torch.optim.Optimizer):
+    """Steps along the mean of its last gradients."""
+
+    def __init__(self, params: Any, many: int) -> None:
+        super().__init__(params, {})
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["last"] = collections.deque(maxlen=many)
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["last"].append(p.grad.clone())
+                p.sub_(torch.stack(list(self.state[p]["last"])).mean(0))
+
+
+@pytest.mark.usefixtures("afresh")
+def test_a_deque_that_is_full() -> None:
+    """Dynamo takes it for one without a limit. The second optimizer uses what was compiled for the first."""
+    for many in (2, 3):
+        runs = []
+        for compiled in (True, False):
+            params = parameters([(3,)])
+            opt = Remembering(params, many)
+            step = torch.compile(opt.step, backend="npu_fused") if compiled else opt.step
+            for i in range(5):
+                set_gradients(params, gradients(params, i))
+                step()
+            assert len(opt.state[params[0]]["last"]) == many
+            runs.append([params[0].detach(), *opt.state[params[0]]["last"]])
+        assert_close(*runs)
+    assert any(r.groups for r in npu_fuse_pass.reports())
+
+
 class Noting(NpuFusedAdam):
     """Keeps attributes whose names are parts of that of a method of torch's optimizers, `_init_group`."""
 
