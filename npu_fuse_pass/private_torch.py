@@ -46,6 +46,9 @@ WITHOUT = {
     "torch._dynamo.guards.install_guard": "parameters that had one gradient keep it in a compiled step",
     "torch._dynamo.guards.is_from_optimizer_source": "a function that removes states of torch.optim's "
     "optimizer may mix up the others",
+    "torch._dynamo.output_graph.OutputGraph": "what a step has read as p.data is what it assigns to it later",
+    "torch._dynamo.output_graph.OutputGraph.compile_subgraph": "what a step has read as p.data is what it assigns "
+    "to it later",
     "torch._dynamo.pgo.auto_dynamic": "numbers that change may compile a step twice",
     "torch._dynamo.register_backend": 'backend="npu_fused" is known by the entry point of the installed package',
     "torch._dynamo.reset_code": "Dynamo keeps what stands around the trace of a rule",
@@ -72,6 +75,9 @@ WITHOUT = {
     "torch._dynamo.variables.OptimizerVariable.var_getattr": "attributes of an optimizer whose names are part of "
     "_init_group are taken for that",
     "torch._dynamo.variables.SymNodeVariable": "f-strings of numbers that change fail, or lose their format",
+    "torch._dynamo.variables.TensorVariable": "what a step has read as p.data is what it assigns to it later",
+    "torch._dynamo.variables.TensorVariable.var_getattr": "what a step has read as p.data is what it assigns "
+    "to it later",
     "torch._dynamo.variables.VariableTracker": "a class without capturable may be compiled twice",
     "torch._dynamo.variables.builder": "numbers that change may compile a step twice",
     "torch._dynamo.variables.builder.VariableBuilder": "what a function assigns to attributes of torch.optim's "

@@ -20,7 +20,8 @@ them, and does not guard that it stays the other's.
 
 Dynamo drops what is assigned to attributes of torch's optimizers, `opt.param_groups` among them. It carries out what is
 assigned to objects that it tracks, so it tracks optimizers, too. It takes a deque for one without a `maxlen`, so that a
-full one would have one item too many in the graph.
+full one would have one item too many in the graph. And what was read as `p.data` it reads again behind the graph, where
+that may have been assigned.
 """
 
 from __future__ import annotations
@@ -86,6 +87,10 @@ _end_mapping, _install_guard, _one_object = _GRADIENTS = (
 )
 _leaves_out_guards = find("torch._dynamo.guards.is_from_optimizer_source")
 _read_attribute = find("torch._dynamo.variables.OptimizerVariable.var_getattr")
+_read_of_tensor, _end_graph = _DATA = (
+    find("torch._dynamo.variables.TensorVariable.var_getattr"),
+    find("torch._dynamo.output_graph.OutputGraph.compile_subgraph"),
+)
 _variable_of, _optimizer = _ATTRIBUTES = (
     find("torch._dynamo.variables.builder.VariableBuilder._wrap"),
     find("torch._dynamo.variables.OptimizerVariable"),
@@ -196,6 +201,25 @@ def _input(self: Any, value: Any) -> Any:
     return tracked.track_object_existing(value, variable)
 
 
+_DATA_READ = "_npu_fused_data_read"
+
+
+def _read_data(self: Any, tx: Any, name: str) -> Any:
+    """A tensor's attribute; each `data` that was read is noted."""
+    found = _read_of_tensor(self, tx, name)
+    if name == "data":
+        vars(tx.output).setdefault(_DATA_READ, []).append(found)
+    return found
+
+
+def _return_data(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """End a graph; it returns what was read as `data` where it assigns `data`."""
+    assigned = any(node.target is torch.Tensor.set_ for node in self.graph.nodes)
+    for variable in vars(self).get(_DATA_READ, ()) if assigned else ():
+        variable.source = None
+    return _end_graph(self, *args, **kwargs)
+
+
 def _power(x: Any, y: Any) -> Any:
     """A power of a symbolic base, which may be negative."""
     return x.__float_pow__(y)
@@ -291,6 +315,8 @@ _tracing = _Replaced(
     _where(_GRADIENTS, _optimizer, "create_finalizer", _guard_shared_gradients),
     _where([_leaves_out_guards], find("torch._dynamo.guards"), "is_from_optimizer_source", lambda source: False),
     _where(_ATTRIBUTES, find("torch._dynamo.variables.builder.VariableBuilder"), "_wrap", _input),
+    _where(_DATA, find("torch._dynamo.variables.TensorVariable"), "var_getattr", _read_data),
+    _where(_DATA, find("torch._dynamo.output_graph.OutputGraph"), "compile_subgraph", _return_data),
     _where(_FORMATS, _TRANSLATOR, "_format_value", _format_as_constant),
 )
 # Libraries that compile parts of their steps themselves lift torch's limit of compiles meanwhile, in a context that

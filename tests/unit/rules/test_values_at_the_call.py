@@ -401,6 +401,37 @@ def test_a_deque_that_is_full() -> None:
     assert any(r.groups for r in npu_fuse_pass.reports())
 
 
+class Exchanging(torch.optim.Optimizer):
+    """Every step leaves the average in the parameter, and what was there in its place."""
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            p.sub_(p.grad)
+            state["average"] = state["average"].lerp(p, 0.25) if state else torch.zeros_like(p)
+            p.data, state["average"] = state["average"], p.data
+
+
+@pytest.mark.usefixtures("afresh")
+@pytest.mark.parametrize(
+    "entry", [lambda opt: torch.compile(opt.step, backend="npu_fused"), npu_fuse_pass.compile_step]
+)
+def test_data_that_is_exchanged(entry: Any) -> None:
+    """Dynamo takes the parameter's data from it again when it has been assigned."""
+    runs = []
+    for compiled in (True, False):
+        params = parameters([(3,), (2, 2)])
+        opt = Exchanging(params, {})
+        step = entry(opt) if compiled else opt.step
+        for i in range(4):
+            set_gradients(params, gradients(params, i))
+            step()
+        runs.append([t.detach() for p in params for t in (p, opt.state[p]["average"])])
+    assert_close(*runs)
+    assert npu_fuse_pass.reports()
+
+
 class Noting(NpuFusedAdam):
     """Keeps attributes whose names are parts of that of a method of torch's optimizers, `_init_group`."""
 
