@@ -7,6 +7,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from npu_fuse_pass.capture.aten.rows import ROWS
@@ -14,7 +15,7 @@ from npu_fuse_pass.capture.aten.shaped import SHAPED
 from npu_fuse_pass.capture.forward import records
 from npu_fuse_pass.capture.interpreter import Interpreter, flatten
 from npu_fuse_pass.capture.originals import Env
-from npu_fuse_pass.capture.values import Cell
+from npu_fuse_pass.capture.values import Cell, Val
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.fx_nodes.effects import recorded
 from npu_fuse_pass.fx_nodes.names import REFLECTED, operation_name
@@ -82,6 +83,8 @@ def _call_node(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], k
         raise Recorded
     if name in _METADATA:
         raise Unsupported(name, "reads the size of a tensor", Code.SIZE)
+    if name in ("add", "mul") and all(isinstance(recorded(a), torch.SymBool) for a in node.all_input_nodes):
+        args = tuple(_as_integer(interpreter, a) for a in args)
     cells = [cell for cell in flatten((*args, *kwargs.values())) if isinstance(cell, Cell)]
     before = [(cell, cell.val, cell.base, cell.leaf in interpreter.written) for cell in cells]
     try:
@@ -97,6 +100,13 @@ def _call_node(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], k
             cell.val, cell.base = val, base
         reason = e.at(node.name, source_of(node)).reason
         return interpreter.originals.keep(node, name, reason, env)
+
+
+def _as_integer(interpreter: Interpreter, truth: Any) -> Any:
+    """A truth value of Python's as an integer, as its sums and products are; those of bool tensors are bool."""
+    if not isinstance(truth, Cell):
+        return int(truth) if isinstance(truth, bool) else truth
+    return Cell(Val(interpreter.builder.cast(truth.val.expr, torch.float64), torch.int64, (), number=True))
 
 
 def _verify(node: fx.Node, result: Any, scalars: bool) -> None:

@@ -41,7 +41,7 @@ def cast(b: Builder, x: Val, dtype: torch.dtype) -> Val:
         return Val(b.op("ne", x.expr, b.const(0)), dtype, x.shape)
     if dtype != torch.float64:
         raise Unsupported("to", f"converts {x.dtype} to {dtype}", Code.DTYPE)
-    return Val(x.expr, dtype, x.shape)
+    return Val(b.cast(x.expr, torch.float64), dtype, x.shape)
 
 
 def as_number(b: Builder, x: Val) -> Val:

@@ -128,7 +128,8 @@ def _item(b: Builder, x: Val) -> Val:
     if math.prod(x.shape) != 1:
         raise Unsupported("item", "reads a tensor of several elements", Code.VALUE)
     x = as_number(b, x) if x.dimmed else x
-    return Val(x.expr, torch.float64 if x.dtype.is_floating_point else torch.int64, (), number=True)
+    dtype = torch.float64 if x.dtype.is_floating_point else torch.int64
+    return Val(b.cast(x.expr, torch.float64), dtype, (), number=True)  # what adds up truth values counts them
 
 
 def _rounded(b: Builder, x: Val, digits: object = None) -> Val:

@@ -218,6 +218,27 @@ def test_integers_that_float64_does_not_hold(plain: bool) -> None:
     assert report.groups and any(r.code.name == "NUMBER" for r in report.fallbacks)
 
 
+TRUTHS: tuple[Number, ...] = (
+    lambda beta, step: (step > 2) + (step > 4),
+    lambda beta, step: float(step > 2) + (step == 4),
+    lambda beta, step: 0.5 * ((step > 2) * (step < 6)) + (True + (step > 3)),
+)
+
+
+@pytest.mark.parametrize("number", TRUTHS, ids=["truths", "floats", "products"])
+def test_truth_values_are_counted(number: Number) -> None:
+    """Sums of bool tensors are bool."""
+    torch._dynamo.reset()
+    npu_fuse_pass.clear_reports()
+    params = parameters([(3, 4), (5,)])
+    others = clones(params)
+    opt, eager = (Counting(ps, number, in_group=True) for ps in (params, others))
+    trained(opt, npu_fuse_pass.compile_step(opt), range(8))
+    trained(eager, eager.step, range(8))
+    assert_close(params, others)
+    assert all(report.groups and not report.reasons for report in npu_fuse_pass.reports())
+
+
 KEPT: dict[str, Number] = {
     "bits": lambda beta, step: (step & 5) ^ 2,
     "decimal places": lambda beta, step: round(beta**step, 2),
