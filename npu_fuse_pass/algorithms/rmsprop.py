@@ -38,11 +38,11 @@ def rmsprop(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """One update."""
     grad = torch.where(weight_decay == 0, grad, grad + weight_decay * param)
-    square_avg = alpha * square_avg + (1 - alpha) * grad * grad
+    square_avg = torch.addcmul(alpha * square_avg, (1 - alpha) * grad, grad)
     variance = square_avg
-    if grad_avg is not None:
-        grad_avg = grad_avg + (1 - alpha) * (grad - grad_avg)
-        variance = square_avg - grad_avg * grad_avg
+    if grad_avg is not None:  # rounded as torch's: what is left of a constant gradient's variance is roundings alone
+        grad_avg = torch.lerp(grad_avg, grad, 1 - alpha)
+        variance = torch.addcmul(square_avg, grad_avg, grad_avg, value=-1)
     update = grad / (variance.sqrt() + eps)
     if momentum_buffer is not None:
         update = momentum_buffer = momentum * momentum_buffer + update

@@ -501,6 +501,17 @@ def test_numbers_of_a_parameter_are_torchs_bits(name: str) -> None:
     rule_report(5)
 
 
+def test_a_variance_of_roundings_alone() -> None:
+    """Centered RMSprop divides by what roundings leave of a constant gradient's variance, or is not a number."""
+    twins = Twins("RMSprop", ((1000,),), alpha=0.8, eps=1e-8, momentum=0, lr=1e-4)
+    for _ in range(150):
+        twins.seed = 0
+        twins.train(1)
+    assert torch.isnan(twins.others[0]).any()
+    torch.testing.assert_close(twins.params, twins.others, rtol=1e-5, atol=1e-5, equal_nan=True)
+    rule_report(1)
+
+
 @pytest.mark.parametrize("name", KEPT_NUMBERS if FULL else ["NAdam"])
 @pytest.mark.filterwarnings("ignore:npu_fused")
 def test_numbers_that_a_rule_does_not_keep(name: str) -> None:
