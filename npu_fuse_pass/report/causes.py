@@ -94,6 +94,11 @@ _GUARDS = [
         "keep what ends graphs out of the loop over parameters (reports of the graphs say what does, and where)",
     ),
     _Guard(
+        r"obj_id\(.*\.state\[|\.state\[.*deallocated",
+        "the states are other tensors than before (load_state_dict makes new ones), or another optimizer's",
+        "load checkpoints before the first step; npu_fuse_pass.compile_step(opt) for each of several optimizers",
+    ),
+    _Guard(
         r"(deallocated|obj_id|\bid\().*(self|opt)|(self|opt).*deallocated",
         "another optimizer runs the same code (instances of a class share torch's limit of compiles)",
         "npu_fuse_pass.compile_step(opt) gives each optimizer compiles of its own",

@@ -103,6 +103,7 @@ BETWEEN = {
     ),
     "compiled again": "step = {again}",
     "compile_step": "step = by_compile_step(opt)",
+    "check_numerics": "step = by_compile_step(opt, check_numerics=True)",
     "compile_optimizer_": "step = by_compile_optimizer(opt)",
     "Dynamo reset": "torch._dynamo.reset()",
     "closure": "step(closure(ps, labels))",

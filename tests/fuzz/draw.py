@@ -117,7 +117,7 @@ class _Writer:
             self.inside = self.draws.pick(self.optimizer, list(INSIDE), self.chance.choice((1, 2, 3, 4)))
             self.function()
         elif self.chance.random() < 0.3:
-            name = self.chance.choice(("compile_step", "compile_optimizer_"))
+            name = self.chance.choice(("compile_step", "compile_optimizer_", "check_numerics"))
             self.add(name, BETWEEN[name])
         if not self.lines[-1].startswith("step = "):
             self.lines.append(f"step = {self.again}")

@@ -346,10 +346,10 @@ def run(lines: Sequence[str], mode: str) -> Run:
     def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return noting(torch.compile(function, backend=backend) if backend else function)
 
-    def by_tool(tool: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def by_tool(tool: Callable[..., Any]) -> Callable[..., Any]:
         """Steps that a tool compiles; they take a closure, and not the number that a function is given."""
 
-        def made(opt: Any) -> Callable[..., Any]:
+        def made(opt: Any, **options: Any) -> Callable[..., Any]:
             call = (
                 tool(opt) if mode == "compiled" else torch.compile(opt.step, backend=backend) if backend else opt.step
             )
@@ -358,7 +358,9 @@ def run(lines: Sequence[str], mode: str) -> Run:
         return made
 
     names["by_compile_step"] = by_tool(npu_fuse_pass.compile_step)
-    names["by_compile_optimizer"] = by_tool(lambda opt: npu_fuse_pass.compile_optimizer_(opt).step)
+    names["by_compile_optimizer"] = by_tool(
+        lambda opt, **options: npu_fuse_pass.compile_optimizer_(opt, **options).step
+    )
     names["compiled"] = compiled
     result = Run()
     names["promise"] = result.promise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import pathlib
@@ -194,6 +195,28 @@ def test_reordered_parameters_are_no_other_optimizer() -> None:
     step()
     assert "another optimizer" not in last_report().cause
     assert "in another order" in last_report().cause and last_report().cause_remedy
+
+
+@pytest.mark.parametrize("loaded", ["after", "before"])
+def test_loaded_states_are_no_other_optimizer(loaded: str) -> None:
+    params = parameters(((4,), (3,)))
+    set_gradients(params, gradients(params, 0))
+    opt = torch.optim.Adam(params, lr=0.1, foreach=False)
+    opt.step()
+    saved = copy.deepcopy(opt.state_dict())
+    for made in range(3):
+        if made == (0 if loaded == "before" else 2):
+            opt.load_state_dict(saved)
+        if not made:
+            step = torch.compile(opt.step, backend="npu_fused")
+        step()
+    if loaded == "after":
+        assert last_report().cause.startswith(
+            "the states are other tensors than before (load_state_dict makes new ones)"
+        )
+        assert last_report().cause_remedy.startswith("load checkpoints before the first step")
+    else:
+        assert len(npu_fuse_pass.reports()) == 1
 
 
 def test_users_of_these_optimizers_are_not_told_to_use_one() -> None:
@@ -561,6 +584,7 @@ def test_what_torch_compiles_no_further_is_said_with_its_cause() -> None:
             True,
         ),
         ("1/0: ___check_obj_id(p, 14), type=<class 'torch.nn.parameter.Parameter'>", "another parameter", True),
+        ("1/0: ___check_obj_id(self.state[p]['exp_avg'], 14), type=<class 'torch.Tensor'>", "states are other", True),
     ],
 )
 def test_what_a_guard_says(reason: str, cause: str, has_remedy: bool) -> None:
