@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ class Effects:
 
     def of(self, node: fx.Node) -> Effect | None:
         """The effect of a node's call, tried out on tensors without memory; None where it cannot be tried out."""
+        if not node.all_input_nodes and not _tensors(recorded(node)):
+            return None  # it is there for what it changes in torch, where a trial would leave it changed
         places = [(n, k) for n in node.all_input_nodes for k, _ in enumerate(_tensors(recorded(n)))]
         key = (node.target, *_described(node))
         if key not in self._known:
@@ -68,11 +71,18 @@ def writes_leaves(graph: fx.Graph, of_parameters: bool = False) -> bool:
                 value = recorded(target)
                 if value is None and target in own:
                     return True  # an unknown function may write anything
-                if isinstance(value, Tensor) and (target in own or storage_of(value) in storages):
+                if isinstance(value, Tensor) and (target in own or _lies_in(value, storages)):
                     counts = value.is_floating_point() or value.is_complex()
                     if counts and (value.requires_grad or not of_parameters):
                         return True
     return False
+
+
+def _lies_in(value: Tensor, storages: Collection[int]) -> bool:
+    try:
+        return storage_of(value) in storages
+    except NotImplementedError:  # within torch.vmap tensors wrap others, and have no memory
+        return False
 
 
 def _written(node: fx.Node) -> list[fx.Node]:

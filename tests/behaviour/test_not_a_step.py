@@ -136,3 +136,31 @@ def test_an_empty_list_of_reports_says_why() -> None:
     with pytest.raises(IndexError, match=r"there is no report: .*fused=True.*explain\(opt\)"):
         npu_fuse_pass.reports()[-1]
     assert npu_fuse_pass.reports() == [] and npu_fuse_pass.reports()[:1] == []
+
+
+TRANSFORMED: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
+    "grad": lambda f, x: torch.func.grad(f)(x),
+    "vmap": lambda f, x: torch.vmap(lambda row: row * f(row))(x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,))[1] * x,
+    "vmap in place": lambda f, x: torch.vmap(lambda row: row.clone().mul_(f(row)))(x),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+@pytest.mark.filterwarnings("error:npu_fused")
+def test_function_transforms_beside_a_step(name: str) -> None:
+    """torch.func enters its transforms by calls in the graph, which must not happen while that is compiled."""
+    found = []
+    for compiled in (False, True):
+        p = nn.Parameter(X.clone())
+        opt = optimizers.NpuFusedAdamW([p], lr=0.1)
+
+        def train(p: nn.Parameter, opt: torch.optim.Optimizer) -> None:
+            p.grad = TRANSFORMED[name](lambda x: x.square().sum(), p.detach())
+            opt.step()
+
+        step = torch.compile(train, backend="npu_fused") if compiled else train
+        for _ in range(3):
+            step(p, opt)
+        found.append(p.detach())
+    assert_close([found[1]], [found[0]], 1e-6)
