@@ -20,8 +20,8 @@ them, and does not guard that it stays the other's.
 
 Dynamo drops what is assigned to attributes of torch's optimizers, `opt.param_groups` among them. It carries out what is
 assigned to objects that it tracks, so it tracks optimizers, too. It takes a deque for one without a `maxlen`, so that a
-full one would have one item too many in the graph. And what was read as `p.data` it reads again behind the graph, where
-that may have been assigned.
+full one would have one item too many in the graph. And what was read as `p.data` or `p.T` it reads again behind the
+graph, where other data may have been assigned.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ _end_mapping, _install_guard, _one_object = _GRADIENTS = (
 )
 _leaves_out_guards = find("torch._dynamo.guards.is_from_optimizer_source")
 _read_attribute = find("torch._dynamo.variables.OptimizerVariable.var_getattr")
-_read_of_tensor, _end_graph = _DATA = (
+_tensor, _read_of_tensor, _end_graph = _DATA = (
+    find("torch._dynamo.variables.TensorVariable"),
     find("torch._dynamo.variables.TensorVariable.var_getattr"),
     find("torch._dynamo.output_graph.OutputGraph.compile_subgraph"),
 )
@@ -205,15 +206,15 @@ _DATA_READ = "_npu_fused_data_read"
 
 
 def _read_data(self: Any, tx: Any, name: str) -> Any:
-    """A tensor's attribute; each `data` that was read is noted."""
+    """A tensor's attribute; each that lies in its memory is noted."""
     found = _read_of_tensor(self, tx, name)
-    if name == "data":
+    if isinstance(found, _tensor) and found.proxy.node.op == "call_function":
         vars(tx.output).setdefault(_DATA_READ, []).append(found)
     return found
 
 
 def _return_data(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """End a graph; it returns what was read as `data` where it assigns `data`."""
+    """End a graph; it returns what was read of tensors' memory where it assigns `data`."""
     assigned = any(node.target is torch.Tensor.set_ for node in self.graph.nodes)
     for variable in vars(self).get(_DATA_READ, ()) if assigned else ():
         variable.source = None
@@ -315,7 +316,7 @@ _tracing = _Replaced(
     _where(_GRADIENTS, _optimizer, "create_finalizer", _guard_shared_gradients),
     _where([_leaves_out_guards], find("torch._dynamo.guards"), "is_from_optimizer_source", lambda source: False),
     _where(_ATTRIBUTES, find("torch._dynamo.variables.builder.VariableBuilder"), "_wrap", _input),
-    _where(_DATA, find("torch._dynamo.variables.TensorVariable"), "var_getattr", _read_data),
+    _where(_DATA, _tensor, "var_getattr", _read_data),
     _where(_DATA, find("torch._dynamo.output_graph.OutputGraph"), "compile_subgraph", _return_data),
     _where(_FORMATS, _TRANSLATOR, "_format_value", _format_as_constant),
 )

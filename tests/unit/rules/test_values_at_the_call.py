@@ -410,6 +410,7 @@ class Exchanging(torch.optim.Optimizer):
             state = self.state[p]
             p.sub_(p.grad)
             state["average"] = state["average"].lerp(p, 0.25) if state else torch.zeros_like(p)
+            state["turned"] = p.mT
             p.data, state["average"] = state["average"], p.data
 
 
@@ -421,13 +422,13 @@ def test_data_that_is_exchanged(entry: Any) -> None:
     """Dynamo takes the parameter's data from it again when it has been assigned."""
     runs = []
     for compiled in (True, False):
-        params = parameters([(3,), (2, 2)])
+        params = parameters([(2, 3), (2, 2)])
         opt = Exchanging(params, {})
         step = entry(opt) if compiled else opt.step
         for i in range(4):
             set_gradients(params, gradients(params, i))
             step()
-        runs.append([t.detach() for p in params for t in (p, opt.state[p]["average"])])
+        runs.append([t.detach() for p in params for t in (p, *opt.state[p].values())])
     assert_close(*runs)
     assert npu_fuse_pass.reports()
 
