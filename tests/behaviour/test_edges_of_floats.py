@@ -101,3 +101,17 @@ def test_norms_of_tiny_and_huge_updates(use_global_grad_norm: bool) -> None:
         args = (torch.linspace(1e-3, 1, 4), [torch.full((4,), grad)] * 2, (None, None))
         want, got = (run(optimizers.NpuFusedLamb, options, compiled, *args) for compiled in (False, True))
         torch.testing.assert_close(got, want, rtol=1e-5, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "read", [torch.max, torch.min, lambda g: torch._foreach_max([g])[0]], ids=["max", "min", "list"]
+)
+def test_the_largest_of_no_elements_is_an_error(read: Any) -> None:
+    """As eagerly: not infinite."""
+    torch._dynamo.reset()
+
+    def update(p: Tensor, g: Tensor) -> None:
+        p.sub_(g * read(g))
+
+    with pytest.raises(RuntimeError):
+        torch.compile(update, backend="npu_fused")(torch.ones(0, 3), torch.ones(0, 3))
