@@ -85,7 +85,15 @@ def _guard_identity(surface: Any) -> None:
         surface.source = dataclasses.replace(surface.source, base=through.base)
 
 
-def _changed(optimizer: Keeping, effects: Any) -> list[str]:
+def reads_changed(optimizer: torch.optim.Optimizer, output: Any) -> bool:
+    """True if the function that is being traced has changed what the optimizer reads. `output`: Dynamo's."""
+    try:
+        return bool(_changed(optimizer, output.side_effects))
+    except Exception:  # another torch may keep its notes elsewhere
+        return False
+
+
+def _changed(optimizer: Keeping | torch.optim.Optimizer, effects: Any) -> list[str]:
     """Names of the objects and globals that were changed and that the optimizer may read."""
     new_global = need("torch._dynamo.variables.NewGlobalVariable")
     known = {id(var): at for at, var in effects.id_to_variable.items()}
@@ -106,7 +114,7 @@ def _readable(source: str) -> str:
     return re.sub(r"[GL]\['(\w+)'\]", r"\1", source)
 
 
-def _reachable(optimizer: Keeping, wanted: Set[int | str]) -> Iterator[int | str]:
+def _reachable(optimizer: Keeping | torch.optim.Optimizer, wanted: Set[int | str]) -> Iterator[int | str]:
     """The objects, by id, and globals, by name, that a step may read.
 
     Those are what the optimizer and the methods of its classes refer to, directly or through other objects.

@@ -42,6 +42,7 @@ from typing import Any
 import torch
 
 from npu_fuse_pass.private_torch import find
+from npu_fuse_pass.rules.pending import reads_changed
 from npu_fuse_pass.rules.torch_steps import is_ours
 
 
@@ -85,6 +86,7 @@ _end_mapping, _install_guard, _one_object = _GRADIENTS = (
     find("torch._dynamo.guards.install_guard"),
     find("torch._dynamo.guards.GuardBuilder.DUPLICATE_INPUT"),
 )
+_call_method = find("torch._dynamo.variables.OptimizerVariable.call_method")
 _leaves_out_guards = find("torch._dynamo.guards.is_from_optimizer_source")
 _read_attribute = find("torch._dynamo.variables.OptimizerVariable.var_getattr")
 _tensor, _read_of_tensor, _end_graph = _DATA = (
@@ -178,6 +180,26 @@ def _attribute(self: Any, tx: Any, name: str) -> Any:
     if name != "_init_group" and name in "_init_group":
         return super(type(self), self).var_getattr(tx, name)
     return _read_attribute(self, tx, name)
+
+
+def _method(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """A call of an optimizer's method. `_init_group` Dynamo runs while it traces: too early for what has changed."""
+    if name == "_init_group" and (_has_shown_states(self.value, tx.output) or reads_changed(self.value, tx.output)):
+        return super(type(self), self).call_method(tx, name, args, kwargs)
+    return _call_method(self, tx, name, args, kwargs)
+
+
+_GATHERED = "_npu_fused_gathered"
+
+
+def _has_shown_states(opt: torch.optim.Optimizer, output: Any) -> bool:
+    """True if the function has looked at the states ahead of a step that is about to make some."""
+    gathered = vars(output).setdefault(_GATHERED, set())
+    if id(opt) in gathered:
+        return False
+    gathered.add(id(opt))
+    params = (p for group in opt.param_groups for p in group["params"])
+    return opt.state in output.side_effects and any(p.grad is not None and not opt.state.get(p) for p in params)
 
 
 def _guard_shared_gradients(self: Any, tx: Any) -> None:
@@ -313,6 +335,7 @@ _tracing = _Replaced(
     _where(_ENTRIES, _BUILDER, "process_automatic_dynamic", _entry_as_if_changed),
     _where(_CAPTURABLE, _optimizer, "_set_capturable", _set_capturable_where_known),
     _where([_read_attribute], _optimizer, "var_getattr", _attribute),
+    _where([_call_method], _optimizer, "call_method", _method),
     _where(_GRADIENTS, _optimizer, "create_finalizer", _guard_shared_gradients),
     _where([_leaves_out_guards], find("torch._dynamo.guards"), "is_from_optimizer_source", lambda source: False),
     _where(_ATTRIBUTES, find("torch._dynamo.variables.builder.VariableBuilder"), "_wrap", _input),

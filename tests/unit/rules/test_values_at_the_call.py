@@ -184,7 +184,36 @@ IN_ONE_GRAPH = ("parameters_in_place", "nothing_of_the_optimizer")  # of ours, i
 TOLD = ("lr", "weight_decay", "factors", "several_at_once", "another_group", "fewer_parameters", "tensor_lr")
 TOLD = (*TOLD, "grad_assigned", "grad_dropped", "grads_cloned", "grads_scaled")  # the others end a graph themselves
 OURS = ("adam", "sgd_momentum", "adam_amsgrad", "lion", "paddle_rmsprop", "lamb")
-STOCK = ("stock_adam", "stock_sgd_momentum", "stock_adamw")
+STOCK = ("stock_adam", "stock_sgd_momentum", "stock_adamw", "gathering")
+
+
+class Gathering(torch.optim.Optimizer):
+    """Gathers a group's states in a method that Dynamo runs while it traces; no graph ends before a step, as Muon's."""
+
+    def __init__(self, params: Any, lr: Any = 0.1) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": 0.1, "momentum": 0.9})
+
+    def _init_group(self, group: Any, params: list[Tensor], grads: list[Tensor], bufs: list[Tensor]) -> bool:
+        for p in group["params"]:
+            if p.grad is not None:
+                params.append(p)
+                grads.append(p.grad)
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                bufs.append(state["momentum_buffer"])
+        return False
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            bufs: list[Tensor] = []
+            self._init_group(group, params, grads, bufs)
+            for p, grad, buf in zip(params, grads, bufs, strict=True):
+                buf.lerp_(grad, 1 - group["momentum"])
+                p.sub_(group["lr"] * (buf + group["weight_decay"] * p))
 
 
 def rate(opt: Any) -> str:
@@ -192,8 +221,10 @@ def rate(opt: Any) -> str:
 
 
 def build(kind: str, params: list[Tensor], name: str) -> Any:
-    case = BY_NAME[kind.removeprefix("stock_")]
     more = {"lr": torch.tensor(0.1)} if name == "tensor_lr_in_place" else {}
+    if kind == "gathering":
+        return Gathering(params, **more)
+    case = BY_NAME[kind.removeprefix("stock_")]
     if kind.startswith("stock_"):
         assert case.stock is not None
         foreach = {"foreach": False} if more and "sgd" in kind else {}
