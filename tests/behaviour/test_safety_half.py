@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -114,3 +115,28 @@ def test_numbers_of_lists_round_as_atens_do() -> None:
     torch.compile(body, backend="npu_fused")(made[1])
     assert [i for i, (a, b) in enumerate(zip(*made, strict=True)) if not torch.equal(a, b)] == []
     assert_fused(last_report(), parameters=len(made[0]))
+
+
+@pytest.mark.usefixtures("afresh")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [lambda s: s.add_(0.0101), lambda s: s.sub_(0.0101), lambda s: s.mul_(1.003), lambda s: s.copy_(0.777 - s)],
+    ids=["add", "sub", "mul", "rsub"],
+)
+def test_numbers_beside_states_without_dimensions(change: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    """ATen rounds the number of a sum to the state's dtype first, the factor of a product not."""
+
+    def step(p: Tensor, s: Tensor) -> None:
+        change(s)
+        p.sub_(0.1 * s.float())
+
+    fused = torch.compile(step, backend="npu_fused")
+    for start in torch.rand(40, generator=torch.Generator().manual_seed(0)).tolist():
+        found = []
+        for call in (fused, step):
+            p, s = torch.ones(5), torch.tensor(start, dtype=dtype)
+            call(p, s)
+            found.append(s)
+        assert torch.equal(*found)
+    assert_fused(last_report(), parameters=1)

@@ -38,7 +38,7 @@ def evaluate(b: Builder, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
 
     def given(x: Any, place: int | str) -> Any:
         # in half precision ATen rounds numbers and 0-dim tensors to the half dtype first, with some exceptions
-        narrow = dtype in HALF and bool(dimmed) and not _in_float(name, place, x)
+        narrow = dtype in HALF and not all(v.number for v in vals) and not _in_float(name, place, x)
         if isinstance(x, Val):
             if x.expr.tensor and x.dtype.is_floating_point:
                 return b.cast(x.expr, work)
