@@ -109,19 +109,27 @@ class Keeping(torch.optim.Optimizer):
     def __init__(self, params: Any, lr: float, weight_decay: float = 0.01) -> None:
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, mu=0.9))
 
+    def _init_group(self, group: Any, params: list[Any]) -> None:
+        """Make states, as torch.optim's classes do; while Dynamo traces it calls a method of this name itself."""
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            params.append(p)
+            s = self.state[p]
+            if "pair" not in s:
+                buffer = torch.zeros(2 * p.numel(), dtype=p.dtype)
+                s |= {"slow": None, "begun": False, "last": [], "pair": (torch.zeros_like(p), torch.zeros_like(p))}
+                s |= {"buffer": buffer, "row": buffer[p.numel() :].view(p.shape)}
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         with torch.enable_grad():
             loss = closure() if closure is not None else None
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
+            params: list[Any] = []
+            self._init_group(group, params)
+            for p in params:
                 s = self.state[p]
-                if "pair" not in s:
-                    buffer = torch.zeros(2 * p.numel(), dtype=p.dtype)
-                    s |= {"slow": None, "begun": False, "last": [], "pair": (torch.zeros_like(p), torch.zeros_like(p))}
-                    s |= {"buffer": buffer, "row": buffer[p.numel() :].view(p.shape)}
                 s["last"] = [*s["last"][-1:], p.grad.clone()]
                 first, second = s["pair"]
                 s["pair"] = (second, group["mu"] * first + sum(s["last"]) / len(s["last"]))
