@@ -78,8 +78,10 @@ WITHOUT = {
     "_init_group are taken for that",
     "torch._dynamo.variables.SymNodeVariable": "f-strings of numbers that change fail, or lose their format",
     "torch._dynamo.variables.TensorVariable": "what a step has read as p.data is what it assigns to it later",
+    "torch._dynamo.variables.TensorVariable.call_method": "del p.grad in a compiled function is lost",
     "torch._dynamo.variables.TensorVariable.var_getattr": "what a step has read as p.data is what it assigns "
     "to it later",
+    "torch._dynamo.variables.VariableTracker.build": "del p.grad in a compiled function is lost",
     "torch._dynamo.variables.VariableTracker": "a class without capturable may be compiled twice",
     "torch._dynamo.variables.builder": "numbers that change may compile a step twice",
     "torch._dynamo.variables.builder.VariableBuilder": "what a function assigns to attributes of torch.optim's "

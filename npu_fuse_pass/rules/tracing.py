@@ -94,6 +94,10 @@ _tensor, _read_of_tensor, _end_graph = _DATA = (
     find("torch._dynamo.variables.TensorVariable.var_getattr"),
     find("torch._dynamo.output_graph.OutputGraph.compile_subgraph"),
 )
+_call_of_tensor, _build = _DELETED = (
+    find("torch._dynamo.variables.TensorVariable.call_method"),
+    find("torch._dynamo.variables.VariableTracker.build"),
+)
 _variable_of, _optimizer = _ATTRIBUTES = (
     find("torch._dynamo.variables.builder.VariableBuilder._wrap"),
     find("torch._dynamo.variables.OptimizerVariable"),
@@ -243,6 +247,13 @@ def _return_data(self: Any, *args: Any, **kwargs: Any) -> Any:
     return _end_graph(self, *args, **kwargs)
 
 
+def _tensor_method(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """A call of a tensor's method. `del p.grad`, which Dynamo loses, is `p.grad = None`."""
+    if name == "__delattr__" and args[0].as_python_constant() == "grad":
+        return _build(tx, setattr).call_function(tx, [self, args[0], _build(tx, None)], {})
+    return _call_of_tensor(self, tx, name, args, kwargs)
+
+
 def _power(x: Any, y: Any) -> Any:
     """A power of a symbolic base, which may be negative."""
     return x.__float_pow__(y)
@@ -340,6 +351,7 @@ _tracing = _Replaced(
     _where([_leaves_out_guards], find("torch._dynamo.guards"), "is_from_optimizer_source", lambda source: False),
     _where(_ATTRIBUTES, find("torch._dynamo.variables.builder.VariableBuilder"), "_wrap", _input),
     _where(_DATA, _tensor, "var_getattr", _read_data),
+    _where(_DELETED, _tensor, "call_method", _tensor_method),
     _where(_DATA, find("torch._dynamo.output_graph.OutputGraph"), "compile_subgraph", _return_data),
     _where(_FORMATS, _TRANSLATOR, "_format_value", _format_as_constant),
 )

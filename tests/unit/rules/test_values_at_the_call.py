@@ -142,6 +142,11 @@ def grad_dropped(opt: Any, params: list[Tensor], i: int) -> None:
 
 
 @change
+def grad_deleted(opt: Any, params: list[Tensor], i: int) -> None:
+    del params[i % 3].grad
+
+
+@change
 def grads_cloned(opt: Any, params: list[Tensor], i: int) -> None:
     for p in params:
         if p.grad is not None:
@@ -182,7 +187,14 @@ def nothing_of_the_optimizer(opt: Any, params: list[Tensor], i: int) -> None:
 COUNTED: list[int] = []
 IN_ONE_GRAPH = ("parameters_in_place", "nothing_of_the_optimizer")  # of ours, if the step comes once
 TOLD = ("lr", "weight_decay", "factors", "several_at_once", "another_group", "fewer_parameters", "tensor_lr")
-TOLD = (*TOLD, "grad_assigned", "grad_dropped", "grads_cloned", "grads_scaled")  # the others end a graph themselves
+TOLD = (
+    *TOLD,
+    "grad_assigned",
+    "grad_dropped",
+    "grad_deleted",
+    "grads_cloned",
+    "grads_scaled",
+)  # the others end a graph themselves
 OURS = ("adam", "sgd_momentum", "adam_amsgrad", "lion", "paddle_rmsprop", "lamb")
 STOCK = ("stock_adam", "stock_sgd_momentum", "stock_adamw", "gathering")
 
