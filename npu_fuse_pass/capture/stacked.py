@@ -22,7 +22,7 @@ from npu_fuse_pass.capture.interpreter import Expansion, Interpreter
 from npu_fuse_pass.capture.values import Cell, Scalars, Val
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.fx_nodes.effects import recorded, storage_of
-from npu_fuse_pass.fx_nodes.names import REFLECTED, operation_name
+from npu_fuse_pass.fx_nodes.names import in_order, operation_name
 from npu_fuse_pass.reasons import Code
 
 OF_SCALARS = ("linalg_vector_norm", "norm", "sum", "max", "amax", "min", "amin")
@@ -82,7 +82,7 @@ def _entrywise(name: str) -> Expansion:
             return NotImplemented
         several = [a.val for a in (*args, *kwargs.values()) if isinstance(a, Cell) and a.val.shape]
         count = len(vectors[0].entries)
-        args = args[::-1] if node.target in REFLECTED else args
+        args = in_order(node, args)
         if several or any(len(v.entries) != count for v in vectors):
             raise Unsupported(name, "meets a vector of numbers that is a tensor of its own", Code.SHAPES)
 

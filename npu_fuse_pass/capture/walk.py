@@ -18,7 +18,7 @@ from npu_fuse_pass.capture.originals import Env
 from npu_fuse_pass.capture.values import Cell, Val
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.fx_nodes.effects import recorded
-from npu_fuse_pass.fx_nodes.names import REFLECTED, operation_name
+from npu_fuse_pass.fx_nodes.names import in_order, operation_name
 from npu_fuse_pass.fx_nodes.places import source_of
 from npu_fuse_pass.reasons import Code
 
@@ -88,7 +88,7 @@ def _call_node(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], k
     cells = [cell for cell in flatten((*args, *kwargs.values())) if isinstance(cell, Cell)]
     before = [(cell, cell.val, cell.base, cell.leaf in interpreter.written) for cell in cells]
     try:
-        result = interpreter.call(name, args[::-1] if node.target in REFLECTED else args, kwargs)
+        result = interpreter.call(name, in_order(node, args), kwargs)
         _verify(node, result, interpreter.keeps)
         return result
     except Unsupported as e:

@@ -72,3 +72,12 @@ def operation_name(node: fx.Node) -> str:
         if target is None:
             return str(node.target)
     return _OPERATORS.get(target) or str(getattr(target, "__name__", target))
+
+
+def in_order(node: fx.Node, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of a node in the order of the function that its `operation_name` names."""
+    if node.target in REFLECTED:
+        return args[::-1]
+    if node.target == "where" and len(args) > 1:
+        return (args[1], args[0], *args[2:])  # x.where(condition, y) is torch.where(condition, x, y)
+    return args

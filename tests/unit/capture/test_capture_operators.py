@@ -98,6 +98,29 @@ def test_in_place(name: str, as_method: bool) -> None:
     assert [g.updates for g in report.groups] == [1] and not report.unfused, report
 
 
+WHERE: dict[str, Callable[..., Any]] = {
+    "tensors": lambda p, q: p.where(p > q, q),
+    "a number": lambda p, q: p.where(p > q, 0.5),
+    "named": lambda p, q: p.where(p > q, other=q),
+    "of the class": lambda p, q: torch.Tensor.where(p, p > q, q),
+    "of one element": lambda p, q: p[0, 0].where(p[0, 0] > q[0, 0], q[0, 0]),
+    "stacked": lambda p, q: (v := torch.stack([p.sum(), q.sum()])).where(v > 30, 0.5)[0],
+}
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("form", WHERE)
+@pytest.mark.filterwarnings("ignore:npu_fused")
+def test_where_as_a_method(form: str, dtype: torch.dtype) -> None:
+    """`p.where(condition, q)` takes p where the condition holds."""
+
+    def step(p: Tensor, q: Tensor, out: Tensor) -> None:
+        out.copy_(WHERE[form](p, q))
+
+    report = compare(step, values(dtype))
+    assert report.groups and "where" not in {u.op for u in report.unfused}, report
+
+
 def _set_item(p: Tensor, q: Tensor, out: Tensor) -> None:
     p[0] = 1.0
     out.copy_(p * q)
