@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from npu_fuse_pass.capture.aten.fills import cast
 from npu_fuse_pass.capture.aten.pointwise import evaluate
 from npu_fuse_pass.capture.dimensions import in_another_shape
 from npu_fuse_pass.capture.flat import VIEWS, whole_view
@@ -22,6 +23,8 @@ from npu_fuse_pass.capture.pairs import PAIRS
 from npu_fuse_pass.capture.stacked import OF_SCALARS, STACKED, order_of, reshaped
 from npu_fuse_pass.capture.values import Cell, Scalars
 from npu_fuse_pass.errors import Unsupported
+from npu_fuse_pass.fx_nodes.effects import recorded
+from npu_fuse_pass.ir.expr import HALF
 from npu_fuse_pass.reasons import Code
 
 
@@ -33,6 +36,9 @@ def _of_scalars(name: str) -> Expansion:
             raise Unsupported(name, "over some of the dimensions of stacked scalars", Code.REDUCTION)
         b, entries = interpreter.builder, args[0].entries
         order = order_of(node) if "norm" in name else None
+        made = getattr(recorded(node), "dtype", None)
+        if made in HALF:  # ATen adds up in float32, and rounds what it stores
+            entries = tuple(cast(b, v, torch.float32) for v in entries)
         if order == 2:
             entries = tuple(evaluate(b, "mul", (v, v), {}) for v in entries)
         elif order is not None:
@@ -40,7 +46,8 @@ def _of_scalars(name: str) -> Expansion:
         pairwise = {"max": "maximum", "amax": "maximum", "min": "minimum", "amin": "minimum"}.get(name, "add")
         pairwise = "maximum" if order == math.inf else pairwise
         whole = functools.reduce(lambda x, y: evaluate(b, pairwise, (x, y), {}), entries)
-        return Cell(evaluate(b, "sqrt", (whole,), {}) if order == 2 else whole)
+        whole = evaluate(b, "sqrt", (whole,), {}) if order == 2 else whole
+        return Cell(cast(b, whole, made) if made in HALF else whole)
 
     return combine
 

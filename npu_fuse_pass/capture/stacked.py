@@ -43,7 +43,7 @@ def _stack(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwarg
     cells: Sequence[Cell] = args[0]
     if any(c.val.shape or c.val.expr.tensor for c in cells) or not _all_entrywise(interpreter, node):
         return NotImplemented
-    return Scalars(tuple(c.read() for c in cells))
+    return _vector(interpreter, node, [c.read() for c in cells])
 
 
 def _cat(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -52,7 +52,13 @@ def _cat(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs:
     if any(c.val.shape != (1,) or c.val.expr.tensor for c in cells) or not _all_entrywise(interpreter, node):
         return NotImplemented
     b = interpreter.builder
-    return Scalars(tuple(as_number(b, c.read()) for c in cells))
+    return _vector(interpreter, node, [as_number(b, c.read()) for c in cells])
+
+
+def _vector(interpreter: Interpreter, node: fx.Node, entries: Sequence[Val]) -> Scalars:
+    """Entries in the vector's dtype, which is the one that all of theirs fit in."""
+    dtype = getattr(recorded(node), "dtype", None)
+    return Scalars(tuple(v if dtype is None else cast(interpreter.builder, v, dtype) for v in entries))
 
 
 def _split(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -148,3 +148,15 @@ def test_numbers_beside_states_without_dimensions(change: Callable[[Tensor], Ten
         assert torch.equal(*found)
     report = last_report()
     assert report.fallback is None and report.groups and {r.code for r in report.reasons} <= {Code.HALF_PRECISION}
+
+
+@pytest.mark.parametrize("dtypes", [[torch.float16] * 60, [torch.bfloat16] * 60, [torch.bfloat16, torch.float32]])
+def test_norms_in_one_vector(dtypes: list[torch.dtype]) -> None:
+    """Their vector has the dtype that all fit in, and a sum or norm of it is rounded once, at the end."""
+
+    def clip(p: Any, *gradients: Any) -> None:
+        norms = torch.stack([torch.linalg.vector_norm(g) for g in gradients])
+        p.mul_(norms.norm() + norms.sum())
+
+    torch.manual_seed(0)
+    check(clip, torch.ones(35), *(torch.randn(35).to(d) for d in dtypes))
