@@ -49,9 +49,7 @@ def evaluate(b: Builder, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
             return b.const(float(torch.tensor(x, dtype=dtype, device="cpu")) if narrow else x)
         return x
 
-    scaled = name in ("add", "sub", "rsub") and (len(args) > 2 or "alpha" in kwargs)
-    in_parts = name in _NOT_IN_HALF if dimmed else scaled and not all(v.number for v in vals)
-    if dtype in HALF and in_parts:
+    if dtype in HALF and dimmed and name in _NOT_IN_HALF:
         raise Unsupported(name, "rounds its intermediate results in half precision", Code.HALF_PRECISION)
     result = ROWS[name](b, *map(given, args, range(len(args))), **{k: given(v, k) for k, v in kwargs.items()})
     if result.dtype == torch.bool:
