@@ -137,7 +137,8 @@ class Code(enum.Enum):
     )
     HOOKS = (
         "Step hooks run between the operations of a larger compiled function.",
-        "remove the hooks, or call the step outside of the compiled function",
+        "register hooks before the function is first called, and compile it without fullgraph=True: the step then has "
+        "a graph of its own",
     )
 
     # what torch shows

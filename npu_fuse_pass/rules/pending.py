@@ -40,6 +40,9 @@ class Keeping(Protocol):
 
     found_inf: Tensor | None
 
+    @property
+    def has_hooks(self) -> bool: ...
+
 
 def why_apart(optimizer: Keeping, surface: object, operation: object, handle: str) -> str:
     """What the function that is being traced has done before the step; "" where the step can be part of its graph.
@@ -64,6 +67,8 @@ def why_apart(optimizer: Keeping, surface: object, operation: object, handle: st
         steps = (n for n in output.graph.nodes if n.target is operation and n.args[-1] == handle)
         if next(steps, None) is not None and not tracer.one_graph:
             return "the optimizer steps before it in the same function"
+        if optimizer.has_hooks and not tracer.one_graph:
+            return "the step has hooks, which are Python"
         if optimizer.found_inf is not None and optimizer.found_inf.device.type == _NPU and not tracer.one_graph:
             return "step counters are in host memory, and found_inf is on an NPU"  # the step asks for it first
     except Exception as e:  # another torch may keep its notes elsewhere

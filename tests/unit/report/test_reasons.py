@@ -364,18 +364,17 @@ def repeated() -> Steps:
 
 
 def hooks() -> Steps:
-    def step(opt: torch.optim.Optimizer) -> Callable[[], Any]:
+    def step(fullgraph: bool) -> Callable[[], Any]:
+        opt = optimizers.NpuFusedAdam(ones((4,)), lr=0.1)
+        opt.register_step_post_hook(lambda *_: None)
+
         def clipped() -> None:
             torch.nn.utils.clip_grad_norm_(opt.param_groups[0]["params"], 1.0)
             opt.step()
 
-        return torch.compile(clipped, backend="npu_fused")
+        return torch.compile(clipped, backend="npu_fused", fullgraph=fullgraph)
 
-    first, second = (optimizers.NpuFusedAdam(ones((4,)), lr=0.1) for _ in range(2))
-    handle = second.register_step_post_hook(lambda *_: None)
-    first.register_step_post_hook(lambda *_: None)
-    handle.remove()
-    return step(first), step(second)
+    return step(True), step(False)
 
 
 def constant() -> Steps:
