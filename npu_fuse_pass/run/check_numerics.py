@@ -163,7 +163,8 @@ def relative_error(got: Tensor, want: Tensor, old: Tensor | None) -> float:
     finite = scale[scale.isfinite()]
     largest = float(finite.max()) if finite.numel() else 0.0
     same = (a == b) | (a.isnan() & b.isnan())
-    least = torch.finfo(got.dtype).smallest_normal  # below it, units in the last place are all of one size
+    # below the least normal number, units in the last place are all of one size; truth values differ by 1
+    least = torch.finfo(got.dtype).smallest_normal if got.dtype.is_floating_point else 1.0
     error = torch.where(same, 0.0, (a - b).abs() / scale.clamp(min=max(_FLOOR * largest, least)))
     return float(error.nan_to_num(nan=float("inf"), posinf=float("inf")).max())
 

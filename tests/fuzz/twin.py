@@ -18,7 +18,9 @@ import gc
 import math
 import pathlib
 import pickle
+import sys
 import tempfile
+import types
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -264,7 +266,7 @@ def in_mode(mode: Any, call: Callable[..., Any], *args: Any) -> None:
 def states(opt: Any, ps: Sequence[Any]) -> list[Tensor]:
     """Copies of all states, counters and masks apart, of which load_state_dict makes the parameter's dtype."""
     found = [(n, x) for p in ps if p in opt.state for n, x in opt.state[p].items() if isinstance(x, Tensor)]
-    return [x.clone() for n, x in found if n not in ("step", "positive")]
+    return [x.clone() for n, x in found if n not in ("step", "positive", "begun")]
 
 
 def same(got: Sequence[Tensor], want: Sequence[Tensor]) -> bool:
@@ -336,7 +338,9 @@ def run(lines: Sequence[str], mode: str) -> Run:
     torch.use_deterministic_algorithms(False)
     backend = BACKENDS.get(mode)
     observed: dict[str, Any] = {}
-    names = {
+    module = sys.modules["program"] = types.ModuleType("program")  # Dynamo imports a function's module
+    names = vars(module)
+    names |= {
         **globals(),
         "__name__": "program",
         "ps": [],
