@@ -86,6 +86,15 @@ class TrackedBackend:
         self.options = _checked_options(None, options)
         self.ran: list[CompileReport] = []
         self.no_rule: Reason | None = None
+        self._graphs: list[tuple[fx.GraphModule, list[Callable[..., Any]]]] = []
+
+    def release(self) -> None:
+        """Free the states that graphs hold: their optimizer is gone, and torch keeps what it has compiled for it."""
+        for gm, compiled in self._graphs:
+            gm._parameters.clear()
+            gm._buffers.clear()
+            compiled.clear()
+        self._graphs.clear()
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         before = {id(r) for r in reports()}
@@ -93,23 +102,26 @@ class TrackedBackend:
         if isinstance(compiled, RuleSteps):
             return lambda ticket: compiled(ticket, self.ran)
         made = [r for r in reports() if id(r) not in before and (r.groups or r.unfused or r.fallback)]
-        if not made:
-            return compiled  # nothing is updated here: what surrounds a step, or a closure
-
-        for report in made:
+        for report in made:  # none, if nothing is updated here: what surrounds a step, or a closure
             report.no_rule = report.no_rule or self.no_rule
+        held = [compiled]
+        self._graphs.append((gm, held))
 
         def run(*args: Any) -> Any:
             self.ran += made
-            return compiled(*args)
+            return held[0](*args)
 
         return run
 
 
+def isolates() -> bool:
+    """True if torch can compile a function for one instance alone (2.13)."""
+    return "isolate_recompiles" in inspect.signature(torch.compile).parameters
+
+
 def isolated(step: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile with a recompile limit for this instance alone, where torch can (2.13)."""
-    known = inspect.signature(torch.compile).parameters
-    options: dict[str, Any] = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}  # since torch 2.13
+    """torch.compile with a recompile limit for this instance alone, where torch can."""
+    options: dict[str, Any] = {"isolate_recompiles": True} if isolates() else {}
     return torch.compile(step, backend=backend, **options)
 
 

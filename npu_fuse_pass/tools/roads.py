@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -54,6 +55,8 @@ def captured(
     replaced = Code.NO_RULE(f"another function has taken the place of this {type(opt).__name__}'s step")
     tracked.no_rule = None if isinstance(opt, RuleOptimizer) else reason or replaced
     compiled = backend.isolated(step, tracked)
+    if backend.isolates():  # otherwise another optimizer may run these graphs
+        weakref.finalize(opt, tracked.release).atexit = False
     if hidden_class(opt) is not None:
         return step
     of_rules = isinstance(opt, RuleOptimizer)  # its numbers are no part of the graph

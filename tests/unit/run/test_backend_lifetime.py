@@ -115,6 +115,40 @@ def test_a_deleted_optimizer_frees_everything(case: Case) -> None:
     assert [r() for r in held] == [None] * len(held)
 
 
+class Gathering(torch.optim.Optimizer):
+    """Makes its states in a method that Dynamo runs while it traces; the graph then holds them."""
+
+    def _init_group(self, group: Any, params: list[Any]) -> None:
+        for p in group["params"]:
+            if not self.state[p]:
+                self.state[p]["average"] = torch.zeros_like(p)
+            params.append(p)
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            params: list[Any] = []
+            self._init_group(group, params)
+            for p in params:
+                self.state[p]["average"].lerp_(p.grad, 0.1)
+                p.sub_(self.state[p]["average"], alpha=group["lr"])
+
+
+@pytest.mark.parametrize("tool", [npu_fuse_pass.compile_step, npu_fuse_pass.compile_optimizer_])
+def test_a_deleted_optimizer_frees_what_a_graph_holds(tool: Any) -> None:
+    params = parameters([(10,)] * 5)
+    opt = Gathering(params, {"lr": 0.1})
+    made = tool(opt)
+    train(params, made.step if made is opt else made)
+    assert npu_fuse_pass.reports()[-1].groups
+    npu_fuse_pass.clear_reports()
+    held = [weakref.ref(opt.state[p]["average"]) for p in params]
+    assert programs()
+    del opt, made
+    gc.collect()
+    assert not programs() and not any(r() is not None for r in held)
+
+
 def blocks_that_stay(case: Case, backend: str, count: int) -> float:
     """Memory blocks for each parameter that a compiled optimizer leaves behind."""
 
