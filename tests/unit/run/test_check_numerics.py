@@ -70,6 +70,25 @@ def finite(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return a.detach().nan_to_num(nan=0.0, posinf=1.0), b.detach().nan_to_num(nan=0.0, posinf=1.0)
 
 
+class Masking(torch.optim.Optimizer):
+    """Keeps which gradients were positive."""
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["positive"] = p.grad > 0
+            p.sub_(torch.where(self.state[p]["positive"], 0.2, 0.1) * p.grad)
+
+
+def test_truth_values_that_a_step_keeps() -> None:
+    params, _, step = stepper(lambda params: Masking(params, {}), torch.float32)
+    train(params, step)
+    report = npu_fuse_pass.reports()[-1]
+    assert report.groups and report.checked_steps
+    assert relative_error(torch.tensor([True, False]), torch.tensor([True, True]), None) == 1.0
+    assert relative_error(torch.tensor([True, False]), torch.tensor([True, False]), None) == 0.0
+
+
 def plant(monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
     """Generated sources get a bug."""
     generate = cpu_kernel.generate
