@@ -91,8 +91,9 @@ class TrackedBackend:
     def release(self) -> None:
         """Free the states that graphs hold: their optimizer is gone, and torch keeps what it has compiled for it."""
         for gm, compiled in self._graphs:
-            gm._parameters.clear()
-            gm._buffers.clear()
+            for named in (gm.named_parameters, gm.named_buffers):
+                for name, _ in [*named(recurse=False, remove_duplicate=False)]:
+                    delattr(gm, name)
             compiled.clear()
         self._graphs.clear()
 
