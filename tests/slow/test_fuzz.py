@@ -237,7 +237,7 @@ def test_a_planted_bug_is_found(bug: Mutation, tmp_path: pathlib.Path) -> None:
     plant(copy, bug.place, bug.old, bug.new)
     (copy / "tests" / "slow" / "test_planted_fuzz.py").write_text(
         "from .test_fuzz import quiet, search\n\n\ndef test_it() -> None:\n"
-        f"    search({SEED}, {SLOW // 5}, {bug.tests!r})\n"
+        f"    search({SEED}, {SLOW // 2}, {bug.tests!r})\n"
     )
     kernels = tmp_path / "kernels"
     kernels.mkdir(mode=0o700)
