@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import inspect
 import os
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -86,16 +87,14 @@ class TrackedBackend:
         self.options = _checked_options(None, options)
         self.ran: list[CompileReport] = []
         self.no_rule: Reason | None = None
-        self._graphs: list[tuple[fx.GraphModule, list[Callable[..., Any]]]] = []
+        self._graphs: weakref.WeakSet[fx.GraphModule] = weakref.WeakSet()
 
     def release(self) -> None:
-        """Free the states that graphs hold: their optimizer is gone, and torch keeps what it has compiled for it."""
-        for gm, compiled in self._graphs:
+        """Free the states that graphs hold: their optimizer is gone, and torch may keep its graphs."""
+        for gm in self._graphs:
             for named in (gm.named_parameters, gm.named_buffers):
                 for name, _ in [*named(recurse=False, remove_duplicate=False)]:
                     delattr(gm, name)
-            compiled.clear()
-        self._graphs.clear()
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         before = {id(r) for r in reports()}
@@ -103,14 +102,16 @@ class TrackedBackend:
         if isinstance(compiled, RuleSteps):
             return lambda ticket: compiled(ticket, self.ran)
         made = [r for r in reports() if id(r) not in before and (r.groups or r.unfused or r.fallback)]
-        for report in made:  # none, if nothing is updated here: what surrounds a step, or a closure
+        self._graphs.add(gm)
+        if not made:
+            return compiled  # nothing is updated here: what surrounds a step, or a closure
+
+        for report in made:
             report.no_rule = report.no_rule or self.no_rule
-        held = [compiled]
-        self._graphs.append((gm, held))
 
         def run(*args: Any) -> Any:
             self.ran += made
-            return held[0](*args)
+            return compiled(*args)
 
         return run
 
