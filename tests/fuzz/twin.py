@@ -362,17 +362,14 @@ def run(lines: Sequence[str], mode: str) -> Run:
         """Steps that a tool compiles; they take a closure, and not the number that a function is given."""
 
         def made(opt: Any, **options: Any) -> Callable[..., Any]:
-            call = (
-                tool(opt) if mode == "compiled" else torch.compile(opt.step, backend=backend) if backend else opt.step
-            )
+            plain = torch.compile(opt.step, backend=backend) if backend else opt.step
+            call = tool(opt, **options) if mode == "compiled" else plain
             return noting(lambda *args: call(*filter(callable, args)))
 
         return made
 
     names["by_compile_step"] = by_tool(npu_fuse_pass.compile_step)
-    names["by_compile_optimizer"] = by_tool(
-        lambda opt, **options: npu_fuse_pass.compile_optimizer_(opt, **options).step
-    )
+    names["by_compile_optimizer"] = by_tool(lambda opt: npu_fuse_pass.compile_optimizer_(opt).step)
     names["compiled"] = compiled
     result = Run()
     names["promise"] = result.promise
