@@ -64,12 +64,14 @@ def why_apart(optimizer: Keeping, surface: object, operation: object, handle: st
             return f"{changed[0]} was changed before it in the same function"
         if _touched(optimizer, output.graphargs):
             return "a state or a tensor hyperparameter of the optimizer is used before it in the same function"
+        if tracer.one_graph:
+            return ""  # what follows may be in one graph, if not as well
         steps = (n for n in output.graph.nodes if n.target is operation and n.args[-1] == handle)
-        if next(steps, None) is not None and not tracer.one_graph:
+        if next(steps, None) is not None:
             return "the optimizer steps before it in the same function"
-        if optimizer.has_hooks and not tracer.one_graph:
+        if optimizer.has_hooks:
             return "the step has hooks, which are Python"
-        if optimizer.found_inf is not None and optimizer.found_inf.device.type == _NPU and not tracer.one_graph:
+        if optimizer.found_inf is not None and optimizer.found_inf.device.type == _NPU:
             return "step counters are in host memory, and found_inf is on an NPU"  # the step asks for it first
     except Exception as e:  # another torch may keep its notes elsewhere
         return f"this torch does not say what the function has changed before it ({e})"
@@ -94,7 +96,7 @@ def reads_changed(optimizer: torch.optim.Optimizer, output: Any) -> bool:
     """True if the function that is being traced has changed what the optimizer reads. `output`: Dynamo's."""
     try:
         return bool(_changed(optimizer, output.side_effects))
-    except Exception:  # another torch may keep its notes elsewhere
+    except Exception:  # another torch may keep its notes elsewhere; Dynamo then does what it does without this package
         return False
 
 

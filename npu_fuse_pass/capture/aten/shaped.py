@@ -174,9 +174,9 @@ def _whole(name: str, x: Val, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _extremum(name: str) -> Callable[..., Val]:
     def row(b: Builder, x: Val, *other: Any) -> Val:
-        if not other and 0 in x.shape:
-            raise Unsupported(name, "of a tensor without elements, which torch refuses", Code.REDUCTION)
         if not other:
+            if 0 in x.shape:
+                raise Unsupported(name, "of a tensor without elements, which torch refuses", Code.REDUCTION)
             return _reduction(f"a{name}")(b, x)
         if not isinstance(other[0], Val):
             raise Unsupported(name, "of a dimension gives indices, too; amax and amin can fuse", Code.REDUCTION)
