@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -23,10 +24,10 @@ def after(opt: torch.optim.Optimizer) -> list[Hook]:
     return list((_kept(opt.register_step_post_hook) if own is None else own).values())
 
 
-def _kept(register: Callable[..., Any]) -> Mapping[int, Hook]:
+def _kept(register: Callable[..., Any]) -> MutableMapping[int, Hook]:
     """The dict in which a torch function keeps the hooks that it registers, found through a hook's handle."""
     handle = register(lambda *_: None)
-    kept: Mapping[int, Hook] = handle.hooks_dict_ref()
+    kept: MutableMapping[int, Hook] = handle.hooks_dict_ref()
     handle.remove()
     return kept
 
@@ -34,3 +35,16 @@ def _kept(register: Callable[..., Any]) -> Mapping[int, Hook]:
 BEFORE_ALL = _kept(register_optimizer_step_pre_hook)
 AFTER_ALL = _kept(register_optimizer_step_post_hook)
 """The hooks for the steps of all optimizers, now and later."""
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """The hooks for all optimizers do not run: a step of a copy is none that they should see."""
+    kept = [(hooks, dict(hooks)) for hooks in (BEFORE_ALL, AFTER_ALL)]
+    try:
+        for hooks, _ in kept:
+            hooks.clear()
+        yield
+    finally:
+        for hooks, own in kept:
+            hooks.update(own)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from npu_fuse_pass.errors import NumericsError
+from npu_fuse_pass.rules.hooks import silenced
 from npu_fuse_pass.rules.optimizer import RuleOptimizer
 from npu_fuse_pass.run.check_numerics import relative_error
 from npu_fuse_pass.tolerances import CHECKED_RULE, CHECKED_UNCOMPILED
@@ -57,7 +58,7 @@ class TorchStep:
         twins = [p for group in self.optimizer.param_groups for p in group["params"]]
         before = [_tensors(p, self.optimizer.state.get(p, {})) for p in twins]
         old = [{name: t.detach().clone() for name, t in tensors.items()} for tensors in before]
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), silenced():
             self.optimizer.step()
         pairs = [
             (_tensors(twin, self.optimizer.state.get(twin, {})), _tensors(param, states.get(param, {})))

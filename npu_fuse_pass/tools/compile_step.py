@@ -119,9 +119,6 @@ class CompiledStep:
 
     def _checked(self, *args: Any, **kwargs: Any) -> Any:
         self._tracked.ran.clear()
-        torch_step = None
-        if self._tracked.options["check_numerics"] and not (args or kwargs):  # a closure makes gradients in the step
-            torch_step = torch_class.of_stock(self._opt, functools.partial(twin, missing_gradients=False))
         try:
             result = self._step(*args, **kwargs)
         except Exception as e:
@@ -129,16 +126,18 @@ class CompiledStep:
             if own is None or own is e:
                 raise
             raise own from e
-        if self._tracked.ran and (self._compiled is not None or self._breaks.leave_an_update(self._tracked.ran)):
-            self._compiled = self._tracked.ran[-1]
-            if torch_step is not None:
-                report = self._compiled
-                report.checked_against[1:] = [torch_step.name]
-                steps = report.checked_steps
-                torch_step.compare(self._opt.state, names_of([self._opt]), steps, rounds_once=False)
+        compiled = self._last_compiled()
+        if compiled is not None:
+            self._compiled = compiled
         elif not self._failed and backend.compiling() and has_gradients(self._opt):
             self._missed()
         return result
+
+    def _last_compiled(self) -> CompileReport | None:
+        """The report of the last graph that ran in this step, if an update did."""
+        ran = self._tracked.ran
+        updated = bool(ran) and (self._compiled is not None or self._breaks.leave_an_update(ran))
+        return ran[-1] if updated else None
 
     def _closure_then_update(self, opt: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         """The step between the hooks. A closure runs uncompiled: it runs a model."""
@@ -157,9 +156,17 @@ class CompiledStep:
 
     def _update(self, *args: Any, **kwargs: Any) -> Any:
         """The step without a closure. Skip empty ones: Dynamo would cache them as doing nothing."""
-        ready = has_gradients(self._opt) or is_spread(self._opt)  # other processes may have gradients
-        step = self._compiled_update if ready else self._between_hooks
-        return step(*args, **kwargs)
+        if not (has_gradients(self._opt) or is_spread(self._opt)):  # other processes may have gradients
+            return self._between_hooks(*args, **kwargs)
+        torch_step = None
+        if self._tracked.options["check_numerics"]:
+            torch_step = torch_class.of_stock(self._opt, functools.partial(twin, missing_gradients=False))
+        result = self._compiled_update(*args, **kwargs)
+        report = self._last_compiled()
+        if torch_step is not None and report is not None:
+            report.checked_against[1:] = [torch_step.name]
+            torch_step.compare(self._opt.state, names_of([self._opt]), report.checked_steps, rounds_once=False)
+        return result
 
     def _unless_torch_fails(self, compiled: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
         """`compiled`, until torch fails to compile it before anything of a step has run: from then on `original`."""

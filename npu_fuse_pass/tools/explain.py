@@ -16,6 +16,7 @@ from npu_fuse_pass.report.causes import graph_break
 from npu_fuse_pass.report.logs import switched_off
 from npu_fuse_pass.report.report import CompileReport
 from npu_fuse_pass.rules.hidden import hidden
+from npu_fuse_pass.rules.hooks import silenced
 from npu_fuse_pass.tools.compile_step import has_gradients
 from npu_fuse_pass.tools.roads import road
 from npu_fuse_pass.tools.twin import twin as _twin
@@ -29,7 +30,7 @@ def explain(opt: torch.optim.Optimizer, **options: Any) -> CompileReport:
     There are four steps, and up to six where the fourth is compiled anew: by then torch has made changing numbers
     symbolic, and what is still compiled will be at every step (`RECOMPILES` in the report).
 
-    Values, states and gradients of `opt` do not change, and its hooks are not called. Parameters that require a
+    Values, states and gradients of `opt` do not change, and no hooks are called. Parameters that require a
     gradient and have none get one of zeros, on the copy. Needs memory for one more copy of parameters and states.
 
     Args:
@@ -65,7 +66,7 @@ def try_on_copy(opt: torch.optim.Optimizer, options: dict[str, Any]) -> Trial:
     twin, breaks = _twin(opt), backend.NewBreaks()
     step = road(twin, twin.step, tracked)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), silenced():
             warnings.filterwarnings("ignore", message="npu_fused")  # the report says it
             anew = _steps(step, tracked)
     except Exception as e:

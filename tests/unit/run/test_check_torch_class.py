@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.optim import optimizer as optimizer_module
 
 import npu_fuse_pass
 import optimizers
@@ -62,6 +63,56 @@ def test_a_stock_step_is_compared_with_its_uncompiled_one(name: str) -> None:
     report = npu_fuse_pass.reports()[-1]
     assert report.groups and not report.reasons
     assert report.checked_against == ["the original", f"torch.optim.{cls.__name__}"]
+
+
+@pytest.mark.parametrize("road", [npu_fuse_pass.compile_step, npu_fuse_pass.compile_optimizer_])
+@pytest.mark.parametrize("stock", [False, True], ids=["ours", "stock"])
+@pytest.mark.parametrize("when", ["pre", "post"])
+def test_what_hooks_do_is_no_difference(when: str, stock: bool, road: Callable[..., Any]) -> None:
+    """The update between the hooks is compared: hooks for all optimizers see no step of torch's class."""
+    make, cls, options = PAIRS["SGD"]
+    seen: list[torch.optim.Optimizer] = []
+
+    @torch.no_grad()
+    def hook(opt: torch.optim.Optimizer, *_: Any) -> None:
+        seen.append(opt)
+        for group in opt.param_groups:
+            group["lr"] *= 0.9
+            for p in group["params"]:
+                p.mul_(0.5)
+                if p.grad is not None:
+                    p.grad.clamp_(-0.1, 0.1)
+
+    def trained(checked: bool) -> tuple[list[Tensor], torch.optim.Optimizer]:
+        params = parameters(SHAPES)
+        opt = (cls if stock else make)(params, **options)
+        getattr(opt, f"register_step_{when}_hook")(hook)
+        stepped = road(opt, check_numerics=True) if checked else opt
+        train(params, getattr(stepped, "step", stepped))
+        return params, opt
+
+    every = getattr(optimizer_module, f"register_optimizer_step_{when}_hook")(hook)
+    try:
+        params, opt = trained(checked=True)
+        others, other = trained(checked=False)
+    finally:
+        every.remove()
+    assert_close(params, others, 1e-6)
+    assert seen == [opt] * 8 + [other] * 8
+    report = npu_fuse_pass.reports()[-1]
+    assert report.groups and not report.reasons
+    assert report.checked_against == ["the original", f"torch.optim.{cls.__name__}"]
+
+
+def test_a_step_with_a_closure_is_compared_too() -> None:
+    params = parameters(SHAPES)
+    opt = torch.optim.Adam(params, lr=0.1)
+    step = npu_fuse_pass.compile_step(opt, check_numerics=True)
+    for seed in range(3):
+        assert step(lambda seed=seed: set_gradients(params, gradients(params, seed)) or 2.0) == 2.0
+    report = npu_fuse_pass.reports()[-1]
+    assert report.groups and report.checked_steps == 3
+    assert report.checked_against == ["the original", "torch.optim.Adam"]
 
 
 def overlap(views: Callable[..., Any]) -> Callable[..., Any]:
