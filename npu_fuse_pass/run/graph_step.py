@@ -24,6 +24,7 @@ from npu_fuse_pass.rules import core_op
 from npu_fuse_pass.rules.batch import inputs_of
 from npu_fuse_pass.rules.core_op import Stepping
 from npu_fuse_pass.rules.pending import uses_kept
+from npu_fuse_pass.run.check_numerics import Widened
 from npu_fuse_pass.run.fallbacks import falls_back, refusal, refused
 from npu_fuse_pass.run.plan_facts import PlanFacts, forget
 from npu_fuse_pass.run.python_numbers import PythonNumbers
@@ -171,7 +172,9 @@ class GraphStep:
                 program(values, complete=True)
             else:
                 fused = functools.partial(program, values, complete=True)
-                checked = variant.check(values, fused, functools.partial(self._gm.forward, *args), optimizers)
+                original = functools.partial(self._gm.forward, *args)
+                widened = functools.partial(Widened(self._gm).run, *args)
+                checked = variant.check(values, fused, original, optimizers, widened)
         except Mismatch as e:
             return self._unfused(refusal(e, optimizers), args)
         except GraphRefused as e:

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_fuse_pass.errors import NumericsError
+from npu_fuse_pass.errors import Mismatch, NumericsError
 from npu_fuse_pass.rules.hooks import silenced
 from npu_fuse_pass.rules.optimizer import RuleOptimizer
-from npu_fuse_pass.run.check_numerics import relative_error
+from npu_fuse_pass.run.check_numerics import one_not_finite, relative_error
+from npu_fuse_pass.tensors.memory import check_apart
+from npu_fuse_pass.tensors.sharded import local
 from npu_fuse_pass.tolerances import CHECKED_RULE, CHECKED_UNCOMPILED
 
 States = Mapping[Tensor, Mapping[str, Any]]
@@ -66,14 +68,21 @@ class TorchStep:
         ]
         for place, (want, got) in enumerate(pairs):
             for name in want.keys() & got.keys():
-                error = relative_error(got[name], want[name].reshape(got[name].shape), old[place].get(name))
+                wanted = one_not_finite(want[name].reshape(got[name].shape))
+                error = relative_error(one_not_finite(got[name]), wanted, old[place].get(name))
                 limit = (CHECKED_RULE if rounds_once else CHECKED_UNCOMPILED).get(got[name].dtype, 0.0)
+                limit = limit if rounds_once else max(limit, self._of_counters())
                 if error > limit:
                     if self.restore:
                         _restore(pairs)
                     param = self.params[place]
                     where = f"{names.get(id(param), f'parameter {place}')} {tuple(param.shape)}"
                     raise NumericsError(self._text(step, name, where, error, limit), "", where, name, error, step)
+
+    def _of_counters(self) -> float:
+        """The relative error of 1 - beta in float32, which is that of a step counter."""
+        betas = (float(beta) for group in self.optimizer.param_groups for beta in group.get("betas", ()))
+        return max((torch.finfo(torch.float32).eps / (1 - beta) for beta in betas if beta < 1), default=0.0)
 
     def _text(self, step: int, tensor: str, where: str, error: float, limit: float) -> str:
         blame = (
@@ -117,6 +126,10 @@ def of_rule(opt: RuleOptimizer) -> TorchStep | None:
         return None
     known = inspect.signature(cls).parameters
     groups, params = [], []
+    try:
+        check_apart([local(p) for group in opt.param_groups for p in group["params"]], [])
+    except Mismatch:  # copies would lie apart
+        return None
     for group in opt.param_groups:
         copies = [_copy(p) for p in group["params"]]
         params += group["params"]

@@ -15,6 +15,7 @@ import concurrent.futures
 import copy
 import dataclasses
 import gc
+import itertools
 import math
 import pathlib
 import pickle
@@ -43,6 +44,7 @@ LOOSE = {F16: (2**-7, 2**-7), BF16: (2**-4, 2**-4)}
 SCALAR = ("strided", "expanded", "torch.stack(", "view(")  # of lines
 MEET = ("closure(", "= clipped(")  # of lines: all parameters change each other's gradients, or updates
 NUDGES, AS_MUCH = 4, 8  # so many runs from values an ulp off; a difference so many times as large as theirs counts
+_RUNS = itertools.count()
 STEPS = ("step(", "in_thread(step", "in_mode(", "opt.step(", "several_threads(")  # lines that step
 
 
@@ -338,11 +340,12 @@ def run(lines: Sequence[str], mode: str) -> Run:
     torch.use_deterministic_algorithms(False)
     backend = BACKENDS.get(mode)
     observed: dict[str, Any] = {}
-    module = sys.modules["program"] = types.ModuleType("program")  # Dynamo imports a function's module
+    own = f"program{next(_RUNS)}"  # Dynamo imports a function's module, and keeps it by its name for good
+    module = sys.modules[own] = types.ModuleType(own)
     names = vars(module)
     names |= {
         **globals(),
-        "__name__": "program",
+        "__name__": own,
         "ps": [],
         "mode": mode,
         "labels": torch.tensor([0]),
@@ -395,6 +398,8 @@ def run(lines: Sequence[str], mode: str) -> Run:
     for report in npu_fuse_pass.reports():
         result.reasons += [report.fallback] if report.fallback else []
         result.reasons += [str(u) for u in report.unfused]
+    del sys.modules[own]
+    names.clear()
     return result
 
 

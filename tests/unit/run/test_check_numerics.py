@@ -89,6 +89,61 @@ def test_truth_values_that_a_step_keeps() -> None:
     assert relative_error(torch.tensor([True, False]), torch.tensor([True, False]), None) == 0.0
 
 
+COUNTED: dict[str, Callable[..., Any]] = {
+    "Adam": lambda p, betas: torch.optim.Adam(p, lr=0.05, betas=betas, foreach=True),
+    "AdamW loop": lambda p, betas: torch.optim.AdamW(p, lr=0.05, betas=betas, amsgrad=True, foreach=False),
+    "NAdam": lambda p, betas: torch.optim.NAdam(p, lr=0.05, betas=betas),
+    "RAdam": lambda p, betas: torch.optim.RAdam(p, lr=0.05, betas=betas),
+}
+
+
+@pytest.mark.parametrize("tool", ["torch.compile", "compile_step"])
+@pytest.mark.parametrize(
+    ("name", "betas"),  # of RAdam with 0.99999 torch captures what leaves its terms otherwise than uncompiled
+    [
+        (name, betas)
+        for name in COUNTED
+        for betas in ((0.9, 0.999), (0.99, 0.99999))
+        if name != "RAdam" or betas[0] < 0.99
+    ],
+)
+def test_counters_in_float32_are_no_difference(name: str, betas: tuple[float, float], tool: str) -> None:
+    """A parameter of zeros becomes its update, which shows the whole error of a bias correction."""
+    params = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3, 4), (3, 4), (), (5,))]
+    if tool == "compile_step":
+        params[3].data = params[3].data.bfloat16()  # no rule then: Dynamo captures the step
+    opt = COUNTED[name](params, betas)
+    if tool == "compile_step":
+        step = npu_fuse_pass.compile_step(opt, check_numerics=True)
+    else:
+        step = torch.compile(opt.step, backend="npu_fused", options={"check_numerics": True})
+    for seed in range(4):
+        set_gradients(params, gradients(params, seed))
+        step()
+    reports = npu_fuse_pass.reports()
+    assert sum(r.checked_steps for r in reports) == 4 and all(r.groups and not r.reasons for r in reports)
+
+
+def test_a_fault_below_the_error_of_counters_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = cpu_kernel.generate
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        source = generate(*args, **kwargs)
+        pattern, worse = r"const float (v\d+) = (v\d+) / (v\d+);", r"const float \1 = 1.00003f * \2 / \3;"
+        return dataclasses.replace(source, text=re.sub(pattern, worse, source.text, count=1))
+
+    monkeypatch.setattr(cpu_kernel, "generate", broken)
+    params = [torch.nn.Parameter(torch.zeros(3, 4)), torch.nn.Parameter(torch.zeros(()))]
+    step = torch.compile(torch.optim.Adam(params, lr=0.05).step, backend="npu_fused", options={"check_numerics": True})
+    set_gradients(params, gradients(params, 0))
+    with pytest.raises(npu_fuse_pass.NumericsError, match="the fused 'param'"):
+        step()
+    eager = torch.optim.Adam(others := [torch.nn.Parameter(torch.zeros_like(p)) for p in params], lr=0.05)
+    set_gradients(others, gradients(params, 0))
+    eager.step()
+    assert all(error(p, q) <= 3e-5 for p, q in zip(params, others, strict=True))  # and the original's values are there
+
+
 def plant(monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
     """Generated sources get a bug."""
     generate = cpu_kernel.generate

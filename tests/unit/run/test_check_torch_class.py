@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -102,6 +103,37 @@ def test_what_hooks_do_is_no_difference(when: str, stock: bool, road: Callable[.
     report = npu_fuse_pass.reports()[-1]
     assert report.groups and not report.reasons
     assert report.checked_against == ["the original", f"torch.optim.{cls.__name__}"]
+
+
+@pytest.mark.parametrize("stock", [False, True], ids=["ours", "stock"])
+def test_infinite_gradients_are_no_difference(stock: bool) -> None:
+    """Of two infinities torch's lerp makes a NaN, rules add them (docs/limits.md)."""
+    _, cls, options = PAIRS["AdamW"]
+    params = parameters(SHAPES)
+    opt = (cls if stock else optimizers.NpuFusedAdamW)(params, **options)
+    step = npu_fuse_pass.compile_step(opt, check_numerics=True)
+    for seed in range(3):
+        set_gradients(params, gradients(params, seed))
+        params[0].grad[0] = float("inf")  # type: ignore[index]
+        step()
+    report = npu_fuse_pass.reports()[-1]
+    assert report.groups and report.checked_steps == 3
+    assert not params[0][0].isfinite().any() and params[0][1:].isfinite().all()
+
+
+@pytest.mark.parametrize("stock", [False, True], ids=["ours", "stock"])
+def test_parameters_that_share_memory_are_no_difference(stock: bool) -> None:
+    """What one of them writes is the other's, of a copy as well."""
+    make, cls, options = PAIRS["SGD"]
+    memory = torch.arange(8.0)
+    params = [torch.nn.Parameter(memory[:5]), torch.nn.Parameter(memory[3:])]
+    step = npu_fuse_pass.compile_step((cls if stock else make)(params, **options), check_numerics=True)
+    params[0].grad = torch.ones(5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is not fused
+        for _ in range(3):
+            step()
+    assert float(memory[4]) < 4 and float(memory[7]) == 7
 
 
 def test_a_step_with_a_closure_is_compared_too() -> None:
