@@ -92,7 +92,17 @@ def _read(gm: fx.GraphModule, numbers: bool, dimensions: bool = False) -> Captur
         updates, _ = updates_of(interpreter.leaves, interpreter.written, b, totals, dimensions)
         moved = (interpreter.moved, interpreter.moved_by_calls)
         expanded = interpreter.expanded
-        return Captured(interpreter.leaves, updates, unfused, segments, outputs, *moved, expanded, stores=stores)
+        return Captured(
+            interpreter.leaves,
+            updates,
+            unfused,
+            segments,
+            outputs,
+            *moved,
+            expanded,
+            stores=stores,
+            put_right=b.put_right,
+        )
     except Recorded:
         return Captured(interpreter.leaves, [], beside_a_forward_pass(gm.graph))
     except Unsupported as e:

@@ -47,9 +47,15 @@ class Expr:
 
 
 class Builder:
-    """A maker of expressions: equal ones once (hash-consing; a + b equals b + a), with every cast written out."""
+    """A maker of expressions: equal ones once (hash-consing; a + b equals b + a), with every cast written out.
+
+    Attributes:
+        put_right: True if an expression is another than what was captured, of which it is known that eager computes
+            something else.
+    """
 
     def __init__(self) -> None:
+        self.put_right = False
         self._made: dict[object, Expr] = {}
 
     def make(self, op: str, args: tuple[Expr, ...], value: Value, dtype: torch.dtype, tensor: bool) -> Expr:

@@ -263,7 +263,7 @@ class Captured:
     """The result of capture: leaves, segments before the last, the updates that write, and what is not fused.
 
     `decided`: the numbers for which the updates hold, see `passes.specialise`. `stores`: leaves whose dtype no kernel
-    writes, each with the leaf of kind "result" that holds its new value.
+    writes, each with the leaf of kind "result" that holds its new value. `put_right`: see `ir.expr.Builder`.
     """
 
     leaves: list[Leaf]
@@ -276,6 +276,7 @@ class Captured:
     expanded: dict[str, Expanded] = dataclasses.field(default_factory=dict)  # by the node's name
     decided: tuple[Decided, ...] = ()
     stores: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    put_right: bool = False
 
     @property
     def summary(self) -> str:

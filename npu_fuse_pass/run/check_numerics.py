@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from npu_fuse_pass.errors import NumericsError
 from npu_fuse_pass.ir.types import Group, Grouped, Leaf
+from npu_fuse_pass.lowerings import eager
 from npu_fuse_pass.lowerings.segmented import Generators
 from npu_fuse_pass.report.report import CompileReport
 from npu_fuse_pass.rules.core_op import Stepping
@@ -38,8 +39,16 @@ class _Write:
 class SideBySide:
     """Runs both forms of a step. What the step writes holds the original's values afterwards, whatever was found."""
 
-    def __init__(self, grouped: Grouped, report: CompileReport, rounds_once: bool = False) -> None:
-        """`rounds_once`: the original computes in float32 and rounds what it stores, as rules do."""
+    def __init__(
+        self, grouped: Grouped, report: CompileReport, rounds_once: bool = False, put_right: bool = False
+    ) -> None:
+        """Plan the comparison.
+
+        Args:
+            rounds_once: the original computes in float32 and rounds what it stores, as rules do.
+            put_right: the original is known to differ from eager, see `ir.expr.Builder`: formulas decide with it.
+        """
+        self._formulas = eager.Program(grouped.leaves, grouped.groups) if put_right and not grouped.segments else None
         self._leaves = grouped.leaves
         self._rounds_once = rounds_once
         self._allowed = CHECKED_RULE if rounds_once else CHECKED_GRAPH
@@ -95,13 +104,21 @@ class SideBySide:
         self._report.checked_steps += 1
         writes = [w for w in self._writes if w.leaf in got]
         found = [(w, e) for w in writes if (e := self._error(w, got, before, values))]
-        if found and widened is not None:
+        if found and (widened is not None or self._formulas is not None):
             originals = {i: t.detach().clone() for i, t in written.items()}
-            _put(written, before)
-            drawn.restore()
-            exact = [*values]
-            self._take_outputs(exact, widened())
-            found = [(w, e) for w, e in found if self._error(w, got, before, exact)]
+            if widened is not None:
+                _put(written, before)
+                drawn.restore()
+                exact = [*values]
+                self._take_outputs(exact, widened())
+                found = [(w, e) for w, e in found if self._error(w, got, before, exact)]
+            if found and self._formulas is not None:
+                _put(written, before)
+                exact = [*values]
+                self._formulas(exact)
+                right = {w.leaf: got[w.leaf] for w, _ in found if not self._error(w, got, before, exact)}
+                originals |= right
+                found = [(w, e) for w, e in found if w.leaf not in right]
             _put(written, originals)
         if found:
             raise self._difference(found, values, optimizers)

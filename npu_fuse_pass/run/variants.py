@@ -36,7 +36,9 @@ class Variant:
         self.program, self.report, self.captured = fused.program, fused.report, fused.captured
         self.input_check = fused.program if isinstance(fused.program, CheckingProgram) else None
         checked = options.check_numerics and fused.program is not None
-        self.check = SideBySide(fused.grouped, fused.report, self.rounds_once) if checked else None
+        self.check = None
+        if checked:
+            self.check = SideBySide(fused.grouped, fused.report, self.rounds_once, fused.captured.put_right)
 
     def differing(self, number: Number) -> list[tuple[str, bool]]:
         """The numbers whose comparison with 0 differs from this variant's: names, and True for those that are 0."""

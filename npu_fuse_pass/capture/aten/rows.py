@@ -151,6 +151,7 @@ def _quotient(b: Builder, x: Expr, y: Expr) -> Expr:
     number = next((f for f in common[0] if all(f in other for other in common)), None) if complete else None
     if number is None:
         return b.op("div", x, y)
+    b.put_right = True
     return b.op("div", b.op("mul", number, x), _multiplied(b, y, number))
 
 

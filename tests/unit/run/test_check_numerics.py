@@ -124,6 +124,29 @@ def test_counters_in_float32_are_no_difference(name: str, betas: tuple[float, fl
     assert sum(r.checked_steps for r in reports) == 4 and all(r.groups and not r.reasons for r in reports)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "lr", "foreach", "least"),
+    [(torch.float32, 0.0, False, 0.0), (torch.float32, 0.0, True, 0.0), (torch.float16, 1e-3, False, 800.0)],
+    ids=str,
+)
+@pytest.mark.parametrize("cls", [torch.optim.Adam, torch.optim.AdamW])
+def test_a_fault_of_what_torch_captures_is_none_of_ours(
+    cls: Any, dtype: torch.dtype, lr: float, foreach: bool, least: float
+) -> None:
+    """Its denominator is divided by the step size: 0 / 0 at a rate of 0, and infinite in float16."""
+    params = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in ((3, 4), (3, 4), (5,))]
+    others = clones(params)
+    opt, eager = (cls(some, lr=lr, foreach=foreach) for some in (params, others))
+    step = torch.compile(opt.step, backend="npu_fused", options={"check_numerics": True})
+    for k in range(3):
+        grads = [torch.full_like(p, least + 30.0 * k) for p in params]
+        set_gradients(params, grads), set_gradients(others, grads)
+        step(), eager.step()
+    report = npu_fuse_pass.reports()[-1]
+    assert report.groups and not report.reasons and report.checked_steps
+    assert all(error(p, q) <= 2e-3 for p, q in zip(params, others, strict=True))
+
+
 def test_a_fault_below_the_error_of_counters_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     generate = cpu_kernel.generate
 
