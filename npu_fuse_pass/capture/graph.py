@@ -82,7 +82,8 @@ def _read(gm: fx.GraphModule, numbers: bool, dimensions: bool = False) -> Captur
         outputs = _outputs(interpreter, gm.graph.output_node(), returned)
         unfused = list(interpreter.originals.reasons.values())
         stores = _stores(interpreter)
-        if unfused and all(interpreter.leaves[i].kind == "output" for i in interpreter.written):
+        written = [*interpreter.written, *(leaf for leaf, _ in stores if interpreter.leaves[leaf].dtype.is_complex)]
+        if unfused and all(interpreter.leaves[i].kind == "output" for i in written):
             return Captured(interpreter.leaves, [], [])  # nothing is updated: not an optimizer's graph
         b, totals = interpreter.builder, 0
         segments = []

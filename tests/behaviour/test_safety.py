@@ -249,6 +249,22 @@ def test_complex_parameters_are_left_alone() -> None:
         torch.testing.assert_close(params[0], others[0])
 
 
+def test_a_step_that_updates_complex_parameters_alone_is_told() -> None:
+    """It has no operation on real numbers, and it is an update."""
+    param = Parameter(torch.full((3,), 1 + 2j))
+    opt = torch.optim.SGD([param], lr=0.1)
+    step = npu_fuse_pass.compile_step(opt)
+    param.grad = torch.full((3,), 1 - 1j)
+    with pytest.warns(UserWarning, match=r"torch\.complex64 takes part in the update"):
+        step()
+    step()
+    step()
+    torch.testing.assert_close(param.detach(), torch.full((3,), 0.7 + 2.3j))
+    assert [r.code.name for r in last_report().reasons] == ["DTYPE"]
+    with pytest.raises(npu_fuse_pass.UnfusedError, match="complex64"):
+        npu_fuse_pass.explain(opt, strict=True)
+
+
 def test_fused_is_really_asserted_here() -> None:
     """The check above notices a graph that was not fused."""
     params = parameters(SHAPES)
