@@ -104,7 +104,8 @@ class SideBySide:
         self._report.checked_steps += 1
         writes = [w for w in self._writes if w.leaf in got]
         found = [(w, e) for w in writes if (e := self._error(w, got, before, values))]
-        if found and (widened is not None or self._formulas is not None):
+        stored = [i for i, _ in self._stores if self._differs(i, got, before, values).any()]
+        if (found or stored) and (widened is not None or self._formulas is not None):
             originals = {i: t.detach().clone() for i, t in written.items()}
             if widened is not None:
                 _put(written, before)
@@ -112,6 +113,7 @@ class SideBySide:
                 exact = [*values]
                 self._take_outputs(exact, widened())
                 found = [(w, e) for w, e in found if self._error(w, got, before, exact)]
+                stored = [i for i in stored if self._differs(i, got, before, exact).any()]
             if found and self._formulas is not None:
                 _put(written, before)
                 exact = [*values]
@@ -122,8 +124,8 @@ class SideBySide:
             _put(written, originals)
         if found:
             raise self._difference(found, values, optimizers)
-        for stored, _ in self._stores:
-            self._compare_store(stored, got[stored], values[stored])
+        if stored:
+            raise self._difference_of_store(stored[0], int(self._differs(stored[0], got, before, values).sum()))
         return returned
 
     def _take_outputs(self, values: Values, returned: Any) -> None:
@@ -132,19 +134,24 @@ class SideBySide:
             if leaf.kind == "output" and returned is not None and isinstance(returned[leaf.index], Tensor):
                 values[i] = returned[leaf.index]
 
-    def _compare_store(self, leaf: int, got: Tensor, want: Tensor | None) -> None:
-        """What an operation that stays has left in a tensor of a dtype that no kernel writes: the same numbers."""
+    def _differs(self, leaf: int, got: Mapping[int, Tensor], before: Mapping[int, Tensor], values: Values) -> Tensor:
+        """Which elements differ in a tensor that no kernel writes; complex ones may come from what kernels round."""
+        want = values[leaf]
         assert want is not None
-        differing = int(((got != want) & ((got == got) | (want == want))).sum())
-        if differing:
-            name, step = self._leaves[leaf].name, self._report.checked_steps
-            text = (
-                f"step {step} of this compile: {differing} elements of {name!r} {tuple(want.shape)}, of {want.dtype}, "
-                "differ from the original's. The tensors hold the original's values. No kernel writes such a tensor: "
-                "an operation that stays as it is does, or reads what a kernel has made wrongly (docs/numerics.md). "
-                'options={"platform": "eager"} trains without fusion'
-            )
-            raise NumericsError(text, "", f"{name!r} {tuple(want.shape)}", name, float("inf"), step)
+        if want.is_complex():
+            return _errors(got[leaf], want, before.get(leaf)) > self._allowed.get(want.dtype.to_real(), 0.0)
+        return (got[leaf] != want) & ((got[leaf] == got[leaf]) | (want == want))
+
+    def _difference_of_store(self, leaf: int, differing: int) -> NumericsError:
+        name, step = self._leaves[leaf].name, self._report.checked_steps
+        place = f"{name!r} {tuple(self._leaves[leaf].shape)}"
+        text = (
+            f"step {step} of this compile: {differing} elements of {place}, of {self._leaves[leaf].dtype}, "
+            "differ from the original's. The tensors hold the original's values. No kernel writes such a tensor: "
+            "an operation that stays as it is does, or reads what a kernel has made wrongly (docs/numerics.md). "
+            'options={"platform": "eager"} trains without fusion'
+        )
+        return NumericsError(text, "", place, name, float("inf"), step)
 
     def _error(self, write: _Write, got: Mapping[int, Tensor], before: Mapping[int, Tensor], values: Values) -> float:
         """The largest relative error of a written tensor; 0 within the tolerance."""
@@ -229,13 +236,19 @@ def _put(tensors: Mapping[int, Tensor], values: Mapping[int, Tensor]) -> None:
 
 def one_not_finite(t: Tensor) -> Tensor:
     """What is not finite as one value: of two infinities torch's lerp makes a NaN, rules add them (docs/limits.md)."""
-    return torch.where(t.isfinite(), t, float("nan")) if t.is_floating_point() else t
+    return torch.where(t.isfinite(), t, float("nan")) if t.is_floating_point() or t.is_complex() else t
 
 
 def relative_error(got: Tensor, want: Tensor, old: Tensor | None) -> float:
     """The largest |got - want| relative to the element's old and new values; inf where only one is not a number."""
-    if not want.numel():
-        return 0.0
+    return float(_errors(got, want, old).max()) if want.numel() else 0.0
+
+
+def _errors(got: Tensor, want: Tensor, old: Tensor | None) -> Tensor:
+    """`relative_error` of each element; complex ones as two."""
+    if want.is_complex():
+        got, want = torch.view_as_real(got.detach()), torch.view_as_real(want.detach())
+        old = None if old is None else torch.view_as_real(old)
     a, b = got.double(), want.detach().double()
     scale = b.abs() if old is None else torch.maximum(b.abs(), old.double().abs())
     finite = scale[scale.isfinite()]
@@ -244,7 +257,7 @@ def relative_error(got: Tensor, want: Tensor, old: Tensor | None) -> float:
     # below the least normal number, units in the last place are all of one size; truth values differ by 1
     least = torch.finfo(got.dtype).smallest_normal if got.dtype.is_floating_point else 1.0
     error = torch.where(same, 0.0, (a - b).abs() / scale.clamp(min=max(_FLOOR * largest, least)))
-    return float(error.nan_to_num(nan=float("inf"), posinf=float("inf")).max())
+    return error.nan_to_num(nan=float("inf"), posinf=float("inf"))
 
 
 def _value(values: Values, leaf: int) -> Tensor | None:

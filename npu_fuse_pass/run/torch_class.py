@@ -70,7 +70,8 @@ class TorchStep:
             for name in want.keys() & got.keys():
                 wanted = one_not_finite(want[name].reshape(got[name].shape))
                 error = relative_error(one_not_finite(got[name]), wanted, old[place].get(name))
-                limit = (CHECKED_RULE if rounds_once else CHECKED_UNCOMPILED).get(got[name].dtype, 0.0)
+                dtype = got[name].dtype.to_real() if got[name].is_complex() else got[name].dtype
+                limit = (CHECKED_RULE if rounds_once else CHECKED_UNCOMPILED).get(dtype, 0.0)
                 limit = limit if rounds_once else max(limit, self._of_counters())
                 if error > limit:
                     if self.restore:
@@ -164,5 +165,5 @@ def _restore(pairs: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]])
 
 def _tensors(param: Tensor, state: Mapping[str, Any]) -> dict[str, Tensor]:
     """What a step writes of a parameter, by name; without counters, which torch keeps in float32."""
-    states = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.is_floating_point() and k != "step"}
-    return {"param": param.detach(), **states}
+    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor) and k != "step"}
+    return {"param": param.detach(), **{k: v for k, v in tensors.items() if v.is_floating_point() or v.is_complex()}}

@@ -12,6 +12,7 @@ import torch
 
 import npu_fuse_pass
 import optimizers.paddle
+from npu_fuse_pass.lowerings import segmented
 from npu_fuse_pass.lowerings.cpu import kernel as cpu_kernel
 from npu_fuse_pass.run.check_numerics import relative_error
 from tests.support.training import clones, error, gradients, parameters, set_gradients
@@ -328,8 +329,6 @@ def test_steps_that_draw_and_write_integers() -> None:
 
 
 def test_a_wrong_integer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from npu_fuse_pass.lowerings import segmented
-
     run = segmented._run
 
     def wrong(call: Any, values: list[Any]) -> None:
@@ -343,6 +342,53 @@ def test_a_wrong_integer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(npu_fuse_pass.NumericsError, match=told) as caught:
         run_noisy("npu_fused", options={"check_numerics": True})
     assert "seen" in caught.value.tensor and caught.value.step == 1
+
+
+class Polar(torch.optim.Optimizer):
+    """A complex update made of real moments, with a step counter in float32."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            if not state:
+                state.update(step=torch.tensor(0.0), v=torch.zeros(p.shape))
+            state["step"] += 1
+            state["v"].mul_(0.999).add_(p.grad.real.square() + p.grad.imag.square(), alpha=0.001)
+            size = (state["v"] / (1 - 0.999 ** state["step"])).sqrt().add_(1e-8)
+            p.add_(torch.complex(p.grad.real / size, p.grad.imag / size), alpha=-0.1)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_complex_tensors_that_are_made_of_what_kernels_round(right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = segmented._run
+
+    def wrong(call: Any, values: list[Any]) -> None:
+        run(call, values)
+        for _, result in call.written:
+            if values[result].is_complex():
+                values[result] = values[result] * (1 + 1e-4j)
+
+    if not right:
+        monkeypatch.setattr(segmented, "_run", wrong)
+    param = torch.nn.Parameter(torch.randn(300, 30, dtype=torch.complex64))
+    step = npu_fuse_pass.compile_step(Polar([param]), check_numerics=True)
+
+    def train() -> None:
+        for _ in range(5):
+            param.grad = torch.randn_like(param)
+            step()
+
+    if not right:
+        with pytest.raises(npu_fuse_pass.NumericsError, match=r"of torch\.complex64, differ"):
+            train()
+        return
+    train()
+    report = npu_fuse_pass.reports()[-1]
+    assert report.groups and not report.fallback and report.checked_steps == 4
 
 
 def test_a_wrong_value_of_the_option_is_refused() -> None:

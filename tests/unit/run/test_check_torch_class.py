@@ -136,6 +136,29 @@ def test_parameters_that_share_memory_are_no_difference(stock: bool) -> None:
     assert float(memory[4]) < 4 and float(memory[7]) == 7
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+def test_complex_parameters(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both parts of a complex number are compared, with the tolerance of the real dtype."""
+    param = torch.nn.Parameter(torch.linspace(1, 2, 12, dtype=dtype) * (1 + 2j))
+    step = npu_fuse_pass.compile_step(torch.optim.Adagrad([param], lr=0.1), check_numerics=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="npu_fused")  # it is not fused
+        warnings.filterwarnings("error", message="Casting complex")
+        for k in range(3):
+            param.grad = torch.full_like(param, 0.3 + 0.1j * k)
+            step()
+    param.grad = param.detach().clone()
+    compiled = step._compiled_update
+
+    def wrong() -> None:
+        compiled()
+        param.detach().imag.add_(0.01)
+
+    monkeypatch.setattr(step, "_compiled_update", wrong)
+    with pytest.raises(npu_fuse_pass.NumericsError, match=r"'param' of .* \(12,\) differs"):
+        step()
+
+
 def test_a_step_with_a_closure_is_compared_too() -> None:
     params = parameters(SHAPES)
     opt = torch.optim.Adam(params, lr=0.1)
