@@ -81,12 +81,14 @@ class TrackedBackend:
         options: all of them, checked.
         ran: reports of the graphs with updates that have run since it was cleared.
         no_rule: for reports: why Dynamo captures a step that could have been an update rule.
+        step: the step that a core runs, in words.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = _checked_options(None, options)
         self.ran: list[CompileReport] = []
         self.no_rule: Reason | None = None
+        self.step: str | None = None
         self._graphs: weakref.WeakSet[fx.GraphModule] = weakref.WeakSet()
 
     def release(self) -> None:
@@ -160,13 +162,14 @@ _cores: dict[object, SharedCore] = {}
 _compile = torch.compile
 
 
-def shared_core(tracked: TrackedBackend) -> Callable[[Tensor], None]:
+def shared_core(tracked: TrackedBackend, step: str) -> Callable[[Tensor], None]:
     """A compiled core for one optimizer; those with the same options share what Dynamo makes of it.
 
     Once there are two compiled forms of it (for other global settings), optimizers that have not stepped yet take a new
     one, as in `core_op`. A function that replaces torch.compile sees each of them instead.
     """
     options = tracked.options
+    tracked.step = step
     if torch.compile is not _compile or options["torchair_config"] is not None:
         return isolated(core_op.make_core(), tracked)
     key = tuple(options.items())

@@ -55,6 +55,7 @@ class Stepping(Keeping, Protocol):
 log = logging.getLogger(__name__)
 
 _optimizers: weakref.WeakValueDictionary[str, Stepping] = weakref.WeakValueDictionary()
+_NAME = "npu_fused_core_"
 _cores = itertools.count()
 _handles = map(str, itertools.count())  # strings: Dynamo makes a number that differs at a second compile symbolic
 
@@ -151,8 +152,13 @@ def make_core() -> Callable[[Tensor], None]:
     def core(ticket: Tensor) -> None:
         rule_step(ticket)
 
-    code = core.__code__.replace(co_name=f"npu_fused_core_{next(_cores)}")
+    code = core.__code__.replace(co_name=f"{_NAME}{next(_cores)}")
     return types.FunctionType(code, core.__globals__, code.co_name, None, core.__closure__)
+
+
+def is_core(function: Any) -> bool:
+    """True if this is what `make_core` gives."""
+    return str(getattr(function, "__name__", "")).startswith(_NAME)
 
 
 class _Shared:

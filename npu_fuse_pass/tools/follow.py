@@ -57,7 +57,9 @@ class Session:
             ended: steps were made; otherwise a missing graph is no problem.
         """
         breaks = [text for text in backend.breaks() if text not in self._known]
-        found = [text for request in self.requests if ended or request.reports for text in request.problems(breaks)]
+        captured = any(request.graphs for request in self.requests)
+        asked = [r for r in self.requests if r.reports or (ended and (r.graphs or not r.core or not captured))]
+        found = [text for request in asked for text in request.problems(breaks)]
         noted = [r for request in self.requests for r in request.reports]
         again = [r for r in new_since(self._before) if not any(r is n for n in noted)]  # planned anew at a step
         found += [f"{r.cause}: {reason}" for r in again for reason in r.reasons]
@@ -86,7 +88,7 @@ class Session:
             own = given.pop("options", None) or {}
             tracked = asked if isinstance(asked, backend.TrackedBackend) else backend.TrackedBackend(own)
             tracked.options = {**tracked.options, **self._options}
-            request = request_for(model)
+            request = request_for(model, tracked.step)
             self.requests.append(request)
             step = compile(model, *args, **{**given, "backend": followed(request, tracked)})
             return counted(request, tracked, model, step)

@@ -15,6 +15,7 @@ from npu_fuse_pass.errors import NumericsError
 from npu_fuse_pass.reasons import Reason
 from npu_fuse_pass.report.causes import graph_break
 from npu_fuse_pass.report.report import CompileReport, reports
+from npu_fuse_pass.rules.core_op import is_core
 from npu_fuse_pass.rules.hidden import hidden
 from npu_fuse_pass.run.graph_step import graph_break_of
 
@@ -28,6 +29,7 @@ class Request:
     Attributes:
         name: of the compiled function.
         hidden: why torch shows it to no backend, if known.
+        core: it compiles the core of an optimizer with rules, which another road or function may make needless.
         graphs: number of captured graphs.
         reports: of graphs that update something.
         breaks: where Dynamo ended a graph, and why.
@@ -39,6 +41,7 @@ class Request:
 
     name: str
     hidden: Reason | None
+    core: bool = False
     graphs: int = 0
     reports: list[CompileReport] = dataclasses.field(default_factory=list)
     breaks: list[str] = dataclasses.field(default_factory=list)
@@ -68,8 +71,10 @@ class Request:
         return list(dict.fromkeys(found))
 
 
-def request_for(model: Any) -> Request:
-    """The request for a function or module, before any graph was captured."""
+def request_for(model: Any, step: str | None = None) -> Request:
+    """The request for a function or module, before any graph was captured. `step`: what a core runs, in words."""
+    if step is not None and is_core(model):
+        return Request(step, None, core=True)
     owner = getattr(model, "__self__", None)
     name = str(getattr(model, "__name__", type(model).__name__))
     why = hidden(owner) if isinstance(owner, torch.optim.Optimizer) else None

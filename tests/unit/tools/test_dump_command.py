@@ -184,6 +184,32 @@ def test_a_step_that_is_never_called(dump, tmp_path):
     assert status == WANTING and "SGD.step: no graph reached the backend: it was never called" in said
 
 
+INLINED = """
+opt = npu_fuse_pass.compile_optimizer_(torch.optim.SGD(params, lr=0.1))
+tail = torch.compile(lambda: opt.step(), backend="npu_fused")
+for _ in range(2):
+    tail()
+"""
+CAPTURED = """
+opt = npu_fuse_pass.compile_optimizer_(torch.optim.Adam(params, capturable=True))
+for _ in range(2):
+    opt.step()
+"""
+
+
+@pytest.mark.parametrize("text", [INLINED, CAPTURED], ids=["inlined", "captured"])
+def test_a_step_that_runs_elsewhere(dump, tmp_path, text):
+    """Another function has the step in its graph, or Dynamo captures it: the rule's core never runs."""
+    status, said = dump(f"--check --script {script(tmp_path, text)}")
+    assert status == FINE and "everything is fused" in said, said
+
+
+def test_a_core_has_the_name_of_its_step(dump, tmp_path):
+    text = "npu_fuse_pass.compile_optimizer_(torch.optim.SGD(params, lr=0.1))\n"
+    status, said = dump(f"--check --script {script(tmp_path, text)}")
+    assert status == WANTING and "SGD.step: no graph reached the backend: it was never called" in said
+
+
 def test_another_backend_is_left_alone(dump, tmp_path):
     text = 'opt = torch.optim.SGD(params, lr=0.1)\ntorch.compile(opt.step, backend="eager")()\n'
     before = torch.compile
