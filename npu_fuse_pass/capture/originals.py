@@ -90,7 +90,7 @@ class Originals:
             reason = dataclasses.replace(reason, remedy=_OF_NUMBERS)
         call = Call(node.target, (), {}, [], several, node.name, number=number is not None)
         held = {place: self._held(_entry(env[place[0]], place[1]), level, place, call) for place in effect.written}
-        given: Any = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: self._given(n, env[n], level, held))
+        given: Any = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: self._given(n, env[n], held))
         call.args, call.kwargs = given
         new = {}
         for place, holder in held.items():
@@ -147,10 +147,10 @@ class Originals:
                 self._level_of[id(e)] = max((self._level_of[id(a)] for a in e.args), default=0)
         return self._level_of[id(root)]
 
-    def _given(self, n: fx.Node, value: Any, level: int, held: Mapping[Place, int], k: int = 0) -> Any:
+    def _given(self, n: fx.Node, value: Any, held: Mapping[Place, int], k: int = 0) -> Any:
         """An argument of an operation, as references to leaves."""
         if isinstance(value, (list, tuple)):
-            return [self._given(n, v, level, held, i) for i, v in enumerate(value)]
+            return [self._given(n, v, held, i) for i, v in enumerate(value)]
         if not isinstance(value, Cell):
             return value
         if (n, k) in held:
@@ -159,7 +159,7 @@ class Originals:
         number = next((t for t, kinds in _NUMBERS.items() if isinstance(example, kinds)), None)
         if number is None and value.val.number:
             number = float if value.val.dtype.is_floating_point else int
-        return LeafRef(self._stored(value, level, example), number)
+        return LeafRef(self._stored(value, example), number)
 
     def _held(self, cell: Cell, level: int, place: Place, call: Call) -> int:
         """A leaf for a tensor written in place: it holds the current value, and nothing else reads it."""
@@ -180,15 +180,15 @@ class Originals:
         leaf = self._interpreter.leaves[val.expr.value]
         return val.expr.value if val.number or (leaf.dtype, leaf.held or leaf.shape) == (val.dtype, val.shape) else None
 
-    def _stored(self, cell: Cell, level: int, example: Any) -> int:
-        """A leaf that holds a cell's current value when level `level` runs its calls."""
+    def _stored(self, cell: Cell, example: Any) -> int:
+        """A leaf that holds a cell's current value as soon as it can be computed: later readers may run earlier."""
         val = cell.read()
         stored = self._leaf(val)
         if stored is not None:
             return stored
         key = (id(val.expr), val.dtype, val.shape, dense_strides(example))
         if key not in self._temporaries:
-            self._temporaries[key] = self._like(val, level, example)
+            self._temporaries[key] = self._like(val, self._level(val.expr), example)
         return self._temporaries[key]
 
     def _like(self, val: Val, level: int, example: Any) -> int:

@@ -57,6 +57,22 @@ def compare(body: Body, *given: Any, steps: int = 3, tolerance: float = 1e-6, fu
         assert all(r.groups and not r.fallback for r in reports), [str(r) for r in reports]
 
 
+# Order ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_value_read_late_and_then_early() -> None:
+    """An operation that reads a result, too, runs later than one behind it that reads the same value alone."""
+
+    def body(p: Tensor, g: Tensor) -> Any:
+        size = g.abs()
+        late = torch.stack([g.sort()[0], size])
+        early = size.flip(0)
+        p.sub_(g * 0.1)
+        return late, early
+
+    compare(body)
+
+
 # Constants -----------------------------------------------------------------------------------------------------------
 
 CONSTANTS: dict[str, Callable[[Tensor], Any]] = {
