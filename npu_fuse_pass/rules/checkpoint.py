@@ -11,6 +11,7 @@ from torch import Tensor
 
 from npu_fuse_pass.rules.batch import check_state
 from npu_fuse_pass.rules.declaration import Declaration
+from npu_fuse_pass.rules.state import ParamState
 
 
 def compact(state_dict: Any) -> Any:
@@ -33,13 +34,20 @@ def compact(state_dict: Any) -> Any:
     return type(state_dict)(map(compact, state_dict)) if type(state_dict) in (list, tuple) else state_dict
 
 
-def aliases(entry: dict[str, Any]) -> dict[str, Any]:
-    """A state entry as state dicts show it: tensors that share the states' memory; "step" is a float32 copy."""
+def aliases(entry: Any) -> Any:
+    """A state entry as state dicts show it: tensors that share the states' memory; "step" is a float32 copy.
+
+    An entry that is no parameter's is shown as it is.
+    """
+    if not isinstance(entry, ParamState):
+        return entry
     return _with_float_step({n: v.detach() if isinstance(v, Tensor) else v for n, v in dict.items(entry)})
 
 
-def copied(entry: dict[str, Any]) -> dict[str, Any]:
-    """A state entry with memory of its own."""
+def copied(entry: Any) -> Any:
+    """A state entry with memory of its own; one that is no parameter's is the user's to copy."""
+    if not isinstance(entry, ParamState):
+        return entry
     return _with_float_step({n: v.detach().clone() if isinstance(v, Tensor) else v for n, v in dict.items(entry)})
 
 

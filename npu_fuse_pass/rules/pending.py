@@ -162,8 +162,9 @@ def _globals_of(function: types.FunctionType) -> tuple[set[int | str], list[obje
 
 def _touched(optimizer: Keeping, arguments: Any) -> bool:
     """True if an argument of the graph shares memory with a state or number of the optimizer."""
-    entries = (value for entry in dict.values(optimizer.state) for value in dict.values(entry))
-    kept = [*kept_outside(optimizer), *(value for value in entries if isinstance(value, Tensor))]
+    entries = (entry for entry in dict.values(optimizer.state) if isinstance(entry, dict))
+    states = (value for entry in entries for value in dict.values(entry) if isinstance(value, Tensor))
+    kept = [*kept_outside(optimizer), *states]
     given = {_storage(a.example) for a in arguments if a.is_tensor and isinstance(a.example, Tensor)}
     return not given.isdisjoint(map(_storage, kept))
 

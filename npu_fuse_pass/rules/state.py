@@ -169,7 +169,10 @@ class ParamState(_Noting):
 
 
 class States(_Noting, defaultdict[Tensor, Any]):
-    """All of them; an entry that is not there is made when it is asked for, as in torch.optim."""
+    """All of them; an entry that is not there is made when it is asked for, as in torch.optim.
+
+    What stands at other keys than parameters (`opt.state["epoch"] = 3`) is the user's, and stays what it is.
+    """
 
     def __init__(self, entries: Mapping[Tensor, Mapping[str, Any]] | None = None) -> None:
         super().__init__()
@@ -181,14 +184,17 @@ class States(_Noting, defaultdict[Tensor, Any]):
     @_in_python
     def __setitem__(self, param: Tensor, entry: Mapping[str, Any]) -> None:
         """Put in an entry: the object itself if it was one of these and stands for no other parameter now."""
+        if not isinstance(param, Tensor):
+            super().__setitem__(param, entry)
+            return
         own = isinstance(entry, ParamState) and entry.changes is self.changes
         if not own or any(entry is other and param is not key for key, other in dict.items(self)):
             entry = ParamState(entry, self.changes)
         super().__setitem__(param, entry)
 
     @_in_python
-    def __missing__(self, param: Tensor) -> ParamState:
-        return self.entry(param)
+    def __missing__(self, param: Tensor) -> Any:
+        return self.entry(param) if isinstance(param, Tensor) else super().__missing__(param)
 
     def entry(self, param: Tensor) -> ParamState:
         """A parameter's entry; an empty one changes nothing."""

@@ -37,10 +37,8 @@ class FusedOption:
                 settings["fused"] = False
                 self._were_on.append(settings)
         opt._step_supports_amp_scaling = False  # type: ignore[attr-defined]  # GradScaler then unscales before the step
-        for entry in opt.state.values():
-            step = entry.get("step")
-            if isinstance(step, Tensor):  # fused kernels keep counters on the device
-                entry["step"] = step.cpu()
+        for _, entry in _counted(opt):
+            entry["step"] = entry["step"].cpu()  # fused kernels keep counters on the device
 
     def restore(self) -> None:
         """Switch fused=True on again where it was."""
@@ -50,6 +48,11 @@ class FusedOption:
             settings["fused"] = True
         self._were_on.clear()
         self._opt._step_supports_amp_scaling = True  # type: ignore[attr-defined]
-        for p, entry in self._opt.state.items():
-            if isinstance(entry.get("step"), Tensor):
-                entry["step"] = entry["step"].to(p.device)
+        for p, entry in _counted(self._opt):
+            entry["step"] = entry["step"].to(p.device)
+
+
+def _counted(opt: torch.optim.Optimizer) -> list[tuple[Tensor, dict[str, Any]]]:
+    """Parameters whose entry has a tensor that counts their steps, with it; other keys are the user's."""
+    entries = [(p, entry) for p, entry in opt.state.items() if isinstance(p, Tensor)]
+    return [(p, entry) for p, entry in entries if isinstance(entry.get("step"), Tensor)]

@@ -379,6 +379,29 @@ def test_copies_are_plain() -> None:
     assert float(opt.state[params[0]]["step"]) == 1
 
 
+@modes
+def test_what_stands_at_other_keys_is_the_users(mode: str) -> None:
+    """Numbers, tensors and dicts beside the entries of parameters: as with torch.optim, copies and checkpoints too."""
+    params = parameters(SHAPES)
+    others = clones(params)
+    opts = (NpuFusedAdam(params, lr=0.1), torch.optim.Adam(others, lr=0.1))
+    steps = (Step(opts[0], mode), opts[1].step)
+    notes = {"of_the_run": {"step": torch.tensor(3), "t": torch.ones(2)}, "epoch": 5, "list": [1.5, torch.ones(2)]}
+    for opt, step, ps in zip(opts, steps, (params, others), strict=True):
+        one_step(opt, ps, 0, step)
+        opt.state.update(notes)
+        opt.state["made"]["best"] = 0.5
+        one_step(opt, ps, 1, step)
+        assert opt.state["of_the_run"] is notes["of_the_run"]
+        opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+        one_step(opt, ps, 2, step)
+        for made in (opt.state_dict()["state"], copy.deepcopy(opt).state, pickle.loads(pickle.dumps(opt)).state):
+            kept = {name: made[name] for name in (*notes, "made")}
+            assert str(kept) == str({**notes, "made": {"best": 0.5}})
+            assert type(kept["made"]) is dict
+    assert_close(params, others)
+
+
 def test_reading_takes_nothing_anew() -> None:
     """Who reads states at every step gets the same tensors, and no plan is made again."""
     params = parameters([(3, 4), (5,)])

@@ -378,6 +378,21 @@ def test_fused_is_switched_off_with_a_word_and_after_every_checkpoint(said: list
     assert opt._step_supports_amp_scaling  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("note", [5, {"step": torch.tensor(3)}], ids=["a number", "a dict"])
+def test_fused_is_switched_off_beside_what_is_no_parameters_state(note: Any) -> None:
+    params = parameters(MATRICES)
+    others = clones(params)
+    opt, stock = torch.optim.Adagrad(params, lr=0.1, fused=True), torch.optim.Adagrad(others, lr=0.1, fused=True)
+    for o, p in ((opt, params), (stock, others)):
+        o.state["note"] = note  # type: ignore[index]
+        if o is opt:
+            npu_fuse_pass.compile_optimizer_(opt)
+        train(p, lambda o=o: o.step(), range(2))
+    npu_fuse_pass.restore_optimizer_(opt)
+    assert opt.state["note"] is note  # type: ignore[index]
+    assert_close(params, others, 1e-5)
+
+
 # Copies and undoing ---------------------------------------------------------------------------------------------------
 
 
