@@ -17,7 +17,6 @@ from torch.optim.optimizer import required
 from npu_fuse_pass.errors import OptionError, RuleError
 from npu_fuse_pass.private_torch import find
 from npu_fuse_pass.rules import checkpoint, core_op, hooks
-from npu_fuse_pass.rules.checks import check_rule, structure
 from npu_fuse_pass.rules.declaration import OPTIONS, RESIDUAL, Declaration
 from npu_fuse_pass.rules.prelude import Prelude
 from npu_fuse_pass.rules.ranges import check_kinds, check_ranges
@@ -146,17 +145,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self.state = States()
         self._start()
-        checked: set[object] = set()
         for group in self.param_groups:
             rule = self.rule_for(group)
             for _, settings in self.settings(group):
                 check_kinds(rule, settings)
                 check_ranges(rule, settings)
                 self._check_rounding(group)
-                key = structure(rule, settings)
-                if key not in checked:
-                    check_rule(rule, settings)
-                    checked.add(key)
+                self._prelude.check_once(rule, settings)
         self._settle_groups(self.param_groups)
 
     @classmethod

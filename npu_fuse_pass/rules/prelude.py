@@ -28,7 +28,7 @@ from npu_fuse_pass.rules.batch import (
     updated_first,
     updated_so_far,
 )
-from npu_fuse_pass.rules.checks import check_flat_shards
+from npu_fuse_pass.rules.checks import check_flat_shards, check_rule, structure
 from npu_fuse_pass.rules.declaration import Declaration, arithmetic_dtype, with_master_weights
 from npu_fuse_pass.rules.meeting import Meeting
 from npu_fuse_pass.rules.ranges import check_kinds
@@ -99,6 +99,7 @@ class Prelude:
         self._parts: list[tuple[Declaration, list[Tensor]]] = []
         self._exact: dict[Declaration, Declaration] = {}  # rules with master weights, by what they are made of
         self._outside: list[Tensor] = []
+        self._checked: set[object] = set()
         self.input_check: InputCheck | None = None
         self.unchanged = False
         self.compiled = False
@@ -130,6 +131,17 @@ class Prelude:
                 "Inplace update to inference tensor outside InferenceMode is not allowed: a parameter or its state was "
                 "made under torch.inference_mode(); nothing was changed. A clone of it is a normal tensor"
             )
+
+    def check_once(self, rule: Declaration, settings: Mapping[str, Any]) -> None:
+        """Refuse settings with which the rule fails, before another group is updated; numbers alone are not looked at.
+
+        Raises:
+            RuleError: names the rule and what it fails with.
+        """
+        key = structure(rule, settings)
+        if key not in self._checked:
+            check_rule(rule, settings)
+            self._checked.add(key)
 
     @property
     def kinds(self) -> object:
@@ -187,6 +199,7 @@ class Prelude:
         self.input_check, self.unchanged = None, False
         for _, rule, _, settings in parts:
             check_kinds(rule, settings)
+            self.check_once(rule, settings)
         for _, _, params, _ in parts:
             for p in params:
                 if p.grad is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import npu_fuse_pass
 from npu_fuse_pass import RuleError, rule, zeros
+from optimizers import NpuFusedAdam
 from tests.support.training import assert_fused, gradients, last_report, parameters, set_gradients, train
 from tests.support.unchanged import Unchanged
 
@@ -144,3 +146,16 @@ def test_ranges_are_kept_by_pickles_of_rules_that_are_values() -> None:
     assert again.ranges == {"lr": (0, None)}
     with pytest.raises(RuleError, match="lr=-1"):
         again(parameters(), lr=-1)
+
+
+@pytest.mark.parametrize(("name", "value"), [("betas", (0.9,)), ("betas", None), ("lr", None), ("eps", None)], ids=str)
+def test_what_the_rule_fails_with_is_refused_before_another_group_is_updated(name: str, value: Any) -> None:
+    params = parameters()
+    opt = NpuFusedAdam([{"params": [p]} for p in params], lr=0.1)
+    opt.param_groups[-1][name] = value
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuleError, match=re.escape("rule 'adam' fails with") + ".*" + re.escape(f"{name}={value!r}")):
+        opt.step()
+    assert all(map(torch.equal, before, params)) and not any(opt.state.get(p) for p in params)
