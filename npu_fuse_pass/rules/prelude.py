@@ -99,6 +99,7 @@ class Prelude:
         self._parts: list[tuple[Declaration, list[Tensor]]] = []
         self._exact: dict[Declaration, Declaration] = {}  # rules with master weights, by what they are made of
         self._outside: list[Tensor] = []
+        self._reader = object()
         self._checked: set[object] = set()
         self.input_check: InputCheck | None = None
         self.unchanged = False
@@ -182,7 +183,7 @@ class Prelude:
         state = optimizer.state
         if not isinstance(state, States) or state.changes.made or any(p.grad is not None for p in self._outside):
             return False
-        if state.changes.moved or len(parts) != len(self._parts):
+        if state.changes.reader is not self._reader or state.changes.moved or len(parts) != len(self._parts):
             return False
         for (_, rule, params, _), (known_rule, known) in zip(parts, self._parts, strict=True):
             if rule is not known_rule or len(params) != len(known) or not all(map(operator.is_, params, known)):
@@ -211,7 +212,7 @@ class Prelude:
         for _, rule, params, settings in parts:
             if any(sharding(p) == "flat shard" for p in params):
                 check_flat_shards(rule, settings)
-        state.changes.forget()
+        state.changes.forget(self._reader)
         try:
             self._make_batches(optimizer, parts, state, unready)
         except BaseException:

@@ -29,10 +29,12 @@ class Changes:
 
     Attributes:
         made: something was put in or taken out since this was last False.
+        reader: who has called `forget` last; optimizers may share their states (`other.state = opt.state`).
     """
 
     def __init__(self) -> None:
         self.made = True
+        self.reader: object = None
         self._handed_out: dict[int, tuple[Tensor, tuple[object, ...]]] = {}
 
     def hand_out(self, value: object) -> None:
@@ -40,8 +42,9 @@ class Changes:
         if isinstance(value, Tensor) and id(value) not in self._handed_out:
             self._handed_out[id(value)] = (value, _memory(value))
 
-    def forget(self) -> None:
-        """Forget all records; nothing counts as changed any more."""
+    def forget(self, reader: object) -> None:
+        """Forget all records; nothing counts as changed any more to `reader`."""
+        self.reader = reader
         self._handed_out.clear()
         self.made = False
 

@@ -402,6 +402,20 @@ def test_what_stands_at_other_keys_is_the_users(mode: str) -> None:
     assert_close(params, others)
 
 
+@modes
+def test_two_optimizers_may_share_their_states(mode: str) -> None:
+    params = parameters(SHAPES)
+    others = clones(params)
+    for ps, make, way in ((params, NpuFusedAdam, mode), (others, torch.optim.Adam, "eager")):
+        first, second = make(ps, lr=0.1), make(ps, lr=0.02)
+        one_step(first, ps, 0)
+        second.state = first.state
+        steps = [Step(opt, way) for opt in (first, second)]
+        for seed in range(1, 5):
+            one_step(first, ps, seed, steps[seed % 2])
+    assert_close(params, others)
+
+
 def test_reading_takes_nothing_anew() -> None:
     """Who reads states at every step gets the same tensors, and no plan is made again."""
     params = parameters([(3, 4), (5,)])
