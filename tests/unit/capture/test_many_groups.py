@@ -15,7 +15,7 @@ import optimizers
 from npu_fuse_pass import rule, total, zeros
 from npu_fuse_pass.capture import rule as capture
 from npu_fuse_pass.passes import group as grouping
-from npu_fuse_pass.rules import optimizer as rule_optimizer
+from npu_fuse_pass.rules import prelude
 from tests.support.training import (
     assert_close,
     assert_fused,
@@ -45,7 +45,7 @@ def test_a_formula_is_traced_checked_and_made_canonical_once() -> None:
     def numbers(i: int) -> dict[str, Any]:
         return dict(lr=1e-2 * (i + 1), betas=(0.9, 0.9 + i / 1000), weight_decay=i / 100)
 
-    with counted(rule_optimizer, "check_rule") as checks:
+    with counted(prelude, "check_rule") as checks:
         opt = optimizers.NpuFusedAdamW(groups(params, numbers))
     torchs = torch.optim.AdamW(groups(others, numbers))
     step = compiled(opt)
