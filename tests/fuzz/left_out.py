@@ -15,6 +15,11 @@ LEFT_OUT: dict[str, tuple[tuple[str, ...], str]] = {
         ("NpuFusedAdamW", "NpuFusedAdamW state_dtype"),
         "a rule reads everything before it writes; torch.optim's class writes the parameter, then reads the gradient",
     ),
+    "lr NumPy's": (
+        ("Keeping",),
+        "in code that Dynamo traces, a comparison of a NumPy number is an array; a step that keeps it as a truth and "
+        "branches on it is captured by nobody afterwards, which is an error of compile_step",
+    ),
 }
 
 # optimizers of which no programs are drawn
