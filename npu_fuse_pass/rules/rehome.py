@@ -107,7 +107,7 @@ def _check_tied(everyone: Sequence[Tensor], names: dict[int, str]) -> None:
 def _by_kind(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     kinds: dict[object, list[Tensor]] = {}
     for p in dict.fromkeys(params):  # once, however often it is listed
-        if p.requires_grad:
+        if p.requires_grad and (is_lazy(p) or not p.is_inference()):  # which would lose its version counter
             kinds.setdefault((p.dtype, p.device), []).append(p)
     yield from kinds.values()
 

@@ -399,7 +399,8 @@ def run(lines: Sequence[str], mode: str) -> Run:
         result.reasons += [report.fallback] if report.fallback else []
         result.reasons += [str(u) for u in report.unfused]
     del sys.modules[own]
-    names.clear()
+    for name in [name for name in names if not name.startswith("__")]:  # Dynamo removes what it has put there itself
+        del names[name]
     return result
 
 

@@ -69,6 +69,17 @@ def test_only_what_is_asked_for_moves() -> None:
     assert [p.data_ptr() for p in params] == before
 
 
+def test_a_parameter_of_inference_mode_stays_where_it_is() -> None:
+    """Nobody updates it, and in other memory it would have no version counter, which autograd asks for."""
+    params = parameters()
+    with torch.inference_mode():
+        inference = nn.Parameter(torch.ones(3))
+    optimizers.NpuFusedAdam([*params, inference], flatten="params")
+    assert adjacent(params) and inference.is_inference()
+    (inference * params[0].sum() * inference).sum().backward()
+    assert params[0].grad is not None
+
+
 class Wrapped(Tensor):
     """A tensor subclass as DTensor is one: its elements are elsewhere."""
 
