@@ -11,7 +11,8 @@ from torch import Tensor
 
 __all__ = ["is_cleared", "mark_cleared", "minimize"]
 
-# Marks on a gradient, with its version at that time: it was cleared; minimize() has used it.
+# Marks on a gradient, with its version at that time: it was cleared; minimize() has used it. Gradients that were made
+# under torch.inference_mode() count no versions, and get none.
 _CLEARED, _USED = "_paddle_cleared", "_paddle_used"
 
 
@@ -43,7 +44,7 @@ def minimize(
             p.grad = grad
     updated = [(p, p.grad) for p in chosen if p.grad is not None]
     for _, grad in updated:
-        grad.__dict__[_USED] = grad._version
+        _mark(grad, _USED)
     return [], updated
 
 
@@ -51,7 +52,7 @@ def mark_cleared(params: Iterable[Tensor]) -> None:
     """Remember that these gradients were cleared: until they are replaced or written, none was produced."""
     for p in params:
         if p.grad is not None:
-            p.grad.__dict__[_CLEARED] = p.grad._version
+            _mark(p.grad, _CLEARED)
 
 
 def is_cleared(param: Tensor) -> bool:
@@ -59,8 +60,13 @@ def is_cleared(param: Tensor) -> bool:
     return param.grad is not None and _has_mark(param.grad, _CLEARED)
 
 
+def _mark(grad: Tensor, mark: str) -> None:
+    if not grad.is_inference():
+        grad.__dict__[mark] = grad._version
+
+
 def _has_mark(grad: Tensor, mark: str) -> bool:
-    return bool(grad.__dict__.get(mark) == grad._version)
+    return mark in grad.__dict__ and bool(grad.__dict__[mark] == grad._version)
 
 
 def _find(groups: list[dict[str, Any]], wanted: Iterable[Tensor | str] | None, label: str) -> dict[Tensor, None]:

@@ -201,3 +201,18 @@ def test_minimize_names_what_it_has_where_a_name_is_unknown() -> None:
     opt = RMSProp(0.1, parameters=model.named_parameters())
     with pytest.raises(ValueError, match=r"'w'.*does not update"):
         opt.minimize(model(torch.ones(1, 2)).sum(), parameters=["w"])
+
+
+@both_modes
+def test_gradients_made_in_inference_mode(mode: str) -> None:
+    """They count no versions; clearing, clipping and stepping need none."""
+    params, others = parameters(), parameters()
+    for ps, inside in ((params, True), (others, False)):
+        opt = RMSProp(0.1, parameters=ps, grad_clip=ClipGradByGlobalNorm(0.5))
+        step = Step(opt, mode)
+        for seed in range(3):
+            with torch.inference_mode(inside and seed > 0):
+                set_gradients(ps, gradients(ps, seed))
+                step()
+                opt.clear_grad()
+    assert all(torch.equal(p, o) for p, o in zip(params, others, strict=True))
