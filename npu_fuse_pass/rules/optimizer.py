@@ -406,6 +406,13 @@ class RuleOptimizer(torch.optim.Optimizer):
             self._start()
         self._surface.groups = self.param_groups
 
+    def __copy__(self) -> Any:
+        """As copy.copy of torch's: another optimizer over the same groups and states."""
+        made = type(self).__new__(type(self))
+        made.__setstate__(self.__getstate__())
+        made.state = self.state
+        return made
+
     def _unsealed(self, param: Any, entry: Any) -> Any:
         """A loaded entry, with its tensors where the parameter is and in the dtype that states are stored in."""
         if not isinstance(entry, Mapping):

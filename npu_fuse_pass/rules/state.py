@@ -30,7 +30,10 @@ class Changes:
     Attributes:
         made: something was put in or taken out since this was last False.
         reader: who has called `forget` last; optimizers may share their states (`other.state = opt.state`).
+        joined: what notes the same for both, once an entry of one optimizer is another's, too.
     """
+
+    joined: Changes | None = None
 
     def __init__(self) -> None:
         self.made = True
@@ -61,7 +64,13 @@ def _memory(t: Tensor) -> tuple[object, ...]:
 class _Noting(dict[Any, Any]):
     """A dict that notes when it is changed."""
 
-    changes: Changes
+    _changes: Changes
+
+    @property
+    def changes(self) -> Changes:
+        while self._changes.joined is not None:
+            self._changes = self._changes.joined
+        return self._changes
 
     @_in_python
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -124,7 +133,7 @@ class ParamState(_Noting):
 
     def __init__(self, entry: Mapping[str, Any], changes: Changes) -> None:
         dict.__init__(self, entry)
-        self.changes = changes
+        self._changes = changes
         self.read = False
 
     def take(self, entry: Mapping[str, Any]) -> None:
@@ -180,19 +189,24 @@ class States(_Noting, defaultdict[Tensor, Any]):
     def __init__(self, entries: Mapping[Tensor, Mapping[str, Any]] | None = None) -> None:
         super().__init__()
         self.default_factory = dict
-        self.changes = Changes()
+        self._changes = Changes()
         for param, entry in (entries or {}).items():
             self[param] = entry
 
     @_in_python
     def __setitem__(self, param: Tensor, entry: Mapping[str, Any]) -> None:
-        """Put in an entry: the object itself if it was one of these and stands for no other parameter now."""
+        """Put in an entry: the object itself if it is an optimizer's and stands for no other parameter here.
+
+        Where it is another optimizer's, what either writes counts for both, as in torch.optim.
+        """
         if not isinstance(param, Tensor):
             super().__setitem__(param, entry)
             return
-        own = isinstance(entry, ParamState) and entry.changes is self.changes
-        if not own or any(entry is other and param is not key for key, other in dict.items(self)):
+        others = (other for key, other in dict.items(self) if key is not param)
+        if not isinstance(entry, ParamState) or any(entry is other for other in others):
             entry = ParamState(entry, self.changes)
+        elif entry.changes is not self.changes:
+            self.changes.joined = entry.changes
         super().__setitem__(param, entry)
 
     @_in_python

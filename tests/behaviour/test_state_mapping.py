@@ -416,6 +416,46 @@ def test_two_optimizers_may_share_their_states(mode: str) -> None:
     assert_close(params, others)
 
 
+@modes
+def test_optimizers_may_share_entries(mode: str) -> None:
+    """Three of them, the last one by way of the second, which has shared its entries before it got the first one's."""
+    params = parameters(SHAPES)
+    others = clones(params)
+    found = []
+    for ps, make, way in ((params, NpuFusedAdam, mode), (others, torch.optim.Adam, "eager")):
+        first, second, third = opts = [make(ps, lr=lr) for lr in (0.1, 0.02, 0.05)]
+        for opt in opts:
+            one_step(opt, ps, 0)
+        third.state[ps[0]] = second.state[ps[0]]
+        for p in ps:
+            second.state[p] = first.state[p]
+        third.state[ps[1]] = second.state[ps[1]]
+        assert third.state[ps[1]] is first.state[ps[1]]
+        steps = [Step(opt, way) for opt in opts]
+        for seed in range(1, 7):
+            one_step(first, ps, seed, steps[seed % 3])
+            found.append([opt.state[p]["exp_avg"].clone() for opt in opts for p in ps])
+    assert_close(params, others)
+    for ours, torchs in zip(found[:6], found[6:], strict=True):
+        assert_close(ours, torchs)
+
+
+@modes
+def test_a_shallow_copy_shares_groups_and_states(mode: str) -> None:
+    params = parameters(SHAPES)
+    others = clones(params)
+    for ps, make, way in ((params, NpuFusedAdam, mode), (others, torch.optim.Adam, "eager")):
+        first = make(ps, lr=0.1)
+        one_step(first, ps, 0)
+        second = copy.copy(first)
+        assert second.state is first.state and second.param_groups is first.param_groups
+        steps = [Step(opt, way) for opt in (first, second)]
+        for seed in range(1, 5):
+            second.param_groups[0]["lr"] = 0.1 / seed
+            one_step(first, ps, seed, steps[seed % 2])
+    assert_close(params, others)
+
+
 def test_reading_takes_nothing_anew() -> None:
     """Who reads states at every step gets the same tensors, and no plan is made again."""
     params = parameters([(3, 4), (5,)])
