@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
 from typing import Any, TypeVar
@@ -102,7 +103,8 @@ class Patch:
     def install(self) -> None:
         """Replace `step`, and watch for calls of the original."""
         self.take_place()
-        self._watching = self.optimizer.register_step_pre_hook(self.watch)
+        with contextlib.suppress(AttributeError):  # a wrapper whose __init__ leaves out torch's has no hooks
+            self._watching = self.optimizer.register_step_pre_hook(self.watch)
         self.compiled.fused_option.switch_off()
 
     def take_place(self) -> None:

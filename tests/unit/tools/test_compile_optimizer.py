@@ -698,6 +698,31 @@ def test_what_never_reaches_the_backend_trains_on_with_one_warning(said: list[st
     assert len(texts) == 1 and "nothing was compiled" in texts[0], texts
 
 
+class Lookahead(torch.optim.Optimizer):
+    """A wrapper whose __init__ does not call torch's, as those of public libraries: it has no hooks of its own."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.param_groups, self.state = optimizer, optimizer.param_groups, optimizer.state
+        self.slow = [p.detach().clone() for group in self.param_groups for p in group["params"]]
+
+    def step(self) -> None:  # type: ignore[override]
+        self.optimizer.step()
+        with torch.no_grad():
+            for slow, p in zip(self.slow, (p for group in self.param_groups for p in group["params"]), strict=True):
+                p.copy_(slow.lerp_(p, 0.5))
+
+
+def test_a_wrapper_without_hooks() -> None:
+    params = parameters(MATRICES)
+    others = clones(params)
+    opt = npu_fuse_pass.compile_optimizer_(Lookahead(torch.optim.SGD(params, lr=0.1, momentum=0.9)))
+    train(params, lambda: opt.step())
+    train(others, Lookahead(torch.optim.SGD(others, lr=0.1, momentum=0.9)).step)
+    assert_close(params, others)
+    assert any(r.groups for r in npu_fuse_pass.reports())
+    assert "step" not in vars(npu_fuse_pass.restore_optimizer_(opt))
+
+
 def test_bad_input_changes_nothing() -> None:
     opt = torch.optim.AdamW(parameters(MATRICES), fused=True)
     with pytest.raises(npu_fuse_pass.OptionError, match="allowed are"):
