@@ -66,7 +66,10 @@ class Code(enum.Enum):
     SAME_SCALAR = ("Several parameters write the same 0-dim tensor.", "keep one such tensor for each parameter")
     RULE = ("A rule raises an error where it is traced.", "use functions of tensors only, and none of their values")
     GRAPH = ("The graph holds something else than a step's operations on tensors and numbers.", None)
-    FORWARD_PASS = ("One graph holds a forward pass and an update.", "compile the step by itself")
+    FORWARD_PASS = (
+        "One graph holds a forward pass and an update.",
+        "compile the step by itself, under torch.no_grad()",
+    )
     MATCH = ("A formula is not compared with the known kernels.", None)
 
     # where it runs

@@ -775,7 +775,16 @@ def test_a_forward_pass_and_an_update_in_one_graph() -> None:
         update()
         return loss
 
-    for function, codes in ((both, {Code.FORWARD_PASS}), (update, set())):
+    slow = [p.detach().clone() for p in model.parameters()]
+
+    def recorded() -> None:  # as in torch_optimizer's Lookahead
+        for p, s in zip(model.parameters(), slow, strict=True):
+            p.data.mul_(0.5).add_(s, alpha=0.5)
+            s.data.copy_(p)
+
+    cases = ((both, {Code.FORWARD_PASS}), (update, set()), (recorded, {Code.FORWARD_PASS}))
+    assert "torch.no_grad()" in str(Code.FORWARD_PASS.remedy)
+    for function, codes in (*cases, (torch.no_grad()(recorded), set())):
         torch._dynamo.reset()
         npu_fuse_pass.clear_reports()
         with warnings.catch_warnings():
