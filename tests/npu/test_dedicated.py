@@ -89,6 +89,48 @@ def test_stock_optimizers(name: str, foreach: bool, kernels_option: str, ge: har
             assert_close(ours.state[p][state].float(), value.float(), 2e-5 if second else 1e-6)
 
 
+def rounded_gradient(p: Any, buf: Any, grad: Any) -> None:
+    buf.mul_(0.9).add_(grad.bfloat16().to(p.dtype))
+    p.sub_(buf, alpha=0.1)
+
+
+def rounded_state(p: Any, buf: Any, grad: Any) -> None:
+    buf.mul_(0.9).add_(grad.to(buf.dtype))
+    p.sub_(buf.to(p.dtype), alpha=0.1)
+
+
+@pytest.mark.parametrize(
+    ("update", "dtype", "stored"),
+    [
+        (rounded_gradient, torch.float32, torch.float32),
+        (rounded_gradient, torch.float16, torch.float16),
+        (rounded_state, torch.float32, torch.bfloat16),
+        (rounded_state, torch.float32, torch.float16),
+    ],
+)
+def test_roundings_of_the_step_are_kept(
+    update: Callable[..., None], dtype: torch.dtype, stored: torch.dtype, ge: harness.Recording
+) -> None:
+    """In exact arithmetic these are momentum; in numbers they are 2**-9 from it."""
+    both = [[torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)).to(dtype)] for _ in range(2)]
+    for tensors in both:
+        tensors.append(torch.zeros_like(tensors[0], dtype=stored))
+    step = torch.compile(
+        lambda *args: [update(*row) for row in zip(*args, strict=True)] and None,
+        backend=npu_fused,
+        options={"platform": "npu", "strict": True},
+    )
+    for k in range(3):
+        grad = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(k + 1)).to(dtype)
+        step(*(list(t) for t in (*both[0], grad)))
+        for row in zip(*both[1], grad, strict=True):
+            update(*row)
+    for got, wanted in zip(*both, strict=True):
+        assert_close(got, wanted, 1e-6 if got.dtype == torch.float32 else 2**-9)
+    [row] = npu_fuse_pass.reports()[-1].groups
+    assert "rounds to half precision" in row.note and row.kernel != MOMENTUM
+
+
 # Our classes, with options as in tests/support/cases.py; bytes per element in float32.
 OURS: dict[str, tuple[tuple[str, int], tuple[str, int]]] = {
     "sgd_momentum": ((MOMENTUM, 40), (MOMENTUM, 40)),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from npu_fuse_pass.errors import Unsupported
-from npu_fuse_pass.ir.expr import Builder, Expr
+from npu_fuse_pass.ir.expr import HALF, Builder, Expr, postorder
 from npu_fuse_pass.ir.fused_op import member_values
 from npu_fuse_pass.ir.types import Formula, Group
 from npu_fuse_pass.lowerings.npu.emit import elementwise
@@ -67,6 +67,8 @@ def choose(
     stored = {slot.dtype for slot in group.formula.slots if slot.tensor}
     if torch.float64 in stored:
         return "dedicated operations have no float64"
+    if any(_rounds(e, group.formula.slots[slot].dtype) for slot, e in group.formula.writes):
+        return "the step rounds to half precision ahead of what it writes; dedicated operations compute in float32"
     family = series(chip)
     if family is None:
         return f"no document used here names this chip, {chip or 'which torch_npu cannot tell'}"
@@ -78,6 +80,11 @@ def choose(
     except Unsupported as e:
         return f"{operations[0].name}: {e.reason.text}"
     return min(made, key=lambda d: d.cost)
+
+
+def _rounds(e: Expr, written: torch.dtype) -> bool:
+    """True if a value is made of one that was rounded to half precision, other than that in which it is written."""
+    return any(x.op == "cast" and x.tensor and x.dtype in HALF and x.dtype != written for x in postorder([e]))
 
 
 def _dedicate(formula: Formula, found: Match, operation: Operation, totals: Collection[int]) -> Dedicated:
