@@ -110,6 +110,11 @@ def _number(graph: fx.Graph, value: float | fx.Node) -> fx.Node:
     return graph.call_function(torch.ops.aten.scalar_tensor.default, (value,), {"dtype": torch.float64})
 
 
+def _empty(graph: fx.Graph, leaf: Leaf) -> fx.Node:
+    made: dict[str, Any] = {"dtype": leaf.dtype, "device": leaf.device}
+    return graph.call_function(torch.ops.aten.empty.memory_format, (list(leaf.shape),), made)
+
+
 def _group_node(
     graph: fx.Graph,
     target: Callable[..., Any],
@@ -123,8 +128,9 @@ def _group_node(
     def source(member: tuple[int, ...], slot: int) -> fx.Node:
         if leaves[member[slot]].kind not in _MADE:
             return nodes[member[slot]]
-        # a tensor that the step creates: any other one of the member gives its shape
-        return next(nodes[member[s]] for s in formula.tensor_slots if leaves[member[s]].kind not in _MADE)
+        # a tensor that the step creates: any other one of the member gives its shape, else an empty one
+        given = (nodes[member[s]] for s in formula.tensor_slots if leaves[member[s]].kind not in _MADE)
+        return next(given, None) or _empty(graph, leaves[member[slot]])
 
     tensors = [source(m, s) for s in formula.tensor_slots for m in group.members]
     never_read = _number(graph, 0.0)  # stands for 0-dim tensors that the step creates

@@ -150,3 +150,24 @@ def test_without_torch_npu_the_error_names_what_to_install(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "torch_npu", None)
     with pytest.raises(errors.PlatformError, match=r"npu-fuse-pass\[npu\].*torch_npu for this torch.*CANN"):
         require()
+
+
+def test_new_tensors_that_follow_from_none(ge_graphs: harness.Recording) -> None:
+    """What a function makes of numbers alone, of sizes that no other tensor has to have."""
+    both = [BY_NAME["adam"].build(parameters()) for _ in range(2)]
+
+    def with_made(optimizer: Any) -> Callable[[], tuple[torch.Tensor, ...]]:
+        def function() -> tuple[torch.Tensor, ...]:
+            optimizer.step()
+            return torch.zeros_like(optimizer.param_groups[0]["params"][0]), torch.full((2, 5), 3.0).half() * 0.5
+
+        return function
+
+    ours = torch.compile(with_made(both[0]), backend=npu_fused, options={"platform": "npu", "strict": True})
+    for k in range(2):
+        for optimizer in both:
+            set_gradients(optimizer.param_groups[0]["params"], k)
+        for got, wanted in zip(ours(), with_made(both[1])(), strict=True):
+            assert (got.dtype, got.stride()) == (wanted.dtype, wanted.stride()) and torch.equal(got, wanted)
+    assert_same(*both, 1e-6)
+    assert [g.runs for g in ge_graphs.graphs] == [2]

@@ -89,6 +89,19 @@ def test_outputs_and_swaps():
     torch.testing.assert_close(returned, expected, rtol=1e-6, atol=0)
 
 
+def test_what_follows_from_no_tensor():
+    """A new tensor of numbers alone."""
+
+    def step_and_twos(p: Any, g: Any) -> Any:
+        p.sub_(g)
+        return torch.full_like(p, 2.0, dtype=torch.bfloat16)
+
+    given = [torch.randn(2, 3), torch.randn(2, 3)]
+    captured, groups = fused(step_and_twos, *given)
+    (returned,) = rewrite(Grouped(tuple(captured.leaves), (), tuple(groups)))(*given)
+    assert torch.equal(returned, torch.full((2, 3), 2.0, dtype=torch.bfloat16))
+
+
 def test_attributes_become_arguments():
     """Stock optimizers read their state as attributes of the graph; the rewritten graph has arguments instead."""
     torch._dynamo.reset()

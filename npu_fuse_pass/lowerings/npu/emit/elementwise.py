@@ -39,7 +39,17 @@ DOCUMENTS: dict[str, str] = {
     **{
         name: f"CANN operator specifications, {name}"
         for name in sorted(
-            {*_DIRECT.values(), *_REDUCE.values(), "Cast", "BroadcastTo", "ConcatV2", "Pack", "Reshape", "Unpack"}
+            {
+                *_DIRECT.values(),
+                *_REDUCE.values(),
+                "Cast",
+                "BroadcastTo",
+                "ConcatV2",
+                "Fill",
+                "Pack",
+                "Reshape",
+                "Unpack",
+            }
         )
     },
     **{o.name: o.document for o in OPERATIONS},

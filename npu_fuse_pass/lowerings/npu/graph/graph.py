@@ -7,6 +7,7 @@ nothing may read): a group is one fused node, whose list of new values goes as i
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -266,7 +267,7 @@ class _Build:
         return self._unpacked.get((dtype, one_dim), [])
 
     def _tensor(self, lowered: LoweredGroup, span: Span, slot: int) -> fx.Node:
-        """A span's tensor; for one that the step creates, another tensor of the member, of equal size."""
+        """A span's tensor; for one that the step creates, another tensor of the member, or an empty one of its size."""
         keys = self._binder.inputs_of(lowered, span, slot)
         if len(keys) > 1:
             if tuple(keys) not in self._gathered:
@@ -276,8 +277,12 @@ class _Build:
         if keys[0] in self._nodes:
             return self._nodes[keys[0]]
         member = lowered.group.members[span.members[0]]
-        found = ((member[s],) for s in lowered.group.formula.tensor_slots)
-        return next(self._nodes[key] for key in found if key in self._nodes)
+        for key in ((member[s],) for s in lowered.group.formula.tensor_slots):
+            if key in self._nodes:
+                return self._nodes[key]
+        leaf = self._leaves[keys[0][0]]
+        made: dict[str, Any] = {"dtype": leaf.dtype, "device": leaf.device}
+        return self._graph.call_function(torch.ops.aten.empty.memory_format, ([math.prod(leaf.shape)],), made)
 
 
 def _taken(node: fx.Node, i: int) -> fx.Node:

@@ -155,7 +155,8 @@ class Binder:
         """Bind the inputs for single tensors of a member."""
         member, formula = lowered.group.members[m], lowered.group.formula
         inputs = [s for s in formula.tensor_slots if self._leaves[member[s]].kind != "output"]
-        strides = memory_order([t for s in inputs if (t := values[member[s]]) is not None])
+        given = [t for s in inputs if (t := values[member[s]]) is not None]
+        strides = memory_order(given or [torch.empty(self._leaves[member[s]].shape, device="meta") for s in slots])
         for s in formula.tensor_slots:  # a tensor may belong to two groups
             if step.orders.setdefault(member[s], (active[m], strides)) != (active[m], strides):
                 raise Mismatch("two updates of one tensor disagree on its memory order, or one of them is left out")
