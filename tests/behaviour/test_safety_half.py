@@ -152,3 +152,21 @@ def test_norms_in_one_vector(dtypes: list[torch.dtype]) -> None:
 
     torch.manual_seed(0)
     check(clip, torch.ones(35), *(torch.randn(35).to(d) for d in dtypes))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_means(dtype: torch.dtype) -> None:
+    """ATen rounds them once, from a sum in float32, which float16 may not hold."""
+
+    def means(p: Tensor, s: Tensor, g: Tensor) -> None:
+        s.copy_(g.mean())
+        p.sub_(s + g.mean(1, keepdim=True).float() * p + g.float().mean(dtype=dtype).float())
+
+    torch.manual_seed(0)
+    fused = torch.compile(means, backend="npu_fused")
+    for g in (torch.randn(50, 70), torch.full((50, 70), 6e4), torch.rand(50, 70)):
+        both = [[torch.ones(50, 70), torch.zeros(()), g.to(dtype)] for _ in range(2)]
+        fused(*both[0])
+        means(*both[1])
+        torch.testing.assert_close(*both, rtol=1e-6, atol=0)
+        assert last_report().fallback is None and not last_report().unfused

@@ -35,9 +35,12 @@ def _reduction(name: str) -> Callable[..., Val]:
     return reduce
 
 
-def _mean(b: Builder, x: Val, *args: Any, **kwargs: Any) -> Val:
-    total = _reduction("sum")(b, x, *args, **kwargs)
-    return Val(b.op("div", total.expr, b.numel() if x.shape else b.const(1)), total.dtype, ())
+def _mean(b: Builder, x: Val, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Val:
+    """The mean; that of half precision is a quotient in float32, rounded once."""
+    own = dtype or x.dtype
+    total = _reduction("sum")(b, x, *args, dtype=torch.float32 if own in HALF else dtype, **kwargs)
+    quotient = b.op("div", total.expr, b.numel() if x.shape else b.const(1))
+    return _stored(b, quotient, own) if own in HALF else Val(quotient, total.dtype, ())
 
 
 def _norm(b: Builder, x: Val, ord: Any = 2, dim: Any = None, *args: Any, **kwargs: Any) -> Val:
