@@ -76,8 +76,6 @@ def test_a_parameter_of_inference_mode_stays_where_it_is() -> None:
         inference = nn.Parameter(torch.ones(3))
     optimizers.NpuFusedAdam([*params, inference], flatten="params")
     assert adjacent(params) and inference.is_inference()
-    (inference * params[0].sum() * inference).sum().backward()
-    assert params[0].grad is not None
 
 
 class Wrapped(Tensor):
