@@ -54,7 +54,7 @@ def captured(
         return functools.partial(_of_rules, opt, backend.shared_core(tracked, f"{type(opt).__name__}.step"))
     replaced = Code.NO_RULE(f"another function has taken the place of this {type(opt).__name__}'s step")
     tracked.no_rule = None if isinstance(opt, RuleOptimizer) else reason or replaced
-    compiled = backend.isolated(step, tracked)
+    compiled = {False: backend.isolated(step, tracked)}
     if backend.isolates():  # otherwise another optimizer may run these graphs
         weakref.finalize(opt, tracked.release).atexit = False
     if hidden_class(opt) is not None:
@@ -65,8 +65,12 @@ def captured(
     changing: set[str] = set()
 
     def run(*args: Any, **kwargs: Any) -> Any:
+        # by themselves: at its limit of compiles Dynamo runs what it has compiled for a closure without one
+        with_closure = any(map(callable, (*args, *kwargs.values())))
+        if with_closure not in compiled:
+            compiled[with_closure] = backend.isolated(step, tracked)
         with symbolic_numbers(changing), numbers_read, _as_foreach(opt) if foreach else contextlib.nullcontext():
-            return compiled(*args, **kwargs)
+            return compiled[with_closure](*args, **kwargs)
 
     return run if of_rules else first_eagerly(opt, step, run, changing)
 

@@ -21,6 +21,8 @@ import npu_fuse_pass
 import optimizers
 from npu_fuse_pass.report import logs
 from npu_fuse_pass.rules.torch_steps import look_after_compiled_steps
+from tests.fuzz.twin import Keeping, param
+from tests.fuzz.twin import closure as closure_of
 from tests.support.training import (
     FULL,
     Unseen,
@@ -283,6 +285,24 @@ def test_a_new_closure_at_every_step_is_no_new_compile(said: list[str]) -> None:
     reports = npu_fuse_pass.reports()
     assert 1 <= len(reports) <= 2 and all(r.groups and not r.fallback for r in reports), reports
     assert not [text for text in said if "npu_fused" in text], said
+
+
+def test_steps_without_a_closure_after_too_many_compiles() -> None:
+    """Once torch compiles no more, it runs without one what it has compiled for a closure."""
+    runs = []
+    for tool in (npu_fuse_pass.compile_optimizer_, lambda opt: opt):
+        params = [param((3, 4), torch.float32, kind, seed) for kind, seed in (("strided", 1), ("transposed", 2))]
+        opt = tool(Keeping(params, lr=0.05))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for k in range(11):
+                if k < 2:
+                    set_gradients(params, gradients(params, k))
+                with torch.inference_mode(k == 6):
+                    opt.step(*([closure_of(params, torch.tensor([0]))] if k == 3 else []))
+        runs.append(params)
+    assert_close(*runs, 1e-5)
+    assert any(r.groups for r in npu_fuse_pass.reports())
 
 
 def test_a_pre_hook_may_exchange_the_closure() -> None:
