@@ -399,7 +399,7 @@ def run(lines: Sequence[str], mode: str) -> Run:
         result.reasons += [report.fallback] if report.fallback else []
         result.reasons += [str(u) for u in report.unfused]
     del sys.modules[own]
-    for name in [name for name in names if not name.startswith("__")]:  # Dynamo removes what it has put there itself
+    for name in [name for name in names if not name.startswith("_")]:  # Dynamo removes what it has put there itself
         del names[name]
     return result
 
