@@ -22,7 +22,7 @@ CHECKED_RULE = _row(1e-13, 1e-5, 2**-10, 2**-7)
 # check_numerics, a captured step: the same; torch's optimizers round after every operation, about four units.
 CHECKED_GRAPH = _row(1e-13, 1e-5, 4e-3, 3e-2)
 # A captured step beside an uncompiled one of torch's: bias corrections from float32 counters, where 1 - 0.999 has an
-# error of 6e-5; in half precision differences of rounded values are rounded again.
+# error of 1.3e-5; in half precision differences of rounded values are rounded again.
 CHECKED_UNCOMPILED = _row(1e-4, 1e-4, 2e-2, 0.125)
 # Some steps in a row beside eager, the goldens or the captured graph: what a step rounds, later ones enlarge.
 TRAJECTORY = _row(1e-11, 2e-4, 4e-3, 3e-2)
