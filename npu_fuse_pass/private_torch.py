@@ -105,7 +105,8 @@ WITHOUT = {
     "torch._subclasses.fake_tensor.FakeTensor": "NPU steps run as the original",
     "torch._subclasses.fake_tensor.FakeTensorMode": "update rules cannot be traced: steps run as the original",
     "torch._sym_log2": "math.log of a number that changes from step to step compiles the step anew",
-    "torch.autograd._profiler_enabled": "explain does not measure a script's own steps",
+    "torch.autograd._profiler_enabled": "explain does not measure a script's own steps; a compiled step takes some us "
+    "longer",
     "torch.utils._foreach_utils._group_tensors_by_device_and_dtype": "clipping and step have a graph each",
     "torch.utils._mode_utils.no_dispatch": "NPU steps run as the original",
     "torch.Tensor._is_zerotensor": "a tensor of zeros without memory is refused by its address",

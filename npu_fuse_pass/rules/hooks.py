@@ -37,6 +37,11 @@ AFTER_ALL = _kept(register_optimizer_step_post_hook)
 """The hooks for the steps of all optimizers, now and later."""
 
 
+def registered(opt: torch.optim.Optimizer) -> bool:
+    """True if hooks run before or after the steps of an optimizer."""
+    return bool(BEFORE_ALL or AFTER_ALL or before(opt) or after(opt))
+
+
 @contextlib.contextmanager
 def silenced() -> Iterator[None]:
     """The hooks for all optimizers do not run: a step of a copy is none that they should see."""

@@ -11,9 +11,11 @@ import torch
 
 from npu_fuse_pass import backend
 from npu_fuse_pass.errors import NotCapturedError
+from npu_fuse_pass.profiling import named, profiling
 from npu_fuse_pass.report.causes import FIRST, graph_break
 from npu_fuse_pass.report.logs import switched_off
 from npu_fuse_pass.report.report import CompileReport
+from npu_fuse_pass.rules import hooks
 from npu_fuse_pass.rules.hidden import hidden
 from npu_fuse_pass.rules.optimizer import RuleOptimizer
 from npu_fuse_pass.run import torch_class
@@ -82,7 +84,8 @@ class CompiledStep:
             compiled = road(opt, self._between_hooks, self._tracked, foreach)
             self._compiled_update = self._unless_torch_fails(compiled, self._between_hooks)
             hooked = torch.optim.Optimizer.profile_hook_step(self._closure_then_update)
-            self._step: Callable[..., Any] = types.MethodType(hooked, opt)
+            self._with_hooks: Callable[..., Any] = types.MethodType(hooked, opt)
+            self._step: Callable[..., Any] = self._hooked
         else:
             self._step = self._unless_torch_fails(captured(opt, self._original, self._tracked), self._original)
         self.fused_option = FusedOption(opt, by)
@@ -139,6 +142,14 @@ class CompiledStep:
         updated = bool(ran) and (self._compiled is not None or self._breaks.leave_an_update(ran))
         return ran[-1] if updated else None
 
+    def _hooked(self, *args: Any, **kwargs: Any) -> Any:
+        """A step with hooks in a range for profilers. torch's own range takes as long as many a step."""
+        opt = self._opt
+        if hooks.registered(opt) or profiling():
+            return self._with_hooks(*args, **kwargs)
+        with named(f"Optimizer.step#{type(opt).__name__}.step"):
+            return self._closure_then_update(opt, *args, **kwargs)
+
     def _closure_then_update(self, opt: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         """The step between the hooks. A closure runs uncompiled: it runs a model."""
         closure = args[0] if args else kwargs.get("closure")
@@ -158,9 +169,9 @@ class CompiledStep:
         """The step without a closure. Skip empty ones: Dynamo would cache them as doing nothing."""
         if not (has_gradients(self._opt) or is_spread(self._opt)):  # other processes may have gradients
             return self._between_hooks(*args, **kwargs)
-        torch_step = None
-        if self._tracked.options["check_numerics"]:
-            torch_step = torch_class.of_stock(self._opt, functools.partial(twin, missing_gradients=False))
+        if not self._tracked.options["check_numerics"]:
+            return self._compiled_update(*args, **kwargs)
+        torch_step = torch_class.of_stock(self._opt, functools.partial(twin, missing_gradients=False))
         result = self._compiled_update(*args, **kwargs)
         report = self._last_compiled()
         if torch_step is not None and report is not None:

@@ -14,7 +14,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.profiler import ProfilerActivity, profile
 
-from npu_fuse_pass.private_torch import find
+from npu_fuse_pass.profiling import profiling
 
 # operations that create a tensor or a view: no kernel runs for them
 _NO_KERNEL = {
@@ -89,13 +89,12 @@ def observe(path: str, arguments: Sequence[str], steps: int) -> list[Observed]:
     """
     seen: dict[int, Observed] = {}
     record: list[profile] = []
-    profiling = find("torch.autograd._profiler_enabled")
 
     def before(opt: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found = seen.setdefault(id(opt), Observed(opt))
         given = [value for value in (*args, *kwargs.values()) if value is not opt and value is not None]
         found.note(closure=bool(given))
-        if found.steps == steps and profiling is not None and not profiling():
+        if found.steps == steps and not profiling():
             record.append(_memory_profile())
             record[-1].__enter__()
 

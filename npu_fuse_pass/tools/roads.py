@@ -117,8 +117,6 @@ class StockRoad:
         self._captured: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not backend.compiling():
-            return self._step(*args, **kwargs)
         reason = Code.NO_RULE("its step has arguments that a rule does not have") if args or kwargs else None
         if self._tracked.options["platform"] == "npu":
             reason = Code.NO_RULE("rules run for classes of torch.optim on CPUs alone")

@@ -18,13 +18,11 @@ from npu_fuse_pass.lowerings.cpu.codegen import generate
 from npu_fuse_pass.lowerings.cpu.input_check import KernelInputs
 from npu_fuse_pass.lowerings.cpu.over import sizes_of, tasks_of
 from npu_fuse_pass.lowerings.cpu.tables import Args, Column, Moving, Tables, Values
-from npu_fuse_pass.private_torch import find
+from npu_fuse_pass.profiling import named
 from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.tensors.memory import NOWHERE, in_order, materialised, memory_order
 from npu_fuse_pass.tensors.same import SameTensors
 
-# what profiles show a kernel's name by
-_named: Any = find("torch._C._profiler._RecordFunctionFast") or torch.profiler.record_function
 _TAGS = {
     torch.float64: 0,
     torch.float32: 1,
@@ -308,7 +306,7 @@ class Kernel:
 
     def call(self, function: Callable[..., None], threads: int) -> None:
         self._tables.share(threads)
-        with _named(function.__name__):
+        with named(function.__name__):
             function(self._tables.pointer)
 
     def contributed(self) -> list[tuple[int, float]]:
