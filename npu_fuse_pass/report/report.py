@@ -117,6 +117,7 @@ class CompileReport:
         apart: why and where a function's graph had to end before a rule optimizer's step, which is this graph.
         replaces: the class of torch.optim whose step this is: the update rule of the same algorithm, on its states.
         no_rule: why Dynamo captured a step that `compile_step` could not run as such a rule.
+        slower: how long a step of which this is a part takes compiled and eagerly, where it was measured to be slower.
         decided: "weight_decay == 0": what is compiled holds for such numbers; another outcome is another compile.
     """
 
@@ -132,6 +133,7 @@ class CompileReport:
     apart: str | None = None
     replaces: str | None = None
     no_rule: Reason | None = None
+    slower: str | None = None
     checked_steps: int = 0
     check_tolerance: dict[str, float] = dataclasses.field(default_factory=dict)
     checked_against: list[str] = dataclasses.field(default_factory=lambda: ["the original"])

@@ -42,6 +42,7 @@ class PrintedReport(Protocol):
     graph_break: str | None
     apart: str | None
     replaces: str | None
+    slower: str | None
     checked_steps: int
     check_tolerance: dict[str, float]
     checked_against: list[str]
@@ -143,6 +144,8 @@ def remarks(report: PrintedReport) -> list[str]:
         lines.append(f"in place of {report.replaces}.step: an update rule, on the optimizer's own states")
     if report.no_rule:
         lines.append(f"captured by Dynamo, not run as an update rule: {report.no_rule}")
+    if report.slower:
+        lines.append(f"slower than uncompiled: {report.slower}")
     if report.decided:
         lines.append(f"compiled for {', '.join(report.decided)}")
     if report.checked_steps:

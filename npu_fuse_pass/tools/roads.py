@@ -23,6 +23,7 @@ from npu_fuse_pass.stock.binding import Binding
 from npu_fuse_pass.stock.classes import stock_class
 from npu_fuse_pass.stock.prelude import Refused
 from npu_fuse_pass.tools.first_step import first_eagerly
+from npu_fuse_pass.tools.pace import beside_eager
 
 
 def road(
@@ -72,7 +73,7 @@ def captured(
         with symbolic_numbers(changing), numbers_read, _as_foreach(opt) if foreach else contextlib.nullcontext():
             return compiled[with_closure](*args, **kwargs)
 
-    return run if of_rules else first_eagerly(opt, step, run, changing)
+    return run if of_rules else beside_eager(opt, step, first_eagerly(opt, step, run, changing), tracked)
 
 
 @contextlib.contextmanager
