@@ -30,9 +30,8 @@ WITHOUT = {
     "torch._dynamo.config.patch": "a number that item() reads ends the graph",
     "torch._dynamo.config.recompile_limit": "reports of recompiles do not say where torch stops",
     "torch._dynamo.config.use_numpy_random_stream": "numpy.random draws from torch's generator in compiled code",
-    "torch._dynamo.convert_frame": "with plain torch.compile, numbers that change may compile a step at every step",
-    "torch._dynamo.convert_frame._compile": "with plain torch.compile, numbers that change may compile a step at every "
-    "step",
+    "torch._dynamo.convert_frame": "numbers that change may compile a captured step at every step",
+    "torch._dynamo.convert_frame._compile": "numbers that change may compile a captured step at every step",
     "torch._dynamo.eval_frame": "what torch.compile gave is compiled as it is",
     "torch._dynamo.eval_frame._stance": "a step that torch.compiler.set_stance leaves eager counts as not captured",
     "torch._dynamo.eval_frame.skip_code": "Dynamo captures a rule optimizer's step with all parameters; with "

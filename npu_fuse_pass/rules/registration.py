@@ -16,7 +16,7 @@ from typing import Any
 from npu_fuse_pass.private_torch import find
 from npu_fuse_pass.rules.clipping import let_clipping_be_captured
 from npu_fuse_pass.rules.torch_steps import look_after_compiled_steps
-from npu_fuse_pass.rules.tracing import look_after_plain_compiles
+from npu_fuse_pass.rules.tracing import look_after_compiles
 
 _lock = threading.Lock()
 
@@ -24,7 +24,7 @@ _lock = threading.Lock()
 def prepare() -> None:
     """Have torch ask this package where compiles begin, and Dynamo do what it does otherwise for this backend."""
     look_after_compiled_steps()
-    look_after_plain_compiles()
+    look_after_compiles()
     let_clipping_be_captured()
 
 

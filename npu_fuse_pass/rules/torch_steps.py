@@ -77,16 +77,21 @@ def _compiling() -> Iterator[Any]:
     while caller is not None and not is_users(caller.f_code):
         converter, frame = caller.f_locals.get("self"), caller.f_locals.get("frame")
         if hasattr(converter, "_torchdynamo_orig_backend") and hasattr(frame, "f_locals"):
-            if is_ours(converter):
+            if is_ours(innermost(converter)):
                 yield frame
             return
         caller = caller.f_back
 
 
-def is_ours(backend: Any) -> bool:
-    """Whether this, under what torch wraps it in, is the backend as a user names it."""
+def innermost(backend: Any) -> Any:
+    """A backend without what torch wraps it in."""
     while hasattr(backend, "_torchdynamo_orig_backend"):
         backend = backend._torchdynamo_orig_backend
+    return backend
+
+
+def is_ours(backend: Any) -> bool:
+    """True for the backend as a user names it."""
     return getattr(backend, "compiler_name", getattr(backend, "__name__", "")) in ("npu_fused", "_npu_fused")
 
 

@@ -2,11 +2,10 @@
 
 Python numbers are symbolic where they change, instead of a compile for each value. Dynamo makes an integer that changed
 symbolic, but fixes it again where `math.pow`, `math.log` or `math.exp` takes it: it looks for torch._sym_pow and its
-like, which torch lacks (it has _sym_sqrt and others). They exist only while a step of `compile_step` is called, or
-Dynamo compiles for this backend; other compiles do not see them. The same holds for a traceable context in the place
-of one that Dynamo skips, and for powers of negative numbers, which torch refuses since some are complex. Numbers that
-are known to change are symbolic from the first compile on, and Dynamo does not write `capturable`, an option of torch's
-classes, into the groups of others, where its guards then fail.
+like, which torch lacks (it has _sym_sqrt and others). They exist only while Dynamo compiles for this backend; other
+compiles do not see them. The same holds for powers of negative numbers, which torch refuses since some are complex.
+Numbers that are known to change are symbolic from the first compile on, and Dynamo does not write `capturable`, an
+option of torch's classes, into the groups of others, where its guards then fail.
 
 Under plain `torch.compile` nobody has seen a step before the first compile. What a later compile finds in states and
 groups for the first time was made by a step, and will change; so will lr. Both are symbolic then, where the step
@@ -36,14 +35,14 @@ import re
 import threading
 import types
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from npu_fuse_pass.private_torch import find
 from npu_fuse_pass.rules.pending import reads_changed
-from npu_fuse_pass.rules.torch_steps import is_ours
+from npu_fuse_pass.rules.torch_steps import innermost, is_ours
 
 
 def _sym_pow(x: Any, y: Any) -> Any:
@@ -65,7 +64,16 @@ def _is_symbolic(x: Any) -> bool:
     return isinstance(x, (torch.SymInt, torch.SymFloat))
 
 
-_changing: contextvars.ContextVar[Collection[str]] = contextvars.ContextVar("changing", default=())
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A call of a step that `compile_step` has compiled."""
+
+    backend: object
+    changing: Collection[str]
+    reads: bool
+
+
+_call: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("call", default=None)
 _compile_of_code: contextvars.ContextVar[int | None] = contextvars.ContextVar("compile_of_code", default=None)  # plain
 _first_seen: weakref.WeakKeyDictionary[types.CodeType, dict[str, int]] = weakref.WeakKeyDictionary()
 _sym_log2 = find("torch._sym_log2")
@@ -133,7 +141,8 @@ def _is_known_to_change(tx: Any, name: str, value: float) -> bool:
         return (key[2] == "lr" and number > 0) or _came_with_a_step(tx.f_code, name, value, number)
     if key[1] and isinstance(value, float) and tx.f_code.co_name.startswith("torch_dynamo_resume_in_"):
         return True  # a variable after a break was computed before it, of those that change
-    return key[2] in _changing.get()
+    call = _call.get()
+    return call is not None and key[2] in call.changing
 
 
 def _came_with_a_step(code: types.CodeType, name: str, value: float, number: int) -> bool:
@@ -360,25 +369,32 @@ _tracing = _Replaced(
 _calling = _Replaced((find("torch._dynamo.utils"), "disable_cache_limit", contextlib.nullcontext))
 
 
-@contextlib.contextmanager
-def symbolic_numbers(changing: Collection[str] = ()) -> Iterator[None]:
-    """Keep `math`'s functions of changing numbers in the graph: a context around compiles, and calls of them.
+# Numbers read by `item()` stay in the graph instead of breaking it. Dynamo's own check of what it assumes of them is
+# off: it cannot write a quotient of two, and fails. `torch._check` of a number is a node of the graph, and stays.
+_READ = "torch._dynamo.config.capture_scalar_outputs", "torch._dynamo.config.do_not_emit_runtime_asserts"
+# numpy.random draws what it does eagerly, between graphs, where Dynamo would draw from torch's generator
+_NUMPYS_DRAWS = "torch._dynamo.config.use_numpy_random_stream"
 
-    Names of one tensor are guarded meanwhile, as in plain compiles.
+
+@contextlib.contextmanager
+def calling(backend: object, changing: Collection[str] = (), reads: bool = True) -> Iterator[None]:
+    """Say what is known of a step while it is called, for the compiles by its backend.
 
     Args:
+        backend: which torch.compile was given.
         changing: keys in groups and states whose numbers are symbolic from the first compile on.
+        reads: numbers that `item()` reads stay in the graph.
     """
-    token = _changing.set(changing)
+    token = _call.set(_Call(backend, changing, reads))
     try:
-        with _tracing.meanwhile(), _calling.meanwhile():
+        with _calling.meanwhile():
             yield
     finally:
-        _changing.reset(token)
+        _call.reset(token)
 
 
 @functools.cache
-def look_after_plain_compiles() -> None:
+def look_after_compiles() -> None:
     """Have Dynamo do all this while it compiles for this backend, whoever called torch.compile; once for a process."""
     current = find("torch._guards.CompileContext.current_compile_id")
     converting, compile_frame = find("torch._dynamo.convert_frame"), find("torch._dynamo.convert_frame._compile")
@@ -387,12 +403,17 @@ def look_after_plain_compiles() -> None:
 
     @functools.wraps(compile_frame)
     def compile_for_us(*args: Any, **kwargs: Any) -> Any:
-        if not is_ours(args[_BACKEND] if len(args) > _BACKEND else None):
+        backend, call = innermost(args[_BACKEND] if len(args) > _BACKEND else None), _call.get()
+        if call is not None and getattr(backend, "compiler_fn", None) is call.backend:
+            number, options = None, (_NUMPYS_DRAWS, *(_READ if call.reads else ()))
+        elif is_ours(backend):
+            now = current()
+            number, options = now.frame_compile_id if now is not None else 0, (_NUMPYS_DRAWS,)
+        else:
             return compile_frame(*args, **kwargs)
-        now = current()
-        token = _compile_of_code.set(now.frame_compile_id if now is not None else 0)
+        token = _compile_of_code.set(number)
         try:
-            with _tracing.meanwhile(), numpys_draws():
+            with _tracing.meanwhile(), _switched_on(options):
                 return compile_frame(*args, **kwargs)
         finally:
             _compile_of_code.reset(token)
@@ -403,27 +424,8 @@ def look_after_plain_compiles() -> None:
 _BACKEND = 5  # its place among the arguments, in torch 2.7 to 2.13
 
 
-def reading_numbers() -> contextlib.AbstractContextManager[None]:
-    """Keep numbers read by `item()` in the graph instead of breaking it: a context, for compiles of this thread.
-
-    Dynamo's own check of what it assumes of such numbers is off: it cannot write a quotient of two of them, and fails.
-    `torch._check` of a number is a node of the graph, and stays.
-    """
-    return _switched_on(
-        "torch._dynamo.config.capture_scalar_outputs", "torch._dynamo.config.do_not_emit_runtime_asserts", _NUMPYS_DRAWS
-    )
-
-
-def numpys_draws() -> contextlib.AbstractContextManager[None]:
-    """Have numpy.random draw what it does eagerly, between graphs, where Dynamo would draw from torch's generator."""
-    return _switched_on(_NUMPYS_DRAWS)
-
-
-_NUMPYS_DRAWS = "torch._dynamo.config.use_numpy_random_stream"
-
-
-def _switched_on(*options: str) -> contextlib.AbstractContextManager[None]:
-    """Switch on those of these options that torch has: a context."""
+def _switched_on(options: Sequence[str]) -> contextlib.AbstractContextManager[None]:
+    """Switch on those of these options that torch has, for compiles of this thread: a context."""
     patch = find("torch._dynamo.config.patch")
     known = {name.rpartition(".")[2]: True for name in options if find(name) is not None}
     return contextlib.nullcontext() if patch is None else patch(**known)

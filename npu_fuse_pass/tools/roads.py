@@ -18,7 +18,7 @@ from npu_fuse_pass.private_torch import storage_key
 from npu_fuse_pass.reasons import Code, Reason
 from npu_fuse_pass.rules.hidden import hidden_class
 from npu_fuse_pass.rules.optimizer import RuleOptimizer
-from npu_fuse_pass.rules.tracing import numpys_draws, reading_numbers, symbolic_numbers
+from npu_fuse_pass.rules.tracing import calling
 from npu_fuse_pass.stock.binding import Binding
 from npu_fuse_pass.stock.classes import stock_class
 from npu_fuse_pass.stock.prelude import Refused
@@ -61,8 +61,6 @@ def captured(
     if hidden_class(opt) is not None:
         return step
     of_rules = isinstance(opt, RuleOptimizer)  # its numbers are no part of the graph
-    numbers_read = numpys_draws() if of_rules else reading_numbers()
-
     changing: set[str] = set()
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -70,7 +68,7 @@ def captured(
         with_closure = any(map(callable, (*args, *kwargs.values())))
         if with_closure not in compiled:
             compiled[with_closure] = backend.isolated(step, tracked)
-        with symbolic_numbers(changing), numbers_read, _as_foreach(opt) if foreach else contextlib.nullcontext():
+        with calling(tracked, changing, reads=not of_rules), _as_foreach(opt) if foreach else contextlib.nullcontext():
             return compiled[with_closure](*args, **kwargs)
 
     return run if of_rules else beside_eager(opt, step, first_eagerly(opt, step, run, changing), tracked)

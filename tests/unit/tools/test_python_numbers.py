@@ -16,7 +16,6 @@ from torch._dynamo.utils import counters
 
 import npu_fuse_pass
 from npu_fuse_pass.rules import tracing
-from npu_fuse_pass.rules.tracing import reading_numbers, symbolic_numbers
 from optimizers import NpuFusedSGD
 from tests.support.training import FULL, assert_close, assert_fused, clones, gradients, parameters, set_gradients
 
@@ -428,22 +427,28 @@ def test_lists_that_dynamo_would_leave_empty() -> None:
     assert "_init_group by keyword" in str(npu_fuse_pass.explain(opt).fallback)
 
 
-def test_reading_is_on_for_our_compiles_alone() -> None:
-    config, seen = torch._dynamo.config, []
+class Looking(torch.optim.Optimizer):
+    """Reads a number of a tensor, and looks at Dynamo's configuration where Python runs its step."""
 
-    def look(*args: Any) -> None:
-        seen.append(config.capture_scalar_outputs)
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+        self.seen: list[bool] = []
+        self.look = torch.compiler.disable(lambda: self.seen.append(torch._dynamo.config.capture_scalar_outputs))
 
-    with reading_numbers():
-        look()
-        thread = threading.Thread(target=look)
-        thread.start()
-        thread.join()
-        with reading_numbers():
-            look()
-        look()
-    look()
-    assert seen == [True, False, True, True, False]
+    def step(self, closure: Any = None) -> None:
+        with torch.no_grad():
+            for p in self.param_groups[0]["params"]:
+                p.sub_(p.grad, alpha=self.param_groups[0]["lr"] * p.grad.norm().item())
+        self.look()
+
+
+def test_reading_is_on_while_ours_are_compiled_alone() -> None:
+    """What somebody else compiles while our step runs breaks where it reads a number, as it would outside."""
+    params = parameters([(3, 4), (5,)])
+    opt, eager = (Looking(ps) for ps in (params, clones(params)))
+    assert_close(trained(opt, npu_fuse_pass.compile_step(opt), range(3)), trained(eager, eager.step, range(3)))
+    assert all(r.groups and not r.reasons for r in npu_fuse_pass.reports())
+    assert opt.seen == [False] * 3
 
 
 class Nested(torch.optim.Optimizer):
@@ -473,7 +478,8 @@ def test_a_step_that_lifts_torchs_limit_of_compiles() -> None:
 
 
 def test_nobody_elses_compiles_are_touched() -> None:
-    """torch has the added names while a step of ours is called, by whichever thread, and not afterwards."""
+    """torch has the added names while a step of ours is compiled, by whichever thread, and not afterwards."""
+    changed_dynamo = tracing._tracing.meanwhile
     names = ("_sym_pow", "_sym_log", "_sym_exp")
     had = [hasattr(torch, name) for name in names]
 
@@ -497,12 +503,12 @@ def test_nobody_elses_compiles_are_touched() -> None:
     leave = threading.Event()
 
     def hold() -> None:
-        with symbolic_numbers():
+        with changed_dynamo():
             inside.set()
             leave.wait(10)
 
     thread = threading.Thread(target=hold)
-    with symbolic_numbers():
+    with changed_dynamo():
         thread.start()
         inside.wait(10)
     assert all(hasattr(torch, name) for name in names)
@@ -510,7 +516,7 @@ def test_nobody_elses_compiles_are_touched() -> None:
     thread.join()
     assert [hasattr(torch, name) for name in names] == had
     graph_of(lambda x, step: x * math.pow(0.9, step))
-    with pytest.raises(ZeroDivisionError), symbolic_numbers():
+    with pytest.raises(ZeroDivisionError), changed_dynamo():
         _ = 1 / 0
     assert [hasattr(torch, name) for name in names] == had
 
