@@ -208,11 +208,12 @@ def compiling() -> bool:
     """True if torch.compile compiles at all.
 
     TORCH_COMPILE_DISABLE=1, of which torch's configuration tells, TORCHDYNAMO_DISABLE=1, which torch reads whenever
-    torch.compile is called, and torch.compiler.set_stance switch it off.
+    torch.compile is called, torch.compiler.set_stance and a TorchDispatchMode switch it off.
     """
     stance = getattr(find("torch._dynamo.eval_frame._stance"), "stance", None)
     outside = os.environ.get("TORCHDYNAMO_DISABLE") == "1"
-    return not (outside or find("torch._dynamo.config.disable") or stance == "force_eager")
+    off = outside or find("torch._dynamo.config.disable") or stance == "force_eager"
+    return not (off or core_op.under_dispatch_mode())
 
 
 _KINDS = "graph_break", "unimplemented"  # code that it skips, a loop for example, is counted as the latter alone

@@ -108,6 +108,8 @@ WITHOUT = {
     "longer",
     "torch.utils._foreach_utils._group_tensors_by_device_and_dtype": "clipping and step have a graph each",
     "torch.utils._mode_utils.no_dispatch": "NPU steps run as the original",
+    "torch.utils._python_dispatch.is_in_any_mode_without_ignore_compile_internals": "an older form is asked for modes",
+    "torch.utils._python_dispatch.is_in_torch_dispatch_mode": "no step is compiled after one under a dispatch mode",
     "torch.Tensor._is_zerotensor": "a tensor of zeros without memory is refused by its address",
     "torch.Tensor._version": "a rule that changes its arguments is not refused at once; on an NPU a step reads 0-dim "
     "tensors each time",

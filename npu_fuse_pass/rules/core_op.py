@@ -276,6 +276,21 @@ def _total(name: str, batch: Batch, batches: list[Batch]) -> Tensor:
     return result
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def unless_skipped(core: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """A core; under a dispatch mode, under which Dynamo would skip its code for good, what it does without Dynamo."""
+    return torch.compiler.disable(_step) if under_dispatch_mode() else core
+
+
+def under_dispatch_mode() -> bool:
+    """True if a TorchDispatchMode is active (FlopCounterMode, say) in which Dynamo skips whatever code runs."""
+    active = find(
+        "torch.utils._python_dispatch.is_in_any_mode_without_ignore_compile_internals",
+        "torch.utils._python_dispatch.is_in_torch_dispatch_mode",
+    )
+    return active is not None and bool(active())
+
+
 def _step(ticket: Tensor) -> None:
     stepping = optimizer_of(handle_on(ticket))
     stepping._run_original()

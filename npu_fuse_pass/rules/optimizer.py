@@ -220,7 +220,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         loss = self._before(closure)
         try:
             if self.found_inf is None or not bool(self.found_inf):
-                core(self._ticket)
+                core_op.unless_skipped(core)(self._ticket)
             self._after()
         except BaseException:
             self._prelude.expose_updated()

@@ -16,6 +16,7 @@ from npu_fuse_pass.report.causes import FIRST, graph_break
 from npu_fuse_pass.report.logs import switched_off
 from npu_fuse_pass.report.report import CompileReport
 from npu_fuse_pass.rules import hooks
+from npu_fuse_pass.rules.core_op import under_dispatch_mode
 from npu_fuse_pass.rules.hidden import hidden
 from npu_fuse_pass.rules.optimizer import RuleOptimizer
 from npu_fuse_pass.run import torch_class
@@ -181,12 +182,15 @@ class CompiledStep:
         return result
 
     def _unless_torch_fails(self, compiled: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
-        """`compiled`, until torch fails to compile it before anything of a step has run: from then on `original`."""
+        """`compiled`, until torch fails to compile it before anything of a step has run: from then on `original`.
+
+        Under a dispatch mode it is `original` as well: Dynamo would skip the step's code from then on.
+        """
         if isinstance(self._opt, RuleOptimizer):  # what surrounds its core has run
             return compiled
 
         def step(*args: Any, **kwargs: Any) -> Any:
-            if not self._failed:
+            if not (self._failed or under_dispatch_mode()):
                 try:
                     return compiled(*args, **kwargs)
                 except Exception as e:

@@ -33,6 +33,7 @@ TOGETHER = [name for name in WITHOUT if name not in NOT_FUSED]
 NOT_ASKED_FOR = {
     "torch.utils._foreach_utils._group_tensors_by_device_and_dtype",  # on a newer torch
     "torch._prims_common.is_non_overlapping_and_dense",  # has two forms: the other is said to be missing
+    "torch.utils._python_dispatch.is_in_torch_dispatch_mode",  # on an older torch
     "torch._dynamo.variables.NewGlobalVariable",  # behind another one that is missing
     "torch._dynamo.source.OptimizerSource",
     "torch._dynamo.config.recompile_limit",  # at a first compile
