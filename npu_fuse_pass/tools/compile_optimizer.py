@@ -16,6 +16,7 @@ from npu_fuse_pass.report.logs import switched_off
 from npu_fuse_pass.rules.hidden import hidden, uses_fused
 from npu_fuse_pass.tools.compile_step import CompiledStep
 from npu_fuse_pass.tools.plain_step import PATCHED, function_of, plain_step
+from npu_fuse_pass.tools.roads import captured
 from npu_fuse_pass.user_warnings import warn
 
 _STEP, _GETSTATE, _PATCH = PATCHED
@@ -47,15 +48,16 @@ def compile_optimizer_(opt: O, **options: Any) -> O:
     """
     if not isinstance(opt, torch.optim.Optimizer):
         raise TypeError(f"compile_optimizer_({type(opt).__name__}): allowed are instances of torch.optim.Optimizer")
-    strict = backend.TrackedBackend(options).options["strict"]
+    tracked = backend.TrackedBackend(options)
     if switched_off():
         return opt
     inner = _innermost(opt)
     reason = None if uses_fused(inner) else hidden(inner)
     if reason is not None:
         text = f"{type(inner).__name__} was not compiled: {reason.advised}"
-        if strict:
+        if tracked.options["strict"]:
             raise NotCapturedError(text)
+        captured(inner, inner.step, tracked)  # for those who follow torch.compile, as `dump --check` does
         warn(f"npu_fused: {text}")
         return opt
     restore_optimizer_(inner)

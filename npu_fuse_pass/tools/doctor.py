@@ -15,7 +15,7 @@ from npu_fuse_pass.report.report import CompileReport
 from npu_fuse_pass.rules.hidden import hidden
 from npu_fuse_pass.rules.optimizer import RuleOptimizer
 from npu_fuse_pass.tools.explain import try_on_copy
-from npu_fuse_pass.tools.observe import Observed, measure
+from npu_fuse_pass.tools.observe import Measured, Observed, measure
 
 _OURS = "an optimizer of this package or a rule never recompiles for it"
 # ours -> torch's class of the same kind, whose memory is measured for comparison
@@ -49,7 +49,7 @@ class Diagnosis:
     name: str
     parameters: int
     elements: int
-    calls: tuple[int | None, int]
+    calls: tuple[int | str, int]
     report: CompileReport
     memory: dict[str, int]
     findings: list[Finding]
@@ -57,7 +57,7 @@ class Diagnosis:
     def __str__(self) -> str:
         now, fused = self.calls
         lines = [f"{self.name}: {self.parameters} parameters, {self.elements:,} elements"]
-        lines.append(f"  kernel calls per step: now {_number(now)}, fused {fused or '-'}")
+        lines.append(f"  kernel calls per step: now {now}, fused {fused or '-'}")
         traffic = self.report.bytes_per_element
         if traffic:
             saved = traffic["before"] / traffic["after"]
@@ -76,9 +76,12 @@ def examine(seen: Observed, check_numerics: bool = False) -> Diagnosis:
     """Try the fused step on a copy of the optimizer, with its gradients, and measure it."""
     opt = seen.optimizer
     params = [p for group in opt.param_groups for p in group["params"]]
-    memory = {} if seen.measured is None else {"as the script runs it, eagerly (measured)": seen.measured.peak_bytes}
+    measured = seen.measured
+    memory = {}
+    if isinstance(measured, Measured):
+        memory["as the script runs it, eagerly (measured)"] = measured.peak_bytes
     memory |= _others(opt, params)
-    findings = [*_tensors(params), *_numbers(seen), *_steps(seen)]
+    findings = _tensors(params)
     report, launches = CompileReport("auto"), 0
     try:
         trial = try_on_copy(opt, {})
@@ -92,9 +95,13 @@ def examine(seen: Observed, check_numerics: bool = False) -> Diagnosis:
         findings.append(Finding(f"WRONG NUMBERS: {e}", "please report it, with this output"))
     except FuseError as e:
         findings.append(Finding(str(e)))
-    calls = (seen.measured.calls if seen.measured else None, launches)
+    findings += _recompiles(seen, report)
+    if seen.closures:
+        remedy = "compute the loss before the step, where the optimizer allows it"
+        findings.append(Finding("steps are given a closure, which runs outside of every graph", remedy))
+    now = measured.calls if isinstance(measured, Measured) else f"not measured ({measured})"
     elements = sum(p.numel() for p in params)
-    return Diagnosis(_name(opt), len(params), elements, calls, report, memory, findings)
+    return Diagnosis(_name(opt), len(params), elements, (now, launches), report, memory, findings)
 
 
 def _others(opt: torch.optim.Optimizer, params: list[Tensor]) -> dict[str, int]:
@@ -137,34 +144,26 @@ def _tensors(params: list[Tensor]) -> list[Finding]:
     return found
 
 
-def _numbers(seen: Observed) -> list[Finding]:
-    """Findings about changing numbers that are part of a stock optimizer's graph."""
+def _recompiles(seen: Observed, report: CompileReport) -> list[Finding]:
+    """Findings about what makes a step compile again. Rules never do, and run some classes of torch.optim, too."""
     opt = seen.optimizer
-    if isinstance(opt, RuleOptimizer):
+    by_rule = report.replaces is not None  # unless torch.compile is given the step
+    if isinstance(opt, RuleOptimizer) or (by_rule and seen.by_us):
         return []
+    again = "a step by torch.compile(opt.step)" if by_rule else "the compiled step"
+    instead = "npu_fuse_pass.compile_optimizer_(opt), whose step does not; or " if by_rule else ""
     found = []
     numbers = sorted(seen.changed - {"lr"})
     floats = not all(isinstance(group.get("lr"), Tensor) for group in opt.param_groups)
-    if floats and ("lr" in seen.changed or getattr(opt.step, "_wrapped_by_lr_sched", False)):
-        found.append(
-            Finding(
-                "lr is a Python number and a scheduler or the script changes it: the compiled step recompiles",
-                f"lr=torch.tensor(...), which schedulers fill; {_OURS}",
-            )
-        )
+    if floats and ("lr" in seen.changed or any("initial_lr" in group for group in opt.param_groups)):
+        what = f"lr is a Python number and a scheduler or the script changes it: {again} recompiles"
+        found.append(Finding(what, f"{instead}lr=torch.tensor(...), which schedulers fill; {_OURS}"))
     if numbers:
-        found.append(Finding(f"{', '.join(numbers)} changed between steps: the compiled step recompiles", _OURS))
-    return found
-
-
-def _steps(seen: Observed) -> list[Finding]:
-    found = []
-    if len(seen.gradients) > 1 and not isinstance(seen.optimizer, RuleOptimizer):
-        remedy = f"zero_grad(set_to_none=False); {_OURS}"
-        found.append(Finding("gradients are None at some steps: every new pattern recompiles", remedy))
-    if seen.closures:
-        remedy = "compute the loss before the step, where the optimizer allows it"
-        found.append(Finding("steps are given a closure, which runs outside of every graph", remedy))
+        what = f"{', '.join(numbers)} changed between steps: {again} recompiles"
+        found.append(Finding(what, f"{instead.removesuffix('or ')}{_OURS}"))
+    if len(seen.gradients) > 1:
+        what = f"gradients are None at some steps: {again} recompiles at every new pattern"
+        found.append(Finding(what, f"{instead}zero_grad(set_to_none=False); {_OURS}"))
     return found
 
 
@@ -173,7 +172,3 @@ def _name(opt: torch.optim.Optimizer) -> str:
         return f"the rule {opt.rule.name}"
     module = type(opt).__module__
     return f"torch.optim.{type(opt).__name__}" if module.startswith("torch.optim") else type(opt).__name__
-
-
-def _number(value: int | None) -> str:
-    return "not measured (a profiler of the script was active)" if value is None else str(value)

@@ -6,6 +6,7 @@ import contextlib
 import pathlib
 import runpy
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -64,7 +65,7 @@ class Session:
         again = [r for r in new_since(self._before) if not any(r is n for n in noted)]  # planned anew at a step
         found += [f"{r.cause}: {reason}" for r in again for reason in r.reasons]
         if not self.requests and ended:
-            found.append('nothing was compiled with torch.compile(..., backend="npu_fused")')
+            found.append('nothing was compiled with torch.compile(..., backend="npu_fused") in this process')
         return found
 
     @property
@@ -144,5 +145,8 @@ def run_script(session: Session, path: str, arguments: Sequence[str]) -> int:
     except NumericsError:
         return 0  # noted
     except SystemExit as e:
-        return e.code if isinstance(e.code, int) else int(e.code is not None)
+        if e.code is None or isinstance(e.code, int):
+            return int(e.code or 0)
+        print(e.code, file=sys.stderr)  # as Python does at its end
+        return 1
     return 0

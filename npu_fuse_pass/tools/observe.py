@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import os
 import runpy
 import sys
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.profiler import ProfilerActivity, profile
 
 from npu_fuse_pass.profiling import profiling
+from npu_fuse_pass.tools.compile_step import CompiledStep
 
 # operations that create a tensor or a view: no kernel runs for them
 _NO_KERNEL = {
@@ -51,7 +54,8 @@ class Observed:
         closures: True if a step got a closure.
         changed: keys of Python numbers in its groups that changed.
         gradients: distinct patterns of parameters with gradients.
-        measured: the last step, as the script runs it; None where a profiler of the script was active.
+        by_us: True if steps were made by what `compile_step` or `compile_optimizer_` has made.
+        measured: the last step, as the script runs it, or why it was not measured.
     """
 
     optimizer: torch.optim.Optimizer
@@ -59,7 +63,8 @@ class Observed:
     closures: bool = False
     changed: set[str] = dataclasses.field(default_factory=set)
     gradients: set[tuple[bool, ...]] = dataclasses.field(default_factory=set)
-    measured: Measured | None = None
+    by_us: bool = False
+    measured: Measured | str = "it made fewer steps than were asked for"
     _numbers: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def note(self, closure: bool) -> None:
@@ -94,7 +99,10 @@ def observe(path: str, arguments: Sequence[str], steps: int) -> list[Observed]:
         found = seen.setdefault(id(opt), Observed(opt))
         given = [value for value in (*args, *kwargs.values()) if value is not opt and value is not None]
         found.note(closure=bool(given))
-        if found.steps == steps and not profiling():
+        found.by_us |= _on_the_stack(CompiledStep.__call__.__code__)
+        if found.steps == steps and profiling():
+            found.measured = "a profiler of the script was active"
+        elif found.steps == steps:
             record.append(_memory_profile())
             record[-1].__enter__()
 
@@ -117,6 +125,13 @@ def observe(path: str, arguments: Sequence[str], steps: int) -> list[Observed]:
         for hook in hooks:
             hook.remove()
     return list(seen.values())
+
+
+def _on_the_stack(code: types.CodeType) -> bool:
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
 
 
 def measure(step: Callable[[], Any]) -> Measured:

@@ -21,6 +21,8 @@ from npu_fuse_pass.run.graph_step import graph_break_of
 
 _OWN_BREAK = ", in _use_grad)"  # torch breaks the graph itself around every step of its optimizers
 
+_PAST_THE_LIMIT = "torch stops at its limit of compiles: what changes is said by every compile above"
+
 
 @dataclasses.dataclass
 class Request:
@@ -56,9 +58,8 @@ class Request:
         if not self.reports:
             reasons = [self.hidden] if self.hidden else [graph_break(text) for text in breaks]
             arrived = "no graph with an update" if self.graphs else "no graph"
-            told = [reason.advised for reason in reasons] or [
-                "it was never called, or has no parameter with a gradient"
-            ]
+            unknown = _PAST_THE_LIMIT if self.steps else "it was never called, or has no parameter with a gradient"
+            told = [reason.advised for reason in reasons] or [unknown]
             return [f"{self.name}: {arrived} reached the backend: {text}" for text in told]
         found = [f"{self.name}: {reason}" for report in self.reports for reason in report.reasons]
         because = "".join(f"; {graph_break(text).advised}" for text in breaks)
@@ -66,7 +67,7 @@ class Request:
             of, updated = self.missed
             found.append(f"{self.name}: compiled graphs updated {updated} of {of} parameters with gradients{because}")
         if self.eager:
-            why = because or "; torch stops at its limit of compiles: what changes is said by every compile above"
+            why = because or f"; {_PAST_THE_LIMIT}"
             found.append(f"{self.name}: {self.eager} of {self.steps} steps ran in no compiled graph{why}")
         return list(dict.fromkeys(found))
 

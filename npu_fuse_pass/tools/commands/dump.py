@@ -109,16 +109,17 @@ def _dump(given: argparse.Namespace) -> int:
     from npu_fuse_pass.tools.follow import Session
 
     platform = given.platform or (None if given.script else "cpu")
-    session = Session(given.out, platform, given.check_numerics, _kernels(given))
-    before = set(given.out.glob("rank_*/compile_*"))
+    out = given.out.absolute()  # a script may change the folder it is in
+    session = Session(out, platform, given.check_numerics, _kernels(given))
+    before = set(out.glob("rank_*/compile_*"))
     failure = _script(session, given) if given.script else _named(session, given)
     problems = session.problems(ended=failure is None and not session.wrong)
     unchecked = given.check_numerics and not session.checked_steps
-    folders = sorted(set(given.out.glob("rank_*/compile_*")) - before)
+    folders = sorted(set(out.glob("rank_*/compile_*")) - before)
     if given.time and folders and not failure:
         _time(given, folders[-1] / "index.html")
     for folder in folders:
-        print(f"{folder}\n{_indented((folder / 'table.txt').read_text(encoding='utf-8'))}")
+        print(f"{given.out / folder.relative_to(out)}\n{_indented((folder / 'table.txt').read_text(encoding='utf-8'))}")
     _list("wrong numbers", session.wrong)
     _list("not fused", problems)
     _list("failed", [failure] if failure else [])

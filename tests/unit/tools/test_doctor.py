@@ -18,7 +18,8 @@ from tests.support.forked import run_script
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 BROKEN = pathlib.Path(__file__).parents[3] / "tests" / "broken"
-HEAD = "import torch, optimizers\np = torch.nn.Parameter(torch.randn(1000))\nq = torch.nn.Parameter(torch.randn(500))\n"
+HEAD = "import torch, optimizers, npu_fuse_pass\n"
+HEAD += "p = torch.nn.Parameter(torch.randn(1000))\nq = torch.nn.Parameter(torch.randn(500))\n"
 LOOP = "for _ in range(9):\n    p.grad, q.grad = torch.randn(1000), torch.randn(500)\n    {step}\n"
 
 pytestmark = pytest.mark.usefixtures("afresh")
@@ -87,6 +88,44 @@ def test_what_stands_in_the_way_is_named(way: str, tmp_path: pathlib.Path) -> No
 @pytest.mark.parametrize("change", ["opt.param_groups[0]['lr'] *= 0.5", "q.grad = None if _ % 2 else q.grad"])
 def test_what_ours_takes_is_not_in_the_way(change: str, tmp_path: pathlib.Path) -> None:
     assert not diagnose(tmp_path, "optimizers.NpuFusedSGD([p, q], lr=0.1)", f"{change}; opt.step()").findings
+
+
+ROADS = {
+    "compile_optimizer_": ("npu_fuse_pass.compile_optimizer_(torch.optim.SGD([p, q], lr=0.1))", "opt.step()"),
+    "compile_step": ("torch.optim.SGD([p, q], lr=0.1); step = npu_fuse_pass.compile_step(opt)", "step()"),
+}
+CHANGES = ["pass", "opt.param_groups[0].update(lr=0.1 * _, momentum=0.1 * _)", "q.grad = None if _ % 2 else q.grad"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("way", ROADS)
+def test_what_a_rule_in_torchs_place_takes_is_not_in_the_way(way: str, change: str, tmp_path: pathlib.Path) -> None:
+    made, step = ROADS[way]
+    diagnosis = diagnose(tmp_path, made, f"{change}; {step}")
+    assert diagnosis.report.replaces == "torch.optim.SGD" and not diagnosis.findings, found(diagnosis)
+
+
+@pytest.mark.parametrize("change", CHANGES[1:])
+def test_who_recompiles_for_it(change: str, tmp_path: pathlib.Path) -> None:
+    """A step by torch.compile does; what compile_optimizer_ makes does not, but for classes that Dynamo captures."""
+    said = found(diagnose(tmp_path, "torch.optim.SGD([p, q], lr=0.1)", f"{change}; opt.step()"))
+    assert "a step by torch.compile(opt.step) recompiles" in said and "compile_optimizer_(opt), whose step" in said
+    captured = (
+        "npu_fuse_pass.compile_optimizer_(torch.optim.SGD([p, q], lr=0.1, momentum=0.9, nesterov=True, foreach=True))"
+    )
+    diagnosis = diagnose(tmp_path, captured, f"{change}; opt.step()")
+    assert diagnosis.report.replaces is None and "the compiled step recompiles" in found(diagnosis)
+    assert "compile_optimizer_" not in found(diagnosis)
+
+
+def test_why_a_step_was_not_measured(tmp_path: pathlib.Path) -> None:
+    """The script ends, or another optimizer is the first to have made the steps."""
+    (tmp_path / "train.py").write_text(
+        HEAD + "one, two = torch.optim.SGD([p]), torch.optim.SGD([q])\n" + LOOP.format(step="one.step(); two.step()")
+    )
+    first, second = (str(examine(seen)) for seen in observe(str(tmp_path / "train.py"), [], 2))
+    assert "now not measured" not in first and "as the script runs it" in first
+    assert "now not measured (it made fewer steps than were asked for), fused 1" in second
 
 
 def test_a_scheduler_counts_before_it_changes_anything(tmp_path: pathlib.Path) -> None:

@@ -168,6 +168,41 @@ def test_a_script_sees_its_arguments_and_may_exit(dump, tmp_path):
     assert status == WANTING and "ended with exit status 3" in said
 
 
+EXITS = "sys.exit('pass --data')"
+
+
+def test_what_a_script_says_when_it_exits_is_printed(dump, tmp_path):
+    """Python prints it at its end, which does not come here."""
+    status, said = dump(f"--script {script(tmp_path, EXITS)}")
+    assert status == WANTING and "pass --data" in said and "ended with exit status 1" in said
+
+
+def test_a_script_that_changes_the_folder_it_is_in(dump, tmp_path, monkeypatch):
+    """Dumps lie where the command was called, and where it says."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    step = 'torch.compile(torch.optim.SGD(params, lr=0.1).step, backend="npu_fused")()'
+    path = script(tmp_path, f"import os\nos.chdir('elsewhere')\n{step}\n")
+    assert main(["dump", "--out", "out", "--script", path]) == FINE
+    assert (tmp_path / "out" / "rank_0" / "compile_000" / "summary.json").is_file()
+    assert not (tmp_path / "elsewhere" / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:npu_fused. Adafactor was not compiled")
+@pytest.mark.parametrize("way", ["npu_fuse_pass.compile_optimizer_(other)", "npu_fuse_pass.compile_step(other)"])
+def test_what_torch_hides_is_told_beside_what_is_fused(dump, tmp_path, way):
+    text = f"""
+opt = npu_fuse_pass.compile_optimizer_(torch.optim.SGD(params, lr=0.1))
+opt.step()
+other = torch.optim.Adafactor(params)
+{way}
+other.step()
+"""
+    status, said = dump(f"--check --script {script(tmp_path, text)}")
+    assert status == WANTING and "everything is fused" not in said, said
+    assert "Adafactor.step: no graph reached the backend: Adafactor reads its step counter" in said, said
+
+
 def test_a_script_that_fails(dump, tmp_path):
     status, said = dump(f"--script {script(tmp_path, '[][1]')}")
     assert status == WANTING and "failed:" in said and "IndexError" in said and "Traceback" in said
@@ -229,6 +264,18 @@ for i in range(1, 7):
     with torch._dynamo.config.patch(recompile_limit=3):
         status, said = dump(f"--check --script {script(tmp_path, text)}")
     assert status == WANTING and "of 6 steps ran in no compiled graph; torch stops at its limit" in said, said
+
+
+def test_an_optimizer_past_torchs_limit_of_compiles_is_told(dump, tmp_path):
+    """Instances of a class share it; the last one was called, and had gradients."""
+    text = """
+for _ in range(4):
+    torch.compile(torch.optim.SGD(params, lr=0.1).step, backend="npu_fused")()
+"""
+    with torch._dynamo.config.patch(recompile_limit=3):
+        status, said = dump(f"--check --script {script(tmp_path, text)}")
+    assert status == WANTING and "SGD.step: no graph reached the backend: torch stops at its limit" in said, said
+    assert "never called" not in said
 
 
 def test_what_a_break_leaves_out_is_told(dump, tmp_path):
