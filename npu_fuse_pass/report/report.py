@@ -239,7 +239,7 @@ _NO_REPORT = (
     'compiled with backend="npu_fused"; or what torch.compile returned was not called (it compiles at its first call, '
     "and opt.step itself stays as it is: call the result); or the optimizer has fused=True, or is one of those that "
     "Dynamo never shows to a backend (npu_fuse_pass.explain(opt) says which); or compiling is switched off "
-    "(TORCHDYNAMO_DISABLE=1, TORCH_COMPILE_DISABLE=1, torch.compiler.set_stance)"
+    "(NPU_FUSE_DISABLE=1, TORCHDYNAMO_DISABLE=1, TORCH_COMPILE_DISABLE=1, torch.compiler.set_stance)"
 )
 
 _reports: collections.deque[CompileReport] = collections.deque(maxlen=64)

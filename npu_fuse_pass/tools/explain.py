@@ -11,7 +11,7 @@ import torch
 
 from npu_fuse_pass import backend
 from npu_fuse_pass.errors import FuseError
-from npu_fuse_pass.reasons import Code
+from npu_fuse_pass.reasons import Code, Reason
 from npu_fuse_pass.report.causes import graph_break
 from npu_fuse_pass.report.logs import switched_off
 from npu_fuse_pass.report.report import CompileReport
@@ -60,7 +60,7 @@ class Trial:
 def try_on_copy(opt: torch.optim.Optimizer, options: dict[str, Any]) -> Trial:
     """`explain`, with the copy's compiled step."""
     tracked = backend.TrackedBackend(options)
-    reason = Code.DISABLED("NPU_FUSE_DISABLE=1 is set") if switched_off() else hidden(opt)
+    reason = why_nothing_is_compiled() or hidden(opt)
     if reason is not None:
         return Trial(CompileReport(tracked.options["platform"], fallbacks=[reason]))
     twin, breaks = _twin(opt), backend.NewBreaks()
@@ -88,6 +88,16 @@ def try_on_copy(opt: torch.optim.Optimizer, options: dict[str, Any]) -> Trial:
             report, fallbacks=[*report.fallbacks, Code.RECOMPILES(text, remedy=report.cause_remedy)]
         )
     return Trial(report, step)
+
+
+def why_nothing_is_compiled() -> Reason | None:
+    """What switches this package or torch.compile off, if something does."""
+    if switched_off():
+        return Code.DISABLED("NPU_FUSE_DISABLE=1 is set")
+    if not backend.compiling():
+        how = "TORCHDYNAMO_DISABLE=1, TORCH_COMPILE_DISABLE=1 or torch.compiler.set_stance"
+        return Code.NOT_CAPTURED(f"torch.compile is switched off by {how}", remedy="leave it out")
+    return None
 
 
 def _steps(step: Callable[[], Any], tracked: backend.TrackedBackend) -> bool:

@@ -17,6 +17,7 @@ import torch
 from npu_fuse_pass import backend
 from npu_fuse_pass.errors import FuseError, NumericsError
 from npu_fuse_pass.report.report import reports
+from npu_fuse_pass.tools.explain import why_nothing_is_compiled
 from npu_fuse_pass.tools.observe import as_main
 from npu_fuse_pass.tools.requests import Request, counted, followed, new_since, request_for
 
@@ -57,6 +58,9 @@ class Session:
         Args:
             ended: steps were made; otherwise a missing graph is no problem.
         """
+        off = why_nothing_is_compiled()
+        if off is not None and not any(request.reports for request in self.requests):
+            return [off.advised]
         breaks = [text for text in backend.breaks() if text not in self._known]
         captured = any(request.graphs for request in self.requests)
         asked = [r for r in self.requests if r.reports or (ended and (r.graphs or not r.core or not captured))]

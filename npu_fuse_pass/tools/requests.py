@@ -58,7 +58,9 @@ class Request:
         if not self.reports:
             reasons = [self.hidden] if self.hidden else [graph_break(text) for text in breaks]
             arrived = "no graph with an update" if self.graphs else "no graph"
-            unknown = _PAST_THE_LIMIT if self.steps else "it was never called, or has no parameter with a gradient"
+            unknown = "it was never called, or has no parameter with a gradient"
+            if self.steps:
+                unknown = "TORCH_LOGS=graph_breaks says why" if self.graphs else _PAST_THE_LIMIT
             told = [reason.advised for reason in reasons] or [unknown]
             return [f"{self.name}: {arrived} reached the backend: {text}" for text in told]
         found = [f"{self.name}: {reason}" for report in self.reports for reason in report.reasons]

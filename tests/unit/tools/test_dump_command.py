@@ -11,6 +11,7 @@ import shlex
 import pytest
 import torch
 
+import npu_fuse_pass
 from npu_fuse_pass.__main__ import main
 from tests.support.forked import run_script
 from tests.support.training import forget_scripts
@@ -264,6 +265,19 @@ for i in range(1, 7):
     with torch._dynamo.config.patch(recompile_limit=3):
         status, said = dump(f"--check --script {script(tmp_path, text)}")
     assert status == WANTING and "of 6 steps ran in no compiled graph; torch stops at its limit" in said, said
+
+
+@pytest.mark.parametrize("variable", ["NPU_FUSE_DISABLE", "TORCHDYNAMO_DISABLE"])
+@pytest.mark.parametrize("way", ["npu_fuse_pass.compile_optimizer_(opt)", COMPILES["function"] + "\nopt.step = step"])
+def test_what_switches_everything_off_is_told(dump, tmp_path, monkeypatch, variable, way):
+    monkeypatch.setenv(variable, "1")
+    text = f"opt = torch.optim.SGD(params, lr=0.1)\n{way}\nopt.step()\n"
+    status, said = dump(f"--check --script {script(tmp_path, text)}")
+    assert status == WANTING and variable in said.partition("not fused:")[2], said
+    assert "never called" not in said and "limit" not in said
+    opt = torch.optim.SGD([torch.nn.Parameter(torch.ones(4))])
+    (reason,) = npu_fuse_pass.explain(opt).reasons
+    assert variable in str(reason) and reason.remedy
 
 
 def test_an_optimizer_past_torchs_limit_of_compiles_is_told(dump, tmp_path):
