@@ -47,7 +47,8 @@ def check_rule(rule: Declaration, settings: Mapping[str, Any]) -> None:
         )
     missing = [n for n in wanted_keywords(rule) if n not in settings]
     if missing:
-        raise RuleError(f"rule {rule.name!r} asks for {missing[0]!r}, which is not among its defaults {list(settings)}")
+        known = [name for name in settings if name != "params"]
+        raise RuleError(f"rule {rule.name!r} asks for {missing[0]!r}, which is not among its defaults {known}")
     keywords = meta_keywords(dict(static), numbers, totals)
     tensors = {n: torch.empty((2, 3), device="meta") for n in ("param", "grad", *names)}
     numbered = {n: k if isinstance(k, tuple) else (k,) for n, k in keywords.items()}

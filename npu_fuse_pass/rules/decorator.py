@@ -102,6 +102,12 @@ def _check_signature(made: Rule) -> None:
     for name, value in made.defaults.items():
         if not isinstance(value, (bool, int, float, str, tuple, type(None))):
             raise RuleError(f"rule {made.name!r}: default {name}={value!r} must be a number, tuple, bool, str or None")
+    for name, init in made.states.items():
+        if not isinstance(init, Init):
+            raise RuleError(f"rule {made.name!r}: state {name}={init!r} must be zeros, ones or an Init of a number")
+    for name, total in made.totals.items():
+        if not isinstance(total, Total):
+            raise RuleError(f"rule {made.name!r}: total {name}={total!r} must be made by total(...)")
 
 
 def _reduced(rule: Rule) -> tuple[Any, ...]:

@@ -134,7 +134,7 @@ class CompiledStep:
         compiled = self._last_compiled()
         if compiled is not None:
             self._compiled = compiled
-        elif not self._failed and backend.compiling() and has_gradients(self._opt):
+        elif not self._failed and backend.compiling() and has_gradients(self._opt) and not _skips(self._opt):
             self._missed()
         return result
 
@@ -238,6 +238,11 @@ class CompiledStep:
 def has_gradients(opt: torch.optim.Optimizer) -> bool:
     """True if a parameter of `opt` has a gradient."""
     return any(p.grad is not None for group in opt.param_groups for p in group["params"])
+
+
+def _skips(opt: torch.optim.Optimizer) -> bool:
+    """True if the step of a rule optimizer is to do nothing: its `found_inf` says that gradients are not finite."""
+    return isinstance(opt, RuleOptimizer) and opt.found_inf is not None and bool(opt.found_inf)
 
 
 def is_spread(opt: torch.optim.Optimizer) -> bool:

@@ -315,3 +315,22 @@ def test_explain_with_a_scheduler_steps_the_copy() -> None:
 def test_explain_strict_raises() -> None:
     with pytest.raises(npu_fuse_pass.UnfusedError, match=r"matmul|addmm|norm"):
         npu_fuse_pass.explain(torch.optim.Muon(parameters(MATRICES)), strict=True)
+
+
+def test_steps_that_found_inf_holds_back_are_not_missed() -> None:
+    """Gradients that are not finite are usual in the first steps of a run in float16: nothing is compiled then."""
+    params = parameters(MATRICES)
+    opt = optimizers.NpuFusedAdam(params, lr=0.01)
+    opt.found_inf = torch.ones(())
+    before = clones(params)
+    step = npu_fuse_pass.compile_step(opt)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(params, step)
+        assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+        opt.found_inf.zero_()
+        train(params, step)
+        assert_fused(npu_fuse_pass.reports()[-1], parameters=len(params))
+        opt.found_inf.fill_(1)
+        train(params, step)
+    assert all(int(state["step"]) == 4 for state in opt.state.values())

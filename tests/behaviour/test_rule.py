@@ -203,10 +203,18 @@ def test_reserved_and_unknown_names() -> None:
     for name in ("param", "grad", "step", "params"):
         with pytest.raises(RuleError, match=name):
             rule(defaults={name: 1.0})(lambda param, grad: param)
-    with pytest.raises(RuleError, match="'typo', which is not among"):
+    with pytest.raises(RuleError, match=r"'typo', which is not among its defaults \['lr'"):
         rule(defaults={"lr": 0.1})(lambda param, grad, *, typo: param)(parameters())
     with pytest.raises(RuleError, match="allowed are 'group' and 'optimizer'"):
         total(lambda grad: grad.sum(), over="world")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("what", [0, None, torch.zeros_like])
+def test_states_and_totals_of_another_kind(what: Any) -> None:
+    with pytest.raises(RuleError, match=r"state m=.* must be zeros"):
+        rule(states={"m": what}, defaults={"lr": 0.1})(lambda param, grad, m, *, lr: (param, m))
+    with pytest.raises(RuleError, match=r"total t=.* must be made by total"):
+        rule(totals={"t": what})(lambda param, grad, *, t: param)
 
 
 def test_a_total_must_be_a_number() -> None:
