@@ -220,6 +220,9 @@ _KINDS = "graph_break", "unimplemented"  # code that it skips, a loop for exampl
 _LIMIT = "recompile limit exceeded"  # counted there, too; what leads to it are compiles, and they have causes
 
 
+OWN_BREAK = ", in _use_grad)"  # torch breaks the graph itself around every step of its optimizers
+
+
 class NewBreaks:
     """The graph breaks since this was made, as Dynamo reports them."""
 
@@ -228,9 +231,12 @@ class NewBreaks:
         self._told = len(_told())
 
     def reason(self) -> str | None:
-        """Why and where the first of them was, else the last that was only counted; None: there was none."""
-        if found := _told()[self._told :]:
-            return told(found[0])
+        """Why and where the first of them was, if possible none of torch's own, else the last that was only counted.
+
+        None: there was none.
+        """
+        if found := list(map(told, _told()[self._told :])):
+            return next((text for text in found if OWN_BREAK not in text), found[0])
         for kind, before in self._counts.items():
             if grown := [reason for reason, count in _counted(kind).items() if count > before.get(reason, 0)]:
                 return told_of(grown[-1])

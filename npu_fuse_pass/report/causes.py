@@ -19,7 +19,12 @@ class Cause:
 
 
 FIRST = Cause("compile")
-_CALLED_OTHERWISE = "call this method as torch documents it now: Dynamo does not take deprecated orders, x.add_(2, y)"
+# words of Dynamo's about a graph break -> what to do
+_BROKEN = {
+    "unhandled args for method": "call this method as torch documents it now: Dynamo does not take deprecated orders, "
+    "x.add_(2, y)",
+    "sparse tensor": "use dense gradients (sparse=False in torch.nn.Embedding)",
+}
 
 _RULES = "use an optimizer of this package or a rule (optimizers.*, npu_fuse_pass.rule), whose numbers never recompile"
 _OUTSIDE = "set and read the numbers of parameter groups outside of the compiled function: there they cost no compile"
@@ -145,7 +150,7 @@ def graph_break(text: str) -> Reason:
     """The reason for a step that runs outside of graphs, from Dynamo's text of the graph break."""
     if any(words in text.lower() for words in ("tensor.item()", "data-dependent")):
         return Code.VALUE(text)
-    return Code.NOT_CAPTURED(text, remedy=_CALLED_OTHERWISE if "unhandled args for method" in text.lower() else None)
+    return Code.NOT_CAPTURED(text, remedy=next((r for words, r in _BROKEN.items() if words in text.lower()), None))
 
 
 def decided_otherwise(numbers: Sequence[tuple[str, bool]]) -> Cause:

@@ -19,8 +19,6 @@ from npu_fuse_pass.rules.core_op import is_core
 from npu_fuse_pass.rules.hidden import hidden
 from npu_fuse_pass.run.graph_step import graph_break_of
 
-_OWN_BREAK = ", in _use_grad)"  # torch breaks the graph itself around every step of its optimizers
-
 _PAST_THE_LIMIT = "torch stops at its limit of compiles: what changes is said by every compile above"
 
 
@@ -54,7 +52,7 @@ class Request:
 
     def problems(self, known_breaks: Sequence[str]) -> list[str]:
         """Why it is not fused, in words; empty if everything is."""
-        breaks = [text for text in dict.fromkeys([*self.breaks, *known_breaks]) if _OWN_BREAK not in text]
+        breaks = [text for text in dict.fromkeys([*self.breaks, *known_breaks]) if backend.OWN_BREAK not in text]
         if not self.reports:
             reasons = [self.hidden] if self.hidden else [graph_break(text) for text in breaks]
             arrived = "no graph with an update" if self.graphs else "no graph"

@@ -334,3 +334,15 @@ def test_steps_that_found_inf_holds_back_are_not_missed() -> None:
         opt.found_inf.fill_(1)
         train(params, step)
     assert all(int(state["step"]) == 4 for state in opt.state.values())
+
+
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.Adagrad])
+def test_sparse_gradients_are_named_with_a_remedy_that_helps(cls: Any) -> None:
+    """A rule refuses them; and torch's own break around every step of its optimizers is no reason."""
+    for sparse in (True, False):
+        table = torch.nn.Embedding(4, 3, sparse=sparse)
+        table(torch.tensor([1])).sum().backward()
+        reasons = npu_fuse_pass.explain(cls(table.parameters(), lr=0.1)).reasons
+        assert bool(reasons) == sparse
+        for reason in reasons:
+            assert "sparse" in str(reason) and "sparse=False" in str(reason.remedy), reason
