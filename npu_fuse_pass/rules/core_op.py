@@ -276,19 +276,15 @@ def _total(name: str, batch: Batch, batches: list[Batch]) -> Tensor:
     return result
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def unless_skipped(core: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
-    """A core; under a dispatch mode, under which Dynamo would skip its code for good, what it does without Dynamo."""
-    return torch.compiler.disable(_step) if under_dispatch_mode() else core
+_mode_is_active = find(
+    "torch.utils._python_dispatch.is_in_any_mode_without_ignore_compile_internals",
+    "torch.utils._python_dispatch.is_in_torch_dispatch_mode",
+)
 
 
 def under_dispatch_mode() -> bool:
-    """True if a TorchDispatchMode is active (FlopCounterMode, say) in which Dynamo skips whatever code runs."""
-    active = find(
-        "torch.utils._python_dispatch.is_in_any_mode_without_ignore_compile_internals",
-        "torch.utils._python_dispatch.is_in_torch_dispatch_mode",
-    )
-    return active is not None and bool(active())
+    """True if a TorchDispatchMode is active (FlopCounterMode, say), under which Dynamo skips a core's code for good."""
+    return _mode_is_active is not None and bool(_mode_is_active())
 
 
 def _step(ticket: Tensor) -> None:
@@ -303,6 +299,10 @@ def _step(ticket: Tensor) -> None:
             type(stepping).__name__,
             _MANY,
         )
+
+
+uncompiled_core: Callable[[Tensor], None] = torch.compiler.disable(_step)
+"""What a core does, without Dynamo."""
 
 
 @torch.no_grad()

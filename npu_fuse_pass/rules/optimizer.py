@@ -32,6 +32,7 @@ _TRANSIENT = (
     "_surface",
     "_core",
     "_call",
+    "_under_mode",
     "_homes",
     "step",
     "found_inf",
@@ -220,7 +221,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         loss = self._before(closure)
         try:
             if self.found_inf is None or not bool(self.found_inf):
-                core_op.unless_skipped(core)(self._ticket)
+                (core_op.uncompiled_core if self._under_mode else core)(self._ticket)
             self._after()
         except BaseException:
             self._prelude.expose_updated()
@@ -246,6 +247,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self.before_step()
         self._prelude.prepare()
+        self.__dict__["_under_mode"] = core_op.under_dispatch_mode()
         return loss
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -296,6 +298,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._surface = core_op.Surface(self.param_groups, core_op.register(self))
         self._ticket = core_op.make_ticket(self._surface.handle)
         self._core = core_op.shared_core()
+        self._under_mode = False  # this step is, of dispatch
         self._homes = Homes()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -35,6 +35,10 @@ NOT_ASKED_FOR = {
     "torch._prims_common.is_non_overlapping_and_dense",  # has two forms: the other is said to be missing
     "torch.utils._python_dispatch.is_in_torch_dispatch_mode",  # on an older torch
     "torch._dynamo.variables.NewGlobalVariable",  # behind another one that is missing
+    "torch._dynamo.config.capture_scalar_outputs",
+    "torch._dynamo.config.do_not_emit_runtime_asserts",
+    "torch._dynamo.config.patch",
+    "torch._dynamo.config.use_numpy_random_stream",
     "torch._dynamo.source.OptimizerSource",
     "torch._dynamo.config.recompile_limit",  # at a first compile
     "torch._dynamo.exc.InternalTorchDynamoError",  # where Dynamo fails
