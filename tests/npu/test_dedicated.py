@@ -131,6 +131,55 @@ def test_roundings_of_the_step_are_kept(
     assert "rounds to half precision" in row.note and row.kernel != MOMENTUM
 
 
+def overwrites_buffer(p: Any, buf: Any, grad: Any) -> None:
+    buf.copy_(grad)
+    p.sub_(buf, alpha=0.1)
+
+
+def test_a_tensor_that_is_overwritten_is_not_read(ge: harness.Recording) -> None:
+    """In exact arithmetic it is momentum times 0; what lay in the buffer may be NaN, as in torch.empty."""
+    param, grad = torch.ones(3), torch.tensor([1.0, 2.0, torch.inf])
+    buf = torch.full((3,), torch.nan)
+    torch.compile(overwrites_buffer, backend=npu_fused, options={"platform": "npu", "strict": True})(param, buf, grad)
+    assert torch.equal(buf, grad)
+    assert_close(param[:2], torch.tensor([0.9, 0.8]), 1e-6)
+    [row] = npu_fuse_pass.reports()[-1].groups
+    assert "overwrites" in row.note and row.kernel != MOMENTUM
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_an_infinite_first_gradient(nesterov: bool, ge: harness.Recording) -> None:
+    """SGD makes its buffer in the first step; after it, it has a dedicated operation."""
+    both = [[torch.nn.Parameter(torch.ones(3))] for _ in range(2)]
+    ours, eager = (torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=nesterov, foreach=False) for p in both)
+    step = torch.compile(ours.step, backend=npu_fused, options={"platform": "npu", "strict": True})
+    for _ in range(2):
+        for (p,) in both:
+            p.grad = torch.tensor([1.0, -2.0, torch.inf])
+        step()
+        eager.step()
+        torch.testing.assert_close(*(p for (p,) in both))
+        torch.testing.assert_close(*(o.state[o.param_groups[0]["params"][0]] for o in (ours, eager)))
+    assert ge.graphs[-1].counts()[MOMENTUM] == 1
+
+
+@pytest.mark.parametrize("chosen", ["auto", "elementwise"])
+def test_float16_where_eager_is_not_finite(chosen: str, ge: harness.Recording) -> None:
+    """Eager AdamW divides by 0 in float16, whose eps is 0; a dedicated operation computes in float32."""
+    both = [[torch.nn.Parameter(torch.tensor([0.5, -2.0, 1.0]).half())] for _ in range(2)]
+    ours, eager = (torch.optim.AdamW(p, lr=0.02, foreach=False) for p in both)
+    for (p,) in both:
+        p.grad = torch.tensor([0.1, 1e-3, 0.0]).half()
+    torch.compile(ours.step, backend=npu_fused, options={"platform": "npu", "strict": True, "kernels": chosen})()
+    eager.step()
+    (got,), (wanted,) = both
+    assert wanted[1] == -torch.inf and wanted[2].isnan()
+    if chosen == "elementwise":
+        torch.testing.assert_close(got, wanted, equal_nan=True)
+    else:
+        assert got.isfinite().all() and ge.graphs[-1].counts()[ADAM] == 1
+
+
 # Our classes, with options as in tests/support/cases.py; bytes per element in float32.
 OURS: dict[str, tuple[tuple[str, int], tuple[str, int]]] = {
     "sgd_momentum": ((MOMENTUM, 40), (MOMENTUM, 40)),

@@ -69,6 +69,9 @@ def choose(
         return "dedicated operations have no float64"
     if any(_rounds(e, group.formula.slots[slot].dtype) for slot, e in group.formula.writes):
         return "the step rounds to half precision ahead of what it writes; dedicated operations compute in float32"
+    read = {e.value for e in postorder([e for _, e in group.formula.writes]) if e.op == "leaf"}
+    if not read.issuperset(found.outputs.values()):
+        return "the step overwrites a tensor that it does not read; times 0, as an operation has it, NaN would stay"
     family = series(chip)
     if family is None:
         return f"no document used here names this chip, {chip or 'which torch_npu cannot tell'}"
