@@ -207,8 +207,9 @@ def _lower_npu(
 
     def started(program: npu.Program) -> None:
         for row, lowered in zip(rows, program.groups, strict=True):
-            text = proof.changed(row.name, lowered.generated is not None)
-            row.note = "; ".join(filter(None, (row.note, text)))
+            if lowered.generated is not None or lowered.device_members:  # else nothing runs it
+                text = proof.changed(row.name, lowered.generated is not None)
+                row.note = "; ".join(filter(None, (row.note, text)))
 
     program = retry.RetryingProgram(build, chosen.forms, values, show, started, texts)
     if values is not None:

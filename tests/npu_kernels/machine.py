@@ -372,6 +372,8 @@ class _Translation:
             self._add(f"{name} = COMPARE[{_FLOAT_PREDICATES[given.split(',')[0]]!r}]({a[0]}, {a[1]})")
         elif operation in ("arith.index_cast", "arith.trunci", "arith.extui", "arith.extsi"):
             self._add(f"{name} = int({a[0]}){' & 1' if rest.endswith('to i1') else ''}")
+        elif operation == "arith.truncf":
+            self._add(f"{name} = cast(np.asarray({a[0]}), 'f32', {rest.split()[-1]!r}, 'rint')[()]")
         elif operation == "arith.uitofp":
             self._add(f"{name} = np.float32({a[0]})")
         elif operation.startswith("arith.") and short in _SCALAR:

@@ -423,6 +423,16 @@ def test_the_default_takes_what_is_proved(ge: harness.Recording, cores: Cores, m
     assert "CANN" in proof.record({**machine, "CANN": "unknown"}, 17)
 
 
+def test_a_group_without_elements_is_run_by_nothing(ge: harness.Recording, cores: Cores) -> None:
+    """The same formula as that of a generated kernel: no other form computes anything."""
+    for sizes, kernel in (((7,), "generated NPU kernel"), ((0,), "AdamApplyOneAssign"), ((7,), "generated NPU kernel")):
+        torch._dynamo.reset()
+        opt = torch.optim.Adam([torch.nn.Parameter(torch.ones(size)) for size in sizes], lr=0.1, foreach=True)
+        assert not train([opt], 2, kernels="generated")
+        (row,) = report().groups
+        assert row.kernel == kernel and "at the last start" not in row.note
+
+
 def test_bits_are_those_of_a_step_by_itself(ge: harness.Recording, cores: Cores) -> None:
     found = []
     for cores.calls_back in (True, False):
