@@ -117,6 +117,11 @@ def cast(x: np.ndarray, source: str, target: str, mode: str) -> np.ndarray:
     return _bf16(value) if target == "bf16" else value.astype(DTYPES[target])
 
 
+def _rounded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of float32 or float16 that rounds once; NumPy's own last bits depend on the CPU."""
+    return lambda x: function(np.asarray(x, np.float64)).astype(x.dtype)
+
+
 def _erf(x: np.ndarray) -> np.ndarray:
     return np.vectorize(math.erf, otypes=[np.float32])(x)
 
@@ -126,8 +131,9 @@ _BINARY: dict[str, Callable[..., Any]] = {
     "vmin": np.minimum, "vand": np.bitwise_and, "vor": np.bitwise_or, "vxor": np.bitwise_xor,
 }  # fmt: skip
 _UNARY: dict[str, Callable[..., Any]] = {
-    "vsqrt": np.sqrt, "vexp": np.exp, "vln": np.log, "vabs": np.abs, "vrec": np.reciprocal, "vtanh": np.tanh,
-    "verf": _erf, "vsin": np.sin, "vcos": np.cos, "vnot": np.invert, "vrsqrt": lambda x: 1 / np.sqrt(x),
+    "vsqrt": np.sqrt, "vexp": _rounded(np.exp), "vln": _rounded(np.log), "vabs": np.abs, "vrec": np.reciprocal,
+    "vtanh": _rounded(np.tanh), "verf": _erf, "vsin": _rounded(np.sin), "vcos": _rounded(np.cos), "vnot": np.invert,
+     "vrsqrt": lambda x: 1 / np.sqrt(x),
 }  # fmt: skip
 _COMPARE: dict[str, Callable[..., Any]] = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
@@ -137,7 +143,7 @@ _SCALAR = {"addi": "+", "subi": "-", "muli": "*", "xori": "^", "andi": "&", "ori
 _SCALAR_FLOAT: dict[str, Callable[..., Any]] = {
     "addf": np.add, "subf": np.subtract, "mulf": np.multiply, "divf": np.divide, "maximumf": np.maximum,
     "minimumf": np.minimum, "maxnumf": np.fmax, "minnumf": np.fmin, "negf": np.negative, "sqrt": np.sqrt,
-    "exp": np.exp, "log": np.log, "absf": np.abs,
+    "exp": _rounded(np.exp), "log": _rounded(np.log), "absf": np.abs,
 }  # fmt: skip
 _PREDICATES = {"eq": "==", "ne": "!=", "slt": "<", "sle": "<=", "sgt": ">", "sge": ">="}
 _FLOAT_PREDICATES = {"oeq": "eq", "une": "ne", "olt": "lt", "ole": "le", "ogt": "gt", "oge": "ge"}

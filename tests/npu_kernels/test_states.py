@@ -50,7 +50,7 @@ def several(params: List, grads: List, s: dict[str, List]) -> None:
         count.copy_(after)
         new = 0.9 * m + g / (torch.sqrt(v) + 1e-3)
         m.copy_(torch.where(finite, new, m))
-        p.copy_(torch.where(finite, p - 0.01 * new / (1 - 0.9**after) / peak, p))
+        p.copy_(torch.where(finite, p - 0.01 * new / (1 - 0.9**after) / (1 + peak), p))
 
 
 def of_all(params: List, grads: List, s: dict[str, List]) -> None:
