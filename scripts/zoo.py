@@ -5,8 +5,8 @@ python scripts/zoo.py                        # every class, a row for each in zo
 python scripts/zoo.py --only timm.optim.Lion,optimi --again
 python scripts/zoo.py --sample               # 30 classes, which have to show what zoo_classes.SAMPLE says
 python scripts/zoo.py --page                 # docs/zoo.md from the rows there are
-python scripts/zoo.py --plain                # how often plain torch.compile compiles them: the page's last section
-python scripts/zoo.py --inductor             # times of those 30 by compile_step, by Inductor and eager
+python scripts/zoo.py --plain                # how often plain torch.compile compiles them: a section of the page
+python scripts/zoo.py --inductor             # times of those 30 by compile_step, Inductor and eager: another section
 python scripts/zoo.py --record               # what a recorder would make of what docs/zoo.md has not wholly fused
 
 A class that has a row is not run again. Every class has a process and a time limit of its own.
@@ -215,11 +215,30 @@ Times are medians of later steps on a machine that others used; with parameters 
 calls, not of memory."""
 
 
-_PLAIN = "## Plain torch.compile"
+_PLAIN, _INDUCTOR = "## Plain torch.compile", "## Beside Inductor"
+
+
+def beside(rows: Sequence[Row]) -> str:
+    """What docs/zoo.md says of Inductor."""
+    told = (
+        "Microseconds of a step of the 30 classes that CI runs, by `compile_step`, by `torch.compile(opt.step)` and "
+        "eagerly, which step in turns, on the small model and on 100 parameters of 64K elements; – where a step fails "
+        f"(`bash scripts/zoo.sh --inductor` on {datetime.date.today().isoformat()} with torch {torch.__version__}, "
+        "one thread)."
+    )
+    sizes = [(size, label) for size in ("small", "large") for label in zoo_run.CONTESTANTS]
+    lines = [_INDUCTOR, "", textwrap.fill(told, 120), ""]
+    lines.append(f"| class | {' | '.join(f'{label}, {size}' for size, label in sizes)} |")
+    lines.append("|---" * (1 + len(sizes)) + "|")
+    for row in sorted(rows, key=_full_name):
+        times = [row.get(size, {}).get(label) for size, label in sizes]
+        cells = [f"{t:.0f}" if isinstance(t, float) else "–" for t in times]
+        lines.append(f"| {_full_name(row)} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
 
 
 def section(rows: Sequence[Row]) -> str:
-    """What docs/zoo.md says of plain torch.compile, at its end."""
+    """What docs/zoo.md says of plain torch.compile."""
     rows = [row for row in rows if row["result"] != "not run"]
     whole = [row for row in rows if row.get("compiles")]
     twice = sum(1 for row in whole if row["most"] <= 2)
@@ -296,6 +315,15 @@ def _version(distribution: str) -> str:
         return ""
 
 
+def _parts(text: str) -> dict[str, str]:
+    """A page's sections that are made by themselves, by their titles in order; "": what is ahead of them."""
+    parts = {"": text, _INDUCTOR: "", _PLAIN: ""}
+    for title in (_PLAIN, _INDUCTOR):
+        parts[""], found, rest = parts[""].partition(title)
+        parts[title] = found + rest
+    return parts
+
+
 def main() -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -328,18 +356,13 @@ def main() -> int:
 
         asked = [name for name in LIBRARIES if not only or any(o == name or o.startswith(f"{name}.") for o in only)]
         run(asked, wanted, chosen.jobs, results, measure)
-    if chosen.inductor:
-        return 0
     if chosen.record:
         print(zoo_record.table(list(rows_of(results).values())))
         return 0
-    head, _, tail = PAGE.read_text(encoding="utf-8").partition(_PLAIN)
-    tail = _PLAIN + tail
-    if chosen.plain:
-        tail = section(list(rows_of(results).values()))
-    else:
-        head = page(list(rows_of(results).values()))
-    PAGE.write_text(head.rstrip("\n") + "\n\n" + tail, encoding="utf-8")
+    parts = _parts(PAGE.read_text(encoding="utf-8"))
+    title, made = {"plain": (_PLAIN, section), "inductor": (_INDUCTOR, beside)}.get(kind, ("", page))
+    parts[title] = made(list(rows_of(results).values()))
+    PAGE.write_text("\n\n".join(part.strip("\n") for part in parts.values() if part) + "\n", encoding="utf-8")
     print(f"wrote {PAGE.relative_to(ROOT)}")
     return 0
 

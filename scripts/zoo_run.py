@@ -21,10 +21,13 @@ from zoo_classes import Class, construct
 import npu_fuse_pass
 from npu_fuse_pass import backend
 from npu_fuse_pass.report.report import CompileReport
+from npu_fuse_pass.tools import pace
 
 STEPS, LR_AT = 6, 3  # compared steps; the one before which lr is halved
 PLAIN_STEPS, PLAIN_LR_AT = 10, (3, 5, 8)  # the same of plain torch.compile
 TIMED = 9  # steps after them
+SETTLED = 1 + pace.FIRST + pace.COMPILED + pace.EAGER  # steps after which compile_step times nothing itself
+CONTESTANTS = ("compile_step", "Inductor", "eager")
 COMPILING = 4  # steps after them that may be looked at: the first that compiles nothing counts
 TOLERANCE = 1e-4  # |a - b| / max|b|, float32
 _LEFT = "outside of what was captured"
@@ -283,7 +286,8 @@ def _measure(twin: Twin, function: Callable[..., Any], phase: Phase, ran: list[C
             break
         phase.compiles.append(len(made))
     kept = list(ran or ())
-    phase.microseconds = statistics.median(twin.step(function, STEPS + 2 + k) for k in range(TIMED)) * 1e6
+    seconds = [twin.step(function, STEPS + 2 + k) for k in range(SETTLED + TIMED)]
+    phase.microseconds = statistics.median(seconds[SETTLED:]) * 1e6
     if ran is not None:
         ran[:] = kept
 
@@ -337,7 +341,7 @@ def run_plainly(library: str, name: str, cls: Class) -> dict[str, Any]:
 
 
 def run_beside_inductor(library: str, name: str, cls: Class) -> dict[str, Any]:
-    """Microseconds of a step: by compile_step, by torch.compile with Inductor, and eager."""
+    """Microseconds of a step by compile_step, by torch.compile with Inductor, and eager: small, and 100 x 64K."""
     return _row(library, name, cls, _beside_inductor)
 
 
@@ -420,16 +424,29 @@ def plainly(
 
 
 def _beside_inductor(library: str, cls: Class, way: str, want: list[dict[str, Any]], plain: Phase) -> dict[str, Any]:
-    ours = fused(library, cls, way, want)
+    row: dict[str, Any] = {size: _in_turns(library, cls, w) for size, w in (("small", way), ("large", f"{way}, large"))}
+    failed = [f"{size}, {label}: {t}" for size in row for label, t in row[size].items() if isinstance(t, str)]
+    return {**row, "result": "timed", "why": failed}
+
+
+def _in_turns(library: str, cls: Class, way: str) -> dict[str, float | str]:
+    """Microseconds of a step of each contestant, or why there are none; they step in turns."""
     _forget()
-    twin = Twin(library, cls, way)
-    step = torch.compile(twin.opt.step)
-    inductor = compiled(twin, want, step)
-    if not inductor.error:
-        _measure(twin, step, inductor)
-    times = {"ours": ours.microseconds, "Inductor": inductor.microseconds, "eager": plain.microseconds}
-    told = [f"{key} {value:.0f} us" if value else f"{key} –" for key, value in times.items()]
-    return {**times, "result": ", ".join(told), "why": [inductor.error] if inductor.error else []}
+    twins = {label: Twin(library, cls, way) for label in CONTESTANTS}
+    steps = {
+        "compile_step": npu_fuse_pass.compile_step(twins["compile_step"].opt),
+        "Inductor": torch.compile(twins["Inductor"].opt.step),
+        "eager": twins["eager"].opt.step,
+    }
+    times: dict[str, list[float]] = {label: [] for label in CONTESTANTS}
+    failed: dict[str, float | str] = {}
+    for k in range(SETTLED + TIMED):
+        for label in [name for name in CONTESTANTS if name not in failed]:
+            try:
+                times[label].append(twins[label].step(steps[label], k))
+            except Exception as e:
+                failed[label] = f"{type(e).__name__}: {_first_lines(str(e))}"
+    return {k: statistics.median(v[SETTLED:]) * 1e6 for k, v in times.items() if k not in failed} | failed
 
 
 def _differs_by_rounding(

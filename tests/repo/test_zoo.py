@@ -227,6 +227,19 @@ def test_compiles_of_plain_torch_compile_and_what_the_page_says_of_them() -> Non
     assert "| tests.Reads | none |  | Data-dependent branching" in text
 
 
+def test_the_page_keeps_its_other_sections() -> None:
+    times = {"compile_step": 12.3, "Inductor": "RuntimeError: no", "eager": 40.0}
+    rows = [dict(library="optimi", name="SGD", result="timed", why=[], small=times, large={})]
+    text = zoo.beside(rows)
+    assert "| class | compile_step, small | Inductor, small | eager, small | compile_step, large |" in text
+    assert "| optimi.SGD | 12 | – | 40 | – | – | – |" in text
+    whole = f"# Head\n\n## timm.optim\n\n{text}\n{zoo._PLAIN}\n\nmore\n"
+    parts = zoo._parts(whole)
+    assert "".join(parts.values()) == whole
+    assert list(parts) == ["", zoo._INDUCTOR, zoo._PLAIN] and parts[zoo._INDUCTOR].strip() == text.strip()
+    assert zoo._parts("# Head\n") == {"": "# Head\n", zoo._INDUCTOR: "", zoo._PLAIN: ""}
+
+
 def test_a_class_gets_usual_values_for_what_has_none() -> None:
     model = torch.nn.Linear(3, 2)
     opt = construct("tests", Halved, list(model.parameters()), model)
