@@ -198,7 +198,13 @@ class _NoMode:
 _MODE = "torch.utils._python_dispatch.TorchDispatchMode"
 if TYPE_CHECKING:
     from torch.utils._python_dispatch import TorchDispatchMode
-
-    DispatchMode = TorchDispatchMode
 else:
-    DispatchMode = find(_MODE) or _NoMode
+    TorchDispatchMode = find(_MODE) or _NoMode
+
+
+class DispatchMode(TorchDispatchMode):
+    """A mode under which this package traces. To Dynamo it is none: it would skip what any thread calls meanwhile."""
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        return True

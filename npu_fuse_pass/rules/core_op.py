@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import itertools
 import logging
 import os
@@ -276,15 +277,19 @@ def _total(name: str, batch: Batch, batches: list[Batch]) -> Tensor:
     return result
 
 
-_mode_is_active = find(
+_in_mode = find(
     "torch.utils._python_dispatch.is_in_any_mode_without_ignore_compile_internals",
     "torch.utils._python_dispatch.is_in_torch_dispatch_mode",
 )
+_of_compilers = {} if _in_mode is None else inspect.signature(_in_mode).parameters  # older: whether those count
 
 
 def under_dispatch_mode() -> bool:
-    """True if a TorchDispatchMode is active (FlopCounterMode, say), under which Dynamo skips a core's code for good."""
-    return _mode_is_active is not None and bool(_mode_is_active())
+    """True if a TorchDispatchMode is active (FlopCounterMode, say), under which Dynamo skips a core's code for good.
+
+    In any thread: so torch has it.
+    """
+    return _in_mode is not None and bool(_in_mode(False) if _of_compilers else _in_mode())
 
 
 def _step(ticket: Tensor) -> None:

@@ -33,11 +33,10 @@ class Changes:
         joined: what notes the same for both, once an entry of one optimizer is another's, too.
     """
 
-    joined: Changes | None = None
-
     def __init__(self) -> None:
         self.made = True
         self.reader: object = None
+        self.joined: Changes | None = None
         self._handed_out: dict[int, tuple[Tensor, tuple[object, ...]]] = {}
 
     def hand_out(self, value: object) -> None:

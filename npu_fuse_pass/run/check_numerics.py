@@ -108,19 +108,22 @@ class SideBySide:
         writes = [w for w in self._writes if w.leaf in got]
         found = [(w, e) for w in writes if (e := self._error(w, got, before, values))]
         stored = [i for i, _ in self._stores if self._differs(i, got, before, values).any()]
-        if (found or stored) and (widened is not None or self._formulas is not None):
+
+        def by_another(form: Callable[[list[Tensor | None]], object]) -> list[Tensor | None]:
+            _put(written, before)
+            drawn.restore()
+            exact = [*values]
+            form(exact)
+            return exact
+
+        if found or stored:
             originals = {i: t.detach().clone() for i, t in written.items()}
             if widened is not None:
-                _put(written, before)
-                drawn.restore()
-                exact = [*values]
-                self._take_outputs(exact, widened())
+                exact = by_another(lambda exact: self._take_outputs(exact, widened()))
                 found = [(w, e) for w, e in found if self._error(w, got, before, exact)]
                 stored = [i for i in stored if self._differs(i, got, before, exact).any()]
             if found and self._formulas is not None:
-                _put(written, before)
-                exact = [*values]
-                self._formulas(exact)
+                exact = by_another(self._formulas)
                 right = {w.leaf: got[w.leaf] for w, _ in found if not self._error(w, got, before, exact)}
                 originals |= right
                 found = [(w, e) for w, e in found if w.leaf not in right]

@@ -30,6 +30,24 @@ WAYS: dict[str, Callable[[Any], Callable[[], Any]]] = {
 TRIED = [(case, way) for case in CASES for way in WAYS if not (case.startswith("torch's") and way == "torch.compile")]
 
 
+def test_what_a_rule_is_traced_under_is_no_mode_to_dynamo() -> None:
+    """The flag is the process's: Dynamo would skip for good what other threads call while a rule is traced."""
+    seen = []
+
+    @npu_fuse_pass.rule(states={"m": npu_fuse_pass.zeros}, defaults={"lr": 0.1})
+    def looking(param: Any, grad: Any, m: Any, *, lr: Any) -> Any:
+        seen.append(torch.utils._python_dispatch.is_in_any_mode_without_ignore_compile_internals())
+        m = 0.9 * m + grad
+        return param - lr * m, m
+
+    params = parameters(((3,), (4, 5)))
+    step = npu_fuse_pass.compile_step(looking(params))
+    set_gradients(params, gradients(params, 0))
+    step()
+    assert_one_fused_step(step)
+    assert seen and not any(seen)
+
+
 @pytest.mark.parametrize("under", [0, 2])
 @pytest.mark.parametrize(("case", "way"), TRIED)
 def test_steps_beside_one_under_a_mode_are_fused(case: str, way: str, under: int) -> None:
