@@ -235,7 +235,8 @@ class Prelude:
             times: Counter[int] = Counter()
             for p in params:
                 times[id(p)] += 1
-                if id(p) in unready or not (p.requires_grad or p.grad is not None or p in state):
+                waits = p.grad is None and (p.device.type == "meta" or not (p.requires_grad or p in state))
+                if waits or id(p) in unready:
                     outside.append(p)
                 elif times[id(p)] == 1:
                     keyed.setdefault(batch_key(p, p.grad), []).append(p)

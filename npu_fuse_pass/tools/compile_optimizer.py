@@ -15,7 +15,7 @@ from npu_fuse_pass.errors import NotCapturedError
 from npu_fuse_pass.report.logs import switched_off
 from npu_fuse_pass.rules.hidden import hidden, uses_fused
 from npu_fuse_pass.tools.compile_step import CompiledStep
-from npu_fuse_pass.tools.plain_step import PATCHED, function_of, plain_step
+from npu_fuse_pass.tools.plain_step import PATCHED, check_optimizer, function_of, plain_step
 from npu_fuse_pass.tools.roads import captured
 from npu_fuse_pass.user_warnings import warn
 
@@ -46,8 +46,7 @@ def compile_optimizer_(opt: O, **options: Any) -> O:
         OptionError: an unknown option or value. Nothing is changed.
         NotCapturedError: `strict`, and torch never shows this step to a backend. Nothing is changed.
     """
-    if not isinstance(opt, torch.optim.Optimizer):
-        raise TypeError(f"compile_optimizer_({type(opt).__name__}): allowed are instances of torch.optim.Optimizer")
+    check_optimizer(opt, "compile_optimizer_")
     tracked = backend.TrackedBackend(options)
     if switched_off():
         return opt

@@ -24,7 +24,7 @@ from npu_fuse_pass.run.check_numerics import names_of
 from npu_fuse_pass.tensors.sharded import is_dtensor
 from npu_fuse_pass.tools.fused_option import FusedOption
 from npu_fuse_pass.tools.not_begun import failed_before
-from npu_fuse_pass.tools.plain_step import ORIGINAL, function_of, is_hooked, plain_step
+from npu_fuse_pass.tools.plain_step import ORIGINAL, check_optimizer, function_of, is_hooked, plain_step
 from npu_fuse_pass.tools.roads import captured, road
 from npu_fuse_pass.tools.twin import twin
 from npu_fuse_pass.user_warnings import warn
@@ -44,8 +44,10 @@ def compile_step(opt: torch.optim.Optimizer, **options: Any) -> CompiledStep:
         options: those of the backend: `platform`, `strict`, `check_numerics`, `torchair_config`, `layout`.
 
     Raises:
+        TypeError: `opt` is no torch.optim.Optimizer.
         OptionError: an unknown option or value.
     """
+    check_optimizer(opt, "compile_step")
     step = CompiledStep(opt, options)
     if not switched_off():
         step.fused_option.switch_off()

@@ -18,6 +18,7 @@ from npu_fuse_pass.report.report import CompileReport
 from npu_fuse_pass.rules.hidden import hidden
 from npu_fuse_pass.rules.hooks import silenced
 from npu_fuse_pass.tools.compile_step import has_gradients
+from npu_fuse_pass.tools.plain_step import check_optimizer
 from npu_fuse_pass.tools.roads import road
 from npu_fuse_pass.tools.twin import twin as _twin
 
@@ -41,11 +42,13 @@ def explain(opt: torch.optim.Optimizer, **options: Any) -> CompileReport:
         The report. Where torch never shows the step to a backend, its `reasons` say why, and what to do.
 
     Raises:
+        TypeError: `opt` is no torch.optim.Optimizer.
         OptionError: an unknown option or value.
         UnfusedError: `strict`, and something is left unfused.
         NumericsError: `check_numerics`, and a fused update of the copy differs from the original's.
         FuseError: a step of the copy fails; the message says why.
     """
+    check_optimizer(opt, "explain")
     return try_on_copy(opt, options).report
 
 

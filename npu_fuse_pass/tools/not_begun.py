@@ -16,6 +16,12 @@ from npu_fuse_pass.tools.plain_step import is_hooked
 _TORCH = f"{pathlib.Path(torch.__file__).parent}/"
 
 
+def is_dynamos(error: Exception) -> bool:
+    """True for an error that Dynamo makes of one that it meets while it compiles."""
+    kinds = find("torch._dynamo.exc.InternalTorchDynamoError"), find("torch._dynamo.exc.TorchRuntimeError")
+    return isinstance(error, tuple(kind for kind in kinds if kind is not None))
+
+
 def failed_before(step: Callable[..., Any], error: Exception) -> bool:
     """True if Dynamo itself failed, on the outermost code of `step`: nothing of it has run.
 
@@ -23,9 +29,8 @@ def failed_before(step: Callable[..., Any], error: Exception) -> bool:
         step: what was compiled.
         error: what the call has raised.
     """
-    kinds = find("torch._dynamo.exc.InternalTorchDynamoError"), find("torch._dynamo.exc.TorchRuntimeError")
     # the latter two Dynamo lets through as they are, and other kinds are those that somebody has asked for
-    if not isinstance(error, tuple(kind for kind in (*kinds, AssertionError, IndexError) if kind is not None)):
+    if not (is_dynamos(error) or isinstance(error, (AssertionError, IndexError))):
         return False
     entry, compiler = (getattr(find(f"torch._dynamo.{name}"), "__file__", None) for name in _DYNAMO)
     frames = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]

@@ -17,6 +17,16 @@ PATCHED = ("step", "__getstate__", "_npu_fused")
 ORIGINAL = "_npu_fused_original"  # attribute of a compiled step: the original step
 
 
+def check_optimizer(opt: object, by: str) -> None:
+    """Refuse what is no optimizer.
+
+    Raises:
+        TypeError: says what `by` takes.
+    """
+    if not isinstance(opt, torch.optim.Optimizer):
+        raise TypeError(f"{by}({type(opt).__name__}): allowed are instances of torch.optim.Optimizer")
+
+
 def plain_step(opt: torch.optim.Optimizer) -> Callable[..., Any]:
     """`opt.step` without the wrappers of torch's schedulers, of torch.compile and of this package; others stay."""
     step: Any = opt.step

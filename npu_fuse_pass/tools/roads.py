@@ -5,10 +5,9 @@ All entry points make the compiled step of an optimizer here.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from npu_fuse_pass.stock.binding import Binding
 from npu_fuse_pass.stock.classes import stock_class
 from npu_fuse_pass.stock.prelude import Refused
 from npu_fuse_pass.tools.first_step import first_eagerly
+from npu_fuse_pass.tools.not_begun import is_dynamos
 from npu_fuse_pass.tools.pace import beside_eager
 
 
@@ -62,32 +62,50 @@ def captured(
         return step
     of_rules = isinstance(opt, RuleOptimizer)  # its numbers are no part of the graph
     changing: set[str] = set()
+    in_form = _ForeachFirst(opt, tracked) if foreach else _as_it_is
 
     def run(*args: Any, **kwargs: Any) -> Any:
         # by themselves: at its limit of compiles Dynamo runs what it has compiled for a closure without one
         with_closure = any(map(callable, (*args, *kwargs.values())))
         if with_closure not in compiled:
             compiled[with_closure] = backend.isolated(step, tracked)
-        with calling(tracked, changing, reads=not of_rules), _as_foreach(opt) if foreach else contextlib.nullcontext():
-            return compiled[with_closure](*args, **kwargs)
+        with calling(tracked, changing, reads=not of_rules):
+            return in_form(functools.partial(compiled[with_closure], *args, **kwargs))
 
     return run if of_rules else beside_eager(opt, step, first_eagerly(opt, step, run, changing), tracked)
 
 
-@contextlib.contextmanager
-def _as_foreach(opt: torch.optim.Optimizer) -> Iterator[None]:
-    """Let Adam take its foreach form where neither was asked for.
+def _as_it_is(step: Callable[[], Any]) -> Any:
+    return step()
 
-    Its for-loop form, while it is compiled, divides by lr: at 0 that is NaN where the captured step runs unfused.
+
+class _ForeachFirst:
+    """Lets Adam take its foreach form where neither was asked for.
+
+    Its for-loop form, while it is compiled, divides by lr: at 0 that is NaN where the captured step runs unfused. Torch
+    fails on the foreach form where it compiles only what the step calls, as it does once a step with fused=True was
+    compiled: then the form stays torch's choice.
     """
-    groups = [g for g in opt.param_groups if _may_be_foreach(g)]
-    for group in groups:
-        group["foreach"] = True
-    try:
-        yield
-    finally:
+
+    def __init__(self, opt: torch.optim.Optimizer, tracked: backend.TrackedBackend) -> None:
+        self._opt, self._tracked = opt, tracked
+        self._fails = False
+
+    def __call__(self, step: Callable[[], Any]) -> Any:
+        groups = [] if self._fails else [g for g in self._opt.param_groups if _may_be_foreach(g)]
         for group in groups:
-            group["foreach"] = None
+            group["foreach"] = True
+        try:
+            return step()
+        except Exception as e:
+            begun = self._tracked.ran or len(groups) < len(self._opt.param_groups)  # another form may have run
+            if begun or not is_dynamos(e):
+                raise
+            self._fails = True
+        finally:
+            for group in groups:
+                group["foreach"] = None
+        return step()
 
 
 def _may_be_foreach(group: dict[str, Any]) -> bool:

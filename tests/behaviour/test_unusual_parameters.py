@@ -165,6 +165,23 @@ def of_bfloat16() -> list[Tensor]:
     return [torch.nn.Parameter(p.detach().bfloat16()) for p in parameters([(50,), (50,)])]
 
 
+@over(KINDS)
+def test_parameters_on_meta_without_gradients(case: Case, recwarn: pytest.WarningsRecorder) -> None:
+    """Parts of a model that were never loaded: there is nothing to update, nor to warn of."""
+    params, others = parameters([(4,)]), parameters([(4,)])
+    opt = case.build([*params, torch.nn.Parameter(torch.empty(3, device="meta"))])
+    other, step = case.build(others), npu_fuse_pass.compile_step(opt)
+    step()
+    for seed in range(3):
+        for ps in (params, others):
+            set_gradients(ps, gradients(ps, seed))
+        step()
+        other.step()
+        assert_close(params, others)
+        assert last_report().fallback is None
+    assert not [str(w.message) for w in recwarn if "npu_fused" in str(w.message)]
+
+
 @pytest.mark.usefixtures("afresh")
 @pytest.mark.parametrize("cls", [torch.optim.Adam, torch.optim.AdamW])
 @pytest.mark.parametrize("make", [tied, of_two_dtypes, of_bfloat16])

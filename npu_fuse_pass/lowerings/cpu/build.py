@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import pathlib
 import threading
@@ -20,8 +21,13 @@ from npu_fuse_pass.lowerings.kernels import cache
 from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.user_warnings import warn
 
+BESIDE = "npu_fuse_pass: compiling beside a step"
+"""The name of a thread that loads what a step does not wait for."""
+
+_log = logging.getLogger(__name__)
 _OWN_FOLDER = "set NPU_FUSE_CACHE_DIR or TMPDIR to a folder of your own"
 
+_said: set[str] = set()  # Python forgets that it was, where torch catches warnings
 _loaded: dict[str, ctypes.CDLL] = {}
 _locks: dict[str, threading.Lock] = {}
 os.register_at_fork(after_in_child=_locks.clear)
@@ -79,10 +85,15 @@ def _usable_cache() -> pathlib.Path | None:
 
 
 def _warn(folder: pathlib.Path | None, reason: Exception) -> None:
-    warn(
+    text = (
         f"npu_fused: the kernel cache {folder or ''} cannot be used ({reason}); kernels are compiled anew in every "
         "process. Set NPU_FUSE_CACHE_DIR to a folder of your own where that is otherwise."
     )
+    if threading.current_thread().name == BESIDE:
+        _log.info("%s", text)  # no line of the user's is here, and the step's own kernels say it
+    elif text not in _said:
+        _said.add(text)
+        warn(text)
 
 
 def _cached(folder: pathlib.Path, key: str, functions: Sequence[str]) -> ctypes.CDLL | None:

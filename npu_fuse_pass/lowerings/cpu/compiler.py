@@ -104,7 +104,8 @@ def compile_library(source: str, flags: tuple[str, ...], folder: pathlib.Path) -
         raise
     if code or not library.is_file():
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else "failed"
-        raise PlatformError(f"the C++ compiler {how} ({' '.join(command)}):\n{errors[-2000:]}", Code.COMPILER)
+        said = f":\n{errors[-2000:]}" if errors.strip() else " and said nothing"
+        raise PlatformError(f"the C++ compiler {how} ({' '.join(command)}){said}", Code.COMPILER)
     library.chmod(0o700)
     return library
 

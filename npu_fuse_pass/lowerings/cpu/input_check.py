@@ -196,7 +196,7 @@ def _start() -> threading.Thread:
     """Compile or load the library beside everything else; at its end the interpreter kills the compiler."""
     with _lock:
         if not _threads:
-            thread = threading.Thread(target=_load, name="npu_fuse_pass: compiling input_check.cpp", daemon=True)
+            thread = threading.Thread(target=_load, name=cpu_build.BESIDE, daemon=True)
             _threads.append(thread)
             _begun.append(time.monotonic())
             try:

@@ -6,6 +6,7 @@ import argparse
 import functools
 import pathlib
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -109,7 +110,7 @@ def _dump(given: argparse.Namespace) -> int:
     from npu_fuse_pass.tools.follow import Session
 
     platform = given.platform or (None if given.script else "cpu")
-    out = given.out.absolute()  # a script may change the folder it is in
+    out = _writable(given.out)
     session = Session(out, platform, given.check_numerics, _kernels(given))
     before = set(out.glob("rank_*/compile_*"))
     failure = _script(session, given) if given.script else _named(session, given)
@@ -129,6 +130,18 @@ def _dump(given: argparse.Namespace) -> int:
         print(f"{session.checked_steps} steps were compared with the original's" + ": no difference" * (not unchecked))
     wanting = session.wrong or failure or unchecked or (given.check and problems)
     return _WANTING if wanting else _FINE
+
+
+def _writable(out: pathlib.Path) -> pathlib.Path:
+    """The folder for dumps, made if need be; absolute, as a script may change the folder it is in."""
+    from npu_fuse_pass.errors import OptionError
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(dir=out).cleanup()
+    except OSError as e:
+        raise OptionError(f"--out {out}: no dump can be written there: {e}") from e
+    return out.absolute()
 
 
 def _kernels(given: argparse.Namespace) -> str | None:

@@ -56,6 +56,13 @@ def wrapper(path: Path, body: str) -> str:
     return script(path, f'for x; do out="$x"; done\ncase "$*" in *--version*) ;; *) {body};; esac\nexec {GXX} "$@"')
 
 
+def test_a_compiler_that_fails_without_a_word(
+    kernel_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", wrapper(tmp_path / "cxx", "exit 1"))
+    assert interpreted().endswith(") and said nothing")
+
+
 def test_output_that_is_not_utf8(kernel_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     says = "printf 'warning: caf\\351\\n'; printf 'caf\\351\\n' >&2"
     cxx = wrapper(tmp_path / "cxx", says)

@@ -10,12 +10,17 @@ import pathlib
 import shutil
 import stat
 import tempfile
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
+import npu_fuse_pass
+import optimizers
 from npu_fuse_pass import clear_cache
+from npu_fuse_pass.lowerings.cpu import input_check
 from tests.support.forked import run_script
 from tests.support.kernel_cache import (
     Path,
@@ -87,6 +92,23 @@ def test_a_folder_that_cannot_be_made(kernel_cache: Path, monkeypatch: pytest.Mo
     messages = fused()
     assert messages
     assert all("NPU_FUSE_CACHE_DIR" in m and str(kernel_cache) in m for m in messages)
+
+
+def test_an_unusable_folder_is_said_once(kernel_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a thread compiles the input check beside the kernel, and Python's filters would show it each time."""
+    kernel_cache.write_text("a file")
+    monkeypatch.setenv("NPU_FUSE_CACHE_DIR", str(kernel_cache / "once"))
+    input_check.forget()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for made in (optimizers.NpuFusedAdam, optimizers.NpuFusedLamb):
+            params = [torch.nn.Parameter(torch.ones(3)) for _ in range(20)]
+            for p in params:
+                p.grad = torch.ones_like(p)
+            npu_fuse_pass.compile_step(made(params))()
+        input_check.wait()
+    said = [w for w in caught if "kernel cache" in str(w.message)]
+    assert len(said) == 1 and not said[0].filename.endswith("threading.py"), [str(w.message) for w in said]
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS, errno.EACCES], ids=os.strerror)

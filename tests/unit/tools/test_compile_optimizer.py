@@ -368,6 +368,36 @@ def test_lr_0_is_no_nan_and_the_choice_of_a_form_stays_open(name: str, platform:
     assert {g.lowering for r in reports for g in r.groups} == {"cpu" if platform == "auto" else "eager"}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_an_adam_after_one_with_fused(dtype: torch.dtype) -> None:
+    """Dynamo skips the code of Adam.step from then on, and fails on the foreach form of what that calls."""
+
+    class Own(torch.optim.Adam):
+        pass
+
+    def run(patch: Callable[[Any], Any]) -> list[Tensor]:
+        params = [torch.nn.Parameter(torch.ones(4, dtype=dtype)) for _ in range(2)]
+        opt = Own([{"params": [p]} for p in params], lr=0.1)
+        patch(opt)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.full_like(p, 0.5)
+            opt.step()
+        assert all(g["foreach"] is None for g in opt.param_groups)
+        return [t for p in params for t in (p, *opt.state[p].values())]
+
+    want = run(lambda opt: None)
+    p = torch.nn.Parameter(torch.ones(4))
+    p.grad = torch.ones(4)
+    torch._dynamo.reset()
+    torch.compile(torch.optim.Adam([p], fused=True).step, backend="eager")()
+    npu_fuse_pass.clear_reports()
+    for got, value in zip(run(npu_fuse_pass.compile_optimizer_), want, strict=True):
+        assert torch.allclose(got, value, rtol=1e-4 if dtype.is_complex else 1e-6)
+    assert any(r.groups for r in npu_fuse_pass.reports()) or dtype.is_complex
+    torch._dynamo.reset()
+
+
 def test_what_the_user_chose_stays_chosen() -> None:
     params = parameters(MATRICES)
     opt = npu_fuse_pass.compile_optimizer_(torch.optim.Adam(params, foreach=False))
@@ -748,8 +778,9 @@ def test_bad_input_changes_nothing() -> None:
     with pytest.raises(npu_fuse_pass.OptionError, match="allowed are"):
         npu_fuse_pass.compile_optimizer_(opt, plattform="cpu")
     assert opt.param_groups[0]["fused"] and "step" not in vars(opt)
-    with pytest.raises(TypeError, match="Linear"):
-        npu_fuse_pass.compile_optimizer_(torch.nn.Linear(1, 1))  # type: ignore[type-var]
+    for door in (npu_fuse_pass.compile_optimizer_, npu_fuse_pass.compile_step, npu_fuse_pass.explain):
+        with pytest.raises(TypeError, match=rf"{door.__name__}\(Linear\): allowed are"):
+            door(torch.nn.Linear(1, 1))  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("maker", MAKERS)

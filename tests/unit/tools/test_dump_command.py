@@ -56,6 +56,13 @@ def summaries(root: pathlib.Path) -> list[dict]:
     return [json.loads(path.read_text()) for path in sorted(root.glob("rank_0/compile_*/summary.json"))]
 
 
+@pytest.mark.parametrize("what", [f"NpuFusedAdam {SMALL}", "--script train.py"])
+def test_a_folder_that_cannot_be_written(dump, tmp_path, what):
+    (tmp_path / "file").write_text("")
+    status, said = dump(what, out="file/below")
+    assert status == USAGE and "dump: --out" in said and "no dump can be written there" in said
+
+
 def test_an_optimizer_by_name(dump, tmp_path):
     status, said = dump(f"NpuFusedAdam {SMALL} --option lr=0.5 --option betas=(0.5,0.75) --check")
     (told,) = summaries(tmp_path / "out")
