@@ -105,6 +105,7 @@ class Interpreter:
         if name in ("copy", "fill", "zero"):  # overwrite: the old value only gives dtype and shape
             kwargs.pop("non_blocking", None)
             source = args[1] if len(args) > 1 else kwargs.get("value", 0)
+            self.moves([source], [args[0]], fused=True)
             if isinstance(source, Val) and source.dimmed and source.shape != args[0].shape:
                 if self.dimensions is not None:
                     return self.dimensions.expanded(name, source, args[0].shape)
@@ -121,7 +122,7 @@ class Interpreter:
             else:
                 result = evaluate(self.builder, name, args, kwargs)
             self._check_integer(name, result)
-            if result not in args:  # else an alias
+            if name == "clone" or result not in args:  # else an alias
                 self.moves(args, [result], fused=True)
             return result
         except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError) as e:

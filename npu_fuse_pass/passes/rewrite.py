@@ -126,11 +126,13 @@ def _group_node(
     formula = group.formula
 
     def source(member: tuple[int, ...], slot: int) -> fx.Node:
-        if leaves[member[slot]].kind not in _MADE:
+        if member[slot] in nodes:
             return nodes[member[slot]]
-        # a tensor that the step creates: any other one of the member gives its shape, else an empty one
-        given = (nodes[member[s]] for s in formula.tensor_slots if leaves[member[s]].kind not in _MADE)
-        return next(given, None) or _empty(graph, leaves[member[slot]])
+        # a tensor that this group creates: another one of the member gives its shape, else an empty one
+        leaf = leaves[member[slot]]
+        others = (i for i in (member[s] for s in formula.tensor_slots) if leaves[i].kind not in _MADE)
+        given = next((nodes[i] for i in others if leaves[i].shape == leaf.shape), None)
+        return _empty(graph, leaf) if given is None else given
 
     tensors = [source(m, s) for s in formula.tensor_slots for m in group.members]
     never_read = _number(graph, 0.0)  # stands for 0-dim tensors that the step creates

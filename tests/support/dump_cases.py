@@ -1,4 +1,4 @@
-"""Dumps of four steps that differ in kind, made by a process of its own: dump_cases.py FOLDER."""
+"""Dumps of steps that differ in kind, made by a process of its own: dump_cases.py FOLDER."""
 
 from __future__ import annotations
 
@@ -66,7 +66,37 @@ def tail(dump: pathlib.Path) -> None:
     compiled(step, dump, fullgraph=True)()
 
 
-CASES = {"adam": (adam, 1), "sgd": (sgd, 2), "muon": (muon, 1), "tail": (tail, 1)}  # and how many compiles there are
+def double(dump: pathlib.Path) -> None:
+    """Captured counters are float32, in which a bias correction has fewer digits than the parameters."""
+    params = [torch.nn.Parameter(p.detach().double()) for p in parameters()]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    compiled(torch.optim.Adam(params, lr=0.01, foreach=False).step, dump)()
+
+
+def rows(dump: pathlib.Path) -> None:
+    """A state for each row: a stage makes what the next one reads, in another shape."""
+    params = parameters()
+    states = [torch.zeros(len(p), 1) for p in params]
+
+    @torch.no_grad()
+    def step() -> None:
+        for p, s in zip(params, states, strict=True):
+            s.mul_(0.9).add_(p.grad.square().mean(1, keepdim=True))
+            p.sub_(0.1 * p.grad / (s.sqrt() + 1e-3))
+
+    compiled(step, dump, fullgraph=True)()
+
+
+# and how many compiles there are
+CASES = {
+    "adam": (adam, 1),
+    "sgd": (sgd, 2),
+    "muon": (muon, 1),
+    "tail": (tail, 1),
+    "double": (double, 1),
+    "rows": (rows, 1),
+}
 
 
 def main(root: str) -> None:

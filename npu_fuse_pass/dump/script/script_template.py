@@ -4,7 +4,6 @@
 result differs. It needs torch and npu_fuse_pass.
 """
 
-import copy
 import math  # noqa: F401
 import operator  # noqa: F401
 import sys
@@ -60,21 +59,34 @@ def inputs(signed: bool, on: bool) -> dict[str, torch.Tensor]:
 
 def differences(signed: bool, on: bool) -> Iterator[str]:
     """What differs between the two graphs, in words."""
-    theirs = inputs(signed, on)
-    ours = copy.deepcopy(theirs)
-    returned = Captured().forward(*theirs.values())
-    theirs |= {f"returned[{i}]": returned[i] for i in RETURNED}
+    theirs, ours = captured(inputs(signed, on)), inputs(signed, on)
     ours |= zip((f"returned[{i}]" for i in RETURNED), Fused().forward(*ours.values()), strict=True)
+    exact: dict[str, torch.Tensor] = {}
     for name, a in theirs.items():
         b, place = ours[name], f"{name}, {a.dtype} {tuple(a.shape)}"
-        error = ((b.double() - a.double()).abs() / (1e-3 + a.double().abs())).nan_to_num(0.0, 0.0)
-        worst = float(error.max()) if error.numel() else 0.0
+        worst, allowed = error(b, a), TRAJECTORY.get(a.dtype, 0.0)
+        if worst > allowed and a.is_floating_point():
+            # counters of steps are float32, in which 1 - beta**step loses digits; the fused graph computes in float64
+            exact = exact or captured({n: x if x.shape else x.double() for n, x in inputs(signed, on).items()})
+            worst = min(worst, error(b, exact[name]))
         if a.dtype != b.dtype:
             yield f"{place}: the fused graph gives {b.dtype}"
         elif not (torch.equal(a.isnan(), b.isnan()) and torch.equal(a.isinf(), b.isinf())):
             yield f"{place}: NaN or infinite elements, captured {counts(a)}, fused {counts(b)}"
-        elif worst > TRAJECTORY.get(a.dtype, 0.0):  # of |fused - captured| / (1e-3 + |captured|)
+        elif worst > allowed:
             yield f"{place}: relative difference up to {worst:.3g}"
+
+
+def captured(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The arguments after the captured graph has run on them, and what it returns."""
+    returned = Captured().forward(*given.values())
+    return given | {f"returned[{i}]": returned[i] for i in RETURNED}
+
+
+def error(b: torch.Tensor, a: torch.Tensor) -> float:
+    """The largest of |b - a| / (1e-3 + |a|)."""
+    found = ((b.double() - a.double()).abs() / (1e-3 + a.double().abs())).nan_to_num(0.0, 0.0)
+    return float(found.max()) if found.numel() else 0.0
 
 
 def counts(x: torch.Tensor) -> str:

@@ -67,8 +67,10 @@ def groups(contents: Contents) -> str:
         lines += ["  identity:", *(f"    {line}" for line in group.formula.text.splitlines())]
     for number, segment in enumerate(contents.grouped.segments):
         names = few([g.name for g in segment.groups]) or "nothing"
-        lines += ["", f"segment {number + 1}: after {names}, as they were:"]
-        lines += [f"  {counted(map(_call, segment.calls))}"]
+        head = (
+            f"segment {number + 1}: after {names}, as they were:" if segment.calls else f"segment {number + 1}: {names}"
+        )
+        lines += ["", head, *([f"  {counted(map(_call, segment.calls))}"] if segment.calls else [])]
     lines += [f"unfused {reason}" for reason in contents.report.unfused]
     if contents.report.fallback:
         lines += ["", f"the original runs: {contents.report.fallback}"]

@@ -81,6 +81,8 @@ def test_the_fused_graph_computes_what_the_captured_one_does(dumps, folder):
         ("adam/rank_0/compile_000", "1e-08 /", "9.0 /"),  # in the captured graph
         ("sgd/rank_0/compile_001", "0.9,", "0.8,"),
         ("muon/rank_0/compile_000", "= div(", "= mul("),
+        ("rows/rank_0/compile_000", "f64[] = sum_over(", "f64[] = amax_over("),
+        ("double/rank_0/compile_000", "0.999,", "0.998,"),
         ("tail/rank_0/compile_000", "f64 = minimum(", "f64 = maximum("),
         ("tail/rank_0/compile_000", "_foreach_addcmul_(", "_foreach_addcdiv_("),
     ],
@@ -149,11 +151,17 @@ def test_every_value_of_a_kernel_has_its_name(dumps, folder):
     text = (dumps / folder / "04_kernel.cpp").read_text()
     values = [line for line in text.splitlines() if re.match(r"\s*const \w+ v\d+ = ", line)]
     assert values and all("  // " in line for line in values)
-    pointers = [line for line in text.splitlines() if "__restrict__" in line]
+    pointers = [line for line in text.splitlines() if re.match(r"\s*(const )?\w+\* __restrict__ t\d+ = ", line)]
     assert pointers and all("  // " in line for line in pointers)
     named = [line.removeprefix("//   ") for line in text.splitlines() if re.match(r"//   x\d+ = ", line)]
     for line in named:
         assert any(f"  // {line}"[:150] in v for v in values), line
+
+
+def test_stages_without_original_operations_are_told(dumps):
+    text = (dumps / "rows" / "rank_0" / "compile_000" / "02_groups.txt").read_text()
+    assert re.search(r"^segment 1: update_\w+$", text, re.MULTILINE)
+    assert "as they were" not in text
 
 
 def test_numbers_and_members_are_told(dumps):

@@ -66,6 +66,17 @@ def test_a_report_prints_as_a_table_first(explained: dict[str, CompileReport]) -
     assert lines[4] == f"  {row.name}" and lines[5].strip() == row.formula.splitlines()[0]
 
 
+@pytest.mark.parametrize("foreach", [True, False])
+def test_copies_count_as_traffic_of_single_operations(foreach: bool) -> None:
+    """The first momentum is a clone of the gradient (8 bytes), and the update reads two tensors and writes one (12)."""
+    torch._dynamo.reset()
+    p = torch.nn.Parameter(torch.ones(8))
+    p.grad = torch.ones(8)
+    opt = torch.optim.SGD([p], lr=0.1, momentum=0.9, foreach=foreach)
+    torch.compile(opt.step, backend="npu_fused")()
+    assert npu_fuse_pass.reports()[-1].bytes_per_element == {"before": 20.0, "after": 16.0}
+
+
 class Page(html.parser.HTMLParser):
     """Reads HTML: its cells, its text, and tags that were left open."""
 
