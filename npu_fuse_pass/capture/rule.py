@@ -277,7 +277,7 @@ def _trace(batch: Batch, roles: _Roles, shape: tuple[int, ...], totals: Sequence
     keywords += [position[name] for name in (*batch.rounding.names, *kept)]
     arguments = (*(position[n] for n in cells), *keywords)
     traced = Traced(batch.rule.name, graph, tuple(graphs), arguments)
-    update_of_one = Update(writes, contributions, [], roles.labels, slots, traced)
+    update_of_one = Update(writes, contributions, [], roles.labels, slots, traced, (position["grad"],))
     return update_of_one, interpreter.moved / max(1, math.prod(shape)) + stored
 
 

@@ -83,6 +83,7 @@ class Update:
 
     Leaf expressions of the template hold positions in a member; a member names leaves of the program by index.
     `labels` are readable names of the positions, `slots` what lies there. `traced` is the rule that it was read from.
+    `needs` are positions without which a member is left out, read or not.
     """
 
     writes: list[tuple[int, Expr]]
@@ -91,6 +92,7 @@ class Update:
     labels: list[str]
     slots: list[Slot]
     traced: Traced | None = None
+    needs: tuple[int, ...] = ()
 
 
 def group_name(text: str) -> str:

@@ -104,6 +104,8 @@ def _canonicalise(update: Update) -> _Canonical:
     new_roots = [rebuilt.copy(e) for _, e in writes]
     contributions = [rebuilt.copy(e) for _, e in update.contributions]
     new_writes = [(rebuilt.slot_of_leaf(p, update.slots[p]), r) for (p, _), r in zip(writes, new_roots, strict=True)]
+    for position in update.needs:
+        rebuilt.slot_of_leaf(position, update.slots[position])
     text = serialise(rebuilt.slots, new_writes, contributions)
     formula = Formula(tuple(rebuilt.slots), tuple(new_writes), tuple(contributions), text)
     return _Canonical(formula, tuple(rebuilt.sources), tuple(number for number, _ in update.contributions))
@@ -167,7 +169,7 @@ class _Rebuild:
         return Expr(e.op, tuple(self._made[id(a)] for a in args), e.value, e.dtype, e.tensor)
 
     def slot_of_leaf(self, position: int, stored: Slot) -> int:
-        """The slot of a written leaf; a new one where the update does not read it."""
+        """The slot of a leaf; a new one where the update does not read it."""
         if position not in self._leaf_slots:
             self._slot(Expr("leaf", (), position, stored.dtype, stored.tensor))
         return self._leaf_slots[position]

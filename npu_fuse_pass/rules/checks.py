@@ -88,7 +88,8 @@ def results(
 ) -> Any:
     """What a rule gives for one parameter: its contributions to totals, and new values. `tensors`: by name."""
     states = {n: t for n, t in tensors.items() if n not in ("param", "grad")}
-    sums = [rule.contribution(n, tensors["param"], tensors["grad"], states, keywords) for n in totals]
+    own = {n: k for n, k in keywords.items() if n not in totals}  # a total knows no other one
+    sums = [rule.contribution(n, tensors["param"], tensors["grad"], states, own) for n in totals]
     return sums, rule.apply(tensors["param"], tensors["grad"], states, keywords)
 
 

@@ -222,13 +222,19 @@ def _run_rules(batches: list[Batch]) -> None:
             states = _states(batch, i)
             param, grad = _dimmed(param), _dimmed(grad)
             new, new_grad, new_states = batch.rule.apply(param, grad, states, {**batch.keywords(step, i), **sums})
-            param.copy_(new)
-            if new_grad is not None:
-                grad.copy_(new_grad)
-            for name, value in new_states.items():
-                states[name].copy_(value)
+            written = [(param, new), *((states[name], value) for name, value in new_states.items())]
+            _write([*written, (grad, new_grad)] if new_grad is not None else written)
             if batch.counts:
                 batch.step_views[i].copy_(step)
+
+
+def _write(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Copy new values to where they belong; a rule may return what it was given, in another place or as a view."""
+    memory = [local(t).untyped_storage().data_ptr() for pair in pairs for t in pair]
+    written = set(memory[::2])
+    values = [v.clone() if m in written and v is not t else v for (t, v), m in zip(pairs, memory[1::2], strict=True)]
+    for (target, _), value in zip(pairs, values, strict=True):
+        target.copy_(value)
 
 
 def _pairs(batch: Batch) -> Iterator[tuple[Tensor, Tensor | None]]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from npu_fuse_pass.errors import RuleError
 from npu_fuse_pass.rules import pickling
-from npu_fuse_pass.rules.declaration import Declaration, Init, Range, Total
+from npu_fuse_pass.rules.declaration import OPTIONS, Declaration, Init, Range, Total, is_number
 from npu_fuse_pass.rules.ranges import check_declared
 
 if TYPE_CHECKING:
@@ -96,17 +96,24 @@ def _check_signature(made: Rule) -> None:
     if len(positional) != 2 + len(made.states) or positional[2:] != list(made.states):
         wanted = ", ".join(["param", "grad", *made.states])
         raise RuleError(f"rule {made.name!r} takes ({', '.join(positional)}); its states ask for ({wanted}, *, ...)")
-    reserved = {"param", "grad", "step", "params"} & (made.states.keys() | made.defaults.keys() | made.totals.keys())
+    names = [*made.states, *made.defaults, *made.totals]
+    reserved = {"param", "grad", "step", "params"}.intersection(names) | made.defaults.keys() & {*OPTIONS}
     if reserved:
         raise RuleError(f"rule {made.name!r}: the names {sorted(reserved)} are taken; choose others")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise RuleError(f"rule {made.name!r}: {twice} are names of more than one state, hyperparameter or total")
+    collects = [str(p) for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if collects:
+        raise RuleError(f"rule {made.name!r} takes {collects[0]}; name each of its hyperparameters behind a *")
     for name, value in made.defaults.items():
         if not isinstance(value, (bool, int, float, str, tuple, type(None))):
             raise RuleError(f"rule {made.name!r}: default {name}={value!r} must be a number, tuple, bool, str or None")
     for name, init in made.states.items():
-        if not isinstance(init, Init):
+        if not isinstance(init, Init) or not is_number(init.value):
             raise RuleError(f"rule {made.name!r}: state {name}={init!r} must be zeros, ones or an Init of a number")
     for name, total in made.totals.items():
-        if not isinstance(total, Total):
+        if not isinstance(total, Total) or not callable(total.function):
             raise RuleError(f"rule {made.name!r}: total {name}={total!r} must be made by total(...)")
 
 

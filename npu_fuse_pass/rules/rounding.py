@@ -17,8 +17,8 @@ T = TypeVar("T")
 SEED = "rounding_seed"
 """The key of parameter groups that holds the seed."""
 
-ROUNDING = "rounding"
-"""The keyword with which a rule is applied that rounds: (seed, parameter, first)."""
+ROUNDING = "rounding."
+"""The keyword with which a rule is applied that rounds: (seed, parameter, first). No hyperparameter is called so."""
 
 _NAMES = ("rounding.seed", "rounding.parameter", "rounding.first")  # no identifiers: no hyperparameter is called so
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from npu_fuse_pass import FuseError, RuleError, RuleOptimizer, rule, total, zeros
+from npu_fuse_pass import FuseError, Init, RuleError, RuleOptimizer, rule, total, zeros
 from tests.support.rules import same_compiled
 from tests.support.training import gradients, parameters, set_gradients
 
@@ -200,16 +200,22 @@ def test_signatures(what: str) -> None:
 
 
 def test_reserved_and_unknown_names() -> None:
-    for name in ("param", "grad", "step", "params"):
+    for name in ("param", "grad", "step", "params", "flatten", "state_dtype"):
         with pytest.raises(RuleError, match=name):
             rule(defaults={name: 1.0})(lambda param, grad: param)
+    with pytest.raises(RuleError, match=r"\['lr'\] are names of more than one"):
+        rule(states={"lr": zeros}, defaults={"lr": 0.1})(lambda param, grad, lr: (param, lr))
+    with pytest.raises(RuleError, match=r"\['lr'\] are names of more than one"):
+        rule(totals={"lr": total(lambda grad: grad.sum())}, defaults={"lr": 0.1})(lambda param, grad, *, lr: param)
+    with pytest.raises(RuleError, match=r"takes \*\*others; name each"):
+        rule(defaults={"lr": 0.1})(lambda param, grad, **others: param - others["lr"] * grad)
     with pytest.raises(RuleError, match=r"'typo', which is not among its defaults \['lr'"):
         rule(defaults={"lr": 0.1})(lambda param, grad, *, typo: param)(parameters())
     with pytest.raises(RuleError, match="allowed are 'group' and 'optimizer'"):
         total(lambda grad: grad.sum(), over="world")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("what", [0, None, torch.zeros_like])
+@pytest.mark.parametrize("what", [0, None, torch.zeros_like, Init("0"), Init(torch.zeros(2)), total(0)])  # type: ignore[arg-type]
 def test_states_and_totals_of_another_kind(what: Any) -> None:
     with pytest.raises(RuleError, match=r"state m=.* must be zeros"):
         rule(states={"m": what}, defaults={"lr": 0.1})(lambda param, grad, m, *, lr: (param, m))
@@ -221,3 +227,16 @@ def test_a_total_must_be_a_number() -> None:
     bad = rule(totals={"t": total(lambda grad: grad)})(lambda param, grad, *, t: param - t)
     with pytest.raises(RuleError, match="must return a 0-dim tensor"):
         bad(parameters())
+
+
+def test_a_total_of_a_total_is_refused_at_once() -> None:
+    totals = {"t": total(lambda grad: grad.sum()), "u": total(lambda grad, t: grad.sum() * t)}
+    with pytest.raises(RuleError, match=r"total 'u' of rule .* asks for 't', which it cannot get"):
+        rule(totals=totals)(lambda param, grad, *, t, u: param - u * t * grad)(parameters())
+
+
+def test_a_hyperparameter_called_rounding() -> None:
+    def coarse(param: Tensor, grad: Tensor, *, lr: Tensor, rounding: tuple[Tensor, ...]) -> Tensor:
+        return param - lr * (grad / rounding[0]).round() * rounding[1]
+
+    same_compiled(rule(defaults={"lr": 0.1, "rounding": (0.5, 0.25, 0.0)})(coarse))

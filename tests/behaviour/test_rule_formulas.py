@@ -27,6 +27,8 @@ SHAPED: dict[str, Callable[..., Any]] = {
     "other state": lambda param, grad, m, *, lr: (param - lr * grad, grad if param.numel() > 10 else param),
     "other order": lambda param, grad, m, *, lr: (param - grad if param.numel() > 10 else grad - param, m),
     "keep": lambda param, grad, m, *, lr: (param - lr * grad, m if param.numel() > 10 else param),
+    "old parameter": lambda param, grad, m, *, lr: (param - lr * m, param),
+    "exchanged": lambda param, grad, m, *, lr: (m - lr * grad, param),
     "tall": lambda param, grad, m, *, lr: (param * (lr if param.ndim and param.shape[0] > param.shape[-1] else 1), m),
     "first element": lambda param, grad, m, *, lr: (param - lr * grad.flatten()[0], m),
     "rows": lambda param, grad, m, *, lr: (param - lr * grad.sum(-1, keepdim=True), m),
@@ -42,6 +44,33 @@ def test_formulas_that_depend_on_the_shape(what: str, dtype: torch.dtype) -> Non
     same_compiled(made, dtype=dtype, fused=what not in UNFUSED)
     report = last_report()
     assert bool(report.unfused or report.fallback) == (what in UNFUSED)
+
+
+def test_a_parameter_without_a_gradient_stays_where_the_rule_does_not_read_it() -> None:
+    """Of "other tensor" the small ones read no gradient; of "pull" none does."""
+
+    @rule(states={"slow": ones}, defaults={"lr": 0.125})
+    def pull(param: Tensor, grad: Tensor, slow: Tensor, *, lr: Tensor) -> Any:
+        return param + lr * (slow - param), slow + 1
+
+    for made in (pull, rule(states={"m": ones}, defaults={"lr": 0.125})(SHAPED["other tensor"])):
+        for platform in ("cpu", "eager"):
+            params, others = parameters(), parameters()
+            opt, eager = made(params), made(others)
+            step = torch.compile(opt.step, backend="npu_fused", options={"platform": platform})
+            for missing in (None, 1, 0, None, 2):
+                for mine in (params, others):
+                    set_gradients(mine, gradients(mine, 1))
+                    if missing is not None:
+                        mine[missing].grad = None
+                step()
+                eager.step()
+                assert last_report().groups
+                assert not last_report().fallback
+                assert_close(params, others)
+                assert [float(s["step"]) for s in opt.state.values()] == [
+                    float(s["step"]) for s in eager.state.values()
+                ]
 
 
 CONSTANT, VECTOR = torch.tensor(0.3), torch.tensor([0.1, 0.2, 0.3])

@@ -22,13 +22,16 @@ SHAPES = [(3, 4), (4, 3), (30, 4), (2, 3), (5,), (100,), (2, 3, 4), (40, 50), ()
 
 
 def same_compiled(made: Any, shapes: Any = SHAPES, dtype: torch.dtype = torch.float32, fused: bool = True) -> Any:
-    """A rule gives the same eagerly and compiled, for every shape; returns the parameters."""
+    """A rule gives the same parameters and states eagerly and compiled, for every shape; returns the parameters."""
     params = parameters(shapes, dtype)
     others = clones(params)
-    step, eager = compiled(made(params)), made(others).step
+    opt, eager = made(params), made(others)
+    step = compiled(opt)
     train(params, step)
-    train(others, eager)
+    train(others, eager.step)
     assert_close(params, others, RULE[dtype])
+    for p, other in zip(params, others, strict=True):
+        assert_close(list(opt.state[p].values()), list(eager.state[other].values()), RULE[dtype])
     if fused:
         step.check(len(params))
         set_gradients(params, gradients(params, 9))
