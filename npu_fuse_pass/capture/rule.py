@@ -192,9 +192,9 @@ def _calls(batch: Batch, shape: tuple[int, ...]) -> object:
     try:
         with record:
             given = results(batch.rule, tensors, keywords, batch.totals)
+        return (*record.calls, *record.constants(given), *record.describe(given))
     except Exception:  # whatever a rule cannot do on meta tensors: every shape is traced by itself
         return shape
-    return (*record.calls, *record.describe(given))
 
 
 class _Record(DispatchMode):
@@ -206,6 +206,11 @@ class _Record(DispatchMode):
         self._known = list(given)  # kept alive, so that no id is used twice
         self._names = {id(t): i for i, t in enumerate(given)}
 
+    def constants(self, values: Any) -> list[object]:
+        """The tensors among them that are neither a rule's arguments nor results, with their values."""
+        others = [t for t in _elements(values) if isinstance(t, Tensor) and id(t) not in self._names]
+        return [("a constant", t.dtype, repr(t.tolist())) for t in others]
+
     def describe(self, values: Any) -> list[object]:
         return [self._name(v) if isinstance(v, Tensor) else repr(v) for v in _elements(values)]
 
@@ -216,8 +221,7 @@ class _Record(DispatchMode):
         return (self._names[id(t)], t.ndim)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        others = [t for t in _elements((args, kwargs)) if isinstance(t, Tensor) and id(t) not in self._names]
-        self.calls += [("a constant", t.dtype, repr(t.tolist())) for t in others]  # which is none of a rule's arguments
+        self.calls += self.constants((args, kwargs))
         self.calls.append((str(function), *self.describe((args, kwargs or {}))))
         result = function(*args, **(kwargs or {}))
         self.calls.append(tuple(self.describe(result)))

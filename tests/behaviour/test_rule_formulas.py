@@ -46,6 +46,13 @@ def test_formulas_that_depend_on_the_shape(what: str, dtype: torch.dtype) -> Non
     assert bool(report.unfused or report.fallback) == (what in UNFUSED)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_total_of_constants_that_depend_on_the_shape(dtype: torch.dtype) -> None:
+    counted = total(lambda grad: torch.tensor(1.0 / grad.numel(), dtype=grad.dtype, device=grad.device))
+    made = rule(totals={"n": counted}, defaults={"lr": 0.1})(lambda param, grad, *, lr, n: param - lr * n * grad)
+    same_compiled(made, dtype=dtype)
+
+
 def test_a_parameter_without_a_gradient_stays_where_the_rule_does_not_read_it() -> None:
     """Of "other tensor" the small ones read no gradient; of "pull" none does."""
 
