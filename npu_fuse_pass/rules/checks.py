@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from npu_fuse_pass.errors import RuleError
 from npu_fuse_pass.fx_nodes.names import overload_name
@@ -33,15 +34,22 @@ def structure(rule: Declaration, settings: Mapping[str, Any]) -> tuple[object, .
     return id(rule), static, sizes, rule.states_of(settings), rule.totals_of(settings)
 
 
-def check_rule(rule: Declaration, settings: Mapping[str, Any]) -> None:
-    """Run a rule once on meta tensors: its shapes and count of results, and that it decides nothing by values.
+def dimensions(params: Iterable[Tensor]) -> set[int]:
+    """How many dimensions parameters have; 0-dim ones are one element, as in steps."""
+    return {p.dim() or 1 for p in params if not is_lazy(p)}
+
+
+def check_rule(rule: Declaration, settings: Mapping[str, Any], ndim: int = 2) -> None:
+    """Run a rule on meta tensors: its shapes and count of results, and that it decides nothing by values.
+
+    Args:
+        ndim: the dimensions of these tensors: the rule may compute something else with others. What it fails with
+            beside matrices may be due to the sizes, which are not the parameters'.
 
     Raises:
         RuleError: what is wrong with the rule and what to write instead.
     """
-    static, numbers = split_keywords(wanted_keywords(rule), settings)
-    names, totals = rule.states_of(settings), rule.totals_of(settings)
-    if kept := rule.numbers_of(names):
+    if kept := rule.numbers_of(rule.states_of(settings)):
         raise RuleError(
             f"rule {rule.name!r}: the state {kept[0]!r} is one number, which classes of torch.optim alone keep"
         )
@@ -49,8 +57,18 @@ def check_rule(rule: Declaration, settings: Mapping[str, Any]) -> None:
     if missing:
         known = [name for name in settings if name != "params"]
         raise RuleError(f"rule {rule.name!r} asks for {missing[0]!r}, which is not among its defaults {known}")
+    try:
+        _check_on((2, 3, *[2] * ndim)[:ndim], rule, settings)
+    except Exception as e:
+        if ndim == 2 or (isinstance(e, RuleError) and e.__cause__ is None):
+            raise
+
+
+def _check_on(shape: tuple[int, ...], rule: Declaration, settings: Mapping[str, Any]) -> None:
+    static, numbers = split_keywords(wanted_keywords(rule), settings)
+    names, totals = rule.states_of(settings), rule.totals_of(settings)
     keywords = meta_keywords(dict(static), numbers, totals)
-    tensors = {n: torch.empty((2, 3), device="meta") for n in ("param", "grad", *names)}
+    tensors = {n: torch.empty(shape, device="meta") for n in ("param", "grad", *names)}
     numbered = {n: k if isinstance(k, tuple) else (k,) for n, k in keywords.items()}
     given = [*tensors.items(), *((n, t) for n, ks in numbered.items() for t in ks if isinstance(t, Tensor))]
     versions = [_version(t) for _, t in given]
@@ -69,7 +87,7 @@ def check_rule(rule: Declaration, settings: Mapping[str, Any]) -> None:
             return  # an operation without a meta kernel; tracing decides
         other = [f"{n}={settings[n]!r}" for n in wanted_keywords(rule) if settings[n] != rule.defaults.get(n)]
         with_them = f" with {', '.join(other)}" if other else ""
-        raise RuleError(f"rule {rule.name!r} fails{with_them} on tensors of shape (2, 3): {e}") from e
+        raise RuleError(f"rule {rule.name!r} fails{with_them} on tensors of shape {shape}: {e}") from e
     changed = [n for (n, t), version in zip(given, versions, strict=True) if _version(t) != version]
     if changed:
         raise RuleError(

@@ -148,11 +148,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._start()
         for group in self.param_groups:
             rule = self.rule_for(group)
-            for _, settings in self.settings(group):
+            for params, settings in self.settings(group):
                 check_kinds(rule, settings)
                 check_ranges(rule, settings)
                 self._check_rounding(group)
-                self._prelude.check_once(rule, settings)
+                self._prelude.check_once(rule, settings, params)
         self._settle_groups(self.param_groups)
 
     @classmethod

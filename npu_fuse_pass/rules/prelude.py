@@ -28,7 +28,7 @@ from npu_fuse_pass.rules.batch import (
     updated_first,
     updated_so_far,
 )
-from npu_fuse_pass.rules.checks import check_flat_shards, check_rule, structure
+from npu_fuse_pass.rules.checks import check_flat_shards, check_rule, dimensions, structure
 from npu_fuse_pass.rules.declaration import Declaration, arithmetic_dtype, with_master_weights
 from npu_fuse_pass.rules.meeting import Meeting
 from npu_fuse_pass.rules.ranges import check_kinds
@@ -133,16 +133,17 @@ class Prelude:
                 "made under torch.inference_mode(); nothing was changed. A clone of it is a normal tensor"
             )
 
-    def check_once(self, rule: Declaration, settings: Mapping[str, Any]) -> None:
+    def check_once(self, rule: Declaration, settings: Mapping[str, Any], params: Iterable[Tensor]) -> None:
         """Refuse settings with which the rule fails, before another group is updated; numbers alone are not looked at.
 
         Raises:
             RuleError: names the rule and what it fails with.
         """
         key = structure(rule, settings)
-        if key not in self._checked:
-            check_rule(rule, settings)
-            self._checked.add(key)
+        for ndim in (2, *sorted(dimensions(params) - {2})):
+            if (key, ndim) not in self._checked:
+                check_rule(rule, settings, ndim)
+                self._checked.add((key, ndim))
 
     @property
     def kinds(self) -> object:
@@ -198,9 +199,9 @@ class Prelude:
 
     def _make(self, optimizer: Stepped, parts: list[tuple[int, Declaration, list[Tensor], Mapping[str, Any]]]) -> None:
         self.input_check, self.unchanged = None, False
-        for _, rule, _, settings in parts:
+        for _, rule, params, settings in parts:
             check_kinds(rule, settings)
-            self.check_once(rule, settings)
+            self.check_once(rule, settings, params)
         for _, _, params, _ in parts:
             for p in params:
                 if p.grad is not None:

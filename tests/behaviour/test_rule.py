@@ -139,6 +139,25 @@ def test_results(what: str) -> None:
         decided(function)
 
 
+def test_other_numbers_of_dimensions() -> None:
+    """What a rule does with vectors alone is seen before the first step; what fails for its sizes may be right."""
+
+    def decided_by_ndim(of_vectors: Callable[..., Any]) -> None:
+        def chosen(param: Tensor, grad: Tensor, m: Tensor, *, lr: Tensor) -> Any:
+            return of_vectors(param, grad, m, lr) if param.ndim == 1 else (param - lr * grad, m)
+
+        rule(states={"m": zeros}, defaults={"lr": 0.1})(chosen)(parameters([(2, 3), (7,)]))
+
+    with pytest.raises(RuleError, match="1 values; it must return"):
+        decided_by_ndim(lambda param, grad, m, lr: param)
+    with pytest.raises(RuleError, match=r"shape \(\) for 'm'"):
+        decided_by_ndim(lambda param, grad, m, lr: (param, grad.sum()))
+    with pytest.raises(RuleError, match="'grad' in place"):
+        decided_by_ndim(lambda param, grad, m, lr: (param - lr * grad.mul_(2), m))
+    decided_by_ndim(lambda param, grad, m, lr: (param - lr * grad * torch.ones(7), m))
+    decided_by_ndim(lambda param, grad, m, lr: (param - lr * grad * {7: 1.0}[len(grad)], m))
+
+
 def test_a_value_for_a_state_that_the_group_lacks() -> None:
     @rule(states={"m": zeros.when(lambda group: group["momentum"])}, defaults={"lr": 0.1, "momentum": False})
     def sometimes(param: Tensor, grad: Tensor, m: Tensor | None, *, lr: Tensor) -> Any:
