@@ -39,12 +39,16 @@ class Momentum(torch.optim.Optimizer):
         return loss
 
 
-def _clock(compiled: float, eager: float) -> Callable[[], float]:
-    """Steps take so many seconds each, whatever they do; the first, which makes states, does not count."""
+def _clock(compiled: float, eager: float, slow: int = 0) -> Callable[[], float]:
+    """Steps take so many seconds each, whatever they do; the first, which makes states, does not count.
+
+    `slow`: how many of the last compiled ones take a second.
+    """
 
     def readings() -> Iterator[float]:
         yield from (0.0, 0.0)
-        yield from itertools.chain.from_iterable((0.0, compiled) for _ in range(TIMED))
+        yield from itertools.chain.from_iterable((0.0, compiled) for _ in range(TIMED - slow))
+        yield from itertools.chain.from_iterable((0.0, 1.0) for _ in range(slow))
         yield from itertools.chain.from_iterable((0.0, eager) for _ in range(pace.EAGER))
 
     return readings().__next__
@@ -83,6 +87,14 @@ def test_a_slower_step_is_said_once_and_goes_on(
     assert len(said) == slower and all("Momentum is faster uncompiled" in text and took in text for text in said), said
     assert last_report().slower == (took if slower else None)
     assert (f"slower than uncompiled: {took}" in str(last_report())) == slower
+
+
+def test_a_few_steps_that_compile_or_wait_make_no_slower_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups that are added, gradients that come and go: a compile is a matter of one step."""
+    monkeypatch.setattr(pace, "clock", _clock(0.0004, 0.0001, slow=pace.COMPILED - 1))
+    opt = Momentum(parameters(SHAPES))
+    assert not _train(opt, npu_fuse_pass.compile_step(opt), ALL + 1)
+    assert last_report().slower is None
 
 
 @pytest.mark.parametrize("options", [{}, {"check_numerics": True}], ids=["a closure", "check_numerics"])
