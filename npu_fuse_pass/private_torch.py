@@ -45,6 +45,7 @@ WITHOUT = {
     "torch._dynamo.guards.install_guard": "parameters that had one gradient keep it in a compiled step",
     "torch._dynamo.guards.is_from_optimizer_source": "a function that removes states of torch.optim's "
     "optimizer may mix up the others",
+    "torch._dynamo.guards.match_on_id_for_tensor": "new gradients may compile a captured step at every step",
     "torch._dynamo.output_graph.OutputGraph": "what a step has read as p.data is what it assigns to it later",
     "torch._dynamo.output_graph.OutputGraph.compile_subgraph": "what a step has read as p.data is what it assigns "
     "to it later",

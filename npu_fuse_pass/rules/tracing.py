@@ -96,6 +96,7 @@ _end_mapping, _install_guard, _one_object = _GRADIENTS = (
 )
 _call_method = find("torch._dynamo.variables.OptimizerVariable.call_method")
 _leaves_out_guards = find("torch._dynamo.guards.is_from_optimizer_source")
+_matches_on_id = find("torch._dynamo.guards.match_on_id_for_tensor")
 _read_attribute = find("torch._dynamo.variables.OptimizerVariable.var_getattr")
 _tensor, _read_of_tensor, _end_graph = _DATA = (
     find("torch._dynamo.variables.TensorVariable"),
@@ -223,6 +224,12 @@ def _guard_shared_gradients(self: Any, tx: Any) -> None:
             same = functools.partial(_one_object, source_b=used)
             _install_guard(dataclasses.replace(used, base=source).make_guard(same))
     _end_mapping(self, tx)
+
+
+def _is_matched_on_id(guard: Any) -> bool:
+    """Whether a tensor is guarded to be the same object: a key of a dict, but not what an attribute of one holds."""
+    is_attribute = isinstance(guard.originating_source, _attribute_source)
+    return _matches_on_id(guard) and (guard.is_specialized_nn_module() or not is_attribute)
 
 
 def _input(self: Any, value: Any) -> Any:
@@ -358,6 +365,9 @@ _tracing = _Replaced(
     _where([_call_method], _optimizer, "call_method", _method),
     _where(_GRADIENTS, _optimizer, "create_finalizer", _guard_shared_gradients),
     _where([_leaves_out_guards], find("torch._dynamo.guards"), "is_from_optimizer_source", lambda source: False),
+    _where(
+        (_matches_on_id, _attribute_source), find("torch._dynamo.guards"), "match_on_id_for_tensor", _is_matched_on_id
+    ),
     _where(_ATTRIBUTES, find("torch._dynamo.variables.builder.VariableBuilder"), "_wrap", _input),
     _where(_DATA, _tensor, "var_getattr", _read_data),
     _where(_DELETED, _tensor, "call_method", _tensor_method),

@@ -258,3 +258,34 @@ def test_explain_reports_the_steps_that_follow() -> None:
     assert_fused(report, parameters=2)
     report = npu_fuse_pass.explain(Copies(parameters(SHAPES), unfused=True))
     assert [reason.code for reason in report.reasons] == [Code.OPERATION]
+
+
+class Counted(torch.optim.Optimizer):
+    """Looks for a count beside the parameters' states, as madgrad.MADGRAD: Dynamo meets a parameter as a key first."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if "k" not in self.state:
+            self.state["k"] = torch.zeros((), dtype=torch.int64)  # type: ignore[index]
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None:
+                buffer = self.state[p].setdefault("buffer", torch.zeros_like(p))
+                buffer.mul_(0.9).add_(p.grad)
+                p.sub_(buffer, alpha=self.param_groups[0]["lr"])
+        self.state["k"] += 1  # type: ignore[index]
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["compile_step", "torch.compile"])
+def test_new_gradients_of_parameters_that_are_keys_compile_nothing(plain: bool) -> None:
+    params = parameters(SHAPES)
+    opt, other = Counted(params), Counted(clones(params))
+    step = torch.compile(opt.step, backend="npu_fused") if plain else npu_fuse_pass.compile_step(opt)
+    train(step, params, range(3))
+    npu_fuse_pass.clear_reports()
+    train(step, params, range(3, 7))
+    train(other.step, other.param_groups[0]["params"], range(7))
+    assert not npu_fuse_pass.reports()
+    assert_close(params, other.param_groups[0]["params"], 1e-6)
