@@ -217,14 +217,24 @@ def compiling() -> bool:
 
 
 _KINDS = "graph_break", "unimplemented"  # code that it skips, a loop for example, is counted as the latter alone
+_CLOSURE = "npu_fused_closure"
 _LIMIT = "recompile limit exceeded"  # counted there, too; what leads to it are compiles, and they have causes
 
 
 OWN_BREAK = ", in _use_grad)"  # torch breaks the graph itself around every step of its optimizers
 
 
+def uncompiled(closure: Callable[..., Any]) -> Callable[..., Any]:
+    """A closure as a step that is compiled gets it: it runs as it is, in a graph break that is no reason for others."""
+
+    def npu_fused_closure(*args: Any, **kwargs: Any) -> Any:
+        return closure(*args, **kwargs)
+
+    return torch.compiler.disable(npu_fused_closure)  # type: ignore[no-any-return]
+
+
 class NewBreaks:
-    """The graph breaks since this was made, as Dynamo reports them."""
+    """The graph breaks since this was made, as Dynamo reports them, without those at closures."""
 
     def __init__(self) -> None:
         self._counts = {kind: dict(_counted(kind)) for kind in _KINDS}
@@ -235,10 +245,11 @@ class NewBreaks:
 
         None: there was none.
         """
-        if found := list(map(told, _told()[self._told :])):
+        if found := [told(r) for r in _told()[self._told :] if _CLOSURE not in str(r.reason)]:
             return next((text for text in found if OWN_BREAK not in text), found[0])
         for kind, before in self._counts.items():
-            if grown := [reason for reason, count in _counted(kind).items() if count > before.get(reason, 0)]:
+            grown = [reason for reason, count in _counted(kind).items() if count > before.get(reason, 0)]
+            if grown := [reason for reason in grown if _CLOSURE not in reason]:
                 return told_of(grown[-1])
         return None
 

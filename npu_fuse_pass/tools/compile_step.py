@@ -164,7 +164,7 @@ class CompiledStep:
                 loss = closure()
             self._update()
             return loss
-        apart = torch.compiler.disable(closure)
+        apart = backend.uncompiled(closure)
         if args:
             return self._compiled_update(apart, *args[1:], **kwargs)
         return self._compiled_update(**{**kwargs, "closure": apart})

@@ -172,6 +172,22 @@ def test_the_error_says_why_and_where_a_loop_is_skipped(cls: Any) -> None:
     assert "test_first_step.py:" in str(npu_fuse_pass.explain(cls(params)).fallback)
 
 
+class LoopingBehindAClosure(Stateless):
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        loss = closure()
+        for p in self.param_groups[0]["params"]:
+            if p.grad.sum() > 0:
+                p.data.sub_(p.grad)
+        return loss
+
+
+def test_that_a_closure_runs_apart_is_not_why_a_step_is_not_captured() -> None:
+    params = parameters(SHAPES)
+    step = npu_fuse_pass.compile_step(LoopingBehindAClosure(params))
+    with pytest.raises(npu_fuse_pass.NotCapturedError, match=r"Data-dependent branching \(.*test_first_step.py:\d+"):
+        train(lambda: step(lambda: torch.ones(())), params, range(2))
+
+
 def doubled(x: Tensor) -> Tensor:
     return x * 2
 
