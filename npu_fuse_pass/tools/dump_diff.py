@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import json
 import pathlib
 import re
@@ -120,8 +121,8 @@ def _groups(mine: Sequence[Summary], yours: Sequence[Summary]) -> Iterator[str]:
     vanished = [g for g in mine if g["name"] not in after]
     appeared = [g for g in yours if g["name"] not in before]
     for old in vanished:
-        new = max(appeared, key=lambda g: _likeness(old, g), default=None)
-        if new is None or _likeness(old, new) < _ALIKE:
+        new = max(appeared, key=functools.partial(_likeness, old), default=None)
+        if new is None or _likeness(old, new)[0] < _ALIKE:
             yield f"group {old['name']} vanished: {old['updates']} x {old['dtype']}"
             continue
         appeared.remove(new)
@@ -140,8 +141,10 @@ def _group(old: Summary, new: Summary, prefix: str) -> Iterator[str]:
         yield f"{prefix}known kernel: {matches[1] or 'none'} instead of {matches[0] or 'none'}"
 
 
-def _likeness(old: Summary, new: Summary) -> float:
-    return difflib.SequenceMatcher(None, old["formula"], new["formula"], autojunk=False).ratio()
+def _likeness(old: Summary, new: Summary) -> tuple[float, int]:
+    """How similar the formulas of two groups are, then how many other fields are equal."""
+    ratio = difflib.SequenceMatcher(None, old["formula"], new["formula"], autojunk=False).ratio()
+    return ratio, sum(old.get(key) == new.get(key) for key in _GROUP)
 
 
 def _formula(old: Sequence[str], new: Sequence[str]) -> Iterator[str]:

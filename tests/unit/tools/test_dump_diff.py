@@ -99,6 +99,22 @@ def test_a_group_that_appears_and_vanishes(diff, dumps):
     assert appeared.replace("appeared", "vanished") in after
 
 
+def test_groups_of_one_formula_are_told_apart_by_the_rest(diff, dumps, tmp_path):
+    """Two groups whose names change, as where their dtypes or shapes have a part in them."""
+    shutil.copytree(dumps / "adam", tmp_path / "one")
+    path = tmp_path / "one" / "rank_0" / "compile_000" / "summary.json"
+    summary = json.loads(path.read_text())
+    (group,) = summary["groups"]
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    later = tmp_path / "two" / "rank_0" / "compile_000" / "summary.json"
+    alone = {**group, "updates": 1, "elements": 1}
+    path.write_text(json.dumps({**summary, "groups": [{**group, "name": "a"}, {**alone, "name": "b"}]}))
+    later.write_text(json.dumps({**summary, "groups": [{**alone, "name": "c"}, {**group, "name": "d"}]}))
+    said = diff(tmp_path / "one", tmp_path / "two")[1]
+    assert "group a is now d" in said and "group b is now c" in said
+    assert not any("parameters:" in line for line in said), said
+
+
 def test_what_is_unfused(diff):
     status, said = diff("adam", "muon")
     assert status == 1 and "now unfused: matmul: this operation has no place in a fused kernel" in said
