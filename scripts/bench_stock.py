@@ -41,7 +41,7 @@ PAIRS: dict[str, tuple[Callable[..., Any], Callable[..., Any], dict[str, Any]]] 
     "NAdam (beside NpuFusedAdam)": (optimizers.NpuFusedAdam, torch.optim.NAdam, dict(lr=1e-3)),
     "ASGD (beside NpuFusedSGD, momentum)": (_sgd, torch.optim.ASGD, dict(lr=1e-2)),
 }
-SMALL = list(PAIRS)[:3]  # also on 100 tensors
+SOME = list(PAIRS)[:3]  # also on fewer and larger tensors
 FIRST_AT_MOST, STEP_AT_MOST = 2.0, 1.1
 """Times of ours that a class of torch's may take."""
 WARM, SHORTEST = 8, 40  # rounds before the timed ones, and how many of these there are at least
@@ -83,10 +83,10 @@ def stock_cost(name: str, shape: tuple[int, ...], count: int, seconds: float) ->
 
 
 def stock_pairs(seconds: float, only: str = "") -> list[dict[str, Any]]:
-    """All pairs on 1000 tensors of 1024, some on 100 of 256 x 256."""
+    """All pairs on 1000 tensors of 1024, some on 100 of 256 x 256 and on 1000 of 16384, as large models have."""
     input_check.wait()
     cells: list[tuple[str, tuple[int, ...], int]] = [(name, (1024,), 1000) for name in PAIRS]
-    cells += [(name, (256, 256), 100) for name in SMALL]
+    cells += [(name, shape, count) for shape, count in (((256, 256), 100), ((16384,), 1000)) for name in SOME]
     return [stock_cost(name, shape, count, seconds) for name, shape, count in cells if only.lower() in name.lower()]
 
 
