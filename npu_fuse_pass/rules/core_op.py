@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from npu_fuse_pass.options import disabled
-from npu_fuse_pass.private_torch import find
+from npu_fuse_pass.private_torch import find, storage_key
 from npu_fuse_pass.rules import pending
 from npu_fuse_pass.rules.batch import Batch
 from npu_fuse_pass.rules.pending import Keeping
@@ -230,7 +230,7 @@ def _run_rules(batches: list[Batch]) -> None:
 
 def _write(pairs: list[tuple[Tensor, Tensor]]) -> None:
     """Copy new values to where they belong; a rule may return what it was given, in another place or as a view."""
-    memory = [local(t).untyped_storage().data_ptr() for pair in pairs for t in pair]
+    memory = [storage_key(local(t).untyped_storage()) for pair in pairs for t in pair]
     written = set(memory[::2])
     values = [v.clone() if m in written and v is not t else v for (t, v), m in zip(pairs, memory[1::2], strict=True)]
     for (target, _), value in zip(pairs, values, strict=True):

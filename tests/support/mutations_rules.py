@@ -133,8 +133,8 @@ RULES = [
     Mutation(
         "an eager step forgets what it made of the states",
         "_run_rules",
-        "                states[name].copy_(value)",
-        "                pass",
+        "[(param, new), *((states[name], value) for name, value in new_states.items())]",
+        "[(param, new)]",
         EAGER,
     ),
     Mutation(

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import os
+import pathlib
+
+import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor
 
+from npu_fuse_pass.ir.expr import C_FUNCTIONS
+from npu_fuse_pass.ir.text import parse
 from npu_fuse_pass.ir.types import Formula, Group, Leaf
 from npu_fuse_pass.lowerings import eager
+from npu_fuse_pass.lowerings.cpu import codegen, compiler
 from npu_fuse_pass.lowerings.cpu import program as cpu
 from tests.support.formulas import EXACT_FORMULAS, LABELS
 from tests.support.graphs import ulps
@@ -66,8 +74,6 @@ slot 2: scalar
 write $0 = %8
 write $1 = %7
 write $2 = %9"""
-    from npu_fuse_pass.ir.text import parse
-
     leaves = [Leaf("input", n, i, dtype=torch.float32, shape=(40_000,)) for i, n in enumerate("pq")]
     leaves.append(Leaf("input", "s", 2))
     p, q, s = torch.ones(40_000), torch.full((40_000,), 0.5), torch.tensor(3.0, dtype=torch.float64)
@@ -76,3 +82,48 @@ write $2 = %9"""
     assert bool((p == 0.5 - (1 + most)).all())
     assert bool((q == 1 + most).all())
     assert float(s) == 3 + most
+
+
+def _glibc() -> tuple[int, ...]:
+    """The version of the C library; (0,) where it is another one."""
+    try:
+        found = os.confstr("CS_GNU_LIBC_VERSION") or ""
+    except (OSError, ValueError):
+        found = ""
+    return tuple(map(int, found.removeprefix("glibc ").split("."))) if found.startswith("glibc ") else (0,)
+
+
+def _of(name: str) -> tuple[str, list[Tensor]]:
+    """The formula y = f(x) or f(x, y) of float32 tensors, and arguments: usual ones, ends of ranges, no numbers."""
+    two = name in ("pow", "atan2", "hypot")
+    g = torch.Generator().manual_seed(3)
+    special = [0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, 1e-45, -1e-40, 3.4e38, 88.7, -103.9, 0.5]
+    x = torch.cat([torch.randn(5003, generator=g) * 3, torch.tensor(special), torch.rand(1000, generator=g)])
+    y = torch.cat([torch.randn(6003, generator=g) * 2, torch.tensor(special)])
+    call = f"{name}($0, $1)" if two else f"{name}($0)"
+    return f"slot 0: f32\nslot 1: f32\n%0: f32[] = {call}\nwrite $1 = %0", [x, y]
+
+
+OF_VECTORS = [*(f for f in C_FUNCTIONS if f not in ("sqrt", "floor", "ceil", "trunc")), "pow", "atan2", "hypot"]
+
+
+@pytest.mark.parametrize("name", OF_VECTORS)
+def test_functions_of_tensors(name: str) -> None:
+    """At most four units in the last place off, the ends of their ranges as torch has them."""
+    text, (x, y) = _of(name)
+    want = getattr(torch, name)(*((x.double(), y.double()) if name in ("pow", "atan2", "hypot") else (x.double(),)))
+    leaves = [Leaf("input", n, i, dtype=torch.float32, shape=x.shape) for i, n in enumerate("xy")]
+    group = Group("update_function", parse(text), [(0, 1)], [()], ("x", "y"))
+    cpu.Program(leaves, [group])([x, y])
+    far = ulps(y, want.float())
+    # where the exact value is no normal number, units are all of one size
+    assert float(far.max()) <= 4, (name, x[far.argmax()], y[far.argmax()], want[far.argmax()])
+
+
+@pytest.mark.skipif(_glibc() < (2, 35) or os.uname().machine != "x86_64", reason="no vector forms of all of them")
+@pytest.mark.parametrize("name", OF_VECTORS)
+def test_functions_of_tensors_run_vector_by_vector(name: str, tmp_path: pathlib.Path) -> None:
+    if "clang" in (compiler.compiler() or "clang"):
+        pytest.skip("clang++ does not call glibc's")
+    source = codegen.generate("update_function", parse(_of(name)[0]))
+    assert b"_ZGV" in compiler.compile_library(source.text, (), tmp_path).read_bytes()
