@@ -209,7 +209,7 @@ MUTATIONS = [
     Mutation(
         "a NaN loses against a number",
         "C++",
-        "return (a < b || a != a) ? a : b;",
+        "const T m = a < b ? a : b; return a != a ? a : m;",
         "return a < b ? a : b;",
         _operation("minimum"),
     ),
