@@ -217,7 +217,7 @@ def compiling() -> bool:
 
 
 _KINDS = "graph_break", "unimplemented"  # code that it skips, a loop for example, is counted as the latter alone
-_CLOSURE = "npu_fused_closure"
+_CLOSURE = "npu_fused_closure"  # the name of the function below, by which Dynamo tells of it
 _LIMIT = "recompile limit exceeded"  # counted there, too; what leads to it are compiles, and they have causes
 
 

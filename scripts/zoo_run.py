@@ -26,7 +26,7 @@ from npu_fuse_pass.tools import pace
 STEPS, LR_AT = 6, 3  # compared steps; the one before which lr is halved
 PLAIN_STEPS, PLAIN_LR_AT = 10, (3, 5, 8)  # the same of plain torch.compile
 TIMED = 9  # steps after them
-SETTLED = 1 + pace.FIRST + pace.COMPILED + pace.EAGER  # steps after which compile_step times nothing itself
+SETTLED = 1 + pace.ALL  # steps after which compile_step times nothing itself
 CONTESTANTS = ("compile_step", "Inductor", "eager")
 COMPILING = 4  # steps after them that may be looked at: the first that compiles nothing counts
 TOLERANCE = 1e-4  # |a - b| / max|b|, float32

@@ -60,6 +60,7 @@ def check_rule(rule: Declaration, settings: Mapping[str, Any], ndim: int = 2) ->
     try:
         _check_on((2, 3, *[2] * ndim)[:ndim], rule, settings)
     except Exception as e:
+        # what else it fails with may be due to these sizes: the step meets it again with the parameters'
         if ndim == 2 or (isinstance(e, RuleError) and e.__cause__ is None):
             raise
 

@@ -37,9 +37,9 @@ AFTER_ALL = _kept(register_optimizer_step_post_hook)
 """The hooks for the steps of all optimizers, now and later."""
 
 
-def registered(opt: torch.optim.Optimizer) -> bool:
-    """True if hooks run before or after the steps of an optimizer."""
-    return bool(BEFORE_ALL or AFTER_ALL or before(opt) or after(opt))
+def around(opt: torch.optim.Optimizer) -> list[Hook]:
+    """All hooks that run before or after the steps of an optimizer."""
+    return [*before(opt), *after(opt), *BEFORE_ALL.values(), *AFTER_ALL.values()]
 
 
 @contextlib.contextmanager

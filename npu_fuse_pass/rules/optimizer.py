@@ -271,8 +271,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     @property
     def has_hooks(self) -> bool:
         """True if hooks are registered that run before or after a step."""
-        every = (*hooks.before(self), *hooks.after(self), *hooks.BEFORE_ALL.values(), *hooks.AFTER_ALL.values())
-        return any(not getattr(hook, "only_watches", False) for hook in every)
+        return any(not getattr(hook, "only_watches", False) for hook in hooks.around(self))
 
     def _run_pre_hooks(self, args: tuple[Any, ...], in_graph: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
         kwargs: dict[str, Any] = {}

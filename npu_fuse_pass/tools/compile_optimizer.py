@@ -16,7 +16,6 @@ from npu_fuse_pass.report.logs import switched_off
 from npu_fuse_pass.rules.hidden import hidden, uses_fused
 from npu_fuse_pass.tools.compile_step import CompiledStep
 from npu_fuse_pass.tools.plain_step import PATCHED, check_optimizer, function_of, plain_step
-from npu_fuse_pass.tools.roads import captured
 from npu_fuse_pass.user_warnings import warn
 
 _STEP, _GETSTATE, _PATCH = PATCHED
@@ -56,7 +55,7 @@ def compile_optimizer_(opt: O, **options: Any) -> O:
         text = f"{type(inner).__name__} was not compiled: {reason.advised}"
         if tracked.options["strict"]:
             raise NotCapturedError(text)
-        captured(inner, inner.step, tracked)  # for those who follow torch.compile, as `dump --check` does
+        backend.isolated(inner.step, tracked)  # for those who follow torch.compile, as `dump --check` does
         warn(f"npu_fused: {text}")
         return opt
     restore_optimizer_(inner)

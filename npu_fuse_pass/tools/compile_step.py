@@ -149,7 +149,7 @@ class CompiledStep:
     def _hooked(self, *args: Any, **kwargs: Any) -> Any:
         """A step with hooks in a range for profilers. torch's own range takes as long as many a step."""
         opt = self._opt
-        if hooks.registered(opt) or profiling():
+        if hooks.around(opt) or profiling():
             return self._with_hooks(*args, **kwargs)
         with named(f"Optimizer.step#{type(opt).__name__}.step"):
             return self._closure_then_update(opt, *args, **kwargs)

@@ -98,7 +98,7 @@ def why_nothing_is_compiled() -> Reason | None:
     if switched_off():
         return Code.DISABLED("NPU_FUSE_DISABLE=1 is set")
     if not backend.compiling():
-        how = "TORCHDYNAMO_DISABLE=1, TORCH_COMPILE_DISABLE=1 or torch.compiler.set_stance"
+        how = "TORCHDYNAMO_DISABLE=1, TORCH_COMPILE_DISABLE=1, torch.compiler.set_stance or a TorchDispatchMode"
         return Code.NOT_CAPTURED(f"torch.compile is switched off by {how}", remedy="leave it out")
     return None
 

@@ -17,6 +17,7 @@ from npu_fuse_pass.user_warnings import warn
 
 FIRST, COMPILED, EAGER = 10, 5, 3
 """Compiled steps that are not timed, those that are, and the eager steps that follow them."""
+ALL = FIRST + COMPILED + EAGER
 RATIO, MORE = 1.2, 1e-3
 """A step is slower that takes so many times as long, and so many seconds longer."""
 
@@ -34,8 +35,8 @@ def beside_eager(
     ran = list(tracked.ran)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        eagerly = len(times) >= FIRST + COMPILED
-        if args or kwargs or len(times) == FIRST + COMPILED + EAGER or not (eagerly or _may_be_timed(opt, tracked)):
+        eagerly = len(times) >= ALL - EAGER
+        if args or kwargs or len(times) == ALL or not (eagerly or _may_be_timed(opt, tracked)):
             return compiled(*args, **kwargs)
         begin = clock()
         result = (step if eagerly else compiled)()
@@ -45,7 +46,7 @@ def beside_eager(
         if tracked.ran:
             times.append(seconds)
             ran[:] = tracked.ran
-        if len(times) == FIRST + COMPILED + EAGER:
+        if len(times) == ALL:
             _say(opt, min(times[FIRST:-EAGER]), min(times[-EAGER:]), tracked)  # others may have compiled
         return result
 
