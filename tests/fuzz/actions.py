@@ -89,7 +89,7 @@ BETWEEN = {
     "pickle": "ps, opt = pickle.loads(pickle.dumps((ps, opt)))\nstep = {again}",
     "another optimizer": (
         "forget('e', 'a', 'b', 'g', 'kept', 'before', 'saved', 'returned'); "
-        "r = weakref.ref(opt.state[ps[0]].get('{n}', opt)); del opt, step; gc.collect(); "
+        "r = weakref.ref(opt.state[ps[0]].get('{n}', opt)); del opt, step; collect(); "
         "promise('the states of a deleted optimizer are gone', r() is None)\n"
         "{make}\nstep = {again}"
     ),

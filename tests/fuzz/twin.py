@@ -247,6 +247,12 @@ def grown(x: Tensor) -> Tensor:
     return torch.cat([x, x[:1]])
 
 
+def collect() -> None:
+    """Free what is unreachable, and in a second round what only guards of Dynamo, freed in the first, had held."""
+    gc.collect()
+    gc.collect()
+
+
 def in_thread(call: Callable[..., Any], *args: Any) -> None:
     """Call it in a thread of its own; its exception is ours."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
