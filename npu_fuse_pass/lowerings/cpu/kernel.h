@@ -33,8 +33,11 @@ ONE(floor) ONE(ceil) ONE(trunc) ONE(nearbyint) ONE(fabs)
 #define TWO(name) \
   static inline float name(float x, float y) { return __builtin_##name##f(x, y); } \
   static inline double name(double x, double y) { return __builtin_##name(x, y); }
-TWO(pow) TWO(fmax) TWO(fmin) TWO(atan2) TWO(copysign) TWO(hypot) TWO(fmod)
+TWO(pow) TWO(atan2) TWO(copysign) TWO(hypot) TWO(fmod)
 #undef TWO
+// in two choices of one condition each, as the compiler's own are called element by element
+template <class T> static inline T fmax(T x, T y) { const T m = x >= y ? x : y; return y != y ? x : m; }
+template <class T> static inline T fmin(T x, T y) { const T m = x <= y ? x : y; return y != y ? x : m; }
 static inline float fma(float x, float y, float z) { return __builtin_fmaf(x, y, z); }
 static inline double fma(double x, double y, double z) { return __builtin_fma(x, y, z); }
 template <class T> static inline bool isinf(T x) { return __builtin_isinf(x); }
@@ -65,27 +68,46 @@ static inline int64_t fits_a_cache(const Args& a, int64_t bytes_per_element) {
   return a.threads > 1 && fair < fits ? fair : fits;
 }
 
-// Half precision is held as the float that it rounds to: `round_` gives that, `cut_` stores it. In 32 bits all the way,
-// as compilers vectorise a way through 16 bits badly. Rounding to bfloat asks for no NaN; one whose lowest bits are set
-// would carry into its sign, so those from memory are made `plain` (arithmetic makes no such).
+// Half precision is held as the float that it rounds to: `round_` gives that, `cut_` stores it (cut_half rounds, too). In
+// 32 bits all the way, as compilers vectorise a way through 16 bits badly, or not at all (g++ 12 and _Float16). Rounding
+// to bfloat asks for no NaN; one whose lowest bits are set would carry into its sign, so those from memory are made
+// `plain` (arithmetic makes no such).
 template <class T> static inline T plain(T x) { return x != x ? T(NAN) : x; }
+static inline uint32_t bits_of(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
+static inline float from_bits(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
 struct bfloat { uint16_t bits; };
-static inline float widen(bfloat x) { uint32_t u = uint32_t(x.bits) << 16; float f; memcpy(&f, &u, 4); return f; }
+static inline float widen(bfloat x) { return from_bits(uint32_t(x.bits) << 16); }
 static inline float round_bfloat(float f) {
-  uint32_t u; memcpy(&u, &f, 4);
-  u = (u + 0x7fff + ((u >> 16) & 1)) & 0xffff0000;  // to nearest, ties to even
-  memcpy(&f, &u, 4);
-  return f;
+  const uint32_t u = bits_of(f);
+  return from_bits((u + 0x7fff + ((u >> 16) & 1)) & 0xffff0000);  // to nearest, ties to even
 }
-static inline bfloat cut_bfloat(float f) { uint32_t u; memcpy(&u, &f, 4); return {uint16_t(u >> 16)}; }
-#if defined(__aarch64__) && !defined(__clang__) && __GNUC__ < 13  // g++ has no _Float16 there
-typedef __fp16 half;
-#else
-typedef _Float16 half;
-#endif
-static inline float widen(half x) { return float(x); }
-static inline float round_half(float f) { return float(half(f)); }
-static inline half cut_half(float f) { return half(f); }
+static inline bfloat cut_bfloat(float f) { return {uint16_t(bits_of(f) >> 16)}; }
+// IEEE's half: the exponent is 112 less than a float's, the mantissa 13 bits shorter. Added to a float of an exponent 13
+// greater, whose last bit is a half's last, x is rounded as a half is; below 2^-14 (0x38800000), where halves are
+// multiples of 2^-24, that float is 0.5. So nothing here is a subnormal float, which some processors are slow at.
+struct half { uint16_t bits; };
+static const uint32_t HALF_NORMAL = 0x38800000, HALF_END = 0x47800000, FLOAT_INFINITY = 0x7f800000;  // 2^-14, 2^16
+static inline float widen(half x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, u = uint32_t(x.bits & 0x7fff) << 13;
+  const uint32_t small = bits_of(from_bits(u + HALF_NORMAL) - from_bits(HALF_NORMAL));
+  const uint32_t finite = u < 1u << 23 ? small : u + (112u << 23);
+  return from_bits(sign | (u < 31u << 23 ? finite : u + (224u << 23)));  // else inf and NaN
+}
+static inline uint32_t half_rounder(uint32_t magnitude) {
+  const uint32_t exponent = magnitude & FLOAT_INFINITY, least = exponent > HALF_NORMAL ? exponent : HALF_NORMAL;
+  return (least < HALF_END ? least : HALF_END) + (13u << 23);
+}
+static inline float round_half(float f) {
+  const uint32_t u = bits_of(f) & 0x7fffffff;
+  const float rounder = from_bits(half_rounder(u)), rounded = (from_bits(u) + rounder) - rounder;
+  return math::copysign(rounded < 65536.0f || f != f ? rounded : __builtin_inff(), f);
+}
+static inline half cut_half(float f) {
+  const uint32_t u = bits_of(f) & 0x7fffffff, finite = u < HALF_END ? u : HALF_END, rounder = half_rounder(finite);
+  const uint32_t last_bits = bits_of(from_bits(finite) + from_bits(rounder)) - rounder;
+  const uint32_t magnitude = last_bits + ((rounder - (HALF_NORMAL + (13u << 23))) >> 13);
+  return {uint16_t((bits_of(f) ^ u) >> 16 | (u > FLOAT_INFINITY ? 0x7e00 : magnitude))};
+}
 static inline float widen(float x) { return x; }
 static inline double widen(double x) { return x; }
 static inline bool widen(bool x) { return x; }

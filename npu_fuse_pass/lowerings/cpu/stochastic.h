@@ -24,16 +24,13 @@ static inline const uint16_t* random_bits(
   }
   return bits - 128 * (end - begin) + first % 128;
 }
-static inline float from_bits(uint32_t bits) { float f; memcpy(&f, &bits, 4); return f; }
 static inline float stochastic_bfloat(float x, uint16_t noise) {
-  uint32_t word; memcpy(&word, &x, 4);
-  const int32_t magnitude = word & 0x7fffffff;
+  const int32_t magnitude = bits_of(x) & 0x7fffffff;
   const float chosen = from_bits((magnitude + noise) & 0xffff0000);
   return magnitude <= 0x7f7f0000 ? math::copysign(chosen, x) : round_bfloat(x);
 }
 static inline float stochastic_half(float x, uint16_t noise) {
-  uint32_t word; memcpy(&word, &x, 4);
-  const int32_t magnitude = word & 0x7fffffff;
+  const int32_t magnitude = bits_of(x) & 0x7fffffff;
   const float normal = from_bits((magnitude + (noise >> 3)) & 0xffffe000);
   const float units = from_bits(magnitude) * 16777216.0f, low = math::floor(units);
   const float carry = noise + math::nearbyint((units - low) * 65536) < 65536 ? 0.0f : 1.0f;

@@ -127,3 +127,29 @@ def test_functions_of_tensors_run_vector_by_vector(name: str, tmp_path: pathlib.
         pytest.skip("clang++ does not call glibc's")
     source = codegen.generate("update_function", parse(_of(name)[0]))
     assert b"_ZGV" in compiler.compile_library(source.text, (), tmp_path).read_bytes()
+
+
+ARITHMETIC = {
+    **dict.fromkeys(["add", "sub", "mul", "div", "maximum", "minimum", "fmax", "fmin", "copysign"], 2),
+    **dict.fromkeys(["sqrt", "abs", "sign", "round", "floor", "rsqrt"], 1),
+    "fma": 3,
+}
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="what g++ vectorises is another processor's matter")
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
+def test_a_loop_over_many_tensors_is_vectorised(dtype: str, tmp_path: pathlib.Path) -> None:
+    """Six tensors, four of them written: too many pairs for g++ to ask at run time whether they overlap."""
+    if "clang" in (compiler.compiler() or "clang"):
+        pytest.skip("asks g++ what it did")
+    values = [f"f32[] = cast(${k}, f32)" for k in range(6)]
+    for op, arity in ARITHMETIC.items():
+        values.append(f"f32[] = {op}({', '.join(f'%{len(values) - 1 - k}' for k in range(arity))})")
+    made = len(values)
+    values += [f"{dtype}[] = cast(%{made - 1 - k}, {dtype})" for k in range(4)]
+    text = [f"slot {k}: {dtype}" for k in range(6)] + [f"%{k}: {value}" for k, value in enumerate(values)]
+    text += [f"write ${k} = %{made + k}" for k in range(4)]
+    source, said = codegen.generate("update_many", parse("\n".join(text))), tmp_path / "said"
+    compiler.compile_library(source.text, ("-O3", f"-fopt-info-vec-optimized={said}"), tmp_path)
+    loop = [i for i, line in enumerate(source.text.splitlines(), 1) if "i < n; ++i) {" in line][-1]
+    assert f":{loop}:" in "".join(line for line in said.read_text().splitlines() if "loop vectorized" in line)
