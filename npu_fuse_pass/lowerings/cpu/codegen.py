@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Sequence, Set
 
 import torch
 
@@ -23,6 +23,9 @@ from npu_fuse_pass.lowerings.kernels.sweeps import Function, Sweep, kept_scalars
 from npu_fuse_pass.tensors.stochastic import ROW
 
 CHUNK = 16384
+HALVES = 512
+"""Elements whose float16 tensors are floats at a time, in the nearest cache; a multiple of LANES * BLOCK."""
+
 LANES = 16
 BLOCK = 8
 """Values that a lane adds before it keeps track of what rounding loses, which is most of a sum's work. Only where no
@@ -140,24 +143,37 @@ class _Function:
             return self._over_sweep(k, work, reduction)
         loads = [e for e in work.values if id(e) in work.places]
         body = [e for e in work.values if e.tensor and id(e) not in work.places and e.op != "leaf"]
-        scalars = [e for e in work.values if not e.tensor]
-        lines = [f"static void {self.name}_pass{k}(const Args& a, int64_t m, int64_t c) {{"]
-        lines.append("  const int64_t start = a.chunk_start[c], left = a.numel[m] - start;")
-        lines.append(f"  const int64_t n = left < {CHUNK} ? left : {CHUNK};")
-        lines.append("  const double* s = a.scratch + m * SCRATCH;")
-        written = {slot for slot, _ in work.writes}
-        lines += [self._pointer(slot, slot in written) for slot in sorted({*work.places.values(), *written})]
-        lines += [f"  const {cpp_type(e)} {self.var[id(e)]} = {self._unstore(e)};" for e in scalars]
-        lines += [self._noise(e) for e in body if e.op == "stochastic"]
-        lines += over.buffers(body, self.formula, self._name, self._address, str(CHUNK))
+        read, written = set(work.places.values()), {slot for slot, _ in work.writes}
+        halves = self._halves(read | written)
+        step = str(HALVES if halves else CHUNK)
         inner = [f"const {cpp_type(e)} {self.var[id(e)]} = {self._loaded(work.places[id(e)])};" for e in loads]
         inner += [f"const {cpp_type(e)} {self.var[id(e)]} = {self._value(e)};" for e in body]
-        inner += [f"t{slot}[i] = {self._narrow(slot, e)};" for slot, e in work.writes]
-        if not work.sums:
-            lines += [*_LOOP, *(f"    {x}" for x in inner), "  }"]
-        else:
-            lines += self._lanes(work.sums, inner)
+        inner += [
+            f"w{slot}[i] = (float){self.var[id(e)]};" if slot in halves else f"t{slot}[i] = {self._narrow(slot, e)};"
+            for slot, e in work.writes
+        ]
+        before, loop, after = self._lanes(work.sums, inner) if work.sums else ([], _loop(inner), [])
+        lines = [f"static void {self.name}_pass{k}(const Args& a, int64_t m, int64_t c) {{"]
+        lines.append("  const int64_t chunk = a.chunk_start[c], left = a.numel[m] - chunk;")
+        lines.append(f"  const int64_t end = chunk + (left < {CHUNK} ? left : {CHUNK});")
+        lines.append("  const double* s = a.scratch + m * SCRATCH;")
+        lines += [f"  const {cpp_type(e)} {self.var[id(e)]} = {self._unstore(e)};" for e in work.values if not e.tensor]
+        lines += [*before, f"  for (int64_t start = chunk; start < end; start += {step}) {{"]
+        lines.append(f"  const int64_t n = end - start < {step} ? end - start : {step};")
+        lines += [self._pointer(slot, slot in written) for slot in sorted(read | written)]
+        lines += [self._noise(e) for e in body if e.op == "stochastic"]
+        lines += over.buffers(body, self.formula, self._name, self._address, step)
+        lines += self._widened(halves, read, step)
+        lines += [*loop, *(f"  cut_all(t{slot}, w{slot}, n);" for slot in sorted(halves & written)), "  }", *after]
         return "\n".join([*lines, "}"])
+
+    def _halves(self, slots: Set[int]) -> set[int]:
+        """The slots of float16, whose elements are floats in a buffer while they are worked on."""
+        return {slot for slot in slots if self.formula.slots[slot].dtype == torch.float16}
+
+    def _widened(self, halves: Set[int], read: Set[int], size: str) -> list[str]:
+        lines = [f"  float w{slot}[{size}];" for slot in sorted(halves)]
+        return lines + [f"  widen_all(w{slot}, t{slot}, n);" for slot in sorted(halves & read)]
 
     def _over_sweep(self, k: int, work: Sweep, reduction: Expr) -> str:
         """One task of a reduction over some of the dimensions."""
@@ -171,12 +187,14 @@ class _Function:
         lines.append("  const double* s = a.scratch + m * SCRATCH;")
         lines += [f"  const {cpp_type(e)} {self.var[id(e)]} = {self._unstore(e)};" for e in work.values if not e.tensor]
         lines.append("  const auto values = [&](int64_t start, int64_t n, double* __restrict__ out) {")
-        lines += [self._pointer(slot, False) for slot in sorted(set(work.places.values()))]
+        read = set(work.places.values())
+        lines += [self._pointer(slot, False) for slot in sorted(read)]
         lines += over.buffers(body, self.formula, self._name, self._address, over.WIDTH)
+        lines += self._widened(self._halves(read), read, over.WIDTH)
         inner = [f"const {cpp_type(e)} {self.var[id(e)]} = {self._loaded(work.places[id(e)])};" for e in loads]
         inner += [f"const {cpp_type(e)} {self.var[id(e)]} = {self._value(e)};" for e in body if e is not reduction]
         inner.append(f"out[i] = {self.var[id(reduction.args[0])]};")
-        lines += [*_LOOP, *(f"    {x}" for x in inner), "  }", "  };"]
+        lines += [*_loop(inner), "  };"]
         lines.append(f"  const auto put = [&](int64_t i, double {self.var[id(reduction)]}) {{")
         for slot, _ in work.writes:
             stored = STORED[DTYPE_NAMES[self.formula.slots[slot].dtype]]
@@ -188,11 +206,14 @@ class _Function:
     def _name(self, e: Expr) -> str:
         return self.var[id(e)]
 
-    def _lanes(self, sums: Sequence[Expr], inner: list[str]) -> list[str]:
-        """LANES running values per reduction: element i goes to lane i % LANES whatever the vector width."""
-        lines = [f"  double r{j}[{LANES}], e{j}[{LANES}], b{j}[{LANES}];" for j in range(len(sums))]
+    def _lanes(self, sums: Sequence[Expr], inner: list[str]) -> tuple[list[str], list[str], list[str]]:
+        """LANES running values per reduction: element i goes to lane i % LANES whatever the vector width.
+
+        Returns what stands before the loops over elements, these, and what makes one value of the lanes.
+        """
+        before = [f"  double r{j}[{LANES}], e{j}[{LANES}], b{j}[{LANES}];" for j in range(len(sums))]
         start = [f"r{j}[l] = {_NEUTRAL[e.op]}; e{j}[l] = b{j}[l] = 0;" for j, e in enumerate(sums)]
-        lines.append(f"  for (int l = 0; l < {LANES}; ++l) {{ {' '.join(start)} }}")
+        before.append(f"  for (int l = 0; l < {LANES}; ++l) {{ {' '.join(start)} }}")
         values = [self.var[id(e.args[0])] for e in sums]
         exact = [_take(e, f"r{j}[l]", f"e{j}[l]", values[j]) for j, e in enumerate(sums)]
         blocks = [j for j, e in enumerate(sums) if e.op == "sum" and not self.wide]
@@ -200,7 +221,7 @@ class _Function:
         flush = [f"add_exact(r{j}[l], e{j}[l], b{j}[l]); b{j}[l] = 0;" for j in blocks]
         flushed = f"for (int l = 0; l < {LANES}; ++l) {{ {' '.join(flush)} }}"
         body = ["const int64_t i = base + l;", *inner]
-        lines += ["  int64_t base = 0;", f"  for (; base + {LANES} <= n; base += {LANES}) {{"]
+        lines = ["  int64_t base = 0;", f"  for (; base + {LANES} <= n; base += {LANES}) {{"]
         lines += [f"    {_NO_OVERLAP}", f"    for (int l = 0; l < {LANES}; ++l) {{"]
         lines += [*(f"      {x}" for x in (*body, *taken)), "    }"]
         if blocks:
@@ -208,13 +229,14 @@ class _Function:
         else:
             lines.append("  }")
         lines += ["  for (int l = 0; base + l < n; ++l) {", *(f"      {x}" for x in (*body, *exact)), "  }"]
+        after = []
         for j, e in enumerate(sums):
-            lines.append(f"  double x{j} = {_NEUTRAL[e.op]}, y{j} = 0;")
+            after.append(f"  double x{j} = {_NEUTRAL[e.op]}, y{j} = 0;")
             take = _take(e, f"x{j}", f"y{j}", f"r{j}[l]")
-            lines.append(f"  for (int l = 0; l < {LANES}; ++l) {{ {take} y{j} += e{j}[l]; }}")
+            after.append(f"  for (int l = 0; l < {LANES}; ++l) {{ {take} y{j} += e{j}[l]; }}")
             partial = "a.partial[c * PARTIAL + {}]"
-            lines.append(f"  {partial.format(2 * j)} = x{j}; {partial.format(2 * j + 1)} = y{j};")
-        return lines
+            after.append(f"  {partial.format(2 * j)} = x{j}; {partial.format(2 * j + 1)} = y{j};")
+        return before, lines, after
 
     def _combine(self, k: int) -> list[str]:
         lines = []
@@ -296,7 +318,8 @@ class _Function:
         return f"a.tensors[{self.slot_rank[slot]} * a.members + m]"
 
     def _loaded(self, slot: int, array: str = "") -> str:
-        dtype, value = self.formula.slots[slot].dtype, f"widen({array or f't{slot}'}[i])"
+        dtype = self.formula.slots[slot].dtype
+        value = f"w{slot}[i]" if dtype == torch.float16 and not array else f"widen({array or f't{slot}'}[i])"
         return f"plain({value})" if self.rounds and dtype not in (torch.bfloat16, torch.bool) else value
 
     def _unstore(self, e: Expr) -> str:
@@ -337,7 +360,6 @@ class _Function:
 # Tensors are known not to overlap. g++ would check it again, pair by pair, at each call, and computes element after
 # element where there are more than ten pairs; it does not take __restrict__ of local variables for it.
 _NO_OVERLAP = "#pragma GCC ivdep"
-_LOOP = [f"  {_NO_OVERLAP}", "  for (int64_t i = 0; i < n; ++i) {"]
 _NEUTRAL = {"sum": "0.0", "amax": "-INFINITY", "amin": "INFINITY"}
 
 
@@ -348,6 +370,10 @@ def _over(work: Sweep) -> Expr | None:
 
 def _remembered(e: Expr) -> bool:
     return e.op == "pow" and not e.tensor and e.dtype == torch.float64
+
+
+def _loop(inner: Sequence[str]) -> list[str]:
+    return [f"  {_NO_OVERLAP}", "  for (int64_t i = 0; i < n; ++i) {", *(f"    {x}" for x in inner), "  }"]
 
 
 def _take(e: Expr, running: str, rest: str, value: str) -> str:

@@ -68,10 +68,10 @@ static inline int64_t fits_a_cache(const Args& a, int64_t bytes_per_element) {
   return a.threads > 1 && fair < fits ? fair : fits;
 }
 
-// Half precision is held as the float that it rounds to: `round_` gives that, `cut_` stores it (cut_half rounds, too). In
-// 32 bits all the way, as compilers vectorise a way through 16 bits badly, or not at all (g++ 12 and _Float16). Rounding
-// to bfloat asks for no NaN; one whose lowest bits are set would carry into its sign, so those from memory are made
-// `plain` (arithmetic makes no such).
+// Half precision is held as the float that it rounds to: `round_` gives that, `cut_` stores it (cut_half rounds, too).
+// In 32 bits all the way, as compilers vectorise a way through 16 bits badly, or not at all (g++ 12 and _Float16).
+// Rounding to bfloat asks for no NaN; one whose lowest bits are set would carry into its sign, so those from memory are
+// made `plain` (arithmetic makes no such).
 template <class T> static inline T plain(T x) { return x != x ? T(NAN) : x; }
 static inline uint32_t bits_of(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
 static inline float from_bits(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
@@ -82,9 +82,9 @@ static inline float round_bfloat(float f) {
   return from_bits((u + 0x7fff + ((u >> 16) & 1)) & 0xffff0000);  // to nearest, ties to even
 }
 static inline bfloat cut_bfloat(float f) { return {uint16_t(bits_of(f) >> 16)}; }
-// IEEE's half: the exponent is 112 less than a float's, the mantissa 13 bits shorter. Added to a float of an exponent 13
-// greater, whose last bit is a half's last, x is rounded as a half is; below 2^-14 (0x38800000), where halves are
-// multiples of 2^-24, that float is 0.5. So nothing here is a subnormal float, which some processors are slow at.
+// IEEE's half: the exponent is 112 less than a float's, the mantissa 13 bits shorter. Added to a float whose exponent is
+// 13 greater, whose last bit is a half's last, x is rounded as a half is; below 2^-14, where halves are multiples of
+// 2^-24, that float is 0.5. So nothing here is a subnormal float, which some processors are slow at.
 struct half { uint16_t bits; };
 static const uint32_t HALF_NORMAL = 0x38800000, HALF_END = 0x47800000, FLOAT_INFINITY = 0x7f800000;  // 2^-14, 2^16
 static inline float widen(half x) {
@@ -98,15 +98,42 @@ static inline uint32_t half_rounder(uint32_t magnitude) {
   return (least < HALF_END ? least : HALF_END) + (13u << 23);
 }
 static inline float round_half(float f) {
-  const uint32_t u = bits_of(f) & 0x7fffffff;
-  const float rounder = from_bits(half_rounder(u)), rounded = (from_bits(u) + rounder) - rounder;
-  return math::copysign(rounded < 65536.0f || f != f ? rounded : __builtin_inff(), f);
+  const float rounder = from_bits(half_rounder(bits_of(f)) + 0x400000), rounded = (f + rounder) - rounder;
+  const float finite = rounded * from_bits((127u + 112) << 23) * from_bits((127u - 112) << 23);  // or inf
+  return from_bits(bits_of(finite) | (bits_of(f) & 0x80000000));  // -0, too
 }
 static inline half cut_half(float f) {
   const uint32_t u = bits_of(f) & 0x7fffffff, finite = u < HALF_END ? u : HALF_END, rounder = half_rounder(finite);
   const uint32_t last_bits = bits_of(from_bits(finite) + from_bits(rounder)) - rounder;
   const uint32_t magnitude = last_bits + ((rounder - (HALF_NORMAL + (13u << 23))) >> 13);
   return {uint16_t((bits_of(f) ^ u) >> 16 | (u > FLOAT_INFINITY ? 0x7e00 : magnitude))};
+}
+// The same for n halves, eight at a time where the processor converts them itself, which g++'s loops make no use of.
+static inline void widen_all(float* __restrict__ out, const half* x, int64_t n) {
+  int64_t i = 0;
+#ifdef __F16C__
+  for (; i + 8 <= n; i += 8) {
+    short __attribute__((vector_size(16))) halves;
+    memcpy(&halves, x + i, 16);
+    const auto floats = __builtin_ia32_vcvtph2ps256(halves);
+    memcpy(out + i, &floats, 32);
+  }
+#endif
+  #pragma GCC ivdep
+  for (; i < n; ++i) out[i] = widen(x[i]);
+}
+static inline void cut_all(half* out, const float* __restrict__ x, int64_t n) {
+  int64_t i = 0;
+#ifdef __F16C__
+  for (; i + 8 <= n; i += 8) {
+    float __attribute__((vector_size(32))) floats;
+    memcpy(&floats, x + i, 32);
+    const auto halves = __builtin_ia32_vcvtps2ph256(floats, 0);  // to nearest, ties to even
+    memcpy(out + i, &halves, 16);
+  }
+#endif
+  #pragma GCC ivdep
+  for (; i < n; ++i) out[i] = cut_half(x[i]);
 }
 static inline float widen(float x) { return x; }
 static inline double widen(double x) { return x; }
