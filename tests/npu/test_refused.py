@@ -18,7 +18,7 @@ from steps import SHAPES, assert_close, assert_same, parameters, set_gradients, 
 
 import npu_fuse_pass
 from npu_fuse_pass import errors
-from npu_fuse_pass.lowerings.npu import execution
+from npu_fuse_pass.lowerings.npu import execution, fakes, program
 from npu_fuse_pass.lowerings.npu.environment import require
 from npu_fuse_pass.lowerings.npu.graph import converters
 from tests.support.cases import BY_NAME
@@ -204,6 +204,23 @@ def test_torchair_that_does_not_convert(ge: harness.Recording, monkeypatch: pyte
     torch._dynamo.reset()
     with pytest.raises(Exception, match="does not convert"):
         compiled(ours.step, strict=True)()
+
+
+def test_another_form_is_made_as_a_compile_is(ge: harness.Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchair traces when it is first used, under flags of the whole process, and other threads may train."""
+    found: list[bool] = []
+
+    def watched(mode: Any) -> Any:
+        found.append(torch.compiler.is_compiling())
+        return fakes.while_traced(mode)
+
+    monkeypatch.setattr(program, "while_traced", watched)
+    ours, _ = twins(BY_NAME["adam"])
+    set_gradients(ours.param_groups[0]["params"], 0)
+    ge.failing["run"], ge.only = fails(), frozenset({"AdamApplyOneAssign"})
+    with pytest.warns(UserWarning, match="without dedicated operations"):
+        compiled(ours.step)()
+    assert found == [True, True]
 
 
 def test_a_new_plan_is_tried_again(ge: harness.Recording) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npu_fuse_pass.capture.threads import while_compiling
 from npu_fuse_pass.errors import FuseError, GraphRefused
 from npu_fuse_pass.ir.types import Group, Leaf
 from npu_fuse_pass.lowerings.npu.environment import chip, require, versions
@@ -125,17 +126,21 @@ class Program:
         fakes = [n.meta["val"] for n in self.graph.graph.find_nodes(op="placeholder")]
         self._execution = Execution(lambda *_: (), versions)
         if fakes:
-            with while_traced(fakes[0].fake_mode), npu_names.kept():
-                config = self._config or self._torchair.CompilerConfig()
-                compiler = self._torchair.get_compiler(self._texts.config(config) if self._texts else config)
-                try:
-                    self._execution = Execution(compiler(self.graph, fakes), versions)
-                except FuseError:
-                    raise
-                except Exception as e:
-                    raise GraphRefused(refusal("torchair does not convert this step's graph", e, versions())) from e
+            self._execution = Execution(while_compiling(lambda: self._converted(fakes)), versions)
             if self._texts is not None:
                 self._texts.collect()
+
+    def _converted(self, fakes: list[Any]) -> Callable[..., Sequence[Tensor]]:
+        """The graph as torchair compiles it; the first one in a process has torchair trace patterns of its own."""
+        with while_traced(fakes[0].fake_mode), npu_names.kept():
+            config = self._config or self._torchair.CompilerConfig()
+            compiler = self._torchair.get_compiler(self._texts.config(config) if self._texts else config)
+            try:
+                return compiler(self.graph, fakes)  # type: ignore[no-any-return]
+            except FuseError:
+                raise
+            except Exception as e:
+                raise GraphRefused(refusal("torchair does not convert this step's graph", e, versions())) from e
 
     def _clustered(self) -> list[tuple[Cluster, list[int]]]:
         """The nodes of generated kernels with the indices of their groups; groups with totals share one."""
