@@ -52,5 +52,6 @@ def _why_not_alone(update: Update, captured: Captured, dtensors: Mapping[int, Te
         if reduced:
             return Code.SHARDED("the step takes norms or sums of DTensors")
         if len(spread) < len(tensors) or not all(alike(spread[0], t) for t in spread):
-            return Code.SHARDED("tensors of one update are distributed in different ways")
+            remedy = "give gradients the layout of their parameters: p.grad.redistribute(placements=p.placements)"
+            return Code.SHARDED("tensors of one update are distributed in different ways", "", remedy)
     return None

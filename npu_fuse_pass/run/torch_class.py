@@ -164,6 +164,7 @@ def _restore(pairs: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]])
 
 
 def _tensors(param: Tensor, state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What a step writes of a parameter, by name; without counters, which torch keeps in float32."""
+    """What a step writes of a parameter, by name, as far as it is here; no counters, which torch keeps in float32."""
     tensors = {k: v for k, v in state.items() if isinstance(v, Tensor) and k != "step"}
-    return {"param": param.detach(), **{k: v for k, v in tensors.items() if v.is_floating_point() or v.is_complex()}}
+    found = {"param": param.detach(), **{k: v for k, v in tensors.items() if v.is_floating_point() or v.is_complex()}}
+    return {name: local(t) for name, t in found.items()}

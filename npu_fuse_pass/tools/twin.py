@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npu_fuse_pass.tensors.sharded import as_dtensor, is_dtensor, local
 from npu_fuse_pass.tools.plain_step import PATCHED
 
 
@@ -40,6 +41,8 @@ def _copied(p: Tensor, memo: dict[Any, Any], missing_gradients: bool) -> Tensor:
     """Copy a parameter with its gradient; tensors that share memory still do."""
 
     def with_storage(t: Tensor) -> Tensor:
+        if is_dtensor(t):
+            return as_dtensor(with_storage(local(t)), t)
         storage = copy.deepcopy(t.untyped_storage(), memo)
         return torch.empty(0, dtype=t.dtype, device=t.device).set_(storage, t.storage_offset(), t.shape, t.stride())
 

@@ -257,8 +257,7 @@ def stock_gradients_that_lie_otherwise(mesh: Any) -> None:
     opt, other = torch.optim.AdamW([p], lr=0.1), torch.optim.AdamW([q], lr=0.1)
     q.grad = torch.linspace(-1, 1, 20).reshape(5, 4)
     p.grad = distribute_tensor(q.grad, mesh, [Replicate()])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with pytest.warns(UserWarning, match=r"What to do: give gradients the layout .*redistribute"):
         npu_fuse_pass.compile_step(opt)()
     other.step()
     assert torch.allclose(whole(p), q), (whole(p) - q).abs().max()
@@ -516,6 +515,28 @@ def bucket_views(mesh: Any) -> None:
             assert torch.allclose(p, q, rtol=1e-5, atol=1e-7)
 
 
+def explained_and_checked(mesh: Any) -> None:
+    """What works on copies: `explain`, which changes nothing, and `check_numerics` beside torch's own class."""
+    makes = (OPTIMIZERS["AdamW"], OPTIMIZERS["LAMB"], torch.optim.AdamW, lambda ps: torch.optim.SGD(ps, momentum=0.9))
+    for make in makes:
+        npu_fuse_pass.clear_reports()
+        sharded, plain = model(), model()
+        shard_fully(sharded, mesh)
+        ours, other = make(sharded.parameters()), make(plain.parameters())
+        step = npu_fuse_pass.compile_step(ours, check_numerics=True)
+        for seed in range(3):
+            train(sharded, ours, lambda: None, range(seed, seed + 1))
+            explained = npu_fuse_pass.explain(ours)
+            assert explained.groups and explained.fallback is None, explained
+            step()
+            train(plain, other, other.step, range(seed, seed + 1))
+        name = type(ours).__name__
+        compare(sharded, ours, plain, other, name)
+        (report,) = (r for r in npu_fuse_pass.reports() if r.checked_steps)
+        assert report.checked_steps == 3 and report.fallback is None, report
+        assert (f"torch.optim.{name.removeprefix('NpuFused')}" in report.checked_against) == ("Lamb" not in name)
+
+
 SCENARIOS = (
     *([fully_and_tensor_parallel] if FULL else []),
     fully,
@@ -531,6 +552,7 @@ SCENARIOS = (
     faults,
     flat_shards,
     bucket_views,
+    explained_and_checked,
 )
 
 
