@@ -374,6 +374,7 @@ def test_steps_down_to_ge_operations(
     assert report().fallback is None
     first_run = stage in ("GE's load", "launch", "write")
     assert [("without generated kernels" in text) for text in said] == [True] * first_run
+    assert ("GE refused" in row.note) == (first_run and not by_itself)
     assert ge[-1].runs == 3 and generated.TYPE not in ge[-1].counts()
 
 

@@ -17,13 +17,19 @@ class Execution:
     """A graph compiled by torchair. GE loads and compiles it at the first call, which is where it refuses.
 
     Args:
-        compiled: torchair's callable.
+        compiled: torchair's callable, or what launches kernels without a graph.
         versions: describes the environment for error messages.
+        refusing: what it means that the first call fails.
     """
 
-    def __init__(self, compiled: Callable[..., Sequence[Tensor]], versions: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        compiled: Callable[..., Sequence[Tensor]],
+        versions: Callable[[], str],
+        refusing: str = "GE refused this step's graph when it was loaded, compiled or first run",
+    ) -> None:
         self.compiled = compiled
-        self._versions = versions
+        self._versions, self._refusing = versions, refusing
         self._works = False
 
     def __call__(self, inputs: Sequence[Tensor], written: Sequence[int]) -> Sequence[Tensor]:
@@ -48,7 +54,7 @@ class Execution:
             # of that could apply a part of the update twice, silently. Undoing it would take a copy of all parameters
             # and states at every step, for what happens once in the life of a device. So this one is the user's.
             lead = (
-                "a step failed on the device, in a graph that had run before: parameters and states may be partly "
+                "a step failed on the device, in a program that had run before: parameters and states may be partly "
                 "updated. Nothing was retried; go on from a checkpoint"
             )
             raise StepFailedError(f"{refusal(lead, e, self._versions())}. {_SEND}") from e
@@ -63,8 +69,7 @@ class Execution:
             self._undo(written, before, e)
             if not isinstance(e, Exception):
                 raise
-            lead = "GE refused this step's graph when it was loaded, compiled or first run; nothing was changed"
-            raise GraphRefused(refusal(lead, e, self._versions())) from e
+            raise GraphRefused(refusal(f"{self._refusing}; nothing was changed", e, self._versions())) from e
         return results
 
     def _undo(self, written: Sequence[Tensor], before: Sequence[Tensor], cause: BaseException) -> None:
