@@ -3,6 +3,9 @@
 A rule treats 0 as a special case with `where(weight_decay == 0, grad, grad + weight_decay * param)`. In a program for
 every weight decay both branches are computed for all elements; with the outcome known, one is left. So a program is
 made for one outcome of these tests. Only another outcome needs another program.
+
+torch's lerp is two spellings of one function, of which a test of the weight chooses the one that rounds less. That for
+the weights of now differs for others in rounding alone, so that it needs no other program.
 """
 
 from __future__ import annotations
@@ -10,10 +13,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
-from npu_fuse_pass.ir.expr import Builder, Expr, postorder
-from npu_fuse_pass.ir.types import Captured, Decided, Leaf, Update
+from npu_fuse_pass.ir.expr import REDUCTIONS, Builder, Expr, postorder, rebuilt
+from npu_fuse_pass.ir.fused_op import evaluate
+from npu_fuse_pass.ir.types import Captured, Decided, Formula, Leaf, Update
 
 
 def decide(captured: Captured, number: Callable[[Leaf], Tensor | None]) -> Captured:
@@ -42,9 +47,10 @@ def _decide(
         if value is not None and value.device.type == "cpu":
             zero[position] = value.item() == 0
             decided[leaf] = Decided(leaves[leaf], update.labels[position], zero[position])
-    if not zero:
+    low = {id(e): found for e in order if (found := _is_low(e, update, leaves, number, written)) is not None}
+    if not zero and not low:
         return update
-    made = _branches(order, zero)
+    made = _branches(order, zero, low)
     return dataclasses.replace(
         update,
         writes=[(position, made[id(e)]) for position, e in update.writes],
@@ -61,10 +67,71 @@ def _tested(e: Expr) -> int | None:
     return number.value if number.op == "leaf" and zero and isinstance(number.value, int) else None
 
 
-def _branches(order: Sequence[Expr], zero: dict[int, bool]) -> dict[int, Expr]:
-    """Every expression without the tests of these positions, by `id`."""
+def _is_low(
+    e: Expr, update: Update, leaves: Sequence[Leaf], number: Callable[[Leaf], Tensor | None], written: set[int]
+) -> bool | None:
+    """Whether an interpolation's weights are below 0.5; None if they are not alike, or unknown, or `e` is another."""
+    weight = _weight(e)
+    if weight is None:
+        return None
+    below = postorder([weight])
+    positions = {x.value for x in below if x.op == "leaf" and isinstance(x.value, int)}
+    if positions & written or any(x.op in ("total", "numel", *REDUCTIONS) for x in below):
+        return None
+    made: dict[int, Expr] = {}
+    constants: dict[int, Tensor] = {}
+
+    def plain(x: Expr, args: Sequence[Expr]) -> Expr:
+        if x.op != "const":
+            return x if x.op == "leaf" else Expr(x.op, tuple(made[id(a)] for a in args), x.value, x.dtype, x.tensor)
+        place = -1 - len(constants)  # formulas have slots in place of constants
+        constants[place] = torch.tensor(x.value, dtype=torch.float64, device="cpu")
+        return Expr("leaf", (), place, torch.float64, False)
+
+    root = rebuilt(weight, made, lambda x: x.args, plain)
+    found = set()
+    for member in update.members:
+        given = {p: number(leaves[member[p]]) for p in positions}
+        here = {p: t for p, t in given.items() if t is not None and t.device.type == "cpu"}
+        if len(here) < len(given):
+            return None
+        value = evaluate(Formula((), (), (root,), ""), {}, {**constants, **here})[id(root)]
+        found.add(abs(float(value)) < 0.5)
+    return found.pop() if len(found) == 1 else None
+
+
+def _weight(e: Expr) -> Expr | None:
+    """The weight of torch's lerp where it is a number that chooses the spelling; None for other expressions."""
+    if e.op != "where" or e.args[0].op != "lt" or [x.op for x in e.args[1:]] != ["fma", "fma"]:
+        return None
+    (size, half), (near, distance, start), (back, far, end) = (x.args for x in e.args)
+    weight, rest = _narrowed(near), _narrowed(far)
+    lerp = (
+        not weight.tensor
+        and (size.op, *map(_narrowed, size.args)) == ("abs", weight)
+        and (half.op, half.value) == ("const", 0.5)
+        and (distance.op, distance.args) == ("sub", (end, start))
+        and (back.op, back.args) == ("neg", (distance,))
+        and (rest.op, *map(_narrowed, rest.args[1:])) == ("sub", weight)
+        and (rest.args[0].op, rest.args[0].value) == ("const", 1.0)
+    )
+    return size.args[0] if lerp else None
+
+
+def _narrowed(e: Expr) -> Expr:
+    """A number without casts around it."""
+    while e.op == "cast":
+        e = e.args[0]
+    return e
+
+
+def _branches(order: Sequence[Expr], zero: dict[int, bool], low: dict[int, bool]) -> dict[int, Expr]:
+    """Every expression without the tests of these positions, and of these interpolations, by `id`."""
     builder, made = Builder(), dict[int, Expr]()
     for e in order:
+        if id(e) in low:
+            made[id(e)] = made[id(e.args[1 if low[id(e)] else 2])]
+            continue
         position = _tested(e)
         if position in zero:
             branch = e.args[1] if zero[position] == (e.args[0].op == "eq") else e.args[2]

@@ -144,15 +144,41 @@ def test_checked_step_by_step() -> None:
     assert [r.checked_steps for r in npu_fuse_pass.reports()] == [2, 1]
 
 
+@npu_fuse_pass.rule(states={"average": npu_fuse_pass.zeros}, defaults={"lr": 0.1, "beta": 0.999})
+def interpolated(param: Any, grad: Any, average: Any, *, lr: Any, beta: Any) -> Any:
+    average = torch.lerp(grad, average, beta)
+    return param - lr * average, average
+
+
+def test_an_average_that_gives_the_gradient_a_thousandth() -> None:
+    """It is rounded as an average, not as the gradient that it begins with; one graph serves other weights."""
+    params = [[torch.nn.Parameter(torch.zeros(1000)) for _ in range(2)] for _ in range(2)]
+    ours, eager = map(interpolated, params)
+    with harness.record() as graphs:
+        step = npu_fuse_pass.compile_step(ours, platform="npu", kernels="elementwise", strict=True)
+        for k, beta in enumerate((0.999, 0.999, 0.99, 0.2)):
+            for optimizer, given in zip((ours, eager), params, strict=True):
+                optimizer.param_groups[0]["beta"] = beta
+                generator = torch.Generator().manual_seed(k)
+                for p in given:
+                    p.grad = torch.randn(p.shape, generator=generator)
+            step()
+            eager.step()
+            for p, q in zip(*params, strict=True):
+                got, wanted = ours.state[p]["average"], eager.state[q]["average"]
+                assert (got - wanted).norm() <= 1e-6 * wanted.norm()
+    assert len([g for g in graphs.graphs if g.runs]) == 1
+
+
 PLANTED: dict[str, tuple[Any, str, Any]] = {
     "the program for another number runs": (variants.Variant, "differing", lambda *_: []),
-    "the other branch is taken": (specialise, "_branches", lambda order, zero: _swapped(order, zero)),
+    "the other branch is taken": (specialise, "_branches", lambda *given: _swapped(*given)),
 }
 _right = specialise._branches
 
 
-def _swapped(order: Any, zero: dict[int, bool]) -> Any:
-    return _right(order, {position: not found for position, found in zero.items()})
+def _swapped(order: Any, zero: dict[int, bool], low: dict[int, bool]) -> Any:
+    return _right(order, {position: not found for position, found in zero.items()}, low)
 
 
 @pytest.mark.parametrize("name", PLANTED)

@@ -113,7 +113,9 @@ class Program:
                 [[place[(made.group.members[m][s],)] for made, s, m in cluster.leaves(kind)] for kind in (True, False)]
                 for cluster, _ in self._clusters
             ]
-            self._execution = Execution(self._launch, versions, "this step's kernels failed when they were first launched")
+            self._execution = Execution(
+                self._launch, versions, "this step's kernels failed when they were first launched"
+            )
             return
         if self._clusters:
             generated.serve()

@@ -124,3 +124,38 @@ def test_programs_that_are_kept_and_their_dumps(monkeypatch: pytest.MonkeyPatch,
     wrong = tmp_path / "wrong.py"
     wrong.write_text(scripts[0].read_text().replace(zeros[0], "ZEROS = []"))
     assert run_script(wrong)[0] == 1
+
+
+@rule(states={"average": zeros}, defaults={"beta": 0.5})
+def interpolated(param: Tensor, grad: Tensor, average: Tensor, *, beta: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    average = torch.lerp(grad, average, beta)
+    return torch.lerp(param, average, 1 / step), average
+
+
+@rule(states={"average": zeros}, defaults={"beta": 0.5})
+def chosen(param: Tensor, grad: Tensor, average: Tensor, *, beta: Tensor) -> tuple[Tensor, Tensor]:
+    return param - torch.where(beta.abs() < 0.5, average - beta * grad, average + beta * grad), average + grad
+
+
+@pytest.mark.parametrize(("betas", "left"), [((0.9,), 1), ((0.2,), 1), ((0.9, 0.2), 2)])
+def test_the_spelling_of_an_interpolation(betas: tuple[float, ...], left: int) -> None:
+    """It is that of the weights of now, without a program for others; what follows from counters changes too often."""
+    groups = [{"params": parameters(1), "beta": beta} for beta in betas]
+    captured = decided(interpolated(groups))
+    assert captured.decided == () and left_over(captured) == left
+    assert left_over(decided(chosen(groups))) == 1  # what a rule tests is another function
+
+
+def test_an_interpolation_rounds_as_eager() -> None:
+    """With the other spelling a thousandth of the gradient has the gradient's rounding."""
+    for beta in (0.999, 0.001):
+        [update] = decided(interpolated(parameters(1), beta=beta)).updates
+        (average,) = (e for p, e in update.writes if update.labels[p] == "average")
+        assert average.op == "fma"
+        near = update.labels[average.args[2].value]  # type: ignore[index]
+        assert near == ("average" if beta > 0.5 else "grad")
+
+
+def test_the_weight_of_an_interpolation_may_be_computed() -> None:
+    captured = decided(optimizers.NpuFusedRMSpropTF(parameters(1), centered=True, alpha=0.9))
+    assert left_over(captured) == 0
