@@ -61,6 +61,7 @@ class Batch:
     counts: bool  # whether its parameters have a step counter: those with a state do, and those whose rule reads it
     needs_whole: bool = False  # whether the rule takes norms or sums of parameters of which this process holds a part
     rounding: Rounding = dataclasses.field(default_factory=Rounding)
+    checked: set[torch.Size] = dataclasses.field(default_factory=set)  # shapes on which the rule was run without values
     repeats: bool = False  # whether its parameters are listed in an earlier batch already, whose states it shares
     inference: bool = False  # whether it writes tensors that only inference mode may write
     pointers: list[int] = dataclasses.field(default_factory=list)

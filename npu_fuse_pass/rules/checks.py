@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -39,12 +40,13 @@ def dimensions(params: Iterable[Tensor]) -> set[int]:
     return {p.dim() or 1 for p in params if not is_lazy(p)}
 
 
-def check_rule(rule: Declaration, settings: Mapping[str, Any], ndim: int = 2) -> None:
+def check_rule(rule: Declaration, settings: Mapping[str, Any], ndim: int = 2, stands_in: bool = False) -> None:
     """Run a rule on meta tensors: its shapes and count of results, and that it decides nothing by values.
 
     Args:
         ndim: the dimensions of these tensors: the rule may compute something else with others. What it fails with
             beside matrices may be due to the sizes, which are not the parameters'.
+        stands_in: no parameter has so many dimensions; the rule may be one for others alone.
 
     Raises:
         RuleError: what is wrong with the rule and what to write instead.
@@ -57,44 +59,94 @@ def check_rule(rule: Declaration, settings: Mapping[str, Any], ndim: int = 2) ->
     if missing:
         known = [name for name in settings if name != "params"]
         raise RuleError(f"rule {rule.name!r} asks for {missing[0]!r}, which is not among its defaults {known}")
+    static, numbers = split_keywords(wanted_keywords(rule), settings)
+    names, totals = rule.states_of(settings), rule.totals_of(settings)
     try:
-        _check_on((2, 3, *[2] * ndim)[:ndim], rule, settings)
-    except Exception as e:
+        _check_on((2, 3, *[2] * ndim)[:ndim], rule, {**dict(static), **numbers}, names, totals)
+    except RuleError as e:
         # what else it fails with may be due to these sizes: the step meets it again with the parameters'
-        if ndim == 2 or (isinstance(e, RuleError) and e.__cause__ is None):
+        of_matrices = ndim == 2 and (_needs_values(e.__cause__) or not stands_in)
+        if e.__cause__ is None or of_matrices:
             raise
 
 
-def _check_on(shape: tuple[int, ...], rule: Declaration, settings: Mapping[str, Any]) -> None:
-    static, numbers = split_keywords(wanted_keywords(rule), settings)
-    names, totals = rule.states_of(settings), rule.totals_of(settings)
-    keywords = meta_keywords(dict(static), numbers, totals)
-    tensors = {n: torch.empty(shape, device="meta") for n in ("param", "grad", *names)}
+def check_shape(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    rule: Declaration,
+    keywords: Mapping[str, Any],
+    states: Sequence[str],
+    totals: Sequence[str],
+) -> None:
+    """Run a rule on meta tensors of a parameter's shape, before an eager step writes anything.
+
+    Raises:
+        RuleError: the rule fails on them, and not because they are on the meta device.
+    """
+    try:
+        _check_on(tuple(shape) or (1,), rule, keywords, states, totals, dtype)
+    except RuleError as e:
+        if not _needs_values(e.__cause__) and "device meta" not in str(e.__cause__):
+            whole = "Nothing was changed: write the rule for such parameters as well, or give them to another optimizer"
+            raise RuleError(f"{e}. {whole}") from e.__cause__
+
+
+def _check_on(
+    shape: tuple[int, ...],
+    rule: Declaration,
+    given: Mapping[str, Any],
+    names: Sequence[str],
+    totals: Sequence[str],
+    dtype: torch.dtype | None = None,
+) -> None:
+    static = {n: v for n, v in given.items() if v is None or isinstance(v, (bool, str))}
+    keywords = meta_keywords(static, {n: v for n, v in given.items() if n not in static}, totals)
+    tensors = {n: torch.empty(shape, dtype=dtype, device="meta") for n in ("param", "grad", *names)}
     numbered = {n: k if isinstance(k, tuple) else (k,) for n, k in keywords.items()}
-    given = [*tensors.items(), *((n, t) for n, ks in numbered.items() for t in ks if isinstance(t, Tensor))]
-    versions = [_version(t) for _, t in given]
+    read = [*tensors.items(), *((n, t) for n, ks in numbered.items() for t in ks if isinstance(t, Tensor))]
+    versions = [_version(t) for _, t in read]
     try:
         results(rule, tensors, keywords, totals)
     except RuleError:
         raise
-    except (NotImplementedError, RuntimeError, TypeError, ValueError, IndexError) as e:
-        if any(text in str(e) for text in ("meta tensor", "meta device")):
+    except Exception as e:
+        if _needs_values(e):
             raise RuleError(
                 f"rule {rule.name!r} uses a value of a tensor in Python (an `if`, `float()`, `.item()` or `max()`): "
                 "write torch.where(condition, a, b), torch.clamp or torch.maximum instead, so that one kernel can "
                 "compute it; `if` is fine on bool, str and None options"
             ) from e
+        if "device meta" in str(e):
+            raise RuleError(
+                f"rule {rule.name!r} uses a tensor that does not lie where the parameter does{_place(rule, e)}: make "
+                "it with torch.zeros_like(grad) or device=grad.device, or use Python numbers or a state"
+            ) from e
         if isinstance(e, NotImplementedError):
             return  # an operation without a meta kernel; tracing decides
-        other = [f"{n}={settings[n]!r}" for n in wanted_keywords(rule) if settings[n] != rule.defaults.get(n)]
+        other = [f"{n}={v!r}" for n, v in given.items() if not isinstance(v, Tensor) and v != rule.defaults.get(n)]
         with_them = f" with {', '.join(other)}" if other else ""
-        raise RuleError(f"rule {rule.name!r} fails{with_them} on tensors of shape {shape}: {e}") from e
-    changed = [n for (n, t), version in zip(given, versions, strict=True) if _version(t) != version]
+        what = f"{type(e).__name__}: {e}".removesuffix(": ")
+        raise RuleError(
+            f"rule {rule.name!r} fails{with_them} on tensors of shape {shape}: {what}{_place(rule, e)}"
+        ) from e
+    changed = [n for (n, t), version in zip(read, versions, strict=True) if _version(t) != version]
     if changed:
         raise RuleError(
             f"rule {rule.name!r} changes its argument {changed[0]!r} in place; a rule is a pure function: "
             "compute a new tensor and return it"
         )
+
+
+def _needs_values(error: BaseException | None) -> bool:
+    """Whether something failed because tensors on the meta device have no values."""
+    return any(text in str(error) for text in ("meta tensor", "meta device"))
+
+
+def _place(rule: Declaration, error: BaseException) -> str:
+    """The line of the rule, or of what it calls in the same file, that fails; "" if Python does not say."""
+    file = getattr(getattr(rule.function, "__code__", None), "co_filename", None)
+    lines = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+    return f" ({lines[-1].filename}:{lines[-1].lineno}, in {lines[-1].name})" if lines else ""
 
 
 def _version(t: Tensor) -> int | None:

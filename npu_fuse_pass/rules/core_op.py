@@ -32,6 +32,7 @@ from npu_fuse_pass.options import disabled
 from npu_fuse_pass.private_torch import find, storage_key
 from npu_fuse_pass.rules import pending
 from npu_fuse_pass.rules.batch import Batch
+from npu_fuse_pass.rules.checks import check_shape
 from npu_fuse_pass.rules.pending import Keeping
 from npu_fuse_pass.tensors.sharded import as_dtensor, is_dtensor, local, local_part
 from npu_fuse_pass.user_warnings import warn
@@ -202,7 +203,13 @@ def _met(optimizer: Stepping) -> list[Batch]:
 
 
 def run_rules(batches: list[Batch]) -> None:
-    """Totals, then every parameter's rule."""
+    """Totals, then every parameter's rule.
+
+    Raises:
+        RuleError: it fails on tensors of a parameter's shape; nothing was changed.
+    """
+    for batch in batches:
+        _check_shapes(batch)
     if any(batch.needs_whole for batch in batches):
         from torch.distributed.tensor.experimental import implicit_replication
 
@@ -226,6 +233,16 @@ def _run_rules(batches: list[Batch]) -> None:
             _write([*written, (grad, new_grad)] if new_grad is not None else written)
             if batch.counts:
                 batch.step_views[i].copy_(step)
+
+
+def _check_shapes(batch: Batch) -> None:
+    """Try the rule without values on every shape that it has not met, so that no step ends between two parameters."""
+    whole = batch.owners if batch.needs_whole else batch.params
+    shapes = dict.fromkeys(p.shape for p, grad in zip(whole, batch.grads, strict=True) if grad is not None)
+    for shape in [shape for shape in shapes if shape not in batch.checked]:
+        keywords = {**batch.hyper.static, **batch.hyper.views}
+        check_shape(shape, batch.dtype, batch.rule, keywords, [*batch.flat], batch.totals)
+        batch.checked.add(shape)
 
 
 def _write(pairs: list[tuple[Tensor, Tensor]]) -> None:

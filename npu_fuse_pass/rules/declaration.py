@@ -34,7 +34,15 @@ class Init:
 
     def when(self, condition: Condition) -> Init:
         """The state exists only in groups for which `condition(hyperparameters)` is true; else the rule gets None."""
+        _check_condition(condition)
         return dataclasses.replace(self, condition=condition)
+
+
+def _check_condition(condition: object) -> None:
+    if not callable(condition):
+        raise RuleError(
+            f"when({condition!r}): allowed is a function of the hyperparameters, lambda group: group['momentum'] > 0"
+        )
 
 
 zeros = Init(0.0)
@@ -60,6 +68,7 @@ class Total:
 
     def when(self, condition: Condition) -> Total:
         """The sum exists only where `condition(hyperparameters)` is true; else the rule gets None."""
+        _check_condition(condition)
         return dataclasses.replace(self, condition=condition)
 
 
@@ -106,7 +115,7 @@ class Declaration:
 
     def states_of(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         """Names of the states that parameters of a group with these hyperparameters have."""
-        return tuple(n for n, init in self.states.items() if init.condition is None or init.condition(group))
+        return tuple(n for n, init in self.states.items() if self._holds(n, init.condition, group))
 
     def numbers_of(self, names: Iterable[str]) -> tuple[str, ...]:
         """Those of these states that are one number for a parameter."""
@@ -114,7 +123,17 @@ class Declaration:
 
     def totals_of(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         """Names of the totals to which parameters of such a group contribute."""
-        return tuple(n for n, t in self.totals.items() if t.condition is None or t.condition(group))
+        return tuple(n for n, t in self.totals.items() if self._holds(n, t.condition, group))
+
+    def _holds(self, name: str, condition: Condition | None, group: Mapping[str, Any]) -> bool:
+        try:
+            return condition is None or bool(condition(group))
+        except Exception as e:
+            known = sorted(n for n in group if n != "params")
+            raise RuleError(
+                f"rule {self.name!r}: the condition of {name!r} fails: {type(e).__name__}: {e}; it is called with the "
+                f"hyperparameters {known}"
+            ) from e
 
     def apply(
         self, param: Tensor, grad: Tensor, states: Mapping[str, Tensor], keywords: Mapping[str, Any]

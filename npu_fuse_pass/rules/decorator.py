@@ -41,6 +41,8 @@ class Rule(Declaration):
 
 
 def rule(
+    function: None = None,
+    /,
     *,
     states: Mapping[str, Init] | None = None,
     defaults: Mapping[str, Any] | None = None,
@@ -67,6 +69,11 @@ def rule(
     Raises:
         RuleError: the declaration and the function's signature do not fit each other.
     """
+    if function is not None:
+        raise RuleError(f"rule({function!r}): write @rule(states=..., defaults=...), with parentheses")
+    for label, given in (("states", states), ("defaults", defaults), ("totals", totals), ("ranges", ranges)):
+        if not isinstance(given, (Mapping, type(None))):
+            raise RuleError(f"rule({label}={given!r}): allowed is a dict of names and what belongs to them")
 
     def decorate(function: Callable[..., Any]) -> Rule:
         made = Rule(
@@ -87,7 +94,13 @@ def rule(
 
 
 def _keywords(function: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(n for n, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY)
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError) as e:
+        raise RuleError(
+            f"rule(...)({function!r}): {e}; a rule is a Python function (param, grad, *states, *, ...)"
+        ) from e
+    return tuple(n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY)
 
 
 def _check_signature(made: Rule) -> None:
@@ -96,6 +109,10 @@ def _check_signature(made: Rule) -> None:
     if len(positional) != 2 + len(made.states) or positional[2:] != list(made.states):
         wanted = ", ".join(["param", "grad", *made.states])
         raise RuleError(f"rule {made.name!r} takes ({', '.join(positional)}); its states ask for ({wanted}, *, ...)")
+    if positional[0] == "grad" or positional[1] == "param":
+        raise RuleError(
+            f"rule {made.name!r} takes ({', '.join(positional)}); it is given the parameter first: param, grad"
+        )
     names = [*made.states, *made.defaults, *made.totals]
     reserved = {"param", "grad", "step", "params"}.intersection(names) | made.defaults.keys() & {*OPTIONS}
     if reserved:

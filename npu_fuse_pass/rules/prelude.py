@@ -140,10 +140,12 @@ class Prelude:
             RuleError: names the rule and what it fails with.
         """
         key = structure(rule, settings)
-        for ndim in (2, *sorted(dimensions(params) - {2})):
-            if (key, ndim) not in self._checked:
-                check_rule(rule, settings, ndim)
-                self._checked.add((key, ndim))
+        present = dimensions(params)
+        for ndim in (2, *sorted(present - {2})):
+            case = key, ndim, bool(present) and ndim not in present
+            if self._checked.isdisjoint([case, (key, ndim, False)]):
+                check_rule(rule, settings, ndim, stands_in=case[-1])
+                self._checked.add(case)
 
     @property
     def kinds(self) -> object:

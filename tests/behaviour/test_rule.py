@@ -259,3 +259,84 @@ def test_a_hyperparameter_called_rounding() -> None:
         return param - lr * (grad / rounding[0]).round() * rounding[1]
 
     same_compiled(rule(defaults={"lr": 0.1, "rounding": (0.5, 0.25, 0.0)})(coarse))
+
+
+def two_sizes(param: Tensor, grad: Tensor, *, lr: Tensor) -> Tensor:
+    rows, columns = param.shape
+    return param - lr * grad / (rows * columns)
+
+
+def asserted(param: Tensor, grad: Tensor, *, lr: Tensor) -> Tensor:
+    assert param.ndim == 2
+    return param - lr * grad
+
+
+def by_size(param: Tensor, grad: Tensor, *, lr: Tensor) -> Tensor:
+    if param.numel() == 24:
+        raise KeyError(param.numel())
+    return param - lr * grad
+
+
+@pytest.mark.parametrize("function", [two_sizes, asserted, by_size], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_what_fails_for_some_shapes_ends_no_step_between_two_parameters(
+    function: Callable[..., Any], is_compiled: bool
+) -> None:
+    params = parameters([(2, 3), (2, 3, 4)])
+    opt = rule(defaults={"lr": 0.1})(function)(params)
+    set_gradients(params, gradients(params, 0))
+    before = [p.detach().clone() for p in params]
+    step = torch.compile(opt.step, backend="npu_fused") if is_compiled else opt.step
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(
+            RuleError, match=rf"(?s){function.__name__}.* \(2, 3, 4\): .*Error.*test_rule\.py:.*Nothing was"
+        ):
+            step()
+    assert all(map(torch.equal, before, params))
+    params[1].grad = None
+    step()
+    assert not torch.equal(before[0], params[0]) and torch.equal(before[1], params[1])
+
+
+def test_a_rule_for_vectors_alone() -> None:
+    def vectors(param: Tensor, grad: Tensor, *, lr: Tensor) -> Tensor:
+        (size,) = param.shape
+        return param - lr * grad / size
+
+    same_compiled(rule(defaults={"lr": 0.1})(vectors), shapes=[(7,), (5,)])
+    with pytest.raises(RuleError, match=r"shape \(2, 3\): ValueError: too many values .*test_rule\.py"):
+        rule(defaults={"lr": 0.1})(vectors)(parameters([(7,), (2, 3)]))
+
+
+@pytest.mark.parametrize("made", [zeros, total(lambda grad: grad.sum())], ids=lambda made: type(made).__name__)
+def test_conditions(made: Any) -> None:
+    def declared(condition: Any) -> None:
+        named = {("states" if made is zeros else "totals"): {"m": made.when(condition)}}
+        function: Any = (lambda param, grad, m, *, lr: (param, m)) if made is zeros else lambda param, grad, *, m: param
+        rule(defaults={"lr": 0.1}, **named)(function)(parameters())
+
+    for wrong in (True, "lr"):
+        with pytest.raises(RuleError, match=r"when\(.*\): allowed is a function of the hyperparameters"):
+            declared(wrong)
+    with pytest.raises(RuleError, match=r"condition of 'm' fails: KeyError: 'momentum'; .* \['lr'\]"):
+        declared(lambda group: group["momentum"])
+    with pytest.raises(RuleError, match=r"condition of 'm' fails: TypeError: .*0 positional arguments"):
+        declared(lambda: True)
+
+
+def test_declarations_of_another_kind() -> None:
+    with pytest.raises(RuleError, match=r"rule\(states=\['m'\]\): allowed is a dict"):
+        rule(states=["m"])  # type: ignore[arg-type]
+    with pytest.raises(RuleError, match="with parentheses"):
+        rule(two_sizes)  # type: ignore[arg-type]
+    for wrong in (5, torch.add):
+        with pytest.raises(RuleError, match="a rule is a Python function"):
+            rule()(wrong)  # type: ignore[arg-type]
+    with pytest.raises(RuleError, match="the parameter first"):
+        rule()(lambda grad, param: param)
+
+
+def test_a_tensor_on_another_device() -> None:
+    with pytest.raises(RuleError, match=r"does not lie where the parameter does .*zeros_like"):
+        decided(lambda param, grad, m, *, lr: (param - lr * torch.ones(3) * grad, m))
