@@ -255,6 +255,8 @@ def label_of(name: str) -> str:
         return f"state{last}"
     if option := re.search(r"param_groups_+\d+_+((?!params)[a-z]\w*)$", low):
         return option[1]
+    if entry := re.search(r"_keys_\w*?_state_+\d+_+([a-z]\w*)$", low):
+        return entry[1]
     if "param" in low:
         return "param"
     named = [part for part in low.split("_") if not part.isdigit()]  # g_ema_3: an entry of a list

@@ -45,9 +45,10 @@ def dtype_name(dtype: torch.dtype) -> str:
     return DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
 
 
-def parameters(count: int) -> str:
-    """A number of parameters, as in "× 198 parameters"."""
-    return f"× {count} parameter{'s' if count != 1 else ''}"
+def parameters(count: int, written: Iterable[str]) -> str:
+    """A number of parameters, as in "× 198 parameters"; of tensors, where none of what is written is a parameter."""
+    noun = "parameter" if "param" in written else "tensor"
+    return f"× {count} {noun}{'s' if count != 1 else ''}"
 
 
 def few(names: Sequence[str]) -> str:

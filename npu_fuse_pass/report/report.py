@@ -49,7 +49,7 @@ class GroupReport:
     Attributes:
         name: the same in dumps, kernels, profiles and graphs.
         formula: the update as readable mathematics.
-        updates: number of parameters.
+        updates: number of parameters, or of states that are updated by themselves.
         kernel: what computes it.
         bytes_per_element: memory read and written per parameter element and step.
         launches: kernel calls per step.
@@ -76,6 +76,7 @@ class GroupReport:
     layout: str = "list"
     layout_reason: str = ""
     _matched: Callable[[], KernelMatch | str] = dataclasses.field(default=_not_asked, repr=False, compare=False)
+    _of_params: bool = dataclasses.field(default=True, repr=False, compare=False)  # it writes some, not states alone
     _returned: bool = dataclasses.field(default=False, repr=False, compare=False)  # it makes what the graph returns
 
     @property
@@ -153,6 +154,12 @@ class CompileReport:
         kernels = sum(g.bytes_per_element * g.elements for g in self.groups)
         before, by_calls = self._moved
         return {"before": before / elements, "after": (kernels + by_calls) / elements}
+
+    @property
+    def updated(self) -> int:
+        """How many parameters the groups update; where none of what they write is known as one, how many tensors."""
+        rows = [g for g in self.groups if g.writes == "leaves"]
+        return sum(g.updates for g in [g for g in rows if g._of_params] or rows)
 
     @property
     def fused_graph(self) -> fx.GraphModule | None:

@@ -40,7 +40,8 @@ def group_report(
     kind = (dtype, device, lowering, kernel)
     returned = all(leaves[m[s]].kind == "output" for m in g.members for s in g.formula.written)
     counts = (bytes_per_element, launches, elements)
-    return GroupReport(g.name, formula, len(g.members), *kind, *counts, _returned=returned)
+    of_params = any(g.labels[s] == "param" for s in g.formula.written)
+    return GroupReport(g.name, formula, len(g.members), *kind, *counts, _of_params=of_params, _returned=returned)
 
 
 def show_layouts(rows: Sequence[GroupReport], layouts: Sequence[LayoutCost]) -> None:

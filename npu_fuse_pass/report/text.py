@@ -51,6 +51,8 @@ class PrintedReport(Protocol):
     @property
     def no_rule(self) -> object | None: ...
     @property
+    def updated(self) -> int: ...
+    @property
     def groups(self) -> Sequence[GroupRow]: ...
     @property
     def unfused(self) -> Sequence[object]: ...
@@ -108,14 +110,14 @@ def as_html(report: PrintedReport) -> str:
 
 def head(report: PrintedReport) -> str:
     """The headline: what was done with a step, and how long the compile took."""
-    updates = sum(g.updates for g in report.groups if g.writes == "leaves")
     compiled, late = dict(report.seconds), ""
     if next(reversed(compiled), "") == "match":  # it ran on demand, after the compile
         late = f", then match {compiled.pop('match'):.2f}"
     stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in compiled.items())
+    calls = sum(g.launches for g in report.groups)
     return (
-        f"npu_fused on {report.platform}: {updates} parameters -> {sum(g.launches for g in report.groups)} kernel "
-        f"calls per step, compiled in {sum(compiled.values()):.2f} s ({stages}){late}"
+        f"npu_fused on {report.platform}: {report.updated} parameters -> {calls} kernel calls per step, compiled in "
+        f"{sum(compiled.values()):.2f} s ({stages}){late}"
     )
 
 

@@ -126,7 +126,7 @@ def counted(
         result = step(*args, **given)
         request.steps += bool(due)
         request.eager += bool(due) and not tracked.ran
-        updated = sum(g.updates for report in tracked.ran for g in report.groups if g.writes == "leaves")
+        updated = sum(report.updated for report in tracked.ran)
         whole = not tracked.ran or any(report.reasons for report in tracked.ran)
         if not whole and updated < due and not hasattr(opt, "_prelude"):  # ours plan anew without another compile
             request.missed = due, updated

@@ -28,20 +28,27 @@ def updates(contents: Contents) -> str:
     every = [*(u for segment in captured.segments for u in segment.updates), *captured.updates]
     groups = contents.grouped.all_groups
     group_of = {member[slot]: g.name for g in groups for member in g.members for slot in g.formula.written}
-    told: dict[tuple[str, str], list[Leaf]] = {}
+    told: dict[tuple[str, str, bool], list[Leaf]] = {}
     for update in every:
         written = [member[position] for member in update.members for position, _ in update.writes]
         names = dict.fromkeys(group_of.get(leaf, "in no group") for leaf in written)
         formula = Formula(tuple(update.slots), tuple(update.writes), tuple(e for _, e in update.contributions), "")
-        same = told.setdefault((", ".join(names) or "sums", readable(formula, update.labels)), [])
-        same += [_known_by(update, captured.leaves, member) for member in update.members]
-    lines = [f"{sum(len(u.members) for u in captured.updates)} parameters are updated; a prime marks the new value"]
-    for (name, text), known_by in told.items():
-        lines += ["", f"{name}  {parameters(len(known_by))}", *(f"    {line}" for line in text.splitlines())]
+        key = ", ".join(names) or "sums", readable(formula, update.labels), _of_params(update)
+        told.setdefault(key, []).extend(_known_by(update, captured.leaves, member) for member in update.members)
+    of_params = [u for u in captured.updates if _of_params(u)]
+    count = sum(len(u.members) for u in of_params or captured.updates)
+    lines = [f"{count} {'parameters' if of_params else 'tensors'} are updated; a prime marks the new value"]
+    for (name, text, params), known_by in told.items():
+        what = parameters(len(known_by), ["param"] if params else [])
+        lines += ["", f"{name}  {what}", *(f"    {line}" for line in text.splitlines())]
         lines += _by_shape(known_by)
     for u in contents.report.unfused:
         lines += ["", f"not an update of a kernel: {u}"]
     return "\n".join([*lines, ""])
+
+
+def _of_params(update: Update) -> bool:
+    return any(update.labels[position] == "param" for position, _ in update.writes)
 
 
 def _known_by(update: Update, leaves: Sequence[Leaf], member: tuple[int, ...]) -> Leaf:
@@ -60,7 +67,7 @@ def groups(contents: Contents) -> str:
     for i, group in enumerate(every):
         row = rows.get(group.name)
         what = f"{row.launches} x {row.kernel} ({row.lowering})" if row else "not lowered"
-        lines += ["", f"group {i + 1}: {group.name}  {parameters(len(group.members))}, {what}"]
+        lines += ["", f"group {i + 1}: {group.name}  {parameters(len(group.members), _written(group))}, {what}"]
         lines += [f"  differs from group {k + 1}: {difference(other, group)}" for k, other in enumerate(every[:i])]
         lines += ["  slots:", *columns(list(_slots(group, contents)), "    ")]
         lines += ["  members:", *_by_shape([written_leaf(group, leaves, member) for member in group.members])]
@@ -75,6 +82,10 @@ def groups(contents: Contents) -> str:
     if contents.report.fallback:
         lines += ["", f"the original runs: {contents.report.fallback}"]
     return "\n".join([*lines, ""])
+
+
+def _written(group: Group) -> list[str]:
+    return [group.labels[slot] for slot in group.formula.written]
 
 
 def _call(call: Call) -> str:

@@ -65,3 +65,32 @@ def test_a_slot_names_the_leaf_that_is_bound_to_it(contents: Any) -> None:
         assert re.match(rf"\s+\$\d+\s+{name}\s", row), row
         bound = contents.captured.leaves[group.members[0][at["exp_avg"]]].name
         assert bound in row and "3 of them" in row, row
+
+
+class Counting(torch.optim.Optimizer):
+    """Updates a state by itself, beside the parameter."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+        for p in self.param_groups[0]["params"]:
+            self.state[p] = {"param_seen": torch.zeros_like(p)}
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["param_seen"].mul_(0.9).add_(1)
+            p.sub_(p.grad, alpha=0.1)
+
+
+def test_states_that_are_updated_by_themselves_are_no_parameters(tmp_path: pathlib.Path) -> None:
+    torch._dynamo.reset()
+    params = parameters(SHAPES)
+    set_gradients(params, gradients(params, 0))
+    torch.compile(Counting(params).step, backend="npu_fused", options={"dump": str(tmp_path)})()
+    assert len(last_report().groups) == 2 and last_report().updated == len(params) == 3
+    assert str(last_report()).startswith("npu_fused on cpu: 3 parameters -> 2 kernel calls")
+    for name in ("01_updates.txt", "02_groups.txt", "03_fused_graph.py"):
+        (text,) = (path.read_text() for path in tmp_path.rglob(name))
+        assert text.count("× 3 parameters") == text.count("× 3 tensors") == 1, text
+    (text,) = (path.read_text() for path in tmp_path.rglob("01_updates.txt"))
+    assert text.startswith("3 parameters are updated") and "    param_seen' = param_seen·0.9 + 1" in text
