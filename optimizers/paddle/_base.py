@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler as TorchLRScheduler
 from npu_fuse_pass.rules.optimizer import RuleOptimizer, eager_prelude
 
 from ._minimize import is_cleared, mark_cleared, minimize
+from ._number import as_float
 from .clip import ClipGradByGlobalNorm, GradientClipBase
 from .lr import LRScheduler
 from .regularizer import as_regularizer
@@ -53,7 +54,7 @@ class PaddleOptimizer(RuleOptimizer):
             raise TypeError(f"learning rate should be float or LRScheduler, got {type(learning_rate)} here")
         if parameters is None:
             raise AttributeError("parameters argument given to the Optimizer should not be None.")
-        if isinstance(parameters, (Tensor, dict)):
+        if isinstance(parameters, (Tensor, dict)) or not isinstance(parameters, Iterable):
             raise TypeError(f"parameters should be a list of Tensors or of dicts, got {type(parameters)} here")
         self.name = name
         self._scheduler = None if isinstance(learning_rate, float) else learning_rate
@@ -74,6 +75,8 @@ class PaddleOptimizer(RuleOptimizer):
         factor = group["learning_rate"]
         if not isinstance(factor, (float, int)):
             raise TypeError(f"learning_rate of a parameter group is a factor: float, not {type(factor)}")
+        as_float("learning_rate", factor)
+        as_float("lr", group["lr"])
         as_regularizer(group["weight_decay"])
         clip = group["grad_clip"]
         if clip is not None and not (isinstance(clip, GradientClipBase) and clip.kind is not None):
@@ -115,11 +118,12 @@ class PaddleOptimizer(RuleOptimizer):
         """The keywords of the rule, from this step's options of a group."""
         if self._scheduler is not None:
             group["lr"] = _current(self._scheduler)
+        lr = group["lr"] if isinstance(group["lr"], Tensor) else as_float("lr", group["lr"])
         clip: GradientClipBase | None = group["grad_clip"]
         low, high = (0.0, 0.0) if clip is None else clip.bounds()
         return {
             **group,
-            "lr": group["lr"] * group["learning_rate"],
+            "lr": lr * group["learning_rate"],
             "clip": None if clip is None else clip.kind,
             "clip_min": low,
             "clip_max": high,

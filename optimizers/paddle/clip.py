@@ -11,6 +11,8 @@ from typing import ClassVar
 
 import torch
 
+from ._number import as_float
+
 __all__ = [
     "ClipGradByGlobalNorm",
     "ClipGradByNorm",
@@ -37,7 +39,7 @@ class _ClipByNorm(GradientClipBase):
     clip_norm: float
 
     def __post_init__(self) -> None:
-        self.clip_norm = float(self.clip_norm)
+        self.clip_norm = as_float("clip_norm", self.clip_norm)
         if not self.clip_norm >= 0.0:
             raise ValueError(f"clip_norm should be >= 0, got {self.clip_norm}")
 
@@ -57,6 +59,7 @@ class ClipGradByGlobalNorm(_ClipByNorm):
         auto_skip_clip: Paddle's; kept as an attribute without effect (a factor of 1 changes nothing).
 
     Raises:
+        TypeError: clip_norm is not a number.
         ValueError: clip_norm is negative.
     """
 
@@ -73,6 +76,7 @@ class ClipGradByNorm(_ClipByNorm):
         clip_norm: the largest norm.
 
     Raises:
+        TypeError: clip_norm is not a number.
         ValueError: clip_norm is negative.
     """
 
@@ -88,6 +92,7 @@ class ClipGradByValue(GradientClipBase):
         min: the smallest value; None means -max, and max must then be positive.
 
     Raises:
+        TypeError: max or min is not a number.
         ValueError: max is not positive where min is None, or min > max.
     """
 
@@ -96,10 +101,10 @@ class ClipGradByValue(GradientClipBase):
     min: float | None = None
 
     def __post_init__(self) -> None:
-        self.max = float(self.max)
+        self.max = as_float("max", self.max)
         if self.min is None and not self.max > 0.0:
             raise ValueError(f"max should be > 0 where min is not given, got {self.max}")
-        self.min = -self.max if self.min is None else float(self.min)
+        self.min = -self.max if self.min is None else as_float("min", self.min)
         if not self.min <= self.max:
             raise ValueError(f"min should be <= max, got min={self.min}, max={self.max}")
 

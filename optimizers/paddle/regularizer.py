@@ -10,6 +10,8 @@ from typing import ClassVar
 
 import torch
 
+from ._number import as_float
+
 __all__ = ["L1Decay", "L2Decay", "WeightDecayRegularizer", "as_regularizer"]
 
 
@@ -30,7 +32,7 @@ class WeightDecayRegularizer:
     def __post_init__(self) -> None:
         if not isinstance(self.coeff, (float, int)):
             raise TypeError(f"coeff of {type(self).__name__} should be float, got {type(self.coeff)} here")
-        self.coeff = float(self.coeff)
+        self.coeff = as_float("coeff", self.coeff)
 
 
 class L1Decay(WeightDecayRegularizer):
@@ -54,7 +56,7 @@ def as_regularizer(value: object) -> WeightDecayRegularizer | None:
     if value is None:
         return None
     if isinstance(value, (float, int)):
-        return L2Decay(float(value))
+        return L2Decay(as_float("weight_decay", value))
     if isinstance(value, WeightDecayRegularizer) and value.kind is not None:
         return value
     raise TypeError(f"weight_decay should be float, L1Decay or L2Decay, got {type(value)} here")

@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler as TorchLRScheduler
 from npu_fuse_pass.rules import Rule, rule, total, zeros
 
 from ._base import PaddleOptimizer
+from ._number import as_float
 from .clip import ClipGradByGlobalNorm, GradientClipBase
 from .lr import LRScheduler
 from .regularizer import WeightDecayRegularizer
@@ -153,7 +154,8 @@ class RMSProp(PaddleOptimizer):
 
     Raises:
         ValueError: learning_rate, rho, epsilon or momentum is None, or one of the last three is negative.
-        TypeError: learning_rate is neither float nor scheduler; weight_decay or grad_clip is of a wrong type.
+        TypeError: learning_rate is neither float nor scheduler; one of the others is no number; weight_decay or
+            grad_clip is of a wrong type.
         AttributeError: parameters is None.
     """
 
@@ -204,7 +206,7 @@ class RMSProp(PaddleOptimizer):
 
     def hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
         """The keywords of the rule; rho, epsilon and momentum rounded to float32, as in Paddle's kernel."""
-        rounded = {name: ctypes.c_float(group[name]).value for name in ("rho", "epsilon", "momentum")}
+        rounded = {name: ctypes.c_float(as_float(name, group[name])).value for name in ("rho", "epsilon", "momentum")}
         return {**super().hyperparameters(group), **rounded, "centered": bool(group["centered"])}
 
 
@@ -213,5 +215,5 @@ def _check_numbers(options: dict[str, Any]) -> None:
         if options[name] is None:
             raise ValueError(f"{name} is not set.")
     for name in ("epsilon", "momentum", "rho"):
-        if not options[name] >= 0.0:
+        if not as_float(name, options[name]) >= 0.0:
             raise ValueError(f"Invalid value of {name}, expect {name} >= 0.")

@@ -26,6 +26,12 @@ from tests.support.training import parameters
         ({"rho": -0.1}, ValueError, "Invalid value of rho, expect rho >= 0."),
         ({"epsilon": -1e-9}, ValueError, "Invalid value of epsilon, expect epsilon >= 0."),
         ({"momentum": -1}, ValueError, "Invalid value of momentum, expect momentum >= 0."),
+        *(
+            ({name: wrong}, TypeError, f"{name} should be a number, got {wrong!r}")
+            for name in ("rho", "epsilon", "momentum")
+            for wrong in ("0.9", (0.9,), 0.9j, 10**400)
+        ),
+        ({"parameters": 1}, TypeError, "parameters should be a list"),
         ({"momentum": math.nan}, ValueError, "Invalid value of momentum"),
         ({"parameters": None}, AttributeError, "parameters argument given to the Optimizer should not be None"),
         ({"parameters": torch.zeros(1)}, TypeError, "parameters should be a list"),
@@ -49,7 +55,15 @@ def test_wrong_arguments_are_refused(arguments: dict[str, Any], kind: type[Excep
 
 @pytest.mark.parametrize(
     "options",
-    [{"rho": -1.0}, {"momentum": None}, {"grad_clip": 1.0}, {"weight_decay": "x"}, {"learning_rate": "x"}],
+    [
+        {"rho": -1.0},
+        {"rho": "0.9"},
+        {"lr": "0.1"},
+        {"momentum": None},
+        {"grad_clip": 1.0},
+        {"weight_decay": "x"},
+        {"learning_rate": "x"},
+    ],
     ids=str,
 )
 def test_wrong_options_of_a_group_change_nothing(options: dict[str, Any]) -> None:
@@ -69,6 +83,30 @@ def test_regularisers_refuse_what_is_not_a_number() -> None:
         assert kind(coeff=1).coeff == 1.0
         with pytest.raises(TypeError, match="coeff"):
             kind("0.1")
+
+
+@pytest.mark.parametrize("name", ["rho", "epsilon", "momentum", "lr"])
+@pytest.mark.parametrize("wrong", ["0.9", None, 0.9j], ids=repr)
+def test_a_wrong_number_between_two_steps_is_named_and_changes_nothing(name: str, wrong: Any) -> None:
+    params = parameters()
+    opt = RMSProp(0.1, parameters=params)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    before, right = [p.detach().clone() for p in params], opt.param_groups[0][name]
+    opt.param_groups[0][name] = wrong
+    with pytest.raises(TypeError, match=f"{name} should be a number, got {wrong!r}"):
+        opt.step()
+    assert all(map(torch.equal, before, params))
+    opt.param_groups[0][name] = right
+    opt.step()
+
+
+@pytest.mark.parametrize("kind", [ClipGradByGlobalNorm, ClipGradByNorm, ClipGradByValue])
+def test_bounds_of_clips_are_numbers(kind: Any) -> None:
+    for wrong in ("1", None, [1.0], 1j):
+        with pytest.raises(TypeError, match=r"(clip_norm|max) should be a number, got"):
+            kind(wrong)
 
 
 def test_a_wrong_regularizer_of_a_parameter_is_refused() -> None:
