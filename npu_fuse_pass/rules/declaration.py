@@ -226,17 +226,20 @@ def is_number(value: object) -> bool:
 def number_of(value: object) -> float | None:
     """A hyperparameter as a float: a real number (NumPy scalar, Fraction), or a tensor or array of one element.
 
-    None for anything else; bools are flags.
+    None for anything else, and for what no float holds; bools are flags.
     """
-    if isinstance(value, (int, float)):  # first, because it is the most common case
-        return None if isinstance(value, bool) else float(value)
-    if isinstance(value, Real):
-        return float(value)
-    one = isinstance(value, Tensor) and value.numel() == 1
-    if not one and not (getattr(value, "size", None) == 1 and callable(getattr(value, "item", None))):
+    try:
+        if isinstance(value, (int, float)):  # first, because it is the most common case
+            return None if isinstance(value, bool) else float(value)
+        if isinstance(value, Real):
+            return float(value)
+        one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta
+        if not one and not (getattr(value, "size", None) == 1 and callable(getattr(value, "item", None))):
+            return None
+        item = value.item()  # type: ignore[attr-defined]
+        return float(item) if isinstance(item, Real) and not isinstance(item, bool) else None
+    except OverflowError:
         return None
-    item = value.item()  # type: ignore[attr-defined]
-    return float(item) if isinstance(item, Real) and not isinstance(item, bool) else None
 
 
 def split_keywords(

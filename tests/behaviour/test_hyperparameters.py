@@ -14,7 +14,7 @@ from torch import Tensor
 
 import npu_fuse_pass
 from npu_fuse_pass import RuleError, rule, zeros
-from optimizers import NpuFusedAdam
+from optimizers import NpuFusedAdam, lion
 from tests.support.training import assert_fused, gradients, last_report, parameters, set_gradients, train
 from tests.support.unchanged import Unchanged
 
@@ -159,3 +159,19 @@ def test_what_the_rule_fails_with_is_refused_before_another_group_is_updated(nam
     with pytest.raises(RuleError, match=re.escape("rule 'adam' fails with") + ".*" + re.escape(f"{name}={value!r}")):
         opt.step()
     assert all(map(torch.equal, before, params)) and not any(opt.state.get(p) for p in params)
+
+
+@pytest.mark.parametrize("wrong", [10**400, torch.empty((), device="meta")], ids=["too large", "without a value"])
+def test_numbers_that_no_float_holds_are_named(wrong: Any) -> None:
+    params = parameters()
+    with pytest.raises(ValueError, match="Invalid eps"):
+        NpuFusedAdam(params, eps=wrong)
+    with pytest.raises(ValueError, match="weight_decay="):
+        lion(params, weight_decay=wrong)
+    opt = lion(params)
+    set_gradients(params, gradients(params, 0))
+    opt.param_groups[0]["lr"] = wrong
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(ValueError, match="lr="):
+        opt.step()
+    assert all(map(torch.equal, before, params))
