@@ -40,13 +40,14 @@ def dimensions(params: Iterable[Tensor]) -> set[int]:
     return {p.dim() or 1 for p in params if not is_lazy(p)}
 
 
-def check_rule(rule: Declaration, settings: Mapping[str, Any], ndim: int = 2, stands_in: bool = False) -> None:
+def check_rule(rule: Declaration, settings: Mapping[str, Any], ndim: int = 2) -> RuleError | None:
     """Run a rule on meta tensors: its shapes and count of results, and that it decides nothing by values.
 
     Args:
-        ndim: the dimensions of these tensors: the rule may compute something else with others. What it fails with
-            beside matrices may be due to the sizes, which are not the parameters'.
-        stands_in: no parameter has so many dimensions; the rule may be one for others alone.
+        ndim: the dimensions of these tensors: the rule may compute something else with others.
+
+    Returns:
+        What it fails with that may be due to the sizes, which are not the parameters'.
 
     Raises:
         RuleError: what is wrong with the rule and what to write instead.
@@ -64,10 +65,10 @@ def check_rule(rule: Declaration, settings: Mapping[str, Any], ndim: int = 2, st
     try:
         _check_on((2, 3, *[2] * ndim)[:ndim], rule, {**dict(static), **numbers}, names, totals)
     except RuleError as e:
-        # what else it fails with may be due to these sizes: the step meets it again with the parameters'
-        of_matrices = ndim == 2 and (_needs_values(e.__cause__) or not stands_in)
-        if e.__cause__ is None or of_matrices:
+        if e.__cause__ is None or (ndim == 2 and _needs_values(e.__cause__)):
             raise
+        return e
+    return None
 
 
 def check_shape(

@@ -141,11 +141,16 @@ class Prelude:
         """
         key = structure(rule, settings)
         present = dimensions(params)
+        failed = {}
         for ndim in (2, *sorted(present - {2})):
-            case = key, ndim, bool(present) and ndim not in present
-            if self._checked.isdisjoint([case, (key, ndim, False)]):
-                check_rule(rule, settings, ndim, stands_in=case[-1])
-                self._checked.add(case)
+            if (key, ndim) not in self._checked:
+                failed[ndim] = check_rule(rule, settings, ndim)
+                if failed[ndim] is None:
+                    self._checked.add((key, ndim))
+        # of other parameters than matrices, sizes may be what it fails with: an eager step looks at theirs
+        error = failed.get(2)
+        if error is not None and (2 in present or all(failed.get(ndim) for ndim in present)):
+            raise error
 
     @property
     def kinds(self) -> object:
