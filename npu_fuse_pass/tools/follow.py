@@ -69,7 +69,11 @@ class Session:
         again = [r for r in new_since(self._before) if not any(r is n for n in noted)]  # planned anew at a step
         found += [f"{r.cause}: {reason}" for r in again for reason in r.reasons]
         if not self.requests and ended:
-            found.append('nothing was compiled with torch.compile(..., backend="npu_fused") in this process')
+            found.append(
+                'nothing was compiled with torch.compile(..., backend="npu_fused") in this process. What to do: call '
+                "npu_fuse_pass.compile_optimizer_(opt) where the script has made its optimizer; python -m npu_fuse_pass "
+                "doctor --script ... tries that on copies"
+            )
         return found
 
     @property

@@ -87,7 +87,9 @@ class _Enough(BaseException):
 
 
 def observe(path: str, arguments: Sequence[str], steps: int) -> list[Observed]:
-    """Run a script, eagerly, until one of its optimizers has made `steps` steps; nothing after that runs.
+    """Run a script, eagerly, until its optimizers have made `steps` steps; nothing after that runs.
+
+    One that steps more rarely than others is not waited for: where one of them is about to make another step, all end.
 
     Returns:
         The optimizers that stepped, in the order of their first steps. They keep parameters, states and gradients.
@@ -97,6 +99,8 @@ def observe(path: str, arguments: Sequence[str], steps: int) -> list[Observed]:
 
     def before(opt: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found = seen.setdefault(id(opt), Observed(opt))
+        if found.steps == steps:
+            raise _Enough
         given = [value for value in (*args, *kwargs.values()) if value is not opt and value is not None]
         found.note(closure=bool(given))
         found.by_us |= _on_the_stack(CompiledStep.__call__.__code__)
@@ -112,7 +116,8 @@ def observe(path: str, arguments: Sequence[str], steps: int) -> list[Observed]:
             if record:
                 record[-1].__exit__(None, None, None)
                 found.measured = _read(record.pop())
-            raise _Enough
+            if all(other.steps >= steps for other in seen.values()):
+                raise _Enough
 
     hooks = (register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after))
     try:

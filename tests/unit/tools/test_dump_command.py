@@ -219,6 +219,7 @@ def test_a_script_that_fails(dump, tmp_path):
 def test_a_script_that_compiles_nothing(dump, tmp_path):
     status, said = dump(f"--check --script {script(tmp_path, '')}")
     assert status == WANTING and 'nothing was compiled with torch.compile(..., backend="npu_fused")' in said
+    assert "What to do: call npu_fuse_pass.compile_optimizer_(opt)" in said
 
 
 def test_a_step_that_is_never_called(dump, tmp_path):
