@@ -71,8 +71,8 @@ class Session:
         if not self.requests and ended:
             found.append(
                 'nothing was compiled with torch.compile(..., backend="npu_fused") in this process. What to do: call '
-                "npu_fuse_pass.compile_optimizer_(opt) where the script has made its optimizer; python -m npu_fuse_pass "
-                "doctor --script ... tries that on copies"
+                "npu_fuse_pass.compile_optimizer_(opt) where the script has made its optimizer; python -m "
+                "npu_fuse_pass doctor --script ... tries that on copies"
             )
         return found
 
