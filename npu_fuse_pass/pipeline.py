@@ -37,7 +37,7 @@ from npu_fuse_pass.passes.specialise import decide
 from npu_fuse_pass.report.causes import FIRST, Cause
 from npu_fuse_pass.report.logs import announce, timed, warn_unfused
 from npu_fuse_pass.report.net import net
-from npu_fuse_pass.report.report import CompileReport, is_listed, record
+from npu_fuse_pass.report.report import CompileReport, is_listed, list_last, record
 from npu_fuse_pass.report.rows import Matches, show_matches
 from npu_fuse_pass.rules.batch import Batch, inputs_of
 
@@ -110,6 +110,7 @@ def fuse_batches(
         with net(_report(options, cause), options):
             key = _key(batches, options, replaces, calls)
     if key is not None and (known := _known.get(key)) is not None and is_listed(known.report):
+        list_last(known.report)
         return dataclasses.replace(known, program=known.another() if known.another is not None else None)
     fused = _fuse_batches(batches, options, cause, number, apart, replaces, calls)
     another = getattr(fused.program, "another", None)

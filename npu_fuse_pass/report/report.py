@@ -253,13 +253,23 @@ _reports: collections.deque[CompileReport] = collections.deque(maxlen=64)
 
 
 def reports() -> Reports:
-    """Reports of the last 64 compiles in this process, oldest first; a list whose IndexError says why it is empty."""
+    """Reports of the last 64 compiles in this process, oldest first; a list whose IndexError says why it is empty.
+
+    A compile that a further optimizer shares, being alike, is the last one again.
+    """
     return Reports(_reports)
 
 
 def clear_reports() -> None:
     """Forget all reports."""
     _reports.clear()
+
+
+def list_last(report: CompileReport) -> None:
+    """Make a listed report the last one."""
+    others = [listed for listed in _reports if listed is not report]
+    _reports.clear()
+    _reports.extend([*others, report])
 
 
 def is_listed(report: CompileReport) -> bool:

@@ -186,3 +186,14 @@ def test_threads() -> None:
         for p, q in zip(params, others, strict=True):
             torch.testing.assert_close(p, q, rtol=1e-6, atol=0)
     assert npu_fuse_pass.reports() and not any(r.reasons for r in npu_fuse_pass.reports())
+
+
+def test_the_last_report_is_of_the_optimizer_that_stepped_for_the_first_time_last() -> None:
+    began()
+    params, opts = make(optimizers.NpuFusedAdamW, 3)
+    other = heavy_ball([params[1]], lr=0.1)
+    said = []
+    for opt in (opts[0], other, opts[2]):
+        train(params, [in_place(opt)], rounds=1)
+        said.append(npu_fuse_pass.reports()[-1])
+    assert said[2] is said[0] and [r is said[1] for r in npu_fuse_pass.reports()] == [True, False]
