@@ -24,7 +24,8 @@ def run(report: Report, platform: str, quick: bool, say: Callable[[str], None]) 
         report.begin(f"environment, after {finding.name}")
         if finding.needed and finding.remedy:
             reason = f"{finding.name}: {finding.value.rstrip('.')}"
-            report.finish(f"**Nothing was run, because of {reason}.** To go on: {finding.remedy}.")
+            cpu = " The kernels for the CPU are checked by --platform cpu." if platform == "npu" else ""
+            report.finish(f"**Nothing was run, because of {reason}.** To go on: {finding.remedy}.{cpu}")
             return False
     failed = _parity(report, platform, quick, say)
     failed += _times(report, platform, quick, say)

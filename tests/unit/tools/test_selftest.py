@@ -181,6 +181,7 @@ def test_without_a_device_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     status, text = selftest(tmp_path / "report.md")
     assert status == 1
     assert "**Nothing was run, because of NPU: torch.npu finds none.** To go on: a machine with an Ascend NPU" in text
+    assert "checked by --platform cpu" in text
 
 
 def test_a_torch_that_does_not_import_is_a_finding(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
