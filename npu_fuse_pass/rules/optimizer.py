@@ -147,6 +147,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         self.state = States()
         self._start()
         for group in self.param_groups:
+            self._check_hooks(group)
             rule = self.rule_for(group)
             for params, settings in self.settings(group):
                 check_kinds(rule, settings)
@@ -320,6 +321,22 @@ class RuleOptimizer(torch.optim.Optimizer):
     def complete(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """A group with the defaults of what it lacks, as far as there are any."""
         return {name: value for name, value in {**self.defaults, **group}.items() if value is not required}
+
+    def _check_hooks(self, group: dict[str, Any]) -> None:
+        """Refuse a class whose rule or hooks are of another kind than steps need."""
+        name, has_rule = type(self).__name__, hasattr(self, "rule") or type(self).rule_for is not RuleOptimizer.rule_for
+        rule = self.rule_for(group) if has_rule else None
+        if not isinstance(rule, Declaration):
+            what = getattr(rule, "__name__", rule)
+            raise RuleError(f"the rule of {name} is {what!r}; allowed is what the decorator npu_fuse_pass.rule makes")
+        if not isinstance(found := self.hyperparameters(group), Mapping):
+            raise RuleError(f"{name}.hyperparameters gives {found!r}; allowed is a dict of hyperparameters")
+        parts: Any = self.partitions(group)
+        for part in parts if isinstance(parts, list) else [parts]:
+            params, own = part if isinstance(part, tuple) and len(part) == 2 else (None, None)
+            if not isinstance(params, (list, tuple)) or not isinstance(own, Mapping):
+                allowed = "allowed is a list of (list of parameters, dict)"
+                raise RuleError(f"{name}.partitions gives {part!r:.80}; {allowed}")
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         """Refuse hyperparameters that no step can use."""

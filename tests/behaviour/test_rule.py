@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from npu_fuse_pass import FuseError, Init, RuleError, RuleOptimizer, rule, total, zeros
+from optimizers import lion
 from tests.support.rules import same_compiled
 from tests.support.training import gradients, parameters, set_gradients
 
@@ -340,3 +341,24 @@ def test_declarations_of_another_kind() -> None:
 def test_a_tensor_on_another_device() -> None:
     with pytest.raises(RuleError, match=r"does not lie where the parameter does .*zeros_like"):
         decided(lambda param, grad, m, *, lr: (param - lr * torch.ones(3) * grad, m))
+
+
+@pytest.mark.parametrize(
+    ("hooks", "message"),
+    [
+        ({}, "the rule of Mine is None"),
+        ({"rule": two_sizes}, "the rule of Mine is 'two_sizes'"),
+        ({"rule_for": lambda self, group: None}, "the rule of Mine is None"),
+        ({"rule": lion, "hyperparameters": lambda self, group: None}, r"Mine\.hyperparameters gives None"),
+        ({"rule": lion, "partitions": lambda self, group: None}, r"Mine\.partitions gives None"),
+        ({"rule": lion, "partitions": lambda self, group: group["params"]}, r"Mine\.partitions gives Parameter"),
+        (
+            {"rule": lion, "partitions": lambda self, group: [(p, {}) for p in group["params"]]},
+            r"(?s)Mine\.partitions gives .*list of parameters",
+        ),
+    ],
+    ids=range(7),
+)
+def test_hooks_of_another_kind(hooks: dict[str, Any], message: str) -> None:
+    with pytest.raises(RuleError, match=message):
+        type("Mine", (RuleOptimizer,), hooks)(parameters(), dict(lion.defaults))
