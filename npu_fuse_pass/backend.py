@@ -293,7 +293,9 @@ def _cause(with_rules: bool) -> Cause:
 def _checked_options(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
     if mode not in (None, "default"):
         raise OptionError(f"mode={mode!r}: this backend has no modes; allowed options are {sorted(_OPTIONS)}")
-    unknown = sorted((options or {}).keys() - _OPTIONS)
+    if not isinstance(options, (Mapping, type(None))):
+        raise OptionError(f"options={options!r}: allowed is a dict of {sorted(_OPTIONS)}")
+    unknown = sorted(map(str, (options or {}).keys() - _OPTIONS))
     if unknown:
         raise OptionError(f"unknown option {unknown[0]!r}; allowed are {sorted(_OPTIONS)}")
     chosen = {**vars(Options()), **(options or {})}

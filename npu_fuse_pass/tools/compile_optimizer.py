@@ -68,7 +68,11 @@ def restore_optimizer_(opt: O) -> O:
 
     Returns:
         `opt` itself; unchanged where it was not compiled.
+
+    Raises:
+        TypeError: `opt` is no optimizer.
     """
+    check_optimizer(opt, "restore_optimizer_")
     inner = _innermost(opt)
     patch = vars(inner).get(_PATCH)
     if patch is not None and patch.optimizer is inner:  # copy.copy takes the fields of the other one along

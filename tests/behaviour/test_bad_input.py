@@ -55,6 +55,8 @@ def test_a_change_is_noticed() -> None:
 
 PLATFORMS = "allowed are ['auto', 'cpu', 'npu', 'eager']"
 WRONG_OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"options": "cpu"}, "options='cpu': allowed is a dict of ['check_numerics'"),
+    ({"options": {1: "cpu"}}, "unknown option '1'"),
     ({"options": {"platfrom": "cpu"}}, "unknown option 'platfrom'; allowed are ["),
     ({"options": {"platform": "cpu", "zzz": 1}}, "unknown option 'zzz'; allowed are ["),
     ({"options": {"platform": "gpu"}}, f"platform='gpu'; {PLATFORMS}"),

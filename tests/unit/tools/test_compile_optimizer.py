@@ -778,7 +778,8 @@ def test_bad_input_changes_nothing() -> None:
     with pytest.raises(npu_fuse_pass.OptionError, match="allowed are"):
         npu_fuse_pass.compile_optimizer_(opt, plattform="cpu")
     assert opt.param_groups[0]["fused"] and "step" not in vars(opt)
-    for door in (npu_fuse_pass.compile_optimizer_, npu_fuse_pass.compile_step, npu_fuse_pass.explain):
+    in_place = (npu_fuse_pass.compile_optimizer_, npu_fuse_pass.restore_optimizer_)
+    for door in (*in_place, npu_fuse_pass.compile_step, npu_fuse_pass.explain):
         with pytest.raises(TypeError, match=rf"{door.__name__}\(Linear\): allowed are"):
             door(torch.nn.Linear(1, 1))  # type: ignore[operator]
 
