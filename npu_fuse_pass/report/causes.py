@@ -26,6 +26,7 @@ _BROKEN = {
     "sparse tensor": "use dense gradients (sparse=False in torch.nn.Embedding)",
 }
 
+_OWN_STEP = "leave step as RuleOptimizer has it: what a class does beside it belongs in before_step and after_step"
 _RULES = "use an optimizer of this package or a rule (optimizers.*, npu_fuse_pass.rule), whose numbers never recompile"
 _OUTSIDE = "set and read the numbers of parameter groups outside of the compiled function: there they cost no compile"
 
@@ -146,8 +147,14 @@ def _place(rest: str) -> str:
     return f", {found[1]}, in {found[2]}" if found and "_dynamo/" not in found[1] else ""
 
 
-def graph_break(text: str) -> Reason:
-    """The reason for a step that runs outside of graphs, from Dynamo's text of the graph break."""
+def graph_break(text: str, with_rules: bool = False) -> Reason:
+    """The reason for a step that runs outside of graphs, from Dynamo's text of the graph break.
+
+    Args:
+        with_rules: it is a rule optimizer's, which a class has put a step of its own around.
+    """
+    if with_rules:
+        return Code.NOT_CAPTURED(text, remedy=_OWN_STEP)
     if any(words in text.lower() for words in ("tensor.item()", "data-dependent")):
         return Code.VALUE(text)
     return Code.NOT_CAPTURED(text, remedy=next((r for words, r in _BROKEN.items() if words in text.lower()), None))

@@ -12,6 +12,7 @@ import torch
 from npu_fuse_pass import backend
 from npu_fuse_pass.errors import NotCapturedError
 from npu_fuse_pass.profiling import named, profiling
+from npu_fuse_pass.reasons import Reason
 from npu_fuse_pass.report.causes import FIRST, graph_break
 from npu_fuse_pass.report.logs import switched_off
 from npu_fuse_pass.report.report import CompileReport
@@ -214,7 +215,7 @@ class CompiledStep:
             self._warned = True
             warn(f"npu_fused: a step of {name} ran eagerly: {self._why_no_further(self._compiled)}")
         if self._compiled is None and self._steps >= 2:
-            broken = graph_break(self._breaks.reason() or "TORCH_LOGS=graph_breaks says why")
+            broken = self._broken("TORCH_LOGS=graph_breaks says why")
             why = (hidden(self._opt) or broken.led_by("Dynamo broke or skipped every graph")).advised
             done = f"two steps of {name} ran, both eagerly, and torch handed no update to the backend"
             error = NotCapturedError(f"{done}. {why}")
@@ -229,7 +230,10 @@ class CompiledStep:
         if last.cause != FIRST.text:
             remedy = f". What to do: {last.cause_remedy}" if last.cause_remedy else ""
             return f"torch compiles no further variant of it, after one because of this: {last.cause}{remedy}"
-        return graph_break(self._breaks.reason() or "TORCH_LOGS=graph_breaks,recompiles says why").advised
+        return self._broken("TORCH_LOGS=graph_breaks,recompiles says why").advised
+
+    def _broken(self, otherwise: str) -> Reason:
+        return graph_break(self._breaks.reason() or otherwise, isinstance(self._opt, RuleOptimizer))
 
     def release(self) -> None:
         """Run the original from now on, with fused=True where it was."""

@@ -17,6 +17,7 @@ from npu_fuse_pass.report.logs import switched_off
 from npu_fuse_pass.report.report import CompileReport
 from npu_fuse_pass.rules.hidden import hidden
 from npu_fuse_pass.rules.hooks import silenced
+from npu_fuse_pass.rules.optimizer import RuleOptimizer
 from npu_fuse_pass.tools.compile_step import has_gradients
 from npu_fuse_pass.tools.plain_step import check_optimizer
 from npu_fuse_pass.tools.roads import road
@@ -81,7 +82,8 @@ def try_on_copy(opt: torch.optim.Optimizer, options: dict[str, Any]) -> Trial:
     if not breaks.leave_an_update(tracked.ran):
         missed = Code.NOT_CAPTURED("no parameter requires a gradient", remedy="give it parameters that do")
         if has_gradients(twin):
-            missed = graph_break(breaks.reason() or "Dynamo skips it (TORCH_LOGS=graph_breaks says why)")
+            why = breaks.reason() or "Dynamo skips it (TORCH_LOGS=graph_breaks says why)"
+            missed = graph_break(why, isinstance(twin, RuleOptimizer))
         missed = missed.led_by("no update reached the backend")
         return Trial(CompileReport(tracked.options["platform"], fallbacks=[missed]))
     report = _joined(tracked.ran)

@@ -346,3 +346,21 @@ def test_sparse_gradients_are_named_with_a_remedy_that_helps(cls: Any) -> None:
         assert bool(reasons) == sparse
         for reason in reasons:
             assert "sparse" in str(reason) and "sparse=False" in str(reason.remedy), reason
+
+
+def test_a_rule_optimizer_with_a_step_of_its_own_is_not_told_to_write_a_rule() -> None:
+    class Mine(optimizers.NpuFusedAdam):
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    params = parameters()
+    opt = Mine(params)
+    set_gradients(params, gradients(params, 0))
+    (reason,) = npu_fuse_pass.explain(opt).reasons
+    assert reason.remedy is not None and "before_step and after_step" in reason.remedy
+    step = npu_fuse_pass.compile_step(opt)
+    step()
+    with pytest.raises(npu_fuse_pass.NotCapturedError, match="leave step as RuleOptimizer has it") as error:
+        step()
+    assert "npu_fuse_pass.rule" not in str(error.value)
