@@ -71,7 +71,7 @@ def _has_mark(grad: Tensor, mark: str) -> bool:
 
 def _find(groups: list[dict[str, Any]], wanted: Iterable[Tensor | str] | None, label: str) -> dict[Tensor, None]:
     """The parameters that an argument of minimize lists."""
-    if isinstance(wanted, (Tensor, str)):
+    if isinstance(wanted, (Tensor, str)) or not isinstance(wanted, (Iterable, type(None))):
         raise TypeError(f"{label} should be a list or set of parameters or names, got {type(wanted)} here")
     known = {p for group in groups for p in group["params"]}
     names = {n: p for g in groups for n, p in zip(g.get("param_names", ()), g["params"], strict=False)}

@@ -7,8 +7,10 @@ Source: paddle.optimizer.lr (Paddle 3). Such a scheduler does not know the optim
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from ._number import as_float
 
 __all__ = ["LRScheduler", "PiecewiseDecay", "PiecewiseLR"]
 
@@ -46,9 +48,19 @@ class LRScheduler:
         raise NotImplementedError(f"{type(self).__name__} must define get_lr()")
 
     def step(self, epoch: int | None = None) -> None:
-        """Go to the next epoch, or to `epoch`."""
-        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
-        self.last_lr = float(self.get_lr())
+        """Go to the next epoch, or to `epoch`.
+
+        Raises:
+            TypeError: `epoch`, or what get_lr() returns, is not a number. Nothing is changed.
+        """
+        if epoch is not None:
+            as_float("epoch", epoch)
+        before, self.last_epoch = self.last_epoch, self.last_epoch + 1 if epoch is None else epoch
+        try:
+            self.last_lr = as_float(f"what {type(self).__name__}.get_lr() returns", self.get_lr())
+        except BaseException:
+            self.last_epoch = before
+            raise
         if self.verbose:
             print(f"Epoch {self.last_epoch}: {type(self).__name__} set learning rate to {self.last_lr}.")
 
@@ -84,12 +96,18 @@ class PiecewiseDecay(LRScheduler):
         verbose: print the learning rate at every step.
 
     Raises:
+        TypeError: one of them is not a list of numbers.
         ValueError: there are no boundaries, or not more values than boundaries.
     """
 
     def __init__(
         self, boundaries: Sequence[int], values: Sequence[float], last_epoch: int = -1, verbose: bool = False
     ) -> None:
+        for name, numbers in (("boundaries", boundaries), ("values", values)):
+            if isinstance(numbers, (str, bytes)) or not isinstance(numbers, Iterable):
+                raise TypeError(f"{name} should be a list of numbers, got {numbers!r}")
+            for number in numbers:
+                as_float(f"each of {name}", number)
         if len(boundaries) == 0:
             raise ValueError("The boundaries cannot be empty.")
         if len(values) <= len(boundaries):
@@ -120,7 +138,7 @@ class PiecewiseLR(PiecewiseDecay):
         begin: the first epoch.
 
     Raises:
-        ValueError: as `PiecewiseDecay`.
+        TypeError, ValueError: as `PiecewiseDecay`.
     """
 
     def __init__(self, boundaries: Sequence[int], values: Sequence[float], begin: int = 0) -> None:

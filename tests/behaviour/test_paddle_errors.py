@@ -141,3 +141,43 @@ def test_a_parameter_listed_twice_is_a_warning_and_is_updated_once(mode: str) ->
     check(params, opt, [Loop(params)], mode)
     with pytest.raises(ValueError, match="more than one parameter group"):
         opt.add_param_group({"params": params[:1]})
+
+
+@pytest.mark.parametrize(
+    ("boundaries", "values", "message"),
+    [
+        (3, [0.1], "boundaries should be a list of numbers, got 3"),
+        (None, [0.1], "boundaries should be a list of numbers, got None"),
+        (["2"], [0.1, 0.2], "each of boundaries should be a number, got '2'"),
+        ([2], 0.1, "values should be a list of numbers, got 0.1"),
+        ([2], [0.1, None], "each of values should be a number, got None"),
+    ],
+    ids=str,
+)
+def test_wrong_pieces_are_named(boundaries: Any, values: Any, message: str) -> None:
+    with pytest.raises(TypeError) as e:
+        paddle.PiecewiseDecay(boundaries, values)
+    assert str(e.value) == message
+
+
+def test_a_scheduler_that_fails_stays_where_it_is() -> None:
+    class Short(paddle.LRScheduler):
+        def get_lr(self) -> Any:
+            return [0.1, 0.2, None][self.last_epoch]
+
+    scheduler = Short()
+    scheduler.step()
+    for wrong, message in ((None, "Short.get_lr() returns should be a number, got None"), ("1", "epoch should be a")):
+        with pytest.raises(TypeError) as e:
+            scheduler.step(wrong)  # type: ignore[arg-type]
+        assert message in str(e.value)
+        assert (scheduler.last_epoch, scheduler()) == (1, 0.2)
+
+
+def test_minimize_names_an_argument_that_is_no_list() -> None:
+    opt = RMSProp(0.1, parameters=parameters())
+    for name in ("parameters", "no_grad_set"):
+        with pytest.raises(
+            TypeError, match=f"{name} should be a list or set of parameters or names, got <class 'int'>"
+        ):
+            opt.minimize(torch.zeros(()), **{name: 5})
