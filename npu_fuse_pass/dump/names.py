@@ -46,8 +46,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def parameters(count: int, written: Iterable[str]) -> str:
-    """A number of parameters, as in "× 198 parameters"; of tensors, where none of what is written is a parameter."""
-    noun = "parameter" if "param" in written else "tensor"
+    """A number of parameters, as in "× 198 parameters"; of updates, where nothing written is known as one."""
+    noun = "parameter" if "param" in written else "update"
     return f"× {count} {noun}{'s' if count != 1 else ''}"
 
 

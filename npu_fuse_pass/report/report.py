@@ -157,7 +157,7 @@ class CompileReport:
 
     @property
     def updated(self) -> int:
-        """How many parameters the groups update; where none of what they write is known as one, how many tensors."""
+        """How many parameters the groups update; where nothing that they write is known as one, of updates."""
         rows = [g for g in self.groups if g.writes == "leaves"]
         return sum(g.updates for g in [g for g in rows if g._of_params] or rows)
 

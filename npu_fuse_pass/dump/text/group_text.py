@@ -37,7 +37,7 @@ def updates(contents: Contents) -> str:
         told.setdefault(key, []).extend(_known_by(update, captured.leaves, member) for member in update.members)
     of_params = [u for u in captured.updates if _of_params(u)]
     count = sum(len(u.members) for u in of_params or captured.updates)
-    lines = [f"{count} {'parameters' if of_params else 'tensors'} are updated; a prime marks the new value"]
+    lines = [f"{count} {'parameters are updated' if of_params else 'updates'}; a prime marks the new value"]
     for (name, text, params), known_by in told.items():
         what = parameters(len(known_by), ["param"] if params else [])
         lines += ["", f"{name}  {what}", *(f"    {line}" for line in text.splitlines())]

@@ -91,6 +91,6 @@ def test_states_that_are_updated_by_themselves_are_no_parameters(tmp_path: pathl
     assert str(last_report()).startswith("npu_fused on cpu: 3 parameters -> 2 kernel calls")
     for name in ("01_updates.txt", "02_groups.txt", "03_fused_graph.py"):
         (text,) = (path.read_text() for path in tmp_path.rglob(name))
-        assert text.count("× 3 parameters") == text.count("× 3 tensors") == 1, text
+        assert text.count("× 3 parameters") == text.count("× 3 updates") == 1, text
     (text,) = (path.read_text() for path in tmp_path.rglob("01_updates.txt"))
     assert text.startswith("3 parameters are updated") and "    param_seen' = param_seen·0.9 + 1" in text
