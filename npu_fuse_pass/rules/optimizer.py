@@ -332,7 +332,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if not isinstance(found := self.hyperparameters(group), Mapping):
             raise RuleError(f"{name}.hyperparameters gives {found!r}; allowed is a dict of hyperparameters")
         parts: Any = self.partitions(group)
-        for part in parts if isinstance(parts, list) else [parts]:
+        for part in parts if isinstance(parts, Iterable) else [parts]:
             params, own = part if isinstance(part, tuple) and len(part) == 2 else (None, None)
             if not isinstance(params, (list, tuple)) or not isinstance(own, Mapping):
                 allowed = "allowed is a list of (list of parameters, dict)"
