@@ -8,6 +8,7 @@ nothing that a training loop does between two steps can make it recompile, and i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from multiprocessing.context import get_spawning_popen
 from typing import Any, TypeVar
 
 import torch
@@ -416,7 +417,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         # without hooks, as torch.optim's copies: what they hold belongs to the original
         held = [k for k in self.__dict__ if k.startswith("_optimizer_") and k.endswith("_hooks")]
         fields = {k: v for k, v in self.__dict__.items() if k not in (*_TRANSIENT, *held)}
-        return {**fields, "state": {p: checkpoint.copied(entry) for p, entry in self.state.items()}}
+        state = {p: checkpoint.copied(entry) for p, entry in self.state.items()}
+        child: Any = get_spawning_popen()
+        if child is not None:  # tensors go to it as open files, which close with the last reference
+            child.kept = (*getattr(child, "kept", ()), state)
+        return {**fields, "state": state}
 
     def __setstate__(self, fields: dict[str, Any]) -> None:
         state = {p: self._unsealed(p, entry) for p, entry in fields["state"].items()}

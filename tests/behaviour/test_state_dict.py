@@ -17,6 +17,7 @@ import npu_fuse_pass
 import optimizers
 from npu_fuse_pass import rule, zeros
 from tests.support.cases import ONE_EACH, Case, over
+from tests.support.forked import FORKS
 from tests.support.training import (
     assert_close,
     assert_fused,
@@ -253,3 +254,23 @@ def test_copies_have_no_hooks(copied: Any) -> None:
     opt.load_state_dict(opt.state_dict())
     opt.step()
     assert called == ["saved", "loaded", "before", "after"]
+
+
+def _one_step(opt: torch.optim.Optimizer) -> None:
+    params = opt.param_groups[0]["params"]
+    train(params, opt.step, seeds=[2])
+
+
+@pytest.mark.parametrize("ours", [twin[0] for twin in TORCH_TWINS])
+def test_another_process_goes_on(ours: Any) -> None:
+    """Torch moves what it pickles for a new process into shared memory: parameters, and a copy of the states."""
+    params = parameters()
+    opt = ours(params, lr=0.1)
+    train(params, opt.step, seeds=[0, 1])
+    other = copy.deepcopy(opt)
+    _one_step(other)
+    process = FORKS.Process(target=_one_step, args=(opt,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert_close(params, other.param_groups[0]["params"])
