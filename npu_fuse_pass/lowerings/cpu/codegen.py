@@ -147,7 +147,10 @@ class _Function:
         halves = self._halves(read | written)
         step = str(HALVES if halves else CHUNK)
         inner = [f"const {cpp_type(e)} {self.var[id(e)]} = {self._loaded(work.places[id(e)])};" for e in loads]
-        inner += [f"const {cpp_type(e)} {self.var[id(e)]} = {self._value(e)};" for e in body]
+        used = {id(a) for e in (*work.values, *work.sums) for a in e.args}
+        used |= {id(e) for slot, e in work.writes if slot not in halves}
+        body_values = (self._value(e, rounds=id(e) in used) for e in body)  # else storing it rounds
+        inner += [f"const {cpp_type(e)} {self.var[id(e)]} = {v};" for e, v in zip(body, body_values, strict=True)]
         inner += [
             f"w{slot}[i] = (float){self.var[id(e)]};" if slot in halves else f"t{slot}[i] = {self._narrow(slot, e)};"
             for slot, e in work.writes
@@ -326,12 +329,12 @@ class _Function:
         source = f"s[{self.stored[id(e)]}]"
         return f"{source} != 0" if e.dtype == torch.bool else f"({cpp_type(e)}){source}"
 
-    def _value(self, e: Expr) -> str:
+    def _value(self, e: Expr, rounds: bool = True) -> str:
         if e.op == "leaf":
             return f"load(a, {self.slot_rank[e.value]}, m)"  # type: ignore[index]
         args = [self.var[id(a)] for a in e.args]
         if e.op == "cast":
-            return cast(e, args[0])
+            return cast(e, args[0]) if rounds or e.dtype != torch.float16 else f"(float){args[0]}"
         if e.op == EXPAND:
             return self._loaded(e.args[0].value, f"b{self.var[id(e)]}")  # type: ignore[arg-type]
         if e.op == "stochastic":

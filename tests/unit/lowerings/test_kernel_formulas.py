@@ -134,19 +134,26 @@ def test_float16_is_rounded_as_by_torch() -> None:
     halves = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
     between = halves + (halves.roll(-1) - halves) / 2
     near = [torch.nextafter(between, torch.full((), to)) for to in (-math.inf, math.inf)]
-    ends = torch.tensor([65519.9, 65520.0, 65536.0, 1e38, -1e38, 2.0**115, 1e-45, -1e-45, 0.0, -0.0, math.inf, math.nan])
+    ends = torch.tensor(
+        [65519.9, 65520.0, 65536.0, 1e38, -1e38, 2.0**115, 1e-45, -1e-45, 0.0, -0.0, math.inf, math.nan]
+    )
     wide = torch.cat([halves, between, *near, ends])
     wide = wide[: len(wide) // 512 * 512 + 13]  # not a multiple of what is converted at once
     narrow, again = torch.zeros_like(wide, dtype=torch.float16), torch.zeros_like(wide)
     text = "slot 0: f32\nslot 1: f16\nslot 2: f32\n%0: f16[] = cast($0, f16)\n%1: f32[] = cast(%0, f32)\n"
     tensors = [wide, narrow, again]
-    leaves = [Leaf("input", n, i, dtype=x.dtype, shape=x.shape) for (i, x), n in zip(enumerate(tensors), "xyz")]
+    leaves = [
+        Leaf("input", n, i, dtype=x.dtype, shape=x.shape) for (i, x), n in zip(enumerate(tensors), "xyz", strict=True)
+    ]
     group = Group("update_halves", parse(f"{text}write $1 = %0\nwrite $2 = %1"), [(0, 1, 2)], [()], ("x", "y", "z"))
     cpu.Program(leaves, [group])(tensors)
     want = wide.half()
     numbers = ~want.isnan()
     assert torch.equal(narrow.isnan(), ~numbers) and torch.equal(again.isnan(), ~numbers)
     assert torch.equal(narrow[numbers].view(torch.int16), want[numbers].view(torch.int16))
+    assert torch.equal(again[numbers].view(torch.int32), want.float()[numbers].view(torch.int32))
+    both = parse(f"{text}write $1 = %0\nwrite $2 = %0")  # a value that is rounded, in a slot that would not
+    cpu.Program(leaves, [Group("update_both", both, [(0, 1, 2)], [()], ("x", "y", "z"))])(tensors)
     assert torch.equal(again[numbers].view(torch.int32), want.float()[numbers].view(torch.int32))
     negate = parse("slot 0: f32\nslot 1: f16\n%0: f32[] = neg($0)\nwrite $1 = %0")
     cpu.Program(leaves[:2], [Group("update_negated", negate, [(0, 1)], [()], ("x", "y"))])(tensors[:2])
