@@ -41,6 +41,7 @@ WORKLOADS = [
     Workload("8 x 2048x2048", [(2048, 2048)] * 8, large=True),
     Workload("GPT-2 small", gpt2(), large=True),
     Workload("100 x 256x256 bf16", [(256, 256)] * 100, large=False, dtype=torch.bfloat16),
+    Workload("100 x 256x256 f16", [(256, 256)] * 100, large=False, dtype=torch.float16),
 ]
 
 
