@@ -16,10 +16,10 @@ from torch import fx
 
 from npu_fuse_pass.capture.aten.fills import cast
 from npu_fuse_pass.capture.aten.pointwise import evaluate
+from npu_fuse_pass.capture.composed import COMPOSED
 from npu_fuse_pass.capture.dimensions import in_another_shape
 from npu_fuse_pass.capture.flat import VIEWS, whole_view
 from npu_fuse_pass.capture.interpreter import Expansion, Interpreter
-from npu_fuse_pass.capture.pairs import PAIRS
 from npu_fuse_pass.capture.stacked import OF_SCALARS, STACKED, order_of, reshaped
 from npu_fuse_pass.capture.values import Cell, Scalars
 from npu_fuse_pass.errors import Unsupported
@@ -92,7 +92,7 @@ def _view(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs
 
 LISTS: dict[str, Expansion] = {
     **STACKED,
-    **PAIRS,
+    **COMPOSED,
     **dict.fromkeys(VIEWS, _view),
     **{name: _of_scalars(name) for name in OF_SCALARS},
     "setitem_": _setitem,

@@ -110,6 +110,8 @@ TABLE = [
         lambda x, y: ~(x.abs() <= 1e-3),
     ),
     Op("sigmoid", _one(torch.sigmoid), 2, 1, "1 / (1 + exp(-x)): three roundings each"),
+    Op("softplus", _one(torch.nn.functional.softplus), 2, 1, _LIBM),
+    Op("softplus", lambda x, y, z: torch.nn.functional.softplus(x, 2, threshold=3.0), 2, 1, _LIBM, form="numbers"),
     Op("hypot", _two(torch.hypot), 1, 1, _LIBM),
     Op("atan2", _two(torch.atan2), 1, 1, _LIBM),
     Op("fmod", _two(torch.fmod), 0, 0, _MODEST, _modest),

@@ -262,6 +262,13 @@ def _sigmoid(b: Builder, x: Expr) -> Expr:
     return b.op("reciprocal", b.op("add", b.const(1), b.op("exp", b.op("neg", x))))
 
 
+@row("softplus")
+def _softplus(b: Builder, x: Expr, beta: Expr | None = None, threshold: Expr | None = None) -> Expr:
+    scaled = b.op("mul", x, beta or b.const(1))
+    smooth = b.op("div", b.op("log1p", b.op("exp", scaled)), beta or b.const(1))
+    return b.op("where", b.op("gt", scaled, threshold or b.const(20)), x, smooth)
+
+
 @row("relu")
 def _relu(b: Builder, x: Expr) -> Expr:
     return b.op("maximum", x, b.const(0))

@@ -121,6 +121,12 @@ def pairs(p: Any, g: Any) -> None:
     p.add_(torch.var_mean(g, correction=0)[0])
 
 
+def directions(p: Any, g: Any) -> None:
+    aligned = torch.nn.functional.normalize(g, dim=0) * torch.nn.functional.normalize(p, p=1.0, dim=2, eps=0.5)
+    likeness = torch.nn.functional.cosine_similarity(g, p, dim=-1).unsqueeze(-1)
+    p.sub_((aligned + likeness) * 0.1 + torch.cosine_similarity(g.flatten(), p.flatten(), 0, eps=1e-6))
+
+
 STEPS: list[tuple[Step, tuple[tuple[int, ...], ...]]] = [
     (centralised, ()),
     (rows_and_columns, ()),
@@ -129,6 +135,7 @@ STEPS: list[tuple[Step, tuple[tuple[int, ...], ...]]] = [
     (masks_and_copies, ((2, 1, 1),)),
     (clipped_first, ()),
     (pairs, ()),
+    (directions, ()),
     (read_and_written, ((2, 1, 1),)),
 ]
 

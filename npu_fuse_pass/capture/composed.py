@@ -1,4 +1,4 @@
-"""Operations with two reductions as results: `aminmax`, `std_mean`, `var_mean`, and the standard deviation alone."""
+"""Operations that torch composes of others: with two reductions as results, deviations, `normalize`, a cosine."""
 
 from __future__ import annotations
 
@@ -49,6 +49,31 @@ def _deviation(name: str) -> Expansion:
     return expand
 
 
+_NORMALIZE = ("input", "p", "dim", "eps")
+_COSINE = ("x1", "x2", "dim", "eps")
+
+
+def _normalize(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    given = dict(p=2.0, dim=1, eps=1e-12) | dict(zip(_NORMALIZE, args, strict=False)) | kwargs
+    if given.pop("out", None) is not None:
+        return NotImplemented
+    return _divided_by_norm(interpreter, given.pop("input"), **given)
+
+
+def _divided_by_norm(interpreter: Interpreter, x: Cell, p: float, dim: Any, eps: float) -> Any:
+    norm = interpreter.call("linalg_vector_norm", (x, p, dim), {"keepdim": True})
+    return interpreter.call("div", (x, interpreter.call("clamp_min", (norm, eps), {})), {})
+
+
+def _cosine_similarity(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    given = dict(dim=1, eps=1e-8) | dict(zip(_COSINE, args, strict=False)) | kwargs
+    x, y, dim, eps = (given[name] for name in _COSINE)
+    if not (isinstance(x, Cell) and isinstance(y, Cell)) or (x.val.shape, x.val.dtype) != (y.val.shape, y.val.dtype):
+        return NotImplemented  # they are broadcast
+    x, y = (_divided_by_norm(interpreter, each, 2, dim, eps) for each in (x, y))
+    return interpreter.call("sum", (interpreter.call("mul", (x, y), {}), dim), {})
+
+
 def _where_known(expand: Expansion) -> Expansion:
     """Leave the operation to torch where a part of it cannot be fused."""
 
@@ -63,7 +88,9 @@ def _where_known(expand: Expansion) -> Expansion:
     return apply
 
 
-PAIRS: dict[str, Expansion] = {
+COMPOSED: dict[str, Expansion] = {
     "aminmax": _where_known(_aminmax),
+    "normalize": _where_known(_normalize),
+    "cosine_similarity": _where_known(_cosine_similarity),
     **{name: _where_known(_deviation(name)) for name in ("std", "var", "std_mean", "var_mean")},
 }
