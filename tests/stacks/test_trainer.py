@@ -30,7 +30,7 @@ def arguments(folder: pathlib.Path, **given: Any) -> TrainingArguments:
     chosen: dict[str, Any] = {
         "max_steps": 4,
         "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
+        "learning_rate": 1e-3,  # the size below which differences count absolutely: a larger step may end at 0
         "weight_decay": 0.1,
         "lr_scheduler_type": "linear",
         "warmup_steps": 2,  # lr is 0 at the first step
