@@ -210,7 +210,7 @@ class _GraphVariant(Variant):
         super().__init__(made, options)
         self.arguments = _Arguments(gm, made.grouped.leaves)
         self.layouts = _layouts(gm, made.captured) if made.captured.segments else []
-        self.written = [i for g in made.grouped.groups for s in g.formula.written for i in {m[s] for m in g.members}]
+        self.written = {m[s] for g in made.grouped.groups for s in g.formula.written for m in g.members}
         self.inference: bool | None = None
         """True if only inference mode may write what the graph writes; found out once, as Dynamo guards it."""
 

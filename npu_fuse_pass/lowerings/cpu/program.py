@@ -74,7 +74,10 @@ class Program:
         self._summed = False
         self.written = False
         written = {m[s] for g in groups for s in g.formula.written for m in g.members}
-        self._outputs = [(i, leaves[i]) for i in sorted(written) if leaves[i].kind in ("output", "temporary")]
+        beside = {i: m for g in reversed(groups) for m in reversed(g.members) for i in m}
+        self._outputs = [
+            (i, leaves[i], beside[i]) for i in sorted(written) if leaves[i].kind in ("output", "temporary")
+        ]
         for kernel in self.kernels:
             kernel.inputs.wait()
 
@@ -90,8 +93,8 @@ class Program:
             Mismatch: nothing was changed; the caller runs the original instead.
             Declined: another process does not run this step fused; nothing was changed.
         """
-        for i, leaf in self._outputs:
-            values[i] = self._new(i, leaf, values)
+        for i, leaf, member in self._outputs:
+            values[i] = _new(leaf, member, values)
         for k, i in enumerate(self._snapshots):
             self._table[self._snapshots_at + k] = float(values[i])  # type: ignore[arg-type]
         try:
@@ -222,19 +225,6 @@ class Program:
                 "a tensor that the step reads overlaps one that it writes: they share memory", Code.SHARED_MEMORY
             )
 
-    def _new(self, index: int, leaf: Leaf, values: Values) -> Tensor:
-        """A tensor for an output, laid out like the first input of its member, or as it is without fusion."""
-        if leaf.strides is not None:
-            return torch.empty_strided(leaf.shape, leaf.strides, dtype=leaf.dtype, device="cpu")
-        for kernel in self.kernels:
-            for member in kernel.group.members:
-                if index in member:
-                    known = [v for i in member if i < len(values) and (v := values[i]) is not None]
-                    like = next((v for v in known if v.shape == leaf.shape), None)
-                    if like is not None:
-                        return torch.empty_like(like, dtype=leaf.dtype, requires_grad=False)
-        return torch.empty(leaf.shape, dtype=leaf.dtype, device="cpu")
-
     def _add_totals(self) -> None:
         """Add up contributions exactly (fsum), so that no order of members changes a bit."""
         parts: list[list[float]] = [[] for _ in range(self._n_totals)]
@@ -246,6 +236,17 @@ class Program:
                 self._table[self._totals_at + number] = math.fsum(part)
             except (OverflowError, ValueError):  # infinities of both signs, or a sum beyond float64
                 self._table[self._totals_at + number] = sum(part)
+
+
+def _new(leaf: Leaf, member: Sequence[int], values: Values) -> Tensor:
+    """A tensor for an output, laid out like the first input of its member, or as it is without fusion."""
+    if leaf.strides is not None:
+        return torch.empty_strided(leaf.shape, leaf.strides, dtype=leaf.dtype, device="cpu")
+    known = [t for i in member if i < len(values) and (t := values[i]) is not None]
+    like = next((t for t in known if t.shape == leaf.shape), None)
+    if like is not None:
+        return torch.empty_like(like, dtype=leaf.dtype, requires_grad=False)
+    return torch.empty(leaf.shape, dtype=leaf.dtype, device="cpu")
 
 
 def _written_scalars(groups: Sequence[Group]) -> set[int]:
