@@ -75,14 +75,9 @@ class NpuFusedOptimizer(RuleOptimizer):
             param_group.update({name: checked[name] for name in param_group.keys() & checked.keys()})
         super().add_param_group(param_group)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state dict of this class or of torch.optim's class of the same algorithm.
-
-        Raises:
-            ValueError: a saved option has a value that is not allowed, or as in the base class; nothing is changed.
-        """
-        groups = [self.checked(self.complete(group)) for group in state_dict["param_groups"]]
-        super().load_state_dict({**state_dict, "param_groups": groups})
+    def saved_group(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """As in the base class; a ValueError for a saved option with a value that is not allowed."""
+        return super().saved_group(self.checked(self.complete(group)))
 
     @torch.no_grad()
     def clip_grad_norm_fused_(self, max_norm: float, norm_type: float | Literal["inf"] = 2) -> Tensor:

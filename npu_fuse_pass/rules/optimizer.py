@@ -369,14 +369,21 @@ class RuleOptimizer(torch.optim.Optimizer):
 
         As torch's, its tensors share the memory of the states and follow the next steps; deepcopy it to keep values.
         They are views of buffers that many parameters share: `npu_fuse_pass.compact` gives every tensor memory of its
-        own. "step" is a float32 tensor. Groups also have torch's options that our class lacks, at torch's defaults.
+        own. "step" is a float32 copy. Groups also have torch's options that our class lacks, at torch's defaults.
         """
-        packed: dict[str, Any] = super().state_dict()
-        packed["state"] = {k: checkpoint.aliases(entry) for k, entry in packed["state"].items()}
-        if self.torch_class is not None:
-            others = checkpoint.torch_options(self.torch_class)
-            packed["param_groups"] = [{**others, **group} for group in packed["param_groups"]]
-        return packed
+        first_hook = self.register_state_dict_post_hook(lambda _, packed: self._shown(packed), prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            first_hook.remove()
+
+    def _shown(self, packed: dict[str, Any]) -> dict[str, Any]:
+        """What the user's hooks see of a state dict, which they may change."""
+        others = {} if self.torch_class is None else checkpoint.torch_options(self.torch_class)
+        return {
+            "state": {k: checkpoint.aliases(entry) for k, entry in packed["state"].items()},
+            "param_groups": [{**others, **group} for group in packed["param_groups"]],
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state dict of this or a torch.optim optimizer; values are copied into the flat buffers.
@@ -388,15 +395,23 @@ class RuleOptimizer(torch.optim.Optimizer):
                 range), or the states of a parameter lack one, are another optimizer's or of a wrong kind or shape;
                 nothing is changed.
         """
-        state_dict = {**state_dict, "param_groups": [self.complete(group) for group in state_dict["param_groups"]]}
-        for group in state_dict["param_groups"]:
-            self._check_group({name: value for name, value in group.items() if name != "params"})
-        self._check_saved(state_dict)
-        last_hook = self.register_load_state_dict_pre_hook(lambda _, given: checkpoint.sealed(given))
+        last_hook = self.register_load_state_dict_pre_hook(lambda _, given: self._admitted(given))
         try:
             super().load_state_dict(state_dict)
         finally:
             last_hook.remove()
+
+    def saved_group(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """A group of a checkpoint as it is taken over; an error if no step can use it. Nothing is changed yet."""
+        complete = self.complete(group)
+        self._check_group({name: value for name, value in complete.items() if name != "params"})
+        return complete
+
+    def _admitted(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """What the user's hooks have made of a state dict, checked and sealed."""
+        checked = {**state_dict, "param_groups": [self.saved_group(group) for group in state_dict["param_groups"]]}
+        self._check_saved(checked)
+        return checkpoint.sealed(checked)
 
     def _check_saved(self, state_dict: Mapping[str, Any]) -> None:
         """Refuse saved states from which no step could go on."""
@@ -409,9 +424,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             rule = self.rule_for(complete)
             for params, settings in self.settings(complete):
                 for p in params:
-                    entry = state_dict["state"].get(indices[id(p)])
-                    if entry is not None:
-                        checkpoint.check_saved(rule, settings, p, entry, f"parameter {indices[id(p)]}")
+                    index = indices[id(p)]
+                    checkpoint.check_saved(rule, settings, p, state_dict["state"].get(index, {}), f"parameter {index}")
 
     def __getstate__(self) -> dict[str, Any]:
         # without hooks, as torch.optim's copies: what they hold belongs to the original

@@ -101,18 +101,10 @@ class PaddleOptimizer(RuleOptimizer):
             for key in group.keys() & {"params", "param_names"}:
                 group[key] = [group[key][i] for i in sorted(first.values())]
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state dict; options that its groups lack keep their defaults.
-
-        The state of a scheduler is not part of it: save `scheduler.state_dict()` beside it.
-
-        Raises:
-            TypeError: a saved option is of a wrong type. Nothing is changed then.
-            ValueError: a saved option has a value that is not allowed. Nothing is changed then.
-        """
-        for group in state_dict["param_groups"]:
-            self.check_group(self.complete(group))
-        super().load_state_dict(state_dict)
+    def saved_group(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """As in the base class; also refuses options of a wrong type. The state of a scheduler is not part of it."""
+        self.check_group(self.complete(group))
+        return super().saved_group(group)
 
     def hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
         """The keywords of the rule, from this step's options of a group."""

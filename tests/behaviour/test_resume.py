@@ -115,3 +115,34 @@ def test_hooks_see_tensors() -> None:
     assert torch.equal(seen[0], want)
     assert want.dtype == F32
     assert len(opt._optimizer_load_state_dict_pre_hooks) == 1
+
+
+def test_hooks_may_change_the_layout() -> None:
+    """As of torch.optim's: what is written is what hooks make of it; what they make of a file is checked."""
+    params = parameters([(5,)])
+    opt = optimizers.NpuFusedAdam(params, lr=0.1)
+    step(params, opt, range(2))
+    seen: list[Any] = []
+
+    def wrap(_: Any, saved: Any) -> Any:
+        seen.append((type(saved["state"][0]), saved["state"][0]["step"].dtype, "foreach" in saved["param_groups"][0]))
+        return {"optimizer": {**saved, "state": {0: {"m": saved["state"][0].pop("exp_avg"), **saved["state"][0]}}}}
+
+    def unwrap(_: Any, loaded: Any) -> Any:
+        entry = dict(loaded["optimizer"]["state"][0])
+        groups = [{**group, "lr": abs(group["lr"])} for group in loaded["optimizer"]["param_groups"]]
+        return {"state": {0: {"exp_avg": entry.pop("m"), **entry}}, "param_groups": groups}
+
+    opt.register_state_dict_post_hook(wrap)
+    opt.register_load_state_dict_pre_hook(unwrap)
+    want = opt.state[params[0]]["exp_avg"].clone()
+    saved = opt.state_dict()
+    assert list(saved) == ["optimizer"] and seen == [(dict, F32, True)]
+    saved["optimizer"]["param_groups"][0]["lr"] = -0.1
+    opt.state.clear()
+    opt.load_state_dict(saved)
+    assert torch.equal(opt.state[params[0]]["exp_avg"], want) and opt.param_groups[0]["lr"] == 0.1
+    opt.register_load_state_dict_pre_hook(lambda _, s: {**s, "state": {0: {**s["state"][0], "exp_avg": torch.ones(3)}}})
+    with pytest.raises(ValueError, match="state 'exp_avg' of parameter 0 is"):
+        opt.load_state_dict(saved)
+    assert torch.equal(opt.state[params[0]]["exp_avg"], want)
