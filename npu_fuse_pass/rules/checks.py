@@ -35,19 +35,24 @@ def structure(rule: Declaration, settings: Mapping[str, Any]) -> tuple[object, .
     return id(rule), static, sizes, rule.states_of(settings), rule.totals_of(settings)
 
 
-def dimensions(params: Iterable[Tensor]) -> set[int]:
-    """How many dimensions parameters have; 0-dim ones are one element, as in steps."""
-    return {p.dim() or 1 for p in params if not is_lazy(p)}
+def shapes_of(params: Iterable[Tensor]) -> set[tuple[int, ...]]:
+    """The shapes of parameters; 0-dim ones are one element, as in steps."""
+    return {tuple(p.shape) or (1,) for p in params if not is_lazy(p)}
 
 
-def check_rule(rule: Declaration, settings: Mapping[str, Any], ndim: int = 2) -> RuleError | None:
+def any_shape(ndim: int) -> tuple[int, ...]:
+    """A shape of so many dimensions, for what a rule computes with most."""
+    return (2, 3, *[2] * ndim)[:ndim]
+
+
+def check_rule(rule: Declaration, settings: Mapping[str, Any], shape: tuple[int, ...] = (2, 3)) -> RuleError | None:
     """Run a rule on meta tensors: its shapes and count of results, and that it decides nothing by values.
 
     Args:
-        ndim: the dimensions of these tensors: the rule may compute something else with others.
+        shape: of these tensors: the rule may compute something else with others.
 
     Returns:
-        What it fails with that may be due to the sizes, which are not the parameters'.
+        What it fails with that may be due to the shape.
 
     Raises:
         RuleError: what is wrong with the rule and what to write instead.
@@ -63,9 +68,9 @@ def check_rule(rule: Declaration, settings: Mapping[str, Any], ndim: int = 2) ->
     static, numbers = split_keywords(wanted_keywords(rule), settings)
     names, totals = rule.states_of(settings), rule.totals_of(settings)
     try:
-        _check_on((2, 3, *[2] * ndim)[:ndim], rule, {**dict(static), **numbers}, names, totals)
+        _check_on(shape, rule, {**dict(static), **numbers}, names, totals)
     except RuleError as e:
-        if e.__cause__ is None or (ndim == 2 and _needs_values(e.__cause__)):
+        if e.__cause__ is None or (len(shape) == 2 and _needs_values(e.__cause__)):
             raise
         return e
     return None

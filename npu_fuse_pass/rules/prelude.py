@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from npu_fuse_pass.errors import OptionError
+from npu_fuse_pass.errors import OptionError, RuleError
 from npu_fuse_pass.rules.batch import (
     Batch,
     adopt,
@@ -28,7 +28,7 @@ from npu_fuse_pass.rules.batch import (
     updated_first,
     updated_so_far,
 )
-from npu_fuse_pass.rules.checks import check_flat_shards, check_rule, dimensions, structure
+from npu_fuse_pass.rules.checks import any_shape, check_flat_shards, check_rule, shapes_of, structure
 from npu_fuse_pass.rules.declaration import Declaration, arithmetic_dtype, with_master_weights
 from npu_fuse_pass.rules.meeting import Meeting
 from npu_fuse_pass.rules.ranges import check_kinds
@@ -140,17 +140,26 @@ class Prelude:
             RuleError: names the rule and what it fails with.
         """
         key = structure(rule, settings)
-        present = dimensions(params)
-        failed = {}
-        for ndim in (2, *sorted(present - {2})):
-            if (key, ndim) not in self._checked:
-                failed[ndim] = check_rule(rule, settings, ndim)
-                if failed[ndim] is None:
-                    self._checked.add((key, ndim))
-        # of other parameters than matrices, sizes may be what it fails with: an eager step looks at theirs
-        error = failed.get(2)
-        if error is not None and (2 in present or all(failed.get(ndim) for ndim in present)):
-            raise error
+        shapes = shapes_of(params)
+
+        def fails(tried: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], RuleError]:
+            found = {}
+            for shape in tried:
+                error = None if (key, shape) in self._checked else check_rule(rule, settings, shape)
+                if error is None:
+                    self._checked.add((key, shape))
+                else:
+                    found[shape] = error
+            return found
+
+        failed = fails(map(any_shape, (2, *sorted({len(shape) for shape in shapes} - {2}))))
+        if any_shape(2) not in failed:
+            return
+        # sizes may be what it fails with: those of matrices count here, others where an eager step looks at them
+        of_theirs = fails(sorted(shapes))
+        matrices = [error for shape, error in of_theirs.items() if len(shape) == 2]
+        if matrices or len(of_theirs) == len(shapes):
+            raise [*matrices, *of_theirs.values(), failed[any_shape(2)]][0]
 
     @property
     def kinds(self) -> object:

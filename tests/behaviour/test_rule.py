@@ -159,6 +159,28 @@ def test_other_numbers_of_dimensions() -> None:
     decided_by_ndim(lambda param, grad, m, lr: (param - lr * grad * {7: 1.0}[len(grad)], m))
 
 
+@pytest.mark.parametrize("shapes", [[(8, 4)], [(8, 4), (4,)], [(4,), ()], [(4, 2, 2)]], ids=str)
+def test_sizes_that_a_rule_needs(shapes: list[tuple[int, ...]]) -> None:
+    """What is right for all parameters is taken, also where it fails on other sizes."""
+
+    @rule(defaults={"lr": 0.1})
+    def fours(param: Tensor, grad: Tensor, *, lr: Tensor) -> Tensor:
+        return param - lr * grad / grad.reshape(-1, 4 if grad.numel() > 1 else 1).norm()
+
+    params = parameters(shapes)
+    opt = fours(params)
+    grads = gradients(params, 0)
+    set_gradients(params, grads)
+    want = [p.detach() - 0.1 * g / g.norm() for p, g in zip(params, grads, strict=True)]
+    opt.step()
+    for p, w in zip(params, want, strict=True):
+        torch.testing.assert_close(p.detach(), w)
+    with pytest.raises(RuleError, match=r"fails on tensors of shape \(3, 5\)"):
+        fours(parameters([*shapes, (3, 5)]))
+    with pytest.raises(RuleError, match=r"fails on tensors of shape \(5,\)"):
+        fours(parameters([(5,), (6,)]))
+
+
 def test_a_value_for_a_state_that_the_group_lacks() -> None:
     @rule(states={"m": zeros.when(lambda group: group["momentum"])}, defaults={"lr": 0.1, "momentum": False})
     def sometimes(param: Tensor, grad: Tensor, m: Tensor | None, *, lr: Tensor) -> Any:
