@@ -97,6 +97,7 @@ def check_shape(
             raise RuleError(f"{e}. {whole}") from e.__cause__
 
 
+@torch.inference_mode(False)  # whose tensors do not say how often they were written
 def _check_on(
     shape: tuple[int, ...],
     rule: Declaration,

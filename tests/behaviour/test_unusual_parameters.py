@@ -69,6 +69,15 @@ def test_steps_inside_inference_mode(mode: str) -> None:
         assert o.state
 
 
+def test_an_optimizer_made_inside_inference_mode() -> None:
+    with torch.inference_mode():
+        param = torch.nn.Parameter(torch.ones(4))
+        opt = NpuFusedAdam([param], lr=0.1)
+        param.grad = torch.ones(4)
+        opt.step()
+    assert_close([param.clone()], [torch.full((4,), 0.9)])
+
+
 @pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
 @pytest.mark.parametrize("foreach", [False, True])
 def test_stock_classes_refuse_them_compiled(cls: Any, foreach: bool) -> None:

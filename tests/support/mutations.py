@@ -165,8 +165,8 @@ MUTATIONS = [
     Mutation(
         "the last element of every chunk is left out",
         "_Function._sweep",
-        "n = left < {CHUNK} ? left : {CHUNK};",
-        "n = (left < {CHUNK} ? left : {CHUNK}) - 1;",
+        "end = chunk + (left < {CHUNK} ? left : {CHUNK});",
+        "end = chunk + (left < {CHUNK} ? left : {CHUNK}) - 1;",
         _small("every_element_is_written_whatever_the_size"),
     ),
     Mutation(
@@ -183,7 +183,7 @@ MUTATIONS = [
         "fma is a product", "CPP", '"fma": "math::fma({0}, {1}, {2})"', '"fma": "{0} * {1}"', _operation("addcmul")
     ),
     Mutation(
-        "ties of bfloat16 are rounded up", "C++", "u = (u + 0x7fff + ((u >> 16) & 1)) &", "u = (u + 0x8000) &", ROUNDING
+        "ties of bfloat16 are rounded up", "C++", "((u + 0x7fff + ((u >> 16) & 1)) &", "((u + 0x8000) &", ROUNDING
     ),
     Mutation(
         "rounding carries into the sign of a NaN",
