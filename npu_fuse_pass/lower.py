@@ -81,8 +81,11 @@ def lower(
     fallbacks = list(dict.fromkeys(reason for lowered in (*before, last) for reason in lowered.fallbacks))
     program = last.program
     if program is not None and before:
-        calls = [segment.calls for segment in step.segments]
-        made = [(lowered.program, c) for lowered, c in zip(before, calls, strict=True) if lowered.program is not None]
+        made = [
+            (lowered.program if segment.groups else None, segment.calls)
+            for lowered, segment in zip(before, step.segments, strict=True)
+            if lowered.program is not None
+        ]
         program = segmented.Program(made, program, step.stores)
     return Lowered(program, [*rows, *last.rows], fallbacks)
 

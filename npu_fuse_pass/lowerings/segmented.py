@@ -24,7 +24,7 @@ class Program:
     """Segments in turn: kernels that make temporaries, the operations that read them; at last the kernels that write.
 
     Args:
-        segments: kernels, and the operations after them.
+        segments: kernels, if any, and the operations after them.
         last: the kernels that write.
         stores: leaves that get the values of other leaves then.
     """
@@ -32,9 +32,13 @@ class Program:
     written = False  # not read of a program of several segments
 
     def __init__(
-        self, segments: Sequence[tuple[_Program, Sequence[Call]]], last: _Last, stores: Sequence[tuple[int, int]] = ()
+        self,
+        segments: Sequence[tuple[_Program | None, Sequence[Call]]],
+        last: _Last,
+        stores: Sequence[tuple[int, int]] = (),
     ) -> None:
-        self._segments = segments
+        self._segments = [(program, [_Operation(call) for call in calls]) for program, calls in segments]
+        self._generators = Generators([call for _, calls in segments for call in calls])
         self._last = last
         self._stores = stores
 
@@ -47,13 +51,14 @@ class Program:
 
         Whatever is raised before the last kernels, the random numbers that were drawn are in the generators again.
         """
-        drawn = Generators([call for _, calls in self._segments for call in calls])
+        restore_generators = self._generators.save()
         self._last.written = False
         try:
-            for program, calls in self._segments:
-                program(values, complete)
-                for call in calls:
-                    _run(call, values)
+            for program, operations in self._segments:
+                if program is not None:
+                    program(values, complete)
+                for operation in operations:
+                    operation(values)
             self._last(values, complete)
             self._last.written = True
             self._store(values)
@@ -61,7 +66,7 @@ class Program:
             if self._last.written:
                 again(lambda: self._store(values))
             else:
-                drawn.restore()
+                restore_generators()
             raise
 
     def _store(self, values: list[Tensor | None]) -> None:
@@ -69,20 +74,38 @@ class Program:
             values[leaf].copy_(values[result])  # type: ignore[union-attr,arg-type]
 
 
-def _run(call: Call, values: list[Any]) -> None:
-    for source, holder in call.copies:
-        values[holder] = _copy(values[source])
-    args, kwargs = _filled(call.args, values), _filled(call.kwargs, values)
-    if isinstance(call.target, str):
-        made = getattr(args[0], call.target)(*args[1:], **kwargs)
-    else:
-        made = call.target(*args, **kwargs)
-    if call.number:
-        made = torch.tensor(made, dtype=torch.float64, device="cpu")
-    for index, tensor in zip(call.results, made if call.several else [made], strict=bool(call.results)):
-        values[index] = tensor
-    for holder, result in call.written:
-        values[result] = values[holder]
+_HOLDING = (LeafRef, list, tuple, dict, slice)  # arguments that are leaves' values, or may hold some
+
+
+class _Operation:
+    """A call of an original operation, with what does not change between steps."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self._args = list(call.args)
+        self._tensors = [(k, a.index) for k, a in enumerate(call.args) if isinstance(a, LeafRef) and a.number is None]
+        tensors = {k for k, _ in self._tensors}
+        self._others = [k for k, a in enumerate(call.args) if k not in tensors and isinstance(a, _HOLDING)]
+
+    def __call__(self, values: list[Any]) -> None:
+        call, args = self.call, self._args.copy()
+        for source, holder in call.copies:
+            values[holder] = _copy(values[source])
+        for k, i in self._tensors:
+            args[k] = values[i]
+        for k in self._others:
+            args[k] = _filled(args[k], values)
+        kwargs = _filled(call.kwargs, values) if call.kwargs else {}
+        if isinstance(call.target, str):
+            made = getattr(args[0], call.target)(*args[1:], **kwargs)
+        else:
+            made = call.target(*args, **kwargs)
+        if call.number:
+            made = torch.tensor(made, dtype=torch.float64, device="cpu")
+        for index, tensor in zip(call.results, made if call.several else [made], strict=bool(call.results)):
+            values[index] = tensor
+        for holder, result in call.written:
+            values[result] = values[holder]
 
 
 def _copy(t: Tensor) -> Tensor:
@@ -110,7 +133,7 @@ def _number(t: Tensor, kind: Callable[[Any], Any]) -> Any:
 
 
 class Generators:
-    """What the generators hold from which original operations may draw, to be put back.
+    """The generators from which original operations may draw.
 
     Args:
         calls: the operations; those of the CPU and those that calls are given.
@@ -119,12 +142,18 @@ class Generators:
 
     def __init__(self, calls: Sequence[Call], devices: Iterable[torch.device] = ()) -> None:
         given = [v for call in calls for v in (*call.args, *call.kwargs.values()) if isinstance(v, torch.Generator)]
-        self._states = [(g, g.get_state()) for g in (torch.default_generator, *given)] if calls else []
-        apart = [(torch.get_device_module(d), d) for d in devices if calls and d.type != "cpu"]
-        self._of_devices = [(module, d, module.get_rng_state(d)) for module, d in apart]
+        self._generators = [torch.default_generator, *given] if calls else []
+        self._devices = [(torch.get_device_module(d), d) for d in devices if calls and d.type != "cpu"]
 
-    def restore(self) -> None:
-        for generator, state in self._states:
-            generator.set_state(state)
-        for module, device, state in self._of_devices:
-            module.set_rng_state(state, device)
+    def save(self) -> Callable[[], None]:
+        """Note what they hold now; returns what puts it back."""
+        states = [(g, g.get_state()) for g in self._generators]
+        of_devices = [(module, d, module.get_rng_state(d)) for module, d in self._devices]
+
+        def restore() -> None:
+            for generator, state in states:
+                generator.set_state(state)
+            for module, device, state in of_devices:
+                module.set_rng_state(state, device)
+
+        return restore

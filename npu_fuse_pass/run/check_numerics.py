@@ -57,8 +57,8 @@ class SideBySide:
         self._allowed = CHECKED_RULE if rounds_once else CHECKED_GRAPH
         self._report = report
         self._stores = grouped.stores
-        self._calls = [call for segment in grouped.segments for call in segment.calls]
-        self._devices = {leaf.device for leaf in grouped.leaves if leaf.shape}
+        calls = [call for segment in grouped.segments for call in segment.calls]
+        self._generators = Generators(calls, {leaf.device for leaf in grouped.leaves if leaf.shape})
         self._writes = [
             _Write(member[slot], group, m, slot)
             for group in grouped.groups
@@ -97,11 +97,11 @@ class SideBySide:
         leaves = [*(w.leaf for w in self._writes), *(leaf for leaf, _ in self._stores)]
         written = {i: t for i in leaves if (t := _value(values, i)) is not None}
         before = {i: t.detach().clone() for i, t in written.items()}
-        drawn = Generators(self._calls, self._devices)
+        restore_generators = self._generators.save()
         fused()
         got = {i: t.detach().clone() for i in leaves if (t := _value(values, i)) is not None}
         _put(written, before)
-        drawn.restore()
+        restore_generators()
         returned = original()
         self._take_outputs(values, returned)
         self._report.checked_steps += 1
@@ -111,7 +111,7 @@ class SideBySide:
 
         def by_another(form: Callable[[list[Tensor | None]], object]) -> list[Tensor | None]:
             _put(written, before)
-            drawn.restore()
+            restore_generators()
             exact = [*values]
             form(exact)
             return exact

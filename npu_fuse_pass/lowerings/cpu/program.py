@@ -57,7 +57,7 @@ class Program:
         places = {i: position for position, i in enumerate(constants)}
         places |= {i: self._totals_at + leaf.index for i, leaf in enumerate(leaves) if leaf.kind == "total"}
         self._memory_key = b"none yet"
-        self._starts, self._ends = array.array("q"), array.array("q")
+        self._starts, self._ends = array.array("q", [0]), array.array("q", [1])  # what has no memory lies there
         self._snapshots = sorted(_written_scalars(groups) & _scalars_read_elsewhere(groups))
         self._snapshots_at = len(self._table)
         self._table.extend([0.0] * len(self._snapshots))
@@ -75,6 +75,7 @@ class Program:
         self.written = False
         written = {m[s] for g in groups for s in g.formula.written for m in g.members}
         beside = {i: m for g in reversed(groups) for m in reversed(g.members) for i in m}
+        self._makes_all = all(leaves[i].kind in ("output", "temporary") for i in written)
         self._outputs = [
             (i, leaves[i], beside[i]) for i in sorted(written) if leaves[i].kind in ("output", "temporary")
         ]
@@ -201,6 +202,20 @@ class Program:
         Raises:
             Mismatch: two tensors share memory and at least one of them is written, or one has none.
         """
+        if not self._makes_all:
+            self._check_written(values)
+        for kernel in self.kernels:
+            kernel.moved = False
+        if any(kernel.reads_overlap(self._starts, self._ends) for kernel in self.kernels):
+            nowhere = array.array("q", [0]), array.array("q", [1])
+            if any(kernel.reads_overlap(*nowhere) for kernel in self.kernels):
+                raise Mismatch(NOWHERE, Code.NO_MEMORY)
+            raise Mismatch(
+                "a tensor that the step reads overlaps one that it writes: they share memory", Code.SHARED_MEMORY
+            )
+
+    def _check_written(self, values: Values) -> None:
+        """Refuse memory that is written twice, and note where it lies."""
         if any(kernel.copies for kernel in self.kernels):  # the tables do not hold where the originals lie
             tensors = [pair for kernel in self.kernels for pair in kernel.tensors(values)]
             check_apart([t for t, written in tensors if written], [t for t, written in tensors if not written])
@@ -215,15 +230,6 @@ class Program:
             self._starts = array.array("q", [start for start, _ in intervals])
             self._ends = array.array("q", [end for _, end in intervals])
             self._memory_key = key
-        for kernel in self.kernels:
-            kernel.moved = False
-        if any(kernel.reads_overlap(self._starts, self._ends) for kernel in self.kernels):
-            nowhere = array.array("q", [0]), array.array("q", [1])
-            if any(kernel.reads_overlap(*nowhere) for kernel in self.kernels):
-                raise Mismatch(NOWHERE, Code.NO_MEMORY)
-            raise Mismatch(
-                "a tensor that the step reads overlaps one that it writes: they share memory", Code.SHARED_MEMORY
-            )
 
     def _add_totals(self) -> None:
         """Add up contributions exactly (fsum), so that no order of members changes a bit."""

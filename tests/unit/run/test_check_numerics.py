@@ -329,15 +329,15 @@ def test_steps_that_draw_and_write_integers() -> None:
 
 
 def test_a_wrong_integer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = segmented._run
+    run = segmented._Operation.__call__
 
-    def wrong(call: Any, values: list[Any]) -> None:
-        run(call, values)
-        for _, result in call.written:
+    def wrong(operation: Any, values: list[Any]) -> None:
+        run(operation, values)
+        for _, result in operation.call.written:
             if values[result].dtype == torch.int32:
                 values[result] = values[result] + 1
 
-    monkeypatch.setattr(segmented, "_run", wrong)
+    monkeypatch.setattr(segmented._Operation, "__call__", wrong)
     told = r"12 elements of '\w*seen\w*' \(3, 4\), of torch.int32"
     with pytest.raises(npu_fuse_pass.NumericsError, match=told) as caught:
         run_noisy("npu_fused", options={"check_numerics": True})
@@ -364,16 +364,16 @@ class Polar(torch.optim.Optimizer):
 
 @pytest.mark.parametrize("right", [True, False])
 def test_complex_tensors_that_are_made_of_what_kernels_round(right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = segmented._run
+    run = segmented._Operation.__call__
 
-    def wrong(call: Any, values: list[Any]) -> None:
-        run(call, values)
-        for _, result in call.written:
+    def wrong(operation: Any, values: list[Any]) -> None:
+        run(operation, values)
+        for _, result in operation.call.written:
             if values[result].is_complex():
                 values[result] = values[result] * (1 + 1e-4j)
 
     if not right:
-        monkeypatch.setattr(segmented, "_run", wrong)
+        monkeypatch.setattr(segmented._Operation, "__call__", wrong)
     param = torch.nn.Parameter(torch.randn(300, 30, dtype=torch.complex64))
     step = npu_fuse_pass.compile_step(Polar([param]), check_numerics=True)
 
