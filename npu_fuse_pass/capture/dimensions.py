@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from npu_fuse_pass.capture.aten.rows import ROWS
 from npu_fuse_pass.capture.aten.shaped import SHAPED
 from npu_fuse_pass.capture.originals import Originals
-from npu_fuse_pass.capture.values import Cell, Val
+from npu_fuse_pass.capture.values import Cell, Val, in_shape
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.fx_nodes.effects import recorded
 from npu_fuse_pass.ir.dimensions import EXPAND, Layout, layout_of
@@ -204,4 +204,4 @@ def in_another_shape(node: fx.Node, args: tuple[Any, ...]) -> Any:
         return NotImplemented
     if shape == val.shape:
         return args[0]
-    return Cell(dataclasses.replace(val, shape=shape), None, (args[0], args[0].val))
+    return in_shape(node, args[0], shape)

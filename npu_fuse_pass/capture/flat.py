@@ -6,14 +6,13 @@ and only numbers and tensors of that shape leave it. This is checked before the 
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from torch import Tensor, fx
 
 from npu_fuse_pass.capture.aten.rows import ROWS
 from npu_fuse_pass.capture.interpreter import Interpreter
-from npu_fuse_pass.capture.values import Cell
+from npu_fuse_pass.capture.values import Cell, in_shape
 from npu_fuse_pass.fx_nodes.effects import recorded, storage_of
 from npu_fuse_pass.fx_nodes.names import operation_name
 
@@ -36,7 +35,7 @@ def whole_view(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], k
         return args[0]
     if made.numel() < 2 or not (_is_end(node) or _is_apart(node)):
         return NotImplemented
-    return Cell(dataclasses.replace(val, shape=shape), None, (args[0], args[0].val))
+    return in_shape(node, args[0], shape)
 
 
 def _is_apart(view: fx.Node) -> bool:

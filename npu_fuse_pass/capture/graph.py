@@ -29,7 +29,7 @@ from npu_fuse_pass.fx_nodes.effects import recorded, storage_of, writes_leaves
 from npu_fuse_pass.fx_nodes.names import operation_name
 from npu_fuse_pass.fx_nodes.places import source_of
 from npu_fuse_pass.ir.types import Captured, Leaf, Output, Segment
-from npu_fuse_pass.reasons import Code
+from npu_fuse_pass.reasons import Code, Reason
 from npu_fuse_pass.tensors.sharded import is_dtensor
 
 Kind = Literal["input", "attribute"]
@@ -63,6 +63,10 @@ def _tensors(gm: fx.GraphModule, captured: Captured) -> dict[int, Any]:
     return tensors
 
 
+_SAVED = 4
+"""Copies may move so many times less than operations that become kernels, which move half of it to an eighth."""
+
+
 def _read(gm: fx.GraphModule, numbers: bool, dimensions: bool = False) -> Captured:
     interpreter = Interpreter({**LISTS, "rule_update": expand_rule}, dimensions=dimensions)
     interpreter.numbers = numbers
@@ -80,7 +84,10 @@ def _read(gm: fx.GraphModule, numbers: bool, dimensions: bool = False) -> Captur
         returned = run_graph(interpreter, gm.graph, inputs, attribute)
         returned = returned if isinstance(returned, (list, tuple)) else () if returned is None else (returned,)
         outputs = _outputs(interpreter, gm.graph.output_node(), returned)
+        for cell in interpreter.written.values():
+            cell.read()
         unfused = list(interpreter.originals.reasons.values())
+        _check_copies(interpreter, unfused)
         stores = _stores(interpreter)
         written = [*interpreter.written, *(leaf for leaf, _ in stores if interpreter.leaves[leaf].dtype.is_complex)]
         if unfused and all(interpreter.leaves[i].kind == "output" for i in written):
@@ -91,7 +98,7 @@ def _read(gm: fx.GraphModule, numbers: bool, dimensions: bool = False) -> Captur
             made, totals = updates_of(interpreter.leaves, s.writes, b, totals, dimensions)
             segments.append(Segment(made, s.calls))
         updates, _ = updates_of(interpreter.leaves, interpreter.written, b, totals, dimensions)
-        moved = (interpreter.moved, interpreter.moved_by_calls)
+        moved = (interpreter.moved, interpreter.moved_by_calls + interpreter.copied)
         expanded = interpreter.expanded
         return Captured(
             interpreter.leaves,
@@ -110,6 +117,19 @@ def _read(gm: fx.GraphModule, numbers: bool, dimensions: bool = False) -> Captur
         if is_forward_pass(gm.graph):
             return Captured(interpreter.leaves, [], beside_a_forward_pass(gm.graph))
         return Captured(interpreter.leaves, [], [e.reason] if writes_leaves(gm.graph) else [])
+
+
+def _check_copies(interpreter: Interpreter, unfused: Sequence[Reason]) -> None:
+    """Refuse a step whose writes through views take copies that may cost more than kernels save.
+
+    Raises:
+        Unsupported: names the first such write.
+    """
+    by_operations = interpreter.moved - interpreter.moved_by_calls
+    reason = next((r for r in unfused if r.code is Code.VIEW_WRITTEN), None)
+    if reason is not None and _SAVED * interpreter.copied > by_operations:
+        text = f"{reason.text}, where copies cost more than kernels save"
+        raise Unsupported.of(dataclasses.replace(reason, text=text))
 
 
 def _stores(interpreter: Interpreter) -> list[tuple[int, int]]:
@@ -147,7 +167,7 @@ def _outputs(interpreter: Interpreter, node: fx.Node, returned: Sequence[Any]) -
             continue
         meta = recorded(source)
         number = next((t for t, kinds in _NUMBERS.items() if isinstance(meta, kinds)), None)
-        kept = _kept(interpreter, cell.val) if cell.leaf is None else None
+        kept = _kept(interpreter, cell.read()) if cell.leaf is None else None
         if kept is not None:
             outputs.append(Output(kept))
             continue

@@ -20,9 +20,11 @@ from npu_fuse_pass.capture.dimensions import Dimensions
 from npu_fuse_pass.capture.originals import Originals
 from npu_fuse_pass.capture.values import Cell, Val
 from npu_fuse_pass.errors import Unsupported
+from npu_fuse_pass.fx_nodes.names import operation_name
+from npu_fuse_pass.fx_nodes.places import source_of
 from npu_fuse_pass.ir.expr import DTYPE_NAMES, HALF, Builder, postorder
 from npu_fuse_pass.ir.types import Expanded, Leaf
-from npu_fuse_pass.reasons import Code
+from npu_fuse_pass.reasons import Code, Reason
 
 Expansion = Callable[["Interpreter", fx.Node, tuple[Any, ...], dict[str, Any]], Any]
 """Interprets a node in place of the row of its name; returns NotImplemented to fall back to that."""
@@ -57,9 +59,11 @@ class Interpreter:
         self.originals = Originals(self)
         self.dimensions = Dimensions(self) if dimensions else None
         self.numbers = False  # whether tensors of one element that are used as numbers are read as numbers
+        self.node: fx.Node | None = None  # that is being interpreted
         self.grad_enabled = False  # at the point that is being interpreted
         self.moved = 0  # bytes that the operations read and write so far, each by itself
         self.moved_by_calls = 0  # of these, those of operations that stay as they are
+        self.copied = 0  # bytes that copies move which the step does not make, for writes through views
         self.expanded: dict[str, Expanded] = {}  # by the node's name
 
     def add_leaf(self, leaf: Leaf, tensor: bool, number: torch.dtype | None = None) -> Cell:
@@ -138,6 +142,10 @@ class Interpreter:
             if original or (e.op == "const" and abs(e.value) > _COUNTED):  # type: ignore[arg-type]
                 raise Unsupported(name, "computes with integers that may be large", Code.DTYPE)
 
+    def here(self, reason: Reason) -> Reason:
+        """A reason with the place of the node that is being interpreted."""
+        return Unsupported.of(reason).at(self.node.name, source_of(self.node)).reason if self.node else reason
+
     def overwrite(self, cell: Cell, name: str, result: Any) -> None:
         """Replace a tensor's value by a computed one."""
         if not isinstance(result, Cell) or (result.val.shape, result.val.dtype) != (cell.val.shape, cell.val.dtype):
@@ -146,10 +154,7 @@ class Interpreter:
 
     def replace(self, cell: Cell, name: str, val: Val) -> None:
         """Replace a tensor's value by what an original operation left in it."""
-        self._leave_base(cell, name)
-        cell.val = val
-        if cell.leaf is not None:
-            self.written[cell.leaf] = cell
+        self._wrote(cell, val)
 
     def moves(self, given: Sequence[Val], made: Sequence[Val], fused: bool) -> None:
         """Count the bytes that one operation reads and writes by itself."""
@@ -157,24 +162,26 @@ class Interpreter:
         self.moved += traffic
         self.moved_by_calls += 0 if fused else traffic
 
+    def copies(self, given: Sequence[Val], made: Sequence[Val]) -> None:
+        """Count the bytes of a copy that the step does not make."""
+        self.copied += _traffic(given, made)
+
     def _write(self, cell: Cell, name: str, result: Val) -> None:
-        self._leave_base(cell, name)
         if result.dimmed and not cell.val.dimmed:
             raise Unsupported(name, "writes a tensor into a 0-dim one", Code.SHAPES)
         if result.shape not in ((), cell.val.shape):
             raise Unsupported(name, f"writes shape {result.shape} into {cell.val.shape}", Code.SHAPES)
         if cell.leaf is not None and self.leaves[cell.leaf].held:
             expr = cast(self.builder, as_number(self.builder, result), cell.val.dtype).expr
-            cell.val = Val(expr, cell.val.dtype, cell.val.shape)
+            val = Val(expr, cell.val.dtype, cell.val.shape)
         elif cell.val.dimmed:
             expr = self.builder.cast(result.expr, cell.val.dtype)
-            cell.val = Val(expr, cell.val.dtype, cell.val.shape)
+            val = Val(expr, cell.val.dtype, cell.val.shape)
         elif not cell.val.dtype.is_floating_point:
-            cell.val = cast(self.builder, dataclasses.replace(result, number=False), cell.val.dtype)
+            val = cast(self.builder, dataclasses.replace(result, number=False), cell.val.dtype)
         else:
-            cell.val = Val(result.expr, cell.val.dtype, ())
-        if cell.leaf is not None:
-            self.written[cell.leaf] = cell
+            val = Val(result.expr, cell.val.dtype, ())
+        self._wrote(cell, val)
 
     def _narrowed(self, number: Any, like: Val) -> Any:
         """A number as ATen takes it in half precision where a tensor is multiplied in place by a Scalar: first factor.
@@ -190,15 +197,20 @@ class Interpreter:
         half = self.builder.cast(number.val.expr, like.dtype)
         return Cell(dataclasses.replace(number.val, expr=self.builder.cast(half, torch.float64)))
 
-    def _leave_base(self, cell: Cell, name: str) -> None:
-        """Detach a written view from its bases, which must not be leaves and become stale."""
-        base = cell.base[0] if cell.base is not None else None
-        while base is not None:
-            if base.leaf is not None:
-                raise Unsupported(name, "writes in place through a view", Code.VIEW_WRITTEN)
-            base.stale = True
-            base = base.base[0] if base.base is not None else None
-        cell.base = None
+    def _wrote(self, cell: Cell, val: Val) -> None:
+        """Give a tensor its new value, ahead of what it is a view of."""
+        cell.read()
+        *views, whole = cell.lineage()
+        name = operation_name(self.node) if self.node else ""
+        reason = self.here(Code.VIEW_WRITTEN("writes in place through a view", name))
+        if whole.leaf is not None:
+            if not all(v.view.put is not None for v in views if v.view is not None):
+                raise Unsupported.of(reason)
+            self.written[whole.leaf] = whole
+        for v in views:
+            assert v.view is not None
+            v.view, v.view.base.ahead = dataclasses.replace(v.view, reason=reason), v
+        cell.val = val
 
     def _foreach(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Cell]:
         lists = [a for a in (*args, *kwargs.values()) if isinstance(a, (list, tuple))]

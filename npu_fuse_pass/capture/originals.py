@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
 
-from npu_fuse_pass.capture.values import Cell, Scalars, Val
+from npu_fuse_pass.capture.values import STALE, Cell, Scalars, Val, View
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.fx_nodes.effects import Effects, Place, has_record, recorded, storage_of
 from npu_fuse_pass.ir.expr import Builder, Expr, postorder
 from npu_fuse_pass.ir.types import Call, Leaf, LeafRef
 from npu_fuse_pass.private_torch import find
-from npu_fuse_pass.reasons import Reason
+from npu_fuse_pass.reasons import Code, Reason
+from npu_fuse_pass.tensors.sharded import is_dtensor
 
 Env = Mapping[fx.Node, Any]
 """Values of a graph's nodes: cells, lists of cells, or other objects."""
@@ -29,13 +32,43 @@ class Level:
     calls: list[Call] = dataclasses.field(default_factory=list)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Viewing:
+    """An original operation that gives views, to be called again on other values of what they are views of.
+
+    Attributes:
+        call: the operation, with `_BASE` in the place of that tensor.
+        fakes: what torch has recorded of its results.
+        place: which of these the view is.
+        base: what torch has recorded of the tensor.
+        level: of the operation's other inputs.
+    """
+
+    call: Call
+    name: str
+    fakes: tuple[Tensor, ...]
+    place: int = 0
+    base: Any = None
+    level: int = 0
+
+    def given(self, base: int) -> Any:
+        """The arguments with a leaf as that tensor."""
+
+        def filled(x: Any) -> Any:
+            return LeafRef(base) if x == LeafRef(_BASE) else x
+
+        return fx.node.map_aggregate((self.call.args, self.call.kwargs), filled)
+
+
 class _Interpreter(Protocol):
     builder: Builder
     leaves: list[Leaf]
 
     def add_leaf(self, leaf: Leaf, tensor: bool, number: torch.dtype | None = None) -> Cell: ...
+    def here(self, reason: Reason) -> Reason: ...
     def replace(self, cell: Cell, name: str, val: Val) -> None: ...
     def moves(self, given: Sequence[Val], made: Sequence[Val], fused: bool) -> None: ...
+    def copies(self, given: Sequence[Val], made: Sequence[Val]) -> None: ...
 
 
 class Originals:
@@ -78,6 +111,13 @@ class Originals:
         if len(returned) != len(fakes) or any(isinstance(env[n], Scalars) for n in node.all_input_nodes):
             raise Unsupported.of(reason)
         cells = [cell for n in node.all_input_nodes for cell in _cells(env[n])]
+        written = {(n, k): _entry(env[n], k) for n, k in effect.written}
+        wholes = Counter(cell.lineage()[-1] for cell in cells)
+        if len(written) > 1 and any(wholes[cell.lineage()[-1]] > 1 for cell in written.values()):
+            raise Unsupported.of(reason)  # it may read or write what it has written before
+        if effect.ordered:
+            for place, cell in written.items():
+                self._settle(cell, _example(*place))
         vals = [cell.read() for cell in cells]
         if not effect.written and not effect.ordered and fakes and None not in returned:
             same = [_entry(env[place[0]], place[1]) for place in returned if place is not None]
@@ -89,17 +129,20 @@ class Originals:
         if number is not None:
             reason = dataclasses.replace(reason, remedy=_OF_NUMBERS)
         call = Call(node.target, (), {}, [], several, node.name, number=number is not None)
-        held = {place: self._held(_entry(env[place[0]], place[1]), level, place, call) for place in effect.written}
+        held = {place: self._held(cell.read(), level, _example(*place), call.copies) for place, cell in written.items()}
         given: Any = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: self._given(n, env[n], held))
         call.args, call.kwargs = given
         new = {}
         for place, holder in held.items():
-            cell = _entry(env[place[0]], place[1])
+            cell = written[place]
             new[place] = self._result(name, cell.val.dtype, cell.val.shape, _example(*place).device, level)
             call.written.append((holder, _index(new[place])))
             self._interpreter.replace(cell, name, new[place])
         made = []
-        for fake, itself in zip(fakes, returned, strict=True):
+        owners = _owners(node, env)
+        plain = not effect.written and not effect.ordered and not any(returned) and name not in _OF_MEMORY
+        again = _Viewing(call, name, tuple(fakes)) if plain and len(fakes) <= _MANY else None
+        for i, (fake, itself) in enumerate(zip(fakes, returned, strict=True)):
             val = new.get(itself) if itself is not None else None
             if number is not None:
                 val = self._number(name, number, level)
@@ -107,7 +150,8 @@ class Originals:
                 val = self._result(name, fake.dtype, tuple(map(int, fake.shape)), fake.device, level)
             call.results.append(_index(val))
             given_cell = None if itself is None else _entry(env[itself[0]], itself[1])
-            made.append(given_cell or Cell(val, None, _base(node, fake, env)))
+            view = self._view(again, i, node, env, owners.get(storage_of(fake), []))
+            made.append(given_cell or Cell(val, None, view))
         self.levels[level].calls.append(call)
         self._interpreter.moves(vals, [*(c.val for c in made), *new.values()], fused=False)
         self.reasons.setdefault((name, reason.text), dataclasses.replace(reason, op=name))
@@ -159,17 +203,77 @@ class Originals:
         number = next((t for t, kinds in _NUMBERS.items() if isinstance(example, kinds)), None)
         if number is None and value.val.number:
             number = float if value.val.dtype.is_floating_point else int
-        return LeafRef(self._stored(value, example), number)
+        return LeafRef(self._stored(value.read(), example), number)
 
-    def _held(self, cell: Cell, level: int, place: Place, call: Call) -> int:
+    def _view(
+        self, again: _Viewing | None, i: int, node: fx.Node, env: Env, owners: Sequence[tuple[Place, Cell]]
+    ) -> View | None:
+        """How the i-th result is a view of one of its owners, the arguments in whose memory it lies."""
+        if not owners:
+            return None
+        place, base = owners[0]
+        example = _example(*place)
+        if again is None or len(owners) > 1 or is_dtensor(example) or dense_strides(example) is None:
+            return View(base, base.val)
+        fake, level = again.fakes[i], 0
+        for n in node.all_input_nodes:
+            if n is not place[0]:
+                level = max([level, *(self._level(cell.val.expr) for cell in _cells(env[n]))])
+        given: Any = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: self._given(n, env[n], {place: _BASE}))
+        call = dataclasses.replace(again.call, args=given[0], kwargs=given[1])
+        again = dataclasses.replace(again, call=call, place=i, base=example, level=level)
+        put = functools.partial(self._put, again) if _is_injective(fake) else None
+        return View(base, base.val, functools.partial(self._again, again), put)
+
+    def _again(self, view: _Viewing, base: Val) -> Val:
+        """The value of a view of what has a new value."""
+        level = max(view.level, self._level(base.expr))
+        self._reach(level)
+        self._note(self._interpreter.here(Code.VIEW_STALE(STALE, "view")))
+        return self._viewed(view, self._stored(base, view.base), level, [])
+
+    def _put(self, view: _Viewing, base: Val, val: Val, reason: Reason) -> Val:
+        """The value of a tensor of which a view was written: a copy of the tensor, into which the view is copied."""
+        level = max(view.level, self._level(base.expr), self._level(val.expr))
+        self._reach(level)
+        self._note(reason)
+        copies: list[tuple[int, int]] = []
+        holder = self._held(base, level, view.base, copies)
+        part = self._viewed(view, holder, level, copies)
+        new = self._result(view.name, base.dtype, base.shape, view.base.device, level)
+        args = LeafRef(_index(part)), LeafRef(self._stored(val, view.fakes[view.place]))
+        copy = Call("copy_", args, {}, [], False, view.call.node, written=[(holder, _index(new))])
+        self.levels[level].calls.append(copy)
+        self._interpreter.copies([base, val], [base, new])
+        return new
+
+    def _viewed(self, view: _Viewing, base: int, level: int, copies: list[tuple[int, int]]) -> Val:
+        """Call the operation that makes a view once more, on a leaf."""
+        vals = [self._result(view.name, t.dtype, tuple(map(int, t.shape)), t.device, level) for t in view.fakes]
+        given: Any = view.given(base)
+        results = [_index(val) for val in vals]
+        call = dataclasses.replace(view.call, args=given[0], kwargs=given[1], results=results, copies=copies)
+        self.levels[level].calls.append(call)
+        return vals[view.place]
+
+    def _note(self, reason: Reason) -> None:
+        self.reasons.setdefault((reason.op, reason.text), reason)
+
+    def _settle(self, cell: Cell, example: Tensor) -> None:
+        """Let a view with gaps lie in memory as it does without fusion: what random operations draw depends on it."""
+        stored = self._leaf(cell.read()) is not None
+        if not stored and cell.view is not None and cell.view.again is not None and dense_strides(example) is None:
+            cell.val = cell.view.again(cell.view.base.read())
+
+    def _held(self, val: Val, level: int, example: Any, copies: list[tuple[int, int]]) -> int:
         """A leaf for a tensor written in place: it holds the current value, and nothing else reads it."""
-        stored = self._leaf(cell.read())
+        stored = self._leaf(val)
         if stored is None:
-            return self._like(cell.read(), level, _example(*place))
+            return self._like(val, level, example)
         copied = self._interpreter.leaves[stored]
         name = f"copy_{len(self._interpreter.leaves)}"
         self._interpreter.leaves.append(dataclasses.replace(copied, kind="result", name=name, index=-1, optimizer=None))
-        call.copies.append((stored, len(self._interpreter.leaves) - 1))
+        copies.append((stored, len(self._interpreter.leaves) - 1))
         return len(self._interpreter.leaves) - 1
 
     def _leaf(self, val: Val) -> int | None:
@@ -180,9 +284,8 @@ class Originals:
         leaf = self._interpreter.leaves[val.expr.value]
         return val.expr.value if val.number or (leaf.dtype, leaf.held or leaf.shape) == (val.dtype, val.shape) else None
 
-    def _stored(self, cell: Cell, example: Any) -> int:
-        """A leaf that holds a cell's current value as soon as it can be computed: later readers may run earlier."""
-        val = cell.read()
+    def _stored(self, val: Val, example: Any) -> int:
+        """A leaf that holds a value as soon as it can be computed: later readers may run earlier."""
         stored = self._leaf(val)
         if stored is not None:
             return stored
@@ -208,6 +311,9 @@ class Originals:
         return index
 
 
+_BASE = -1  # stands for the leaf of a view's base
+_MANY = 64  # views of one operation: each that is read again is another such operation, with as many results
+_OF_MEMORY = ("as_strided", "set_")  # what they give depends on where a tensor lies in its storage
 _OF_NUMBERS = "compute this number with + - * / // % **, min, max, round or int, which need no call between kernels"
 _NUMBERS: dict[type[int] | type[float] | type[bool], tuple[type, ...]] = {
     bool: (bool, torch.SymBool),
@@ -233,6 +339,17 @@ def _index(val: Val) -> int:
     return val.expr.value
 
 
+def _owners(node: fx.Node, env: Env) -> dict[int | None, list[tuple[Place, Cell]]]:
+    """Arguments of an operation by the memory in which they lie."""
+    found: dict[int | None, list[tuple[Place, Cell]]] = {}
+    for n in node.all_input_nodes:
+        for k, cell in enumerate(env[n] if isinstance(env[n], (list, tuple)) else [env[n]]):
+            memory = storage_of(_example(n, k)) if isinstance(cell, Cell) else None
+            if memory is not None:
+                found.setdefault(memory, []).append(((n, k), cell))
+    return found
+
+
 def _is_dense(t: Tensor) -> bool:
     # older versions have the form alone that guards symbolic sizes
     asked = find(
@@ -248,11 +365,11 @@ def dense_strides(example: Any) -> tuple[int, ...] | None:
     return tuple(map(int, example.stride()))
 
 
-def _base(node: fx.Node, fake: Tensor, env: Env) -> tuple[Cell, Val] | None:
-    """The base of a view and the base's value; None for other tensors."""
-    for n in node.all_input_nodes:
-        for k, cell in enumerate(_cells(env[n])):
-            example = _example(n, k)
-            if isinstance(example, Tensor) and storage_of(example) == storage_of(fake):
-                return cell, cell.val
-    return None
+def _is_injective(t: Tensor) -> bool:
+    """True if no two elements are known to lie at one place, so that they can be written."""
+    reach = 0
+    for stride, size in sorted((int(stride), int(size)) for size, stride in zip(t.shape, t.stride(), strict=True)):
+        if size > 1 and stride <= reach:
+            return False
+        reach += (size - 1) * stride
+    return True

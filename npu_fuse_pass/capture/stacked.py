@@ -19,7 +19,7 @@ from npu_fuse_pass.capture.aten.fills import as_number, cast
 from npu_fuse_pass.capture.aten.rows import ROWS
 from npu_fuse_pass.capture.aten.shaped import SHAPED
 from npu_fuse_pass.capture.interpreter import Expansion, Interpreter
-from npu_fuse_pass.capture.values import Cell, Scalars, Val
+from npu_fuse_pass.capture.values import Cell, Scalars, Val, View
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.fx_nodes.effects import recorded, storage_of
 from npu_fuse_pass.fx_nodes.names import in_order, operation_name
@@ -245,8 +245,8 @@ def reshaped(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwa
     expr = b.cast(val.expr, val.dtype)
     new = val if shape == val.shape else Val(expr if shape else b.cast(expr, torch.float64), val.dtype, shape)
     if not in_place:
-        return Cell(new, None, (args[0], args[0].val))
-    args[0].val = new
+        return Cell(new, None, View(args[0], args[0].val))
+    args[0].val, args[0].view = new, args[0].view and View(args[0].view.base, args[0].view.seen)
     return args[0]
 
 

@@ -57,6 +57,7 @@ def run_graph(
         elif node.op == "output":
             return fx.node.map_arg(node.args[0], env.__getitem__)
         else:
+            interpreter.node = node
             args = fx.node.map_aggregate(node.args, lambda x: env[x] if isinstance(x, fx.Node) else x)
             kwargs = fx.node.map_aggregate(node.kwargs, lambda x: env[x] if isinstance(x, fx.Node) else x)
             try:
@@ -86,7 +87,9 @@ def _call_node(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], k
     if name in ("add", "mul") and all(isinstance(recorded(a), torch.SymBool) for a in node.all_input_nodes):
         args = tuple(_as_integer(interpreter, a) for a in args)
     cells = [cell for cell in flatten((*args, *kwargs.values())) if isinstance(cell, Cell)]
-    before = [(cell, cell.val, cell.base, cell.leaf in interpreter.written) for cell in cells]
+    for cell in cells:
+        cell.read()
+    before = [(c, c.val, c.view, c.ahead, c.leaf in interpreter.written) for cell in cells for c in cell.lineage()]
     try:
         result = interpreter.call(name, in_order(node, args), kwargs)
         _verify(node, result, interpreter.keeps)
@@ -94,10 +97,10 @@ def _call_node(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], k
     except Unsupported as e:
         if not interpreter.keeps:
             raise
-        for cell, val, base, written in before:  # of a list, some may have been written already
+        for cell, val, view, ahead, written in before:  # of a list, some may have been written already
             if cell.leaf is not None and not written:
                 interpreter.written.pop(cell.leaf, None)
-            cell.val, cell.base = val, base
+            cell.val, cell.view, cell.ahead = val, view, ahead
         reason = e.at(node.name, source_of(node)).reason
         return interpreter.originals.keep(node, name, reason, env)
 

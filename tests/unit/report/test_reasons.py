@@ -277,7 +277,7 @@ OPERATIONS: dict[Code, tuple[Operation, Operation]] = {
         lambda p, q, h: (p.mul_(p.norm() + q.norm()), q.mul_(p.norm()))[:0],
         lambda p, q, h: (p.mul_(p.norm() + q.norm()), q.mul_(p.norm() + q.norm()))[:0],
     ),
-    Code.VIEW_WRITTEN: (lambda p, q, h: p.view(-1).add_(1), lambda p, q, h: p.add_(1)),
+    Code.VIEW_WRITTEN: (lambda p, q, h: (p[:1].add_(1),)[:0], lambda p, q, h: p.add_(1)),
     Code.VIEW_RETURNED: (
         lambda p, q, h: (p.add_(1), q.view(-1, 1))[1],
         lambda p, q, h: (p.add_(1), q.view(-1, 1).clone())[1],
