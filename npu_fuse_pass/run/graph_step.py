@@ -15,6 +15,7 @@ from torch.autograd.graph import increment_version
 
 from npu_fuse_pass import pipeline
 from npu_fuse_pass.errors import GraphRefused, Mismatch
+from npu_fuse_pass.fx_nodes.decompositions import undo_decompositions
 from npu_fuse_pass.fx_nodes.effects import recorded
 from npu_fuse_pass.ir.types import Captured, Leaf, Output
 from npu_fuse_pass.options import Options
@@ -48,7 +49,10 @@ def graph_step(gm: fx.GraphModule, options: Options, cause: Cause) -> Callable[.
     except (ValueError, RuntimeError):  # of the inputs; a GradientError is one of these
         return _Later(gm, options, cause)
     step = GraphStep(gm, options, handles, cause)
-    return step if step.fused else gm.forward
+    if step.fused:
+        return step
+    undo_decompositions(gm)
+    return gm.forward
 
 
 class _Later:
