@@ -189,6 +189,7 @@ CASES: dict[str, Case] = {
     "SplitV": (lambda x: ge.SplitV(x, [1, -1], int32(1), num_split=2), [X], [X[:, :1], X[:, 1:]]),
     "SplitVD": (lambda x: ge.SplitVD(x, size_splits=[2, 1], split_dim=1, num_split=2), [X], [X[:, :2], X[:, 2:]]),
     "Slice": (lambda x: ge.Slice(x, [0, 1], [-1, 2]), [X], X[:, 1:]),
+    "StridedSliceV2": (lambda x: ge.StridedSliceV2(x, [0, -2], [9, 3], [0, 1], [1, 2]), [X], X[:, 1:2]),
     "SliceD": (lambda x: ge.SliceD(x, offsets=[1, 0], size=[1, 2]), [X], X[1:, :2]),
     "ApplyAdamW": (lambda *x: ge.ApplyAdamW(*x, None), ADAM_W, adam(0.02, amsgrad=False)),
     "ApplyMomentumD": (lambda *x: ge.ApplyMomentumD(*x, use_nesterov=True), [X, X / 3, LR, Y, B1], sgd(nesterov=True)),

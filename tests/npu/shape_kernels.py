@@ -67,6 +67,18 @@ def slice_(x: Tensor, offsets: list[int], sizes: list[int]) -> list[Tensor]:
     return [x.contiguous()]
 
 
+def strided_slice(node: Node) -> list[Tensor]:
+    """Without masks: negative places count from the end, and those beyond it are the end."""
+    x, begin, end, axes, strides = node.tensors()
+    for mask in ("begin_mask", "end_mask", "ellipsis_mask", "new_axis_mask", "shrink_axis_mask"):
+        if node.integer(mask, 0):
+            raise ValueError(f"{mask} is not implemented")
+    index = [slice(None)] * x.dim()
+    for axis, *ends in zip(*map(axes_of, (axes, begin, end, strides)), strict=True):
+        index[axis] = slice(*ends)
+    return [x[tuple(index)].contiguous()]
+
+
 def reshape(node: Node) -> list[Tensor]:
     x, shape = node.tensors()
     return [x.reshape(axes_of(shape))]
@@ -92,5 +104,6 @@ KERNELS: dict[str, Callable[[Node], Sequence[Tensor]]] = {
         node, node.tensors()[0], node.integers("size_splits"), node.integer("split_dim")
     ),
     "Slice": lambda node: slice_(node.tensors()[0], axes_of(node.tensors()[1]), axes_of(node.tensors()[2])),
+    "StridedSliceV2": strided_slice,
     "SliceD": lambda node: slice_(node.tensors()[0], node.integers("offsets"), node.integers("size")),
 }

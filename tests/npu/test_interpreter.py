@@ -119,6 +119,7 @@ CONSTANTS = [
     "Split",
     "SplitV",
     "Slice",
+    "StridedSliceV2",
 ]
 
 

@@ -96,3 +96,29 @@ def test_muons_other_tensors_run_the_original(muon: Any, ge_graphs: harness.Reco
     with pytest.warns(UserWarning, match="not contiguous"):
         muon_steps(muon, 3)
     assert not any(g.runs for g in ge_graphs)
+
+
+def test_what_is_written_through_a_view_is_part_of_the_graph(ge_graphs: harness.Recording) -> None:
+    """Beside enough that is fused: a row of a product, and a view that is read again."""
+
+    def step(p: Any, q: Any, m: Any, g: Any) -> None:
+        product = p @ p
+        product[1:].mul_(0.5)
+        rows = product[:2]
+        product.add_(p)
+        p.sub_(product, alpha=LR)
+        p[2:].add_(rows, alpha=LR)
+        m.mul_(0.9).addcmul_(g, g, value=0.1)
+        q.addcdiv_(g, m.sqrt().add_(1e-8), value=-LR)
+
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.rand(s, generator=generator) for s in ((4, 4), (700,), (700,), (700,))]
+    got, want = [t.clone() for t in start], [t.clone() for t in start]
+    compiled = torch.compile(step, backend=npu_fused, options={"platform": "npu"})
+    for _ in range(3):
+        step(*want)
+        compiled(*got)
+    for a, b in zip(got, want, strict=True):
+        assert_close(a, b, 1e-6)
+    (report,) = npu_fuse_pass.reports()
+    assert report.fallback is None and report.groups and sum(g.runs for g in ge_graphs) == 3
