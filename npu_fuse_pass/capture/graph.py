@@ -45,13 +45,29 @@ def capture(gm: fx.GraphModule, numbers: bool = False, dimensions: bool = False)
         dimensions: kernels also compute reductions over some of the dimensions and broadcasts, which the lowering has
             to support (`ir.dimensions`); otherwise they stay as they are.
     """
-    if dimensions:
-        captured = _read(gm, numbers, dimensions=True)
-        if (captured.updates or not captured.unfused) and not any(map(is_dtensor, _tensors(gm, captured).values())):
-            return captured
-    captured = _read(gm, numbers)
-    dtensors = {i: t for i, t in _tensors(gm, captured).items() if is_dtensor(t)}
-    return of_this_process(captured, dtensors) if dtensors else captured
+    captured = _read(gm, numbers, dimensions)
+    if any(map(is_dtensor, _tensors(gm, captured).values())):
+        captured = _read(gm, numbers)
+        return of_this_process(captured, {i: t for i, t in _tensors(gm, captured).items() if is_dtensor(t)})
+    plain = (numbers, False, False)
+    for way in dict.fromkeys([*_ways_apart(captured, dimensions), plain]):
+        if captured.updates or not captured.unfused:
+            break
+        if way == (numbers, dimensions, False):
+            continue
+        found = _read(gm, *way)
+        captured = found if found.updates or not found.unfused or way == plain else captured
+    return captured
+
+
+def _ways_apart(captured: Captured, dimensions: bool) -> list[tuple[bool, bool, bool]]:
+    """How to read a graph in which tensors of different shapes meet, so that they do not: arguments of `_read`.
+
+    Tensors of one element are tensors among others; reductions of all elements stay as they are.
+    """
+    if [reason.code for reason in captured.unfused] != [Code.ACROSS_PARAMETERS]:
+        return []
+    return [(False, dimensions, False), (False, dimensions, True), (False, False, True)]
 
 
 def _tensors(gm: fx.GraphModule, captured: Captured) -> dict[int, Any]:
@@ -67,9 +83,10 @@ _SAVED = 4
 """Copies may move so many times less than operations that become kernels, which move half of it to an eighth."""
 
 
-def _read(gm: fx.GraphModule, numbers: bool, dimensions: bool = False) -> Captured:
+def _read(gm: fx.GraphModule, numbers: bool, dimensions: bool = False, reductions_stay: bool = False) -> Captured:
     interpreter = Interpreter({**LISTS, "rule_update": expand_rule}, dimensions=dimensions)
     interpreter.numbers = numbers
+    interpreter.reductions_stay = reductions_stay
     interpreter.grad_enabled = torch.is_grad_enabled()
     attributes: dict[str, Cell] = {}
 
@@ -158,7 +175,7 @@ def _outputs(interpreter: Interpreter, node: fx.Node, returned: Sequence[Any]) -
         Unsupported: one shares memory with something else, or lies in it as no new tensor would.
     """
     outputs: list[Output] = []
-    made: dict[int | None, Cell] = {}  # by memory
+    made: dict[int, dict[int | None, Cell]] = {}  # by memory, and where in it single elements lie
     given = {storage_of(recorded(n)) for n in node.graph.nodes if n.op in ("placeholder", "get_attr")}
     sources = node.args[0] if isinstance(node.args[0], (list, tuple)) else (node.args[0],)
     for index, (source, cell) in enumerate(zip(sources, returned, strict=False)):
@@ -173,8 +190,12 @@ def _outputs(interpreter: Interpreter, node: fx.Node, returned: Sequence[Any]) -
             continue
         if cell.leaf is None:
             value, memory = cell.read(), storage_of(meta)
-            if memory is not None and (memory in given or made.setdefault(memory, cell) is not cell):
-                raise _not_new(source, "shares memory with another tensor")
+            if memory is not None:
+                place, places = _element(meta), made.setdefault(memory, {})
+                apart = place is not None and None not in places and place not in places
+                if memory in given or (places and not apart):
+                    raise _not_new(source, "shares memory with another tensor")
+                places[place] = cell
             if value.shape and dense_strides(meta) is None:
                 raise _not_new(source, "has gaps in memory, or elements at one place")
             device = next((leaf.device for leaf in interpreter.leaves if leaf.shape), torch.device("cpu"))
@@ -186,6 +207,11 @@ def _outputs(interpreter: Interpreter, node: fx.Node, returned: Sequence[Any]) -
             interpreter.written[cell.leaf] = cell
         outputs.append(Output(cell.leaf, number, detached=_is_detached(source)))
     return outputs
+
+
+def _element(fake: Tensor) -> int | None:
+    """Where in its memory a tensor of one element lies, which no other such tensor shares; None of several elements."""
+    return int(fake.storage_offset()) if fake.numel() == 1 else None
 
 
 def _not_new(source: fx.Node, why: str) -> Unsupported:

@@ -59,6 +59,7 @@ class Interpreter:
         self.originals = Originals(self)
         self.dimensions = Dimensions(self) if dimensions else None
         self.numbers = False  # whether tensors of one element that are used as numbers are read as numbers
+        self.reductions_stay = False  # whether sums, norms and the like of all elements stay as they are
         self.node: fx.Node | None = None  # that is being interpreted
         self.grad_enabled = False  # at the point that is being interpreted
         self.moved = 0  # bytes that the operations read and write so far, each by itself
@@ -126,6 +127,8 @@ class Interpreter:
             else:
                 result = evaluate(self.builder, name, args, kwargs)
             self._check_integer(name, result)
+            if self.reductions_stay and not result.dimmed and any(isinstance(a, Val) and a.dimmed for a in args):
+                raise Unsupported(name, "stays where updates read numbers of other tensors", Code.ACROSS_PARAMETERS)
             if name == "clone" or result not in args:  # else an alias
                 self.moves(args, [result], fused=True)
             return result

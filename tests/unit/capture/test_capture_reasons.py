@@ -78,7 +78,6 @@ def test_an_int_counter_that_becomes_dynamic():
 REFUSED = {
     "view": (lambda p, q: p.as_strided((2,), (1,)).add_(1), "add", "view"),
     "a size": (lambda p, q: p.mul_(p.size(0)), "size", "size"),
-    "two sizes": (lambda p, q: (p.mul_(p.norm() + q.norm()), q.mul_(p.norm()))[:0], "", r"\(4,\).*\(4, 4\)"),
 }
 
 
@@ -99,6 +98,39 @@ def test_what_has_no_row_stays_an_original_operation(name):
     (unfused,) = captured.unfused
     assert unfused.op == op and re.search(reason, unfused.text), unfused
     assert [len(segment.calls) for segment in captured.segments] == [1] and len(captured.updates) == 1
+
+
+def norms_of_each_other(p: Any, q: Any) -> None:
+    p.mul_(p.norm() + q.norm())
+    q.mul_(p.norm())
+
+
+def sums_of_each_other(p: Any, q: Any) -> None:
+    p.mul_(p.sum((0, 1)) + q.mean())
+    q.sub_(p.sum() * 0.01)
+    p.add_(q.amax())
+
+
+def one_element_beside_rows(p: Any, q: Any) -> None:
+    """Where the row has one element, too, it is no number."""
+    rows = q.reshape(4, 1)
+    average = rows.square().mean(dim=0)
+    q.sub_((rows / (average.sqrt() + rows.mean(dim=1).unsqueeze(1).abs())).view_as(q))
+    p.mul_(0.5).add_(p.sqrt())
+
+
+@pytest.mark.usefixtures("afresh")
+@pytest.mark.parametrize("step", [norms_of_each_other, sums_of_each_other, one_element_beside_rows])
+def test_tensors_of_different_shapes_that_meet_cost_no_fallback(step: Any) -> None:
+    got, want = ([torch.linspace(0.5, 1, 16).view(4, 4), torch.linspace(-1, 2, 4)] for _ in range(2))
+    compiled = torch.compile(step, backend="npu_fused")
+    for _ in range(2):
+        step(*want)
+        compiled(*got)
+    torch.testing.assert_close(got, want)
+    (report,) = npu_fuse_pass.reports()
+    assert report.groups and report.fallback is None
+    assert all("numbers of other tensors" in reason.text for reason in report.unfused), report
 
 
 @pytest.mark.parametrize("name", REFUSED)

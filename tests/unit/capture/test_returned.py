@@ -74,11 +74,20 @@ def only_a_part(p: Tensor, g: Tensor) -> Any:
     return (p * 2)[0]
 
 
+def elements(p: Tensor, g: Tensor) -> Any:
+    return torch.stack([p.norm(), g.norm()]).clamp_(max=3.0).unbind()
+
+
+def one_element_twice(p: Tensor, g: Tensor) -> Any:
+    t = p * 2
+    return t[0], t[1:], t[:1]
+
+
 VIEWS: list[Function] = [
     *(part_of_what_is_written, view_of_what_is_written, written_in_part, both, two_parts),
-    *(view_of_an_argument, expanded),
+    *(view_of_an_argument, expanded, one_element_twice),
 ]
-FUSED: list[Function] = [detached, detached_and_written, the_same_tensor, only_a_part]
+FUSED: list[Function] = [detached, detached_and_written, the_same_tensor, only_a_part, elements]
 
 
 @pytest.mark.usefixtures("afresh")
