@@ -163,7 +163,7 @@ def is_core(function: Any) -> bool:
     return str(getattr(function, "__name__", "")).startswith(_NAME)
 
 
-class _Shared:
+class _NewestCore:
     """The core that optimizers take which nobody has compiled yet.
 
     Once there are two compiled forms of it (for other options, say), later optimizers take a new one: how many compiles
@@ -179,13 +179,13 @@ class _Shared:
             self.core, self.compiles = make_core(), 0
 
 
-_shared = _Shared()
-note_compile = _shared.note_compile
+_newest = _NewestCore()
+note_compile = _newest.note_compile
 
 
-def shared_core() -> Callable[[Tensor], None]:
+def newest_core() -> Callable[[Tensor], None]:
     """The core that an optimizer without compiled steps begins with."""
-    return _shared.core
+    return _newest.core
 
 
 @torch.no_grad()
