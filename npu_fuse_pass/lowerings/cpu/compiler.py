@@ -122,6 +122,11 @@ def end_all() -> None:
 atexit.register(end_all)
 
 
+def ending() -> bool:
+    """Whether the interpreter ends, so that no compiler is started any more."""
+    return _ending
+
+
 def forget() -> None:
     """As in a new process."""
     compiler.cache_clear()

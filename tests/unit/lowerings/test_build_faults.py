@@ -152,14 +152,17 @@ print("ends", flush=True)
 
 
 def test_nobody_waits_for_a_compiler_at_the_end(kernel_cache: Path, tmp_path: Path) -> None:
-    """The native check's is compiled in the background."""
+    """The native check's is compiled in the background; that no step of an ended process has it is no news."""
     environment = {**os.environ, "CXX": hanging(tmp_path), "PYTHONPATH": str(ROOT)}
     code = LOOK.format(pid=str(tmp_path / "pid"))
-    with subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=tmp_path, text=True, stdout=-1) as process:
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, env=environment, cwd=tmp_path, text=True, stdout=-1, stderr=-1) as process:
         try:
             assert process.stdout is not None
+            assert process.stderr is not None
             assert process.stdout.readline() == "ends\n"
             assert process.wait(timeout=30) == 0
+            assert process.stderr.read() == ""
         finally:
             process.kill()
     assert ended(tmp_path / "pid")
