@@ -1,7 +1,8 @@
 """Sums over several parameters (a global norm, a check for infinities), found in what was captured.
 
 A scalar that adds up numbers of different parameters becomes a *total*: every parameter contributes its own number to
-it, and what is computed from the total (a root, a clip factor) stays in the formulas that use it.
+it, and what is computed from the total (a root, a clip factor) stays in the formulas that use it. A number of one
+tensor that updates of tensors of another shape read is a total with one addend.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Contribution:
 def separate(
     roots: Sequence[Expr], written: Sequence[int], leaves: Sequence[Leaf], builder: Builder, first: int = 0
 ) -> tuple[list[Expr], list[Contribution], int]:
-    """Replace scalars over several parameters by totals.
+    """Replace scalars over several parameters, and those of one that updates of others read, by totals.
 
     Args:
         roots: what is written.
@@ -51,9 +52,10 @@ def separate(
     if not any(e.op in REDUCTIONS for e in order):
         return list(roots), [], first
     owner = _owners(order, roots, written, leaves)
-    if _SEVERAL not in owner.values():
+    elsewhere = _read_elsewhere(order, owner, leaves)
+    if _SEVERAL not in owner.values() and not elsewhere:
         return list(roots), [], first
-    totals = _Totals(owner, builder, first)
+    totals = _Totals(owner, elsewhere, builder, first)
     return [totals.rebuilt(root) for root in roots], totals.contributions, totals.next
 
 
@@ -120,6 +122,14 @@ def _read_by_one(
         read[id(e)] = found
 
 
+def _read_elsewhere(order: Sequence[Expr], owner: Mapping[int, int | None], leaves: Sequence[Leaf]) -> set[int]:
+    """One parameter's numbers that an update of tensors of another shape reads."""
+    places = {id(e): o for e in order if (o := owner[id(e)]) is not None and o != _SEVERAL}
+    shapes = _shapes(order, places, (), leaves)
+    pairs = ((e, a) for e in order if e.tensor for a in e.args if not a.tensor and id(a) in places)
+    return {id(a) for e, a in pairs if shapes[places[id(a)]] != shapes[places[id(e)]]}
+
+
 def _shapes(
     order: Sequence[Expr], places: Mapping[int, int], written: Sequence[int], leaves: Sequence[Leaf]
 ) -> dict[int, tuple[int, ...]]:
@@ -135,11 +145,12 @@ def _shapes(
 class _Totals:
     """Rebuilt expressions, with totals in them."""
 
-    def __init__(self, owner: dict[int, int | None], builder: Builder, first: int) -> None:
+    def __init__(self, owner: dict[int, int | None], elsewhere: set[int], builder: Builder, first: int) -> None:
         self._owner = owner
+        self._elsewhere = elsewhere
         self._builder = builder
         self._made: dict[int, Expr] = {}
-        self._single = 0
+        self._single: dict[int, Expr] = {}
         self.next = first
         self.contributions: list[Contribution] = []
 
@@ -181,7 +192,9 @@ class _Totals:
 
     def _make(self, e: Expr, below: list[Expr]) -> Expr:
         if not self._several(e):
-            args = tuple(self._made[id(a)] for a in below)
+            args = tuple(
+                self._alone(e, a) if e.tensor and id(a) in self._elsewhere else self._made[id(a)] for a in below
+            )
             same = all(new is old for new, old in zip(args, e.args, strict=True))
             return e if same else self._builder.make(e.op, args, e.value, e.dtype, e.tensor)
         if e.op == "add":
@@ -196,13 +209,14 @@ class _Totals:
         return self._builder.make(e.op, args, e.value, e.dtype, e.tensor)
 
     def _alone(self, e: Expr, a: Expr) -> Expr:
-        """One parameter's number in a combination other than a sum."""
-        self._single += 1
-        if self._single > _FEW:
-            raise Unsupported(
-                e.op, "combines numbers of several parameters; a sum of them can fuse", Code.ACROSS_PARAMETERS
-            )
-        return self._total([self._made[id(a)]])
+        """One parameter's number in a combination other than a sum, or in another one's update."""
+        if id(a) not in self._single:
+            if len(self._single) == _FEW:
+                raise Unsupported(
+                    e.op, "combines numbers of several parameters; a sum of them can fuse", Code.ACROSS_PARAMETERS
+                )
+            self._single[id(a)] = self._total([self._made[id(a)]])
+        return self._single[id(a)]
 
     def _total(self, parts: Sequence[Expr]) -> Expr:
         number, self.next = self.next, self.next + 1

@@ -108,6 +108,31 @@ def test_bytes_are_those_of_the_unique_leaves(case: Case) -> None:
     assert report.bytes_per_element["before"] > 3 * after
 
 
+NUMBERS_OF_OTHERS: dict[str, Callable[[list[Tensor]], Tensor]] = {
+    "the first one's": lambda tensors: tensors[0].norm(),
+    "a test": lambda tensors: tensors[1].sum() > 0,
+    "the mean of stacked norms": lambda tensors: torch.stack([t.norm() for t in tensors]).mean(),
+    "an order of three": lambda tensors: torch.linalg.vector_norm(torch.stack([t.norm(3) for t in tensors]), 3),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS_OF_OTHERS)
+def test_a_number_of_one_tensor_that_updates_of_others_read(name: str) -> None:
+    tensors = gradients(parameters(SHAPES), 0)
+    twins = copy.deepcopy(tensors)
+
+    def update(tensors: list[Tensor]) -> Tensor:
+        number = NUMBERS_OF_OTHERS[name](tensors)
+        for t in tensors:
+            t.mul_(2).mul_(number)
+        return number
+
+    torch.testing.assert_close(torch.compile(update, backend="npu_fused")(tensors), update(twins))
+    assert_close(tensors, twins, 1e-6)
+    report = last_report()
+    assert report.fallback is None and {r.op for r in report.reasons} <= {"stack"}
+
+
 def test_against_float64() -> None:
     """Independent of torch's eager code: clipping, Adam and the average written down in float64."""
     case = BY_NAME["adam"]

@@ -274,8 +274,8 @@ OPERATIONS: dict[Code, tuple[Operation, Operation]] = {
     Code.SHAPES: (lambda p, q, h: p.add_(q), lambda p, q, h: p.add_(p)),
     Code.REDUCTION: (lambda p, q, h: p.mul_(p.sum((0, 1), keepdim=True)), lambda p, q, h: p.mul_(p.sum())),
     Code.ACROSS_PARAMETERS: (
-        lambda p, q, h: (p.mul_(p.norm() + q.norm()), q.mul_(p.norm()))[:0],
-        lambda p, q, h: (p.mul_(p.norm() + q.norm()), q.mul_(p.norm() + q.norm()))[:0],
+        lambda p, q, h: [q.mul_(p.norm(i)) for i in range(1, 11)][:0],
+        lambda p, q, h: (q.mul_(sum(p.norm(i) for i in range(1, 11))),)[:0],
     ),
     Code.VIEW_WRITTEN: (lambda p, q, h: (p[:1].add_(1),)[:0], lambda p, q, h: p.add_(1)),
     Code.VIEW_RETURNED: (
