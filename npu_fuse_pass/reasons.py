@@ -42,14 +42,8 @@ class Code(enum.Enum):
         "An update asks for a tensor on a device.",
         "create all states on the parameter's device, and leave .to(device) out",
     )
-    SHAPES = (
-        "Tensors of different shapes meet in an update.",
-        "use tensors of one shape in an update, and 0-dim ones",
-    )
-    REDUCTION = (
-        "A reduction is not one over a whole tensor of the step.",
-        "reduce whole tensors, without keepdim",
-    )
+    SHAPES = ("Tensors of different shapes meet in an update.", "use tensors of one shape in an update, and 0-dim ones")
+    REDUCTION = ("A reduction is not one over a whole tensor of the step.", "reduce whole tensors, without keepdim")
     ACROSS_PARAMETERS = (
         "Numbers of several parameters are combined in another way than by a sum.",
         "add up one number of each parameter",

@@ -113,6 +113,9 @@ def option(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise OptionError(f"--option {text!r}: write name=value, as in --option lr=0.1")
+    dtype = getattr(torch, value.removeprefix("torch."), None)
+    if value.startswith("torch.") and isinstance(dtype, torch.dtype):
+        return name, dtype
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from npu_fuse_pass.tools.follow import Session
 
 _FINE, _WANTING, _USAGE = 0, 1, 2
+_OF_OPTIMIZERS = ("params", "shape", "model", "option", "time")  # flags that go with an optimizer's name alone
+_PARAMS = 8
 
 _EXAMPLES = """examples:
   dump NpuFusedAdam --model resnet50 --out before        an optimizer of this package, over the shapes of a model
@@ -33,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EXAMPLES
     parser.add_argument("optimizer", nargs="?", help="NpuFusedAdam, paddle.RMSProp, Adam, … (of torch.optim)")
-    parser.add_argument("--params", type=int, default=8, metavar="N", help="how many parameters (default: 8)")
+    parser.add_argument("--params", type=int, metavar="N", help=f"how many parameters (default: {_PARAMS})")
     parser.add_argument("--shape", action="append", default=[], help="of the parameters, in turn (default: 256x256)")
     parser.add_argument("--model", help="the parameters' shapes of resnet50 or gpt2; nothing is downloaded")
     parser.add_argument("--platform", choices=("cpu", "npu"), help="what to compile for")
@@ -51,7 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check-numerics", action="store_true", help="compare every step with the original's; fail at a difference"
     )
-    parser.add_argument("--time", action="store_true", help="measure the optimizer's step, eager and compiled, too")
+    parser.add_argument(
+        "--time", action="store_true", default=None, help="measure steps of the optimizer, eager and compiled"
+    )
     parser.add_argument("--diff", nargs=2, type=pathlib.Path, metavar=("A", "B"), help="compare two dumps")
     parser.add_argument(
         "--script", nargs=argparse.REMAINDER, metavar="train.py ...", help="comes last: a script and its arguments"
@@ -63,8 +67,13 @@ def run(given: argparse.Namespace) -> int:
     asked = [what for what in ("optimizer", "script", "diff") if getattr(given, what)]
     if len(asked) != 1:
         return _refuse("give one of: the name of an optimizer, --script train.py, --diff A B")
-    if given.time and not given.optimizer:
-        return _refuse("--time measures the step of an optimizer that is given by its name")
+    if given.optimizer and given.optimizer.endswith(".py"):
+        return _refuse(f"{given.optimizer!r} is a script: it comes last, after --script")
+    unread = next((name for name in _OF_OPTIMIZERS if getattr(given, name) not in (None, [])), None)
+    if unread and not given.optimizer:
+        return _refuse(f"--{unread} goes with the name of an optimizer")
+    if given.model and (given.shape or given.params is not None):
+        return _refuse("--model has the shapes of a model: leave --params and --shape out")
     if given.steps is not None and not (given.check and given.script and given.steps > 0):
         return _refuse(
             f"--steps {given.steps}: it goes with --check --script, and at least one step has to be looked at"
@@ -180,7 +189,8 @@ def _maker(given: argparse.Namespace) -> tuple[Callable[[], torch.optim.Optimize
 
     from npu_fuse_pass.tools import named
 
-    shapes = named.shapes_of(given.model, given.params, given.shape or ["256x256"])
+    count = _PARAMS if given.params is None else given.params
+    shapes = named.shapes_of(given.model, count, given.shape or ["256x256"])
     options = dict(map(named.option, given.option))
     on_npu = given.platform == "npu" and hasattr(torch, "npu") and torch.npu.is_available()
     device = "npu" if on_npu else "cpu"

@@ -177,6 +177,11 @@ def test_steps_are_those_of_a_script_that_is_checked(given: str, capsys: pytest.
     assert "it goes with --check --script" in capsys.readouterr().err
 
 
+def test_a_script_without_its_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "train.py"]) == 2
+    assert "'train.py' is a script: it comes last, after --script" in capsys.readouterr().err
+
+
 # The broken examples, answered by commands alone ----------------------------------------------------------------------
 
 DOCTOR = ["doctor", "--steps", "2", "--script"]

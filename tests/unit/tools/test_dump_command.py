@@ -105,6 +105,10 @@ def test_the_script_in_scripts_is_the_same(tmp_path):
     [
         ("", "give one of: the name of an optimizer, --script train.py, --diff A B"),
         ("Adam --diff a b", "give one of"),
+        ("train.py", "'train.py' is a script: it comes last, after --script"),
+        ("--option lr=1 --script train.py", "--option goes with the name of an optimizer"),
+        ("--params 0 --diff a b", "--params goes with the name of an optimizer"),
+        ("Adam --model gpt2 --params 3", "leave --params and --shape out"),
         ("NpuFusedAdan", "there is no optimizer 'NpuFusedAdan'; did you mean NpuFusedAdam"),
         ("Adam --option speed=1", "Adam has no option 'speed'; it has lr, betas, eps"),
         ("lion --option speed=1", "lion has no option 'speed'; it has lr"),
@@ -332,6 +336,11 @@ def test_steps_are_measured_on_request(dump, tmp_path):
     assert dump("NpuFusedAdam --params 2 --shape 8", "untimed")[0] == 0
     assert '"measured":{}' in (tmp_path / "untimed/rank_0/compile_000/index.html").read_text()
     assert dump(f"--diff {tmp_path / 'timed'} {tmp_path / 'untimed'}")[0] == FINE
+
+
+def test_an_option_may_be_a_dtype(dump):
+    status, said = dump("NpuFusedAdam --params 2 --shape 8 --option state_dtype=torch.bfloat16")
+    assert status == FINE and "20" in said.split("update_")[-1].splitlines()[0], said
 
 
 @pytest.mark.parametrize("line", ["--time --script train.py", "NpuFusedAdam --time --platform npu"])
