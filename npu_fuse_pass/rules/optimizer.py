@@ -163,7 +163,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         options = {k: hyperparameters[k] for k in OPTIONS if k in hyperparameters}
         unknown = sorted(hyperparameters.keys() - rule.defaults.keys() - options.keys())
         if unknown:
-            raise TypeError(f"{rule.name}() has no hyperparameter {unknown[0]!r}; allowed are {sorted(rule.defaults)}")
+            allowed = [*sorted(rule.defaults), *OPTIONS]
+            raise TypeError(f"{rule.name}() has no hyperparameter {unknown[0]!r}; allowed are {allowed}")
         made = cls.__new__(cls)
         made.rule = rule
         chosen = {k: v for k, v in hyperparameters.items() if k not in options}
