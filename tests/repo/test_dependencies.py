@@ -181,6 +181,12 @@ def test_every_public_name_exists() -> None:
         assert [n for n in package.__all__ if not hasattr(package, n)] == []
 
 
+def test_completion_knows_names_that_were_not_used_yet(tmp_path: pathlib.Path) -> None:
+    """And so does the "Did you mean" of Python's errors."""
+    code = "import npu_fuse_pass\nprint({*npu_fuse_pass.__all__} - {*dir(npu_fuse_pass)})\n"
+    assert run(code, tmp_path, blocked=()).strip() == "set()"
+
+
 TRAIN = """
 import torch, npu_fuse_pass, {module} as library
 p = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
