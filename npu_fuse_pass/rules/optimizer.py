@@ -164,7 +164,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         unknown = sorted(hyperparameters.keys() - rule.defaults.keys() - options.keys())
         if unknown:
             allowed = [*sorted(rule.defaults), *OPTIONS]
-            raise TypeError(f"{rule.name}() has no hyperparameter {unknown[0]!r}; allowed are {allowed}")
+            has_no = "has no default for its" if unknown[0] in rule.keywords else "has no"
+            raise TypeError(f"{rule.name}() {has_no} hyperparameter {unknown[0]!r}; allowed are {allowed}")
         made = cls.__new__(cls)
         made.rule = rule
         chosen = {k: v for k, v in hyperparameters.items() if k not in options}

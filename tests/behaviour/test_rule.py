@@ -207,6 +207,8 @@ def test_hyperparameters() -> None:
     same_compiled(plain)
     with pytest.raises(TypeError, match=r"plain\(\) has no hyperparameter 'beta'; allowed are .*'lr'.*'flatten'"):
         plain(parameters(), beta=1)
+    with pytest.raises(TypeError, match="has no default for its hyperparameter 'lr'"):
+        rule()(lambda param, grad, *, lr: param - lr * grad)(parameters(), lr=1)
     with pytest.raises(RuleError, match=r"lr=\[\] must be a number"):
         plain(parameters(), lr=[])
     for wrong in (torch.ones(2), object(), {"a": 1}, ("a", "b"), (1, None)):
