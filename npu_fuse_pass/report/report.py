@@ -34,7 +34,7 @@ class KernelMatch:
     kernel: str
     tensors: dict[str, str]
     arguments: dict[str, str]
-    assumptions: tuple[str, ...]
+    assumptions: list[str]
     tolerance: float
 
     def __str__(self) -> str:

@@ -66,7 +66,7 @@ def _kernel_match(g: Group, leaves: Sequence[Leaf], matches: Callable[[], Matche
     labels, kernel = _labels(g, leaves), found.kernel
     tensors = {name: labels[slot] for name, slot in found.outputs.items()}
     arguments = found.readable(labels)
-    return KernelMatch(kernel.name, tensors, arguments, found.assumptions, found.tolerance)
+    return KernelMatch(kernel.name, tensors, arguments, list(found.assumptions), found.tolerance)
 
 
 def _labels(g: Group, leaves: Sequence[Leaf]) -> list[str]:
