@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 import os
 from typing import Any
+
+_log = logging.getLogger(__name__)
 
 PLATFORMS = ("auto", "cpu", "npu", "eager")
 
@@ -50,12 +54,24 @@ class Target:
 
 def disabled() -> bool:
     """True if NPU_FUSE_DISABLE=1 switches everything off: original steps run, and nothing is compiled or fused."""
-    return os.environ.get("NPU_FUSE_DISABLE") == "1"
+    return _is_on("NPU_FUSE_DISABLE")
+
+
+def _is_on(variable: str) -> bool:
+    value = os.environ.get(variable, "")
+    if value not in ("", "0", "1"):
+        _say_unread(variable, value)
+    return value == "1"
+
+
+@functools.cache
+def _say_unread(variable: str, value: str) -> None:
+    _log.warning("npu_fused: %s=%s switches nothing on: write %s=1", variable, value, variable)
 
 
 def _switch(variable: str) -> Any:
     """A bool that an environment variable sets to 1."""
-    return dataclasses.field(default_factory=lambda: os.environ.get(variable) == "1")
+    return dataclasses.field(default_factory=lambda: _is_on(variable))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import npu_fuse_pass
 import optimizers
+from npu_fuse_pass import options
 from npu_fuse_pass.errors import GraphRefused
 from npu_fuse_pass.lowerings.cpu import program as cpu
 from npu_fuse_pass.report import causes
@@ -245,3 +246,16 @@ def test_what_the_device_refuses_is_said_once_with_a_remedy(monkeypatch: pytest.
     step = npu_fuse_pass.compile_step(OURS(params))
     (said,) = warned(lambda: [step() for _ in range(3)])
     assert said.partition("GE refused. What to do: ")[2].startswith("report it, with this message")
+
+
+@pytest.mark.parametrize("variable", ["NPU_FUSE_DISABLE", "NPU_FUSE_VERIFY", "NPU_FUSE_CHECK_NUMERICS"])
+def test_a_switch_that_is_set_to_another_value_says_so_once(
+    variable: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(variable, "true")
+    options._say_unread.cache_clear()
+    with caplog.at_level(logging.WARNING, "npu_fuse_pass"):
+        for _ in range(2):
+            npu_fuse_pass.explain(optimizers.NpuFusedSGD(parameters(), lr=0.1))
+    (record,) = caplog.records
+    assert record.message == f"npu_fused: {variable}=true switches nothing on: write {variable}=1"
