@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx
 
 from npu_fuse_pass import pipeline
+from npu_fuse_pass.errors import OptionError
 from npu_fuse_pass.options import Options, disabled
 from npu_fuse_pass.passes.splice import splice
 from npu_fuse_pass.private_torch import find
@@ -33,11 +34,14 @@ class FusePass(_Cacheable):  # type: ignore[misc]
         config.post_grad_custom_pre_pass = npu_fuse_pass.fuse_pass
 
     Graphs that update none of their arguments, and those that compute what they return with operations that cannot
-    be fused (a model's forward pass, with running statistics, say), stay as they are.
+    be fused (a model's forward pass, with running statistics, say), stay as they are. So does the step of an optimizer
+    of this package, which is one operation there: compile it with backend="npu_fused".
     """
 
     def __init__(self, strict: bool = False) -> None:
         """`strict`: raise UnfusedError where something of an update is left unfused."""
+        if not isinstance(strict, bool):  # also a graph, where a compiler was given the class itself
+            raise OptionError(f"FusePass(strict={strict!r}): allowed are True and False; the pass is what this makes")
         self._strict = strict
 
     def __call__(self, graph: fx.Graph | fx.GraphModule, *given: Any) -> None:

@@ -107,3 +107,8 @@ def test_inductor_can_cache_it() -> None:
     assert isinstance(npu_fuse_pass.fuse_pass, CustomGraphPass)
     assert npu_fuse_pass.fuse_pass.uuid() == npu_fuse_pass.FusePass().uuid()
     assert npu_fuse_pass.fuse_pass.uuid() != npu_fuse_pass.FusePass(strict=True).uuid()
+
+
+def test_the_class_in_the_place_of_a_pass_is_refused() -> None:
+    with pytest.raises(npu_fuse_pass.OptionError, match=r"FusePass\(strict=.*allowed are True and False"):
+        npu_fuse_pass.FusePass(fx.Graph())  # type: ignore[arg-type]  # as Inductor calls what it is given
