@@ -64,7 +64,8 @@ def check_rule(rule: Declaration, settings: Mapping[str, Any], shape: tuple[int,
     missing = [n for n in wanted_keywords(rule) if n not in settings]
     if missing:
         known = [name for name in settings if name != "params"]
-        raise RuleError(f"rule {rule.name!r} asks for {missing[0]!r}, which is not among its defaults {known}")
+        lacks = "which this group lacks" if missing[0] in rule.defaults else f"which is not among its defaults {known}"
+        raise RuleError(f"rule {rule.name!r} asks for {missing[0]!r}, {lacks}")
     static, numbers = split_keywords(wanted_keywords(rule), settings)
     names, totals = rule.states_of(settings), rule.totals_of(settings)
     try:

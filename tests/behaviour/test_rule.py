@@ -259,6 +259,14 @@ def test_reserved_and_unknown_names() -> None:
         total(lambda grad: grad.sum(), over="world")  # type: ignore[arg-type]
 
 
+def test_a_group_that_lost_a_hyperparameter() -> None:
+    made = rule(defaults={"lr": 0.1})(lambda param, grad, *, lr: param - lr * grad)(parameters())
+    del made.param_groups[0]["lr"]
+    set_gradients(made.param_groups[0]["params"], gradients(made.param_groups[0]["params"], 0))
+    with pytest.raises(RuleError, match="asks for 'lr', which this group lacks"):
+        made.step()
+
+
 @pytest.mark.parametrize("what", [0, None, torch.zeros_like, Init("0"), Init(torch.zeros(2)), total(0)])  # type: ignore[arg-type]
 def test_states_and_totals_of_another_kind(what: Any) -> None:
     with pytest.raises(RuleError, match=r"state m=.* must be zeros"):
