@@ -274,8 +274,9 @@ def check_gradient(param: Tensor, grad: Tensor) -> None:
     """Refuse a gradient that no rule takes, before anything is changed."""
     if grad.is_sparse or grad.layout is not torch.strided:
         raise GradientError(f"a gradient has layout {grad.layout}; allowed is torch.strided: call grad.to_dense()")
-    if grad.is_complex() or param.is_complex():
-        raise GradientError(f"a gradient or parameter is {grad.dtype}; allowed are real floating-point dtypes")
+    if grad.is_complex() or not param.is_floating_point():
+        dtype = grad.dtype if param.is_floating_point() else param.dtype
+        raise GradientError(f"a gradient or parameter is {dtype}; allowed are real floating-point dtypes")
     if grad.shape != param.shape:
         raise GradientError(f"a gradient has shape {tuple(grad.shape)}; its parameter has {tuple(param.shape)}")
     if is_dtensor(grad) != is_dtensor(param):

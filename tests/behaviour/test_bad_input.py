@@ -158,6 +158,17 @@ WRONG_GRADIENTS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 
 @over(ONE_EACH)
 @modes
+def test_integers(case: Case, mode: str) -> None:
+    """A rule over them would run, and keep integers for states."""
+    p = torch.nn.Parameter(torch.full((3,), 10), requires_grad=False)
+    p.grad = torch.ones_like(p)
+    with pytest.raises(npu_fuse_pass.GradientError, match=r"torch.int64; allowed are real floating-point dtypes"):
+        Step(case.build([p]), mode)()
+    assert torch.equal(p, torch.full((3,), 10))
+
+
+@over(ONE_EACH)
+@modes
 @pytest.mark.parametrize("kind", WRONG_GRADIENTS)
 @pytest.mark.parametrize("first", [False, True], ids=["later", "first step"])
 def test_wrong_gradients(case: Case, mode: str, kind: str, first: bool) -> None:
