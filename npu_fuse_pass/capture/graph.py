@@ -175,7 +175,7 @@ def _outputs(interpreter: Interpreter, node: fx.Node, returned: Sequence[Any]) -
         Unsupported: one shares memory with something else, or lies in it as no new tensor would.
     """
     outputs: list[Output] = []
-    made: dict[int, dict[int | None, Cell]] = {}  # by memory, and where in it single elements lie
+    made: dict[int, _Returned] = {}  # by memory
     given = {storage_of(recorded(n)) for n in node.graph.nodes if n.op in ("placeholder", "get_attr")}
     sources = node.args[0] if isinstance(node.args[0], (list, tuple)) else (node.args[0],)
     for index, (source, cell) in enumerate(zip(sources, returned, strict=False)):
@@ -184,18 +184,19 @@ def _outputs(interpreter: Interpreter, node: fx.Node, returned: Sequence[Any]) -
             continue
         meta = recorded(source)
         number = next((t for t, kinds in _NUMBERS.items() if isinstance(meta, kinds)), None)
-        kept = _kept(interpreter, cell.read()) if cell.leaf is None else None
-        if kept is not None:
-            outputs.append(Output(kept))
-            continue
         if cell.leaf is None:
             value, memory = cell.read(), storage_of(meta)
-            if memory is not None:
-                place, places = _element(meta), made.setdefault(memory, {})
-                apart = place is not None and None not in places and place not in places
-                if memory in given or (places and not apart):
-                    raise _not_new(source, "shares memory with another tensor")
-                places[place] = cell
+            kept = _kept(interpreter, value)
+            # whether its memory is another than that of what it is a view of
+            apart = kept is None or any(c.view is not None and c.view.reason is not None for c in cell.lineage())
+            shared = memory is not None and made.setdefault(memory, _Returned()).shares(cell, apart, meta)
+            if memory in given:
+                shared = kept is None or cell.lineage()[-1].leaf in interpreter.written
+            if shared:
+                raise _not_new(source, "shares memory with another tensor")
+            if kept is not None:
+                outputs.append(Output(kept))
+                continue
             if value.shape and dense_strides(meta) is None:
                 raise _not_new(source, "has gaps in memory, or elements at one place")
             device = next((leaf.device for leaf in interpreter.leaves if leaf.shape), torch.device("cpu"))
@@ -209,9 +210,19 @@ def _outputs(interpreter: Interpreter, node: fx.Node, returned: Sequence[Any]) -
     return outputs
 
 
-def _element(fake: Tensor) -> int | None:
-    """Where in its memory a tensor of one element lies, which no other such tensor shares; None of several elements."""
-    return int(fake.storage_offset()) if fake.numel() == 1 else None
+class _Returned:
+    """What a graph returns of one memory: by where in it a single element lies, which no other one overlaps, or None."""
+
+    def __init__(self) -> None:
+        self._by_place: dict[int | None, list[tuple[Cell, bool]]] = {}
+
+    def shares(self, cell: Cell, apart: bool, fake: Tensor) -> bool:
+        """Add a tensor; True if it shares memory with one before, and either gets memory of its own (`apart`)."""
+        place = int(fake.storage_offset()) if fake.numel() == 1 else None
+        near = self._by_place if place is None else self._by_place.keys() & {place, None}
+        before = [pair for p in near for pair in self._by_place[p]]
+        self._by_place.setdefault(place, []).append((cell, apart))
+        return any(other is not cell and (apart or other_apart) for other, other_apart in before)
 
 
 def _not_new(source: fx.Node, why: str) -> Unsupported:

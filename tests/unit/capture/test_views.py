@@ -236,7 +236,47 @@ def test_what_is_not_clear_is_left_to_the_original(step: Step) -> None:
     got, want = tensors(), tensors()
     step(*want)
     torch.compile(step, backend="npu_fused")(*got)
-    assert torch.equal(got[0], want[0]) and npu_fuse_pass.reports()[-1].fallback
+    assert all(map(torch.equal, got, want)) and npu_fuse_pass.reports()[-1].fallback
+
+
+def a_part_and_the_whole(p: Any, q: Any, count: Any) -> Any:
+    m = torch.argsort(q)
+    v = m[1:]
+    v.add_(1)
+    p.add_(q)
+    return m, v
+
+
+def a_part_of_an_argument(p: Any, q: Any, count: Any) -> Any:
+    v = count[1:]
+    count.add_(1)
+    p.add_(q)
+    return v
+
+
+def bits_and_numbers(p: Any, q: Any, count: Any) -> Any:
+    t = p * 2
+    p.add_(q)
+    return t.view(torch.int32), t
+
+
+def not_written(p: Any, q: Any, count: Any) -> Any:
+    m = torch.argsort(q)
+    p.add_(q)
+    return m, m[1:], count[1:]
+
+
+@pytest.mark.usefixtures("afresh")
+@pytest.mark.parametrize("step", [a_part_and_the_whole, a_part_of_an_argument, bits_and_numbers, not_written])
+def test_returned_views_share_memory_as_they_do_without_fusion(step: Callable[..., Any]) -> None:
+    shared = []
+    for function in (step, torch.compile(step, backend="npu_fused")):
+        arguments = (*tensors(), torch.arange(4))
+        memory = [t.untyped_storage().data_ptr() for t in (*arguments, *function(*arguments))]
+        shared.append([memory.index(m) for m in memory])
+    assert shared[0] == shared[1]
+    (report,) = npu_fuse_pass.reports()
+    assert bool(report.groups) == (step is not_written)
 
 
 # Random programs -----------------------------------------------------------------------------------------------------
