@@ -115,6 +115,8 @@ class Originals:
         wholes = Counter(cell.lineage()[-1] for cell in cells)
         if len(written) > 1 and any(wholes[cell.lineage()[-1]] > 1 for cell in written.values()):
             raise Unsupported.of(reason)  # it may read or write what it has written before
+        if name in _OF_MEMORY and not all(map(_fills_its_storage, map(recorded, node.all_input_nodes))):
+            raise Unsupported.of(reason)
         if effect.ordered:
             for place, cell in written.items():
                 self._settle(cell, _example(*place))
@@ -135,7 +137,7 @@ class Originals:
         new = {}
         for place, holder in held.items():
             cell = written[place]
-            new[place] = self._result(name, cell.val.dtype, cell.val.shape, _example(*place).device, level)
+            new[place] = self._left_in(holder, name, level)
             call.written.append((holder, _index(new[place])))
             self._interpreter.replace(cell, name, new[place])
         made = []
@@ -147,7 +149,7 @@ class Originals:
             if number is not None:
                 val = self._number(name, number, level)
             elif val is None:
-                val = self._result(name, fake.dtype, tuple(map(int, fake.shape)), fake.device, level)
+                val = self._result(name, fake.dtype, tuple(map(int, fake.shape)), fake, level)
             call.results.append(_index(val))
             given_cell = None if itself is None else _entry(env[itself[0]], itself[1])
             view = self._view(again, i, node, env, owners.get(storage_of(fake), []))
@@ -170,10 +172,18 @@ class Originals:
         self._level_of[id(expr)] = level + 1
         return expr
 
-    def _result(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device, level: int) -> Val:
+    def _result(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], fake: Tensor, level: int) -> Val:
         place = f"{name}_{len(self._interpreter.leaves)}"
-        leaf = Leaf("result", place, dtype=dtype, shape=shape, device=device)
+        strides = tuple(map(int, fake.stride()))
+        leaf = Leaf("result", place, dtype=dtype, shape=shape, device=fake.device, strides=strides)
         val = self._interpreter.add_leaf(leaf, bool(shape)).val
+        self._level_of[id(val.expr)] = level + 1
+        return val
+
+    def _left_in(self, holder: int, name: str, level: int) -> Val:
+        """What an operation leaves in a tensor that it writes."""
+        leaf = self._interpreter.leaves[holder]
+        val = self._interpreter.add_leaf(leaf, bool(leaf.shape)).val
         self._level_of[id(val.expr)] = level + 1
         return val
 
@@ -240,7 +250,7 @@ class Originals:
         copies: list[tuple[int, int]] = []
         holder = self._held(base, level, view.base, copies)
         part = self._viewed(view, holder, level, copies)
-        new = self._result(view.name, base.dtype, base.shape, view.base.device, level)
+        new = self._left_in(holder, view.name, level)
         args = LeafRef(_index(part)), LeafRef(self._stored(val, view.fakes[view.place]))
         copy = Call("copy_", args, {}, [], False, view.call.node, written=[(holder, _index(new))])
         self.levels[level].calls.append(copy)
@@ -249,7 +259,7 @@ class Originals:
 
     def _viewed(self, view: _Viewing, base: int, level: int, copies: list[tuple[int, int]]) -> Val:
         """Call the operation that makes a view once more, on a leaf."""
-        vals = [self._result(view.name, t.dtype, tuple(map(int, t.shape)), t.device, level) for t in view.fakes]
+        vals = [self._result(view.name, t.dtype, tuple(map(int, t.shape)), t, level) for t in view.fakes]
         given: Any = view.given(base)
         results = [_index(val) for val in vals]
         call = dataclasses.replace(view.call, args=given[0], kwargs=given[1], results=results, copies=copies)
@@ -261,13 +271,13 @@ class Originals:
 
     def _settle(self, cell: Cell, example: Tensor) -> None:
         """Let a view with gaps lie in memory as it does without fusion: what random operations draw depends on it."""
-        stored = self._leaf(cell.read()) is not None
+        stored = self._leaf(cell.read(), example) is not None
         if not stored and cell.view is not None and cell.view.again is not None and dense_strides(example) is None:
             cell.val = cell.view.again(cell.view.base.read())
 
     def _held(self, val: Val, level: int, example: Any, copies: list[tuple[int, int]]) -> int:
         """A leaf for a tensor written in place: it holds the current value, and nothing else reads it."""
-        stored = self._leaf(val)
+        stored = self._leaf(val, example)
         if stored is None:
             return self._like(val, level, example)
         copied = self._interpreter.leaves[stored]
@@ -276,20 +286,21 @@ class Originals:
         copies.append((stored, len(self._interpreter.leaves) - 1))
         return len(self._interpreter.leaves) - 1
 
-    def _leaf(self, val: Val) -> int | None:
-        """The leaf whose stored value this is, if any."""
+    def _leaf(self, val: Val, example: Any) -> int | None:
+        """The leaf whose stored value this is, if any, and if it lies in memory as the example does."""
         if val.expr.op != "leaf":
             return None
         assert isinstance(val.expr.value, int)
         leaf = self._interpreter.leaves[val.expr.value]
-        return val.expr.value if val.number or (leaf.dtype, leaf.held or leaf.shape) == (val.dtype, val.shape) else None
+        same = (leaf.dtype, leaf.held or leaf.shape) == (val.dtype, val.shape) and _lies_like(leaf, example)
+        return val.expr.value if val.number or same else None
 
     def _stored(self, val: Val, example: Any) -> int:
         """A leaf that holds a value as soon as it can be computed: later readers may run earlier."""
-        stored = self._leaf(val)
+        stored = self._leaf(val, example)
         if stored is not None:
             return stored
-        key = (id(val.expr), val.dtype, val.shape, dense_strides(example))
+        key = (id(val.expr), val.dtype, val.shape, _like_strides(example))
         if key not in self._temporaries:
             self._temporaries[key] = self._like(val, self._level(val.expr), example)
         return self._temporaries[key]
@@ -297,7 +308,7 @@ class Originals:
     def _like(self, val: Val, level: int, example: Any) -> int:
         """A temporary with the device and strides that the value has without fusion."""
         device = example.device if isinstance(example, Tensor) and val.shape else self._device()
-        return self._temporary(val, level, device, dense_strides(example) if val.shape else None)
+        return self._temporary(val, level, device, _like_strides(example) if val.shape else None)
 
     def _device(self) -> torch.device:
         """The device of the step's tensors."""
@@ -313,7 +324,7 @@ class Originals:
 
 _BASE = -1  # stands for the leaf of a view's base
 _MANY = 64  # views of one operation: each that is read again is another such operation, with as many results
-_OF_MEMORY = ("as_strided", "set_")  # what they give depends on where a tensor lies in its storage
+_OF_MEMORY = ("as_strided", "as_strided_copy", "as_strided_scatter", "set_")  # they read a tensor's whole storage
 _OF_NUMBERS = "compute this number with + - * / // % **, min, max, round or int, which need no call between kernels"
 _NUMBERS: dict[type[int] | type[float] | type[bool], tuple[type, ...]] = {
     bool: (bool, torch.SymBool),
@@ -363,6 +374,26 @@ def dense_strides(example: Any) -> tuple[int, ...] | None:
     if not isinstance(example, Tensor) or not _is_dense(example):
         return None
     return tuple(map(int, example.stride()))
+
+
+def _like_strides(example: Any) -> tuple[int, ...] | None:
+    """The strides of what torch computes of a tensor entry by entry: its own, without gaps."""
+    strides = dense_strides(example)
+    if strides is None and isinstance(example, Tensor):
+        strides = tuple(map(int, torch.empty_like(example, device="meta").stride()))
+    return strides
+
+
+def _lies_like(leaf: Leaf, example: Any) -> bool:
+    """False if a leaf is known to lie in memory in another way than a tensor."""
+    if leaf.strides is None or not isinstance(example, Tensor):
+        return True
+    return all(n < 2 or int(a) == b for n, a, b in zip(example.shape, example.stride(), leaf.strides, strict=True))
+
+
+def _fills_its_storage(t: Any) -> bool:
+    """True if a tensor's storage holds nothing else, so that a copy's storage holds the same."""
+    return not isinstance(t, Tensor) or (_is_dense(t) and int(t.untyped_storage().nbytes()) == t.numel() * t.itemsize)
 
 
 def _is_injective(t: Tensor) -> bool:

@@ -27,7 +27,7 @@ class Leaf:
             tensor that an original operation reads) or "result" (what an original operation gives or writes).
         fixed: its address does not change from step to step.
         optimizer: the handle of the rule optimizer that holds it, at `index` of `inputs_of`; None: an argument.
-        strides: of a tensor that is made: how it lies in memory, as it would without fusion; None: as its member does.
+        strides: how it lies in memory, or would without fusion; None: not known, or as its member does.
         across: the process groups over which its other elements are spread, where reductions are of all of them.
         whole: how many elements it has with these.
         held: of a number that a tensor of one element holds: the shape of that tensor.

@@ -147,10 +147,25 @@ def integers(p: Any, q: Any) -> None:
     p.add_(q[m])
 
 
+def in_another_layout(p: Any, q: Any) -> None:
+    """A tensor's value is one that lies transposed in memory."""
+    p.copy_(torch.sinc(q.t()))
+    p.view(torch.int16).bitwise_and_(-256)
+    q.copy_(torch.sinc(p.t()))
+    q.mul_(torch.rand_like(q))
+
+
+def gaps_in_another_layout(p: Any, q: Any) -> None:
+    v = p.t()[:, ::2]
+    v.copy_(q[:, 1:3] * 2)
+    q[:, 1:3].mul_(torch.rand_like(v))
+    p.mul_(2)
+
+
 STEPS: list[Step] = [
     *(diagonal_of_a_product, rows_of_a_state, overlapping, views_of_views, in_another_shape),
     *(a_view_is_read_after_its_base_was_written, random_numbers, bits, an_expanded_view, several_at_once),
-    *(assigned, elements, what_is_returned, integers),
+    *(assigned, elements, what_is_returned, integers, in_another_layout, gaps_in_another_layout),
 ]
 
 
@@ -222,6 +237,12 @@ def in_its_storage(p: Any, q: Any) -> None:
     p.as_strided((2,), (1,)).add_(1)
 
 
+def beyond_a_view(p: Any, q: Any) -> None:
+    row = p[1]
+    row.mul_(2)
+    q.add_(row.as_strided((4,), (4,), 0))
+
+
 def several_elements_at_one_place(p: Any, q: Any) -> None:
     p.unfold(0, 2, 1)[0].add_(1)
 
@@ -231,7 +252,9 @@ def one_call_writes_both(p: Any, q: Any) -> None:
 
 
 @pytest.mark.usefixtures("afresh")
-@pytest.mark.parametrize("step", [gaps, in_its_storage, several_elements_at_one_place, one_call_writes_both])
+@pytest.mark.parametrize(
+    "step", [gaps, in_its_storage, beyond_a_view, several_elements_at_one_place, one_call_writes_both]
+)
 def test_what_is_not_clear_is_left_to_the_original(step: Step) -> None:
     got, want = tensors(), tensors()
     step(*want)
