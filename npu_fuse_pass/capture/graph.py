@@ -151,11 +151,13 @@ def _check_copies(interpreter: Interpreter, unfused: Sequence[Reason]) -> None:
 
 def _stores(interpreter: Interpreter) -> list[tuple[int, int]]:
     """Remove writes to leaves of dtypes that kernels do not have. Returns them with the leaves they copy."""
-    stores = []
+    stores, originals = [], interpreter.originals
+    written = set(interpreter.written)
     for leaf, cell in list(interpreter.written.items()):
         kept = _kept(interpreter, cell.val)
         if kept is not None:
-            stores.append((leaf, kept))
+            changed = originals.memory_of(kept) in written and kept != leaf
+            stores.append((leaf, originals.copied(cell.val) if changed else kept))
             del interpreter.written[leaf]
     return stores
 
@@ -176,6 +178,7 @@ def _outputs(interpreter: Interpreter, node: fx.Node, returned: Sequence[Any]) -
     """
     outputs: list[Output] = []
     made: dict[int, _Returned] = {}  # by memory
+    places: dict[int, int | None] = {}  # the memory of leaves in whose memory a result lies
     given = {storage_of(recorded(n)) for n in node.graph.nodes if n.op in ("placeholder", "get_attr")}
     sources = node.args[0] if isinstance(node.args[0], (list, tuple)) else (node.args[0],)
     for index, (source, cell) in enumerate(zip(sources, returned, strict=False)):
@@ -187,11 +190,14 @@ def _outputs(interpreter: Interpreter, node: fx.Node, returned: Sequence[Any]) -
         if cell.leaf is None:
             value, memory = cell.read(), storage_of(meta)
             kept = _kept(interpreter, value)
-            # whether its memory is another than that of what it is a view of
-            apart = kept is None or any(c.view is not None and c.view.reason is not None for c in cell.lineage())
-            shared = memory is not None and made.setdefault(memory, _Returned()).shares(cell, apart, meta)
+            place = None if kept is None else interpreter.originals.memory_of(kept)
+            if place is not None and not value.opaque:  # a copy of a number is read as that number
+                own = interpreter.leaves[place].kind in ("input", "attribute")
+                if memory not in given if own else places.setdefault(place, memory) != memory:
+                    place = kept = interpreter.originals.copied(value)
+            shared = memory is not None and made.setdefault(memory, _Returned()).shares(cell, place, meta)
             if memory in given:
-                shared = kept is None or cell.lineage()[-1].leaf in interpreter.written
+                shared = place is None or place != cell.lineage()[-1].leaf or place in interpreter.written
             if shared:
                 raise _not_new(source, "shares memory with another tensor")
             if kept is not None:
@@ -214,15 +220,15 @@ class _Returned:
     """What a graph returns of one memory: by where in it a single element lies, which no other one overlaps, or None."""
 
     def __init__(self) -> None:
-        self._by_place: dict[int | None, list[tuple[Cell, bool]]] = {}
+        self._by_element: dict[int | None, list[tuple[Cell, int | None]]] = {}
 
-    def shares(self, cell: Cell, apart: bool, fake: Tensor) -> bool:
-        """Add a tensor; True if it shares memory with one before, and either gets memory of its own (`apart`)."""
-        place = int(fake.storage_offset()) if fake.numel() == 1 else None
-        near = self._by_place if place is None else self._by_place.keys() & {place, None}
-        before = [pair for p in near for pair in self._by_place[p]]
-        self._by_place.setdefault(place, []).append((cell, apart))
-        return any(other is not cell and (apart or other_apart) for other, other_apart in before)
+    def shares(self, cell: Cell, place: int | None, fake: Tensor) -> bool:
+        """Add a tensor; True if it shares memory with one before, and will not lie in the same leaf's, its place."""
+        element = int(fake.storage_offset()) if fake.numel() == 1 else None
+        near = self._by_element if element is None else self._by_element.keys() & {element, None}
+        before = [pair for e in near for pair in self._by_element[e]]
+        self._by_element.setdefault(element, []).append((cell, place))
+        return any(other is not cell and (place is None or place != other_place) for other, other_place in before)
 
 
 def _not_new(source: fx.Node, why: str) -> Unsupported:

@@ -86,6 +86,11 @@ class Originals:
         self._level_of: dict[int, int] = {}
         self._ordered = 0  # the level of the last operation whose place in the order matters
         self._temporaries: dict[object, int] = {}
+        self._lies_in: dict[int, int] = {}  # of leaves that lie in the memory of another one: which
+
+    def memory_of(self, leaf: int) -> int:
+        """The leaf in whose memory one lies: that of which it is a view, or itself."""
+        return self._lies_in.get(leaf, leaf)
 
     def keep(self, node: fx.Node, name: str, reason: Reason, env: Env) -> Any:
         """Leave an operation as it is: the same target with the same arguments.
@@ -152,8 +157,12 @@ class Originals:
                 val = self._result(name, fake.dtype, tuple(map(int, fake.shape)), fake, level)
             call.results.append(_index(val))
             given_cell = None if itself is None else _entry(env[itself[0]], itself[1])
-            view = self._view(again, i, node, env, owners.get(storage_of(fake), []))
-            made.append(given_cell or Cell(val, None, view))
+            owner = owners.get(storage_of(fake), [])
+            made.append(given_cell or Cell(val, None, self._view(again, i, node, env, owner)))
+            if itself is None and len(owner) == 1:
+                place, cell = owner[0]
+                base = held[place] if place in held else self._stored(cell.val, _example(*place))
+                self._lies_in[_index(val)] = self.memory_of(base)
         self.levels[level].calls.append(call)
         self._interpreter.moves(vals, [*(c.val for c in made), *new.values()], fused=False)
         self.reasons.setdefault((name, reason.text), dataclasses.replace(reason, op=name))
@@ -185,6 +194,7 @@ class Originals:
         leaf = self._interpreter.leaves[holder]
         val = self._interpreter.add_leaf(leaf, bool(leaf.shape)).val
         self._level_of[id(val.expr)] = level + 1
+        self._lies_in[_index(val)] = holder
         return val
 
     def _number(self, name: str, kind: type, level: int) -> Val:
@@ -262,6 +272,7 @@ class Originals:
         vals = [self._result(view.name, t.dtype, tuple(map(int, t.shape)), t, level) for t in view.fakes]
         given: Any = view.given(base)
         results = [_index(val) for val in vals]
+        self._lies_in |= dict.fromkeys(results, self.memory_of(base))
         call = dataclasses.replace(view.call, args=given[0], kwargs=given[1], results=results, copies=copies)
         self.levels[level].calls.append(call)
         return vals[view.place]
@@ -280,11 +291,24 @@ class Originals:
         stored = self._leaf(val, example)
         if stored is None:
             return self._like(val, level, example)
-        copied = self._interpreter.leaves[stored]
-        name = f"copy_{len(self._interpreter.leaves)}"
-        self._interpreter.leaves.append(dataclasses.replace(copied, kind="result", name=name, index=-1, optimizer=None))
-        copies.append((stored, len(self._interpreter.leaves) - 1))
-        return len(self._interpreter.leaves) - 1
+        holder = self._beside(stored)
+        copies.append((stored, holder))
+        return holder
+
+    def _beside(self, index: int) -> int:
+        """A leaf for a copy of what another one holds."""
+        leaves = self._interpreter.leaves
+        name = f"copy_{len(leaves)}"
+        leaves.append(dataclasses.replace(leaves[index], kind="result", name=name, index=-1, optimizer=None))
+        return len(leaves) - 1
+
+    def copied(self, val: Val) -> int:
+        """A leaf that holds a copy of a leaf's value, made before the step writes that one."""
+        level, index = self._level(val.expr), _index(val)
+        self._reach(level)
+        copy = self._beside(index)
+        self.levels[level].calls.append(Call("clone", (LeafRef(index),), {}, [copy], several=False))
+        return copy
 
     def _leaf(self, val: Val, example: Any) -> int | None:
         """The leaf whose stored value this is, if any, and if it lies in memory as the example does."""

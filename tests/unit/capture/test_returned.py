@@ -215,3 +215,47 @@ def test_an_extremum_of_a_dimension(of: str, dimension: int) -> None:
     step(q, g)
     torch.testing.assert_close(p, q)
     assert last_report().groups or last_report().fallback
+
+
+def counted_from_before(p: Tensor, count: Tensor, last: Tensor) -> Any:
+    before = count.clone()
+    last.copy_(count)
+    count.add_(1)
+    p.add_(1)
+    return before
+
+
+def exchanged(p: Tensor, count: Tensor, last: Tensor) -> Any:
+    before = count.clone()
+    count.copy_(last)
+    last.copy_(before)
+    p.add_(1)
+
+
+def of_a_part(p: Tensor, count: Tensor, last: Tensor) -> Any:
+    order = p.argsort()
+    before = order[0].clone()
+    order.add_(1)
+    last.copy_(before)
+    p.add_(1)
+    return before, order
+
+
+def twice(p: Tensor, count: Tensor, last: Tensor) -> Any:
+    place = p.argmax()
+    p.add_(1)
+    return place, place.clone(), count.clone(), count.clone()
+
+
+@pytest.mark.parametrize("function", [counted_from_before, exchanged, of_a_part, twice])
+def test_a_copy_of_an_integer_is_what_it_was_when_it_was_made(function: Callable[..., Any]) -> None:
+    """Such numbers are copied beside the kernels, before these write them."""
+    found = []
+    for step in (function, torch.compile(function, backend="npu_fused")):
+        arguments = [torch.tensor([1.0, 3.0, 2.0]), torch.tensor(2**40), torch.tensor(2**62 + 1)]
+        made = step(*arguments) or ()
+        tensors = [*arguments, *(made if isinstance(made, tuple) else (made,))]
+        memory = [t.untyped_storage().data_ptr() for t in tensors]
+        found.append(([t.tolist() for t in tensors], [memory.index(m) for m in memory]))
+    assert found[0] == found[1]
+    assert last_report().groups and not last_report().fallback
