@@ -170,6 +170,8 @@ class Interpreter:
         self.copied += _traffic(given, made)
 
     def _write(self, cell: Cell, name: str, result: Val) -> None:
+        if cell.val.opaque:
+            raise Unsupported(name, _NOT_FLOATING.format(cell.val.dtype), Code.DTYPE)
         if result.dimmed and not cell.val.dimmed:
             raise Unsupported(name, "writes a tensor into a 0-dim one", Code.SHAPES)
         if result.shape not in ((), cell.val.shape):

@@ -124,7 +124,7 @@ class Originals:
             raise Unsupported.of(reason)
         if effect.ordered:
             for place, cell in written.items():
-                self._settle(cell, _example(*place))
+                self._settle(cell, _example(*place), reason)
         vals = [cell.read() for cell in cells]
         if not effect.written and not effect.ordered and fakes and None not in returned:
             same = [_entry(env[place[0]], place[1]) for place in returned if place is not None]
@@ -280,10 +280,15 @@ class Originals:
     def _note(self, reason: Reason) -> None:
         self.reasons.setdefault((reason.op, reason.text), reason)
 
-    def _settle(self, cell: Cell, example: Tensor) -> None:
-        """Let a view with gaps lie in memory as it does without fusion: what random operations draw depends on it."""
-        stored = self._leaf(cell.read(), example) is not None
-        if not stored and cell.view is not None and cell.view.again is not None and dense_strides(example) is None:
+    def _settle(self, cell: Cell, example: Tensor, reason: Reason) -> None:
+        """Let a tensor with gaps lie in memory as it does without fusion: what random operations draw depends on it.
+
+        Raises:
+            Unsupported: it is no view that can be made again.
+        """
+        if self._leaf(cell.read(), example) is None and dense_strides(example) is None:
+            if cell.view is None or cell.view.again is None:
+                raise Unsupported.of(reason)
             cell.val = cell.view.again(cell.view.base.read())
 
     def _held(self, val: Val, level: int, example: Any, copies: list[tuple[int, int]]) -> int:

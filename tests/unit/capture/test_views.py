@@ -262,6 +262,35 @@ def test_what_is_not_clear_is_left_to_the_original(step: Step) -> None:
     assert all(map(torch.equal, got, want)) and npu_fuse_pass.reports()[-1].fallback
 
 
+@pytest.mark.usefixtures("afresh")
+def test_random_numbers_of_a_tensor_with_gaps() -> None:
+    def step(p: Any, q: Any) -> None:
+        p.mul_(2)
+        p.normal_()
+        q.add_(p)
+
+    found = []
+    for function in (step, torch.compile(step, backend="npu_fused")):
+        torch.manual_seed(0)
+        arguments = [torch.ones(8, 4)[::2], torch.ones(4, 4)]
+        function(*arguments)
+        found.append(arguments)
+    assert all(map(torch.equal, *found)) and npu_fuse_pass.reports()[-1].fallback
+
+
+@pytest.mark.usefixtures("afresh")
+def test_complex_numbers_as_out() -> None:
+    def step(p: Any, q: Any, c: Any) -> None:
+        p.mul_(2)
+        torch.add(p, q, out=c)
+
+    got, want = ([*tensors(), torch.zeros(4, 4, dtype=torch.complex64)] for _ in range(2))
+    step(*want)
+    torch.compile(step, backend="npu_fused")(*got)
+    (report,) = npu_fuse_pass.reports()
+    assert all(map(torch.equal, got, want)) and report.groups and not report.fallback
+
+
 def a_part_and_the_whole(p: Any, q: Any, count: Any) -> Any:
     m = torch.argsort(q)
     v = m[1:]
