@@ -106,6 +106,7 @@ def _read(gm: fx.GraphModule, numbers: bool, dimensions: bool = False, reduction
         unfused = list(interpreter.originals.reasons.values())
         _check_copies(interpreter, unfused)
         stores = _stores(interpreter)
+        interpreter.originals.read_apart(interpreter.written)
         written = [*interpreter.written, *(leaf for leaf, _ in stores if interpreter.leaves[leaf].dtype.is_complex)]
         if unfused and all(interpreter.leaves[i].kind == "output" for i in written):
             return Captured(interpreter.leaves, [], [])  # nothing is updated: not an optimizer's graph

@@ -312,8 +312,26 @@ class Originals:
         level, index = self._level(val.expr), _index(val)
         self._reach(level)
         copy = self._beside(index)
-        self.levels[level].calls.append(Call("clone", (LeafRef(index),), {}, [copy], several=False))
+        self.levels[level].calls.append(self._copy(index, copy))
         return copy
+
+    def read_apart(self, written: Mapping[int, Cell]) -> None:
+        """Let the last kernels read copies of the views of what they write."""
+        read = {e.value for e in postorder([cell.val.expr for cell in written.values()]) if e.op == "leaf"}
+        for level in self.levels:
+            calls, level.calls = level.calls, []
+            for call in calls:
+                views = [i for i in call.results if i in read and self.memory_of(i) in written]
+                places = {i: self._beside(i) for i in views}
+                call.results = [places.get(i, i) for i in call.results]
+                level.calls += [call, *(self._copy(place, i) for i, place in places.items())]
+
+    def _copy(self, index: int, copy: int) -> Call:
+        """A call that copies what one leaf holds to another, as it lies in memory."""
+        holder, leaf = self._beside(index), self._interpreter.leaves[index]
+        val = Val(self._interpreter.builder.leaf(index, leaf.dtype, bool(leaf.shape)), leaf.dtype, leaf.shape)
+        self._interpreter.copies([val], [val])
+        return Call("detach", (LeafRef(holder),), {}, [copy], several=False, copies=[(index, holder)])
 
     def _leaf(self, val: Val, example: Any) -> int | None:
         """The leaf whose stored value this is, if any, and if it lies in memory as the example does."""

@@ -262,6 +262,39 @@ def test_what_is_not_clear_is_left_to_the_original(step: Step) -> None:
     assert all(map(torch.equal, got, want)) and npu_fuse_pass.reports()[-1].fallback
 
 
+def transposed(p: Any, q: Any) -> None:
+    q.add_(p.t())
+    p.mul_(2)
+
+
+def rows_and_an_element(p: Any, q: Any) -> None:
+    for row in p.unbind():
+        q.add_(row)
+    q.mul_(p[0, 0])
+    p.mul_(2)
+
+
+def gaps_that_are_drawn_later(p: Any, q: Any) -> None:
+    v = p.view(8, 2)[:, ::2]
+    q.view(8, 2).add_(v)
+    p.mul_(2)
+    v.normal_()
+
+
+@pytest.mark.usefixtures("afresh")
+@pytest.mark.parametrize("step", [transposed, rows_and_an_element, gaps_that_are_drawn_later])
+def test_views_of_what_kernels_write_are_read_before(step: Step) -> None:
+    got, want = tensors(), tensors()
+    compiled = torch.compile(step, backend="npu_fused")
+    for seed in range(2):
+        for function, arguments in ((step, want), (compiled, got)):
+            torch.manual_seed(seed)
+            function(*arguments)
+        assert all(map(torch.equal, got, want))
+    (report,) = npu_fuse_pass.reports()
+    assert report.groups and not report.fallback
+
+
 @pytest.mark.usefixtures("afresh")
 def test_random_numbers_of_a_tensor_with_gaps() -> None:
     def step(p: Any, q: Any) -> None:
