@@ -173,7 +173,7 @@ def fuse_functional(gm: fx.GraphModule, options: Options, kernels: bool) -> Fuse
             said.append(captured.summary)
         kept = [o.leaf for o in captured.returned if o.leaf is not None and captured.leaves[o.leaf].kind == "result"]
         made = [leaf for leaf in captured.leaves if leaf.kind == "output" and leaf.shape]
-        if captured.unfused and (made or kept or captured.stores):
+        if kept or (captured.unfused and (made or captured.stores)):
             return None
         on_cpu = {leaf.device.type for leaf in captured.leaves if leaf.shape} == {"cpu"}
         platform = lower.choose(options.platform, captured.leaves).platform

@@ -331,7 +331,8 @@ class Originals:
         holder, leaf = self._beside(index), self._interpreter.leaves[index]
         val = Val(self._interpreter.builder.leaf(index, leaf.dtype, bool(leaf.shape)), leaf.dtype, leaf.shape)
         self._interpreter.copies([val], [val])
-        return Call("detach", (LeafRef(holder),), {}, [copy], several=False, copies=[(index, holder)])
+        itself = torch.ops.aten.detach.default
+        return Call(itself, (LeafRef(holder),), {}, [copy], several=False, copies=[(index, holder)])
 
     def _leaf(self, val: Val, example: Any) -> int | None:
         """The leaf whose stored value this is, if any, and if it lies in memory as the example does."""

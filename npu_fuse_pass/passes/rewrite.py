@@ -33,7 +33,8 @@ def rewrite(step: Grouped) -> fx.GraphModule:
         for call in segment.calls:
             _call_node(graph, call, nodes)
     _add_totals(graph, leaves, groups, nodes)
-    for target, value in _group_nodes(graph, leaves, groups, nodes, outputs):
+    writes = _group_nodes(graph, leaves, groups, nodes, outputs)
+    for target, value in [*((nodes[leaf], nodes[result]) for leaf, result in step.stores), *writes]:
         graph.call_function(torch.ops.aten.copy_.default, (target, value))
     graph.output(tuple(outputs[i] for i in sorted(outputs)))
     return fx.GraphModule(torch.nn.Module(), graph, "FusedStep")
@@ -80,7 +81,7 @@ def _call_node(graph: fx.Graph, call: Call, nodes: dict[int, fx.Node]) -> None:
         return node if value.number is None else graph.call_function(value.number, (node,))
 
     for source, holder in call.copies:
-        nodes[holder] = graph.call_function(torch.clone, (nodes[source],))
+        nodes[holder] = graph.call_function(torch.ops.aten.clone.default, (nodes[source],))
     args: Any = fx.node.map_aggregate(call.args, node_of)
     kwargs: Any = fx.node.map_aggregate(call.kwargs, node_of)
     if isinstance(call.target, str):

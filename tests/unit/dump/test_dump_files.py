@@ -122,6 +122,19 @@ def test_the_script_has_what_its_graphs_call(tmp_path):
     assert run_script(script)[0] == 0
 
 
+def test_the_script_writes_integers(tmp_path):
+    def step(param, count, last, places):
+        last.copy_(count)
+        count.add_(1)
+        places.add_(1)
+        param.mul_(0.5)
+
+    arguments = [torch.ones(3), torch.tensor(2), torch.tensor(1), torch.arange(3)]
+    torch.compile(step, backend="npu_fused", options={"dump": tmp_path})(*arguments)
+    (script,) = tmp_path.rglob("03_fused_graph.py")
+    assert run_script(script) == (0, "the fused graph computes what the captured one does\n")
+
+
 @pytest.mark.parametrize("folder", COMPILES)
 def test_one_name_for_a_group(dumps, folder):
     """Report, formulas, groups, FX node, kernel symbol and table."""
