@@ -180,7 +180,7 @@ def _outputs(interpreter: Interpreter, node: fx.Node, returned: Sequence[Any]) -
     outputs: list[Output] = []
     made: dict[int, _Returned] = {}  # by memory
     places: dict[int, int | None] = {}  # the memory of leaves in whose memory a result lies
-    given = {storage_of(recorded(n)) for n in node.graph.nodes if n.op in ("placeholder", "get_attr")}
+    given = {storage_of(recorded(n)) for n in node.graph.nodes if n.op in ("placeholder", "get_attr")} - {None}
     sources = node.args[0] if isinstance(node.args[0], (list, tuple)) else (node.args[0],)
     for index, (source, cell) in enumerate(zip(sources, returned, strict=False)):
         if not isinstance(cell, Cell):
@@ -218,7 +218,7 @@ def _outputs(interpreter: Interpreter, node: fx.Node, returned: Sequence[Any]) -
 
 
 class _Returned:
-    """What a graph returns of one memory: by where in it a single element lies, which no other one overlaps, or None."""
+    """What a graph returns of one memory: by where a single element lies, which no other one overlaps, or None."""
 
     def __init__(self) -> None:
         self._by_element: dict[int | None, list[tuple[Cell, int | None]]] = {}

@@ -359,10 +359,7 @@ def not_written(p: Any, q: Any, count: Any) -> Any:
 @pytest.mark.usefixtures("afresh")
 @pytest.mark.parametrize(
     "step",
-    [
-        *(a_part_and_the_whole, a_part_of_an_argument, bits_and_numbers, in_another_shape_of_an_argument),
-        not_written,
-    ],
+    [*(a_part_and_the_whole, a_part_of_an_argument, bits_and_numbers, in_another_shape_of_an_argument), not_written],
 )
 def test_returned_views_share_memory_as_they_do_without_fusion(step: Callable[..., Any]) -> None:
     shared = []
