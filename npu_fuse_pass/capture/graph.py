@@ -269,7 +269,8 @@ def _input(interpreter: Interpreter, node: fx.Node, index: int, numbers: bool) -
 def _tensor(
     interpreter: Interpreter, node: fx.Node, value: Tensor, numbers: bool, kind: Kind, name: str, index: int = -1
 ) -> Cell:
-    shape, strides = tuple(map(int, value.shape)), tuple(map(int, value.stride()))
+    shape = tuple(map(int, value.shape))
+    strides = tuple(map(int, value.stride())) if value.layout is torch.strided else None
     leaf = Leaf(kind, name, index, dtype=value.dtype, shape=shape, device=value.device, strides=strides)
     if numbers and is_number(node, value):
         return interpreter.add_leaf(dataclasses.replace(leaf, shape=(), held=shape), tensor=False)
