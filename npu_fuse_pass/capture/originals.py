@@ -104,6 +104,7 @@ class Originals:
         Raises:
             Unsupported: the effects or results of the operation are not known.
         """
+        name = str(node.args[1]) if name == "getattr" else name  # `x.mT`
         effect, meta = self._effects.of(node), recorded(node)
         several = isinstance(meta, (list, tuple))
         fakes: list[Any] = list(meta) if several else [] if meta is None else [meta]

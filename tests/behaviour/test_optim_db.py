@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*")
 
 # operations that have no place in a fused kernel: matrix products, and reductions over one of several dimensions
 KEPT = {
-    "Muon": {"T", "getattr", "matmul", "addmm", "norm"},
+    "Muon": {"T", "matmul", "addmm", "norm"},
     "Adafactor": {"norm", "matmul", "mean", "div_", "_foreach_div_"},
 }
 # the groups that write, as multiples of the number of parameters. Muon's: momenta and
