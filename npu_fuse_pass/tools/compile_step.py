@@ -82,7 +82,7 @@ class CompiledStep:
         self._calls_closure_first = False
         if is_hooked(self._original):
             inner = self._original.__wrapped__  # type: ignore[attr-defined]
-            module = inner.__module__
+            module = inner.__module__ or ""  # None in code that exec runs without a __name__
             self._calls_closure_first = module.startswith("torch.optim.") and module != "torch.optim.lbfgs"
             foreach = by == "compile_optimizer_" and module in ("torch.optim.adam", "torch.optim.adamw")
             self._between_hooks: Callable[..., Any] = types.MethodType(inner, opt)

@@ -26,7 +26,7 @@ def first_eagerly(
         changing: filled with keys in groups and states whose Python numbers change: lr, and those that the first step
             wrote.
     """
-    if getattr(step, "__module__", "").startswith("torch.optim."):
+    if (getattr(step, "__module__", None) or "").startswith("torch.optim."):
         return compiled
     changing.add("lr")
     waits = True

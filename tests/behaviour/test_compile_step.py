@@ -364,3 +364,23 @@ def test_a_rule_optimizer_with_a_step_of_its_own_is_not_told_to_write_a_rule() -
     with pytest.raises(npu_fuse_pass.NotCapturedError, match="leave step as RuleOptimizer has it") as error:
         step()
     assert "npu_fuse_pass.rule" not in str(error.value)
+
+
+def test_a_class_of_code_without_a_module() -> None:
+    """`exec` with bare globals, as notebooks' tools and tests run code: its functions' __module__ is None."""
+    names: dict[str, Any] = {"torch": torch}
+    exec(
+        "class Plain(torch.optim.Optimizer):\n"
+        "    @torch.no_grad()\n"
+        "    def step(self, closure=None):\n"
+        "        for p in self.param_groups[0]['params']:\n"
+        "            p.sub_(p.grad, alpha=self.param_groups[0]['lr'])\n",
+        names,
+    )
+    param = torch.nn.Parameter(torch.ones(4))
+    param.grad = torch.ones(4)
+    step = npu_fuse_pass.compile_step(names["Plain"]([param], {"lr": 0.1}))
+    for _ in range(3):
+        step()
+    assert torch.allclose(param, torch.full((4,), 0.7))
+    assert npu_fuse_pass.reports()[-1].groups
