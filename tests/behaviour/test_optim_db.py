@@ -16,10 +16,7 @@ from tests.support.training import assert_fused, tier
 pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*")
 
 # operations that have no place in a fused kernel: matrix products, and reductions over one of several dimensions
-KEPT = {
-    "Muon": {"T", "matmul", "addmm", "norm"},
-    "Adafactor": {"norm", "matmul", "mean", "div_", "_foreach_div_"},
-}
+KEPT = {"Muon": {"T", "matmul", "addmm", "norm"}, "Adafactor": {"norm", "matmul", "mean", "div_", "_foreach_div_"}}
 # the groups that write, as multiples of the number of parameters. Muon's: momenta and
 # parameters. Adafactor's: counters, parameters, variances
 WRITTEN = {"Muon": [1, 1], "Adafactor": [1, 1, 2]}
