@@ -181,7 +181,7 @@ PLANTED = [
     ),
     Mutation(
         "what an operation that stays has written is lost",
-        "_run",
+        "_Operation.__call__",
         "values[result] = values[holder]",
         "values[result] = values[holder].clone().zero_()",
         ("lion", "rule with a total"),
