@@ -47,7 +47,7 @@ def capture(gm: fx.GraphModule, numbers: bool = False, dimensions: bool = False)
     """
     captured = _read(gm, numbers, dimensions)
     if any(map(is_dtensor, _tensors(gm, captured).values())):
-        captured = _read(gm, numbers)
+        captured = _read(gm, numbers) if dimensions else captured
         return of_this_process(captured, {i: t for i, t in _tensors(gm, captured).items() if is_dtensor(t)})
     plain = (numbers, False, False)
     for way in dict.fromkeys([*_ways_apart(captured, dimensions), plain]):
@@ -77,10 +77,6 @@ def _tensors(gm: fx.GraphModule, captured: Captured) -> dict[int, Any]:
     tensors = {i: examples[leaf.index] for i, leaf in given if leaf.kind == "input"}
     tensors |= {i: operator.attrgetter(leaf.name)(gm) for i, leaf in given if leaf.kind == "attribute"}
     return tensors
-
-
-_SAVED = 4
-"""Copies may move so many times less than operations that become kernels, which move half of it to an eighth."""
 
 
 def _read(gm: fx.GraphModule, numbers: bool, dimensions: bool = False, reductions_stay: bool = False) -> Captured:
@@ -135,6 +131,10 @@ def _read(gm: fx.GraphModule, numbers: bool, dimensions: bool = False, reduction
         if is_forward_pass(gm.graph):
             return Captured(interpreter.leaves, [], beside_a_forward_pass(gm.graph))
         return Captured(interpreter.leaves, [], [e.reason] if writes_leaves(gm.graph) else [])
+
+
+_SAVED = 4
+"""Copies may move so many times less than operations that become kernels, which move half of it to an eighth."""
 
 
 def _check_copies(interpreter: Interpreter, unfused: Sequence[Reason]) -> None:

@@ -155,10 +155,6 @@ class Interpreter:
             raise Unsupported(name, "writes in place what has another shape or dtype", Code.SHAPES)
         self._write(cell, name, result.val)
 
-    def replace(self, cell: Cell, name: str, val: Val) -> None:
-        """Replace a tensor's value by what an original operation left in it."""
-        self._wrote(cell, val)
-
     def moves(self, given: Sequence[Val], made: Sequence[Val], fused: bool) -> None:
         """Count the bytes that one operation reads and writes by itself."""
         traffic = _traffic(given, made)
@@ -186,7 +182,7 @@ class Interpreter:
             val = cast(self.builder, dataclasses.replace(result, number=False), cell.val.dtype)
         else:
             val = Val(result.expr, cell.val.dtype, ())
-        self._wrote(cell, val)
+        self.replace(cell, val)
 
     def _narrowed(self, number: Any, like: Val) -> Any:
         """A number as ATen takes it in half precision where a tensor is multiplied in place by a Scalar: first factor.
@@ -202,19 +198,20 @@ class Interpreter:
         half = self.builder.cast(number.val.expr, like.dtype)
         return Cell(dataclasses.replace(number.val, expr=self.builder.cast(half, torch.float64)))
 
-    def _wrote(self, cell: Cell, val: Val) -> None:
+    def replace(self, cell: Cell, val: Val) -> None:
         """Give a tensor its new value, ahead of what it is a view of."""
         cell.read()
         *views, whole = cell.lineage()
-        name = operation_name(self.node) if self.node else ""
-        reason = self.here(Code.VIEW_WRITTEN("writes in place through a view", name))
-        if whole.leaf is not None:
-            if not all(v.view.put is not None for v in views if v.view is not None):
+        if views:
+            name = operation_name(self.node) if self.node else ""
+            reason = self.here(Code.VIEW_WRITTEN("writes in place through a view", name))
+            if whole.leaf is not None and not all(v.view.put is not None for v in views if v.view is not None):
                 raise Unsupported.of(reason)
+            for v in views:
+                assert v.view is not None
+                v.view, v.view.base.ahead = dataclasses.replace(v.view, reason=reason), v
+        if whole.leaf is not None:
             self.written[whole.leaf] = whole
-        for v in views:
-            assert v.view is not None
-            v.view, v.view.base.ahead = dataclasses.replace(v.view, reason=reason), v
         cell.val = val
 
     def _foreach(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Cell]:
