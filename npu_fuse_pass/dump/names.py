@@ -45,9 +45,9 @@ def dtype_name(dtype: torch.dtype) -> str:
     return DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
 
 
-def parameters(count: int, written: Iterable[str]) -> str:
+def parameters(count: int, of_params: bool) -> str:
     """A number of parameters, as in "× 198 parameters"; of updates, where nothing written is known as one."""
-    noun = "parameter" if "param" in written else "update"
+    noun = "parameter" if of_params else "update"
     return f"× {count} {noun}{'s' if count != 1 else ''}"
 
 

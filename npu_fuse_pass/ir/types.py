@@ -136,6 +136,11 @@ class Group:
     totals: list[tuple[int, ...]]  # per member: the totals to which its contributions go, in the formula's order
     labels: tuple[str, ...]
 
+    @property
+    def of_params(self) -> bool:
+        """True if one of the tensors that it writes is known as a parameter."""
+        return any(self.labels[slot] == "param" for slot in self.formula.written)
+
 
 @dataclasses.dataclass(frozen=True)
 class GroupedSegment:

@@ -40,8 +40,7 @@ def group_report(
     kind = (dtype, device, lowering, kernel)
     returned = all(leaves[m[s]].kind == "output" for m in g.members for s in g.formula.written)
     counts = (bytes_per_element, launches, elements)
-    of_params = any(g.labels[s] == "param" for s in g.formula.written)
-    return GroupReport(g.name, formula, len(g.members), *kind, *counts, _of_params=of_params, _returned=returned)
+    return GroupReport(g.name, formula, len(g.members), *kind, *counts, _of_params=g.of_params, _returned=returned)
 
 
 def show_layouts(rows: Sequence[GroupReport], layouts: Sequence[LayoutCost]) -> None:

@@ -98,7 +98,7 @@ def _imports(names: Mapping[str, Any]) -> Iterator[str]:
 def _formulas(contents: Contents) -> Iterator[str]:
     for g in contents.grouped.all_groups:
         labels = labels_of(g, contents.grouped.leaves, g.members[0])
-        yield f"# {g.name}  {parameters(len(g.members), [g.labels[slot] for slot in g.formula.written])}"
+        yield f"# {g.name}  {parameters(len(g.members), g.of_params)}"
         yield from (f"#     {line}" for line in readable(g.formula, labels).splitlines())
         yield f'FORMULA_{g.name} = """\\\n{g.formula.text}"""'
         yield ""

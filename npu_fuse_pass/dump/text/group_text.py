@@ -39,8 +39,7 @@ def updates(contents: Contents) -> str:
     count = sum(len(u.members) for u in of_params or captured.updates)
     lines = [f"{count} {'parameters are updated' if of_params else 'updates'}; a prime marks the new value"]
     for (name, text, params), known_by in told.items():
-        what = parameters(len(known_by), ["param"] if params else [])
-        lines += ["", f"{name}  {what}", *(f"    {line}" for line in text.splitlines())]
+        lines += ["", f"{name}  {parameters(len(known_by), params)}", *(f"    {line}" for line in text.splitlines())]
         lines += _by_shape(known_by)
     for u in contents.report.unfused:
         lines += ["", f"not an update of a kernel: {u}"]
@@ -67,7 +66,7 @@ def groups(contents: Contents) -> str:
     for i, group in enumerate(every):
         row = rows.get(group.name)
         what = f"{row.launches} x {row.kernel} ({row.lowering})" if row else "not lowered"
-        lines += ["", f"group {i + 1}: {group.name}  {parameters(len(group.members), _written(group))}, {what}"]
+        lines += ["", f"group {i + 1}: {group.name}  {parameters(len(group.members), group.of_params)}, {what}"]
         lines += [f"  differs from group {k + 1}: {difference(other, group)}" for k, other in enumerate(every[:i])]
         lines += ["  slots:", *columns(list(_slots(group, contents)), "    ")]
         lines += ["  members:", *_by_shape([written_leaf(group, leaves, member) for member in group.members])]
@@ -82,10 +81,6 @@ def groups(contents: Contents) -> str:
     if contents.report.fallback:
         lines += ["", f"the original runs: {contents.report.fallback}"]
     return "\n".join([*lines, ""])
-
-
-def _written(group: Group) -> list[str]:
-    return [group.labels[slot] for slot in group.formula.written]
 
 
 def _call(call: Call) -> str:
