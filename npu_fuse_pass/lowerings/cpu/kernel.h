@@ -3,7 +3,7 @@
 #include <string.h>
 
 // glibc's forms of these for whole vectors (libmvec, at most 4 units in the last place off): g++ calls them in loops where
-// functions are declared so, which takes a fifth of the time and less. What is float64 is computed one by one.
+// functions are declared so, which is several times as fast. What is float64 is computed one by one.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #if __GLIBC_PREREQ(2, 22)
 extern "C" {
