@@ -60,6 +60,7 @@ struct Table {
   std::vector<int64_t> order;         // of looking: those that are no gradients come first
   int64_t gradients;                  // the turn of the first one
   std::vector<c10::TensorImpl*> now;  // of the last check
+  int64_t alone;                      // the first turn of a gradient that it looked up through its tensor
   std::vector<at::TensorBase> held;   // gradients: another thread may set p.grad while a kernel runs
 
   const at::TensorBase& in(PyObject* object) const {
@@ -76,21 +77,38 @@ struct Table {
   }
 };
 
+// Shares turns among threads, in the same way at every call: what one of them has read is in its core's cache, and takes
+// another core as long as memory does. Is true if all parts are; they touch no Python objects but to read them, which the
+// caller's lock allows.
+template <typename Part>
+bool share(int64_t first, int64_t last, int64_t threads, Part part) {
+  constexpr int64_t WORTH = 256;  // turns that are worth another thread
+  const int64_t parts = std::max<int64_t>(1, std::min(threads, (last - first) / WORTH));
+  bool good = true;
+  #pragma omp parallel for num_threads(parts) if (parts > 1) schedule(static) reduction(&& : good)
+  for (int64_t k = 0; k < parts; k++) {
+    try {
+      good = part(first + (last - first) * k / parts, first + (last - first) * (k + 1) / parts) && good;
+    } catch (...) {
+      good = false;
+    }
+  }
+  return good;
+}
+
 // One check. Most of it is waiting for memory, so every tensor is taken up in stages, each of them some turns ahead of
-// the next, that ask for the memory which the next one needs; and threads share the turns. They touch no Python objects
-// but to read them, which the caller's lock allows.
+// the next, that ask for the memory which the next one needs.
 struct Check {
-  static constexpr int64_t AHEAD = 6, SHARE = 256;  // turns that are worth another thread
+  static constexpr int64_t AHEAD = 6;
   Table& table;
   const std::vector<PyObject*>& objects;
-  int64_t alone;  // the first turn of a gradient that is looked up through its tensor
   int64_t* addresses;
   std::vector<const at::TensorBase*> tensors = std::vector<const at::TensorBase*>(objects.size());
 
   // The tensor of a turn, or null if its object is of another type; torch's undefined tensor where there is none.
   const at::TensorBase* tensor(int64_t turn) const {
     const int64_t i = table.order[turn];
-    if (turn >= alone) return &gradient(table.now[table.known[i].owner]);
+    if (turn >= table.alone) return &gradient(table.now[table.known[i].owner]);
     return table.type_of(objects[i]) == table.known[i].type ? &table.in(objects[i]) : nullptr;
   }
 
@@ -115,30 +133,16 @@ struct Check {
     __builtin_prefetch(*reinterpret_cast<void* const*>(&impl->version_counter()));
   }
 
-  bool fit_in_turn(int64_t first, int64_t last) {
+  bool operator()(int64_t first, int64_t last) {
     const auto among = [&](int64_t turn) { return turn >= first && turn < last; };
     for (int64_t turn = first - 3 * AHEAD; turn < last; turn++) {
       const int64_t next = turn + AHEAD, third = next + AHEAD, fourth = third + AHEAD;
-      if (fourth < std::min(last, alone)) __builtin_prefetch(objects[table.order[fourth]]);
+      if (fourth < std::min(last, table.alone)) __builtin_prefetch(objects[table.order[fourth]]);
       if (among(third) && (tensors[third] = tensor(third)) != nullptr) ask(third);
       if (among(next) && tensors[next] != nullptr && tensors[next]->defined()) ask_behind(next);
       if (among(turn) && !fits(turn)) return false;
     }
     return true;
-  }
-
-  bool fit(int64_t first, int64_t last, int64_t threads) {
-    const int64_t parts = std::max<int64_t>(1, std::min(threads, (last - first) / SHARE));
-    bool good = true;
-    #pragma omp parallel for num_threads(parts) if (parts > 1) reduction(&& : good)
-    for (int64_t k = 0; k < parts; k++) {
-      try {
-        good = good && fit_in_turn(first + (last - first) * k / parts, first + (last - first) * (k + 1) / parts);
-      } catch (...) {
-        good = false;
-      }
-    }
-    return good;
   }
 };
 
@@ -195,11 +199,17 @@ void inputs_free(void* table) {
 }
 
 // Tells autograd which of the tensors that `inputs_same` found are written.
-void inputs_write(void* table_, const uint8_t* written) {
+void inputs_write(void* table_, const uint8_t* written, int64_t threads) {
   const auto& table = *static_cast<Table*>(table_);
-  for (size_t i = 0; i < table.now.size(); i++) {
-    if (written[i] && !table.now[i]->is_inference()) table.now[i]->bump_version();
-  }
+  const auto write = [&](int64_t first, int64_t last) {
+    for (int64_t turn = first; turn < last; turn++) {
+      const int64_t i = table.order[turn];
+      if (written[i] && !table.now[i]->is_inference()) table.now[i]->bump_version();
+    }
+    return true;
+  };
+  share(0, table.alone, threads, write);
+  share(table.alone, table.order.size(), threads, write);
 }
 
 // Releases the gradients.
@@ -234,9 +244,12 @@ int inputs_same(void* table_, PyObject* given, int64_t* addresses, int64_t threa
     const int64_t n = table.order.size();
     std::vector<PyObject*> listed;
     for (int64_t i = 0; given != nullptr && i < n; i++) listed.push_back(PyList_GetItem(given, i));
-    Check check{table, given != nullptr ? listed : table.objects, given != nullptr ? n : table.gradients, addresses};
-    if (!check.fit(0, check.alone, threads) || !check.fit(check.alone, n, threads)) return false;
-    for (int64_t turn = check.alone; turn < n; turn++) table.held.push_back(*check.tensors[turn]);
+    table.alone = given != nullptr ? n : table.gradients;
+    Check check{table, given != nullptr ? listed : table.objects, addresses};
+    const auto part = [&](int64_t first, int64_t last) { return check(first, last); };
+    if (!share(0, table.alone, threads, part) || !share(table.alone, n, threads, part)) return false;
+    // On this thread: one more owner of a tensor may be one more owner of its Python object.
+    for (int64_t turn = table.alone; turn < n; turn++) table.held.push_back(*check.tensors[turn]);
     return true;
   } catch (...) {
     inputs_done(table_);

@@ -77,7 +77,7 @@ class NativeInputs:
 
     def write(self, written: array.array[int]) -> None:
         """Tell autograd which of the tensors that `same` found are written (1 or 0 for each)."""
-        self._library.inputs_write(self._table, _at(written))
+        self._library.inputs_write(self._table, _at(written), torch.get_num_threads())
 
     def done(self) -> None:
         """Let go of the tensors."""
@@ -174,7 +174,7 @@ _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "inputs_make": ([_POINTER] * 3 + [_INTEGER] * 2, _POINTER),
     "inputs_free": ([_POINTER], None),
     "inputs_same": ([*[_POINTER] * 3, _INTEGER], ctypes.c_int),
-    "inputs_write": ([_POINTER, _POINTER], None),
+    "inputs_write": ([_POINTER, _POINTER, _INTEGER], None),
     "inputs_done": ([_POINTER], None),
     "inputs_dicts": ([_POINTER, _POINTER, _INTEGER, _POINTER], ctypes.c_int),
 }
