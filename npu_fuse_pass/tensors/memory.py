@@ -80,6 +80,11 @@ def in_order(t: Tensor, strides: tuple[int, ...]) -> bool:
     return agree or t.numel() == 0
 
 
+def aligned(t: Tensor) -> bool:
+    """True if the address is a multiple of an element's size, as an NPU's kernels read it."""
+    return t.data_ptr() % t.element_size() == 0
+
+
 def copy_each(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """`copy_` of every value to its target, in one call where torch has one."""
     copy_all = find("torch._foreach_copy_")

@@ -300,21 +300,24 @@ def test_kernels_to_look_at_without_torch_npu(
         lower.lower(Grouped(), Target("npu"), Options(kernels="generated"))  # nothing to look at: it cannot run
 
 
-def test_the_forms_of_every_option(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "told"), [(Refused("no hivmc"), "no hivmc"), (OSError("no driver"), "OSError: no driver")], ids=str
+)
+def test_the_forms_of_every_option(error: Exception, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ascend, "machine", lambda: MACHINE)
     assert choice.choose("operations").forms == ("operations", "elementwise")
     assert choice.choose("dedicated").forms == ("dedicated", "elementwise")
     assert choice.choose("elementwise").forms == ("elementwise",)
 
     def refuse() -> Any:
-        raise Refused("no hivmc")
+        raise error
 
     monkeypatch.setattr(hardware, "current", refuse)
     for option in ("auto", "generated"):
         proof.record(MACHINE, 17)
         found = choice.choose(option)
         assert (found.forms, found.hardware, found.why) == (
-            ("operations", "elementwise"), None, "no generated kernels: no hivmc",
+            ("operations", "elementwise"), None, f"no generated kernels: {told}",
         )  # fmt: skip
     monkeypatch.setattr(hardware, "current", lambda: "here")
     assert choice.choose("auto").forms == ("generated", "operations", "elementwise")

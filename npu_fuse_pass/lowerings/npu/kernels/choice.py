@@ -39,6 +39,8 @@ def choose(kernels: str) -> Choice:
         return Choice((GENERATED, *after), hardware.current(), _forced())
     except Refused as e:
         return Choice(after, why=f"no generated kernels: {e}")
+    except Exception as e:  # of CANN's libraries
+        return Choice(after, why=f"no generated kernels: {type(e).__name__}: {e}")
 
 
 def _forced() -> str:

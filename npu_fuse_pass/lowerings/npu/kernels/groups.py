@@ -67,6 +67,8 @@ def _generated(
         return dataclasses.replace(made, note=_note(made.kernels, hardware))
     except FuseError as e:
         return str(e)
+    except Exception as e:  # of CANN's libraries, or a fault of ours: GE operations compute the group as well
+        return f"its kernels cannot be made: {type(e).__name__}: {e}"
 
 
 def _note(kernels: Kernels, hardware: Hardware) -> str:

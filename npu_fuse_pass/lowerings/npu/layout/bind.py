@@ -22,7 +22,7 @@ from npu_fuse_pass.lowerings.npu.host.step import HostStep, Key, Leaves
 from npu_fuse_pass.lowerings.npu.layout.binding_cache import BindingCache
 from npu_fuse_pass.lowerings.npu.lowered_group import LoweredGroup
 from npu_fuse_pass.lowerings.npu.plan import Span, Values
-from npu_fuse_pass.tensors.memory import check_apart, in_order, memory_order
+from npu_fuse_pass.tensors.memory import aligned, check_apart, in_order, memory_order
 
 
 class Binder:
@@ -173,7 +173,7 @@ class Binder:
             if step.complete and t.dtype != key[1]:
                 raise Mismatch(f"a tensor is {t.dtype}; the graph was compiled for {key[1]}")
             dense = step.used[leaves] = t.detach()
-            if not in_order(dense, strides):
+            if not (in_order(dense, strides) and aligned(dense)):
                 step.copies += 1
                 dense = torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(dense)
                 if s in formula.written:
@@ -191,6 +191,8 @@ class Binder:
             size, dtype, device = self.tensor_inputs[(i,)]
             if (t.numel(), t.dtype, t.device, t.layout) != (size, dtype, device, torch.strided):
                 raise Mismatch("a 0-dim state has another dtype or device than when the step was compiled")
+            if not aligned(t):
+                raise Mismatch("the address of a 0-dim state is no multiple of its element's size")
             step.used[(i,)] = t.detach()
             step.flat[(i,)] = t.detach().as_strided((1,), (1,))
 

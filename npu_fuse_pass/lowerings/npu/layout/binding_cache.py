@@ -60,9 +60,12 @@ class BindingCache:
         numbers = [i for i in self._numbers if values[i] is not None]
         self._firsts = picked([*(key[0] for key, *_ in used), *numbers])
         self._sizes = [(size,) for _, size, _, _ in used]
+        itemsizes = [*(dtype.itemsize for _, _, dtype, _ in used), *(1 for _ in numbers)]
+        self._itemsizes = torch.tensor(itemsizes, dtype=torch.int64, device="cpu")
         # for numbers the start is enough
-        sizes = [*(size * dtype.itemsize for _, size, dtype, _ in used), *(1 for _ in numbers)]
-        self._bytes = torch.tensor(sizes, dtype=torch.int64, device="cpu")
+        self._bytes = self._itemsizes * torch.tensor(
+            [*(size for _, size, _, _ in used), *(1 for _ in numbers)], dtype=torch.int64, device="cpu"
+        )
         is_written = [*(key in self._written for key, *_ in used), *(self._numbers[i] for i in numbers)]
         self._is_written = torch.tensor(is_written, dtype=torch.bool, device="cpu")
         self._addresses = _addresses(self._firsts(values))
@@ -80,21 +83,26 @@ class BindingCache:
         if present != self._present or not self._same.match(list(compress(tensors, present))):
             return False
         firsts = self._firsts(values)
-        self._check_memory(_addresses(firsts))
+        if not self._lie_as_known(_addresses(firsts)):
+            return False
         views = map(Tensor.as_strided, firsts, self._sizes, repeat((1,)))
         step.inputs = [next(views) if t is None else t for t in self._placeholders]
         step.orders = self._orders
         return True
 
-    def _check_memory(self, addresses: list[int]) -> None:
+    def _lie_as_known(self, addresses: list[int]) -> bool:
+        """True if tensors lie apart, at multiples of an element's size."""
         if addresses == self._addresses:
-            return
+            return True
         starts = torch.frombuffer(array.array("q", addresses), dtype=torch.int64)
         if ((starts == 0) & (self._bytes > 0)).any():
             raise Mismatch(NOWHERE, Code.NO_MEMORY)
         if not apart(starts, self._bytes, self._is_written):
             raise Mismatch(SHARED, Code.SHARED_MEMORY)
+        if (starts % self._itemsizes).any():
+            return False
         self._addresses = addresses
+        return True
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
