@@ -1,8 +1,10 @@
-"""Every error that this package raises on purpose, one class each."""
+"""Every error that this package raises on purpose, one class each, and what to make of others."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
+import os
 
 from npu_fuse_pass.reasons import Code, Reason
 
@@ -109,3 +111,31 @@ class Unsupported(FuseError):  # noqa: N818 - a value that stages pass on, not a
         if self.reason.node is None and self.reason.source is None:
             self.reason = dataclasses.replace(self.reason, node=node, source=source)
         return self
+
+
+_FOR_THIS_PACKAGE = (GraphRefused, Mismatch, Unsupported)  # internal: one that reaches this point is a fault, too
+_HERE = os.path.dirname(__file__) + os.sep
+_log = logging.getLogger("npu_fuse_pass")
+
+
+def is_internal(error: Exception) -> bool:
+    """True if this package raised the error, or a C function that it called: it is a fault, and not for users.
+
+    What users' code raises while a step runs (a rule, a signal's handler) is theirs.
+    """
+    tb = error.__traceback__
+    while tb is not None and tb.tb_next is not None:
+        tb = tb.tb_next
+    return tb is not None and tb.tb_frame.f_code.co_filename.startswith(_HERE) and not is_for_users(error)
+
+
+def internal(error: Exception) -> Reason:
+    """The reason for what an internal error leaves unfused."""
+    _log.debug("internal error", exc_info=error)
+    first = next(iter(str(error).splitlines()), "")
+    return Code.INTERNAL(f"internal error: {type(error).__name__}: {first}")
+
+
+def is_for_users(error: Exception) -> bool:
+    """True if the error is one of this package's that users are to see."""
+    return isinstance(error, FuseError) and not isinstance(error, _FOR_THIS_PACKAGE)

@@ -109,7 +109,8 @@ def fuse_batches(
     if cause is FIRST and apart is None and not options.check_numerics and wanted(options.dump) is None:
         with net(_report(options, cause), options):
             key = _key(batches, options, replaces, calls)
-    if key is not None and (known := _known.get(key)) is not None and is_listed(known.report):
+    known = None if key is None else _known.get(key)
+    if known is not None and is_listed(known.report) and not known.report.fallbacks:
         list_last(known.report)
         return dataclasses.replace(known, program=known.another() if known.another is not None else None)
     fused = _fuse_batches(batches, options, cause, number, apart, replaces, calls)

@@ -20,7 +20,7 @@ class Program:
     def __init__(self, leaves: Sequence[Leaf], groups: Sequence[Group]) -> None:
         self._leaves = leaves
         self._groups = groups
-        self.written = False
+        self.begun = self.written = False
 
     @torch.no_grad()
     def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None:
@@ -43,6 +43,7 @@ class Program:
                     results.append((member[slot], new_value(group.formula, slot, made[id(e)], tensors)))
 
         def write() -> None:
+            self.begun = True
             for leaf_index, value in results:
                 if self._leaves[leaf_index].kind in ("output", "temporary"):
                     values[leaf_index] = _laid_out(value, self._leaves[leaf_index])

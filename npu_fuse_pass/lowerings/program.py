@@ -16,6 +16,7 @@ class Program(Protocol):
     `kinds` is an opaque token: equal tokens promise equal dtypes, sizes and strides; None promises nothing.
     """
 
+    begun: bool  # set before the first write that outlives the call; the caller takes it back when the step is done
     written: bool  # set as soon as all is written, where interrupts are held until then
 
     def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None: ...

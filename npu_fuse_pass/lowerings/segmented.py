@@ -17,7 +17,8 @@ class _Program(Protocol):
 
 
 class _Last(_Program, Protocol):
-    written: bool  # whether all is written, set as soon as it is, where interrupts are held until then
+    begun: bool  # both as of `lowerings.program.Program`
+    written: bool
 
 
 class Program:
@@ -42,6 +43,15 @@ class Program:
         self._last = last
         self._stores = stores
 
+    @property
+    def begun(self) -> bool:
+        """As of the last kernels: nothing is written before."""
+        return self._last.begun
+
+    @begun.setter
+    def begun(self, value: bool) -> None:
+        self._last.begun = value
+
     @torch.no_grad()
     def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None:
         """Run the step on the values of all leaves; nothing is written before the last kernels.
@@ -60,7 +70,7 @@ class Program:
                 for operation in operations:
                     operation(values)
             self._last(values, complete)
-            self._last.written = True
+            self._last.begun = self._last.written = True
             self._store(values)
         except BaseException:
             if self._last.written:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from npu_fuse_pass.errors import GraphRefused, Mismatch, UnfusedError
+from npu_fuse_pass.errors import GraphRefused, Mismatch, UnfusedError, internal, is_internal
+from npu_fuse_pass.lowerings.program import Program
 from npu_fuse_pass.reasons import Code, Reason
 from npu_fuse_pass.report.logs import trace, warn_unfused
 from npu_fuse_pass.report.report import CompileReport
@@ -53,6 +54,22 @@ def falls_back(report: CompileReport, refusal: GraphRefused, strict: bool) -> No
     """
     if strict:
         raise UnfusedError(f"strict=True and this step cannot run fused: {refusal}") from refusal
-    report.fall_back(refusal.reason)
+    _runs_the_original(report, refusal.reason)
+
+
+def given_up(report: CompileReport, error: Exception, program: Program | None, strict: bool) -> bool:
+    """Report an internal error of a step; the original makes this step and all later ones.
+
+    Returns:
+        False if the error has to be raised: it is not internal, the program may have written something, or `strict`.
+    """
+    if strict or (program is not None and program.begun) or not is_internal(error):
+        return False
+    _runs_the_original(report, internal(error))
+    return True
+
+
+def _runs_the_original(report: CompileReport, reason: Reason) -> None:
+    report.fall_back(reason)
     trace(report)
-    warn_unfused([refusal.reason])
+    warn_unfused([reason])

@@ -26,7 +26,7 @@ from npu_fuse_pass.rules.batch import inputs_of
 from npu_fuse_pass.rules.core_op import Stepping
 from npu_fuse_pass.rules.pending import uses_kept
 from npu_fuse_pass.run.check_numerics import Widened
-from npu_fuse_pass.run.fallbacks import falls_back, refusal, refused
+from npu_fuse_pass.run.fallbacks import falls_back, given_up, refusal, refused
 from npu_fuse_pass.run.plan_facts import PlanFacts, forget
 from npu_fuse_pass.run.python_numbers import PythonNumbers
 from npu_fuse_pass.run.variants import Variant, Variants
@@ -82,6 +82,7 @@ class GraphStep:
     __slots__ = (
         "__weakref__",
         "_facts",
+        "_given_up",
         "_gm",
         "_numbers",
         "_optimizers",
@@ -94,6 +95,7 @@ class GraphStep:
     def __init__(self, gm: fx.GraphModule, options: Options, handles: Sequence[str], cause: Cause) -> None:
         self._gm = gm
         self._options = options
+        self._given_up = False
         self._optimizers = {h: weakref.ref(core_op.optimizer_of(h), self._drop) for h in handles}
         self._numbers = _numbers(gm) if handles else []
         self._python = PythonNumbers(gm)
@@ -137,15 +139,28 @@ class GraphStep:
         return [(p.version, [[g is None for g in b.grads] for b in p.batches]) for p in preludes]
 
     def __call__(self, *args: Any) -> Any:
+        made = None
+        try:
+            if not self._given_up:
+                made = self._fused(args)
+        except Exception as e:
+            newest = self._variants.newest
+            if not given_up(newest.report, e, newest.program, self._options.strict):
+                raise
+            self._given_up = True
+        return self._gm.forward(*args) if made is None else made
+
+    def _fused(self, args: Sequence[Any]) -> Any:
+        """Run the fused step; None where the original has to run."""
         optimizers = self._stepped() if self._optimizers else []
         if any(o.has_hooks for o in optimizers):
-            return self._unfused(Code.HOOKS("step hooks run between the operations of this graph"), args)
+            return self._refused(Code.HOOKS("step hooks run between the operations of this graph"))
         if self._numbers and any(uses_kept(o, (args[i] for i in self._numbers)) for o in optimizers):
-            return self._unfused(Code.KEPT("the graph uses a number that the optimizer reads or counts itself"), args)
+            return self._refused(Code.KEPT("the graph uses a number that the optimizer reads or counts itself"))
         try:
             self._python.check(args)
         except Mismatch as e:
-            return self._unfused(e.reason, args)
+            return self._refused(e.reason)
         for o in optimizers:
             o._before(None, in_graph=True)
         if optimizers and self._inputs() != self._state:
@@ -153,7 +168,7 @@ class GraphStep:
         kept = self._kept()
         variant = self._variants.of(functools.partial(_number, kept), self._variant)
         if variant.program is None:
-            return self._gm.forward(*args)
+            return None
         try:
             return self._run(variant, args, kept, optimizers)
         except BaseException:
@@ -167,7 +182,7 @@ class GraphStep:
         if variant.inference is None:
             variant.inference = any(isinstance(v := values[i], Tensor) and v.is_inference() for i in variant.written)
         if variant.inference and not torch.is_inference_mode_enabled():
-            return self._gm.forward(*args)  # which torch refuses
+            return None  # the original, which torch refuses
         try:
             checked = None
             if any(isinstance(t := values[i], Tensor) and t.stride() != strides for i, strides in variant.layouts):
@@ -180,21 +195,21 @@ class GraphStep:
                 widened = functools.partial(Widened(self._gm).run, *args)
                 checked = variant.check(values, fused, original, optimizers, widened)
         except Mismatch as e:
-            return self._unfused(refusal(e, optimizers), args)
+            return self._refused(refusal(e, optimizers))
         except GraphRefused as e:
             falls_back(variant.report, e, self._options.strict)
             variant.program = None
-            return self._gm.forward(*args)
+            return None
         increment_version([t for i, t in variant.arguments.dtensors(args) if i in variant.written])
         for o in optimizers:
             o._after()
+        program.begun = False
         if checked is not None:
             return checked
         return tuple(_returned(output, values) for output in variant.captured.returned)
 
-    def _unfused(self, reason: Reason, args: Sequence[Any]) -> Any:
+    def _refused(self, reason: Reason) -> None:
         refused(self._variants.newest.report, reason, self._options.strict)
-        return self._gm.forward(*args)
 
 
 def _numbers(gm: fx.GraphModule) -> list[int]:

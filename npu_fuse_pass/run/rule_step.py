@@ -22,7 +22,7 @@ from npu_fuse_pass.rules.core_op import Stepping
 from npu_fuse_pass.rules.optimizer import RuleOptimizer
 from npu_fuse_pass.run import torch_class
 from npu_fuse_pass.run.check_numerics import names_of
-from npu_fuse_pass.run.fallbacks import falls_back, refusal, refused
+from npu_fuse_pass.run.fallbacks import falls_back, given_up, refusal, refused
 from npu_fuse_pass.run.plan_facts import PlanFacts
 from npu_fuse_pass.run.variants import Variant, Variants
 
@@ -57,8 +57,15 @@ class RuleSteps:
             ran.append(step if isinstance(step, CompileReport) else step.report)
         if isinstance(step, CompileReport):
             self._original(ticket)
-        else:
-            step()
+            return ()
+        try:
+            done = step()
+        except Exception as e:
+            if not step.given_up(e):
+                raise
+            self._steps[handle], done = step.report, False
+        if not done:
+            core_op.optimizer_of(handle)._run_original()
         return ()
 
     def _begun(self, handle: str) -> RuleStep | CompileReport:
@@ -90,6 +97,11 @@ class RuleStep:
         """The report of the variant that ran last."""
         return self._variants.newest.report
 
+    def given_up(self, error: Exception) -> bool:
+        """Give the step up after an error that nothing was written before; False if the error has to be raised."""
+        newest = self._variants.newest
+        return given_up(newest.report, error, newest.program, self._options.strict)
+
     def _plan(self, cause: Cause = FIRST) -> None:
         optimizer = self._optimizer()
         assert optimizer is not None
@@ -120,8 +132,8 @@ class RuleStep:
         )
         return Variant(made, self._options)
 
-    def __call__(self) -> None:
-        """Run one step of the optimizer."""
+    def __call__(self) -> bool:
+        """Run one step of the optimizer; False where its original has to run."""
         optimizer = self._optimizer()
         assert optimizer is not None
         prelude = optimizer._prelude
@@ -131,13 +143,10 @@ class RuleStep:
         if optimizer._surface.apart is not self._apart:  # a function has begun to call a step compiled before
             self._apart = newest.report.apart = optimizer._surface.apart
         if any(batch.needs_whole for batch in prelude.batches):
-            done = self._together(optimizer)
-        elif prelude.unchanged and newest.input_check is not None and newest.input_check is prelude.input_check:
-            done = self._try(optimizer, newest, newest.input_check.again)
-        else:
-            done = self._run(optimizer, inputs_of(prelude.batches))
-        if not done:
-            optimizer._run_original()
+            return self._together(optimizer)
+        if prelude.unchanged and newest.input_check is not None and newest.input_check is prelude.input_check:
+            return self._try(optimizer, newest, newest.input_check.again)
+        return self._run(optimizer, inputs_of(prelude.batches))
 
     def _together(self, optimizer: Stepping) -> bool:
         """Agree with other processes on a step with norms of sharded tensors: all run it fused, or none."""
@@ -197,4 +206,11 @@ class RuleStep:
             falls_back(variant.report, e, self._options.strict)
             variant.program = None
             return False
+        except Exception as e:
+            if not given_up(variant.report, e, variant.program, self._options.strict):
+                raise
+            variant.program = variant.input_check = optimizer._prelude.input_check = None
+            return False
+        if variant.program is not None:
+            variant.program.begun = False
         return True

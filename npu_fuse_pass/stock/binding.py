@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npu_fuse_pass.errors import internal, is_internal
 from npu_fuse_pass.reasons import Reason
 from npu_fuse_pass.rules import core_op
 from npu_fuse_pass.stock.classes import StockClass, original_step
@@ -64,6 +65,12 @@ class Binding:
             self.refused = e.reason
             self._prelude.begin_anew()
             raise
+        except Exception as e:
+            if not is_internal(e):
+                raise
+            self.refused = internal(e)
+            self._prelude.begin_anew()
+            raise Refused(self.refused) from e
         try:
             if self._prelude.unchanged or any(g is not None for b in self._prelude.batches for g in b.grads):
                 self.core(self.ticket)

@@ -72,7 +72,7 @@ class Program:
         self.spread = Spread(self.kernels, leaves, self._rounds, self._add_totals) if in_pieces else None
         self._slower = slower
         self._summed = False
-        self.written = False
+        self.begun = self.written = False
         written = {m[s] for g in groups for s in g.formula.written for m in g.members}
         beside = {i: m for g in reversed(groups) for m in reversed(g.members) for i in m}
         self._makes_all = all(leaves[i].kind in ("output", "temporary") for i in written)
@@ -153,6 +153,7 @@ class Program:
         bound = False
         self._summed = False
         if self.spread is not None:
+            self.begun = True  # as far as other processes know
             self.spread.begin()
 
         def step() -> None:
@@ -186,6 +187,7 @@ class Program:
                         kernel.call(kernel.contribute, threads)
                 self._add_totals()
             self._summed = True
+        self.begun = True
         for kernel in self.kernels:
             if not kernel.done[1]:
                 kernel.call(kernel.update, threads)

@@ -60,6 +60,7 @@ class Program:
         Unsupported: a group computes what no GE operation in the whitelist does.
     """
 
+    begun = False
     written = False  # a graph runs as a whole
 
     def __init__(
@@ -198,6 +199,7 @@ class Program:
             self._binder.bind(step, values)
             for cluster, places in self._clusters:
                 cluster.active = [step.active[place] for place in places]
+            self.begun = True
             try:
                 results = self._execution(step.inputs, self._binder.written)
             finally:

@@ -57,6 +57,15 @@ class RetryingProgram:
         else:
             show(self.chosen, None)
 
+    @property
+    def begun(self) -> bool:
+        """As of the program that runs now."""
+        return self.chosen.begun
+
+    @begun.setter
+    def begun(self, value: bool) -> None:
+        self.chosen.begun = value
+
     def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None:
         """Run the step, as `npu.Program`; on refusal with the next form."""
         said = []

@@ -46,6 +46,7 @@ class Program:
         Unsupported: a group computes what no GE operation in the whitelist does, or the host would have to take part.
     """
 
+    begun = False
     written = False  # a graph runs as a whole
 
     def __init__(
@@ -97,6 +98,7 @@ class Program:
             check_apart(written, [t for place, t in enumerate(given) if place not in set(self._written)])
             if not all(t.is_contiguous() for t in written):
                 raise Mismatch("a tensor that is written is not contiguous; the graph was compiled for contiguous ones")
+            self.begun = True
             results = self._execution([t.contiguous() for t in given], self._written)
             for i, result in zip(self._outputs, results, strict=True):
                 values[i] = result
