@@ -60,6 +60,7 @@ class RuleSteps:
             return ()
         try:
             done = step()
+            step.end()
         except Exception as e:
             if not step.given_up(e):
                 raise
@@ -96,6 +97,11 @@ class RuleStep:
     def report(self) -> CompileReport:
         """The report of the variant that ran last."""
         return self._variants.newest.report
+
+    def end(self) -> None:
+        """Note that a step is done, or that its original runs: nothing is begun."""
+        if (program := self._variants.newest.program) is not None:
+            program.begun = False
 
     def given_up(self, error: Exception) -> bool:
         """Give the step up after an error that nothing was written before; False if the error has to be raised."""
@@ -211,6 +217,4 @@ class RuleStep:
                 raise
             variant.program = variant.input_check = optimizer._prelude.input_check = None
             return False
-        if variant.program is not None:
-            variant.program.begun = False
         return True

@@ -110,11 +110,18 @@ def test_a_torch_class_whose_rule_cannot_be_prepared_is_captured(monkeypatch: py
     assert report.no_rule is not None and "internal error: IndexError" in report.no_rule.text
 
 
-@pytest.mark.parametrize("kind", EAGER, ids=lambda f: f.__name__)
-def test_what_may_have_written_is_raised(kind: Callable[[], Steps], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [*((kind, "finish") for kind in EAGER), (rule_of_torch, "checks"), (rule_of_ours, "checks")],
+    ids=lambda x: getattr(x, "__name__", x),
+)
+def test_what_may_have_written_is_raised(kind: Callable[[], Steps], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made, eager = kind(), params()
-    train(made, eager, EAGER[kind](eager), 2, 0)
-    break_(monkeypatch, kernel.Kernel, "finish")
+    train(made, eager, EAGER[kind](eager), 2 if name == "finish" else 1, 0)
+    for p in made[0] if name == "checks" else ():  # after a step without a member
+        p.grad = p.grad if p is made[0][0] else None
+    made[1]()
+    break_(monkeypatch, kernel.Kernel, name)
     with pytest.raises(IndexError):
         made[1]()
 
