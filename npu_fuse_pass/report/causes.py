@@ -88,7 +88,7 @@ _GUARDS = [
         "the step before this one created states, as first steps do",
         None,
     ),
-    _Guard(r"len\(self\.param_groups\)|\['params'\]\) ==", "parameters were added", None),
+    _Guard(r"len\(\S+\.param_groups\)|\['params'\]\) ==", "parameters were added or removed", None),
     _Guard(
         r"obj_id\(.*\['params'\]\[\d+\]",
         "the parameters are others than before, or in another order",
