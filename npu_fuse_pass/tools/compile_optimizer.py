@@ -107,7 +107,8 @@ class Patch:
     def install(self) -> None:
         """Replace `step`, and watch for calls of the original."""
         self.take_place()
-        with contextlib.suppress(AttributeError):  # a wrapper whose __init__ leaves out torch's has no hooks
+        # a wrapper whose __init__ leaves out torch's has no hooks, or plain dicts, in which torch registers none
+        with contextlib.suppress(AttributeError, TypeError):
             self._watching = self.optimizer.register_step_pre_hook(self.watch)
         self.compiled.fused_option.switch_off()
 

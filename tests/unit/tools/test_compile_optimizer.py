@@ -762,12 +762,22 @@ class Lookahead(torch.optim.Optimizer):
                 p.copy_(slow.lerp_(p, 0.5))
 
 
-def test_a_wrapper_without_hooks() -> None:
+class LookaheadOfDicts(Lookahead):
+    """As pytorch_optimizer writes wrappers: torch registers no hook in a plain dict."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(optimizer)
+        self._optimizer_step_pre_hooks: Any = {}
+        self._optimizer_step_post_hooks: Any = {}
+
+
+@pytest.mark.parametrize("cls", [Lookahead, LookaheadOfDicts])
+def test_a_wrapper_without_hooks(cls: type[Lookahead]) -> None:
     params = parameters(MATRICES)
     others = clones(params)
-    opt = npu_fuse_pass.compile_optimizer_(Lookahead(torch.optim.SGD(params, lr=0.1, momentum=0.9)))
+    opt = npu_fuse_pass.compile_optimizer_(cls(torch.optim.SGD(params, lr=0.1, momentum=0.9)))
     train(params, lambda: opt.step())
-    train(others, Lookahead(torch.optim.SGD(others, lr=0.1, momentum=0.9)).step)
+    train(others, cls(torch.optim.SGD(others, lr=0.1, momentum=0.9)).step)
     assert_close(params, others)
     assert any(r.groups for r in npu_fuse_pass.reports())
     assert "step" not in vars(npu_fuse_pass.restore_optimizer_(opt))
