@@ -158,9 +158,11 @@ class CompiledStep:
     def _closure_then_update(self, opt: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         """The step between the hooks. A closure runs uncompiled: it runs a model."""
         closure = args[0] if args else kwargs.get("closure")
+        alone = self._calls_closure_first and len(args) + len(kwargs) == 1
         if not callable(closure):
-            return self._update(*args, **kwargs)
-        if self._calls_closure_first and len(args) + len(kwargs) == 1:
+            none = closure is None and (args or "closure" in kwargs)  # what wrappers, accelerate's too, hand on
+            return self._update() if alone and none else self._update(*args, **kwargs)
+        if alone:
             with torch.enable_grad():
                 loss = closure()
             self._update()

@@ -303,6 +303,11 @@ def test_hooks_closures_schedulers_and_profiles() -> None:
 
     assert_close([twins.step(closure_of(twins.params))], [twins.eager.step(closure_of(twins.others))])
     assert_close([twins.step(closure=closure_of(twins.params))], [twins.eager.step(closure=closure_of(twins.others))])
+    assert twins.step(None) is twins.eager.step(None) is None  # as wrappers hand on a closure that they were not given
+    assert twins.step(closure=None) is twins.eager.step(closure=None) is None
+    for step in (twins.step, twins.eager.step):
+        with pytest.raises(TypeError, match="other"):
+            step(other=None)  # type: ignore[call-arg]
     twins.check()
     rule_report(5)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
