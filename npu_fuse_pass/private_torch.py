@@ -88,6 +88,8 @@ WITHOUT = {
     "optimizers is lost",
     "torch._dynamo.variables.builder.VariableBuilder._wrap": "what a function assigns to attributes of torch.optim's "
     "optimizers is lost",
+    "torch._dynamo.variables.builder.VariableBuilder.wrap_user_defined": "a random.Random of the step draws the same "
+    "numbers at every call",
     "torch._dynamo.variables.builder.process_automatic_dynamic": "numbers that change may compile a step twice",
     "torch._foreach_copy_": "lists of tensors are copied one by one",
     "torch._guards.CompileContext.current_compile_id": "reports do not say why a step was compiled again; with plain "

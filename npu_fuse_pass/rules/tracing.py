@@ -19,8 +19,9 @@ them, and does not guard that it stays the other's.
 
 Dynamo drops what is assigned to attributes of torch's optimizers, `opt.param_groups` among them. It carries out what is
 assigned to objects that it tracks, so it tracks optimizers, too. It takes a deque for one without a `maxlen`, so that a
-full one would have one item too many in the graph. And what was read as `p.data` or `p.T` it reads again behind the
-graph, where other data may have been assigned.
+full one would have one item too many in the graph. It draws from a `random.Random` while it traces, and every call gets
+these numbers. And what was read as `p.data` or `p.T` it reads again behind the graph, where other data may have been
+assigned.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import contextvars
 import dataclasses
 import functools
 import math
+import random
 import re
 import threading
 import types
@@ -111,6 +113,7 @@ _variable_of, _optimizer = _ATTRIBUTES = (
     find("torch._dynamo.variables.builder.VariableBuilder._wrap"),
     find("torch._dynamo.variables.OptimizerVariable"),
 )
+_object_of = find("torch._dynamo.variables.builder.VariableBuilder.wrap_user_defined")
 
 _format_value, _sym_node, _constant, _unbacked = _FORMATS = (
     find("torch._dynamo.symbolic_convert.InstructionTranslatorBase._format_value"),
@@ -233,7 +236,12 @@ def _is_matched_on_id(guard: Any) -> bool:
 
 
 def _input(self: Any, value: Any) -> Any:
-    """Dynamo's variable of an input; what is assigned to attributes of an optimizer is carried out behind the graph."""
+    """Dynamo's variable of an input; what is assigned to attributes of an optimizer is carried out behind the graph.
+
+    A `random.Random` is an object like others, whose methods Python calls between graphs.
+    """
+    if type(value) is random.Random and _object_of is not None:
+        return _object_of(self, value)
     variable, tracked = _variable_of(self, value), self.tx.output.side_effects
     if type(value) is collections.deque and None not in _DEQUES:
         _install_guard(_attribute_source(self.source, "maxlen").make_guard(_same_constant))

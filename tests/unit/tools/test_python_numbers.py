@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import threading
 import warnings
 from collections.abc import Callable
@@ -575,6 +576,42 @@ def test_numpys_draws_are_numpys(optimizer: Any, plain: bool) -> None:
         return torch.cat([p.detach(), torch.tensor([np.random.rand()]), torch.rand(1)])
 
     torch.testing.assert_close(trained(True), trained(False))
+
+
+class Drawing(torch.optim.Optimizer):
+    """Scales some steps by what a generator of its own draws, as PSGD decides when to renew a preconditioner."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+        self.random = random.Random(3)
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        renews = self.random.random() < 0.5
+        scale = self.random.uniform(0.5, 1.5) if renews else 1.0
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.copy_(torch.sub(p, p.grad, alpha=group["lr"] * scale))
+
+
+@pytest.mark.usefixtures("afresh")
+@pytest.mark.parametrize("plain", [True, False])
+def test_draws_of_a_generator_of_pythons(plain: bool) -> None:
+    """Dynamo draws while it traces: every step would get the numbers of the first."""
+    runs = []
+    for compiled in (True, False):
+        torch._dynamo.reset()
+        p = torch.nn.Parameter(torch.zeros(3))
+        opt = Drawing([p])
+        step: Any = opt.step
+        if compiled:
+            step = torch.compile(step, backend="npu_fused") if plain else npu_fuse_pass.compile_step(opt)
+        for _ in range(6):
+            p.grad = torch.ones(3)
+            step()
+        runs.append([p.detach(), torch.tensor(opt.random.random())])
+    assert_close(*runs)
+    assert any(r.groups for r in npu_fuse_pass.reports())
 
 
 class Counted(torch.optim.Optimizer):
