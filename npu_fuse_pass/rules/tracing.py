@@ -18,7 +18,8 @@ those guards parameters get each other's states, silently. A gradient that two p
 them, and does not guard that it stays the other's.
 
 Dynamo drops what is assigned to attributes of torch's optimizers, `opt.param_groups` among them. It carries out what is
-assigned to objects that it tracks, so it tracks optimizers, too. It takes a deque for one without a `maxlen`, so that a
+assigned to objects that it tracks, so it tracks optimizers, too. What is assigned to their classes it reads through an
+optimizer as it was before. It takes a deque for one without a `maxlen`, so that a
 full one would have one item too many in the graph. It draws from a `random.Random` while it traces, and every call gets
 these numbers. And what was read as `p.data` or `p.T` it reads again behind the graph, where other data may have been
 assigned.
@@ -193,7 +194,17 @@ def _capturable(group: Any) -> dict[Any, Any]:
 
 
 def _attribute(self: Any, tx: Any, name: str) -> Any:
-    """An optimizer's attribute; Dynamo takes any name that is part of "_init_group" for that method: `n`, `group`."""
+    """An optimizer's attribute; Dynamo takes any name that is part of "_init_group" for that method: `n`, `group`.
+
+    What the function has assigned to the class (`type(self).count += 1`) it reads through the optimizer as it was before.
+    """
+    effects = tx.output.side_effects
+    own = name in vars(self.value) or effects.has_pending_mutation_of_attr(self, name)
+    for cls in () if own else type(self.value).__mro__:
+        if cls in effects and effects.has_pending_mutation_of_attr(effects[cls], name):
+            return effects.load_attr(effects[cls], name)
+        if name in vars(cls):
+            break
     if name != "_init_group" and name in "_init_group":
         return super(type(self), self).var_getattr(tx, name)
     return _read_attribute(self, tx, name)

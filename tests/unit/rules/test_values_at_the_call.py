@@ -410,6 +410,39 @@ def test_attributes_of_an_optimizer(make: Any) -> None:
         assert opt.param_groups[0]["lr"] == opt.defaults["lr"] == opt.note == value
 
 
+class CountingInItsClass(torch.optim.Optimizer):
+    """Counts all steps of its kind, and reads the count through itself."""
+
+    count = 0
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        type(self).count += 1
+        for p in self.param_groups[0]["params"]:
+            p.sub_(p.grad, alpha=1 / self.count)
+
+
+@pytest.mark.usefixtures("afresh")
+@pytest.mark.parametrize(
+    "entry", [lambda opt: torch.compile(opt.step, backend="npu_fused"), npu_fuse_pass.compile_step]
+)
+def test_attributes_of_its_class(entry: Any) -> None:
+    """Dynamo reads the value of before the step through the optimizer."""
+    runs = []
+    for compiled in (True, False):
+        CountingInItsClass.count = 0
+        params = parameters([(3,)])
+        opt = CountingInItsClass(params, {})
+        step = entry(opt) if compiled else opt.step
+        for i in range(4):
+            set_gradients(params, gradients(params, i))
+            step()
+            assert opt.count == i + 1
+        runs.append(params)
+    assert_close(*runs)
+    assert any(r.groups for r in npu_fuse_pass.reports())
+
+
 class Remembering(torch.optim.Optimizer):
     """Steps along the mean of its last gradients."""
 
