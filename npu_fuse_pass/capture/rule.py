@@ -340,6 +340,7 @@ def _run(
         scalars = [torch.ones((), dtype=torch.float64) for _ in flat_keywords]
         try:
             graph = make_fx(flat, tracing_mode="real")(*tensors, *scalars)
+            graph.graph.eliminate_dead_code()  # rows that a rule takes to ask for their size
         except Unsupported as e:
             raise e.at(None, source_of_error(e))  # noqa: B904 - it is the same error
         except Exception as e:

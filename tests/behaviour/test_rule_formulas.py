@@ -30,6 +30,7 @@ SHAPED: dict[str, Callable[..., Any]] = {
     "old parameter": lambda param, grad, m, *, lr: (param - lr * m, param),
     "exchanged": lambda param, grad, m, *, lr: (m - lr * grad, param),
     "tall": lambda param, grad, m, *, lr: (param * (lr if param.ndim and param.shape[0] > param.shape[-1] else 1), m),
+    "size of a row": lambda param, grad, m, *, lr: (param - lr * grad / grad[0].numel(), m),
     "first element": lambda param, grad, m, *, lr: (param - lr * grad.flatten()[0], m),
     "rows": lambda param, grad, m, *, lr: (param - lr * grad.sum(-1, keepdim=True), m),
 }
