@@ -188,6 +188,12 @@ def _extremum(name: str) -> Callable[..., Val]:
     return row
 
 
+def _other_memory(b: Builder, x: Val) -> Val:
+    """`p.data = new`, as Dynamo ends it."""
+    remedy = "write to the memory that the tensor has: p.data.copy_(new), p.data.sub_(update)"
+    raise Unsupported("data", "is assigned, which gives the tensor other memory", Code.OPERATION, remedy)
+
+
 # operations that return a real tensor itself
 REAL = ("conj", "conj_physical", "resolve_conj", "resolve_neg", "real", "positive", "pos")
 
@@ -199,6 +205,7 @@ SHAPED: dict[str, Callable[..., Val]] = {
     "half": lambda b, x: cast(b, x, torch.float16),
     "bfloat16": lambda b, x: cast(b, x, torch.bfloat16),
     "masked_fill": _masked_fill,
+    "_lower_version_count_by_1": _other_memory,
     "sum": _reduction("sum"),
     "amax": _reduction("amax"),
     "amin": _reduction("amin"),

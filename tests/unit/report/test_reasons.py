@@ -502,6 +502,23 @@ class Reads(torch.optim.Optimizer):
                 torch._dynamo.graph_break()
 
 
+class Assigns(torch.optim.Optimizer):
+    """Gives its parameters other memory at every step, or copies into theirs."""
+
+    def __init__(self, params: Any, copies: bool) -> None:
+        super().__init__(params, {"lr": 0.1})
+        self.copies = copies
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            new = p.data - 0.1 * p.grad
+            if self.copies:
+                p.data.copy_(new)
+            else:
+                p.data = new
+
+
 class Alternates(torch.optim.Optimizer):
     """Counts in a number of its group, by which it looks into a list: Dynamo then takes it for a constant."""
 
@@ -526,6 +543,11 @@ EXPLAINED: dict[str, tuple[Code, Callable[[], Any], Callable[[], Any] | None]] =
     ),
     "hidden": (Code.HIDDEN, lambda: torch.optim.SparseAdam(ones((4,))), lambda: torch.optim.Adam(ones((4,)))),
     "a value": (Code.VALUE, lambda: Reads(ones((4,)), False), lambda: Reads(ones((4,)), True)),
+    "other memory": (
+        Code.OPERATION,
+        lambda: Assigns(ones((4,)), copies=False),
+        lambda: Assigns(ones((4,)), copies=True),
+    ),
     "compiled anew": (
         Code.RECOMPILES,
         lambda: Alternates(ones((4,)), from_list=True),
@@ -542,6 +564,11 @@ def test_what_torch_shows(name: str) -> None:
     assert {reason.code for reason in report.reasons} == {code} and report.remedies
     if cured is not None:
         assert not npu_fuse_pass.explain(cured()).reasons
+
+
+def test_the_remedy_for_assigned_data_names_it() -> None:
+    (reason,) = npu_fuse_pass.explain(Assigns(ones((4,)), copies=False)).reasons
+    assert reason.op == "data" and "p.data.copy_(" in reason.advised
 
 
 def test_what_torch_compiles_no_further_is_said_with_its_cause() -> None:
