@@ -28,6 +28,10 @@ _BROKEN = {
 
 _OWN_STEP = "leave step as RuleOptimizer has it: what a class does beside it belongs in before_step and after_step"
 _RULES = "use an optimizer of this package or a rule (optimizers.*, npu_fuse_pass.rule), whose numbers never recompile"
+_KEPT = (
+    "zero_grad(set_to_none=False) keeps gradients (a gradient of zeros is an update too: momentum and weight decay go "
+    "on)"
+)
 _OUTSIDE = "set and read the numbers of parameter groups outside of the compiled function: there they cost no compile"
 
 
@@ -63,9 +67,9 @@ _GUARDS = [
     _Guard(
         r"\.grad\b.* is (not )?None|\.grad\b.*NoneType",
         "other gradients are None than before",
-        "zero_grad(set_to_none=False) keeps gradients (a gradient of zeros is an update too: momentum and weight decay "
-        "go on), or torch.compile(opt.step) alone: optimizers with rules (optimizers.*) leave those parameters out "
-        "without a recompile",
+        f"{_KEPT}, or use an optimizer of this package or a rule (optimizers.*, npu_fuse_pass.rule), whose own step "
+        "leaves those parameters out without a recompile",
+        f"{_KEPT}, or torch.compile(opt.step) alone, which leaves those parameters out without a recompile",
     ),
     _Guard(
         r"\.grad\b.*deallocated",

@@ -19,10 +19,9 @@ them, and does not guard that it stays the other's.
 
 Dynamo drops what is assigned to attributes of torch's optimizers, `opt.param_groups` among them. It carries out what is
 assigned to objects that it tracks, so it tracks optimizers, too. What is assigned to their classes it reads through an
-optimizer as it was before. It takes a deque for one without a `maxlen`, so that a
-full one would have one item too many in the graph. It draws from a `random.Random` while it traces, and every call gets
-these numbers. And what was read as `p.data` or `p.T` it reads again behind the graph, where other data may have been
-assigned.
+optimizer as it was before. It takes a deque for one without a `maxlen`, so that a full one would have one item too many
+in the graph. It draws from a `random.Random` while it traces, and every call gets these numbers. And what was read as
+`p.data` or `p.T` it reads again behind the graph, where other data may have been assigned.
 """
 
 from __future__ import annotations
@@ -196,7 +195,7 @@ def _capturable(group: Any) -> dict[Any, Any]:
 def _attribute(self: Any, tx: Any, name: str) -> Any:
     """An optimizer's attribute; Dynamo takes any name that is part of "_init_group" for that method: `n`, `group`.
 
-    What the function has assigned to the class (`type(self).count += 1`) it reads through the optimizer as it was before.
+    What the function has assigned to the class (`type(self).count += 1`) it reads through the optimizer as before.
     """
     effects = tx.output.side_effects
     own = name in vars(self.value) or effects.has_pending_mutation_of_attr(self, name)

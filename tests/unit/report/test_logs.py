@@ -154,7 +154,7 @@ OURS: Callable[[Any], Any] = lambda p: optimizers.NpuFusedAdam(p, lr=0.01)  # no
 RECOMPILES = {
     "lr": (ADAM, lr, "lr is a Python number", "torch.tensor"),
     "betas": (ADAM, betas, "a number in a parameter group changed", "optimizers.*"),
-    "None gradient": (ADAM, none, "other gradients are None", "set_to_none=False"),
+    "None gradient": (ADAM, none, "other gradients are None", "or use an optimizer of this package"),
     "another group": (ADAM, another, "parameters were added", None),
     "first states": (MOMENTUM, nothing, "created states, as first steps do", None),
     "ours, another group": (OURS, another, "planned anew: the number of parameters changed from 2 to 3", None),

@@ -242,6 +242,9 @@ def test_guards_on_numbers_have_a_remedy_for_who_steps() -> None:
     guard = "0/1: G['opt'].param_groups[0]['lr'] == 0.1"
     assert "optimizer of this package" in str(recompile(guard, with_rules=False).remedy)
     assert "outside of the compiled function" in str(recompile(guard, with_rules=True).remedy)
+    missing = "3/0: self.param_groups[0]['params'][1].grad is None  # train.py:5 in step"
+    assert "optimizer of this package" in str(recompile(missing, with_rules=False).remedy)
+    assert "torch.compile(opt.step) alone" in str(recompile(missing, with_rules=True).remedy)
 
 
 def test_nothing_is_promised_before_the_original_ran() -> None:
