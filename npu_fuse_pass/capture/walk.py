@@ -52,6 +52,8 @@ def run_graph(
             env[node] = next(given)
         elif operation_name(node) == "_set_grad_enabled":
             interpreter.grad_enabled = bool(node.args[0])
+        elif operation_name(node) in ("_enter_autocast", "_exit_autocast"):
+            _check_idle(node)
         elif node.op == "get_attr":
             env[node] = attribute(node)
         elif node.op == "output":
@@ -65,6 +67,14 @@ def run_graph(
             except Unsupported as e:
                 raise e.at(node.name, source_of(node))  # noqa: B904 - it is the same error
     return None
+
+
+def _check_idle(node: fx.Node) -> None:
+    """Refuse the begin of a `with torch.autocast` that changes something; whether it is on already Dynamo guards."""
+    if operation_name(node) == "_enter_autocast" and (node.args[2] or torch.is_autocast_enabled(str(node.args[0]))):
+        remedy = "take torch.autocast out of the step, and cast where the step needs it"
+        error = Unsupported("autocast", "changes the dtypes in which torch computes", Code.OPERATION, remedy)
+        raise error.at(node.name, source_of(node))
 
 
 def _call_node(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], env: Env) -> Any:
