@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -169,3 +170,26 @@ def test_the_next_optimizer_of_its_kind_begins_anew(monkeypatch: pytest.MonkeyPa
     given_up, report = npu_fuse_pass.reports()[-2:]
     assert given_up.fallback is not None and report.fallback is None
     assert [g.lowering for g in report.groups] == ["cpu"]
+
+
+@pytest.mark.parametrize("kind", EAGER, ids=lambda f: f.__name__)
+def test_a_fault_anywhere_is_never_silently_wrong(kind: Callable[[], Steps], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is raised, or what the step leaves is what the original does."""
+    raised = []
+    functions = [f for cls in (program.Program, kernel.Kernel) for _, f in inspect.getmembers(cls, inspect.isfunction)]
+    functions = [f for f in functions if not f.__code__.co_freevars and f.__name__ != "__init__"]
+    for function in functions:
+        made, eager = kind(), params()
+        opt = EAGER[kind](eager)
+        train(made, eager, opt, 2, 0)
+        with monkeypatch.context() as patched, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            code = planted.__code__.replace(co_filename=function.__code__.co_filename)
+            patched.setattr(function, "__code__", code)
+            try:
+                train(made, eager, opt, 1, 2)
+            except IndexError:
+                raised.append(function.__name__)
+    assert len(functions) > 25
+    if kind is not rule_of_ours:  # its own preparation has no original beside it
+        assert set(raised) <= {"call", "finish", "release", "checks"}, raised
