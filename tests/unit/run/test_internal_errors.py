@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import npu_fuse_pass
-from npu_fuse_pass.lowerings.cpu import kernel, program
+from npu_fuse_pass.lowerings.cpu import input_check, kernel, program
 from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.stock import prelude
 from optimizers import NpuFusedAdamW
@@ -173,8 +173,13 @@ def test_the_next_optimizer_of_its_kind_begins_anew(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("kind", EAGER, ids=lambda f: f.__name__)
-def test_a_fault_anywhere_is_never_silently_wrong(kind: Callable[[], Steps], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("native", [True, False], ids=["native input check", "in Python"])
+def test_a_fault_anywhere_is_never_silently_wrong(
+    kind: Callable[[], Steps], native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is raised, or what the step leaves is what the original does."""
+    if not native:
+        monkeypatch.setattr(input_check, "WORTH", 1000)
     raised = []
     functions = [f for cls in (program.Program, kernel.Kernel) for _, f in inspect.getmembers(cls, inspect.isfunction)]
     functions = [f for f in functions if not f.__code__.co_freevars and f.__name__ != "__init__"]
