@@ -16,7 +16,7 @@ import torch
 
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.ir.disjoint import Disjoint
-from npu_fuse_pass.ir.expr import REDUCTIONS, Builder, Expr, postorder
+from npu_fuse_pass.ir.expr import REDUCTIONS, Builder, Expr, postorder, rebuilt
 from npu_fuse_pass.ir.types import Leaf
 from npu_fuse_pass.reasons import Code
 
@@ -155,31 +155,16 @@ class _Totals:
         self.contributions: list[Contribution] = []
 
     def rebuilt(self, root: Expr) -> Expr:
-        """`root` with totals; children first, without recursion (a sum over N parameters is a chain of N)."""
-        stack = [(root, False)]
-        while stack:
-            e, ready = stack.pop()
-            if id(e) in self._made:
-                continue
-            below = self._children(e)
-            if ready:
-                self._made[id(e)] = self._make(e, below)
-            else:
-                stack.append((e, True))
-                stack.extend((a, False) for a in below)
-        return self._made[id(root)]
+        """`root` with totals."""
+        return rebuilt(root, self._made, self._below, self._make)
 
     def _several(self, e: Expr) -> bool:
         return self._owner[id(e)] == _SEVERAL
 
-    def _children(self, e: Expr) -> list[Expr]:
-        """The expressions to rebuild before `e`: its arguments, or its terms if it is a sum."""
-        return self._addends(e) if self._several(e) else list(e.args)
-
-    def _addends(self, e: Expr) -> list[Expr]:
+    def _below(self, e: Expr) -> Sequence[Expr]:
         """The terms of a sum over several parameters (Python's starts with 0 + the first); else the arguments."""
-        if e.op != "add":
-            return list(e.args)
+        if e.op != "add" or not self._several(e):
+            return e.args
         found: list[Expr] = []
         stack = [e]
         while stack:
@@ -190,7 +175,7 @@ class _Totals:
                 found.append(x)
         return found
 
-    def _make(self, e: Expr, below: list[Expr]) -> Expr:
+    def _make(self, e: Expr, below: Sequence[Expr]) -> Expr:
         if not self._several(e):
             args = tuple(
                 self._alone(e, a) if e.tensor and id(a) in self._elsewhere else self._made[id(a)] for a in below

@@ -129,9 +129,9 @@ def rebuilt(
     while waiting:
         e = waiting[-1]
         args = below(e)
-        missing = next((a for a in args if id(a) not in made), None)
-        if missing is not None:
-            waiting.append(missing)
+        missing = [a for a in args if id(a) not in made]
+        if missing:
+            waiting += reversed(missing)
         else:
             waiting.pop()
             if id(e) not in made:
