@@ -30,7 +30,7 @@ _PLACES = {
     **dict.fromkeys(("sum", "mean", "amax", "amin"), (1, 2)),
     **dict.fromkeys(("norm", "linalg_norm", "linalg_vector_norm"), (2, 3)),
 }
-_ENTRYWISE = {*ROWS, "div", "divide", "true_divide", "fma", "masked_fill", "max", "min"}
+_ENTRYWISE = {*ROWS, "masked_fill", "max", "min"}
 _CHEAP = ("neg", "cast", "add", "sub", "mul")
 _FEW = 5  # of them, with what they read
 _ALTERNATE = "{} dimensions that are not adjacent, in shape {}; at most two stretches of them can fuse"

@@ -12,12 +12,13 @@ from torch import Tensor, fx
 
 from npu_fuse_pass.capture.aten.rows import ROWS
 from npu_fuse_pass.capture.interpreter import Interpreter
+from npu_fuse_pass.capture.stacked import all_met
 from npu_fuse_pass.capture.values import Cell, in_shape
 from npu_fuse_pass.fx_nodes.effects import recorded, storage_of
 from npu_fuse_pass.fx_nodes.names import operation_name
 
 VIEWS = ("reshape", "view", "flatten", "ravel", "view_as", "reshape_as", "squeeze", "unsqueeze")
-_SAME = ("to", "type_as", "float", "double", "detach", "clone", "masked_fill", "div", "divide", "true_divide")
+_SAME = ("to", "type_as", "float", "double", "detach", "clone", "masked_fill")
 _ENTRYWISE = {*ROWS, *_SAME} - {"max.other", "fma"}
 _NUMBERS = ("sum", "mean", "norm", "linalg_vector_norm", "dot", "amax", "amin")
 
@@ -43,15 +44,9 @@ def _is_apart(view: fx.Node) -> bool:
     one, other = _shape(view.args[0]), _shape(view)
     if one is None or one == other:
         return False
-    found, waiting = {view}, [view]
-    while waiting:
-        node = waiting.pop()
-        met = _met(node, one, other)
-        if met is None:
-            return False
-        new = [n for n in met if n not in found]
-        found.update(new)
-        waiting += new
+    found = all_met(view, lambda node: _met(node, one, other))
+    if found is None:
+        return False
     looked_at = {storage_of(recorded(n.args[0])) for n in found if operation_name(n) in VIEWS}
     return not any(_writes(n) and storage_of(recorded(n.args[0])) in looked_at for n in found)
 

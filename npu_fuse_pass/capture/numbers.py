@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, fx
 
 from npu_fuse_pass.capture.aten.rows import ROWS
+from npu_fuse_pass.capture.flat import VIEWS
 from npu_fuse_pass.capture.values import COUNTERS
 from npu_fuse_pass.fx_nodes.effects import recorded
 from npu_fuse_pass.fx_nodes.names import operation_name
 from npu_fuse_pass.tensors.sharded import is_dtensor
 
 _READ = ("item", "_local_scalar_dense", "cat", "concat")
-_RESHAPED = ("reshape", "view", "squeeze", "flatten", "ravel", "unsqueeze", "view_as", "reshape_as")
-_ENTRYWISE = {*ROWS, "div", "divide", "true_divide", "to", "float", "double", "clone", "detach", "copy", "fill", "zero"}
+_ENTRYWISE = {*ROWS, "to", "float", "double", "clone", "detach", "copy", "fill", "zero"}
 
 
 def is_number(node: fx.Node, value: Any) -> bool:
@@ -32,7 +32,7 @@ def is_number(node: fx.Node, value: Any) -> bool:
     while waiting:
         for user in waiting.pop().users:
             name, made = operation_name(user), recorded(user)
-            if name in _READ or (name in _RESHAPED and isinstance(made, Tensor) and made.shape != value.shape):
+            if name in _READ or (name in VIEWS and isinstance(made, Tensor) and made.shape != value.shape):
                 return True
             plain = name.removeprefix("_foreach_").removesuffix("_")
             if plain not in _ENTRYWISE and plain != "getitem":

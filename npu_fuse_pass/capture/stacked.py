@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ _ORDERS = (1, 2, math.inf)
 _SOURCES = ("stack", "cat", "concat", "tensor", "as_tensor")
 _TAKEN = ("unbind", "split")
 _SAME = ("detach", "float", "double")  # the vector itself, where it has that dtype already
-_ENTRYWISE = {*ROWS, "div", "divide", "true_divide", "clone", *_SAME} - {"max.other", "fma"}
+_ENTRYWISE = {*ROWS, "clone", *_SAME} - {"max.other", "fma"}
 
 
 def order_of(user: fx.Node) -> Any:
@@ -128,16 +128,21 @@ def _all_entrywise(interpreter: Interpreter, source: fx.Node) -> bool:
     first = recorded(source)
     if not isinstance(first, Tensor) or first.dim() != 1 or first.dtype not in (torch.float32, torch.float64):
         return False
+    found = all_met(source, lambda node: _met(node, first, interpreter.numbers))
+    return found is not None and _views_come_last(found)
+
+
+def all_met(source: fx.Node, met: Callable[[fx.Node], list[fx.Node] | None]) -> set[fx.Node] | None:
+    """A node and all that it meets, directly or through others; None where `met` of one of them is None."""
     found, waiting = {source}, [source]
     while waiting:
-        node = waiting.pop()
-        met = _met(node, first, interpreter.numbers)
-        if met is None:
-            return False
-        new = [n for n in met if n not in found]
+        nodes = met(waiting.pop())
+        if nodes is None:
+            return None
+        new = [n for n in nodes if n not in found]
         found.update(new)
         waiting += new
-    return _views_come_last(found)
+    return found
 
 
 def _met(node: fx.Node, like: Tensor, numbers: bool) -> list[fx.Node] | None:
