@@ -19,7 +19,7 @@ from npu_fuse_pass.capture.inline import expand_rule
 from npu_fuse_pass.capture.interpreter import Interpreter
 from npu_fuse_pass.capture.list_ops import LISTS
 from npu_fuse_pass.capture.numbers import is_number
-from npu_fuse_pass.capture.originals import dense_strides
+from npu_fuse_pass.capture.originals import dense_strides, number_type
 from npu_fuse_pass.capture.shards import of_this_process
 from npu_fuse_pass.capture.updates import updates_of
 from npu_fuse_pass.capture.values import Cell, Val
@@ -72,7 +72,7 @@ def _ways_apart(captured: Captured, dimensions: bool) -> list[tuple[bool, bool, 
 
 def _tensors(gm: fx.GraphModule, captured: Captured) -> dict[int, Any]:
     """The recorded tensors of the leaves that the graph is given or holds, by index."""
-    examples = [n.meta.get("val", n.meta.get("example_value")) for n in gm.graph.find_nodes(op="placeholder")]
+    examples = [recorded(n) for n in gm.graph.find_nodes(op="placeholder")]
     given = [(i, leaf) for i, leaf in enumerate(captured.leaves) if leaf.optimizer is None]
     tensors = {i: examples[leaf.index] for i, leaf in given if leaf.kind == "input"}
     tensors |= {i: operator.attrgetter(leaf.name)(gm) for i, leaf in given if leaf.kind == "attribute"}
@@ -112,16 +112,15 @@ def _read(gm: fx.GraphModule, numbers: bool, dimensions: bool = False, reduction
             made, totals = updates_of(interpreter.leaves, s.writes, b, totals, dimensions)
             segments.append(Segment(made, s.calls))
         updates, _ = updates_of(interpreter.leaves, interpreter.written, b, totals, dimensions)
-        moved = (interpreter.moved, interpreter.moved_by_calls + interpreter.copied)
-        expanded = interpreter.expanded
         return Captured(
             interpreter.leaves,
             updates,
             unfused,
             segments,
             outputs,
-            *moved,
-            expanded,
+            moved=interpreter.moved,
+            moved_by_calls=interpreter.moved_by_calls + interpreter.copied,
+            expanded=interpreter.expanded,
             stores=stores,
             put_right=b.put_right,
         )
@@ -187,7 +186,7 @@ def _outputs(interpreter: Interpreter, node: fx.Node, returned: Sequence[Any]) -
             outputs.append(Output(literal=cell))
             continue
         meta = recorded(source)
-        number = next((t for t, kinds in _NUMBERS.items() if isinstance(meta, kinds)), None)
+        number = number_type(meta)
         if cell.leaf is None:
             value, memory = cell.read(), storage_of(meta)
             kept = _kept(interpreter, value)
@@ -247,15 +246,8 @@ def _is_detached(node: fx.Node) -> bool:
     return False
 
 
-_NUMBERS: dict[type, tuple[type, ...]] = {
-    bool: (bool, torch.SymBool),
-    int: (int, torch.SymInt),
-    float: (float, torch.SymFloat),
-}
-
-
 def _input(interpreter: Interpreter, node: fx.Node, index: int, numbers: bool) -> Any:
-    example = node.meta.get("val", node.meta.get("example_value"))
+    example = recorded(node)
     if isinstance(example, (int, float, torch.SymInt, torch.SymFloat)):
         number = torch.int64 if isinstance(example, (int, torch.SymInt)) else torch.float64
         return interpreter.add_leaf(Leaf("input", node.name, index), tensor=False, number=number)

@@ -109,7 +109,7 @@ class Originals:
         several = isinstance(meta, (list, tuple))
         fakes: list[Any] = list(meta) if several else [] if meta is None else [meta]
         known = has_record(node) or not node.users
-        number = next((t for t, kinds in _NUMBERS.items() if isinstance(meta, kinds)), None)
+        number = number_type(meta)
         tensors = all(isinstance(fake, Tensor) for fake in fakes)
         if effect is None or not known or not (tensors or number in (int, float)):
             raise Unsupported.of(reason)
@@ -185,23 +185,22 @@ class Originals:
     def _result(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], fake: Tensor, level: int) -> Val:
         place = f"{name}_{len(self._interpreter.leaves)}"
         strides = tuple(map(int, fake.stride()))
-        leaf = Leaf("result", place, dtype=dtype, shape=shape, device=fake.device, strides=strides)
-        val = self._interpreter.add_leaf(leaf, bool(shape)).val
-        self._level_of[id(val.expr)] = level + 1
-        return val
+        return self._new(Leaf("result", place, dtype=dtype, shape=shape, device=fake.device, strides=strides), level)
 
     def _left_in(self, holder: int, name: str, level: int) -> Val:
         """What an operation leaves in a tensor that it writes."""
-        leaf = self._interpreter.leaves[holder]
-        val = self._interpreter.add_leaf(leaf, bool(leaf.shape)).val
-        self._level_of[id(val.expr)] = level + 1
+        val = self._new(self._interpreter.leaves[holder], level)
         self._lies_in[_index(val)] = holder
         return val
 
     def _number(self, name: str, kind: type, level: int) -> Val:
         """A Python number that an operation gives, as a leaf."""
         leaf = Leaf("result", f"{name}_{len(self._interpreter.leaves)}")
-        val = self._interpreter.add_leaf(leaf, False, torch.int64 if kind is int else torch.float64).val
+        return self._new(leaf, level, torch.int64 if kind is int else torch.float64)
+
+    def _new(self, leaf: Leaf, level: int, number: torch.dtype | None = None) -> Val:
+        """The value of a new leaf, which an operation of this level gives."""
+        val = self._interpreter.add_leaf(leaf, bool(leaf.shape), number).val
         self._level_of[id(val.expr)] = level + 1
         return val
 
@@ -221,7 +220,7 @@ class Originals:
         if (n, k) in held:
             return LeafRef(held[n, k])
         example = _example(n, k)
-        number = next((t for t, kinds in _NUMBERS.items() if isinstance(example, kinds)), None)
+        number = number_type(example)
         if number is None and value.val.number:
             number = float if value.val.dtype.is_floating_point else int
         return LeafRef(self._stored(value.read(), example), number)
@@ -375,11 +374,12 @@ _BASE = -1  # stands for the leaf of a view's base
 _MANY = 64  # views of one operation: each that is read again is another such operation, with as many results
 _OF_MEMORY = ("as_strided", "as_strided_copy", "as_strided_scatter", "set_")  # they read a tensor's whole storage
 _OF_NUMBERS = "compute this number with + - * / // % **, min, max, round or int, which need no call between kernels"
-_NUMBERS: dict[type[int] | type[float] | type[bool], tuple[type, ...]] = {
-    bool: (bool, torch.SymBool),
-    int: (int, torch.SymInt),
-    float: (float, torch.SymFloat),
-}
+
+
+def number_type(value: Any) -> type[int] | type[float] | type[bool] | None:
+    """The type of a Python number, which torch may have made symbolic; None for anything else."""
+    kinds = {bool: (bool, torch.SymBool), int: (int, torch.SymInt), float: (float, torch.SymFloat)}
+    return next((kind for kind, forms in kinds.items() if isinstance(value, forms)), None)
 
 
 def _cells(value: Any) -> list[Cell]:
