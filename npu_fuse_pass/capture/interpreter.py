@@ -82,12 +82,14 @@ class Interpreter:
         if name.startswith("_foreach_"):
             return self._foreach(name.removeprefix("_foreach_"), args, kwargs)
         out = kwargs.pop("out", None)
-        if out is not None:
-            return self._call_out(out, name, args, kwargs)
         in_place = name.endswith("_") and not name.endswith("__")
         name = name.removesuffix("_") if in_place else name
-        values = tuple(_value(a) for a in args)
-        result = self._evaluate(name, values, {k: _value(v) for k, v in kwargs.items()})
+        result = self._evaluate(name, tuple(map(_value, args)), {k: _value(v) for k, v in kwargs.items()})
+        if out is not None:
+            if not isinstance(out, Cell) or result.shape != out.val.shape:
+                raise Unsupported(name, "writes to an `out` of another shape", Code.SHAPES)
+            self._write(out, name, result)
+            return out
         first = args[0] if args else None
         if name in _ALIASES and isinstance(first, Cell) and result == first.val and not _copies(args, kwargs):
             return args[0]  # torch returns the tensor itself: what is written through it reaches the leaf
@@ -95,13 +97,6 @@ class Interpreter:
             return Cell(result)
         self._write(args[0], name, result)
         return args[0]
-
-    def _call_out(self, out: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cell:
-        result = self._evaluate(name, tuple(map(_value, args)), {k: _value(v) for k, v in kwargs.items()})
-        if not isinstance(out, Cell) or result.shape != out.val.shape:
-            raise Unsupported(name, "writes to an `out` of another shape", Code.SHAPES)
-        self._write(out, name, result)
-        return out
 
     def _evaluate(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Val:
         opaque = next((a for a in flatten((*args, *kwargs.values())) if isinstance(a, Val) and a.opaque), None)

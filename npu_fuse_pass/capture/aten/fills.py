@@ -96,15 +96,10 @@ def _tensor(b: Builder, data: Any, dtype: torch.dtype | None = None, **kwargs: A
     shape, numbers = _nested(data)
     if not shape:
         return _scalar(b, data, dtype, **kwargs)
-    if not numbers or any(type(n) is not type(numbers[0]) for n in numbers):
+    distinct = {(type(n), id(n.expr) if isinstance(n, Val) else repr(n)) for n in numbers}
+    if len(distinct) != 1 or any(isinstance(n, Val) and not n.number for n in numbers):
         raise Unsupported("tensor", "creates a tensor of several numbers", Code.CONSTANT)
-    first = numbers[0]
-    if isinstance(first, Val):
-        if not all(isinstance(n, Val) and n.number and n.expr is first.expr for n in numbers):
-            raise Unsupported("tensor", "creates a tensor of several numbers", Code.CONSTANT)
-    elif len({repr(n) for n in numbers}) > 1:
-        raise Unsupported("tensor", "creates a tensor of several numbers", Code.CONSTANT)
-    return _spread(b, _scalar(b, first, dtype, **kwargs), shape, first)
+    return _spread(b, _scalar(b, numbers[0], dtype, **kwargs), shape, numbers[0])
 
 
 def _nested(data: Any) -> tuple[tuple[int, ...], list[Any]]:

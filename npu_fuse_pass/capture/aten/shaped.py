@@ -25,8 +25,6 @@ def _masked_fill(b: Builder, x: Val, mask: Val, value: Any) -> Val:
 def _reduction(name: str) -> Callable[..., Val]:
     def reduce(b: Builder, x: Val, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Val:
         _whole(name, x, args, kwargs)
-        if x.dimmed and not x.expr.tensor:
-            raise Unsupported(name, "reduces a tensor of one constant", Code.REDUCTION)
         if dtype is not None and not dtype.is_floating_point:
             raise Unsupported(name, f"gives {dtype}", Code.DTYPE)
         own = torch.int64 if name == "sum" and not x.dtype.is_floating_point else x.dtype
@@ -48,8 +46,6 @@ def _norm(b: Builder, x: Val, ord: Any = 2, dim: Any = None, *args: Any, **kwarg
     order = 2.0 if chosen in (None, "fro") else float(chosen)
     dtype = kwargs.pop("dtype", None) or x.dtype
     _whole("norm", x, (dim, *args), kwargs)
-    if x.dimmed and not x.expr.tensor:
-        raise Unsupported("norm", "reduces a tensor of one constant", Code.REDUCTION)
     wide = b.cast(x.expr, torch.float64)
     if order in (1, math.inf, -math.inf):
         name = {1: "sum", math.inf: "amax", -math.inf: "amin"}[order]
@@ -163,7 +159,7 @@ def _shifted(left: bool) -> Callable[..., Val]:
 
 
 def _whole(name: str, x: Val, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse a reduction over some of the dimensions."""
+    """Refuse a reduction over some of the dimensions, or of a constant."""
     dims = [d for d in (*args[:1], kwargs.get("dim"), kwargs.get("axis")) if d is not None and d != []]
     if dims and sorted(d % max(1, len(x.shape)) for d in as_list(dims[0])) != list(range(len(x.shape))):
         raise Unsupported(
@@ -173,6 +169,8 @@ def _whole(name: str, x: Val, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         )
     if (True in args[1:] or kwargs.get("keepdim")) and x.shape != ():
         raise Unsupported(name, "keeps reduced dimensions; without keepdim it can fuse", Code.REDUCTION)
+    if x.dimmed and not x.expr.tensor:
+        raise Unsupported(name, "reduces a tensor of one constant", Code.REDUCTION)
 
 
 def _extremum(name: str) -> Callable[..., Val]:
