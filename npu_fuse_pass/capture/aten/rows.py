@@ -24,23 +24,18 @@ def row(*names: str) -> Callable[[Decomposition], Decomposition]:
     return add
 
 
-_UNARY = [*C_FUNCTIONS, "neg", "abs", "rsqrt", "reciprocal", "round", "sign", "isnan", "isinf", "isfinite"]
-_BINARY = [
-    "maximum",
-    "minimum",
-    "fmax",
-    "fmin",
-    "atan2",
-    "copysign",
-    "hypot",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "eq",
-    "ne",
-    "fmod",
-]
+# by the operation of the same name
+_PLAIN = (
+    *C_FUNCTIONS,
+    *("neg", "abs", "rsqrt", "reciprocal", "round", "sign", "isnan", "isinf", "isfinite"),
+    *("div", "fmod", "maximum", "minimum", "fmax", "fmin", "atan2", "copysign", "hypot", "fma"),
+    *("lt", "le", "gt", "ge", "eq", "ne"),
+)
+_OTHER_NAMES = {
+    "absolute": "abs", "negative": "neg", "sgn": "sign", "arctan": "atan", "divide": "div", "true_divide": "div",
+    "less": "lt", "less_equal": "le", "greater": "gt", "greater_equal": "ge", "not_equal": "ne",
+    "clamp_min": "maximum", "clamp_max": "minimum", "max.other": "maximum", "sym_not": "logical_not",
+}  # fmt: skip
 
 
 def _plain(name: str) -> Decomposition:
@@ -50,18 +45,12 @@ def _plain(name: str) -> Decomposition:
     return apply
 
 
-ROWS.update({name: _plain(name) for name in (*_UNARY, *_BINARY)})
-ROWS.update(
-    {"absolute": ROWS["abs"], "negative": ROWS["neg"], "clamp_min": ROWS["maximum"], "clamp_max": ROWS["minimum"]}
-)
-ROWS.update({"arctan": ROWS["atan"], "less": ROWS["lt"], "greater": ROWS["gt"], "not_equal": ROWS["ne"]})
-ROWS.update({f"logical_{n}": _plain(n) for n in ("and", "or", "xor", "not")})
-ROWS.update({f"bitwise_{n}": _plain(n) for n in ("and", "or", "xor", "not")})
-ROWS.update({"sgn": ROWS["sign"], "sym_not": ROWS["logical_not"]})
+ROWS.update({name: _plain(name) for name in _PLAIN})
+ROWS.update({f"{kind}_{n}": _plain(n) for kind in ("logical", "bitwise") for n in ("and", "or", "xor", "not")})
+ROWS.update({other: ROWS[name] for other, name in _OTHER_NAMES.items()})
 # Python's mathematics of a number that torch has made symbolic
 _SYMBOLIC = ("exp", "sqrt", "cos", "cosh", "sin", "sinh", "tan", "tanh", "acos", "asin", "atan", "log2")
 ROWS.update({f"_sym_{n}": ROWS[n] for n in _SYMBOLIC})
-ROWS.update({"less_equal": ROWS["le"], "greater_equal": ROWS["ge"], "max.other": ROWS["maximum"]})
 
 
 def _is(x: object, value: float) -> bool:
@@ -96,11 +85,6 @@ def _mul(b: Builder, x: Expr, y: Expr) -> Expr:
     return b.op("and" if _are_masks(x, y) else "mul", x, y)
 
 
-@row("div", "divide", "true_divide")
-def _div(b: Builder, x: Expr, y: Expr) -> Expr:
-    return b.op("div", x, y)
-
-
 @row("floor_divide", "floordiv")
 def _floor_divide(b: Builder, x: Expr, y: Expr) -> Expr:
     """As ATen: from the remainder, so that 1.0 // 0.1 is 9."""
@@ -121,11 +105,6 @@ def _remainder(b: Builder, x: Expr, y: Expr) -> Expr:
     zero = b.const(0)
     wrong = b.op("and", b.op("ne", r, zero), b.op("ne", b.op("lt", r, zero), b.op("lt", y, zero)))
     return b.op("where", wrong, b.op("add", r, y), r)
-
-
-@row("fma")
-def _fma(b: Builder, x: Expr, y: Expr, z: Expr) -> Expr:
-    return b.op("fma", x, y, z)
 
 
 @row("addcmul")
