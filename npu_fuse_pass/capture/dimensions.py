@@ -97,12 +97,12 @@ class Dimensions:
             return b.make(EXPAND, (self._leaf(x), *sizes), None, x.dtype, True)
         spread: dict[int, Expr] = {}
         for e in order:
-            if e.op == "leaf" and e.tensor:
+            if not e.tensor:
+                spread[id(e)] = e
+            elif e.op == "leaf":
                 spread[id(e)] = b.make(EXPAND, (e, *sizes), None, e.dtype, True)
             else:
-                spread[id(e)] = (
-                    b.make(e.op, tuple(spread[id(a)] for a in e.args), e.value, e.dtype, True) if e.tensor else e
-                )
+                spread[id(e)] = b.again(e, spread)
         return spread[id(x.expr)]
 
     def _is_made(self, leaf: Expr) -> bool:

@@ -122,15 +122,11 @@ class _Expansion:
                 made[id(e)] = self._read(e, member)
             elif e.op == "total":
                 made[id(e)] = totals[e.value]  # type: ignore[index]
-            elif e.op == "const":
-                made[id(e)] = e
             else:
                 args = tuple(made[id(a)] for a in e.args)
                 scalar = e.tensor or e.op in REDUCTIONS
                 scalar = scalar and not any(a.tensor for a in args)  # of a 0-dim parameter
-                made[id(e)] = (
-                    self._of_scalars(e, args) if scalar else self._b.make(e.op, args, e.value, e.dtype, e.tensor)
-                )
+                made[id(e)] = self._of_scalars(e, args) if scalar else self._b.again(e, made)
         return [made[id(e)] for e in roots]
 
     def _of_scalars(self, e: Expr, args: tuple[Expr, ...]) -> Expr:

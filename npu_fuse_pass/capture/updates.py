@@ -62,11 +62,11 @@ def _stored(writes: Mapping[int, Expr], leaves: Sequence[Leaf], b: Builder) -> l
     made: dict[int, Expr] = {}
     unrounded: dict[int, Expr] = {}
     for e in order:
-        args = tuple(made[id(a)] for a in e.args)
         dtype = dtypes.get(id(e))
         if dtype is None:
-            made[id(e)] = b.make(e.op, args, e.value, e.dtype, e.tensor) if args else e
+            made[id(e)] = b.again(e, made)
         else:
+            args = (made[id(a)] for a in e.args)
             given = (a if a.op == "leaf" else b.cast(b.cast(a, dtype), torch.float64) for a in args)
             unrounded[id(e)] = b.make(e.op, tuple(given), e.value, e.dtype, e.tensor)
             made[id(e)] = b.cast(b.cast(unrounded[id(e)], dtype), torch.float64)
@@ -225,11 +225,10 @@ class _Same:
         builder = Builder()
         made: dict[int, Expr] = {}
         for e in order:
-            args = tuple(made[id(a)] for a in e.args)
             if e.op == "leaf":
                 made[id(e)] = builder.make("leaf", (), position[e.value], e.dtype, e.tensor)  # type: ignore[index]
             else:
-                made[id(e)] = builder.make(e.op, args, e.value, e.dtype, e.tensor) if args else e
+                made[id(e)] = builder.again(e, made)
         pairs = [(position[leaf], made[id(root)]) for leaf, root in writes]
         added = [(c.total, made[id(c.expr)]) for c in contributions]
         given = [self._leaves[i] for i in position]

@@ -5,7 +5,7 @@ A *tensor* expression has one value per element, a *scalar* expression (0-dim) o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -105,6 +105,12 @@ class Builder:
         result = torch.bool if name in COMPARISONS or name in LOGICAL else dtype
         return self.make(name, given, None, result, any(a.tensor for a in args))
 
+    def again(self, e: Expr, made: Mapping[int, Expr]) -> Expr:
+        """The same operation on what has been made of its arguments, by their `id`; a constant is itself."""
+        if e.op == "const":
+            return e
+        return self.make(e.op, tuple(made[id(a)] for a in e.args), e.value, e.dtype, e.tensor)
+
     def reduce(self, name: str, x: Expr) -> Expr:
         """`sum`, `amax` or `amin` over all elements of one member's tensor: a scalar."""
         if not x.tensor:
@@ -137,6 +143,13 @@ def rebuilt(
             if id(e) not in made:
                 made[id(e)] = copy(e, args)
     return made[id(root)]
+
+
+def uncast(e: Expr) -> Expr:
+    """An expression without the casts around it."""
+    while e.op == "cast":
+        e = e.args[0]
+    return e
 
 
 COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne", "isnan", "isinf", "isfinite")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from npu_fuse_pass.ir.expr import REDUCTIONS, Builder, Expr, postorder, rebuilt
+from npu_fuse_pass.ir.expr import REDUCTIONS, Builder, Expr, postorder, uncast
 from npu_fuse_pass.ir.fused_op import evaluate
 from npu_fuse_pass.ir.types import Captured, Decided, Formula, Leaf, Update
 
@@ -78,17 +78,16 @@ def _is_low(
     positions = {x.value for x in below if x.op == "leaf" and isinstance(x.value, int)}
     if positions & written or any(x.op in ("total", "numel", *REDUCTIONS) for x in below):
         return None
-    made: dict[int, Expr] = {}
+    builder, made = Builder(), dict[int, Expr]()
     constants: dict[int, Tensor] = {}
-
-    def plain(x: Expr, args: Sequence[Expr]) -> Expr:
-        if x.op != "const":
-            return x if x.op == "leaf" else Expr(x.op, tuple(made[id(a)] for a in args), x.value, x.dtype, x.tensor)
-        place = -1 - len(constants)  # formulas have slots in place of constants
-        constants[place] = torch.tensor(x.value, dtype=torch.float64, device="cpu")
-        return Expr("leaf", (), place, torch.float64, False)
-
-    root = rebuilt(weight, made, lambda x: x.args, plain)
+    for x in below:
+        if x.op == "const":  # formulas have slots in place of constants
+            place = -1 - len(constants)
+            constants[place] = torch.tensor(x.value, dtype=torch.float64, device="cpu")
+            made[id(x)] = builder.leaf(place, torch.float64, tensor=False)
+        else:
+            made[id(x)] = builder.again(x, made)
+    root = made[id(weight)]
     found = set()
     for member in update.members:
         given = {p: number(leaves[member[p]]) for p in positions}
@@ -105,24 +104,17 @@ def _weight(e: Expr) -> Expr | None:
     if e.op != "where" or e.args[0].op != "lt" or [x.op for x in e.args[1:]] != ["fma", "fma"]:
         return None
     (size, half), (near, distance, start), (back, far, end) = (x.args for x in e.args)
-    weight, rest = _narrowed(near), _narrowed(far)
+    weight, rest = uncast(near), uncast(far)
     lerp = (
         not weight.tensor
-        and (size.op, *map(_narrowed, size.args)) == ("abs", weight)
+        and (size.op, *map(uncast, size.args)) == ("abs", weight)
         and (half.op, half.value) == ("const", 0.5)
         and (distance.op, distance.args) == ("sub", (end, start))
         and (back.op, back.args) == ("neg", (distance,))
-        and (rest.op, *map(_narrowed, rest.args[1:])) == ("sub", weight)
+        and (rest.op, *map(uncast, rest.args[1:])) == ("sub", weight)
         and (rest.args[0].op, rest.args[0].value) == ("const", 1.0)
     )
     return size.args[0] if lerp else None
-
-
-def _narrowed(e: Expr) -> Expr:
-    """A number without casts around it."""
-    while e.op == "cast":
-        e = e.args[0]
-    return e
 
 
 def _branches(order: Sequence[Expr], zero: dict[int, bool], low: dict[int, bool]) -> dict[int, Expr]:
@@ -138,6 +130,5 @@ def _branches(order: Sequence[Expr], zero: dict[int, bool], low: dict[int, bool]
             if branch.tensor == e.tensor:  # one number for all elements would have to be spread over them
                 made[id(e)] = made[id(branch)]
                 continue
-        args = tuple(made[id(a)] for a in e.args)
-        made[id(e)] = e if e.op == "const" else builder.make(e.op, args, e.value, e.dtype, e.tensor)
+        made[id(e)] = builder.again(e, made)
     return made

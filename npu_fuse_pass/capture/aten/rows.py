@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from npu_fuse_pass.ir.expr import C_FUNCTIONS, Builder, Expr
+from npu_fuse_pass.ir.expr import C_FUNCTIONS, Builder, Expr, uncast
 
 Decomposition = Callable[..., Expr]
 ROWS: dict[str, Decomposition] = {}
@@ -134,12 +134,6 @@ def _quotient(b: Builder, x: Expr, y: Expr) -> Expr:
     return b.op("div", b.op("mul", number, x), _multiplied(b, y, number))
 
 
-def _plain_of(e: Expr) -> Expr:
-    while e.op == "cast":
-        e = e.args[0]
-    return e
-
-
 def _divisor(e: Expr) -> Expr | None:
     """The divisor of a quotient, which may be written as a product with a reciprocal; None for others."""
     if e.op == "div":
@@ -149,12 +143,12 @@ def _divisor(e: Expr) -> Expr | None:
 
 
 def _terms(e: Expr) -> list[Expr]:
-    e = _plain_of(e)
+    e = uncast(e)
     return [t for a in e.args for t in _terms(a)] if e.op == "add" else [e]
 
 
 def _factors(e: Expr) -> list[Expr]:
-    e = _plain_of(e)
+    e = uncast(e)
     return [f for a in e.args for f in _factors(a)] if e.op == "mul" else [e]
 
 

@@ -12,7 +12,7 @@ from npu_fuse_pass.capture.aten.fills import FILLS, as_list, as_number, cast
 from npu_fuse_pass.capture.aten.pointwise import evaluate
 from npu_fuse_pass.capture.values import Val
 from npu_fuse_pass.errors import Unsupported
-from npu_fuse_pass.ir.expr import HALF, Builder, Expr
+from npu_fuse_pass.ir.expr import HALF, Builder, Expr, uncast
 from npu_fuse_pass.reasons import Code
 
 
@@ -114,9 +114,7 @@ def _fma(b: Builder, x: Any, y: Any, z: Any) -> Val:
     the number first, which can avoid an overflow.
     """
     number = isinstance(y, (int, float)) or (isinstance(y, Val) and y.number)
-    inner = x.expr if isinstance(x, Val) else None
-    while inner is not None and inner.op == "cast":
-        inner = inner.args[0]
+    inner = uncast(x.expr) if isinstance(x, Val) else None
     if not number or inner is None or inner.op not in ("mul", "div") or not all(a.tensor for a in inner.args):
         return evaluate(b, "fma", (x, y, z), {})
     first, second = (Val(a, x.dtype, x.shape) for a in inner.args)
