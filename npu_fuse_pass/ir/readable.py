@@ -8,36 +8,24 @@ from npu_fuse_pass.ir.dimensions import EXPAND, OVER
 from npu_fuse_pass.ir.expr import DTYPE_NAMES, HALF, Expr, postorder
 from npu_fuse_pass.ir.types import Formula
 
-# operation -> (text, binding strength); arguments that bind less strongly get parentheses
-_INFIX = {
-    "add": ("{0} + {1}", 1),
-    "sub": ("{0} - {1}", 1),
-    "mul": ("{0}·{1}", 2),
-    "div": ("{0}/{1}", 2),
-    "neg": ("-{0}", 2),
-    "pow": ("{0}^{1}", 4),
-    "fma": ("{0}·{1} + {2}", 1),
-    "lt": ("{0} < {1}", 0),
-    "le": ("{0} <= {1}", 0),
-    "gt": ("{0} > {1}", 0),
-    "ge": ("{0} >= {1}", 0),
-    "eq": ("{0} == {1}", 0),
-    "ne": ("{0} != {1}", 0),
-    "reciprocal": ("1/{0}", 2),
-}
-_STRENGTH_OF_ARGS = {
-    "add": (1, 1),
-    "sub": (1, 2),
-    "mul": (2, 2),
-    "div": (2, 3),
-    "neg": (3,),
-    "pow": (5, 5),
-    "fma": (2, 2, 1),
-    "reciprocal": (3,),
+# operation -> (text, how strongly it binds, and how strongly its arguments have to: others get parentheses)
+_INFIX: dict[str, tuple[str, int, tuple[int, ...]]] = {
+    "add": ("{0} + {1}", 1, (1, 1)),
+    "sub": ("{0} - {1}", 1, (1, 2)),
+    "mul": ("{0}·{1}", 2, (2, 2)),
+    "div": ("{0}/{1}", 2, (2, 3)),
+    "neg": ("-{0}", 2, (3,)),
+    "pow": ("{0}^{1}", 4, (5, 5)),
+    "fma": ("{0}·{1} + {2}", 1, (2, 2, 1)),
+    "reciprocal": ("1/{0}", 2, (3,)),
+    "lt": ("{0} < {1}", 0, (1, 1)),
+    "le": ("{0} <= {1}", 0, (1, 1)),
+    "gt": ("{0} > {1}", 0, (1, 1)),
+    "ge": ("{0} >= {1}", 0, (1, 1)),
+    "eq": ("{0} == {1}", 0, (1, 1)),
+    "ne": ("{0} != {1}", 0, (1, 1)),
 }
 _ATOM = 9
-
-
 _LONG = 60
 
 
@@ -98,12 +86,8 @@ def _written(formula: Formula, labels: Sequence[str]) -> tuple[dict[int, str], l
 
 
 def _text(e: Expr, texts: dict[int, tuple[str, int]], labels: Sequence[str]) -> tuple[str, int]:
-    if e.op == "leaf":
-        assert isinstance(e.value, int)
-        text = labels[e.value]
-        return text, _INFIX["neg"][1] if text.startswith("-") else _ATOM
-    if e.op == "const":
-        text = f"{e.value:g}"
+    if e.op in ("leaf", "const"):
+        text = labels[e.value] if e.op == "leaf" else f"{e.value:g}"  # type: ignore[index]
         return text, _INFIX["neg"][1] if text.startswith("-") else _ATOM
     if e.op == "cast":
         text, strength = texts[id(e.args[0])]
@@ -113,8 +97,7 @@ def _text(e: Expr, texts: dict[int, tuple[str, int]], labels: Sequence[str]) -> 
     if e.op == "neg" and e.args[0].op == "leaf" and texts[id(e.args[0])][0].startswith("-"):
         return texts[id(e.args[0])][0][1:], _ATOM  # of a constant that is shown by its value
     if e.op in _INFIX:
-        template, strength = _INFIX[e.op]
-        wanted = _STRENGTH_OF_ARGS.get(e.op, (1, 1))
+        template, strength, wanted = _INFIX[e.op]
         args = []
         for a, least in zip(e.args, wanted, strict=True):
             text, has = texts[id(a)]
