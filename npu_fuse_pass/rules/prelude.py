@@ -7,7 +7,7 @@ import operator
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -44,23 +44,59 @@ class InputCheck(Protocol):
     def dict_check(self, dicts: Sequence[dict[Any, Any]]) -> Callable[[], bool] | None: ...
 
 
-class Prepared(Protocol):
-    """What a compiled step reads of a prelude; see `Prelude`."""
+class Prepared:
+    """The batches of an optimizer, and what a compiled step reads of the checks before it.
 
-    batches: list[Batch]
-    version: int
-    input_check: InputCheck | None
-    unchanged: bool
-    compiled: bool
-    objects: set[int]
-    meeting: Meeting
+    `version` counts how often the batches were made; compare it before using what was derived from earlier ones.
+
+    Attributes:
+        input_check: a native check that has seen the tensors of these batches.
+        compiled: this backend has planned kernels for it at least once.
+        unchanged: at this step they are as they were, and `input_check` has bound them already.
+        objects: ids of the tensors, gradients excepted, that are the same ones as long as no batch is made.
+        meeting: with other processes, where steps communicate.
+    """
+
+    def __init__(self) -> None:
+        self.batches: list[Batch] = []
+        self._resting: list[Batch] = []
+        self.version = 0
+        self.input_check: InputCheck | None = None
+        self.unchanged = False
+        self.compiled = False
+        self.objects: set[int] = set()
+        self.meeting = Meeting()
+
+    def prepare(self) -> None:
+        """Bring the batches up to date with this step's gradients, numbers, parameters and states."""
+        raise NotImplementedError
+
+    def expose_states(self) -> None:
+        """Show the states that this step has begun in `opt.state`."""
+        raise NotImplementedError
+
+    def expose_updated(self) -> None:
+        """As `expose_states` after a step that something interrupted (KeyboardInterrupt): of what it has updated."""
+        raise NotImplementedError
 
     @property
-    def kinds(self) -> object: ...
-    def prepare(self) -> None: ...
-    def expose_states(self) -> None: ...
-    def expose_updated(self) -> None: ...
-    def release_gradients(self) -> None: ...
+    def kinds(self) -> object:
+        """Equal at two steps if every parameter and gradient was of the same kind at both (dtype, sizes, strides)."""
+        learned = [b.same.matched for b in self.batches]
+        return None if self.unchanged or None in learned else (self.version, learned)
+
+    def release_gradients(self) -> None:
+        """Release this step's gradients: the next forward pass needs the memory that zero_grad frees."""
+        for batch in self.batches:
+            if batch.is_dtensors:  # what was written is a tensor inside of them
+                increment_version(self._written(batch))
+            batch.grads = [None] * len(batch.params)
+        if self.input_check is not None:
+            self.input_check.release()
+
+    def _written(self, batch: Batch) -> list[Tensor]:
+        """The DTensors of a batch that this step has written."""
+        return [p for p, g in zip(batch.owners, batch.grads, strict=True) if g is not None]
 
 
 class Stepped(Protocol):
@@ -78,34 +114,26 @@ class Stepped(Protocol):
     def settle(self, lists: Iterable[Sequence[Tensor]]) -> None: ...
 
 
-class Prelude:
-    """The batches of an optimizer, made when first needed and again whenever they no longer fit.
+class _Part(NamedTuple):
+    """Parameters of one group that have the same settings."""
 
-    `version` counts how often they were made; compare it before using what was derived from earlier batches.
+    group: int
+    rule: Declaration
+    params: list[Tensor]
+    settings: Mapping[str, Any]
 
-    Attributes:
-        input_check: a native check that has seen the tensors of these batches.
-        compiled: this backend has planned kernels for it at least once.
-        unchanged: at this step they are as they were, and `input_check` has bound them already.
-        objects: ids of the tensors, gradients excepted, that are the same ones as long as no batch is made.
-        meeting: with other processes, where steps communicate.
-    """
+
+class Prelude(Prepared):
+    """The checks for a rule optimizer. Its batches are made when first needed and again whenever they no longer fit."""
 
     def __init__(self, optimizer: Stepped) -> None:
+        super().__init__()
         self._optimizer = weakref.ref(optimizer)
-        self.batches: list[Batch] = []
-        self._resting: list[Batch] = []
-        self.version = 0
         self._parts: list[tuple[Declaration, list[Tensor]]] = []
         self._exact: dict[Declaration, Declaration] = {}  # rules with master weights, by what they are made of
         self._outside: list[Tensor] = []
         self._reader = object()
         self._checked: set[object] = set()
-        self.input_check: InputCheck | None = None
-        self.unchanged = False
-        self.compiled = False
-        self.objects: set[int] = set()
-        self.meeting = Meeting()
 
     def prepare(self) -> None:
         """Bring the batches up to date with this step's gradients, numbers and parameters.
@@ -119,7 +147,7 @@ class Prelude:
         optimizer = self._optimizer()
         assert optimizer is not None
         parts = [
-            (i, optimizer.rule_for(group), params, settings)
+            _Part(i, optimizer.rule_for(group), params, settings)
             for i, group in enumerate(optimizer.param_groups)
             for params, settings in optimizer.settings(group)
         ]
@@ -161,12 +189,6 @@ class Prelude:
         if matrices or len(of_theirs) == len(shapes):
             raise [*matrices, *of_theirs.values(), failed[any_shape(2)]][0]
 
-    @property
-    def kinds(self) -> object:
-        """Equal at two steps if every parameter and gradient was of the same kind at both (dtype, sizes, strides)."""
-        learned = [b.same.matched for b in self.batches]
-        return None if self.unchanged or None in learned else (self.version, learned)
-
     def expose_states(self) -> None:
         """Show the states of parameters that were updated for the first time in `opt.state`."""
         self._expose(updated_first)
@@ -187,23 +209,14 @@ class Prelude:
         for batch in self.batches:
             batch.all_seen = all(batch.seen)
 
-    def release_gradients(self) -> None:
-        """Release this step's gradients: the next forward pass needs the memory that zero_grad frees."""
-        for batch in self.batches:
-            if batch.is_dtensors:  # what was written is a tensor inside of them
-                increment_version([p for p, g in zip(batch.owners, batch.grads, strict=True) if g is not None])
-            batch.grads = [None] * len(batch.params)
-        if self.input_check is not None:
-            self.input_check.release()
-
-    def _fit(self, optimizer: Stepped, parts: list[tuple[int, Declaration, list[Tensor], Mapping[str, Any]]]) -> bool:
+    def _fit(self, optimizer: Stepped, parts: list[_Part]) -> bool:
         state = optimizer.state
         if not isinstance(state, States) or state.changes.made or any(p.grad is not None for p in self._outside):
             return False
         if state.changes.reader is not self._reader or state.changes.moved or len(parts) != len(self._parts):
             return False
-        for (_, rule, params, _), (known_rule, known) in zip(parts, self._parts, strict=True):
-            if rule is not known_rule or len(params) != len(known) or not all(map(operator.is_, params, known)):
+        for part, (rule, known) in zip(parts, self._parts, strict=True):
+            if part.rule is not rule or not _are(part.params, known):
                 return False
         self.unchanged = self.input_check is not None and self.input_check.same()
         if self.unchanged:
@@ -211,24 +224,26 @@ class Prelude:
                 batch.forget_gradients()
         for batch in self.batches if optimizer.stochastic_rounding else ():
             batch.rounding.fill(optimizer.param_groups[batch.group])
-        return all((self.unchanged or _read_gradients(b)) and fill_hyper(b, parts[b.part][3]) for b in self.batches)
+        return all(
+            (self.unchanged or _read_gradients(b)) and fill_hyper(b, parts[b.part].settings) for b in self.batches
+        )
 
-    def _make(self, optimizer: Stepped, parts: list[tuple[int, Declaration, list[Tensor], Mapping[str, Any]]]) -> None:
+    def _make(self, optimizer: Stepped, parts: list[_Part]) -> None:
         self.input_check, self.unchanged = None, False
-        for _, rule, params, settings in parts:
-            check_kinds(rule, settings)
-            self.check_once(rule, settings, params)
-        for _, _, params, _ in parts:
-            for p in params:
+        for part in parts:
+            check_kinds(part.rule, part.settings)
+            self.check_once(part.rule, part.settings, part.params)
+        for part in parts:
+            for p in part.params:
                 if p.grad is not None:
                     check_gradient(p, p.grad)
         if not isinstance(optimizer.state, States):
             optimizer.state = States(optimizer.state)
         state = optimizer.state
         unready = self._check_states(optimizer, parts)
-        for _, rule, params, settings in parts:
-            if any(sharding(p) == "flat shard" for p in params):
-                check_flat_shards(rule, settings)
+        for part in parts:
+            if any(sharding(p) == "flat shard" for p in part.params):
+                check_flat_shards(part.rule, part.settings)
         state.changes.forget(self._reader)
         try:
             self._make_batches(optimizer, parts, state, unready)
@@ -236,13 +251,7 @@ class Prelude:
             state.changes.made = True  # half of it is: the next step begins anew
             raise
 
-    def _make_batches(
-        self,
-        optimizer: Stepped,
-        parts: list[tuple[int, Declaration, list[Tensor], Mapping[str, Any]]],
-        state: States,
-        unready: set[int],
-    ) -> None:
+    def _make_batches(self, optimizer: Stepped, parts: list[_Part], state: States, unready: set[int]) -> None:
         batches: list[Batch] = []
         outside: list[Tensor] = []
         numbers = _numbers(optimizer)
@@ -278,7 +287,7 @@ class Prelude:
         self._resting = resting([*self.batches, *self._resting], batches, state)
         self.batches, self._outside = batches, outside
         self.objects = {id(p) for b in batches for p in b.params}
-        self._parts = [(rule, list(params)) for _, rule, params, _ in parts]
+        self._parts = [(part.rule, list(part.params)) for part in parts]
 
     def _stepped(self, optimizer: Stepped, rule: Declaration, param: Tensor) -> Declaration:
         """The rule as it is computed for a parameter: half-precision ones may have master weights."""
@@ -288,9 +297,7 @@ class Prelude:
             self._exact[rule] = with_master_weights(rule)
         return self._exact[rule]
 
-    def _check_states(
-        self, optimizer: Stepped, parts: list[tuple[int, Declaration, list[Tensor], Mapping[str, Any]]]
-    ) -> set[int]:
+    def _check_states(self, optimizer: Stepped, parts: list[_Part]) -> set[int]:
         """Refuse states that no step can go on from; of parameters without a gradient, return the ids instead.
 
         As in torch.optim, nothing reads these yet: they may become whole before the first gradient comes.
@@ -317,11 +324,15 @@ def _numbers(optimizer: Stepped) -> dict[int, int]:
     return {id(p): i for i, p in reversed([*enumerate(params)])}
 
 
+def _are(params: Sequence[Tensor], known: Sequence[Tensor]) -> bool:
+    """True if these are the same objects."""
+    return len(params) == len(known) and all(map(operator.is_, params, known))
+
+
 def _serves(batch: Batch, rule: Declaration, part: int, settings: Mapping[str, Any], members: list[Tensor]) -> bool:
     """True if a batch made now for these parameters would equal the existing one."""
-    same = len(members) == len(batch.owners) and all(map(operator.is_, members, batch.owners))
     return (
-        same
+        _are(members, batch.owners)
         and not batch.repeats
         and batch.rule is rule
         and batch.part == part

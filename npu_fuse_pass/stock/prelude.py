@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from npu_fuse_pass.errors import FuseError, RuleError
 from npu_fuse_pass.reasons import Code, Reason
@@ -22,8 +21,7 @@ from npu_fuse_pass.rules.batch import Batch, fill_hyper, resting
 from npu_fuse_pass.rules.checks import reads_step
 from npu_fuse_pass.rules.declaration import Declaration
 from npu_fuse_pass.rules.hyperparameters import Hyper
-from npu_fuse_pass.rules.meeting import Meeting
-from npu_fuse_pass.rules.prelude import InputCheck
+from npu_fuse_pass.rules.prelude import Prepared
 from npu_fuse_pass.stock.classes import StockClass
 from npu_fuse_pass.stock.entries import Entries, refused_state
 from npu_fuse_pass.tensors.sharded import alike, is_dtensor, local, sharding
@@ -40,33 +38,16 @@ class Refused(FuseError):  # noqa: N818 - a value for the binding, not an accide
         self.reason = reason
 
 
-class StockPrelude:
-    """As `rules.prelude.Prelude`, over an optimizer's own states.
-
-    Attributes:
-        objects: ids of the tensors, gradients excepted, that are known to be the same as long as no batch is made.
-    """
+class StockPrelude(Prepared):
+    """As `rules.prelude.Prelude`, over an optimizer's own states."""
 
     def __init__(self, opt: torch.optim.Optimizer, known: StockClass) -> None:
+        super().__init__()
         self._opt, self._class = opt, known
-        self.batches: list[Batch] = []
-        self._resting: list[Batch] = []
-        self.version = 0
-        self.input_check: InputCheck | None = None
-        self.unchanged = False
-        self.compiled = False
-        self.objects: set[int] = set()
-        self.meeting = Meeting()
         self._entries = Entries()
         self._groups: list[tuple[Declaration, list[Tensor]]] = []
         self._idle: list[Tensor] = []  # parameters whose first gradient changes the batches or their states
         self._made: list[tuple[Tensor, str, Tensor]] = []  # states that this step begins, and torch's would, too
-
-    @property
-    def kinds(self) -> object:
-        """As `Prelude.kinds`."""
-        learned = [b.same.matched for b in self.batches]
-        return None if self.unchanged or None in learned else (self.version, learned)
 
     def prepare(self) -> None:
         """Bring the batches up to date with this step's gradients, numbers and states.
@@ -117,15 +98,10 @@ class StockPrelude:
         self._made, self._entries = [], Entries()
         self.release_gradients()
 
-    def release_gradients(self) -> None:
-        """As `Prelude.release_gradients`."""
-        for batch in self.batches:
-            if batch.is_dtensors:  # what was written is a tensor inside of them
-                rows = zip(batch.owners, batch.shown, batch.grads, strict=True)
-                increment_version([t for p, shown, g in rows if g is not None for t in (p, *shown.values())])
-            batch.grads = [None] * len(batch.params)
-        if self.input_check is not None:
-            self.input_check.release()
+    def _written(self, batch: Batch) -> list[Tensor]:
+        """Parameters and states, which are DTensors as well."""
+        rows = zip(batch.owners, batch.shown, batch.grads, strict=True)
+        return [t for p, shown, g in rows if g is not None for t in (p, *shown.values())]
 
     def _fit(self) -> bool:
         groups = self._opt.param_groups

@@ -111,8 +111,8 @@ RULES = [
     Mutation(
         "every group has the numbers of the first",
         "Prelude._fit",
-        "fill_hyper(b, parts[b.part][3])",
-        "fill_hyper(b, parts[0][3])",
+        "fill_hyper(b, parts[b.part].settings)",
+        "fill_hyper(b, parts[0].settings)",
         _equal("numbers_of_groups[eager-Adam]"),
     ),
     Mutation(
