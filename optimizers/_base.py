@@ -37,24 +37,8 @@ class NpuFusedOptimizer(RuleOptimizer):
 
     decouples = False
 
-    def __init__(
-        self,
-        params: Any,
-        defaults: dict[str, Any],
-        *,
-        state_dtype: torch.dtype | None = None,
-        flatten: str | None = None,
-        master_weights: bool = False,
-        stochastic_rounding: bool = False,
-    ) -> None:
-        super().__init__(
-            params,
-            {**defaults, **self.checked(defaults)},
-            state_dtype=state_dtype,
-            flatten=flatten,
-            master_weights=master_weights,
-            stochastic_rounding=stochastic_rounding,
-        )
+    def __init__(self, params: Any, defaults: dict[str, Any], **options: Any) -> None:
+        super().__init__(params, {**defaults, **self.checked(defaults)}, **options)
 
     def checked(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The hyperparameters among `values`, in the form that groups hold; a ValueError for a wrong one."""

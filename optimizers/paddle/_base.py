@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler as TorchLRScheduler
 
@@ -30,25 +29,18 @@ class PaddleOptimizer(RuleOptimizer):
     Args:
         learning_rate: a float, or a scheduler that is asked at every step.
         parameters: parameters or parameter groups.
-        options: the other hyperparameters of the groups, with weight_decay and grad_clip among them.
+        defaults: the other hyperparameters of the groups, with weight_decay and grad_clip among them.
         name: kept as an attribute without effect.
-        state_dtype: dtype of the states; None means each parameter's own.
-        flatten: "params" re-homes the parameters in one buffer per group and dtype (`RuleOptimizer` says more).
-        master_weights: keep what half-precision parameters round away (`RuleOptimizer` says more).
-        stochastic_rounding: round new values of half-precision parameters by chance (`RuleOptimizer` says more).
+        options: those of every `RuleOptimizer`, by name.
     """
 
     def __init__(
         self,
         learning_rate: float | LRScheduler | TorchLRScheduler,
         parameters: Any,
-        options: dict[str, Any],
+        defaults: dict[str, Any],
         name: str | None = None,
-        *,
-        state_dtype: torch.dtype | None = None,
-        flatten: str | None = None,
-        master_weights: bool = False,
-        stochastic_rounding: bool = False,
+        **options: Any,
     ) -> None:
         if not isinstance(learning_rate, (float, LRScheduler, TorchLRScheduler)):
             raise TypeError(f"learning rate should be float or LRScheduler, got {type(learning_rate)} here")
@@ -59,14 +51,7 @@ class PaddleOptimizer(RuleOptimizer):
         self.name = name
         self._scheduler = None if isinstance(learning_rate, float) else learning_rate
         lr = learning_rate if isinstance(learning_rate, float) else _current(learning_rate)
-        super().__init__(
-            parameters,
-            {"lr": lr, "learning_rate": 1.0, **options},
-            state_dtype=state_dtype,
-            flatten=flatten,
-            master_weights=master_weights,
-            stochastic_rounding=stochastic_rounding,
-        )
+        super().__init__(parameters, {"lr": lr, "learning_rate": 1.0, **defaults}, **options)
 
     # Parameter groups ---------------------------------------------------------------------------------------
 
