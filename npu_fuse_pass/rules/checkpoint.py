@@ -37,24 +37,23 @@ def compact(state_dict: Any) -> Any:
 def aliases(entry: Any) -> Any:
     """A state entry as state dicts show it: tensors that share the states' memory; "step" is a float32 copy.
 
-    An entry that is no parameter's is shown as it is.
+    An entry that is no parameter's is the user's, and is shown as it is.
     """
-    if not isinstance(entry, ParamState):
-        return entry
-    return _with_float_step({n: v.detach() if isinstance(v, Tensor) else v for n, v in dict.items(entry)})
+    return _with_float_step(entry, Tensor.detach)
 
 
 def copied(entry: Any) -> Any:
-    """A state entry with memory of its own; one that is no parameter's is the user's to copy."""
+    """The same with memory of its own; the user's entries are the user's to copy."""
+    return _with_float_step(entry, lambda t: t.detach().clone())
+
+
+def _with_float_step(entry: Any, shown: Callable[[Tensor], Tensor]) -> Any:
     if not isinstance(entry, ParamState):
         return entry
-    return _with_float_step({n: v.detach().clone() if isinstance(v, Tensor) else v for n, v in dict.items(entry)})
-
-
-def _with_float_step(entry: dict[str, Any]) -> dict[str, Any]:
-    if isinstance(entry.get("step"), Tensor):
-        entry["step"] = entry["step"].float()
-    return entry
+    found = {name: shown(v) if isinstance(v, Tensor) else v for name, v in dict.items(entry)}
+    if isinstance(found.get("step"), Tensor):
+        found["step"] = found["step"].float()
+    return found
 
 
 def torch_options(cls: Callable[..., torch.optim.Optimizer]) -> dict[str, Any]:
