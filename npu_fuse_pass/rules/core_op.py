@@ -50,8 +50,6 @@ class Stepping(Keeping, Protocol):
     def _after(self) -> None: ...
     def _run_original(self) -> None: ...
     def _run_beside(self) -> None: ...
-    @property
-    def has_hooks(self) -> bool: ...
 
 
 log = logging.getLogger(__name__)
@@ -220,7 +218,7 @@ def run_rules(batches: list[Batch]) -> None:
 
 
 def _run_rules(batches: list[Batch]) -> None:
-    totals = [_totals(batch, batches) for batch in batches]
+    totals = [{name: _total(name, batch, batches) for name in batch.totals} for batch in batches]
     for batch, sums in zip(batches, totals, strict=True):
         for i, (param, grad) in enumerate(_pairs(batch)):
             if grad is None:
@@ -274,22 +272,12 @@ def _dimmed(x: Tensor) -> Tensor:
     return x if x.ndim else x.view(1)
 
 
-def _totals(batch: Batch, batches: list[Batch]) -> dict[str, Tensor]:
-    return {name: _total(name, batch, batches) for name in batch.totals}
-
-
 def _total(name: str, batch: Batch, batches: list[Batch]) -> Tensor:
     """A total in float64, over the parameters with a gradient of the group or of the optimizer."""
-    rule = batch.rule
-    within = [
-        b
-        for b in batches
-        if b.rule.itself is rule.itself and (rule.totals[name].over == "optimizer" or b.group == batch.group)
-    ]
+    everywhere = batch.rule.totals[name].over == "optimizer"
+    alike = [b for b in batches if b.rule.itself is batch.rule.itself and name in b.totals]
     result = torch.zeros((), dtype=torch.float64, device="cpu")
-    for b in within:
-        if name not in b.totals:
-            continue
+    for b in (b for b in alike if everywhere or b.group == batch.group):
         for i, (param, grad) in enumerate(_pairs(b)):
             if grad is not None:
                 keywords = b.keywords(b.step_views[i] + 1, i)
