@@ -34,9 +34,10 @@ def expand_rule(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], 
     if any(leaf.optimizer == handle for leaf in interpreter.leaves):  # states of the first step would be read again
         raise Unsupported("step", "one optimizer steps more than once in this function", Code.STEPS_TWICE)
     optimizer = core_op.optimizer_of(handle)
-    if any(batch.is_dtensors for batch in optimizer._prelude.batches):
+    batches = optimizer._prelude.batches
+    if any(batch.is_dtensors for batch in batches):
         raise Unsupported("rule_update", "the parameters are DTensors; compile the step by itself", Code.NO_MEMORY)
-    if any(batch.rounding.names for batch in optimizer._prelude.batches):
+    if any(batch.rounding.names for batch in batches):
         words = "rounds stochastically, which a step by itself can do in a kernel"
         raise Unsupported("rule_update", words, Code.OPERATION, "compile opt.step by itself")
     own = optimizer._surface.present()
@@ -46,18 +47,18 @@ def expand_rule(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], 
         )
     given = [*own, *(p.grad for p in own)]
     cells = {id(t): cell for t, cell in zip(given, [*params, *grads], strict=True)}
-    captured = capture_batches(optimizer._prelude.batches)
+    captured = capture_batches(batches)
     if captured.unfused:
         raise Unsupported.of(captured.unfused[0])
     interpreter.moved += captured.moved
     # by leaf; None: a gradient that is missing. What the graph does not hold becomes a leaf that the optimizer fills
-    held = enumerate(inputs_of(optimizer._prelude.batches))
-    found = {i: None if t is None else cells[id(t)] for i, t in held if t is None or id(t) in cells}
+    inputs = inputs_of(batches)
+    found = {i: None if t is None else cells[id(t)] for i, t in enumerate(inputs) if t is None or id(t) in cells}
     expansion = _Expansion(interpreter, handle, captured.leaves, found)
     updates = [expansion.present(update) for update in captured.updates]
     expansion.run(updates, found_inf)
     at = {id(t): divmod(i, len(own)) for i, t in enumerate(given)}
-    places = {i: at[id(t)] for i, t in enumerate(inputs_of(optimizer._prelude.batches)) if id(t) in at}
+    places = {i: at[id(t)] for i, t in enumerate(inputs) if id(t) in at}
     interpreter.expanded[node.name] = Expanded(tuple(updates), places, expansion.kept)
 
 

@@ -24,7 +24,6 @@ from npu_fuse_pass.capture.walk import is_known, run_graph
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.fx_nodes.names import operation_name
 from npu_fuse_pass.fx_nodes.places import source_of_error, source_of_function
-from npu_fuse_pass.ir.expr import Expr
 from npu_fuse_pass.ir.types import Captured, Leaf, Slot, Traced, Update
 from npu_fuse_pass.private_torch import DispatchMode, find, need
 from npu_fuse_pass.reasons import Code
@@ -59,13 +58,13 @@ def capture_batches(batches: Sequence[Batch], calls: Calls | None = None) -> Cap
 
 def _capture(batches: Sequence[Batch], calls: Calls) -> Captured:
     captured = Captured([], [], [])
-    traces = _Traces(calls)
+    traces, repeats = _Traces(calls), any(b.repeats for b in batches)
     for batch in batches:
         shaped = [n for n in batch.stored if n not in batch.numbers]
         numbers = [*batch.numbers, "step", *batch.rounding.names, *batch.hyper.names]
         roles = _Roles(["param", "grad", *shaped], numbers)
         members = _add_leaves(captured.leaves, batch, roles)
-        if any(b.repeats for b in batches):
+        if repeats:
             continue
         try:
             updates, moved = _updates_of(batch, roles, members, traces)
@@ -75,10 +74,9 @@ def _capture(batches: Sequence[Batch], calls: Calls) -> Captured:
             about = f"{e.reason.op} in rule {batch.rule.name}"
             place = e.reason.source or source_of_function(batch.rule.function)
             captured.unfused.append(dataclasses.replace(e.reason, op=about, source=place))
-    if any(b.repeats for b in batches):
-        captured.unfused.append(
-            Code.REPEATED("a parameter is listed twice, and its second update begins behind the first")
-        )
+    if repeats:
+        text = "a parameter is listed twice, and its second update begins behind the first"
+        captured.unfused.append(Code.REPEATED(text))
     return captured
 
 
@@ -241,8 +239,9 @@ def _trace(batch: Batch, roles: _Roles, shape: tuple[int, ...], totals: Sequence
     }
     scalars = {n: interpreter.add_leaf(Leaf("input", n), tensor=False) for n in roles.scalars}
     b = interpreter.builder
-    one = b.const(1)
-    step = Cell(scalars["step"].val if not batch.counts else _plus(interpreter, scalars["step"], one))
+    step = Cell(scalars["step"].val)
+    if batch.counts:
+        step.val = dataclasses.replace(step.val, expr=b.op("add", step.val.expr, b.const(1)))
     numbers = _group_numbers(batch, scalars)
     contributions, graphs = [], []
     sums = {}
@@ -292,10 +291,6 @@ def _stochastic(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], 
     given = (b.cast(x.expr, torch.float32), like.expr, *(n.expr for n in numbers))
     interpreter.moves([x], [like], fused=True)
     return Cell(dataclasses.replace(like, expr=b.make("stochastic", given, None, like.dtype, True)))
-
-
-def _plus(interpreter: Interpreter, cell: Cell, one: Expr) -> Any:
-    return dataclasses.replace(cell.val, expr=interpreter.builder.op("add", cell.val.expr, one))
 
 
 def _total_key(batch: Batch, name: str) -> tuple[object, ...]:
@@ -350,7 +345,7 @@ def _run(
     def attribute(node: fx.Node) -> Any:
         value = getattr(graph, str(node.target))
         if isinstance(value, Tensor) and value.ndim == 0:
-            return Cell(dataclasses.replace(_number(interpreter, float(value)), dtype=value.dtype))
+            return Cell(Val(interpreter.builder.const(float(value)), value.dtype, ()))
         raise Unsupported("constant", "a rule uses a tensor constant that is not 0-dim", Code.CONSTANT)
 
     try:
@@ -368,7 +363,3 @@ def _elements(value: Any) -> list[Any]:
     found: list[Any] = []
     fx.node.map_aggregate(value, found.append)
     return found
-
-
-def _number(interpreter: Interpreter, value: float) -> Any:
-    return Val(interpreter.builder.const(value), torch.float64, ())
