@@ -35,7 +35,6 @@ parsed: Callable[[str], Formula] = functools.lru_cache(maxsize=256)(parse)
 # IR operation -> torch; the rest have torch's own name
 _TORCH: dict[str, Callable[..., Tensor]] = {
     "fma": lambda x, y, z: torch.addcmul(z, x, y),  # ATen's addcmul has one rounding
-    "pow": torch.pow,
     "and": torch.logical_and,
     "or": torch.logical_or,
     "xor": torch.logical_xor,
@@ -62,8 +61,7 @@ def evaluate(
         numel = torch.tensor(float(count), dtype=torch.float64, device="cpu") if numel is None else numel
         tensors = {slot: t.reshape(-1) for slot, t in tensors.items()}
     for e in postorder(formula.roots):
-        known = numel if e.op == "numel" else None
-        values[id(e)] = _value(e, values, tensors, scalars) if known is None else known
+        values[id(e)] = numel if numel is not None and e.op == "numel" else _value(e, values, tensors, scalars)
     return values
 
 
