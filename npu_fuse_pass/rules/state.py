@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, ItemsView, Mapping, ValuesView
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -71,30 +71,8 @@ class _Noting(dict[Any, Any]):
             self._changes = self._changes.joined
         return self._changes
 
-    @_in_python
-    def __setitem__(self, key: Any, value: Any) -> None:
-        super().__setitem__(key, value)
+    def _note_change(self) -> None:
         self.changes.made = True
-
-    @_in_python
-    def __delitem__(self, key: Any) -> None:
-        super().__delitem__(key)
-        self.changes.made = True
-
-    @_in_python
-    def clear(self) -> None:
-        super().clear()
-        self.changes.made = True
-
-    @_in_python
-    def pop(self, *args: Any) -> Any:
-        self.changes.made = True
-        return super().pop(*args)
-
-    @_in_python
-    def popitem(self) -> tuple[Any, Any]:
-        self.changes.made = True
-        return super().popitem()
 
     @_in_python
     def update(self, *args: Any, **named: Any) -> None:
@@ -113,14 +91,24 @@ class _Noting(dict[Any, Any]):
         return self
 
 
-def _as_dict(name: str) -> Callable[..., Any]:
-    method = getattr(dict, name)
-    return _in_python(lambda self, *args: method(self, *args))
+def _as_dict(cls: type[Any], names: str, then: Callable[[Any], None] = lambda self: None) -> None:
+    """Give a class dict's methods of these names, in Python; `then`: what follows each call."""
+
+    def made(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Any, *args: Any) -> Any:
+            result = method(self, *args)
+            then(self)
+            return result
+
+        return _in_python(call)
+
+    for name in names.split():
+        setattr(cls, name, made(getattr(dict, name)))
 
 
+_as_dict(_Noting, "__setitem__ __delitem__ clear pop popitem", _Noting._note_change)
 # what only looks: a graph that holds a step would be asked for what was there before it
-for _name in ("__contains__", "__iter__", "__len__", "__getitem__", "get", "keys", "values", "items"):
-    setattr(_Noting, _name, _as_dict(_name))
+_as_dict(_Noting, "__contains__ __iter__ __len__ __getitem__ get keys values items")
 
 
 class ParamState(_Noting):
@@ -150,33 +138,12 @@ class ParamState(_Noting):
         for value in dict.values(self):
             self.changes.hand_out(value)
 
-    @_in_python
-    def __getitem__(self, name: str) -> Any:
-        self._hand_out()
-        return super().__getitem__(name)
-
-    @_in_python
-    def get(self, name: str, default: Any = None) -> Any:
-        self._hand_out()
-        return super().get(name, default)
-
-    @_in_python
-    def values(self) -> ValuesView[Any]:  # type: ignore[override]
-        self._hand_out()
-        return super().values()
-
-    @_in_python
-    def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
-        self._hand_out()
-        return super().items()
-
-    @_in_python  # dict(entry) and {**entry} ask for every value, because __iter__ is not dict's own
-    def copy(self) -> dict[str, Any]:
-        self._hand_out()
-        return super().copy()
-
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, (dict(self),)
+
+
+# dict(entry) and {**entry} ask for every value, because __iter__ is not dict's own
+_as_dict(ParamState, "__getitem__ get values items copy", ParamState._hand_out)
 
 
 class States(_Noting, defaultdict[Tensor, Any]):

@@ -175,7 +175,13 @@ PLANTED = [
         "return []",
         ("ours",),
     ),
-    Mutation("opt.state.clear() is not noted", "_Noting.clear", "self.changes.made = True", "pass", ("ours",)),
+    Mutation(
+        "opt.state.clear() is not noted",
+        "_Noting._note_change",
+        "self.changes.made = True",
+        "self.changes.made |= dict.__len__(self) > 0",
+        ("ours",),
+    ),
     Mutation(
         "a learning rate of 0 divides 0 by 0", "_quotient", "    if number is None:", "    if True:", ("AdamW loop",)
     ),

@@ -354,9 +354,9 @@ MUTATIONS = [
     # rules and the rewritten graph
     Mutation(
         "steps are counted one too low",
-        "_plus",
-        'expr=interpreter.builder.op("add", cell.val.expr, one)',
-        "expr=cell.val.expr",
+        "_trace",
+        'expr=b.op("add", step.val.expr, b.const(1))',
+        "expr=step.val.expr",
         _small("a_rule_counts_from_one_and_sums_over_all_parameters"),
     ),
     Mutation(

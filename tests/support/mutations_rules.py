@@ -140,8 +140,8 @@ RULES = [
     Mutation(
         "a total of a group is that of the optimizer",
         "_total",
-        'rule.totals[name].over == "optimizer" or b.group == batch.group',
-        'rule.totals[name].over == "optimizer" or True',
+        "everywhere or b.group == batch.group",
+        "True",
         _equal("totals_are_over_what_they_say[eager-group]"),
     ),
     # the optimizer
@@ -162,8 +162,8 @@ RULES = [
     Mutation(
         "a pickled state shares memory with the optimizer",
         "copied",
-        "v.detach().clone() if isinstance(v, Tensor) else v",
-        "v",
+        "lambda t: t.detach().clone()",
+        "lambda t: t",
         ("tests/behaviour/test_state_mapping.py::test_copies_are_plain",),
     ),
 ]
