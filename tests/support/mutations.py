@@ -302,8 +302,8 @@ MUTATIONS = [
     Mutation(
         "what one share of a check sees is forgotten at the next",
         "C++",
-        "good = good && fit_in_turn",
-        "good = fit_in_turn",
+        "/ parts) && good;",
+        "/ parts);",
         _check("a_check_has_fewer_threads_than_it_asks_for"),
     ),
     Mutation(
