@@ -55,24 +55,21 @@ def _groups(updates: Sequence[Update], leaves: list[Leaf]) -> tuple[Group, ...]:
             known[shared] = _canonicalise(update)
         canonical = known[shared]
         text = canonical.formula.text
-        if text not in found:
-            labels = tuple(_label(update, e) for e in canonical.sources)
-            found[text] = Group(group_name(text), canonical.formula, [], [], labels)
-        found[text].labels = tuple(map(_better, found[text].labels, (_label(update, e) for e in canonical.sources)))
+        labels = tuple(_label(update, e) for e in canonical.sources)
+        made = found.setdefault(text, Group(group_name(text), canonical.formula, [], [], labels))
+        made.labels = tuple(map(_better, made.labels, labels))
         fixed = {}
         for slot, source in enumerate(canonical.sources):
             if source.op == "const":
                 assert isinstance(source.value, float)
-                leaf = Leaf("constant", repr(source.value), value=source.value, fixed=True)
-                fixed[slot] = extra_leaf(leaf)
+                fixed[slot] = extra_leaf(Leaf("constant", repr(source.value), value=source.value, fixed=True))
             elif source.op == "total":
                 assert isinstance(source.value, int)
-                leaf = Leaf("total", f"total_{source.value}", source.value, fixed=True)
-                fixed[slot] = extra_leaf(leaf)
+                fixed[slot] = extra_leaf(Leaf("total", f"total_{source.value}", source.value, fixed=True))
         for member in update.members:
             ids = [fixed[s] if s in fixed else member[e.value] for s, e in enumerate(canonical.sources)]  # type: ignore[index]
-            found[text].members.append(tuple(ids))
-            found[text].totals.append(canonical.totals)
+            made.members.append(tuple(ids))
+            made.totals.append(canonical.totals)
     return tuple(found.values())
 
 

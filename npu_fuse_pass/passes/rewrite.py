@@ -144,15 +144,7 @@ def _group_node(
 
 
 def _add_totals(graph: fx.Graph, leaves: Sequence[Leaf], groups: Sequence[Group], nodes: dict[int, fx.Node]) -> None:
-    """Add to `nodes` the totals to which these groups contribute."""
-    sums = _total_nodes(graph, leaves, groups, nodes)
-    nodes |= {i: sums[leaf.index] for i, leaf in enumerate(leaves) if leaf.kind == "total" and leaf.index in sums}
-
-
-def _total_nodes(
-    graph: fx.Graph, leaves: Sequence[Leaf], groups: Sequence[Group], nodes: dict[int, fx.Node]
-) -> dict[int, fx.Node]:
-    """For every total: the sum of what the members of all groups contribute to it."""
+    """Add to `nodes` the totals to which these groups contribute: sums of what their members contribute."""
     sums: dict[int, fx.Node] = {}
     totals = {i: leaf.index for i, leaf in enumerate(leaves) if leaf.kind == "total"}
     for _ in range(rounds(groups, leaves)):
@@ -168,4 +160,4 @@ def _total_nodes(
         for number, values in parts.items():
             stacked = graph.call_function(torch.ops.aten.stack.default, (values,))
             sums[number] = graph.call_function(torch.ops.aten.sum.default, (stacked,))
-    return sums
+    nodes |= {i: sums[number] for i, number in totals.items() if number in sums}
