@@ -43,17 +43,18 @@ class Homes:
             OptionError: one of those that would move cannot; the message says which and why. Nothing is changed.
         """
         moving = [same for params in lists for same in _by_kind(params) if not _adjacent(same)]
+        if not moving:
+            return
         names = {id(p): f"parameter {i}" for i, p in enumerate(everyone)}
         for p in (p for same in moving for p in same):
             reason = _unusual(p) or self._foreign(p)
             if reason is not None:
                 raise OptionError(f'flatten="params": {names[id(p)]} {reason}')
-        if moving:
-            _check_tied(everyone, names)
+        _check_tied(everyone, names)
         for same in moving:
             self._move(same)
-        inhabited = {_storage(p) for p in everyone} if moving else set()
-        self._buffers = [b for b in self._buffers if _storage(b) in inhabited] if moving else self._buffers
+        inhabited = {_storage(p) for p in everyone}
+        self._buffers = [b for b in self._buffers if _storage(b) in inhabited]
 
     def _move(self, params: Sequence[Tensor]) -> None:
         buffer = torch.empty(sum(p.numel() for p in params), dtype=params[0].dtype, device=params[0].device)
