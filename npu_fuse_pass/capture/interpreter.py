@@ -112,15 +112,13 @@ class Interpreter:
                 raise Unsupported(name, f"broadcasts {source.shape} to {args[0].shape}", Code.SHAPES)
             return source if isinstance(source, Val) else SHAPED["full_like"](self.builder, args[0], source)
         try:
+            result = None
             if self.dimensions is not None:
                 args, kwargs = self.dimensions.broadcast(name, args, kwargs)
-            small = self.dimensions.reduced(name, args, kwargs) if self.dimensions is not None else None
-            if small is not None:
-                result = small
-            elif name in SHAPED:
-                result = SHAPED[name](self.builder, *args, **kwargs)
-            else:
-                result = evaluate(self.builder, name, args, kwargs)
+                result = self.dimensions.reduced(name, args, kwargs)
+            if result is None:
+                shaped = SHAPED.get(name)
+                result = shaped(self.builder, *args, **kwargs) if shaped else evaluate(self.builder, name, args, kwargs)
             self._check_integer(name, result)
             if self.reductions_stay and not result.dimmed and any(isinstance(a, Val) and a.dimmed for a in args):
                 raise Unsupported(name, "stays where updates read numbers of other tensors", Code.ACROSS_PARAMETERS)

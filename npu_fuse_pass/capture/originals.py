@@ -133,7 +133,6 @@ class Originals:
         level = max((self._level(val.expr) for val in vals), default=0)
         if effect.ordered:
             level = self._ordered = max(level, self._ordered)
-        self._reach(level)
         if number is not None:
             reason = dataclasses.replace(reason, remedy=_OF_NUMBERS)
         call = Call(node.target, (), {}, [], several, node.name, number=number is not None)
@@ -164,19 +163,19 @@ class Originals:
                 place, cell = owner[0]
                 base = held[place] if place in held else self._stored(cell.val, _example(*place))
                 self._lies_in[_index(val)] = self.memory_of(base)
-        self.levels[level].calls.append(call)
+        self._at(level).calls.append(call)
         self._interpreter.moves(vals, [*(c.val for c in made), *new.values()], fused=False)
         self.reasons.setdefault((name, reason.text), dataclasses.replace(reason, op=name))
         return made if several else made[0] if made else None
 
-    def _reach(self, level: int) -> None:
+    def _at(self, level: int) -> Level:
         while len(self.levels) <= level:
             self.levels.append(Level())
+        return self.levels[level]
 
     def temporary(self, val: Val) -> Expr:
         """A value as a contiguous tensor that a stage ahead of its readers makes."""
         level = self._level(val.expr)
-        self._reach(level)
         index = self._temporary(val, level, self._device(), torch.empty(val.shape, device="meta").stride())
         expr = self._interpreter.builder.leaf(index, val.dtype, tensor=True)
         self._level_of[id(expr)] = level + 1
@@ -248,14 +247,12 @@ class Originals:
     def _again(self, view: _Viewing, base: Val) -> Val:
         """The value of a view of what has a new value."""
         level = max(view.level, self._level(base.expr))
-        self._reach(level)
         self._note(self._interpreter.here(Code.VIEW_STALE(STALE, "view")))
         return self._viewed(view, self._stored(base, view.base), level, [])
 
     def _put(self, view: _Viewing, base: Val, val: Val, reason: Reason) -> Val:
         """The value of a tensor of which a view was written: a copy of the tensor, into which the view is copied."""
         level = max(view.level, self._level(base.expr), self._level(val.expr))
-        self._reach(level)
         self._note(reason)
         copies: list[tuple[int, int]] = []
         holder = self._held(base, level, view.base, copies)
@@ -263,7 +260,7 @@ class Originals:
         new = self._left_in(holder, view.name, level)
         args = LeafRef(_index(part)), LeafRef(self._stored(val, view.fakes[view.place]))
         copy = Call("copy_", args, {}, [], False, view.call.node, written=[(holder, _index(new))])
-        self.levels[level].calls.append(copy)
+        self._at(level).calls.append(copy)
         self._interpreter.copies([base, val], [base, new])
         return new
 
@@ -274,7 +271,7 @@ class Originals:
         results = [_index(val) for val in vals]
         self._lies_in |= dict.fromkeys(results, self.memory_of(base))
         call = dataclasses.replace(view.call, args=given[0], kwargs=given[1], results=results, copies=copies)
-        self.levels[level].calls.append(call)
+        self._at(level).calls.append(call)
         return vals[view.place]
 
     def _note(self, reason: Reason) -> None:
@@ -310,9 +307,8 @@ class Originals:
     def copied(self, val: Val) -> int:
         """A leaf that holds a copy of a leaf's value, made before the step writes that one."""
         level, index = self._level(val.expr), _index(val)
-        self._reach(level)
         copy = self._beside(index)
-        self.levels[level].calls.append(self._copy(index, copy))
+        self._at(level).calls.append(self._copy(index, copy))
         return copy
 
     def read_apart(self, written: Mapping[int, Cell]) -> None:
@@ -366,7 +362,7 @@ class Originals:
         leaves = self._interpreter.leaves
         index, dtype = len(leaves), torch.float64 if val.number else val.dtype
         leaves.append(Leaf("temporary", f"t{index}", dtype=dtype, shape=val.shape, device=device, strides=strides))
-        self.levels[level].writes[index] = Cell(val, index)
+        self._at(level).writes[index] = Cell(val, index)
         return index
 
 

@@ -60,8 +60,7 @@ def run_graph(
             return fx.node.map_arg(node.args[0], env.__getitem__)
         else:
             interpreter.node = node
-            args = fx.node.map_aggregate(node.args, lambda x: env[x] if isinstance(x, fx.Node) else x)
-            kwargs = fx.node.map_aggregate(node.kwargs, lambda x: env[x] if isinstance(x, fx.Node) else x)
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
             try:
                 env[node] = _call_node(interpreter, node, args, dict(kwargs), env)
             except Unsupported as e:
