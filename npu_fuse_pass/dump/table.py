@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from npu_fuse_pass.report import text
-from npu_fuse_pass.report.report import CompileReport
+from npu_fuse_pass.report.report import CompileReport, group_lines, remarks
 
 
 def columns(rows: Sequence[Sequence[str]], indent: str = "") -> list[str]:
@@ -17,4 +16,4 @@ def columns(rows: Sequence[Sequence[str]], indent: str = "") -> list[str]:
 def table(report: CompileReport) -> str:
     """One line for each group, then what is not fused. Times are in summary.json: they differ from run to run."""
     head = f"npu_fused on {report.platform}, torch {report.torch}"
-    return "\n".join([head, *text.table(report.groups), *text.remarks(report), ""])
+    return "\n".join([head, *group_lines(report.groups), *remarks(report), ""])
