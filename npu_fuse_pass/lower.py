@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from npu_fuse_pass.ir.totals import total_slots
 from npu_fuse_pass.ir.types import Group, Grouped, Leaf
 from npu_fuse_pass.lowerings import eager, segmented
 from npu_fuse_pass.lowerings.cpu import codegen, graph_op
-from npu_fuse_pass.lowerings.program import Program
+from npu_fuse_pass.lowerings.program import Program, check_written_once
 from npu_fuse_pass.options import Options, Target
 from npu_fuse_pass.passes.rewrite import rewrite
 from npu_fuse_pass.reasons import Code, Reason
@@ -113,9 +114,7 @@ def sources(step: Grouped) -> Mapping[str, str]:
     return texts
 
 
-def _lower_cpu(
-    leaves: Sequence[Leaf], groups: Sequence[Group], options: Options, values: KnownLeaves, matches: Matches | None
-) -> Lowered:
+def _lower_cpu(leaves: Sequence[Leaf], groups: Sequence[Group], *_: object) -> Lowered:
     from npu_fuse_pass.lowerings.cpu import program as cpu
 
     rows: list[GroupReport] = []
@@ -135,37 +134,28 @@ def _lower_cpu(
     return Lowered(program, rows)
 
 
-def _lower_eager(
-    leaves: Sequence[Leaf], groups: Sequence[Group], options: Options, values: KnownLeaves, matches: Matches | None
-) -> Lowered:
+def _lower_eager(leaves: Sequence[Leaf], groups: Sequence[Group], *_: object) -> Lowered:
     """The original graph, on request; the report still shows what would be fused."""
     return Lowered(None, [group_report(g, leaves, "eager", "original graph", 0, 0) for g in groups])
 
 
-def _lower_nodes(
-    leaves: Sequence[Leaf], groups: Sequence[Group], options: Options, values: KnownLeaves, matches: Matches | None
-) -> Lowered:
-    """Leave the fused nodes to another compiler; `copy_` reads and writes every new value again."""
-    return Lowered(None, [_node_row(g, leaves, multi_tensor_update, copies=3) for g in groups])
+def _lower_nodes(operation: Any, copies: int, leaves: Sequence[Leaf], groups: Sequence[Group], *_: object) -> Lowered:
+    """Leave the fused nodes to another compiler, as calls of `operation`.
 
-
-def _lower_kernel_nodes(
-    leaves: Sequence[Leaf], groups: Sequence[Group], options: Options, values: KnownLeaves, matches: Matches | None
-) -> Lowered:
-    """As `_lower_nodes`, with operations that run generated kernels on copies."""
-    return Lowered(None, [_node_row(g, leaves, graph_op.multi_tensor_kernel, copies=5) for g in groups])
-
-
-def _node_row(g: Group, leaves: Sequence[Leaf], operation: Any, copies: int) -> GroupReport:
-    """The row of a group that stays a node; `copies`: how often a written tensor goes over memory besides."""
-    for slot in g.formula.written:
-        if len({m[slot] for m in g.members}) != len(g.members):
-            raise Unsupported(g.name, "several members write the same 0-dim tensor", Code.SAME_SCALAR)
-    tensors = [slot.dtype.itemsize for slot in g.formula.slots if slot.tensor]
-    written = [g.formula.slots[s].dtype.itemsize for s in g.formula.written if g.formula.slots[s].tensor]
-    passes = 2 if g.formula.contributions else 1
-    size = passes * sum(tensors) + copies * sum(written)
-    return group_report(g, leaves, "graph", str(operation).removesuffix(".default"), size, passes)
+    Args:
+        copies: how often a written tensor goes over memory besides: `copy_` reads and writes every new value again, and
+            generated kernels work on copies.
+    """
+    rows = []
+    for g in groups:
+        check_written_once(g)
+        slots = g.formula.slots
+        read = sum(slot.dtype.itemsize for slot in slots if slot.tensor)
+        written = sum(slots[s].dtype.itemsize for s in g.formula.written if slots[s].tensor)
+        passes = 2 if g.formula.contributions else 1
+        size = passes * read + copies * written
+        rows.append(group_report(g, leaves, "graph", str(operation).removesuffix(".default"), size, passes))
+    return Lowered(None, rows)
 
 
 def _lower_npu(
@@ -268,8 +258,8 @@ LOWERINGS: Mapping[str, Callable[..., Lowered]] = {
     "cpu": _lower_cpu,
     "npu": _lower_npu,
     "eager": _lower_eager,
-    "nodes": _lower_nodes,
-    "kernel nodes": _lower_kernel_nodes,
+    "nodes": functools.partial(_lower_nodes, multi_tensor_update, 3),
+    "kernel nodes": functools.partial(_lower_nodes, graph_op.multi_tensor_kernel, 5),
 }
 
 

@@ -1,4 +1,4 @@
-"""What a lowering gives: a program that runs a step."""
+"""What a lowering gives: a program that runs a step, and what all of them refuse."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from npu_fuse_pass.errors import Unsupported
+from npu_fuse_pass.ir.types import Group
+from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.rules.prelude import InputCheck
 
 
@@ -28,3 +31,10 @@ class CheckingProgram(InputCheck, Protocol):
 
     def checks(self, params: Set[int]) -> bool: ...
     def again(self) -> None: ...
+
+
+def check_written_once(group: Group) -> None:
+    """Refuse a group of which several members write one 0-dim tensor: they are computed side by side."""
+    for slot in group.formula.written:
+        if len({member[slot] for member in group.members}) != len(group.members):
+            raise Unsupported(group.name, "several members write the same 0-dim tensor", Code.SAME_SCALAR)

@@ -24,6 +24,7 @@ from npu_fuse_pass.lowerings.cpu.kernel import Kernel
 from npu_fuse_pass.lowerings.cpu.spread import Spread
 from npu_fuse_pass.lowerings.cpu.tables import Values
 from npu_fuse_pass.lowerings.interrupts import to_the_end
+from npu_fuse_pass.lowerings.program import check_written_once
 from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.tensors.memory import NOWHERE, check_apart
 
@@ -274,7 +275,4 @@ def _check(group: Group, leaves: Sequence[Leaf]) -> None:
                 raise Unsupported(
                     group.name, f"a tensor on {leaves[m[slot]].device}; this lowering is for the CPU", Code.OTHER_DEVICE
                 )
-    for slot in group.formula.written:
-        written = [m[slot] for m in group.members]
-        if len(set(written)) != len(written):
-            raise Unsupported(group.name, "several members write the same 0-dim tensor", Code.SAME_SCALAR)
+    check_written_once(group)

@@ -14,6 +14,7 @@ from npu_fuse_pass.lowerings.npu.emit.dedicated_operations import series
 from npu_fuse_pass.lowerings.npu.emit.split import constants_of, slots_of, split
 from npu_fuse_pass.lowerings.npu.kernels.launch import KERNEL, Generated
 from npu_fuse_pass.lowerings.npu.plan import Plan, Span
+from npu_fuse_pass.lowerings.program import check_written_once
 from npu_fuse_pass.match.result import Match, NoMatch
 from npu_fuse_pass.reasons import Code
 
@@ -60,10 +61,7 @@ class LoweredGroup:
         not_generated = f"no generated kernel: {generated}" if isinstance(generated, str) and generated else ""
         why = chosen if isinstance(chosen, str) else chosen.note
         self.note = "; ".join(filter(None, (not_generated, why, self.waits)))
-        for slot in formula.written:
-            targets = [member[slot] for member in group.members]
-            if len(set(targets)) != len(targets):
-                raise Unsupported(group.name, "several members write the same 0-dim tensor", Code.SAME_SCALAR)
+        check_written_once(group)
 
     def _operations(
         self, found: Match | NoMatch | None, chip: str, kernels: str, generated: object
