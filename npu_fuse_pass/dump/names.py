@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,8 +13,9 @@ from npu_fuse_pass.ir.expr import DTYPE_NAMES
 from npu_fuse_pass.ir.types import Group, Leaf
 
 _PLACE = re.compile(r"param_groups_+(\d+)_+params_+(\d+)_*$")
-_PATTERN = 16  # values that may be repeated together
+
 _SHOWN = 4  # of a list; the rest is only counted
+T = TypeVar("T")
 
 
 def labels_of(group: Group, leaves: Sequence[Leaf], member: tuple[int, ...]) -> list[str]:
@@ -69,12 +71,12 @@ def _times(text: str, length: int, count: int) -> str:
     return f"{text} × {count}" if length == 1 else f"({text}) × {count}"
 
 
-def runs(values: Sequence[str]) -> Iterator[tuple[Sequence[str], int]]:
-    """A list as patterns, each with its number of repetitions."""
+def runs(values: Sequence[T], longest: int = 16) -> Iterator[tuple[Sequence[T], int]]:
+    """A list as patterns of so many values at most, each with its number of repetitions."""
     start = 0
     while start < len(values):
         best = 1, 1
-        for length in range(1, min(_PATTERN, (len(values) - start) // 2) + 1):
+        for length in range(1, min(longest, (len(values) - start) // 2) + 1):
             pattern = values[start : start + length]
             count = 1
             while values[start + count * length : start + (count + 1) * length] == pattern:

@@ -8,6 +8,8 @@ import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
+from npu_fuse_pass.dump.names import runs
+
 _WHAT = {
     "original": "the GE graph that torchair's converters made, before torchair's own passes",
     "optimized": "the GE graph after torchair's own passes, as GE got it at the first run. What GE makes of that "
@@ -65,21 +67,11 @@ def _operation(node: str) -> _Operation:
 
 def _collapsed(operations: Sequence[_Operation]) -> Iterator[str]:
     """Lines; of sequences that repeat with other tensors, the first."""
-    kinds = [o.kind for o in operations]
     at = 0
-    while at < len(kinds):
-        length, times = max((_repeats(kinds, at, n) for n in range(1, _LONGEST + 1)), key=lambda r: r[0] * r[1])
+    for pattern, times in runs([o.kind for o in operations], _LONGEST):
         indent = "  "
         if times > 1:
             yield f"  × {times}, of which the first:"
             indent = "    "
-        yield from (f"{indent}{o.line}" for o in operations[at : at + length])
-        at += length * times
-
-
-def _repeats(kinds: Sequence[object], at: int, length: int) -> tuple[int, int]:
-    """The pattern `length` and its number of repetitions from here on; (1, 1) if it does not repeat."""
-    times = 1
-    while kinds[at : at + length] == kinds[at + times * length : at + (times + 1) * length]:
-        times += 1
-    return (length, times) if times > 1 else (1, 1)
+        yield from (f"{indent}{o.line}" for o in operations[at : at + len(pattern)])
+        at += len(pattern) * times
