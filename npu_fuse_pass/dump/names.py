@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from npu_fuse_pass.ir.expr import DTYPE_NAMES
-from npu_fuse_pass.ir.types import Group, Leaf
+from npu_fuse_pass.ir.types import Call, Formula, Group, Leaf
 
 _PLACE = re.compile(r"param_groups_+(\d+)_+params_+(\d+)_*$")
 
@@ -24,11 +24,16 @@ def labels_of(group: Group, leaves: Sequence[Leaf], member: tuple[int, ...]) -> 
     return [f"{leaf.value:g}" if leaf.kind == "constant" else label for leaf, label in kinds]
 
 
-def written_leaf(group: Group, leaves: Sequence[Leaf], member: tuple[int, ...]) -> Leaf:
+def written_leaf(formula: Formula, labels: Sequence[str], leaves: Sequence[Leaf], member: tuple[int, ...]) -> Leaf:
     """The leaf that names a member: its parameter, or the first tensor that it writes."""
-    written = [slot for slot in group.formula.written if group.formula.slots[slot].tensor]
-    named = [slot for slot in written if group.labels[slot] == "param"]
-    return leaves[member[(named or written or group.formula.written or [0])[0]]]
+    written = [slot for slot in formula.written if formula.slots[slot].tensor]
+    named = [slot for slot in written if labels[slot] == "param"]
+    return leaves[member[(named or written or formula.written or [0])[0]]]
+
+
+def called(call: Call) -> str:
+    """The name of what an original operation calls."""
+    return call.target if isinstance(call.target, str) else str(getattr(call.target, "__name__", call.target))
 
 
 def parameter_name(leaf: Leaf) -> str:

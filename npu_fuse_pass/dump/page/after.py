@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from npu_fuse_pass.dump.contents import Contents
+from npu_fuse_pass.dump.names import called
 from npu_fuse_pass.ir.expr import postorder
 from npu_fuse_pass.ir.types import Call, Group, Leaf, references
 
@@ -104,8 +105,7 @@ class _After:
         """Add original operations, one box per name."""
         by_name: dict[str, list[Call]] = {}
         for call in calls:
-            target = call.target if isinstance(call.target, str) else getattr(call.target, "__name__", str(call.target))
-            by_name.setdefault(target.removesuffix(".default"), []).append(call)
+            by_name.setdefault(called(call).removesuffix(".default"), []).append(call)
         for name, several in by_name.items():
             read = []
             for call in several:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from npu_fuse_pass.dump.contents import Contents
+from npu_fuse_pass.dump.names import written_leaf
 from npu_fuse_pass.dump.page.drawing import Before, Drawing, Node, Texts
 from npu_fuse_pass.dump.page.families import plain, texts
 from npu_fuse_pass.ir.expr import DTYPE_NAMES, Expr, postorder
@@ -40,7 +41,7 @@ def _drawing(group: Group, number: int, leaves: Sequence[Leaf]) -> Drawing:
         nodes.append(made)
     for e, total in zip(group.formula.contributions, group.totals[0], strict=True):
         nodes.append(Node("port", f"total_{total}", [boxes[id(e)]] if id(e) in boxes else [], scalar=True, to=-1))
-    members = [_param(group, m, leaves) for m in range(len(group.members))]
+    members = [written_leaf(group.formula, group.labels, leaves, member) for member in group.members]
     return Drawing(nodes, [plain(leaf.name) for leaf in members], [leaf.shape for leaf in members], [number])
 
 
@@ -63,11 +64,6 @@ def _note(e: Expr, group: Group, leaves: Sequence[Leaf]) -> Texts:
     slots = [a.value for a in e.args if a.op == "leaf" and isinstance(a.value, int)]
     constant = [s for s in slots if _kind(group, s, leaves) == "constant"]
     return texts([" ".join(f"{leaves[m[s]].value:.6g}" for s in constant) for m in group.members])
-
-
-def _param(group: Group, member: int, leaves: Sequence[Leaf]) -> Leaf:
-    slot = group.labels.index("param") if "param" in group.labels else group.formula.written[0]
-    return leaves[group.members[member][slot]]
 
 
 def _totals(groups: Sequence[Group], drawings: list[Drawing]) -> Drawing | None:

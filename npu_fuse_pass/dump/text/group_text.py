@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from npu_fuse_pass.dump.contents import Contents
-from npu_fuse_pass.dump.names import counted, few, parameter_name, parameters, typed, written_leaf
+from npu_fuse_pass.dump.names import called, counted, few, parameter_name, parameters, typed, written_leaf
 from npu_fuse_pass.dump.table import columns
 from npu_fuse_pass.dump.text.difference import difference
 from npu_fuse_pass.ir.expr import DTYPE_NAMES, postorder
 from npu_fuse_pass.ir.readable import readable
-from npu_fuse_pass.ir.types import Call, Formula, Group, Leaf, Update
+from npu_fuse_pass.ir.types import Formula, Group, Leaf, Update
 
 _KINDS = {
     "input": "argument of the graph",
@@ -34,7 +34,8 @@ def updates(contents: Contents) -> str:
         names = dict.fromkeys(group_of.get(leaf, "in no group") for leaf in written)
         formula = Formula(tuple(update.slots), tuple(update.writes), tuple(e for _, e in update.contributions), "")
         key = ", ".join(names) or "sums", readable(formula, update.labels), _of_params(update)
-        told.setdefault(key, []).extend(_known_by(update, captured.leaves, member) for member in update.members)
+        known_by = [written_leaf(formula, update.labels, captured.leaves, member) for member in update.members]
+        told.setdefault(key, []).extend(known_by)
     of_params = [u for u in captured.updates if _of_params(u)]
     count = sum(len(u.members) for u in of_params or captured.updates)
     lines = [f"{count} {'parameters are updated' if of_params else 'updates'}; a prime marks the new value"]
@@ -50,13 +51,6 @@ def _of_params(update: Update) -> bool:
     return any(update.labels[position] == "param" for position, _ in update.writes)
 
 
-def _known_by(update: Update, leaves: Sequence[Leaf], member: tuple[int, ...]) -> Leaf:
-    """As `written_leaf`, for an update before grouping."""
-    written = [position for position, _ in update.writes if update.slots[position].tensor]
-    named = [position for position in written if update.labels[position] == "param"]
-    return leaves[member[(named or written or [position for position, _ in update.writes] or [0])[0]]]
-
-
 def groups(contents: Contents) -> str:
     """Groups with slots, numbers and members; for each the difference from those before."""
     leaves = contents.grouped.leaves
@@ -69,22 +63,19 @@ def groups(contents: Contents) -> str:
         lines += ["", f"group {i + 1}: {group.name}  {parameters(len(group.members), group.of_params)}, {what}"]
         lines += [f"  differs from group {k + 1}: {difference(other, group)}" for k, other in enumerate(every[:i])]
         lines += ["  slots:", *columns(list(_slots(group, contents)), "    ")]
-        lines += ["  members:", *_by_shape([written_leaf(group, leaves, member) for member in group.members])]
+        known_by = [written_leaf(group.formula, group.labels, leaves, member) for member in group.members]
+        lines += ["  members:", *_by_shape(known_by)]
         lines += ["  identity:", *(f"    {line}" for line in group.formula.text.splitlines())]
     for number, segment in enumerate(contents.grouped.segments):
         names = few([g.name for g in segment.groups]) or "nothing"
         head = (
             f"segment {number + 1}: after {names}, as they were:" if segment.calls else f"segment {number + 1}: {names}"
         )
-        lines += ["", head, *([f"  {counted(map(_call, segment.calls))}"] if segment.calls else [])]
+        lines += ["", head, *([f"  {counted(map(called, segment.calls))}"] if segment.calls else [])]
     lines += [f"unfused {reason}" for reason in contents.report.unfused]
     if contents.report.fallback:
         lines += ["", f"the original runs: {contents.report.fallback}"]
     return "\n".join([*lines, ""])
-
-
-def _call(call: Call) -> str:
-    return call.target if isinstance(call.target, str) else str(getattr(call.target, "__name__", call.target))
 
 
 def _by_shape(known_by: Sequence[Leaf]) -> list[str]:
