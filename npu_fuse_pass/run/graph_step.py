@@ -27,7 +27,7 @@ from npu_fuse_pass.rules.core_op import Stepping
 from npu_fuse_pass.rules.pending import uses_kept
 from npu_fuse_pass.run.check_numerics import Widened
 from npu_fuse_pass.run.fallbacks import falls_back, given_up, refusal, refused
-from npu_fuse_pass.run.plan_facts import PlanFacts, forget
+from npu_fuse_pass.run.plan_facts import Facts, changed, plan_facts
 from npu_fuse_pass.run.python_numbers import PythonNumbers
 from npu_fuse_pass.run.variants import Variant, Variants
 from npu_fuse_pass.tensors.sharded import is_dtensor, local
@@ -102,12 +102,14 @@ class GraphStep:
         for optimizer in self._stepped():
             optimizer._prelude.prepare()
             optimizer._prelude.compiled = True
-        self._facts: PlanFacts | None = None
+        self._facts: Facts | None = None
         self._plan(cause)
 
     def _drop(self, optimizer: weakref.ref[Stepping]) -> None:
         """Release the plan and the graph: without one of its optimizers the graph cannot run."""
-        forget(self, ("_gm", "_facts", "_state", "_variants"))
+        for name in ("_gm", "_facts", "_state", "_variants"):
+            if hasattr(self, name):  # not if another of its optimizers has gone before
+                delattr(self, name)
 
     @property
     def fused(self) -> bool:
@@ -116,9 +118,9 @@ class GraphStep:
     def _plan(self, cause: Cause = FIRST) -> None:
         before = self._facts
         batches = [b for o in self._stepped() for b in o._prelude.batches]
-        self._state, self._facts = self._inputs(), PlanFacts.of(batches)
+        self._state, self._facts = self._inputs(), plan_facts(batches)
         if before is not None:
-            cause = before.changed(self._facts)
+            cause = changed(before, self._facts)
         self._variants = Variants(self._variant(cause, functools.partial(_number, self._kept())))
 
     def _variant(self, cause: Cause, number: pipeline.Number | None) -> _GraphVariant:

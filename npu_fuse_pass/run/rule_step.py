@@ -23,7 +23,7 @@ from npu_fuse_pass.rules.optimizer import RuleOptimizer
 from npu_fuse_pass.run import torch_class
 from npu_fuse_pass.run.check_numerics import names_of
 from npu_fuse_pass.run.fallbacks import falls_back, given_up, refusal, refused
-from npu_fuse_pass.run.plan_facts import PlanFacts
+from npu_fuse_pass.run.plan_facts import Facts, changed, plan_facts
 from npu_fuse_pass.run.variants import Variant, Variants
 
 _MOST = 64  # plans of one optimizer that are kept
@@ -88,7 +88,7 @@ class RuleStep:
         self._optimizer = weakref.ref(optimizer, self._drop)
         self._options = options
         self._gone = gone
-        self._facts: PlanFacts | None = None
+        self._facts: Facts | None = None
         self._apart: str | None = None
         self._kept: dict[tuple[int, ...], Variants[Variant]] = {}
         self._plan(cause)
@@ -112,9 +112,9 @@ class RuleStep:
         optimizer = self._optimizer()
         assert optimizer is not None
         prelude = optimizer._prelude
-        before, self._facts = self._facts, PlanFacts.of(prelude.batches)
+        before, self._facts = self._facts, plan_facts(prelude.batches)
         if before is not None:
-            cause = before.changed(self._facts)
+            cause = changed(before, self._facts)
         self._version, prelude.compiled = prelude.version, True
         serials = tuple(batch.serial for batch in prelude.batches)
         kept = self._kept.pop(serials, None)
