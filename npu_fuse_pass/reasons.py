@@ -165,6 +165,11 @@ class Code(enum.Enum):
         return Reason(self, text, op, remedy or self.remedy)
 
 
+def advised(text: str, remedy: str | None) -> str:
+    """What is the case, with what to do, as warnings say it."""
+    return f"{text}. What to do: {remedy}" if remedy else text
+
+
 @dataclasses.dataclass(frozen=True)
 class Reason:
     """Why something is not fused.
@@ -192,8 +197,8 @@ class Reason:
 
     @property
     def advised(self) -> str:
-        """The reason with what to do, as warnings say it."""
-        return f"{self}. What to do: {self.remedy}" if self.remedy else str(self)
+        """The reason with what to do."""
+        return advised(str(self), self.remedy)
 
     def led_by(self, words: str) -> Reason:
         """The same reason after words that say when or how it counts."""

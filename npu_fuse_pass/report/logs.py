@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from npu_fuse_pass.options import disabled
 from npu_fuse_pass.private_torch import find
-from npu_fuse_pass.reasons import Reason
+from npu_fuse_pass.reasons import Reason, advised
 from npu_fuse_pass.report.report import CompileReport
 from npu_fuse_pass.user_warnings import warn
 
@@ -33,9 +33,8 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[list[str]]:
 def announce(report: CompileReport) -> None:
     """Log a finished compile: its cause if it is not the first, the report, and an entry in torch's trace log."""
     if report.cause != "compile":
-        remedy = f". What to do: {report.cause_remedy}" if report.cause_remedy else ""
         level = logging.WARNING if report.cause_remedy else logging.INFO
-        log.log(level, "npu_fused compiled again: %s%s", report.cause, remedy)
+        log.log(level, "npu_fused compiled again: %s", advised(report.cause, report.cause_remedy))
     log.info("%s", report)
     trace(report)
 

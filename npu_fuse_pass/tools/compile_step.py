@@ -12,7 +12,7 @@ import torch
 from npu_fuse_pass import backend
 from npu_fuse_pass.errors import NotCapturedError
 from npu_fuse_pass.profiling import named, profiling
-from npu_fuse_pass.reasons import Reason
+from npu_fuse_pass.reasons import Reason, advised
 from npu_fuse_pass.report.causes import FIRST, graph_break
 from npu_fuse_pass.report.logs import switched_off
 from npu_fuse_pass.report.report import CompileReport
@@ -230,8 +230,8 @@ class CompiledStep:
     def _why_no_further(self, last: CompileReport) -> str:
         """Why a step is not compiled though an earlier one was. `last`: the report of that."""
         if last.cause != FIRST.text:
-            remedy = f". What to do: {last.cause_remedy}" if last.cause_remedy else ""
-            return f"torch compiles no further variant of it, after one because of this: {last.cause}{remedy}"
+            last_cause = advised(last.cause, last.cause_remedy)
+            return f"torch compiles no further variant of it, after one because of this: {last_cause}"
         return self._broken("TORCH_LOGS=graph_breaks,recompiles says why").advised
 
     def _broken(self, otherwise: str) -> Reason:

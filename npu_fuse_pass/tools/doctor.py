@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from npu_fuse_pass.errors import FuseError, NumericsError
+from npu_fuse_pass.reasons import advised
 from npu_fuse_pass.report.report import CompileReport
 from npu_fuse_pass.rules.hidden import hidden
 from npu_fuse_pass.rules.optimizer import RuleOptimizer
@@ -34,7 +35,7 @@ class Finding:
     remedy: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.what}. What to do: {self.remedy}" if self.remedy else self.what
+        return advised(self.what, self.remedy)
 
 
 @dataclasses.dataclass(frozen=True)
