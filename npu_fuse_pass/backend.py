@@ -21,7 +21,7 @@ from npu_fuse_pass.reasons import Reason
 from npu_fuse_pass.report.causes import FIRST, Cause, recompile
 from npu_fuse_pass.report.logs import switched_off, warn_unfused
 from npu_fuse_pass.report.net import net
-from npu_fuse_pass.report.report import CompileReport, record, reports
+from npu_fuse_pass.report.report import CompileReport, new_since, record, reports
 from npu_fuse_pass.rules import core_op
 from npu_fuse_pass.rules.registration import prepare
 from npu_fuse_pass.run.graph_step import graph_step, told, told_of
@@ -99,11 +99,11 @@ class TrackedBackend:
                     delattr(gm, name)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        before = {id(r) for r in reports()}
+        before = reports()
         compiled = npu_fused(gm, example_inputs, options=self.options)
         if isinstance(compiled, RuleSteps):
             return lambda ticket: compiled(ticket, self.ran)
-        made = [r for r in reports() if id(r) not in before and (r.groups or r.unfused or r.fallback)]
+        made = [r for r in new_since(before) if r.is_step]
         self._graphs.add(gm)
         if not made:
             return compiled  # nothing is updated here: what surrounds a step, or a closure

@@ -264,10 +264,10 @@ def _finished(fused: Fused, options: Options, original: fx.GraphModule | None = 
         UnfusedError: `strict`, and something was left unfused.
     """
     report = fused.report
-    if original is not None and not (fused.captured.updates or report.unfused or report.fallback):
+    if original is not None and not (fused.captured.updates or report.reasons):
         return fused  # no step: what surrounds one, or a closure's forward pass
     record(report)
-    root = wanted(options.dump) if report.groups or report.unfused or report.fallback else None
+    root = wanted(options.dump) if report.is_step else None
     if root is not None:
         _dump(root, fused, options, original)
     try:
@@ -276,7 +276,7 @@ def _finished(fused: Fused, options: Options, original: fx.GraphModule | None = 
         if options.verify:
             raise
         log.warning("npu_fused: the report of this compile cannot be shown", exc_info=True)
-    if options.strict and (report.unfused or report.fallback):
+    if options.strict and report.reasons:
         raise UnfusedError("\n  ".join(["strict=True and not everything was fused:", *map(str, report.reasons)]))
     if report.fallbacks:
         warn_unfused(report.fallbacks, interpreted=fused.program is not None)

@@ -257,7 +257,7 @@ def compiled(twin: Twin, want: list[dict[str, Any]], function: Callable[..., Any
             npu_fuse_pass.clear_reports()
             seconds = twin.step(function, i)
             phase.first = phase.first or seconds
-            made = [r for r in npu_fuse_pass.reports() if r.groups or r.unfused or r.fallback]
+            made = [r for r in npu_fuse_pass.reports() if r.is_step]
             phase.compiles.append(len(made))
             phase.causes += [r.cause for r in made]
             phase.difference = max(phase.difference, difference(twin.values(), want[i]))
@@ -281,7 +281,7 @@ def _measure(twin: Twin, function: Callable[..., Any], phase: Phase, ran: list[C
         npu_fuse_pass.clear_reports()
         phase.left.clear()
         twin.step(lambda *args: phase.left.update(operations(lambda: function(*args))), STEPS + 1)
-        made = [r for r in npu_fuse_pass.reports() if r.groups or r.unfused or r.fallback]
+        made = [r for r in npu_fuse_pass.reports() if r.is_step]
         if not made:
             break
         phase.compiles.append(len(made))

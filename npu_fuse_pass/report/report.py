@@ -178,6 +178,11 @@ class CompileReport:
         return list(dict.fromkeys([*self.unfused, *self.fallbacks]))
 
     @property
+    def is_step(self) -> bool:
+        """Whether the graph holds something of a step, fused or not; others are what surrounds one, or a closure's."""
+        return bool(self.groups or self.reasons)
+
+    @property
     def is_update(self) -> bool:
         """Whether the graph updates something, as far as that is known: fused, or as the original."""
         return bool(self.reasons) or not all(g._returned for g in self.groups)
@@ -366,6 +371,11 @@ def reports() -> Reports:
     A compile that a further optimizer shares, being alike, is the last one again.
     """
     return Reports(_reports)
+
+
+def new_since(before: Sequence[CompileReport]) -> list[CompileReport]:
+    """Reports that were not there before."""
+    return [r for r in reports() if not any(r is old for old in before)]
 
 
 def clear_reports() -> None:

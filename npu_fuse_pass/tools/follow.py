@@ -16,10 +16,10 @@ import torch
 
 from npu_fuse_pass import backend
 from npu_fuse_pass.errors import FuseError, NumericsError
-from npu_fuse_pass.report.report import reports
+from npu_fuse_pass.report.report import new_since, reports
 from npu_fuse_pass.tools.explain import why_nothing_is_compiled
 from npu_fuse_pass.tools.observe import as_main
-from npu_fuse_pass.tools.requests import Request, counted, followed, new_since, request_for
+from npu_fuse_pass.tools.requests import Request, counted, followed, request_for
 
 
 class Session:

@@ -14,7 +14,7 @@ from npu_fuse_pass import backend
 from npu_fuse_pass.errors import NumericsError
 from npu_fuse_pass.reasons import Reason
 from npu_fuse_pass.report.causes import graph_break
-from npu_fuse_pass.report.report import CompileReport, reports
+from npu_fuse_pass.report.report import CompileReport, new_since, reports
 from npu_fuse_pass.rules.core_op import is_core
 from npu_fuse_pass.rules.hidden import hidden
 from npu_fuse_pass.run.graph_step import graph_break_of
@@ -94,7 +94,7 @@ def followed(request: Request, tracked: backend.TrackedBackend) -> Callable[...,
         try:
             run = tracked(gm, example_inputs)
         finally:
-            request.reports += [r for r in new_since(before) if r.groups or r.unfused or r.fallback]
+            request.reports += [r for r in new_since(before) if r.is_step]
         return _noting_numbers(request, run) if tracked.options["check_numerics"] else run
 
     return compiled
@@ -133,8 +133,3 @@ def counted(
         return result
 
     return noted
-
-
-def new_since(before: Sequence[CompileReport]) -> list[CompileReport]:
-    """Reports that were not there before."""
-    return [r for r in reports() if not any(r is old for old in before)]

@@ -62,7 +62,7 @@ def compare(case: Case, platform: str, device: str, **options: Any) -> Outcome:
             error = _worst_error(case, device, {"platform": platform, **options})
     except Exception as e:  # the next case may still run
         why = first_line(e)
-    made = [r for r in reports() if r.groups or r.unfused or r.fallback]
+    made = [r for r in reports() if r.is_step]
     tolerance = SELF_TEST[case.dtype]
     if error is None:
         verdict = "ERROR"
