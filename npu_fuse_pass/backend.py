@@ -299,28 +299,24 @@ def _checked_options(mode: str | None, options: Mapping[str, Any] | None) -> dic
     if unknown:
         raise OptionError(f"unknown option {unknown[0]!r}; allowed are {sorted(_OPTIONS)}")
     chosen = {**vars(Options()), **(options or {})}
-    if chosen["platform"] not in PLATFORMS:
-        raise OptionError(f"platform={chosen['platform']!r}; allowed are {list(PLATFORMS)}")
+    for name, allowed in {"platform": PLATFORMS, "layout": LAYOUTS, "kernels": KERNELS}.items():
+        if chosen[name] not in allowed:
+            raise OptionError(f"{name}={chosen[name]!r}; allowed are {list(allowed)}")
     for name in ("strict", "check_numerics", "verify"):
         if not isinstance(chosen[name], bool):
             raise OptionError(f"{name}={chosen[name]!r}; allowed are True and False")
-    if chosen["layout"] not in LAYOUTS:
-        raise OptionError(f"layout={chosen['layout']!r}; allowed are {list(LAYOUTS)}")
-    if chosen["layout"] != "auto" and chosen["platform"] not in ("auto", "npu"):
-        raise OptionError(f"layout with platform={chosen['platform']!r}; it is allowed with 'auto' and 'npu'")
     if not (chosen["dump"] is None or (chosen["dump"] and isinstance(chosen["dump"], (str, os.PathLike)))):
         raise OptionError(f"dump={chosen['dump']!r}; allowed are None and the path of a folder")
-    if chosen["kernels"] not in KERNELS:
-        raise OptionError(f"kernels={chosen['kernels']!r}; allowed are {list(KERNELS)}")
-    _check_torchair_config(chosen["torchair_config"], chosen["platform"])
+    config = chosen["torchair_config"]
+    for name, is_set in {"layout": chosen["layout"] != "auto", "torchair_config": config is not None}.items():
+        if is_set and chosen["platform"] not in ("auto", "npu"):
+            raise OptionError(f"{name} with platform={chosen['platform']!r}; it is allowed with 'auto' and 'npu'")
+    if config is not None:
+        _check_torchair_config(config)
     return chosen
 
 
-def _check_torchair_config(config: Any, platform: str) -> None:
-    if config is None:
-        return
-    if platform not in ("auto", "npu"):
-        raise OptionError(f"torchair_config with platform={platform!r}; it is allowed with 'auto' and 'npu'")
+def _check_torchair_config(config: Any) -> None:
     if not lower.is_torchair_config(config):
         raise OptionError(f"torchair_config={config!r}; allowed are None and a torchair.CompilerConfig")
     if (mode := config.mode.value) != "max-autotune":
