@@ -61,17 +61,22 @@ class Kernel:
         self,
         group: Group,
         leaves: Sequence[Leaf],
-        own: dict[int, int],
-        snapshots: dict[int, int],
+        in_table: dict[int, int],
         totals: Collection[int] | None,
         in_pieces: bool = False,
     ) -> None:
+        """Load the kernel, compiled now or earlier.
+
+        Args:
+            in_table: leaves -> addresses of what the program holds for them: constants, totals, and copies of 0-dim
+                tensors that one group writes and another reads, for the readers.
+            totals, in_pieces: as `generate` takes them.
+        """
         source = generate(group.name, group.formula, totals, in_pieces)
         self.group = group
         self.source = source
         formula, members = group.formula, group.members
         self._n = len(members)
-        self._leaves = leaves
         self._numels, self._ordered = sizes_of(leaves, group)
         counts = [max(leaves[i].whole for i in m) for m in members]
         wholes = [whole or numel for whole, numel in zip(counts, self._numels, strict=True)]
@@ -81,12 +86,11 @@ class Kernel:
         self._columns = [Column(rank, slot, group, leaves) for rank, slot in enumerate(formula.tensor_slots)]
         self._scalar_columns = [Column(rank, slot, group, leaves) for rank, slot in enumerate(formula.scalar_slots)]
         self._varying = [c for c in self._columns if not c.fixed]
-        elsewhere = own.keys() | snapshots.keys()  # 0-dim leaves whose addresses are not their tensors'
-        moving = [c for c in self._scalar_columns if not c.fixed and not own.keys() >= set(c.indices)]
-        self._counters = [c for c in moving if elsewhere.isdisjoint(c.indices)]
-        self._one_by_one = [c for c in moving if not elsewhere.isdisjoint(c.indices)]
-        # 0-dim tensors that are only read, but for those whose values are copied ahead of the step
-        read = [c for c in self._scalar_columns if not c.written and not elsewhere >= set(c.indices)]
+        moving = [c for c in self._scalar_columns if not c.fixed]
+        self._counters = [c for c in moving if in_table.keys().isdisjoint(c.indices)]
+        self._one_by_one = [c for c in moving if not in_table.keys().isdisjoint(c.indices)]
+        # 0-dim tensors that are only read, where they lie
+        read = [c for c in self._scalar_columns if not c.written and not in_table.keys() >= set(c.indices)]
         self._scalars_read, self._scalars_written = read, [c for c in self._scalar_columns if c.written]
         self._same = SameTensors()
         self._moving = Moving((*self._varying, *self._counters))
@@ -95,15 +99,13 @@ class Kernel:
         # whose elements are counted, in their order: what a tensor that is rounded stochastically replaces
         rounded = (e.args[1] for e in postorder(formula.roots) if e.op == "stochastic")
         self._counted = {like.value for like in rounded if isinstance(like.value, int)}
-        self._own = own
-        self._snapshots = snapshots
+        self._in_table = in_table
         self._keep: list[Tensor] = []
         self._copy_back: list[tuple[Tensor, Tensor]] = []
         self._bound = False
         self._load(in_pieces)  # last: the library of the input check is compiled meanwhile
 
     def _load(self, in_pieces: bool) -> None:
-        """Load the kernel, compiled now or earlier."""
         source = self.source
         library = cpu_build.load(source.text, [*source.functions, "find_overlap"])
         functions = [getattr(library, name) for name in source.functions]
@@ -186,7 +188,7 @@ class Kernel:
         if not missing and self._all_active:
             return True
         for m, member in enumerate(self.group.members):
-            self._tables.active[m] = all(values[i] is not None for i in member if i not in self._own)
+            self._tables.active[m] = all(values[i] is not None for i in member if i not in self._in_table)
         self._all_active = not missing
         return not missing
 
@@ -205,10 +207,8 @@ class Kernel:
         begin = column.rank * self._n
         for m, i in enumerate(column.indices):
             value = values[i] if i < len(values) else None
-            if i in self._own:
-                address, tag = self._own[i], 0
-            elif i in self._snapshots and not column.written:
-                address, tag = self._snapshots[i], 0
+            if i in self._in_table and not column.written:
+                address, tag = self._in_table[i], 0
             elif value is None:
                 continue
             else:
@@ -258,8 +258,7 @@ class Kernel:
         members = [m for m, active in zip(self.group.members, self._tables.active, strict=True) if active]
         columns = (*self._columns, *self._scalars_read, *self._scalars_written)
         indices = {m[c.slot]: c.written for c in columns for m in members}
-        copied = self._own.keys() | self._snapshots.keys()
-        kept = {i: written for i, written in indices.items() if written or i not in copied}
+        kept = {i: written for i, written in indices.items() if written or i not in self._in_table}
         return [(t, written) for i, written in kept.items() if i < len(values) and (t := values[i]) is not None]
 
     def written_memory(self) -> list[tuple[int, int]]:

@@ -48,28 +48,27 @@ class Program:
             _check(group, leaves)
         self.another = functools.partial(Program, leaves, groups, slower)
         self._leaves = leaves
-        numbers = [leaf.value for leaf in leaves if leaf.kind == "constant"]
         contributed = {number for g in groups for totals in g.totals for number in totals}  # a total may have no reader
         read = {leaf.index for leaf in leaves if leaf.kind == "total"}
         self._n_totals = 1 + max(contributed | read, default=-1)
-        self._table = array.array("d", [*numbers, *[0.0] * self._n_totals, 0.0])
-        self._totals_at = len(numbers)
-        constants = (i for i, leaf in enumerate(leaves) if leaf.kind == "constant")
+        self._snapshots = sorted(_written_scalars(groups) & _scalars_read_elsewhere(groups))
+        constants = {i: leaf.value for i, leaf in enumerate(leaves) if leaf.kind == "constant"}
+        self._totals_at = len(constants)
+        self._snapshots_at = self._totals_at + self._n_totals
+        zeros = [0.0] * (self._n_totals + len(self._snapshots) + 1)  # one more: an array of none has no address
+        self._table = array.array("d", [*constants.values(), *zeros])
         places = {i: position for position, i in enumerate(constants)}
         places |= {i: self._totals_at + leaf.index for i, leaf in enumerate(leaves) if leaf.kind == "total"}
+        places |= {i: self._snapshots_at + k for k, i in enumerate(self._snapshots)}
+        base = self._table.buffer_info()[0]
+        in_table = {i: base + 8 * position for i, position in places.items()}
         self._memory_key = b"none yet"
         self._starts, self._ends = array.array("q", [0]), array.array("q", [1])  # what has no memory lies there
-        self._snapshots = sorted(_written_scalars(groups) & _scalars_read_elsewhere(groups))
-        self._snapshots_at = len(self._table)
-        self._table.extend([0.0] * len(self._snapshots))
-        base = self._table.buffer_info()[0]
-        addresses = {i: base + 8 * position for i, position in places.items()}
-        snapshots = {i: base + 8 * (self._snapshots_at + k) for k, i in enumerate(self._snapshots)}
         self._rounds = rounds(groups, leaves)
         totals = total_slots(groups, leaves)
         in_pieces = any(leaf.across for leaf in leaves)
         given = zip(groups, totals, strict=True)
-        self.kernels = [Kernel(g, leaves, addresses, snapshots, t, in_pieces) for g, t in given]
+        self.kernels = [Kernel(g, leaves, in_table, t, in_pieces) for g, t in given]
         self.spread = Spread(self.kernels, leaves, self._rounds, self._add_totals) if in_pieces else None
         self._slower = slower
         self._summed = False
