@@ -23,17 +23,16 @@ def twin(opt: torch.optim.Optimizer, missing_gradients: bool = True) -> torch.op
     for group in opt.param_groups:
         for p in group["params"]:
             memo[id(p)] = _copied(p, memo, missing_gradients)
+    hooks = [name for name in vars(opt) if name.endswith("_hooks")]
     if type(opt).__getstate__ is torch.optim.Optimizer.__getstate__:  # which keeps no attributes of subclasses
         made = object.__new__(type(opt))
-        fields = {k: v for k, v in vars(opt).items() if not (k in PATCHED or k.endswith("_hooks"))}
+        fields = {k: v for k, v in vars(opt).items() if k not in (*PATCHED, *hooks)}
         vars(made).update(copy.deepcopy(fields, memo))
-        vars(made).update({k: OrderedDict() for k in vars(opt) if k.endswith("_hooks")})
-        return made
-    made = copy.deepcopy(opt, memo)
+    else:
+        made = copy.deepcopy(opt, memo)
     for name in PATCHED:
         vars(made).pop(name, None)
-    for name in [k for k in vars(made) if k.endswith("_hooks")]:
-        vars(made)[name] = OrderedDict()
+    vars(made).update({name: OrderedDict() for name in hooks})
     return made
 
 
