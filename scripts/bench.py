@@ -29,7 +29,7 @@ import torch
 from bench_call import call_cost
 from bench_cases import FAMILIES, WORKLOADS, Family, Workload, peers
 from bench_first import COUNT, ELEMENTS, SPANS, first_steps, rows_of
-from bench_measure import compile_cost, extra_memory, inductor_cost, machine, race
+from bench_measure import compile_cost, extra_memory, inductor_cost, machine, race, table
 from bench_stock import FIRST_AT_MOST, STEP_AT_MOST, stock_pairs
 
 import npu_fuse_pass
@@ -85,15 +85,6 @@ def measure(workload: Workload, family: Family, seconds: float, inductor: bool) 
     del contestants
     gc.collect()
     return cell
-
-
-def table(header: str, rows: Sequence[Sequence[object]]) -> None:
-    """Print a Markdown table, unless it is empty."""
-    if not rows:
-        return
-    print(f"\n| {header} |\n|{'---|' * (header.count('|') + 1)}")
-    for row in rows:
-        print(f"| {' | '.join(map(str, row))} |")
 
 
 def print_cells(cells: Sequence[dict[str, Any]]) -> None:
@@ -262,23 +253,21 @@ def main() -> None:
 
         sys.exit(bench_model.main(given.only, given.out))
     warnings.filterwarnings("ignore", module="torch")
-    if given.many:
+    per_cell = given.seconds or (1 if given.quick else 4)
+    if given.many or given.first or given.stock:
         print(f"{datetime.date.today().isoformat()}, {machine()}")
-        print_many()
-        return
-    if given.first:
-        print(f"{datetime.date.today().isoformat()}, {machine()}")
-        print_first()
-        return
-    if given.stock:
-        print(f"{datetime.date.today().isoformat()}, {machine()}")
-        print_stock(stock_pairs(given.seconds or (1 if given.quick else 4), given.only))
+        if given.many:
+            print_many()
+        elif given.first:
+            print_first()
+        else:
+            print_stock(stock_pairs(per_cell, given.only))
         return
     whole = not given.only
     counts = given.stages if given.stages is not None else (10, 100) if given.quick else STAGE_COUNTS
     rows = stages(counts, given.inductor) if whole or given.stages else []
     if not input_check.wait():
-        print("the native look at tensors cannot be compiled here: steps of many tensors are slower than they could be")
+        print("the native input check cannot be compiled here: steps of many tensors are slower than they could be")
     parts = calls() if whole else {}
     sizes = GROWTH_COUNTS[:-1:2] if given.quick else GROWTH_COUNTS
     grown = growth(sizes, 0.3 if given.quick else 2) if whole else []
@@ -286,7 +275,7 @@ def main() -> None:
     bar = progress(chosen(given.quick, given.only), desc="step time", unit="cell")
     for workload, family in bar:
         bar.set_postfix_str(f"{family.name}, {workload.name}")
-        cells.append(measure(workload, family, given.seconds or (1 if given.quick else 4), given.inductor))
+        cells.append(measure(workload, family, per_cell, given.inductor))
     found = {"date": datetime.date.today().isoformat(), "machine": machine()}
     print(f"\n{found['date']}, {found['machine']}")
     inplace = [c["in-place GB/s"] for c in cells]

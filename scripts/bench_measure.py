@@ -19,6 +19,7 @@ from torch import Tensor
 import npu_fuse_pass
 from npu_fuse_pass.lowerings.cpu import build as cpu_build
 from npu_fuse_pass.lowerings.cpu import input_check
+from npu_fuse_pass.tools import observe
 
 HEAT = 5
 """Rounds that everybody takes part in."""
@@ -44,10 +45,20 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _timed(call: Callable[[], Any]) -> float:
+def timed(call: Callable[[], Any]) -> float:
+    """Seconds of a call."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
+
+
+def table(header: str, rows: Sequence[Sequence[object]]) -> None:
+    """Print a Markdown table, unless it is empty."""
+    if not rows:
+        return
+    print(f"\n| {header} |\n|{'---|' * (header.count('|') + 1)}")
+    for row in rows:
+        print(f"| {' | '.join(map(str, row))} |")
 
 
 def fresh_gradients(params: Params, gradients: list[Tensor]) -> None:
@@ -103,7 +114,7 @@ def race(contestants: dict[str, tuple[Params, Step]], seconds: float, multiplied
     def turn(name: str) -> float:
         own, step = contestants[name]
         fresh_gradients(own, gradients)
-        return _timed(step)
+        return timed(step)
 
     for name in contestants:
         found.first[name] = turn(name)
@@ -113,7 +124,7 @@ def race(contestants: dict[str, tuple[Params, Step]], seconds: float, multiplied
     def round_of(running: Sequence[str]) -> None:
         for name in running:
             found.steps[name].append(turn(name))
-        found.inplace.append(2 * 4 * large.numel() / _timed(lambda: large.mul_(1.0001)) / 1e9)
+        found.inplace.append(2 * 4 * large.numel() / timed(lambda: large.mul_(1.0001)) / 1e9)
 
     running = list(contestants)
     for k in range(HEAT):
@@ -157,9 +168,9 @@ def compile_cost(make: Callable[[Params], Any], n: int) -> dict[str, float]:
         step = torch.compile(make(params).step, backend="npu_fused")
         if state == "cold":
             with cold_kernels():
-                found["first call, cold"] = _timed(step)
+                found["first call, cold"] = timed(step)
         else:
-            found["first call, warm"] = _timed(step)
+            found["first call, warm"] = timed(step)
         stages = npu_fuse_pass.reports()[-1].seconds
         found |= {f"{name}, {state}": seconds for name, seconds in stages.items()}
         found[f"our stages, {state}"] = sum(stages.values())
@@ -174,19 +185,10 @@ def inductor_cost(n: int) -> float:
     params = [torch.nn.Parameter(torch.randn(16)) for _ in range(n)]
     fresh_gradients(params, [torch.randn_like(p) for p in params])
     with config.patch(force_disable_caches=True):
-        return _timed(torch.compile(torch.optim.Adam(params, foreach=True).step, backend="inductor"))
+        return timed(torch.compile(torch.optim.Adam(params, foreach=True).step, backend="inductor"))
 
 
 def extra_memory(params: Params, step: Step) -> float:
     """Peak bytes that a step allocates beyond what lives before it, as a share of the parameters' bytes."""
-    from torch.profiler import ProfilerActivity, profile
-
     fresh_gradients(params, [torch.randn_like(p) for p in params])
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        step()
-    live = peak = 0
-    for event in record.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak / sum(p.numel() * p.element_size() for p in params)
+    return observe.measure(step).peak_bytes / sum(p.numel() * p.element_size() for p in params)

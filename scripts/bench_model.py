@@ -17,6 +17,7 @@ from typing import Any
 import npu_peers
 import torch
 from bench_cases import WORKLOADS, Workload
+from bench_measure import table
 from npu_graphs import NoTorchNpu, emitted, host_of_kernels, lane
 from npu_kernels_table import BLOCK, grouped, kernels_of
 from npu_model import CONSTANTS, Work, compare, device_seconds, eager, host_seconds, nominal, seconds, static_graph
@@ -159,13 +160,6 @@ def cell(family: Family, workload: Workload) -> dict[str, Any]:
         verdicts[name] = dataclasses.asdict(compare(dataclasses.replace(work, host=0.0), rivals))
         verdicts[name]["with our Python"] = dataclasses.asdict(compare(work, rivals))
     return {"workload": workload.name, "optimizer": family.name, "contestants": rows, "verdict": verdicts}
-
-
-def table(header: str, rows: list[list[object]]) -> None:
-    """Print a Markdown table."""
-    print(f"\n| {header} |\n|{'---|' * (header.count('|') + 1)}")
-    for row in rows:
-        print(f"| {' | '.join(map(str, row))} |")
 
 
 def print_constants() -> None:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from bench_measure import cold_kernels
+from bench_cases import Step
+from bench_measure import cold_kernels, timed
 
 import npu_fuse_pass
 import optimizers
@@ -19,8 +20,6 @@ from npu_fuse_pass.algorithms.radam import radam
 from npu_fuse_pass.algorithms.rmsprop import rmsprop
 from npu_fuse_pass.algorithms.rprop import rprop
 from npu_fuse_pass.lowerings.cpu import input_check
-
-Step = Callable[[], Any]
 
 
 def _sgd(params: Any, lr: float) -> Any:
@@ -61,7 +60,7 @@ def stock_cost(name: str, shape: tuple[int, ...], count: int, seconds: float) ->
         torch._dynamo.reset()
         _fresh(params)
         with cold_kernels(look=False):
-            first[label] = _timed(step)
+            first[label] = timed(step)
     input_check.wait()
     times: dict[str, list[float]] = {label: [] for label in made}
     end = time.perf_counter() + seconds
@@ -71,13 +70,13 @@ def stock_cost(name: str, shape: tuple[int, ...], count: int, seconds: float) ->
             params, opt, step = made[label]
             opt.param_groups[0]["lr"] = options["lr"] / (1 + k)
             _fresh(params)
-            times[label].append(_timed(step))
-    timed = {label: values[WARM:] for label, values in times.items()}
-    ratio = statistics.median(b / a for a, b in zip(timed["ours"], timed["stock"], strict=True))
+            times[label].append(timed(step))
+    later = {label: values[WARM:] for label, values in times.items()}
+    ratio = statistics.median(b / a for a, b in zip(later["ours"], later["stock"], strict=True))
     return {
         "optimizer": f"{name}, {count} x {'x'.join(map(str, shape))}",
         "first call": first,
-        "step": {label: statistics.median(values) for label, values in timed.items()},
+        "step": {label: statistics.median(values) for label, values in later.items()},
         "ratio": ratio,
     }
 
@@ -101,9 +100,3 @@ def _made(
 def _fresh(params: Sequence[torch.nn.Parameter]) -> None:
     for p in params:
         p.grad = torch.randn_like(p)
-
-
-def _timed(step: Step) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start

@@ -9,6 +9,7 @@ caches of a chip, tasks that overlap, what GE fuses or copies by itself, and the
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -81,20 +82,13 @@ class Work:
 
 def eager(sizes: Iterable[int], syncs: int = 0) -> Work:
     """Operations one by one; `sizes` are their bytes."""
-    tasks = _counted(sizes)
-    return Work(tasks, sum(tasks.values()), syncs=syncs)
+    tasks = collections.Counter(sizes)
+    return Work(tasks, tasks.total(), syncs=syncs)
 
 
 def static_graph(sizes: Iterable[int], host: float = 0.0) -> Work:
     """One GE graph; `sizes` are its compute nodes' bytes."""
-    return Work(_counted(sizes), 1, graph=True, host=host)
-
-
-def _counted(sizes: Iterable[int]) -> dict[int, int]:
-    tasks: dict[int, int] = {}
-    for size in sizes:
-        tasks[size] = tasks.get(size, 0) + 1
-    return tasks
+    return Work(collections.Counter(sizes), 1, graph=True, host=host)
 
 
 def device_seconds(work: Work, c: Values) -> float:
