@@ -73,9 +73,6 @@ def emitted(
         RuntimeError: a step is more than one GE graph.
     """
     harness, interpreter, kernels = lane()
-    torch.compiler.reset()
-    params = [torch.nn.Parameter(t) for t in _tensors(shapes, adjacent)]
-    gradients = _tensors(shapes, adjacent)
     ran: list[tuple[Any, Sequence[Tensor]]] = []
 
     def nothing(proto: Any, inputs: Sequence[Tensor], assigned: Sequence[Any] = ()) -> list[Any]:
@@ -86,20 +83,11 @@ def emitted(
         new = interpreter.evaluate(proto, metas)  # the step that makes the states
         return [torch.empty_like(n, device="cpu") if t is None else t for t, n in zip(assigned, new, strict=True)]
 
-    seconds = []
     with harness.record(), mock.patch.object(interpreter, "run", nothing):
-        given = {"platform": "npu", "strict": True, **options}
-        step = torch.compile(make(params).step, backend=npu_fused, options=given)
-        for _ in range(_FIRST + _ROUNDS):
-            for p, g in zip(params, gradients, strict=True):
-                p.grad = g if adjacent else torch.empty_like(g)
-            ran.clear()
-            start = time.perf_counter()
-            step()  # type: ignore[no-untyped-call]
-            seconds.append(time.perf_counter() - start)
+        host = _host_seconds(make, shapes, adjacent, before_each=ran.clear, **options)
     if len(ran) != 1:
         raise RuntimeError(f"a step became {len(ran)} GE graphs; the model is of one")
-    return nodes_of(*ran[0], interpreter, kernels), min(seconds[_FIRST:])
+    return nodes_of(*ran[0], interpreter, kernels), host
 
 
 class _Idle(PreviewHardware):
@@ -118,19 +106,32 @@ class _Idle(PreviewHardware):
 def host_of_kernels(make: Callable[[Any], Any], shapes: Sequence[tuple[int, ...]], adjacent: bool) -> float:
     """Seconds of Python around a step that launches generated kernels itself, as `emitted` measures it."""
     lane()
-    torch.compiler.reset()
-    params, gradients = ([torch.nn.Parameter(t) for t in _tensors(shapes, adjacent)], _tensors(shapes, adjacent))
-    seconds = []
     # nothing really runs, so the cache's note of what ran a group last stays as it is
     with mock.patch.object(hardware, "current", _Idle), mock.patch.object(proof, "changed", return_value=""):
-        given: dict[str, Any] = {"platform": "npu", "strict": True, "kernels": "generated"}
-        step = torch.compile(make(params).step, backend=npu_fused, options=given)
-        for _ in range(_FIRST + _ROUNDS):
-            for p, g in zip(params, gradients, strict=True):
-                p.grad = g if adjacent else torch.empty_like(g)
-            start = time.perf_counter()
-            step()  # type: ignore[no-untyped-call]
-            seconds.append(time.perf_counter() - start)
+        return _host_seconds(make, shapes, adjacent, kernels="generated")
+
+
+def _host_seconds(
+    make: Callable[[Any], Any],
+    shapes: Sequence[tuple[int, ...]],
+    adjacent: bool,
+    before_each: Callable[[], None] = lambda: None,
+    **options: Any,
+) -> float:
+    """The least of the seconds of a few steps, once all states are made; see `emitted`."""
+    torch.compiler.reset()
+    params = [torch.nn.Parameter(t) for t in _tensors(shapes, adjacent)]
+    gradients = _tensors(shapes, adjacent)
+    given = {"platform": "npu", "strict": True, **options}
+    step = torch.compile(make(params).step, backend=npu_fused, options=given)
+    seconds = []
+    for _ in range(_FIRST + _ROUNDS):
+        for p, g in zip(params, gradients, strict=True):
+            p.grad = g if adjacent else torch.empty_like(g)
+        before_each()
+        start = time.perf_counter()
+        step()  # type: ignore[no-untyped-call]
+        seconds.append(time.perf_counter() - start)
     return min(seconds[_FIRST:])
 
 
