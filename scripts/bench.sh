@@ -7,14 +7,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 case " $* " in *" --model "* | *" --model="*)
-    VENV="$ROOT/.venv-npu"
-    if [ ! -x "$VENV/bin/python" ] || [ ! -d "$VENV/cann-stubs" ]; then
-        echo "there is no .venv-npu with CANN's stand-ins; run first: bash scripts/npu_lane.sh" >&2
-        exit 1
-    fi
-    # Without the first, `import torch` would load torch_npu; the second is where the loader finds "CANN".
-    TORCH_DEVICE_BACKEND_AUTOLOAD=0 LD_LIBRARY_PATH="$VENV/cann-stubs${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" \
-        PYTHONPATH="$ROOT" exec "$VENV/bin/python" scripts/bench.py "$@"
+    exec bash scripts/npu_python.sh scripts/bench.py "$@"
     ;;
 esac
 

@@ -37,6 +37,31 @@ environment() {
     echo "$want" >"$stamp"
 }
 
+# own_environment NAME...: make $VENV, an environment that sees no other, with requirements/NAME.txt of the last name unless
+# exactly that was installed there before; the names before it are files that it includes.
+own_environment() {
+    local stamp="$VENV/.installed" name="${!#}" want
+    want="$(fingerprint $(printf 'requirements/%s.txt ' "$@"))"
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && "$VENV/bin/python" -c '' 2>/dev/null; then
+        echo "$(basename "$VENV") has requirements/$name.txt already"
+        return
+    fi
+    rm -f "$stamp"
+    echo "making $(basename "$VENV") with $("${PYTHON:-python3}" --version)"
+    "${PYTHON:-python3}" -m venv --clear "$VENV"
+    echo "installing requirements/$name.txt (torch is large: the first time takes minutes)"
+    "$VENV/bin/python" -m pip install --progress-bar off --quiet -r "requirements/$name.txt"
+    "$VENV/bin/python" -m pip check
+    echo "$want" >"$stamp"
+}
+
+# with_stubs ARGUMENT...: run $VENV's Python with CANN's stand-ins, which the loader finds in LD_LIBRARY_PATH. Without the
+# first variable `import torch` would load torch_npu; the project itself need not be installed there.
+with_stubs() {
+    TORCH_DEVICE_BACKEND_AUTOLOAD=0 LD_LIBRARY_PATH="$VENV/cann-stubs${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" \
+        PYTHONPATH="$ROOT" "$VENV/bin/python" "$@"
+}
+
 # libraries NAME: make $VENV anew, an environment that sees .venv's torch, with requirements/NAME.txt.
 libraries() {
     local folder='import sysconfig; print(sysconfig.get_path("purelib"))'

@@ -7,36 +7,11 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 VENV="$ROOT/.venv-npu"
-PY="$VENV/bin/python"
-STUBS="$VENV/cann-stubs"
-
-npu_environment() {
-    local stamp="$VENV/.installed" want
-    want="$(fingerprint requirements/base.txt requirements/npu.txt)"
-    if [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && "$PY" -c '' 2>/dev/null; then
-        echo ".venv-npu has requirements/npu.txt already"
-        return
-    fi
-    rm -f "$stamp"
-    echo "making .venv-npu with $("${PYTHON:-python3}" --version)"
-    "${PYTHON:-python3}" -m venv --clear "$VENV"
-    echo "installing requirements/npu.txt (torch is large: the first time takes minutes)"
-    "$PY" -m pip install --progress-bar off --quiet -r requirements/npu.txt
-    "$PY" -m pip check
-    echo "$want" >"$stamp"
-}
-
-npu_tests() {
-    # Without the first, `import torch` would load torch_npu; the second is where the loader finds "CANN". The
-    # project itself is not installed here: torch.compile gets the backend as a function.
-    TORCH_DEVICE_BACKEND_AUTOLOAD=0 LD_LIBRARY_PATH="$STUBS${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" \
-        PYTHONPATH="$ROOT" "$PY" -m pytest tests/npu --durations=5 "$@"
-}
 
 STAGES=3
-stage "environment (.venv-npu)" npu_environment
+stage "environment (.venv-npu)" own_environment base npu
 if [ "$FAILED" -ne 0 ]; then finish scripts/npu_lane.sh; fi
-stage "CANN stubs" "$PY" tests/npu/cann_stubs.py "$STUBS"
+stage "CANN stubs" "$VENV/bin/python" tests/npu/cann_stubs.py "$VENV/cann-stubs"
 if [ "$FAILED" -ne 0 ]; then finish scripts/npu_lane.sh; fi
-stage "tests/npu" npu_tests "$@"
+stage "tests/npu" with_stubs -m pytest tests/npu --durations=5 "$@"
 finish scripts/npu_lane.sh

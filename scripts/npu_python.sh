@@ -9,6 +9,4 @@ if [ ! -x "$VENV/bin/python" ] || [ ! -d "$VENV/cann-stubs" ]; then
     echo "there is no .venv-npu with CANN's stand-ins; run first: bash scripts/npu_lane.sh" >&2
     exit 1
 fi
-# Without the first, `import torch` would load torch_npu; the second is where the loader finds "CANN".
-TORCH_DEVICE_BACKEND_AUTOLOAD=0 LD_LIBRARY_PATH="$VENV/cann-stubs${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" \
-    exec "$VENV/bin/python" "$@"
+with_stubs "$@"
