@@ -111,7 +111,7 @@ def _write(results: pathlib.Path, row: Row) -> None:
     with results.open("a", encoding="utf-8") as f:
         f.write(json.dumps(row) + "\n")
     why = "; ".join(row["why"])[:150]
-    print(f"{row['library']}.{row['name']}: {row['result']}, {row.get('seconds', 0):.0f} s  {why}", flush=True)
+    print(f"{_full_name(row)}: {row['result']}, {row.get('seconds', 0):.0f} s  {why}", flush=True)
 
 
 def rows_of(results: pathlib.Path) -> dict[str, Row]:
@@ -119,7 +119,7 @@ def rows_of(results: pathlib.Path) -> dict[str, Row]:
     if not results.exists():
         return {}
     rows = map(json.loads, results.read_text(encoding="utf-8").splitlines())
-    return {f"{row['library']}.{row['name']}": row for row in rows}
+    return {_full_name(row): row for row in rows}
 
 
 def run(
@@ -294,7 +294,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         timed = row.get("microseconds") and row.get("eager_microseconds")
         times = f"{row['microseconds']:.0f} | {row['eager_microseconds']:.0f}" if timed else "– | –"
-        why = "; ".join(_cell(text) for text in row["why"][:4])
+        why = "; ".join(map(_cell, row["why"][:4]))
         lines.append(f"| {row['name']} | {row['result']} | {row.get('kernels') or '–'} | {times} | {why} |")
     return lines
 

@@ -16,7 +16,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, fx
@@ -24,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 from zoo_classes import Class
-from zoo_run import WAYS, Twin
+from zoo_run import WAYS, Twin, uncompiled
 
 import npu_fuse_pass
 from npu_fuse_pass import backend, pipeline
@@ -145,7 +144,7 @@ def run(library: str, name: str, cls: Class) -> dict[str, Any]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     row: dict[str, Any] = {"library": library, "name": name, "result": "not run", "why": []}
-    with mock.patch("torch.compile", lambda model=None, **kwargs: model if model is not None else lambda f: f):
+    with uncompiled():
         for way in WAYS:
             try:
                 recorded = Recorded(Twin(library, cls, way))
@@ -160,7 +159,7 @@ def run(library: str, name: str, cls: Class) -> dict[str, Any]:
     row |= {"result": "one stretch" if len(recorded.stretches) == 1 else "several stretches"}
     try:
         row["small"] = _times(library, cls, way, recorded)
-        with mock.patch("torch.compile", lambda model=None, **kwargs: model if model is not None else lambda f: f):
+        with uncompiled():
             large = Recorded(Twin(library, cls, f"{way}, large"))
         row["large"] = _times(library, cls, f"{way}, large", large)
     except Exception as e:

@@ -237,10 +237,15 @@ class Phase:
         return len(self.compiles) >= STEPS and all(self.compiles[LR_AT:STEPS])
 
 
+def uncompiled() -> Any:
+    """What a library compiles itself inside the block runs as Python."""
+    return mock.patch("torch.compile", lambda model=None, **kwargs: model if model is not None else lambda f: f)
+
+
 def eager(twin: Twin, timed: bool = True, steps: int = STEPS) -> tuple[list[dict[str, Any]], Phase]:
-    """Values after each of the compared steps. What a library compiles itself runs as Python here."""
+    """Values after each of the compared steps."""
     phase, values = Phase(), []
-    with mock.patch("torch.compile", lambda model=None, **kwargs: model if model is not None else lambda f: f):
+    with uncompiled():
         for i in range(steps):
             twin.step(twin.opt.step, i)
             values.append(twin.values())
