@@ -9,11 +9,12 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from npu_fuse_pass.dump import folder, table
+from npu_fuse_pass.dump import folder
 from npu_fuse_pass.dump.contents import Contents
 from npu_fuse_pass.dump.page import page
 from npu_fuse_pass.dump.script import files
 from npu_fuse_pass.dump.text import ge_text, group_text, kernel_text
+from npu_fuse_pass.report.report import CompileReport, group_lines, remarks
 from npu_fuse_pass.user_warnings import warn
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ _FILES: dict[str, Callable[[Contents], str | None]] = {
     "03_fused_graph.py": files.script,
     "04_kernel.cpp": kernel_text.kernels,
     "summary.json": lambda c: json.dumps(c.report.to_json(), indent=1, ensure_ascii=False) + "\n",
-    "table.txt": lambda c: table.table(c.report),
+    "table.txt": lambda c: _table(c.report),
     "index.html": page.page,
 }
 # the same for GE graphs, which are made again where tensors move
@@ -64,6 +65,12 @@ def write_graphs(path: pathlib.Path, graphs: Mapping[str, str]) -> None:
         graphs: as in `Contents`.
     """
     _fill(path, _GE_FILES, graphs)
+
+
+def _table(report: CompileReport) -> str:
+    """One line for each group, then what is not fused. Times are in summary.json: they differ from run to run."""
+    head = f"npu_fused on {report.platform}, torch {report.torch}"
+    return "\n".join([head, *group_lines(report.groups), *remarks(report), ""])
 
 
 def _fill(path: pathlib.Path, files: Mapping[str, Callable[[Any], str | None]], what: object) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import torch
@@ -293,8 +293,17 @@ def group_lines(groups: Sequence[GroupReport]) -> list[str]:
         return []
     columns = _columns(groups)
     rows = [[c.name for c in columns], *([str(c.value(g)) for c in columns] for g in groups)]
+    return aligned(rows, right={i for i, c in enumerate(columns) if c.number})
+
+
+def aligned(rows: Sequence[Sequence[str]], indent: str = "", right: Container[int] = ()) -> list[str]:
+    """Lines with aligned columns; `right`: numbers of those that are aligned on the right."""
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    return ["  ".join(map(_aligned, columns, row, widths)).rstrip() for row in rows]
+    lines = []
+    for row in rows:
+        cells = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append(indent + "  ".join(cells).rstrip())
+    return lines
 
 
 def remarks(report: CompileReport) -> list[str]:
@@ -339,10 +348,6 @@ def _formula_lines(g: GroupReport) -> list[str]:
 def _columns(groups: Sequence[GroupReport]) -> list[_Column]:
     """The table's columns; the layout only on NPUs."""
     return [*_COLUMNS, *([_LAYOUT] if any(g.lowering == "npu" for g in groups) else [])]
-
-
-def _aligned(column: _Column, cell: str, width: int) -> str:
-    return cell.rjust(width) if column.number else cell.ljust(width)
 
 
 class Reports(list[CompileReport]):

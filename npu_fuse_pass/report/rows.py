@@ -33,14 +33,21 @@ def group_report(
     """The report's row of a fused group."""
     slots = g.formula.tensor_slots
     first = next((s for s in g.formula.written if s in slots), slots[0] if slots else 0)
-    dtype = DTYPE_NAMES.get(leaves[g.members[0][first]].dtype, str(leaves[g.members[0][first]].dtype))
-    formula = readable(g.formula, _labels(g, leaves))
-    device = str(leaves[g.members[0][first]].device)
-    elements = sum(max((math.prod(leaves[m[s]].shape) for s in slots), default=0) for m in g.members)
-    kind = (dtype, device, lowering, kernel)
-    returned = all(leaves[m[s]].kind == "output" for m in g.members for s in g.formula.written)
-    counts = (bytes_per_element, launches, elements)
-    return GroupReport(g.name, formula, len(g.members), *kind, *counts, _of_params=g.of_params, _returned=returned)
+    leaf = leaves[g.members[0][first]]
+    return GroupReport(
+        name=g.name,
+        formula=readable(g.formula, _labels(g, leaves)),
+        updates=len(g.members),
+        dtype=DTYPE_NAMES.get(leaf.dtype, str(leaf.dtype)),
+        device=str(leaf.device),
+        lowering=lowering,
+        kernel=kernel,
+        bytes_per_element=bytes_per_element,
+        launches=launches,
+        elements=sum(max((math.prod(leaves[m[s]].shape) for s in slots), default=0) for m in g.members),
+        _of_params=g.of_params,
+        _returned=all(leaves[m[s]].kind == "output" for m in g.members for s in g.formula.written),
+    )
 
 
 def show_layouts(rows: Sequence[GroupReport], layouts: Sequence[LayoutCost]) -> None:

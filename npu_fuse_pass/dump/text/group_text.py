@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 
 from npu_fuse_pass.dump.contents import Contents
 from npu_fuse_pass.dump.names import called, counted, few, parameter_name, parameters, typed, written_leaf
-from npu_fuse_pass.dump.table import columns
 from npu_fuse_pass.dump.text.difference import difference
 from npu_fuse_pass.ir.expr import DTYPE_NAMES, postorder
 from npu_fuse_pass.ir.readable import readable
 from npu_fuse_pass.ir.types import Formula, Group, Leaf, Update
+from npu_fuse_pass.report.report import aligned
 
 _KINDS = {
     "input": "argument of the graph",
@@ -62,7 +62,7 @@ def groups(contents: Contents) -> str:
         what = f"{row.launches} x {row.kernel} ({row.lowering})" if row else "not lowered"
         lines += ["", f"group {i + 1}: {group.name}  {parameters(len(group.members), group.of_params)}, {what}"]
         lines += [f"  differs from group {k + 1}: {difference(other, group)}" for k, other in enumerate(every[:i])]
-        lines += ["  slots:", *columns(list(_slots(group, contents)), "    ")]
+        lines += ["  slots:", *aligned(list(_slots(group, contents)), "    ")]
         known_by = [written_leaf(group.formula, group.labels, leaves, member) for member in group.members]
         lines += ["  members:", *_by_shape(known_by)]
         lines += ["  identity:", *(f"    {line}" for line in group.formula.text.splitlines())]
@@ -84,7 +84,7 @@ def _by_shape(known_by: Sequence[Leaf]) -> list[str]:
     for leaf in known_by:
         by_shape.setdefault(typed(leaf), []).append(parameter_name(leaf))
     rows = [(f"× {len(names)}", shape, few(names)) for shape, names in by_shape.items()]
-    return columns(rows, "    ")
+    return aligned(rows, "    ")
 
 
 def _slots(group: Group, contents: Contents) -> Iterator[tuple[str, ...]]:
