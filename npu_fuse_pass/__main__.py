@@ -5,26 +5,16 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import types
 from collections.abc import Sequence
-from typing import Protocol
 
-# command -> what it does, in a line; the module of that name in `commands` does it, loaded when it is asked for
+# command -> what it does, in a line; the module of that name in `tools/commands` does it, loaded when it is asked for
 COMMANDS: dict[str, str] = {
     "dump": "what a step becomes, as files and a page; why it is not fused; what changed between two dumps",
     "selftest": "check this machine: environment, numbers and times, into one report to attach to an issue",
 }
 # other name -> what it stands for
 ALIASES: dict[str, list[str]] = {"doctor": ["dump", "--check", "--steps", "3"]}
-
-
-class Command(Protocol):
-    """What a module in `commands` has."""
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declare the command's arguments."""
-
-    def run(self, given: argparse.Namespace) -> int:
-        """Do it, and give the exit status."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,10 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given[:1] == [name]:
             _load(name).add_arguments(of_command)
     chosen = parser.parse_args(given)
-    return _load(chosen.command).run(chosen)
+    return int(_load(chosen.command).run(chosen))
 
 
-def _load(name: str) -> Command:
+def _load(name: str) -> types.ModuleType:
     return importlib.import_module(f"npu_fuse_pass.tools.commands.{name}")
 
 
