@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 from npu_fuse_pass.ir.expr import C_FUNCTIONS, DTYPE_NAMES, Expr
 
 CPP_TYPES = {"f64": "double", "f32": "float", "bool": "bool"}
@@ -45,14 +43,9 @@ CPP = {
 }
 
 
-@functools.cache
-def _held(name: str) -> str:
-    return CPP_TYPES.get(name, "float")  # half-precision values are held widened
-
-
 def cpp_type(e: Expr) -> str:
-    """The type of the variable that holds a value."""
-    return _held(DTYPE_NAMES[e.dtype])
+    """The type of the variable that holds a value; half-precision ones are held widened."""
+    return CPP_TYPES.get(DTYPE_NAMES[e.dtype], "float")
 
 
 def cast(e: Expr, value: str) -> str:

@@ -105,14 +105,9 @@ def _worst_error(case: Case, device: str, options: dict[str, Any]) -> float:
         reference.step()
     pairs = [(p.detach(), q.detach()) for p, q in zip(params, wanted, strict=True)]
     for p, q in zip(params, wanted, strict=True):
-        pairs += _states(opt.state[p], reference.state[q])
+        states = {name: value for name, value in reference.state[q].items() if isinstance(value, Tensor)}
+        pairs += [(opt.state[p][name], value) for name, value in states.items()]
     return float(torch.tensor([_error(got, want) for got, want in pairs]).max())  # of which a NaN comes through
-
-
-def _states(got: dict[str, Any], want: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
-    """Both optimizers' tensors of one parameter, by name."""
-    tensors = {name: value for name, value in want.items() if isinstance(value, Tensor)}
-    return [(got[name], value) for name, value in tensors.items()]
 
 
 def _error(got: Tensor, want: Tensor) -> float:
