@@ -104,11 +104,12 @@ def fuse_batches(
 
     The first compiles of optimizers that are alike are one, for as long as its report is listed in `reports()`.
     """
-    key = None
+    key: object = None  # equal where one compile serves both; None where it serves one optimizer alone
     calls: Calls = {}
     if cause is FIRST and apart is None and not options.check_numerics and wanted(options.dump) is None:
         with net(_report(options, cause), options):
-            key = _key(batches, options, replaces, calls)
+            if (found := outline(batches, calls)) is not None:
+                key = (found, replaces, options.platform, options.strict, options.verify)
     known = None if key is None else _known.get(key)
     if known is not None and is_listed(known.report) and not known.report.fallbacks:
         list_last(known.report)
@@ -123,12 +124,6 @@ def fuse_batches(
 
 
 _known: dict[object, Fused] = {}
-
-
-def _key(batches: Sequence[Batch], options: Options, replaces: str | None, calls: Calls) -> object | None:
-    """The key of a compile that every optimizer with the same key shares; None where it serves one alone."""
-    found = outline(batches, calls)
-    return None if found is None else (found, replaces, options.platform, options.strict, options.verify)
 
 
 def _fuse_batches(
@@ -300,11 +295,6 @@ def _contents(fused: Fused, options: Options, original: fx.GraphModule | None = 
     if options.kernels == "generated" and fused.report.platform == "npu" and "kernel" not in graphs:
         graphs["kernel"] = lower.npu_kernels(fused.grouped)  # what would run if it could
     return Contents(original, fused.captured, fused.grouped, fused.report, sources, graphs)
-
-
-def fused_graph(captured: Captured) -> fx.GraphModule:
-    """The rewritten graph of captured updates."""
-    return rewrite(group(captured))
 
 
 @contextmanager

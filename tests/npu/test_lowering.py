@@ -10,9 +10,10 @@ import torch
 from steps import OnNpu, assert_same, parameters, set_gradients, twins
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from npu_fuse_pass import pipeline
 from npu_fuse_pass.lowerings.npu.emit import elementwise
 from npu_fuse_pass.lowerings.npu.environment import require
+from npu_fuse_pass.passes.group import group
+from npu_fuse_pass.passes.rewrite import rewrite
 from npu_fuse_pass.tolerances import PROMISED
 from tests.support.cases import BY_NAME, CASES, Case, over
 from tests.support.graphs import captured_step, inputs_of_step, step_with
@@ -24,7 +25,7 @@ def test_the_rewritten_graph_converts(case: Case) -> None:
     ours, eager = twins(case)
     for optimizer in (ours, eager):
         set_gradients(optimizer.param_groups[0]["params"], 1)
-    gm = pipeline.fused_graph(captured_step(ours))
+    gm = rewrite(group(captured_step(ours)))
     require()
     mode = FakeTensorMode()
     values = [v.detach() for v in inputs_of_step(ours) if v is not None]
