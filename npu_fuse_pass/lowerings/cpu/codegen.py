@@ -119,11 +119,11 @@ class _Function:
                 continue
             for a in e.args:
                 if id(a) not in defined and (self.phase[id(a)] != k or a.op in REDUCTIONS):
-                    lines.append(f"  const {cpp_type(a)} {self.var[id(a)]} = {self._unstore(a)};")
+                    lines.append(f"  {self._let(a, self._unstore(a))}")
                     defined.add(id(a))
             if _remembered(e):
                 lines.append(f"  static thread_local Power p{self.var[id(e)]};")
-            lines.append(f"  const {cpp_type(e)} {self.var[id(e)]} = {self._value(e)};")
+            lines.append(f"  {self._let(e, self._value(e))}")
             defined.add(id(e))
             if id(e) in self.stored:
                 lines.append(f"  s[{self.stored[id(e)]}] = {self.var[id(e)]};")
@@ -146,11 +146,10 @@ class _Function:
         read, written = set(work.places.values()), {slot for slot, _ in work.writes}
         halves = self._halves(read | written)
         step = str(HALVES if halves else CHUNK)
-        inner = [f"const {cpp_type(e)} {self.var[id(e)]} = {self._loaded(work.places[id(e)])};" for e in loads]
+        inner = [self._let(e, self._loaded(work.places[id(e)])) for e in loads]
         used = {id(a) for e in (*work.values, *work.sums) for a in e.args}
         used |= {id(e) for slot, e in work.writes if slot not in halves}
-        body_values = (self._value(e, rounds=id(e) in used) for e in body)  # else storing it rounds
-        inner += [f"const {cpp_type(e)} {self.var[id(e)]} = {v};" for e, v in zip(body, body_values, strict=True)]
+        inner += [self._let(e, self._value(e, rounds=id(e) in used)) for e in body]  # else storing it rounds
         inner += [
             f"w{slot}[i] = (float){self.var[id(e)]};" if slot in halves else f"t{slot}[i] = {self._narrow(slot, e)};"
             for slot, e in work.writes
@@ -160,7 +159,7 @@ class _Function:
         lines.append("  const int64_t chunk = a.chunk_start[c], left = a.numel[m] - chunk;")
         lines.append(f"  const int64_t end = chunk + (left < {CHUNK} ? left : {CHUNK});")
         lines.append("  const double* s = a.scratch + m * SCRATCH;")
-        lines += [f"  const {cpp_type(e)} {self.var[id(e)]} = {self._unstore(e)};" for e in work.values if not e.tensor]
+        lines += [f"  {self._let(e, self._unstore(e))}" for e in work.values if not e.tensor]
         lines += [*before, f"  for (int64_t start = chunk; start < end; start += {step}) {{"]
         lines.append(f"  const int64_t n = end - start < {step} ? end - start : {step};")
         lines += [self._pointer(slot, slot in written) for slot in sorted(read | written)]
@@ -188,21 +187,21 @@ class _Function:
         ]
         lines = [f"static void {self.name}_pass{k}(const Args& a, int64_t m, int64_t c) {{"]
         lines.append("  const double* s = a.scratch + m * SCRATCH;")
-        lines += [f"  const {cpp_type(e)} {self.var[id(e)]} = {self._unstore(e)};" for e in work.values if not e.tensor]
+        lines += [f"  {self._let(e, self._unstore(e))}" for e in work.values if not e.tensor]
         lines.append("  const auto values = [&](int64_t start, int64_t n, double* __restrict__ out) {")
         read = set(work.places.values())
         lines += [self._pointer(slot, False) for slot in sorted(read)]
         lines += over.buffers(body, self.formula, self._name, self._address, over.WIDTH)
         lines += self._widened(self._halves(read), read, over.WIDTH)
-        inner = [f"const {cpp_type(e)} {self.var[id(e)]} = {self._loaded(work.places[id(e)])};" for e in loads]
-        inner += [f"const {cpp_type(e)} {self.var[id(e)]} = {self._value(e)};" for e in body if e is not reduction]
+        inner = [self._let(e, self._loaded(work.places[id(e)])) for e in loads]
+        inner += [self._let(e, self._value(e)) for e in body if e is not reduction]
         inner.append(f"out[i] = {self.var[id(reduction.args[0])]};")
         lines += [*_loop(inner), "  };"]
         lines.append(f"  const auto put = [&](int64_t i, double {self.var[id(reduction)]}) {{")
         for slot, _ in work.writes:
             stored = STORED[DTYPE_NAMES[self.formula.slots[slot].dtype]]
             lines.append(f"    {stored}* t{slot} = ({stored}*){self._address(slot)};")
-        lines += [f"    const {cpp_type(e)} {self.var[id(e)]} = {self._value(e)};" for e in after]
+        lines += [f"    {self._let(e, self._value(e))}" for e in after]
         lines += [f"    t{slot}[i] = {self._narrow(slot, e)};" for slot, e in work.writes]
         return "\n".join([*lines, "  };", over.call(reduction, self._name, self.wide), "}"])
 
@@ -311,6 +310,10 @@ class _Function:
                 chunks = "int64_t c = a.first_chunk[m]; c < a.first_chunk[m + 1]; ++c"
                 lines.append(f"        for ({chunks}) {self.name}_pass{k}(a, m, c);")
         return [*lines, "      }"]
+
+    def _let(self, e: Expr, value: str) -> str:
+        """The statement that defines the variable of an expression."""
+        return f"const {cpp_type(e)} {self.var[id(e)]} = {value};"
 
     def _pointer(self, slot: int, written: bool) -> str:
         stored = STORED[DTYPE_NAMES[self.formula.slots[slot].dtype]]
