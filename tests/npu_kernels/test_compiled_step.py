@@ -501,7 +501,7 @@ def test_the_self_test_proves(
     monkeypatch.setattr(parity, "compare", lambda case, platform, device, **o: compare(case, platform, "cpu", **o))
     proof.record(MACHINE, 1)
     report = Report(tmp_path / "report.md", "npu", False)
-    failed = session._generated(report, False, lambda line: None)
+    failed = session._generated(report, False)
     assert report.proof.startswith(says), report.proof
     assert bool(proof.proven(MACHINE)) == ("**Proved" in says)
     assert len(failed) == 2 * ("failed" in says)

@@ -24,6 +24,6 @@ def run(given: argparse.Namespace) -> int:
     except OSError as e:
         print(f"the report cannot be written to {given.out}: {e.strerror}; choose another place with --out")
         return 1
-    passed = run_session(report, given.platform, given.quick, print)
+    passed = run_session(report, given.platform, given.quick)
     print(f"\n{report.verdict.replace('**', '')}\n\nThe report is {given.out}; please attach it to an issue.")
     return 0 if passed else 1

@@ -9,28 +9,27 @@ from npu_fuse_pass.tools.selftest.private import anonymous
 from npu_fuse_pass.tools.selftest.report import Report
 
 
-def run(report: Report, platform: str, quick: bool, say: Callable[[str], None]) -> bool:
+def run(report: Report, platform: str, quick: bool) -> bool:
     """Check the environment, then parity, then times. Returns True if all is well.
 
     Args:
         report: is filled in and written, before every part.
         platform: "npu", or "cpu": the same with the CPU lowering.
         quick: fewer optimizers and smaller workloads.
-        say: called with every line of output.
     """
     for finding in findings(platform):
         report.environment.append(finding)
-        say(str(finding))
+        print(finding)
         report.begin(f"environment, after {finding.name}")
         if finding.needed and finding.remedy:
             reason = f"{finding.name}: {finding.value.rstrip('.')}"
             cpu = " The kernels for the CPU are checked by --platform cpu." if platform == "npu" else ""
             report.finish(f"**Nothing was run, because of {reason}.** To go on: {finding.remedy}.{cpu}")
             return False
-    failed = _parity(report, platform, quick, say)
-    failed += _times(report, platform, quick, say)
+    failed = _parity(report, platform, quick)
+    failed += _times(report, platform, quick)
     if platform == "npu":
-        failed += _generated(report, quick, say)
+        failed += _generated(report, quick)
     ran = f"{len(report.parity)} optimizers compared"
     if failed:
         report.finish(f"**FAILED**: {ran}, {len(failed)} failed: {'; '.join(failed)}")
@@ -39,7 +38,7 @@ def run(report: Report, platform: str, quick: bool, say: Callable[[str], None]) 
     return not failed
 
 
-def _parity(report: Report, platform: str, quick: bool, say: Callable[[str], None]) -> list[str]:
+def _parity(report: Report, platform: str, quick: bool) -> list[str]:
     from npu_fuse_pass.tools.selftest import cases, parity
 
     failed = []
@@ -47,13 +46,13 @@ def _parity(report: Report, platform: str, quick: bool, say: Callable[[str], Non
         report.begin(f"parity of {case.name}")
         outcome = parity.compare(case, platform, platform)
         report.parity.append(outcome)
-        say(str(outcome))
+        print(outcome)
         if outcome.verdict != "ok":
             failed.append(f"{case.name} ({outcome.verdict})")
     return failed
 
 
-def _generated(report: Report, quick: bool, say: Callable[[str], None]) -> list[str]:
+def _generated(report: Report, quick: bool) -> list[str]:
     """Check parity with generated kernels, last: they were never launched on such a machine.
 
     Where all agree with float64, a record in the kernel cache says so, and `kernels="auto"` takes them from then on.
@@ -70,14 +69,14 @@ def _generated(report: Report, quick: bool, say: Callable[[str], None]) -> list[
         hardware.current()
     except Refused as e:
         report.proof = f"No generated kernels: {anonymous(str(e))}"
-        say(report.proof)
+        print(report.proof)
         return []
     for case in cases.cases(quick):
         report.proof = "not finished"
         report.begin(f"parity of {case.name} with generated kernels")
         outcome = parity.compare(case, "npu", "npu", kernels="generated")
         report.generated.append(outcome)
-        say(f"generated kernels: {outcome}")
+        print(f"generated kernels: {outcome}")
         made += any(KERNEL in kernel for kernel in outcome.kernels)
         stepped_down = [
             g.note
@@ -89,7 +88,7 @@ def _generated(report: Report, quick: bool, say: Callable[[str], None]) -> list[
             why = anonymous(stepped_down[0]) if stepped_down else outcome.verdict
             failed.append(f"{case.name} with generated kernels ({why})")
     report.proof = _recorded(failed, made, quick, lambda: proof.record(machine, made))
-    say(report.proof)
+    print(report.proof)
     return failed
 
 
@@ -105,14 +104,14 @@ def _recorded(failed: list[str], made: int, quick: bool, record: Callable[[], st
     return f'**Proved**: {made} optimizers agree with float64; kernels="auto" takes generated kernels on this machine.'
 
 
-def _times(report: Report, platform: str, quick: bool, say: Callable[[str], None]) -> list[str]:
+def _times(report: Report, platform: str, quick: bool) -> list[str]:
     from npu_fuse_pass.tools.selftest import timing
 
     report.begin("constants of the device")
     report.constants = timing.constants(platform, quick)
-    say(", ".join(f"{name}: {value:.1f}" for name, value in report.constants.items()))
+    print(", ".join(f"{name}: {value:.1f}" for name, value in report.constants.items()))
     for family, workload in timing.plan(quick):
         report.begin(f"time of {family.name} on {workload}")
         report.timing.append(timing.measure(family, workload, platform, platform))
-        say(str(report.timing[-1]))
+        print(report.timing[-1])
     return [f"ours, {t.family} on {t.workload} ({t.failed['ours']})" for t in report.timing if "ours" in t.failed]
