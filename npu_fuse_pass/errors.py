@@ -72,9 +72,9 @@ class NumericsError(FuseError, RuntimeError):
 class GraphRefused(FuseError):  # noqa: N818 - raised by a lowering for its caller, not for the user
     """The device's graph compiler refused a step's graph, or its first run failed; nothing was changed."""
 
-    def __init__(self, text: str, remedy: str | None = None) -> None:
+    def __init__(self, text: str) -> None:
         super().__init__(text)
-        self.reason = Code.GE_REFUSED(text, remedy=remedy)
+        self.reason = Code.GE_REFUSED(text)
 
 
 class Mismatch(FuseError):  # noqa: N818 - raised by kernels for their caller, not for the user

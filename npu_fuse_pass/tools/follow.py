@@ -21,6 +21,8 @@ from npu_fuse_pass.tools.explain import why_nothing_is_compiled
 from npu_fuse_pass.tools.observe import as_main
 from npu_fuse_pass.tools.requests import Request, counted, followed, request_for
 
+TIMED = 20  # steps of which the median is told
+
 
 class Session:
     """A session in which torch.compile with this backend is followed and writes dumps to a folder.
@@ -33,10 +35,8 @@ class Session:
         self, out: pathlib.Path, platform: str | None, check_numerics: bool = False, kernels: str | None = None
     ) -> None:
         self.requests: list[Request] = []
-        platforms = {} if platform is None else {"platform": platform}
-        checks = {"check_numerics": True} if check_numerics else {}
-        chosen = {} if kernels is None else {"kernels": kernels}
-        self._options = {"dump": out, **platforms, **checks, **chosen}
+        given = {"dump": out, "platform": platform, "check_numerics": check_numerics or None, "kernels": kernels}
+        self._options = {name: value for name, value in given.items() if value is not None}
         self._known = backend.breaks()
         self._before = reports()
 
@@ -105,7 +105,7 @@ class Session:
         return wrapped
 
 
-def run_optimizer(session: Session, opt: torch.optim.Optimizer, steps: int = 2) -> str | None:
+def run_optimizer(session: Session, opt: torch.optim.Optimizer) -> str | None:
     """Compile and run a step twice: buffers made in the first one change the graph.
 
     Returns:
@@ -116,7 +116,7 @@ def run_optimizer(session: Session, opt: torch.optim.Optimizer, steps: int = 2) 
         if session.requests[-1].hidden:
             return None
         try:
-            for _ in range(steps):
+            for _ in range(2):
                 step()
         except NumericsError:
             return None
@@ -126,14 +126,14 @@ def run_optimizer(session: Session, opt: torch.optim.Optimizer, steps: int = 2) 
     return None
 
 
-def times(make: Callable[[], torch.optim.Optimizer], options: Mapping[str, Any], steps: int = 20) -> dict[str, float]:
+def times(make: Callable[[], torch.optim.Optimizer], options: Mapping[str, Any]) -> dict[str, float]:
     """Median seconds of a step, eager ("before") and compiled ("after"), each with a new optimizer."""
     found = {}
     for when in ("before", "after"):
         opt = make()
         step = opt.step if when == "before" else torch.compile(opt.step, backend="npu_fused", options=dict(options))
         taken = []
-        for _ in range(2 + steps):  # the first two make states and compile
+        for _ in range(2 + TIMED):  # the first two make states and compile
             start = time.perf_counter()
             step()
             taken.append(time.perf_counter() - start)

@@ -32,17 +32,9 @@ _SCRIPTS = (*("text", "layout", "graph", "keys", "details"), *("totals", "search
 _BANDWIDTH = {"npu": (1600, "an Atlas A2's HBM, as CANN's guide states it"), "": (20, "a guess for one CPU socket")}
 
 
-def page(contents: Contents, measured: Mapping[str, float] | None = None) -> str:
-    """The page of a compile, the same text for the same compile.
-
-    Args:
-        contents: what the stages made.
-        measured: seconds per step, where they were measured: "before", "after".
-
-    Returns:
-        HTML. Names are escaped.
-    """
-    data = {**_facts(contents), "measured": dict(measured or {})}
+def page(contents: Contents) -> str:
+    """The page of a compile as HTML, the same text for the same compile. Names are escaped."""
+    data = {**_facts(contents), "measured": {}}  # `with_times` fills it in
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=str)
     # the only ways in which JSON could end the element that it is in
     text = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

@@ -200,11 +200,12 @@ def _maker(given: argparse.Namespace) -> tuple[Callable[[], torch.optim.Optimize
 def _time(given: argparse.Namespace, page: pathlib.Path) -> None:
     """Measure steps, print the times, and add them to the page of the last compile."""
     from npu_fuse_pass.dump.page.page import with_times
-    from npu_fuse_pass.tools.follow import times
+    from npu_fuse_pass.tools.follow import TIMED, times
 
     found = times(_maker(given)[0], {"platform": given.platform or "cpu"})
     page.write_text(with_times(page.read_text(encoding="utf-8"), found), encoding="utf-8")
-    print(f"a step takes {1e3 * found['before']:.3f} ms eager, {1e3 * found['after']:.3f} ms compiled (medians of 20)")
+    before, after = (f"{1e3 * found[when]:.3f} ms" for when in ("before", "after"))
+    print(f"a step takes {before} eager, {after} compiled (medians of {TIMED})")
 
 
 def _script(session: Session, given: argparse.Namespace) -> str | None:
