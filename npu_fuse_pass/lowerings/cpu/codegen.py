@@ -31,7 +31,7 @@ BLOCK = 8
 """Values that a lane adds before it keeps track of what rounding loses, which is most of a sum's work. Only where no
 tensor is float64: what is made of the sum is then rounded further than those last bits."""
 
-_SPREAD = "struct Spread : Args { const int64_t* whole; };  // elements with those that other processes hold\n"
+
 _HERE = pathlib.Path(__file__).parent
 PRELUDE = (_HERE / "kernel.h").read_text(encoding="utf-8")
 _STOCHASTIC = (_HERE / "stochastic.h").read_text(encoding="utf-8")
@@ -67,8 +67,7 @@ def generate(name: str, formula: Formula, totals: Collection[int] | None = (), i
     partial = 2 * max(max((len(r) for r in s.reductions), default=0) for s in functions) or 1
     header = "\n".join(f"// {line}" for line in formula.text.splitlines())
     sizes = f"static const int64_t SCRATCH = {scratch}, PARTIAL = {partial};\n"
-    more = [_SPREAD] if in_pieces else []
-    more += [over.PRELUDE] if has_dimensions(formula.roots) else []
+    more = [over.PRELUDE] if has_dimensions(formula.roots) else []
     more += [_STOCHASTIC] if any(e.op == "stochastic" for s in made.functions for e in s.order) else []
     text = "\n".join([header, PRELUDE, *more, sizes, *(s.text() for s in functions)])
     contribute = made.bytes[0] if formula.contributions else 0
@@ -277,8 +276,7 @@ class _Function:
         lines.append(f"      if ({which}) {self.name}_scalars{k}(a, m);")
         if k < len(self.sweeps) and _over(self.sweeps[k]):
             lines += ["    #pragma omp for schedule(dynamic, 1)"]
-            lines += ["    for (int64_t c = 0; c < static_cast<const Over&>(a).tasks; ++c) {"]
-            lines += ["      const int64_t m = static_cast<const Over&>(a).task[5 * c];"]
+            lines += ["    for (int64_t c = 0; c < a.tasks; ++c) {", "      const int64_t m = a.task[5 * c];"]
             lines += [f"      if ({which}) {self.name}_pass{k}(a, m, c);", "    }"]
         elif k < len(self.sweeps):
             lines += ["    #pragma omp for schedule(dynamic, a.grain)"]
@@ -343,7 +341,7 @@ class _Function:
         if e.op == "stochastic":
             return f"stochastic_{STORED[DTYPE_NAMES[e.dtype]]}({args[0]}, q{self.var[id(e)]}[i])"
         if e.op == "numel" and self.in_pieces:
-            return "double(static_cast<const Spread&>(a).whole[m])"
+            return "double(a.whole[m])"
         if _remembered(e):
             return f"p{self.var[id(e)]}({', '.join(args)})"
         return CPP[e.op].format(*args)

@@ -46,7 +46,7 @@ template <class T> static inline bool isfinite(T x) { return __builtin_isfinite(
 static const float INFINITY = __builtin_inff(), NAN = __builtin_nanf("");
 
 struct Args {
-  int64_t members, chunks, threads, grain, elements;
+  int64_t members, chunks, tasks, threads, grain, elements;
   const int64_t* numel;
   const uint8_t* active;         // per member: has a gradient at this step
   char* const* tensors;          // [tensor slot][member]
@@ -59,6 +59,8 @@ struct Args {
   double* partial;               // [chunk][PARTIAL]
   double* contributions;         // [contribution][member]
   uint8_t* done;                 // [2]: the contributing and the updating function set theirs at their end
+  const int64_t* whole;          // per member: elements with those that other processes hold
+  const int64_t* task;           // [tasks][5]: a member and the ranges of k0 and k1 that a thread reduces at once, see over.h
 };
 
 // Members of so many elements or fewer are left to one thread each: a core's cache holds them from pass to pass, and

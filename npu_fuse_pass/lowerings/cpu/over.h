@@ -1,11 +1,5 @@
 // Small tensors: an element for each [k0, k1] of tensors seen as [R0, K0, R1, K1].
 
-// The part of a member that one thread reduces at a time: the number of the member, and the ranges of k0 and k1.
-struct Over : Args {
-  const int64_t* whole;
-  int64_t tasks;
-  const int64_t* task;  // [tasks][5]
-};
 static const int64_t WIDTH = 1024;  // elements that are computed before they are reduced; what k1 ranges over is less
 
 // The small tensor's elements for n elements from `start` on.

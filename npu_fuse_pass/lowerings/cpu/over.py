@@ -33,7 +33,7 @@ def sizes_of(leaves: Sequence[Leaf], group: Group) -> tuple[list[int], bool]:
 
 
 def tasks_of(leaves: Sequence[Leaf], group: Group) -> list[int]:
-    """Five numbers for each task of a kernel that reduces over dimensions: `struct Over` says which."""
+    """Five numbers for each task of a kernel that reduces over dimensions: `Args` in kernel.h says which."""
     over = next((e for e in postorder(group.formula.roots) if e.op in OVER), None)
     found: list[int] = []
     for m, member in enumerate(group.members if over is not None else ()):
@@ -74,4 +74,4 @@ def call(over: Expr, var: Callable[[Expr], str], exact: bool) -> str:
     """The statement that runs a task."""
     sizes = ", ".join(f"int64_t({var(a)})" for a in over.args[1:])
     op = _OPS[over.op].format("true" if exact else "false")
-    return f"  reduce_over<{op}>({sizes}, static_cast<const Over&>(a).task + 5 * c, values, put);"
+    return f"  reduce_over<{op}>({sizes}, a.task + 5 * c, values, put);"

@@ -21,30 +21,13 @@ _TURNS = 16  # that every thread should have, so that one which is interrupted l
 
 
 class Args(ctypes.Structure):
-    """Mirrors `struct Args` of the generated source."""
+    """Mirrors `struct Args` in kernel.h."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("members", "chunks", "threads", "grain", "elements")),
-        *(
-            (name, ctypes.c_void_p)
-            for name in [
-                "numel",
-                "active",
-                "tensors",
-                "scalars",
-                "tags",
-                "chunk_member",
-                "chunk_start",
-                "first_chunk",
-                "scratch",
-                "partial",
-                "contributions",
-                "done",
-                "whole",  # which kernels in pieces know alone
-            ]
-        ),
-        ("tasks", ctypes.c_int64),  # as those that reduce over some of the dimensions do these
-        ("task", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("members", "chunks", "tasks", "threads", "grain", "elements")),
+        *((name, ctypes.c_void_p) for name in ("numel", "active", "tensors", "scalars", "tags")),
+        *((name, ctypes.c_void_p) for name in ("chunk_member", "chunk_start", "first_chunk")),
+        *((name, ctypes.c_void_p) for name in ("scratch", "partial", "contributions", "done", "whole", "task")),
     ]
 
 
