@@ -52,7 +52,7 @@ def captured(
 ) -> Callable[..., Any]:
     """A step that Dynamo captures. `reason`: why it is not run as a rule, for the report."""
     if isinstance(opt, RuleOptimizer) and getattr(step, "__func__", None) is RuleOptimizer.step:
-        return functools.partial(_of_rules, opt, backend.shared_core(tracked, f"{type(opt).__name__}.step"))
+        return functools.partial(opt._step_with, backend.shared_core(tracked, f"{type(opt).__name__}.step"))
     replaced = Code.NO_RULE(f"another function has taken the place of this {type(opt).__name__}'s step")
     tracked.no_rule = None if isinstance(opt, RuleOptimizer) else reason or replaced
     compiled = {False: backend.isolated(step, tracked)}
@@ -119,8 +119,7 @@ def _may_be_foreach(group: dict[str, Any]) -> bool:
     return apart and not half and not isinstance(group.get("lr"), torch.Tensor)
 
 
-def _of_rules(opt: RuleOptimizer, core: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return opt._step_with(core, *args, **kwargs)
+
 
 
 class StockRoad:
