@@ -28,23 +28,12 @@ _TORCH_NPU = {"Adam": (2, True), "AdamW": (2, False), "SGD": (0, True), "RMSprop
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
-    """An obstacle to fusing, or to its gain."""
-
-    what: str
-    remedy: str | None = None
-
-    def __str__(self) -> str:
-        return advised(self.what, self.remedy)
-
-
-@dataclasses.dataclass(frozen=True)
 class Diagnosis:
     """The diagnosis of one optimizer.
 
     Attributes:
         memory: peak bytes that a step allocates, by implementation.
-        findings: obstacles, if any.
+        findings: obstacles to fusing, or to its gain, if any; with what to do.
     """
 
     name: str
@@ -53,7 +42,7 @@ class Diagnosis:
     calls: tuple[int | str, int]
     report: CompileReport
     memory: dict[str, int]
-    findings: list[Finding]
+    findings: list[str]
 
     def __str__(self) -> str:
         now, fused = self.calls
@@ -87,19 +76,19 @@ def examine(seen: Observed, check_numerics: bool = False) -> Diagnosis:
     try:
         trial = try_on_copy(opt, {})
         report, launches = trial.report, sum(g.launches for g in trial.report.groups)
-        findings += [Finding(str(reason), reason.remedy) for reason in report.reasons]
+        findings += [reason.advised for reason in report.reasons]
         if trial.step is not None:
             memory["fused (measured)"] = measure(trial.step).peak_bytes
             if check_numerics:
                 try_on_copy(opt, {"check_numerics": True})
     except NumericsError as e:
-        findings.append(Finding(f"WRONG NUMBERS: {e}", "please report it, with this output"))
+        findings.append(advised(f"WRONG NUMBERS: {e}", "please report it, with this output"))
     except FuseError as e:
-        findings.append(Finding(str(e)))
+        findings.append(str(e))
     findings += _recompiles(seen, report)
     if seen.closures:
         remedy = "compute the loss before the step, where the optimizer allows it"
-        findings.append(Finding("steps are given a closure, which runs outside of every graph", remedy))
+        findings.append(advised("steps are given a closure, which runs outside of every graph", remedy))
     now = measured.calls if isinstance(measured, Measured) else f"not measured ({measured})"
     elements = sum(p.numel() for p in params)
     return Diagnosis(_name(opt), len(params), elements, (now, launches), report, memory, findings)
@@ -130,22 +119,21 @@ def _others(opt: torch.optim.Optimizer, params: list[Tensor]) -> dict[str, int]:
     return found
 
 
-def _tensors(params: list[Tensor]) -> list[Finding]:
+def _tensors(params: list[Tensor]) -> list[str]:
     """Findings about memory and gradients that no kernel supports."""
     found = []
     sparse = sum(p.grad is not None and p.grad.layout is not torch.strided for p in params)
     if sparse:
         remedy = "dense gradients: sparse=False in torch.nn.Embedding"
-        found.append(Finding(f"{sparse} parameters have sparse gradients", remedy))
+        found.append(advised(f"{sparse} parameters have sparse gradients", remedy))
     starts = sorted((p.data_ptr(), p.data_ptr() + p.numel() * p.element_size()) for p in params if p.numel())
     if any(end > start for (_, end), (start, _) in itertools.pairwise(starts)):
-        found.append(
-            Finding("two parameters share memory", "pass tied parameters once, or give them memory of their own")
-        )
+        remedy = "pass tied parameters once, or give them memory of their own"
+        found.append(advised("two parameters share memory", remedy))
     return found
 
 
-def _recompiles(seen: Observed, report: CompileReport) -> list[Finding]:
+def _recompiles(seen: Observed, report: CompileReport) -> list[str]:
     """Findings about what makes a step compile again. Rules never do, and run some classes of torch.optim, too."""
     opt = seen.optimizer
     by_rule = report.replaces is not None  # unless torch.compile is given the step
@@ -158,13 +146,13 @@ def _recompiles(seen: Observed, report: CompileReport) -> list[Finding]:
     floats = not all(isinstance(group.get("lr"), Tensor) for group in opt.param_groups)
     if floats and ("lr" in seen.changed or any("initial_lr" in group for group in opt.param_groups)):
         what = f"lr is a Python number and a scheduler or the script changes it: {again} recompiles"
-        found.append(Finding(what, f"{instead}lr=torch.tensor(...), which schedulers fill; {_OURS}"))
+        found.append(advised(what, f"{instead}lr=torch.tensor(...), which schedulers fill; {_OURS}"))
     if numbers:
         what = f"{', '.join(numbers)} changed between steps: {again} recompiles"
-        found.append(Finding(what, f"{instead.removesuffix('or ')}{_OURS}"))
+        found.append(advised(what, f"{instead.removesuffix('or ')}{_OURS}"))
     if len(seen.gradients) > 1:
         what = f"gradients are None at some steps: {again} recompiles at every new pattern"
-        found.append(Finding(what, f"{instead}zero_grad(set_to_none=False); {_OURS}"))
+        found.append(advised(what, f"{instead}zero_grad(set_to_none=False); {_OURS}"))
     return found
 
 

@@ -119,9 +119,6 @@ def _may_be_foreach(group: dict[str, Any]) -> bool:
     return apart and not half and not isinstance(group.get("lr"), torch.Tensor)
 
 
-
-
-
 class StockRoad:
     """The updates of an optimizer of torch.optim, by its rule as long as that applies."""
 

@@ -34,7 +34,7 @@ def diagnose(folder: pathlib.Path, made: str, step: str = "opt.step()", **given:
 
 
 def found(diagnosis: Diagnosis) -> str:
-    return "\n".join(map(str, diagnosis.findings))
+    return "\n".join(diagnosis.findings)
 
 
 @pytest.mark.parametrize(
