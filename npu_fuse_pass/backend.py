@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from npu_fuse_pass import lower
 from npu_fuse_pass.errors import FuseError, OptionError
 from npu_fuse_pass.options import KERNELS, LAYOUTS, PLATFORMS, Options
 from npu_fuse_pass.private_torch import find
@@ -317,7 +316,9 @@ def _checked_options(mode: str | None, options: Mapping[str, Any] | None) -> dic
 
 
 def _check_torchair_config(config: Any) -> None:
-    if not lower.is_torchair_config(config):
+    from npu_fuse_pass.lowerings.npu.environment import is_config
+
+    if not is_config(config):
         raise OptionError(f"torchair_config={config!r}; allowed are None and a torchair.CompilerConfig")
     if (mode := config.mode.value) != "max-autotune":
         why = "other modes capture kernels, and would repeat the numbers of the step that was captured"

@@ -261,17 +261,3 @@ LOWERINGS: Mapping[str, Callable[..., Lowered]] = {
     "nodes": functools.partial(_lower_nodes, multi_tensor_update, 3),
     "kernel nodes": functools.partial(_lower_nodes, graph_op.multi_tensor_kernel, 5),
 }
-
-
-def is_torchair_config(value: object) -> bool:
-    """True if a value can be the option `torchair_config`."""
-    from npu_fuse_pass.lowerings.npu import environment
-
-    return environment.is_config(value)
-
-
-def serve_torchair() -> None:
-    """Give torchair the converters that fused nodes and what remains around them need."""
-    from npu_fuse_pass.lowerings.npu import environment
-
-    environment.serve()

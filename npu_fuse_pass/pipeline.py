@@ -181,7 +181,9 @@ def fuse_functional(gm: fx.GraphModule, options: Options, kernels: bool) -> Fuse
         if target.form == "kernel nodes":
             graph_op.use_kernels(graph)
         if not kernels:
-            lower.serve_torchair()
+            from npu_fuse_pass.lowerings.npu import environment
+
+            environment.serve()
         report._graph = lambda: graph
         return dataclasses.replace(fused, graph=graph)
     return _finished(Fused(report), options, gm)

@@ -31,7 +31,6 @@ BLOCK = 8
 """Values that a lane adds before it keeps track of what rounding loses, which is most of a sum's work. Only where no
 tensor is float64: what is made of the sum is then rounded further than those last bits."""
 
-
 _HERE = pathlib.Path(__file__).parent
 PRELUDE = (_HERE / "kernel.h").read_text(encoding="utf-8")
 _STOCHASTIC = (_HERE / "stochastic.h").read_text(encoding="utf-8")
