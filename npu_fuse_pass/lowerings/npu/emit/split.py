@@ -73,21 +73,10 @@ def split(
     Raises:
         Unsupported: a 0-dim state depends on a tensor, so that the host cannot advance it.
     """
-    tensor_writes = [] if contribute else [(s, e) for s, e in formula.writes if formula.slots[s].tensor]
-    advanced = [] if contribute else _advanced(formula)
-    roots = [*(e for _, e in tensor_writes), *(formula.contributions if contribute else ())]
-    on_host = _on_host(roots, advanced, device_slots)
-    read = {e.value for e in postorder(roots) if e.op == "leaf"}
-    used = [s for s in formula.tensor_slots if s in read or any(s == written for written, _ in tensor_writes)]
-    build = _Device(formula, used, on_host, [s for s in device_slots if s in read], constants or {})
-    writes = [(build.tensor_slot[s], build.copy(e)) for s, e in tensor_writes]
-    contributions = [build.copy(e) for e in formula.contributions] if contribute else []
-    build.finish()
     if contribute:
-        zero = Expr("zero", (), 0, torch.float64, False)
-        taking_part = Expr("ne", (build.scalar(), zero), None, torch.bool, False)
-        contributions = [Expr("where", (taking_part, e, zero), None, e.dtype, False) for e in contributions]
-    return build.split(writes, contributions, advanced, tuple(s for s, _ in tensor_writes), flagged=contribute)
+        return _split(formula, device_slots, constants, contributions=formula.contributions, flagged=True)
+    tensor_writes = [(s, e) for s, e in formula.writes if formula.slots[s].tensor]
+    return _split(formula, device_slots, constants, tensor_writes, advanced=_advanced(formula))
 
 
 def split_whole(
@@ -104,31 +93,9 @@ def split_whole(
         Unsupported: another 0-dim state depends on a tensor, so that the host cannot advance it.
     """
     states = states or {}
-    on_device = [*device_slots, *states]
     writes = [(s, e) for s, e in formula.writes if formula.slots[s].tensor or s in states]
     advanced = [(s, e) for s, e in _advanced(formula) if s not in states]
-    roots = [*(e for _, e in writes), *formula.contributions]
-    on_host = _on_host(roots, advanced, on_device)
-    read = {e.value for e in postorder(roots) if e.op == "leaf"}
-    used = [s for s in formula.tensor_slots if s in read or any(s == written for written, _ in writes)]
-    totals = [s for s in device_slots if s in read]
-    build = _Device(formula, used, on_host, totals, constants or {}, states)
-    copied = [(s, build.copy(e)) for s, e in writes]
-    contributions = [build.copy(e) for e in formula.contributions]
-    build.finish()
-    new = [(build.place(s), e) for s, e in copied]
-    return build.split(new, contributions, advanced, tuple(s for s, _ in writes))
-
-
-def states_from_tensors(formula: Formula, device_slots: Collection[int]) -> tuple[int, ...]:
-    """The 0-dim states that the host cannot advance: they follow from tensors, from totals, or from such states."""
-    advanced, found = _advanced(formula), set[int]()
-    while True:
-        on_host = _computed_on_host([e for _, e in advanced], {*device_slots, *found})
-        more = {s for s, e in advanced if id(e) not in on_host} - found
-        if not more:
-            return tuple(sorted(found))
-        found |= more
+    return _split(formula, device_slots, constants, writes, formula.contributions, advanced, states)
 
 
 def split_operands(
@@ -152,14 +119,53 @@ def split_operands(
     Raises:
         Unsupported: a 0-dim state depends on a tensor, so that the host cannot advance it.
     """
-    advanced = _advanced(formula)
-    on_host = _on_host(operands, advanced, device_slots)
-    read = {e.value for e in postorder(operands) if e.op == "leaf"}
+    return _split(formula, device_slots, constants, (), operands, _advanced(formula), operated=written)
+
+
+def _split(
+    formula: Formula,
+    device_slots: Collection[int],
+    constants: Mapping[int, float] | None,
+    writes: Sequence[tuple[int, Expr]] = (),
+    contributions: Sequence[Expr] = (),
+    advanced: Sequence[tuple[int, Expr]] = (),
+    states: Mapping[int, torch.dtype] | None = None,
+    operated: Sequence[int] = (),
+    flagged: bool = False,
+) -> Split:
+    """The split of these writes and contributions. `operated`: tensor slots that an operation writes besides."""
+    constants, states = constants or {}, states or {}
+    roots = [*(e for _, e in writes), *contributions]
+    on_host = _on_host(roots, advanced, [*device_slots, *states])
+    written = (*(s for s, _ in writes), *operated)
+    read = {e.value for e in postorder(roots) if e.op == "leaf"}
     used = [s for s in formula.tensor_slots if s in read or s in written]
-    build = _Device(formula, used, on_host, [s for s in device_slots if s in read], constants)
-    made = [build.copy(e) for e in operands]
-    build.finish()
-    return build.split([], made, advanced, tuple(written), constants)
+    totals = [s for s in device_slots if s in read]
+    build = _Device(formula, used, on_host, [*totals, *states], constants)
+    copied = [(s, build.copy(e)) for s, e in writes]
+    added = [build.copy(e) for e in contributions]
+    build.finish(states)
+    if flagged:
+        zero = Expr("zero", (), 0, torch.float64, False)
+        taking_part = Expr("ne", (build.scalar(), zero), None, torch.bool, False)
+        added = [Expr("where", (taking_part, e, zero), None, e.dtype, False) for e in added]
+    new = [(build.place(s), e) for s, e in copied]
+    device = Formula(tuple(build.slots), tuple(new), tuple(added), serialise(build.slots, new, added))
+    host = Formula((), (), (*build.values, *(e for _, e in advanced)), "")
+    behind = {s: x for s, x in constants.items() if s >= len(formula.slots)}
+    found = (tuple(used), tuple(build.values), tuple(totals), tuple(advanced))
+    return Split(device, *found, host, written, behind, flagged, tuple(states))
+
+
+def states_from_tensors(formula: Formula, device_slots: Collection[int]) -> tuple[int, ...]:
+    """The 0-dim states that the host cannot advance: they follow from tensors, from totals, or from such states."""
+    advanced, found = _advanced(formula), set[int]()
+    while True:
+        on_host = _computed_on_host([e for _, e in advanced], {*device_slots, *found})
+        more = {s for s, e in advanced if id(e) not in on_host} - found
+        if not more:
+            return tuple(sorted(found))
+        found |= more
 
 
 def constants_of(group: Group, leaves: Sequence[Leaf]) -> dict[int, float]:
@@ -196,24 +202,22 @@ def _computed_on_host(roots: Sequence[Expr], device_slots: Collection[int]) -> s
 
 
 class _Device:
-    """The device formula, built by copying expressions."""
+    """The device formula, built by copying expressions. `scalar_slots`: totals and states."""
 
     def __init__(
         self,
         formula: Formula,
         tensor_slots: Sequence[int],
         on_host: set[int],
-        device_slots: Sequence[int],
+        scalar_slots: Sequence[int],
         constants: Mapping[int, float],
-        states: Mapping[int, torch.dtype] | None = None,
     ) -> None:
         self._on_host, self._constants = on_host, constants
-        self._made: dict[int, Expr] = {}
-        self.tensor_slot = {s: i for i, s in enumerate(tensor_slots)}
         self.slots = [formula.slots[s] for s in tensor_slots]
+        self._made: dict[int, Expr] = {}
+        self._tensor_slot = {s: i for i, s in enumerate(tensor_slots)}
         self.values: list[Expr] = []
-        self.totals, self.states = list(device_slots), dict(states or {})
-        self._device_leaves: dict[int, Expr] = {s: self._leaf(-1) for s in (*self.totals, *self.states)}
+        self._device_leaves: dict[int, Expr] = {s: self._leaf(-1) for s in scalar_slots}
 
     def copy(self, root: Expr) -> Expr:
         """Copy a root."""
@@ -224,33 +228,17 @@ class _Device:
             return ()
         return interpolation(e, self._constants) or e.args
 
-    def finish(self) -> None:
+    def finish(self, states: Mapping[int, torch.dtype]) -> None:
         """Assign slots to the totals and states, behind the host's values."""
         for s, leaf in self._device_leaves.items():
             leaf.value = len(self.slots)
-            self.slots.append(Slot(False, self.states.get(s, torch.float64)))
+            self.slots.append(Slot(False, states.get(s, torch.float64)))
 
     def place(self, slot: int) -> int:
         """The slot of the device formula for one that is written; after `finish`."""
-        found = self.tensor_slot[slot] if slot in self.tensor_slot else self._device_leaves[slot].value
+        found = self._tensor_slot[slot] if slot in self._tensor_slot else self._device_leaves[slot].value
         assert isinstance(found, int)
         return found
-
-    def split(
-        self,
-        writes: Sequence[tuple[int, Expr]],
-        contributions: Sequence[Expr],
-        advanced: Sequence[tuple[int, Expr]],
-        written: tuple[int, ...],
-        constants: Mapping[int, float] | None = None,
-        flagged: bool = False,
-    ) -> Split:
-        """The split that was built, after `finish`."""
-        text = serialise(self.slots, writes, contributions)
-        device = Formula(tuple(self.slots), tuple(writes), tuple(contributions), text)
-        host = Formula((), (), (*self.values, *(e for _, e in advanced)), "")
-        found = (tuple(self.tensor_slot), tuple(self.values), tuple(self.totals), tuple(advanced))
-        return Split(device, *found, host, written, constants or {}, flagged, tuple(self.states))
 
     def scalar(self) -> Expr:
         self.slots.append(Slot(False, torch.float64))
@@ -270,7 +258,7 @@ class _Device:
             assert isinstance(e.value, int)
             if not e.tensor:
                 return self._device_leaves[e.value]
-            return Expr("leaf", (), self.tensor_slot[e.value], e.dtype, True)
+            return Expr("leaf", (), self._tensor_slot[e.value], e.dtype, True)
         args = tuple(self._made[id(a)] for a in below)
         if below is not e.args:  # those of the interpolation that it is
             return Expr("lerp", args, None, e.dtype, True)
