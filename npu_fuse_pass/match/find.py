@@ -25,25 +25,23 @@ log = logging.getLogger(__name__)
 _LONGEST = 150  # expressions; a formula of more is no kernel's
 
 
-def match(
-    groups: Sequence[Group], leaves: Sequence[Leaf], kernels: tuple[KnownKernel, ...] = KERNELS
-) -> list[Match | NoMatch]:
-    """For every group the first of `kernels` (best first) that computes it, or why none does. Never raises."""
-    return [match_group(group, leaves, kernels) for group in groups]
+def match(groups: Sequence[Group], leaves: Sequence[Leaf]) -> list[Match | NoMatch]:
+    """For every group the first of `KERNELS` that computes it, or why none does. Never raises."""
+    return [match_group(group, leaves) for group in groups]
 
 
-def match_group(group: Group, leaves: Sequence[Leaf], kernels: tuple[KnownKernel, ...] = KERNELS) -> Match | NoMatch:
+def match_group(group: Group, leaves: Sequence[Leaf]) -> Match | NoMatch:
     """`match_formula` with the constants of a group's members, and with the names of its slots."""
     kinds = {s: {leaves[member[s]].kind for member in group.members} for s in group.formula.scalar_slots}
     slots = [s for s, found in kinds.items() if found == {"constant"}]
     rows = dict.fromkeys(tuple(member[s] for s in slots) for member in group.members)
     constants = [{s: leaves[i].value for s, i in zip(slots, row, strict=True)} for row in rows]
-    result = match_formula(group.formula, constants, kernels)
+    result = match_formula(group.formula, constants)
     totals = {s for s, found in kinds.items() if "total" in found}
     if isinstance(result, NoMatch):
         return dataclasses.replace(result, reason=_named(result.reason, group.labels))
     if any(e.op == "leaf" and e.value in totals for e in postorder([*result.scalars.values()])):
-        return NoMatch(f"{result.kernel.name}: a scalar would be computed from tensors", len(result.outputs))
+        return NoMatch(f"{result.kernel.name}: a scalar would be computed from tensors")
     return dataclasses.replace(result, assumptions=tuple(_named(a, group.labels) for a in result.assumptions))
 
 
@@ -53,29 +51,26 @@ def _named(text: str, labels: Sequence[str]) -> str:
     return re.sub(r"\$(\d+)", lambda found: named.get(int(found[1]), f"x{found[1]}"), text)
 
 
-def match_formula(
-    formula: Formula, constants: Sequence[Mapping[int, float]] = (), kernels: tuple[KnownKernel, ...] = KERNELS
-) -> Match | NoMatch:
+def match_formula(formula: Formula, constants: Sequence[Mapping[int, float]] = ()) -> Match | NoMatch:
     """The first kernel that computes a formula. Decisions are cached by structure.
 
     Args:
         formula: of a group.
         constants: the values of scalar slots that never change, one mapping for every member (or distinct one).
-        kernels: those to choose from, the best first.
     """
-    return _decide(formula.text, relations(constants), kernels)
+    return _decide(formula.text, relations(constants))
 
 
 @functools.lru_cache(maxsize=256)
-def _decide(text: str, known: tuple[tuple[int, Relation], ...], kernels: tuple[KnownKernel, ...]) -> Match | NoMatch:
+def _decide(text: str, known: tuple[tuple[int, Relation], ...]) -> Match | NoMatch:
     try:
-        return _compare(text, known, kernels)
+        return _compare(text, known)
     except Exception as e:  # sympy is missing or fails: the group is fused all the same, and training must go on
         log.warning("matching failed, which costs a dedicated operation and nothing else", exc_info=True)
         return NoMatch(f"matching failed: {type(e).__name__}: {e}")
 
 
-def _compare(text: str, known: tuple[tuple[int, Relation], ...], kernels: tuple[KnownKernel, ...]) -> Match | NoMatch:
+def _compare(text: str, known: tuple[tuple[int, Relation], ...]) -> Match | NoMatch:
     formula = parsed(text)
     targets = {slot: e for slot, e in formula.writes if formula.slots[slot].tensor}
     if not targets:
@@ -83,7 +78,7 @@ def _compare(text: str, known: tuple[tuple[int, Relation], ...], kernels: tuple[
     length = sum(1 for _ in postorder([*targets.values()]))
     if length > _LONGEST:
         return NoMatch(f"the formula is {length} operations long; no kernel is")
-    candidates = [(k, roles) for k in kernels for roles in _roles(k, targets)]
+    candidates = [(k, roles) for k in KERNELS for roles in _roles(k, targets)]
     if not candidates:
         return NoMatch(f"no kernel writes {len(targets)} tensors that depend on each other in this way")
     try:
@@ -91,7 +86,7 @@ def _compare(text: str, known: tuple[tuple[int, Relation], ...], kernels: tuple[
         algebra = Algebra(formula, dict(known), tuple(names))
     except Unsupported as e:
         return NoMatch(str(e.reason))
-    best = NoMatch("")
+    nearest, agreed = NoMatch(""), -1
     for kernel, roles in candidates:
         for sign in (1, -1):
             attempt = Attempt(algebra, kernel, roles, dict(known), sign)
@@ -101,11 +96,11 @@ def _compare(text: str, known: tuple[tuple[int, Relation], ...], kernels: tuple[
                 reason = str(e)
             except Unsupported as e:
                 reason = e.reason.text
-            if not best.reason or len(attempt.agreed) > best.agreed:
-                best = NoMatch(f"{kernel.name}: {reason}", len(attempt.agreed))
+            if len(attempt.agreed) > agreed:
+                nearest, agreed = NoMatch(f"{kernel.name}: {reason}"), len(attempt.agreed)
             if not attempt.signed:
                 break
-    return best
+    return nearest
 
 
 def _roles(kernel: KnownKernel, targets: Mapping[int, Expr]) -> Iterator[dict[str, int]]:

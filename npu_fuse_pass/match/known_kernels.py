@@ -46,6 +46,7 @@ class KnownKernel:
 # The table ------------------------------------------------------------------------------------------------------------
 
 KERNELS: tuple[KnownKernel, ...] = ()
+"""The best first."""
 
 
 def _kernel(

@@ -10,7 +10,8 @@ from torch import Tensor
 
 import optimizers
 from npu_fuse_pass.capture.graph import capture
-from npu_fuse_pass.ir.types import Captured, Group
+from npu_fuse_pass.ir.fused_op import evaluate
+from npu_fuse_pass.ir.types import Captured, Formula, Group
 from npu_fuse_pass.match.find import match_group
 from npu_fuse_pass.match.known_kernels import KERNELS
 from npu_fuse_pass.match.result import Match, NoMatch
@@ -60,6 +61,14 @@ def leaf_values(
     return tensors, {s: v for s, v in found.items() if s not in tensors}
 
 
+def argument_values(found: Match, tensors: dict[int, Tensor], scalars: dict[int, Tensor]) -> dict[str, Tensor]:
+    """The values of a match's scalars for one member; with its tensors those of the inputs, too."""
+    chosen = {**(found.inputs if tensors else {}), **found.scalars}
+    numbers = {slot: torch.tensor(value, dtype=torch.float64) for slot, value in found.constants.items()}
+    values = evaluate(Formula(found.slots, (), tuple(chosen.values()), ""), tensors, {**scalars, **numbers})
+    return {name: values[id(e)] for name, e in chosen.items()}
+
+
 def apart(got: Tensor, want: Tensor, *read: Tensor) -> float:
     """Relative to the largest value that is read or written."""
     got, want = got.double(), want.double()
@@ -76,7 +85,7 @@ def test_spellings(spelling: Spelling, mode: str) -> None:
         assert isinstance(found, Match), found
         assert found.kernel.name == spelling.kernel
         before = spelling.arguments(mode, dtype)
-        given = found.arguments(*leaf_values(captured, only, before))
+        given = argument_values(found, *leaf_values(captured, only, before))
         for name, value in wanted_scalars(spelling).items():
             if name in found.kernel.scalars:
                 assert float(given[name]) == pytest.approx(value, rel=1e-9, abs=1e-15), name
@@ -168,7 +177,7 @@ def test_stock(cls: Any, options: dict[str, Any], kernel: str, foreach: bool) ->
         if s in only.formula.scalar_slots
     }
     numbers |= {s: 0.02 for s, i in enumerate(only.members[0]) if captured.leaves[i].kind == "input" and s in numbers}
-    given = found.arguments({}, {s: torch.tensor(x, dtype=torch.float64) for s, x in numbers.items()})
+    given = argument_values(found, {}, {s: torch.tensor(x, dtype=torch.float64) for s, x in numbers.items()})
     beta1, beta2, t = 0.9, 0.999, STEPS + (0 if kernel == "adamw" else 1)
     eps = 1e-8 * (1 if kernel == "adamw" else (1 - beta2**t) ** 0.5)
     decoupled = cls is torch.optim.AdamW and kernel == "adamw"

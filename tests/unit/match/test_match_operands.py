@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 import optimizers
-from npu_fuse_pass.ir.fused_op import evaluate
+from npu_fuse_pass.ir.fused_op import member_values
 from npu_fuse_pass.ir.text import parse
 from npu_fuse_pass.ir.types import Captured, Group, Leaf
-from npu_fuse_pass.lowerings.npu.emit.split import split
+from npu_fuse_pass.lowerings.npu.emit.split import Split, split_operands
 from npu_fuse_pass.match.find import match
 from npu_fuse_pass.match.result import Match
 from tests.support.graphs import captured_step, step_with, with_groups
@@ -27,33 +27,33 @@ from tests.support.training import clones, gradients, parameters, set_gradients
 from tests.unit.match.test_match import apart, over
 
 
+def operands(found: Match, made: Group, totals: list[int]) -> Split:
+    """All arguments of the operation: its tensors, then its numbers."""
+    kernel = found.kernel
+    given = [*(found.inputs[name] for name in kernel.inputs), *(found.scalars[name] for name in kernel.scalars)]
+    return split_operands(made.formula, given, [*found.outputs.values()], found.constants, totals)
+
+
 def run_dedicated(
     captured: Captured, made: Group, found: Match, values: list[Tensor | None], dtype: torch.dtype
 ) -> None:
     """One step of a matched group: prepared inputs elementwise, numbers on the host, one operation per member, then
     the formula's own writes to step counters.
     """
-    operands = found.operands
+    kernel = found.kernel
     totals = [s for s in made.formula.scalar_slots if captured.leaves[made.members[0][s]].kind == "total"]
-    parts = split(parse(operands.formula.text), totals, contribute=False)
-    own = split(made.formula, totals, contribute=False)
+    parts = operands(found, made, totals)
     for member in made.members:
         given = {s: value_of(captured.leaves[i], values, i) for s, i in enumerate(member)}
-        given |= {s: torch.tensor(x, dtype=torch.float64) for s, x in operands.constants.items()}
-        scalars = {s: x.double() for s, x in given.items() if not operands.formula.slots[s].tensor}
-        numbers, advanced = parts.host_values(scalars)
-        assert len(advanced) == len(found.scalars)
-        arguments = {name: given[slot] for name, slot in operands.slot.items() if slot in given}
-        slots = [slot for slot, _ in parts.advanced]
-        arguments |= {n: advanced[slots.index(s)].to(dtype) for n, s in operands.slot.items() if s in slots}
-        arguments |= prepared(parts, operands.slot, given, numbers)
-        assert arguments.keys() == {*found.kernel.inputs, *found.kernel.scalars}
-        _, counters = own.host_values(scalars)
-        tensors = [arguments[name] for name in found.kernel.inputs]
-        results = found.kernel.function(*tensors, **{name: arguments[name] for name in found.kernel.scalars})
-        for name, result in zip(found.kernel.outputs, results, strict=True):
+        scalars = {s: given[s].double() for s in made.formula.scalar_slots}
+        numbers, counters = parts.host_values(scalars)
+        made_of = member_values(parts.device, [given[s] for s in parts.tensor_slots], numbers)
+        arguments = [made_of[id(e)] for e in parts.device.contributions]
+        tensors, rest = arguments[: len(kernel.inputs)], arguments[len(kernel.inputs) :]
+        results = kernel.function(*tensors, **{n: x.to(dtype) for n, x in zip(kernel.scalars, rest, strict=True)})
+        for name, result in zip(kernel.outputs, results, strict=True):
             given[found.outputs[name]].copy_(result)
-        for (slot, _), counter in zip(own.advanced, counters, strict=True):
+        for (slot, _), counter in zip(parts.advanced, counters, strict=True):
             given[slot].copy_(counter)
 
 
@@ -61,16 +61,6 @@ def value_of(leaf: Leaf, values: list[Tensor | None], i: int) -> Tensor:
     value = torch.tensor(leaf.value, dtype=torch.float64) if leaf.kind == "constant" else values[i]
     assert value is not None
     return value
-
-
-def prepared(parts: Any, slot_of: Any, given: dict[int, Any], numbers: list[Tensor]) -> dict[str, Tensor]:
-    """The inputs that are computed on the device: a formula of tensors and host numbers."""
-    device = parts.device
-    tensors = {k: given[s] for k, s in enumerate(parts.tensor_slots) if s in given}
-    scalars = dict(zip(device.scalar_slots, numbers, strict=True))
-    values = evaluate(device, tensors, scalars)
-    name_of = {slot: name for name, slot in slot_of.items()}
-    return {name_of[parts.tensor_slots[k]]: values[id(e)] for k, e in device.writes}
 
 
 RULES: list[tuple[Any, dict[str, Any]]] = [
@@ -135,20 +125,19 @@ def is_missing(captured: Captured, values: list[Tensor | None], i: int) -> bool:
 
 
 @over(SPELLINGS)
-def test_every_argument_has_a_slot(spelling: Spelling, mode: str) -> None:
-    """Stored tensors are the formula's own slots, all else is written, nothing twice; the text can be parsed."""
+def test_every_argument_is_made_of_the_formula(spelling: Spelling, mode: str) -> None:
+    """Stored tensors are the formula's own slots, all else is computed of them and of constants; the text of what the
+    device computes can be parsed.
+    """
     captured, made = spelling.group(mode)
     (found,) = match([made], captured.leaves)
     assert isinstance(found, Match)
-    operands, kernel = found.operands, found.kernel
-    assert operands.slot.keys() == {*kernel.inputs, *kernel.scalars}
-    own = len(made.formula.slots)
-    written = {slot for slot, _ in operands.formula.writes}
-    assert written == {operands.slot[name] for name in operands.computed}
-    assert {*operands.computed} == {*found.prepared, *kernel.scalars}
-    assert all(slot < own for name, slot in operands.slot.items() if name not in operands.computed)
-    assert {*operands.constants} == set(range(own, own + len(operands.constants)))
+    kernel, own = found.kernel, len(made.formula.slots)
+    assert {*found.inputs} == {*kernel.inputs} and {*found.scalars} == {*kernel.scalars}
+    stored = [e.value for name, e in found.inputs.items() if name not in found.prepared]
+    assert len({*stored}) == len(stored) and {*stored} <= {*made.formula.tensor_slots}
+    assert {*found.constants} == set(range(own, own + len(found.constants))) == set(range(own, len(found.slots)))
     assert {*found.outputs.values()} == {s for s, _ in made.formula.writes if made.formula.slots[s].tensor}
-    assert parse(operands.formula.text).writes
-    scalar_writes = [e for slot, e in operands.formula.writes if not operands.formula.slots[slot].tensor]
-    assert all(not e.tensor and e.dtype == torch.float64 for e in scalar_writes)
+    assert all(not e.tensor and e.dtype == torch.float64 for e in found.scalars.values())
+    device = operands(found, made, []).device
+    assert len(parse(device.text).contributions) == len(device.contributions) == len(kernel.inputs + kernel.scalars)

@@ -12,7 +12,7 @@ from npu_fuse_pass.match.result import Match
 from tests.support.near_misses import ADAM_MISSES, NEAR_MISSES
 from tests.support.spellings import STEPS, VALUES, Spelling
 from tests.support.spellings_more import SPELLINGS
-from tests.unit.match.test_match import leaf_values, over
+from tests.unit.match.test_match import argument_values, leaf_values, over
 
 SETTINGS = dict(lr=VALUES["lr"], betas=(VALUES["b1"], VALUES["b2"]), eps=VALUES["eps"])
 OURS = {"adamw": ("p", "m", "v"), "adam_amsgrad": ("p", "m", "v", "w"), "momentum": ("p", "m"), "nesterov": ("p", "m")}
@@ -50,7 +50,7 @@ def test_a_matched_kernel_is_torchs_optimizer(spelling: Spelling, mode: str) -> 
     assert isinstance(found, Match)
     arguments = spelling.arguments(mode)
     wanted = by_torch(spelling.kernel, spelling.decay, named(spelling, arguments))
-    given = found.arguments(*leaf_values(captured, only, arguments))
+    given = argument_values(found, *leaf_values(captured, only, arguments))
     kernel = found.kernel
     results = kernel.function(*(given[n] for n in kernel.inputs), **{n: given[n] for n in kernel.scalars})
     place_of = {captured.leaves[i].index: s for s, i in enumerate(only.members[0])}

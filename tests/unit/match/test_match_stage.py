@@ -18,7 +18,7 @@ from npu_fuse_pass.ir.types import Formula
 from npu_fuse_pass.match import find
 from npu_fuse_pass.match.algebra import Algebra
 from npu_fuse_pass.match.find import match_formula, match_group
-from npu_fuse_pass.match.known_kernels import KERNELS
+from npu_fuse_pass.match.known_kernels import KERNELS, KnownKernel
 from npu_fuse_pass.match.result import Match, NoMatch
 from npu_fuse_pass.match.verify import disagreement, relations
 from tests.support.formulas import FORMULAS
@@ -27,7 +27,7 @@ from tests.support.near_misses import NEAR_MISSES
 from tests.support.spellings import STEPS, VALUES
 from tests.support.spellings_more import SPELLINGS
 from tests.support.training import another_hash_seed
-from tests.unit.match.test_match import leaf_values
+from tests.unit.match.test_match import argument_values, leaf_values
 
 
 def decisions() -> Any:
@@ -51,18 +51,26 @@ def test_a_structure_is_decided_once() -> None:
     assert decisions().misses == 2
 
 
-def test_kernels_to_choose_from() -> None:
-    """A lowering offers what its device has."""
+def test_the_first_of_the_table_that_computes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     adam = next(s for s in SPELLINGS if s.name == "lerp")
     captured, only = adam.group("inputs")
     by_name = {k.name: k for k in KERNELS}
-    found = match_group(only, captured.leaves, (by_name["adam"], by_name["momentum"]))
+    chosen_from(monkeypatch, by_name["adam"], by_name["momentum"])
+    found = match_group(only, captured.leaves)
     assert isinstance(found, Match) and found.kernel.name == "adam"
-    given = found.arguments(*leaf_values(captured, only, adam.arguments("inputs")))
+    given = argument_values(found, *leaf_values(captured, only, adam.arguments("inputs")))
     assert float(given["epsilon"]) == pytest.approx(VALUES["eps"] * (1 - VALUES["b2"] ** (STEPS + 1)) ** 0.5)
     assert found.readable(only.labels)["epsilon"] == "a8·sqrt(1 - beta2_power)"
-    none = match_group(only, captured.leaves, (by_name["momentum"],))
+    chosen_from(monkeypatch, by_name["momentum"])
+    none = match_group(only, captured.leaves)
     assert isinstance(none, NoMatch) and "writes 3 tensors" in none.reason
+    monkeypatch.undo()
+    find._decide.cache_clear()
+
+
+def chosen_from(monkeypatch: pytest.MonkeyPatch, *kernels: KnownKernel) -> None:
+    monkeypatch.setattr(find, "KERNELS", kernels)
+    find._decide.cache_clear()
 
 
 def test_members_with_other_numbers() -> None:
@@ -153,7 +161,7 @@ def test_the_same_in_every_process() -> None:
 def print_matches(file: TextIO) -> None:
     for s in SPELLINGS[::3] + NEAR_MISSES[::6]:
         f = s.found(s.modes[-1])
-        print(f.readable(s.group(s.modes[-1])[1].labels) if f else f, file=file)
+        print(f.readable(s.group(s.modes[-1])[1].labels) if isinstance(f, Match) else f, file=file)
 
 
 def test_where_a_value_is_defined() -> None:
