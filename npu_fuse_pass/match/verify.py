@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_fuse_pass.ir.expr import Expr, postorder
+from npu_fuse_pass.ir.expr import Expr, rebuilt
 from npu_fuse_pass.ir.fused_op import evaluate
 from npu_fuse_pass.ir.types import Formula
 from npu_fuse_pass.match.result import Match
@@ -63,9 +63,9 @@ def disagreement(formula: Formula, match: Match, relations: Mapping[int, Relatio
     """
     generator = torch.Generator().manual_seed(0)
     names = [*match.inputs, *match.scalars]
-    wide = _Widened()
-    wanted = {name: wide.of(dict(formula.writes)[slot]) for name, slot in match.outputs.items()}
-    given = {name: wide.of(e) for name, e in {**match.inputs, **match.scalars}.items()}
+    made: dict[int, Expr] = {}
+    wanted = {name: _widened(dict(formula.writes)[slot], made) for name, slot in match.outputs.items()}
+    given = {name: _widened(e, made) for name, e in {**match.inputs, **match.scalars}.items()}
     whole = Formula(match.slots, (), (*wanted.values(), *given.values()), "")
     for draw in range(_DRAWS):
         scalars = _scalars(match, relations, generator)
@@ -117,22 +117,14 @@ def _scalars(match: Match, relations: Mapping[int, Relation], generator: torch.G
     return scalars
 
 
-class _Widened:
-    """Copies of expressions in float64, without casts."""
+def _widened(root: Expr, made: dict[int, Expr]) -> Expr:
+    """A copy of an expression in float64, without casts. `made`: the copies so far, by the `id` of the original."""
 
-    def __init__(self) -> None:
-        self._made: dict[int, Expr] = {}
+    def copy(e: Expr, below: Sequence[Expr]) -> Expr:
+        args = tuple(made[id(a)] for a in below)
+        dtype = torch.bool if e.dtype == torch.bool else torch.float64
+        if e.op != "cast" or dtype == torch.bool:
+            return Expr(e.op, args, e.value, dtype, e.tensor)
+        return Expr("cast", args, dtype, dtype, e.tensor) if below[0].dtype == torch.bool else args[0]
 
-    def of(self, root: Expr) -> Expr:
-        for e in postorder([root]):
-            if id(e) in self._made:
-                continue
-            args = tuple(self._made[id(a)] for a in e.args)
-            if e.op == "cast" and e.args[0].dtype != torch.bool and e.dtype != torch.bool:
-                self._made[id(e)] = args[0]
-            elif e.op == "cast" and e.dtype != torch.bool:
-                self._made[id(e)] = Expr("cast", args, torch.float64, torch.float64, e.tensor)
-            else:
-                dtype = torch.bool if e.dtype == torch.bool else torch.float64
-                self._made[id(e)] = Expr(e.op, args, e.value, dtype, e.tensor)
-        return self._made[id(root)]
+    return rebuilt(root, made, lambda e: e.args, copy)
