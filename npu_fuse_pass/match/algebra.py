@@ -19,7 +19,7 @@ from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.ir.expr import REDUCTIONS, Expr, postorder
 from npu_fuse_pass.ir.types import Formula
 from npu_fuse_pass.match.known_kernels import KnownKernel
-from npu_fuse_pass.match.polynomial import Arithmetic, by_exponent, generators_of, without
+from npu_fuse_pass.match.polynomial import Arithmetic, by_exponent, generators_of
 from npu_fuse_pass.match.verify import RELATIONS, Relation
 from npu_fuse_pass.reasons import Code
 
@@ -40,9 +40,9 @@ class Value:
         self.algebra.exact.spend(5 + len(n) + len(d))
         if not n or d == 1:
             return Value(self.algebra, n, d if n else self.algebra.ring.one)
-        common = tuple(map(min, *n.itermonoms(), *d.itermonoms())) if len(n) + len(d) > 1 else ()
+        common = tuple(map(min, n.tail_degrees(), d.tail_degrees()))
         if any(common):
-            n, d = without(n, common), without(d, common)
+            n, d = n.quo_term((common, 1)), d.quo_term((common, 1))
         return Value(self.algebra, n, d) if d.LC > 0 else Value(self.algebra, -n, -d)
 
     def _of(self, other: Any) -> Value:
@@ -104,8 +104,8 @@ class Value:
     def _root_of(self, polynomial: Any) -> Value:
         factor, rest = self._scalar_factor(polynomial)
         result = self.algebra.number(1) if rest == 1 else self._root_generator(rest)
-        exponents = tuple(map(min, *factor.itermonoms())) if len(factor) > 1 else factor.leading_expv()
-        rest = without(factor, exponents)
+        exponents = factor.tail_degrees()
+        rest = factor.quo_term((exponents, 1))
         if rest != 1:
             root = math.isqrt(int(rest.LC)) if rest.is_ground and rest.LC > 0 else 0
             square = root and root * root == rest

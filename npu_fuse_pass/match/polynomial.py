@@ -77,8 +77,8 @@ class Arithmetic:
         number: list[int] = []
 
         def factor(p: Any) -> list[Any]:
-            exponents = tuple(map(min, zip(*p.itermonoms(), strict=True)))
-            found = without(p, exponents).sqf_list()
+            exponents = p.tail_degrees()
+            found = p.quo_term((exponents, 1)).sqf_list()
             number.append(int(found[0]))
             monomial = [g for g, n in zip(p.ring.gens, exponents, strict=True) for _ in range(n)]
             return monomial + [f for square_free, n in found[1] for f in self._apart(square_free) for _ in range(n)]
@@ -114,14 +114,6 @@ def by_exponent(polynomial: Any, generator: int) -> dict[int, Any]:
         rest = (*monomial[:generator], 0, *monomial[generator + 1 :])
         found.setdefault(monomial[generator], polynomial.ring.zero.copy())[rest] = c
     return found
-
-
-def without(polynomial: Any, exponents: tuple[int, ...]) -> Any:
-    """A polynomial divided by a monomial."""
-    result = polynomial.ring.zero.copy()
-    for monomial, c in polynomial.iterterms():
-        result[tuple(a - b for a, b in zip(monomial, exponents, strict=True))] = c
-    return result
 
 
 def generators_of(polynomial: Any) -> set[int]:
