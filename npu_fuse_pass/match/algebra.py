@@ -19,7 +19,7 @@ from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.ir.expr import REDUCTIONS, Expr, postorder
 from npu_fuse_pass.ir.types import Formula
 from npu_fuse_pass.match.known_kernels import KnownKernel
-from npu_fuse_pass.match.polynomial import Arithmetic, by_exponent, generators_of
+from npu_fuse_pass.match.polynomial import Arithmetic, by_exponent, coefficients, generators_of
 from npu_fuse_pass.match.verify import RELATIONS, Relation
 from npu_fuse_pass.reasons import Code
 
@@ -121,7 +121,7 @@ class Value:
         return result
 
     def _root_generator(self, polynomial: Any) -> Value:
-        return self.algebra.root(Value(self.algebra, polynomial, self.algebra.ring.one))
+        return self.algebra.root(self.algebra.polynomial(polynomial))
 
     def _scalar_factor(self, polynomial: Any) -> tuple[Any, Any]:
         """A polynomial as a product of one in scalars and one without scalar factors."""
@@ -129,30 +129,16 @@ class Value:
         if not any(e and i in reads for m in polynomial.itermonoms() for i, e in enumerate(m)):
             return polynomial, ring.one
         factor = ring.zero
-        for coefficient in self.coefficients(polynomial, set(reads)):
+        for coefficient in coefficients(polynomial, set(reads)):
             factor = self.algebra.exact.gcd(factor, coefficient)
             if factor == 1:
                 break
         return factor, polynomial.exquo(factor)
 
-    def coefficients(self, polynomial: Any, generators: set[int]) -> list[Any]:
-        """The coefficients of a polynomial in these generators."""
-        found: dict[tuple[int, ...], Any] = {}
-        for monomial, c in polynomial.iterterms():
-            key = tuple(e if i in generators else 0 for i, e in enumerate(monomial))
-            rest = tuple(0 if i in generators else e for i, e in enumerate(monomial))
-            found.setdefault(key, self.algebra.ring.zero.copy())[rest] = c
-        return [found[key] for key in sorted(found)]
-
-    def by_power(self, polynomial: Any, generator: int) -> dict[int, Value]:
-        """The coefficients of a polynomial in one generator, by exponent."""
-        found = by_exponent(polynomial, generator)
-        return {exponent: Value(self.algebra, p, self.algebra.ring.one) for exponent, p in found.items()}
-
     def insert(self, polynomial: Any, generator: int) -> Any:
         """The numerator of a polynomial in which a generator is this value."""
         result = self.algebra.number(0)
-        for exponent, coefficient in self.by_power(polynomial, generator).items():
+        for exponent, coefficient in self.algebra.by_power(polynomial, generator).items():
             result = result + coefficient * self**exponent
         return result.n
 
@@ -187,7 +173,7 @@ class Value:
         """The value with beta^t in place of the root of its bias correction, where that appears squared only."""
         result = self
         for root, (_, _, _, power) in self.algebra.powers.items():
-            tops, bottoms = (self.by_power(p, root) for p in (result.n, result.d))
+            tops, bottoms = (self.algebra.by_power(p, root) for p in (result.n, result.d))
             if any(tops.keys() | bottoms.keys()) and not any(e % 2 for e in (*tops, *bottoms)):
                 square = 1 - self.algebra.generator(power)
                 zero = self.algebra.number(0)
@@ -250,8 +236,15 @@ class Algebra:
         top, bottom = x.as_integer_ratio()
         return Value(self, self.ring(top), self.ring(bottom))
 
+    def polynomial(self, p: Any) -> Value:
+        return Value(self, p, self.ring.one)
+
     def generator(self, i: int) -> Value:
-        return Value(self, self.ring.gens[i], self.ring.one)
+        return self.polynomial(self.ring.gens[i])
+
+    def by_power(self, polynomial: Any, generator: int) -> dict[int, Value]:
+        """The coefficients of a polynomial in one generator, by exponent."""
+        return {exponent: self.polynomial(p) for exponent, p in by_exponent(polynomial, generator).items()}
 
     def slot(self, slot: int) -> Value:
         """The value of a slot before the step."""

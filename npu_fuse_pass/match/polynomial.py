@@ -116,6 +116,16 @@ def by_exponent(polynomial: Any, generator: int) -> dict[int, Any]:
     return found
 
 
+def coefficients(polynomial: Any, generators: set[int]) -> list[Any]:
+    """The coefficients of a polynomial in these generators."""
+    found: dict[tuple[int, ...], Any] = {}
+    for monomial, c in polynomial.iterterms():
+        key = tuple(e if i in generators else 0 for i, e in enumerate(monomial))
+        rest = tuple(0 if i in generators else e for i, e in enumerate(monomial))
+        found.setdefault(key, polynomial.ring.zero.copy())[rest] = c
+    return [found[key] for key in sorted(found)]
+
+
 def generators_of(polynomial: Any) -> set[int]:
     """The generators that a polynomial has."""
     return {i for monomial in polynomial.itermonoms() for i, e in enumerate(monomial) if e}

@@ -15,7 +15,7 @@ from typing import Any
 from npu_fuse_pass.ir.expr import Expr
 from npu_fuse_pass.match.algebra import Algebra, Value
 from npu_fuse_pass.match.known_kernels import KnownKernel
-from npu_fuse_pass.match.polynomial import generators_of
+from npu_fuse_pass.match.polynomial import coefficients, generators_of
 from npu_fuse_pass.match.result import Match
 from npu_fuse_pass.match.verify import Relation, disagreement
 from npu_fuse_pass.match.write import Writer
@@ -114,7 +114,7 @@ class Attempt:
             tensors = {t for t in tensors if self._algebra.reads[t] & self._states}
         elif self._kernel.outputs[0] in open_:
             tensors -= {self._var}
-        return difference.coefficients(difference.n, tensors)
+        return coefficients(difference.n, tensors)
 
     def _solve(self, equations: list[Any]) -> bool:
         """Solve equations with one unknown, in turn. Returns True if any was solved."""
@@ -128,7 +128,7 @@ class Attempt:
             equations = [self._values[name].insert(e, self._unknown[name]) for e in equations]
 
     def _solve_one(self, equation: Any, name: str) -> bool:
-        by_power = self._algebra.number(0).by_power(equation, self._unknown[name])
+        by_power = self._algebra.by_power(equation, self._unknown[name])
         value: Value | None = None
         if by_power.keys() <= {0, 1}:
             value = (-by_power.get(0, self._algebra.number(0)) / by_power[1]).cancelled()

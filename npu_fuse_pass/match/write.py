@@ -70,11 +70,8 @@ class Writer:
         if number < 0 and longer:
             number, factors[longer[0]] = -number, -factors[longer[0]]
         whole = len(factors) == 1
-        return self._scaled(number, [self._sum(f) if whole else self.write(self._value(f)) for f in factors])
-
-    def _value(self, p: Any) -> Value:
-        v = self._algebra.number(1)
-        return v._make(p, self._algebra.ring.one)
+        written = (self._sum(f) if whole else self.write(self._algebra.polynomial(f)) for f in factors)
+        return self._scaled(number, list(written))
 
     def _sum(self, p: Any) -> Expr:
         """Positive terms first, so that there is something to subtract from."""
