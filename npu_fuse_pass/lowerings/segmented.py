@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from npu_fuse_pass.ir.types import Call, LeafRef
+from npu_fuse_pass.lowerings import program
 from npu_fuse_pass.lowerings.interrupts import again
-
-
-class _Program(Protocol):
-    def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None: ...
-
-
-class _Last(_Program, Protocol):
-    begun: bool  # both as of `lowerings.program.Program`
-    written: bool
 
 
 class Program:
@@ -34,11 +26,11 @@ class Program:
 
     def __init__(
         self,
-        segments: Sequence[tuple[_Program | None, Sequence[Call]]],
-        last: _Last,
+        segments: Sequence[tuple[program.Program | None, Sequence[Call]]],
+        last: program.Program,
         stores: Sequence[tuple[int, int]] = (),
     ) -> None:
-        self._segments = [(program, [_Operation(call) for call in calls]) for program, calls in segments]
+        self._segments = [(kernels, [_Operation(call) for call in calls]) for kernels, calls in segments]
         self._generators = Generators([call for _, calls in segments for call in calls])
         self._last = last
         self._stores = stores
@@ -64,9 +56,9 @@ class Program:
         restore_generators = self._generators.save()
         self._last.written = False
         try:
-            for program, operations in self._segments:
-                if program is not None:
-                    program(values, complete)
+            for kernels, operations in self._segments:
+                if kernels is not None:
+                    kernels(values, complete)
                 for operation in operations:
                     operation(values)
             self._last(values, complete)
