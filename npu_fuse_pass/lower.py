@@ -7,15 +7,13 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from npu_fuse_pass.dump.folder import wanted
 from npu_fuse_pass.errors import GraphRefused, PlatformError, UnfusedError, Unsupported
 from npu_fuse_pass.ir.dimensions import has_dimensions
 from npu_fuse_pass.ir.expr import postorder
 from npu_fuse_pass.ir.fused_op import multi_tensor_update
 from npu_fuse_pass.ir.totals import total_slots
-from npu_fuse_pass.ir.types import Group, Grouped, Leaf
+from npu_fuse_pass.ir.types import Group, Grouped, Leaf, LeafValues
 from npu_fuse_pass.lowerings import eager, segmented
 from npu_fuse_pass.lowerings.cpu import codegen, graph_op
 from npu_fuse_pass.lowerings.program import Program, check_written_once
@@ -25,7 +23,7 @@ from npu_fuse_pass.reasons import Code, Reason
 from npu_fuse_pass.report.report import GroupReport
 from npu_fuse_pass.report.rows import Matches, group_report, show_layouts
 
-KnownLeaves = list[Tensor | None] | None  # of the leaves, where they are known before the step is called
+KnownLeaves = LeafValues | None  # where they are known before the step is called
 
 
 @dataclasses.dataclass(frozen=True)

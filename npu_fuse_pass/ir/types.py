@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from npu_fuse_pass.ir.expr import DTYPE_NAMES, Expr
 from npu_fuse_pass.reasons import Reason
@@ -46,6 +46,10 @@ class Leaf:
     across: tuple[Any, ...] = ()
     whole: int = 0
     held: tuple[int, ...] = ()
+
+
+LeafValues = list[Tensor | None]
+"""What all leaves of a step hold, one after another: None for a missing gradient, and for what is not made yet."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from npu_fuse_pass.ir.fused_op import member_values, new_value
 from npu_fuse_pass.ir.totals import rounds
-from npu_fuse_pass.ir.types import Group, Leaf
+from npu_fuse_pass.ir.types import Group, Leaf, LeafValues
 from npu_fuse_pass.lowerings.interrupts import to_the_end
 from npu_fuse_pass.tensors.memory import check_apart
 
@@ -23,7 +23,7 @@ class Program:
         self.begun = self.written = False
 
     @torch.no_grad()
-    def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None:
+    def __call__(self, values: LeafValues, complete: bool = False, kinds: object = None) -> None:
         """Run the step; fills in the values of "output" and "temporary" leaves. None values leave their member out."""
         self._check_memory(values)
         known: dict[int, Tensor] = {i: v for i, v in enumerate(values) if v is not None}
@@ -53,7 +53,7 @@ class Program:
 
         to_the_end(write)
 
-    def _check_memory(self, values: Sequence[Tensor | None]) -> None:
+    def _check_memory(self, values: LeafValues) -> None:
         members = [m for g in self._groups for m in g.members]
         written = {m[s] for g in self._groups for s in g.formula.written for m in g.members}
         used = {i for m in members for i in m if i < len(values)}

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Set
 from typing import Protocol, runtime_checkable
 
-from torch import Tensor
-
 from npu_fuse_pass.errors import Unsupported
-from npu_fuse_pass.ir.types import Group
+from npu_fuse_pass.ir.types import Group, LeafValues
 from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.rules.prelude import InputCheck
 
@@ -22,7 +20,7 @@ class Program(Protocol):
     begun: bool  # set before the first write that outlives the call; the caller takes it back when the step is done
     written: bool  # set as soon as all is written, where interrupts are held until then
 
-    def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None: ...
+    def __call__(self, values: LeafValues, complete: bool = False, kinds: object = None) -> None: ...
 
 
 @runtime_checkable

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_fuse_pass.ir.types import Call, LeafRef
+from npu_fuse_pass.ir.types import Call, LeafRef, LeafValues
 from npu_fuse_pass.lowerings import program
 from npu_fuse_pass.lowerings.interrupts import again
 
@@ -45,7 +45,7 @@ class Program:
         self._last.begun = value
 
     @torch.no_grad()
-    def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None:
+    def __call__(self, values: LeafValues, complete: bool = False, kinds: object = None) -> None:
         """Run the step on the values of all leaves; nothing is written before the last kernels.
 
         Raises:
@@ -71,7 +71,7 @@ class Program:
                 restore_generators()
             raise
 
-    def _store(self, values: list[Tensor | None]) -> None:
+    def _store(self, values: LeafValues) -> None:
         for leaf, result in self._stores:
             values[leaf].copy_(values[result])  # type: ignore[union-attr,arg-type]
 

@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from torch import Tensor
-
-Values = list[Tensor | None]
-"""One tensor per leaf; None for a missing gradient."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Span:

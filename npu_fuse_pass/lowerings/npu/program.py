@@ -18,7 +18,7 @@ from torch import Tensor
 
 from npu_fuse_pass.capture.threads import while_compiling
 from npu_fuse_pass.errors import FuseError, GraphRefused
-from npu_fuse_pass.ir.types import Group, Leaf
+from npu_fuse_pass.ir.types import Group, Leaf, LeafValues
 from npu_fuse_pass.lowerings.npu.environment import chip, require, versions
 from npu_fuse_pass.lowerings.npu.execution import Execution, refusal
 from npu_fuse_pass.lowerings.npu.fakes import while_traced
@@ -69,7 +69,7 @@ class Program:
         groups: Sequence[Group],
         config: Any = None,
         layout: str = "auto",
-        values: list[Tensor | None] | None = None,
+        values: LeafValues | None = None,
         planned: Callable[[Program], None] | None = None,
         matches: Mapping[str, Match | NoMatch] | None = None,
         kernels: str = "auto",
@@ -176,7 +176,7 @@ class Program:
             cluster[0](written, read, numbers.data_ptr())
         return ()
 
-    def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None:
+    def __call__(self, values: LeafValues, complete: bool = False, kinds: object = None) -> None:
         """Run the step and fill in the values of "output" leaves.
 
         Args:

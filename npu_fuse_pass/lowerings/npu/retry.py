@@ -9,9 +9,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
-from torch import Tensor
-
 from npu_fuse_pass.errors import GraphRefused, Unsupported
+from npu_fuse_pass.ir.types import LeafValues
 from npu_fuse_pass.lowerings.npu.ge_texts import Texts
 from npu_fuse_pass.lowerings.npu.program import Program
 from npu_fuse_pass.user_warnings import warn
@@ -41,9 +40,9 @@ class RetryingProgram:
 
     def __init__(
         self,
-        build: Callable[[str, list[Tensor | None] | None], Program],
+        build: Callable[[str, LeafValues | None], Program],
         forms: Sequence[str],
-        values: list[Tensor | None] | None,
+        values: LeafValues | None,
         show: Callable[[Program, str | None], None],
         started: Callable[[Program], None],
         texts: Texts | None = None,
@@ -66,7 +65,7 @@ class RetryingProgram:
     def begun(self, value: bool) -> None:
         self.chosen.begun = value
 
-    def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None:
+    def __call__(self, values: LeafValues, complete: bool = False, kinds: object = None) -> None:
         """Run the step, as `npu.Program`; on refusal with the next form."""
         said = []
         while True:
@@ -85,7 +84,7 @@ class RetryingProgram:
             self._running = True
             self._started(self.chosen)
 
-    def _next(self, refused: GraphRefused, values: list[Tensor | None] | None) -> Program:
+    def _next(self, refused: GraphRefused, values: LeafValues | None) -> Program:
         """Make the next form that is not refused; refused forms are not tried again."""
         while len(self._forms) > 1:
             before = self._forms.pop(0)

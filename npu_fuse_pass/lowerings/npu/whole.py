@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from npu_fuse_pass.errors import FuseError, GraphRefused, Mismatch, Unsupported
 from npu_fuse_pass.ir.expr import postorder
 from npu_fuse_pass.ir.fused_op import multi_tensor_update, parsed
-from npu_fuse_pass.ir.types import Call, Formula, Group, Leaf, references
+from npu_fuse_pass.ir.types import Call, Formula, Group, Leaf, LeafValues, references
 from npu_fuse_pass.lowerings.npu.emit import elementwise
 from npu_fuse_pass.lowerings.npu.emit.split import Split, constants_of, split
 from npu_fuse_pass.lowerings.npu.environment import require, versions
@@ -90,7 +90,7 @@ class Program:
         except Exception as e:
             raise GraphRefused(refusal("torchair does not convert this step's graph", e, versions())) from e
 
-    def __call__(self, values: list[Tensor | None], complete: bool = False, kinds: object = None) -> None:
+    def __call__(self, values: LeafValues, complete: bool = False, kinds: object = None) -> None:
         """Run the step; as `npu.Program`."""
         with torch.no_grad():
             given = [self._checked(values[i], self._leaves[i]) for i in self._inputs]

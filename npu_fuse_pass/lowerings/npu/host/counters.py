@@ -8,10 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from npu_fuse_pass.ir.types import Group, Leaf
+from npu_fuse_pass.ir.types import Group, Leaf, LeafValues
 from npu_fuse_pass.lowerings.npu.host import mirror as npu_mirror
 from npu_fuse_pass.lowerings.npu.host.mirror import Kind, Mirror
-from npu_fuse_pass.lowerings.npu.plan import Values
 from npu_fuse_pass.tensors.memory import copy_each
 
 
@@ -37,7 +36,7 @@ class HostStates:
             found = self._here if leaf.device.type == "cpu" else self._there.setdefault((leaf.dtype, leaf.device), [])
             found.append(m)
 
-    def write(self, new: AdvancedState, active: Sequence[bool], values: Values) -> None:
+    def write(self, new: AdvancedState, active: Sequence[bool], values: LeafValues) -> None:
         """Write the states in host memory; create those that the step makes."""
         if new.row is not None and all(active):
             new.row.copy_(new.value)
@@ -81,7 +80,7 @@ class OutgoingStates:
         self.sent = both[len(numbers) :]
         return both[: len(numbers)]
 
-    def write(self, values: Values, mirror: Mirror) -> None:
+    def write(self, values: LeafValues, mirror: Mirror) -> None:
         """Write the states; create those that the step makes."""
         sent = npu_mirror.to_device(self.values, self.device) if self.sent is None else self.sent
         kept: list[tuple[int, int]] = []  # where among these values, and in the mirror

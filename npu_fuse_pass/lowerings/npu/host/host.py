@@ -10,14 +10,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from npu_fuse_pass.ir.types import Group, Leaf
+from npu_fuse_pass.ir.types import Group, Leaf, LeafValues
 from npu_fuse_pass.lowerings.npu.emit.split import Split
 from npu_fuse_pass.lowerings.npu.host.counters import HostStates, OutgoingStates
 from npu_fuse_pass.lowerings.npu.host.mirror import Kind, Mirror
 from npu_fuse_pass.lowerings.npu.host.numbers import HostValues
 from npu_fuse_pass.lowerings.npu.host.scalars import picked
 from npu_fuse_pass.lowerings.npu.host.step import HostStep
-from npu_fuse_pass.lowerings.npu.plan import Values
 
 
 class Numbered(Protocol):
@@ -45,7 +44,7 @@ class Host:
         self._all_given = [picked(sorted({i for given in each for i in given})) for each in self._given]
 
     @torch.no_grad()
-    def prepare(self, values: Values, complete: bool) -> HostStep:
+    def prepare(self, values: LeafValues, complete: bool) -> HostStep:
         """Compute the numbers and active members of a step.
 
         Args:
@@ -69,7 +68,7 @@ class Host:
         step.outgoing = [OutgoingStates(kind, found) for kind, found in written.items()]
         return step
 
-    def finish(self, step: HostStep, values: Values) -> None:
+    def finish(self, step: HostStep, values: LeafValues) -> None:
         """Write the new values of 0-dim states, in host memory and on devices."""
         for state, new, active in step.advanced:
             state.write(new, active, values)

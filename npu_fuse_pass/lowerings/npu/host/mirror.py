@@ -13,9 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from npu_fuse_pass.ir.types import Leaf
+from npu_fuse_pass.ir.types import Leaf, LeafValues
 from npu_fuse_pass.lowerings.npu.host.scalars import picked
-from npu_fuse_pass.lowerings.npu.plan import Values
 
 Kind = tuple[torch.dtype, torch.device]
 
@@ -45,7 +44,7 @@ class Mirror:
         self._versions: list[int] = []
         self._addresses: list[int] = []
 
-    def update(self, values: Values) -> None:
+    def update(self, values: LeafValues) -> None:
         """Update `values`: one transfer per dtype if one of the tensors was written elsewhere, else none."""
         tensors = self._tensors(values)
         if self._known(tensors):
@@ -62,7 +61,7 @@ class Mirror:
             self._references = list(map(weakref.ref, tensors))  # not the tensors: a step outlives its optimizer
             self._versions, self._addresses = versions, list(map(Tensor.data_ptr, tensors))
 
-    def wrote(self, values: Values, places: Sequence[int], new: Tensor) -> None:
+    def wrote(self, values: LeafValues, places: Sequence[int], new: Tensor) -> None:
         """Record that a step has written `new` to these places."""
         self._set(torch.tensor(places, dtype=torch.int64, device="cpu"), new)
         if self._references:

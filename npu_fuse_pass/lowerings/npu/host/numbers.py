@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from npu_fuse_pass.ir.expr import Expr, postorder
-from npu_fuse_pass.ir.types import Group, Leaf
+from npu_fuse_pass.ir.types import Group, Leaf, LeafValues
 from npu_fuse_pass.lowerings.npu.emit.split import Split, slots_of
 from npu_fuse_pass.lowerings.npu.host.counters import AdvancedState
 from npu_fuse_pass.lowerings.npu.host.mirror import Mirror
 from npu_fuse_pass.lowerings.npu.host.scalars import ScalarVector
-from npu_fuse_pass.lowerings.npu.plan import Span, Values
+from npu_fuse_pass.lowerings.npu.plan import Span
 
 
 class HostValues:
@@ -26,7 +26,7 @@ class HostValues:
         self._columns = {s: _Column([m[s] for m in group.members], leaves, mirror) for s in slots}
         self._numel = torch.tensor(numels(group, leaves), dtype=torch.float64, device="cpu")
 
-    def __call__(self, values: Values) -> tuple[list[Tensor], list[AdvancedState]]:
+    def __call__(self, values: LeafValues) -> tuple[list[Tensor], list[AdvancedState]]:
         """Evaluate `made.values` (float64, of shape () or (members,)), and the new values of 0-dim states."""
         given = {s: c.of(values) for s, c in self._columns.items()}
         found, new = self.made.host_values({s: column for s, (column, _) in given.items()}, self._numel)
@@ -107,7 +107,7 @@ class _Column:
         here = all(leaves[i].device.type == "cpu" and leaves[i].kind != "constant" for i in self._indices)
         self._row = ScalarVector(self._indices) if here else None
 
-    def of(self, values: Values) -> tuple[Tensor, Tensor | None]:
+    def of(self, values: LeafValues) -> tuple[Tensor, Tensor | None]:
         """The values in float64, and one vector over the memory of all if they are contiguous."""
         row = None if self._row is None else self._row.of(values)
         if row is not None:
@@ -119,7 +119,7 @@ class _Column:
             column = torch.stack([t for t in given if t is not None]).cpu().double()
         return column[0] if len(self._indices) == 1 else column, row
 
-    def _value(self, index: int, number: Tensor | None, values: Values) -> Tensor | None:
+    def _value(self, index: int, number: Tensor | None, values: LeafValues) -> Tensor | None:
         if index in self._mirror.places:
             return self._mirror.values[self._mirror.places[index]]
         return values[index] if number is None else number

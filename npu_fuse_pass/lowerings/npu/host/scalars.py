@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from npu_fuse_pass.lowerings.npu.plan import Values
+from npu_fuse_pass.ir.types import LeafValues
 from npu_fuse_pass.tensors.memory import materialised
 from npu_fuse_pass.tensors.same import SameTensors
 
@@ -20,7 +20,7 @@ class ScalarVector:
         self._get = picked(indices)
         self._same = SameTensors()
 
-    def of(self, values: Values) -> Tensor | None:
+    def of(self, values: LeafValues) -> Tensor | None:
         """One vector over their memory; None if they are not contiguous or differ in dtype."""
         tensors = self._get(values)
         if not self._same.match(tensors):
@@ -41,7 +41,7 @@ def holds(first: Tensor, elements: int) -> bool:
     return (first.storage_offset() + elements) * first.element_size() <= first.untyped_storage().nbytes()
 
 
-def picked(indices: Sequence[int]) -> Callable[[Values], Sequence[Any]]:
+def picked(indices: Sequence[int]) -> Callable[[LeafValues], Sequence[Any]]:
     """A function that picks the values of these leaves from those of all."""
     if len(indices) > 1:
         return operator.itemgetter(*indices)

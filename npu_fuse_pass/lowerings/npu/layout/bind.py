@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from npu_fuse_pass.errors import Mismatch
-from npu_fuse_pass.ir.types import Leaf
+from npu_fuse_pass.ir.types import Leaf, LeafValues
 from npu_fuse_pass.lowerings.npu.emit import elementwise
 from npu_fuse_pass.lowerings.npu.host.numbers import NumberTable, PackedNumbers
 from npu_fuse_pass.lowerings.npu.host.scalars import picked
 from npu_fuse_pass.lowerings.npu.host.step import HostStep, Key, Leaves
 from npu_fuse_pass.lowerings.npu.layout.binding_cache import BindingCache
 from npu_fuse_pass.lowerings.npu.lowered_group import LoweredGroup
-from npu_fuse_pass.lowerings.npu.plan import Span, Values
+from npu_fuse_pass.lowerings.npu.plan import Span
 from npu_fuse_pass.tensors.memory import aligned, check_apart, in_order, memory_order
 
 
@@ -90,7 +90,7 @@ class Binder:
         for i in (m[s] for m in lowered.group.members for s in lowered.states):
             self.tensor_inputs[(i,)] = (1, self._leaves[i].dtype, self._leaves[i].device)
 
-    def bind(self, step: HostStep, values: Values) -> None:
+    def bind(self, step: HostStep, values: LeafValues) -> None:
         """Add the inputs of the graph to a step.
 
         Raises:
@@ -109,7 +109,7 @@ class Binder:
         on_host = self.numbers_on.type == "cpu"
         step.inputs += vectors if on_host else [step.send(v, self.numbers_on) for v in vectors]
 
-    def _bind_one_by_one(self, step: HostStep, values: Values) -> None:
+    def _bind_one_by_one(self, step: HostStep, values: LeafValues) -> None:
         """Bind the general way, checking every tensor.
 
         GE reads everything as it is before the step: memory that is written must not be used a second time.
@@ -126,7 +126,7 @@ class Binder:
         step.inputs = [step.flat[key] for key in self.tensor_inputs]
 
     def _bind_span(
-        self, lowered: LoweredGroup, span: Span, values: Values, step: HostStep, active: Sequence[bool]
+        self, lowered: LoweredGroup, span: Span, values: LeafValues, step: HostStep, active: Sequence[bool]
     ) -> None:
         """Bind the inputs of a span. `Replanner` has checked that ungathered tensors are adjacent."""
         slots = lowered.group.formula.tensor_slots
@@ -148,7 +148,7 @@ class Binder:
         lowered: LoweredGroup,
         m: int,
         slots: Sequence[int],
-        values: Values,
+        values: LeafValues,
         step: HostStep,
         active: Sequence[bool],
     ) -> None:
@@ -210,7 +210,7 @@ class Binder:
             self._scratch[key] = torch.zeros(key[0], dtype=key[1], device=key[2])
         return self._scratch[key]
 
-    def finish(self, step: HostStep, values: Values, results: Sequence[Tensor]) -> None:
+    def finish(self, step: HostStep, values: LeafValues, results: Sequence[Tensor]) -> None:
         """Shape new tensors, and count writes for autograd."""
         for target, dense in step.copy_back:
             target.detach().copy_(dense)
@@ -250,4 +250,4 @@ class _Changes:
     """Writes of an update of some members: the leaves that the step makes, and the graph's inputs."""
 
     made: list[int]
-    bound: Callable[[Values], Sequence[Tensor | None]]
+    bound: Callable[[LeafValues], Sequence[Tensor | None]]

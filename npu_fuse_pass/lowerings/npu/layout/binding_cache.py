@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from npu_fuse_pass.errors import Mismatch
+from npu_fuse_pass.ir.types import LeafValues
 from npu_fuse_pass.lowerings.npu.host.scalars import picked
 from npu_fuse_pass.lowerings.npu.host.step import HostStep, Key, Leaves
-from npu_fuse_pass.lowerings.npu.plan import Values
 from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.tensors.memory import NOWHERE, SHARED, apart
 from npu_fuse_pass.tensors.same import SameTensors
@@ -47,7 +47,7 @@ class BindingCache:
         self._orders: dict[int, tuple[bool, tuple[int, ...]]] = {}
         self._addresses: list[int] = []
 
-    def learn(self, step: HostStep, values: Values) -> None:
+    def learn(self, step: HostStep, values: LeafValues) -> None:
         """Cache a bound step. Its tensors must have been checked, also for shared memory."""
         tensors = self._all(values)
         # a step that copies elements into another order is not cached
@@ -70,7 +70,7 @@ class BindingCache:
         self._is_written = torch.tensor(is_written, dtype=torch.bool, device="cpu")
         self._addresses = _addresses(self._firsts(values))
 
-    def bind(self, step: HostStep, values: Values) -> bool:
+    def bind(self, step: HostStep, values: LeafValues) -> bool:
         """Set a step's tensor inputs if it is like the cached one. Returns True if so.
 
         Raises:

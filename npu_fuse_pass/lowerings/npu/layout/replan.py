@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from npu_fuse_pass.ir.types import Leaf
+from npu_fuse_pass.ir.types import Leaf, LeafValues
 from npu_fuse_pass.lowerings.npu.host.scalars import holds, picked
 from npu_fuse_pass.lowerings.npu.layout.spans import Planner, gaps
 from npu_fuse_pass.lowerings.npu.lowered_group import LoweredGroup
-from npu_fuse_pass.lowerings.npu.plan import Plan, Span, Values
+from npu_fuse_pass.lowerings.npu.plan import Plan, Span
 from npu_fuse_pass.tensors.same import SameTensors
 
 _TRIES = 4  # steps in which a better plan is looked for: DDP settles its buckets after the first step
@@ -42,7 +42,7 @@ class Replanner:
         self._tries, self._left, self._made = _TRIES, _PLANS, False
         self._use([planner.alone("its tensors were not seen yet") for planner in self._planners])
 
-    def update(self, values: Values, numbers: Sequence[Sequence[Tensor]], active: Sequence[Sequence[bool]]) -> bool:
+    def update(self, values: LeafValues, numbers: Sequence[Sequence[Tensor]], active: Sequence[Sequence[bool]]) -> bool:
         """Make the plans fit a step. Returns True if they changed.
 
         Args:
@@ -101,7 +101,7 @@ class Replanner:
         self._tries -= complete
         return complete and self._tries >= 0
 
-    def _one_storage(self, values: Values) -> bool:
+    def _one_storage(self, values: LeafValues) -> bool:
         """True if every span still lies in one storage: freed memory may hold separate tensors now."""
         firsts = [(values[i], elements) for i, elements in self._extents]
         return all(t is not None and holds(t, elements) for t, elements in firsts)
@@ -123,7 +123,7 @@ class Replanner:
             for bits in (v.view(torch.int64) for v in given if v.ndim)
         )
 
-    def _in_place(self, values: Values, active: Sequence[Sequence[bool]]) -> bool:
+    def _in_place(self, values: LeafValues, active: Sequence[Sequence[bool]]) -> bool:
         """True if the tensors of every span that takes part are still adjacent."""
         tensors = self._fixed(values)
         same = self._same.match(tensors)
@@ -142,7 +142,7 @@ class Replanner:
         return True
 
 
-def _adjacent(planner: Planner, span: Span, values: Values) -> bool:
+def _adjacent(planner: Planner, span: Span, values: LeafValues) -> bool:
     places = [planner.place(m, values) for m in span.members]
     slots = [s for s in planner.slots if s not in span.gathered]
     pairs = itertools.pairwise(places)

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from npu_fuse_pass.ir.expr import REDUCTIONS, Expr, postorder
-from npu_fuse_pass.ir.types import Formula, Group, Leaf
-from npu_fuse_pass.lowerings.npu.plan import Plan, Span, Values
+from npu_fuse_pass.ir.types import Formula, Group, Leaf, LeafValues
+from npu_fuse_pass.lowerings.npu.plan import Plan, Span
 from npu_fuse_pass.tensors.memory import in_order, memory_order
 
 # GE's own pass for ConcatD (ZConcatDFusionPass, ops/built-in/fusion_pass/graph_fusion/ai_core/concatd_fusion_pass.cpp)
@@ -73,7 +73,7 @@ class Planner:
         """The plan with every member by itself."""
         return Plan(tuple(Span((m,)) for m in self._device_members), reason if len(self._device_members) > 1 else "")
 
-    def plan(self, values: Values, keys: Sequence[object]) -> Plan:
+    def plan(self, values: LeafValues, keys: Sequence[object]) -> Plan:
         """Plan the spans for these tensors.
 
         Args:
@@ -99,7 +99,7 @@ class Planner:
             tuple(sorted(spans, key=lambda span: min(span.members))), why if len(self._device_members) > 1 else ""
         )
 
-    def place(self, m: int, values: Values) -> Place | None:
+    def place(self, m: int, values: LeafValues) -> Place | None:
         """The addresses of a member's tensors; None if one is missing or the written ones are not in one dense order.
 
         A read-only tensor in another order has an empty place, which nothing follows.
