@@ -5,7 +5,7 @@ A *tensor* expression has one value per element, a *scalar* expression (0-dim) o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
@@ -162,8 +162,8 @@ C_FUNCTIONS = (
 COMMUTATIVE = ("add", "mul", "eq", "ne", "and", "or", "xor")
 
 
-def postorder(roots: Sequence[Expr]) -> list[Expr]:
-    """Every expression below `roots` once, arguments first."""
+def postorder(roots: Sequence[Expr], until: Collection[str] = ()) -> list[Expr]:
+    """Every expression below `roots` once, arguments first; what is below operations in `until` is left out."""
     seen: set[int] = set()
     found: list[Expr] = []
     stack = list(reversed(roots))
@@ -172,7 +172,7 @@ def postorder(roots: Sequence[Expr]) -> list[Expr]:
         if id(e) in seen:
             stack.pop()
             continue
-        waiting = [a for a in e.args if id(a) not in seen]
+        waiting = [a for a in e.args if id(a) not in seen] if e.op not in until else []
         if waiting:
             waiting.reverse()
             stack += waiting

@@ -47,6 +47,7 @@ Behind them stand the totals: those that it reads ("total0", ...) and those that
 _ATTRIBUTES = (
     '{SyncBlockLockArgIdx = 0 : i64, WorkspaceArgIdx = 1 : i64, global_kernel = "local", parallel_mode = "simd"}'
 )
+_EACH_ROW = "scf.for %row = %grid3 to %rows step %grid0 : i32"
 _OTHERWISE = "nothing has to be done: GE operations or the original compute the group"
 _REDUCE = {
     "sum": ("arith.addf", "add", 0.0),
@@ -273,13 +274,9 @@ def _squared(e: Expr) -> Expr | None:
     return e.args[0] if e.op == "mul" and e.args[0] is e.args[1] else None
 
 
-def _scalars(root: Expr) -> Iterator[Expr]:
-    """A scalar and those that it is computed from, down to sums over elements."""
-    waiting = [root]
-    while waiting:
-        e = waiting.pop()
-        yield e
-        waiting += e.args if e.op not in REDUCTIONS else ()
+def _scalars(roots: Sequence[Expr]) -> list[Expr]:
+    """Scalars and those that they are computed from, down to sums over elements; arguments first."""
+    return postorder(roots, until=REDUCTIONS)
 
 
 def _uncast(e: Expr) -> Expr:
@@ -347,21 +344,18 @@ class _Emitter:
 
     def before(self, needed: Sequence[Expr]) -> None:
         """What is the same for all rows: totals, and what follows from them and from shared numbers."""
-        order = self._below(needed)
-        fixed: dict[int, bool] = {}
-        for e in order:
-            if e.op == "leaf":
-                fixed[id(e)] = e.value in self.group.totals or e.value in self.group.shared
-            else:
-                fixed[id(e)] = all(fixed.get(id(a), False) for a in e.args)
-        totals = {id(e): e.value in self.group.totals for e in order if e.op == "leaf"}
-        for e in order:
-            totals[id(e)] = totals.get(id(e), False) or any(totals.get(id(a), False) for a in e.args)
+        shared: set[int] = set()
+        following: dict[int, Expr] = {}  # of these, what follows from totals
+        for e in (e for e in _scalars(needed) if e.op not in REDUCTIONS):
+            total = e.op == "leaf" and e.value in self.group.totals
+            if total or (e.value in self.group.shared if e.op == "leaf" else all(id(a) in shared for a in e.args)):
+                shared.add(id(e))
+                if total or any(id(a) in following for a in e.args):
+                    following[id(e)] = e
         self._member = self.body.index(0)
-        for e in order:
-            if fixed[id(e)] and totals[id(e)]:
-                self.values[id(e)] = self._outside(self.scalar(e))
-        self.values = {k: v for k, v in self.values.items() if fixed[k] and totals[k]}
+        for e in following.values():
+            self.values[id(e)] = self._outside(self.scalar(e))
+        self.values = {k: v for k, v in self.values.items() if k in following}
 
     def term(self, number: int, at: str) -> str:
         """Where a member's or a chunk's part of a total lies."""
@@ -369,27 +363,7 @@ class _Emitter:
         return self.body.sum_of(row, self.integer("first_term"), at)
 
     def _outside(self, value: Value) -> Value:
-        if value.dtype == "i1":
-            value = self.apply("where", value, 1.0, 0.0)
-        return self.body.taken(value)
-
-    def _below(self, needed: Sequence[Expr]) -> list[Expr]:
-        """Scalars that are computed from numbers, totals and sums, arguments first."""
-        found = []
-        seen: set[int] = set()
-
-        def visit(e: Expr) -> None:
-            if id(e) in seen or e.tensor:
-                return
-            seen.add(id(e))
-            if e.op not in REDUCTIONS:
-                for a in e.args:
-                    visit(a)
-                found.append(e)
-
-        for e in needed:
-            visit(e)
-        return found
+        return self.body.taken(self._plain(value))
 
     def scalar(self, e: Expr) -> Value:
         """A scalar expression: a number, or one element."""
@@ -429,7 +403,7 @@ class _Emitter:
         return self.apply("where", value, 1.0, 0.0) if value.dtype == "i1" else value
 
     def _truth(self, value: Value) -> Value:
-        return value if value.dtype == "i1" else self.apply("ne", value, 0.0)
+        return value if value.dtype == "i1" else self.apply("ne", self.apply.cast(value, "f32"), 0.0)
 
     def _total(self, number: int) -> Value:
         """The sum of all terms, in their order; the same in every core."""
@@ -456,8 +430,8 @@ class _Combine(_Emitter):
 
     def kernel(self, number: int | None) -> Kernel:
         body, terms = self.body, self.group.function.contributions
-        self.before([a for e in self._below(terms) for a in (e, *e.args)])
-        with body.loop("scf.for %row = %grid3 to %rows step %grid0 : i32"):
+        self.before(terms)
+        with body.loop(_EACH_ROW):
             (self._member,) = self.columns("table", body.as_index("%row", "i32"), 1, (MEMBER,))
             self._span = self.span()
             for k, e in zip(self.group.adds, terms, strict=True):
@@ -472,10 +446,10 @@ class _Advance(_Emitter):
     def kernel(self, number: int | None) -> Kernel:
         body = self.body
         writes = [(s, e) for s, e in self.group.function.writes if s in self.group.states]
-        self.before([a for e in self._below([e for _, e in writes]) for a in (e, *e.args)])
-        with body.loop("scf.for %row = %grid3 to %rows step %grid0 : i32"):
+        self.before([e for _, e in writes])
+        with body.loop(_EACH_ROW):
             (self._member,) = self.columns("table", body.as_index("%row", "i32"), 1, (MEMBER,))
-            if any(x.op in REDUCTIONS for _, e in writes for x in _scalars(e)):
+            if any(x.op in REDUCTIONS for x in _scalars([e for _, e in writes])):
                 self._span = self.span()
             found = [(s, body.spread(self._plain(self.scalar(e)), ONE)) for s, e in writes]
             for s, value in found:  # all are read before one is written
@@ -498,11 +472,11 @@ class _Sweep(_Emitter):
         body = self.body
         scalars = [e for e in self._work.values if not e.tensor]
         self.before(scalars)
-        combined = [e for e in scalars if any(self._of_members(x) for x in _scalars(e))]
+        combined = [e for e in scalars if any(self._of_members(x) for x in _scalars([e]))]
         if combined:
             self._members(combined)
         else:
-            with body.loop("scf.for %row = %grid3 to %rows step %grid0 : i32"):
+            with body.loop(_EACH_ROW):
                 self._chunk()
         return self.finished("chunks", number)
 
@@ -570,30 +544,25 @@ class _Sweep(_Emitter):
             return self.apply.cast(value, "f32")
         if not e.tensor:
             value = self.body.spread(self._outside(value), CHUNK)
-        return value if value.dtype == "i1" else self.apply("ne", self.apply.cast(value, "f32"), 0.0)
+        return self._truth(value)
 
     def _cast(self, value: Value, dtype: torch.dtype) -> Value:
         if dtype == torch.bool:
-            return value if value.dtype == "i1" else self.apply("ne", value, 0.0)
-        value = self.apply("where", value, 1.0, 0.0) if value.dtype == "i1" else value
-        return self.apply.cast(value, "f32" if dtype == torch.float64 else DTYPE_NAMES[dtype])
+            return self._truth(value)
+        return self.apply.cast(self._plain(value), "f32" if dtype == torch.float64 else DTYPE_NAMES[dtype])
 
     def _write(self, slot: int, e: Expr) -> None:
         """Rounded once, where the slot is narrower than what was computed."""
         dtype = self.group.stored(slot)
         value = self.values[id(e)] if e.tensor else self.body.spread(self._outside(self.scalar(e)), CHUNK)
-        if value.dtype == "i1":
-            value = self.apply("where", value, 1.0, 0.0)
-        value = self.apply.cast(value, dtype)
+        value = self.apply.cast(self._plain(value), dtype)
         self.body.store(value, self.pointer("write", dtype, written=True, slot=slot), self._address[slot])
 
     def _sum(self, e: Expr) -> None:
         """A chunk's part of a sum: kept for those who combine them, added to totals."""
         body = self.body
         reduction, _, start = _REDUCE[e.op]
-        value = self._operand(e.args[0])
-        value = self.apply("where", value, 1.0, 0.0) if value.dtype == "i1" else value
-        found = body.reduce(reduction, value, start)
+        found = body.reduce(reduction, self._plain(self._operand(e.args[0])), start)
         if id(e) in self.group.kept:
             row = body.product(self.integer("rows"), body.index(self.group.kept[id(e)]))
             body.store(found, self.pointer("partial", "f32", written=True), body.sum_of(row, self._row))

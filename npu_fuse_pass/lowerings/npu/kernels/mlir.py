@@ -137,13 +137,9 @@ class Body:
     def constant(self, value: float, dtype: str = "f32") -> Value:
         return Value(self.name(f"arith.constant {literal(value, dtype)} : {dtype}"), dtype, NUMBER)
 
-    def apply(self, operation: str, given: Sequence[Value], dtype: str) -> Value:
-        """A named operation into a new buffer."""
-        size = given[0].size if operation != "linalg.fill" else CHUNK
-        return self.into(operation, given, dtype, size)
-
-    def into(self, operation: str, given: Sequence[Value], dtype: str, size: str) -> Value:
-        """A named operation into a new buffer of that size."""
+    def apply(self, operation: str, given: Sequence[Value], dtype: str, size: str = "") -> Value:
+        """A named operation into a new buffer, of that size or that of what is given."""
+        size = size or given[0].size
         result = f"tensor<{size}x{dtype}>"
         out = self._empty(dtype, size)
         ins = f"{', '.join(x.name for x in given)} : {', '.join(x.type for x in given)}"
@@ -153,7 +149,7 @@ class Body:
         """A number, or the one element of a buffer, as often as `size` says."""
         if value.size == size:
             return value
-        return self.into("linalg.fill", [self.taken(value)], value.dtype, size)
+        return self.apply("linalg.fill", [self.taken(value)], value.dtype, size)
 
     def taken(self, value: Value) -> Value:
         """The one element of a buffer as a number of the scalar unit."""

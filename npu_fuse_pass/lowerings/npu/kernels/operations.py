@@ -18,7 +18,7 @@ _NAMED = {
         n: _LINALG.format("unary", "unary", m)
         for n, m in (("exp", "exp"), ("log", "log"), ("abs", "abs"), ("neg", "negf"))
     },
-    **{n: _HFUSION.format("binary", "binary", m) for n, m in (("max", "maxf"), ("min", "minf"))},
+    **{n: _HFUSION.format("binary", "binary", m) for n, m in (("maximum", "maxf"), ("minimum", "minf"))},
     **{n: _HFUSION.format("binary", "binary", f"v{n}") for n in ("and", "or", "xor")},
     **{n: _HFUSION.format("unary", "unary", n) for n in ("sqrt", "tanh", "erf", "sin", "cos")},
     "where": "hfusion.select",
@@ -147,24 +147,14 @@ def _isfinite(o: Operations, x: Value) -> Value:
     return o("lt", o("abs", x), math.inf)
 
 
-@_row("maximum")
-def _maximum(o: Operations, x: Value, y: Value) -> Value:
-    return o("max", x, y)
-
-
-@_row("minimum")
-def _minimum(o: Operations, x: Value, y: Value) -> Value:
-    return o("min", x, y)
-
-
 @_row("fmax")
 def _fmax(o: Operations, x: Value, y: Value) -> Value:
-    return o("where", o("isnan", x), y, o("where", o("isnan", y), x, o("max", x, y)))
+    return o("where", o("isnan", x), y, o("where", o("isnan", y), x, o("maximum", x, y)))
 
 
 @_row("fmin")
 def _fmin(o: Operations, x: Value, y: Value) -> Value:
-    return o("where", o("isnan", x), y, o("where", o("isnan", y), x, o("min", x, y)))
+    return o("where", o("isnan", x), y, o("where", o("isnan", y), x, o("minimum", x, y)))
 
 
 @_row("copysign")
