@@ -31,18 +31,12 @@ def choose(kernels: str) -> Choice:
     if kernels not in ("auto", GENERATED):
         return Choice(after)
     try:
-        if kernels == "auto":
-            date = proof.proven(ascend.machine())
-            if not date:
-                return Choice(after, why=f"no generated kernels: not proved on this machine, see {proof.COMMAND}")
-            return Choice((GENERATED, *after), hardware.current(), f"proved on this machine by the self-test of {date}")
-        return Choice((GENERATED, *after), hardware.current(), _forced())
+        date = proof.proven(ascend.machine())
+        if kernels == "auto" and not date:
+            raise Refused(f"not proved on this machine, see {proof.COMMAND}")
+        proved = f"proved on this machine by the self-test of {date}" if date else "not proved on this machine"
+        return Choice((GENERATED, *after), hardware.current(), proved)
     except Refused as e:
         return Choice(after, why=f"no generated kernels: {e}")
     except Exception as e:  # of CANN's libraries
         return Choice(after, why=f"no generated kernels: {type(e).__name__}: {e}")
-
-
-def _forced() -> str:
-    date = proof.proven(ascend.machine())
-    return f"proved on this machine by the self-test of {date}" if date else "not proved on this machine"

@@ -13,7 +13,7 @@ from npu_fuse_pass.lowerings.kernels import cache
 from npu_fuse_pass.lowerings.npu.emit.split import states_from_tensors
 from npu_fuse_pass.lowerings.npu.kernels import block
 from npu_fuse_pass.lowerings.npu.kernels.final_ir import facts
-from npu_fuse_pass.lowerings.npu.kernels.generate import Kernel, Kernels
+from npu_fuse_pass.lowerings.npu.kernels.generate import Kernels
 from npu_fuse_pass.lowerings.npu.kernels.hardware import Hardware
 from npu_fuse_pass.lowerings.npu.kernels.launch import Generated, generate_group
 
@@ -95,10 +95,6 @@ def _block(kernels: Callable[[int], Kernels], hardware: Hardware) -> int:
     kept = cache.kept(key, "block")
     if kept is not None and kept.isdigit():
         return int(kept)
-
-    def compiled(kernel: Kernel) -> str:
-        return hardware.last_ir(kernel)
-
-    found = block.largest(kernels, compiled)
+    found = block.largest(kernels, hardware.last_ir)
     cache.keep(key, "block", str(found).encode())
     return found
