@@ -191,7 +191,7 @@ def evaluate(
 ) -> list[Tensor]:
     """Compute the operation for one member with torch: for torchair's `run_eagerly`."""
     operation, attributes = _called(call)
-    values = member_values(formula, tensors, [s.reshape(()) for s in scalars])
+    values = member_values(formula, tensors, scalars)
     results = operation.function(*(values[id(e)].float() for e in formula.contributions), **attributes)
     return [r.to(formula.slots[s].dtype) for r, s in zip(results, written, strict=True)]
 

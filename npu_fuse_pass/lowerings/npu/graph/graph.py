@@ -63,12 +63,6 @@ def _update(
     return multi_tensor_update(tensors, scalars, members, formula)  # type: ignore[no-any-return]
 
 
-def _lists(
-    tensors: list[Tensor], numbers: list[Tensor], totals: list[Tensor], positions: list[int], members: int, formula: str
-) -> list[Tensor]:
-    return _update(tensors, [n.reshape(()) for n in numbers], totals, positions, members, formula)
-
-
 def _contribute(
     tensors: list[Tensor], numbers: list[Tensor], totals: list[Tensor], positions: list[int], members: int, formula: str
 ) -> list[Tensor]:
@@ -128,7 +122,7 @@ def _fake_write(targets: list[Tensor], values: list[Tensor]) -> None:
 
 _KERNELS: dict[str, tuple[Callable[..., list[Tensor] | None], Callable[..., list[Tensor] | None]]] = {
     "device_update": (_update, _update),  # they have fakes of their own
-    "device_lists": (_lists, _lists),
+    "device_lists": (_update, _update),
     "device_contribute": (_contribute, _contribute),
     "device_dedicated": (_dedicated, _fake_dedicated),
     "device_write": (_write, _fake_write),

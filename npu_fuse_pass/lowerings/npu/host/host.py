@@ -5,32 +5,23 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from itertools import repeat
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from npu_fuse_pass.ir.types import Group, Leaf, LeafValues
-from npu_fuse_pass.lowerings.npu.emit.split import Split
+from npu_fuse_pass.ir.types import Leaf, LeafValues
 from npu_fuse_pass.lowerings.npu.host.counters import HostStates, OutgoingStates
 from npu_fuse_pass.lowerings.npu.host.mirror import Kind, Mirror
 from npu_fuse_pass.lowerings.npu.host.numbers import HostValues
 from npu_fuse_pass.lowerings.npu.host.scalars import picked
 from npu_fuse_pass.lowerings.npu.host.step import HostStep
-
-
-class Numbered(Protocol):
-    """The fields of a group that the host needs; `device_scalars`: 0-dim leaves on a device."""
-
-    group: Group
-    splits: list[Split]
-    device_scalars: set[int]
+from npu_fuse_pass.lowerings.npu.lowered_group import LoweredGroup
 
 
 class Host:
     """The host's part of a step."""
 
-    def __init__(self, leaves: Sequence[Leaf], groups: Sequence[Numbered]) -> None:
+    def __init__(self, leaves: Sequence[Leaf], groups: Sequence[LoweredGroup]) -> None:
         self._leaves, self._groups = leaves, groups
         self._mirror = Mirror(sorted({i for lowered in groups for i in lowered.device_scalars}), leaves)
         self._evaluate = [
