@@ -30,6 +30,7 @@ _DIRECT = {
     "or": "LogicalOr", "not": "LogicalNot",
 }  # fmt: skip
 _REDUCE = {"sum": "ReduceSum", "amax": "ReduceMax", "amin": "ReduceMin"}
+_ARRANGING = ("Cast", "BroadcastTo", "ConcatV2", "Fill", "Pack", "Reshape", "Unpack")
 _OTHER = ("leaf", "cast", "fma", "zero")
 
 DOCUMENTS: dict[str, str] = {
@@ -38,19 +39,7 @@ DOCUMENTS: dict[str, str] = {
     "NetOutput": "a graph's output",
     **{
         name: f"CANN operator specifications, {name}"
-        for name in sorted(
-            {
-                *_DIRECT.values(),
-                *_REDUCE.values(),
-                "Cast",
-                "BroadcastTo",
-                "ConcatV2",
-                "Fill",
-                "Pack",
-                "Reshape",
-                "Unpack",
-            }
-        )
+        for name in sorted({*_DIRECT.values(), *_REDUCE.values(), *_ARRANGING})
     },
     **{o.name: o.document for o in OPERATIONS},
     **list_operations.DOCUMENTS,

@@ -39,30 +39,27 @@ class ListOperation:
     inputs: dict[str, int | str]
 
 
-def _binary(name: str, *given: tuple[str, int | str]) -> ListOperation:
-    return ListOperation(name, dict(given))
-
-
-_PAIR: tuple[tuple[str, int | str], ...] = (("x1", 0), ("x2", 1))
+_PAIR: dict[str, int | str] = {"x1": 0, "x2": 1}
+_WITH_ONE: dict[str, int | str] = {**_PAIR, "alpha": "one"}
 
 # An operation of the IR, and what its operands are: t a list of tensors, s a number for all of them.
 # Operands that commute are ordered so.
 LISTS: dict[tuple[str, str], ListOperation] = {
-    ("add", "tt"): _binary("ForeachAddList", *_PAIR, ("alpha", "one")),
-    ("sub", "tt"): _binary("ForeachSubList", *_PAIR, ("alpha", "one")),
-    ("mul", "tt"): _binary("ForeachMulList", *_PAIR),
-    ("div", "tt"): _binary("ForeachDivList", *_PAIR),
-    ("maximum", "tt"): _binary("ForeachMaximumList", *_PAIR),
-    ("minimum", "tt"): _binary("ForeachMinimumList", *_PAIR),
-    ("fma", "tst"): _binary("ForeachAddList", ("x1", 2), ("x2", 0), ("alpha", 1)),
-    ("fma", "ttt"): _binary("ForeachAddcmulScalar", ("x1", 2), ("x2", 0), ("x3", 1), ("scalar", "one")),
-    ("lerp", "tts"): _binary("ForeachLerpScalar", *_PAIR, ("weight", 2)),
+    ("add", "tt"): ListOperation("ForeachAddList", _WITH_ONE),
+    ("sub", "tt"): ListOperation("ForeachSubList", _WITH_ONE),
+    ("mul", "tt"): ListOperation("ForeachMulList", _PAIR),
+    ("div", "tt"): ListOperation("ForeachDivList", _PAIR),
+    ("maximum", "tt"): ListOperation("ForeachMaximumList", _PAIR),
+    ("minimum", "tt"): ListOperation("ForeachMinimumList", _PAIR),
+    ("fma", "tst"): ListOperation("ForeachAddList", {"x1": 2, "x2": 0, "alpha": 1}),
+    ("fma", "ttt"): ListOperation("ForeachAddcmulScalar", {"x1": 2, "x2": 0, "x3": 1, "scalar": "one"}),
+    ("lerp", "tts"): ListOperation("ForeachLerpScalar", {**_PAIR, "weight": 2}),
     **{
-        (op, "ts"): _binary(f"Foreach{name}Scalar", ("x", 0), ("scalar", 1))
+        (op, "ts"): ListOperation(f"Foreach{name}Scalar", {"x": 0, "scalar": 1})
         for op, name in {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div"}.items()
     },
     **{
-        (op, "t"): _binary(f"Foreach{name}", ("x", 0))
+        (op, "t"): ListOperation(f"Foreach{name}", {"x": 0})
         for op, name in {"sqrt": "Sqrt", "neg": "Neg", "abs": "Abs", "reciprocal": "Reciprocal"}.items()
     },
 }
