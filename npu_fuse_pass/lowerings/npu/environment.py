@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from npu_fuse_pass.errors import PlatformError
+from npu_fuse_pass.errors import FuseError, GraphRefused, PlatformError
+from npu_fuse_pass.lowerings.npu.execution import refusal
 from npu_fuse_pass.lowerings.npu.graph import converters, list_converters
+from npu_fuse_pass.lowerings.npu.kernels.ascend import machine
 
 _INSTALL = (
     'platform "npu" needs torch_npu, which carries torchair, and CANN: pip install "npu-fuse-pass[npu]" '
@@ -48,28 +52,25 @@ def is_config(value: object) -> bool:
 
 def versions() -> str:
     """The versions for a bug report, as far as they are known."""
-    import torch_npu
-
-    asked = {
-        "torch": lambda: torch.__version__,
-        "torch_npu": lambda: torch_npu.__version__,
-        "CANN": torch_npu.npu.utils.get_cann_version,
-        "chip": torch_npu.npu.get_device_name,
-    }
-    found = []
-    for name, ask in asked.items():
-        try:
-            found.append(f"{name} {ask() or 'unknown'}")
-        except Exception:  # called where something is broken already
-            found.append(f"{name} unknown")
-    return ", ".join(found)
+    return ", ".join(f"{name} {found}" for name, found in {"torch": torch.__version__, **machine()}.items())
 
 
 def chip() -> str:
     """The chip's name from torch_npu; "" if unknown."""
-    import torch_npu
+    found = machine()["chip"]
+    return "" if found == "unknown" else found
 
+
+@contextlib.contextmanager
+def conversion() -> Iterator[None]:
+    """What torchair raises inside is its refusal of the step's graph.
+
+    Raises:
+        GraphRefused: holds that, and the versions.
+    """
     try:
-        return str(torch_npu.npu.get_device_name() or "")
-    except Exception:  # without a driver there is no device to ask for
-        return ""
+        yield
+    except FuseError:
+        raise
+    except Exception as e:
+        raise GraphRefused(refusal("torchair does not convert this step's graph", e, versions())) from e

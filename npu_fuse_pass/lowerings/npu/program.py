@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from npu_fuse_pass.capture.threads import while_compiling
-from npu_fuse_pass.errors import FuseError, GraphRefused
 from npu_fuse_pass.ir.types import Group, Leaf, LeafValues
-from npu_fuse_pass.lowerings.npu.environment import chip, require, versions
-from npu_fuse_pass.lowerings.npu.execution import Execution, refusal
+from npu_fuse_pass.lowerings.npu.environment import chip, conversion, require, versions
+from npu_fuse_pass.lowerings.npu.execution import Execution
 from npu_fuse_pass.lowerings.npu.fakes import while_traced
 from npu_fuse_pass.lowerings.npu.ge_texts import Texts
 from npu_fuse_pass.lowerings.npu.graph import generated
@@ -138,12 +137,8 @@ class Program:
         with while_traced(fakes[0].fake_mode), npu_names.kept():
             config = self._config or self._torchair.CompilerConfig()
             compiler = self._torchair.get_compiler(self._texts.config(config) if self._texts else config)
-            try:
+            with conversion():
                 return compiler(self.graph, fakes)  # type: ignore[no-any-return]
-            except FuseError:
-                raise
-            except Exception as e:
-                raise GraphRefused(refusal("torchair does not convert this step's graph", e, versions())) from e
 
     def _clustered(self) -> list[tuple[Cluster, list[int]]]:
         """The nodes of generated kernels with the indices of their groups; groups with totals share one."""

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from npu_fuse_pass.errors import FuseError, GraphRefused, Mismatch, Unsupported
+from npu_fuse_pass.errors import Mismatch, Unsupported
 from npu_fuse_pass.ir.expr import postorder
 from npu_fuse_pass.ir.fused_op import multi_tensor_update, parsed
 from npu_fuse_pass.ir.types import Call, Formula, Group, Leaf, LeafValues, references
 from npu_fuse_pass.lowerings.npu.emit import elementwise
 from npu_fuse_pass.lowerings.npu.emit.split import Split, constants_of, split
-from npu_fuse_pass.lowerings.npu.environment import require, versions
-from npu_fuse_pass.lowerings.npu.execution import Execution, refusal
+from npu_fuse_pass.lowerings.npu.environment import conversion, require, versions
+from npu_fuse_pass.lowerings.npu.execution import Execution
 from npu_fuse_pass.lowerings.npu.fakes import FakeTensorMode, while_traced
 from npu_fuse_pass.lowerings.npu.graph.graph import device_update
 from npu_fuse_pass.reasons import Code
@@ -76,19 +76,13 @@ class Program:
         from torch.fx.experimental.proxy_tensor import make_fx
 
         chosen = [self._leaves[i] for i in self._inputs]
-        try:
+        with conversion():
             with FakeTensorMode() as mode:
                 fakes = [torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device) for leaf in chosen]
                 traced = make_fx(graph)(*fakes)
             with while_traced(mode):
-                compiled: Callable[..., Sequence[Tensor]] = torchair.get_compiler(config or torchair.CompilerConfig())(
-                    traced, fakes
-                )
-                return compiled
-        except FuseError:
-            raise
-        except Exception as e:
-            raise GraphRefused(refusal("torchair does not convert this step's graph", e, versions())) from e
+                compiler = torchair.get_compiler(config or torchair.CompilerConfig())
+                return compiler(traced, fakes)  # type: ignore[no-any-return]
 
     def __call__(self, values: LeafValues, complete: bool = False, kinds: object = None) -> None:
         """Run the step; as `npu.Program`."""
