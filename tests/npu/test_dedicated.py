@@ -399,10 +399,7 @@ def test_deprecated_forms_are_not_used() -> None:
     used = {o.name for o in dedicated_operations.OPERATIONS}
     assert not any(name.startswith("Apply") and name.endswith("D") for name in used)
     assert all(dedicated_operations.UNUSED.values())
-    found = {
-        k.name: dedicated_operations.candidates(k.name, dedicated_operations.A2, "dedicated")
-        for k in known_kernels.KERNELS
-    }
+    found = {k.name: dedicated_operations.candidates(k.name, "dedicated") for k in known_kernels.KERNELS}
     assert {name for name, made in found.items() if isinstance(made, str)} == {"rmsprop", "centered_rmsprop"}
 
 

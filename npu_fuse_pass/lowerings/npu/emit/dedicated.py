@@ -72,10 +72,9 @@ def choose(
     read = {e.value for e in postorder([e for _, e in group.formula.writes]) if e.op == "leaf"}
     if not read.issuperset(found.outputs.values()):
         return "the step overwrites a tensor that it does not read; times 0, as an operation has it, NaN would stay"
-    family = series(chip)
-    if family is None:
+    if series(chip) is None:
         return f"no document used here names this chip, {chip or 'which torch_npu cannot tell'}"
-    operations = candidates(found.kernel.name, family, kernels)
+    operations = candidates(found.kernel.name, kernels)
     if isinstance(operations, str):
         return operations
     try:

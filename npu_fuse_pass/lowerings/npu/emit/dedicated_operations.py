@@ -65,8 +65,7 @@ class Operation:
             expressions or tensors.
         scales: has a factor for the gradient, "grad_scale" in `arguments`.
         function: its mathematics, on tensors in the order of `inputs`; attributes by keyword.
-        document: of these semantics.
-        series: the chips that the document names.
+        document: of these semantics; it names all of the chips above.
         attributes: per kernel those that are set to true.
         absent: optional inputs that are left out.
         exact: as close to the formula as eager.
@@ -79,7 +78,6 @@ class Operation:
     arguments: Mapping[str, Callable[[Terms, Any], dict[str, Any]]]
     function: Callable[..., tuple[torch.Tensor, ...]]
     document: str
-    series: tuple[str, ...] = (TRAINING, A2, A3)
     attributes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     absent: tuple[str, ...] = ()
     scales: bool = False
@@ -249,21 +247,15 @@ UNUSED: dict[str, str] = {
 """Why other operations for optimizers are not used."""
 
 
-def candidates(kernel: str, chip: str, kernels: str) -> list[Operation] | str:
-    """The operations that may compute a kernel on a chip, or why none may.
+def candidates(kernel: str, kernels: str) -> list[Operation] | str:
+    """The operations that may compute a kernel, or why none may.
 
     Args:
         kernel: its name in `match/known_kernels.py`.
-        chip: a series.
         kernels: the option, "auto" or "dedicated".
     """
     known = [o for o in OPERATIONS if kernel in o.arguments]
     if not known:
         return "no operation in the table computes it: see UNUSED in lowerings/npu/emit/dedicated_operations.py"
-    here = [o for o in known if chip in o.series]
-    if not here:
-        return f"{known[0].name} is not documented for {chip}"
-    found = [o for o in here if o.exact or kernels == "dedicated"]
-    if not found:
-        return f'{here[0].name} needs options={{"kernels": "dedicated"}}, as {here[0].deviation}'
-    return found
+    found = [o for o in known if o.exact or kernels == "dedicated"]
+    return found or f'{known[0].name} needs options={{"kernels": "dedicated"}}, as {known[0].deviation}'
