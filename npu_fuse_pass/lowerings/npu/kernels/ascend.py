@@ -15,7 +15,7 @@ import pathlib
 import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from npu_fuse_pass.lowerings.npu.kernels.compiler import Compiler, Refused, find
 from npu_fuse_pass.lowerings.npu.kernels.final_ir import facts
@@ -78,9 +78,10 @@ class Ascend:
         self._runtime.launch(loaded.function, blocks, packed(kernel, arguments, blocks, loaded.first))
 
 
-class _Loaded:
-    def __init__(self, function: int, cores: int, first: list[int]) -> None:
-        self.function, self.cores, self.first = function, cores, first
+class _Loaded(NamedTuple):
+    function: int
+    cores: int
+    first: list[int]
 
 
 def packed(kernel: Kernel, arguments: Sequence[int], blocks: int, first: Sequence[int] = ()) -> bytes:
@@ -105,8 +106,7 @@ def current() -> Ascend:
     if chip == "unknown":
         raise Refused("torch_npu cannot tell the chip")
     compiler = find(chip, f"CANN {machine()['CANN']}")
-    if not compiler.last:
-        raise Refused(f"there is no hivmc beside {compiler.program}: CANN has it, the wheel ascendnpu-ir has not")
+    compiler.check_last()
     return Ascend(compiler, AclRuntime(), calls_back())
 
 

@@ -91,14 +91,20 @@ class Compiler:
         Raises:
             Refused: the compiler does not take the source, or there is no hivmc.
         """
-        if not self.last:
-            raise Refused(f"there is no hivmc beside {self.program}: CANN has it, the wheel ascendnpu-ir has not")
+        self.check_last()
         key = cache.key_of(source, self.identity)
         kept = cache.kept(key, "o")
         made = kept if kept is not None else self._compiled(source, key)[1]
         if made is None:
             raise Refused("bishengir-compile made no binary, and no error either")
         return made
+
+    def check_last(self) -> None:
+        """Raises:
+        Refused: there is no hivmc.
+        """
+        if not self.last:
+            raise Refused(f"there is no hivmc beside {self.program}: CANN has it, the wheel ascendnpu-ir has not")
 
     def _compiled(self, source: str, key: str) -> tuple[str, bytes | None]:
         """The last IR and the binary; both are kept in the cache."""
