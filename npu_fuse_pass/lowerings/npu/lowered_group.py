@@ -49,12 +49,12 @@ class LoweredGroup:
             chosen: dedicated.Dedicated | str = self.generated.note
         else:
             chosen = self._operations(found, chip, kernels, generated)
-        first = formula.tensor_slots[:1]
         self.device_members = [
-            i for i, member in enumerate(group.members) if all(0 not in leaves[member[s]].shape for s in first)
+            i
+            for i, member in enumerate(group.members)
+            for s in formula.tensor_slots[:1]
+            if 0 not in leaves[member[s]].shape
         ]
-        if not first:
-            self.device_members = []
         inputs = {m[s] for s in formula.scalar_slots if s not in self.states for m in group.members}
         self.device_scalars = {i for i in inputs if leaves[i].kind in _GIVEN and leaves[i].device.type != "cpu"}
         """0-dim leaves on a device, which the host mirrors (`host.mirror`)."""

@@ -32,9 +32,8 @@ class Replanner:
         members = [(lowered, lowered.group.members[m]) for lowered in groups for m in lowered.device_members]
         uses = collections.Counter(m[s] for lowered, m in members for s in lowered.group.formula.tensor_slots)
         self._leaves, self._groups = leaves, groups
-        layouts = [
-            layout if lowered.generated is None else "list" for lowered in groups
-        ]  # a kernel has a table of addresses
+        # a generated kernel has a table of addresses
+        layouts = [layout if lowered.generated is None else "list" for lowered in groups]
         self._planners = [
             Planner(lowered.group, lowered.device_members, leaves, uses, each)
             for lowered, each in zip(groups, layouts, strict=True)
@@ -73,12 +72,8 @@ class Replanner:
         self.plans = plans
         self._same, self._addresses = SameTensors(), list[int]()
         fixed: list[int] = []  # leaves that must not move
-        self._extents: list[
-            tuple[int, int]
-        ] = []  # of these, the first of each span; how many elements follow from there
-        self._mates: list[
-            tuple[Tensor, Tensor]
-        ] = []  # per group: members of spans, and the first one of each one's span
+        self._extents: list[tuple[int, int]] = []  # of these, the first of each span; how many elements follow
+        self._mates: list[tuple[Tensor, Tensor]] = []  # per group: members of spans, and the first of each one's span
         for planner, lowered, plan in zip(self._planners, self._groups, plans, strict=True):
             spans = [span for span in plan.spans if len(span.members) > 1]
             for span in spans:
