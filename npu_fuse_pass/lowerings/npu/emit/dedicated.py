@@ -103,7 +103,7 @@ def _dedicate(formula: Formula, found: Match, operation: Operation, totals: Coll
     size += sum(4 + formula.slots[s].dtype.itemsize for s in casts)
     call = " ".join([operation.name, *operation.attributes.get(found.kernel.name, ())])
     within = f"{operation.name}, within {found.tolerance:g}"
-    note = within if operation.exact else f"{within} except that {operation.deviation}"
+    note = f"{within} except that {operation.deviation}" if operation.deviation else within
     place = {slot: i for i, slot in enumerate(made.tensor_slots)}
     written = tuple(place[s] for s in results)
     return Dedicated(operation, made, written, call, (ahead + 1 + len(casts), size), note)

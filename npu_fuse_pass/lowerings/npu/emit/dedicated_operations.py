@@ -16,9 +16,9 @@ takes beta2 and subtracts it from 1 by itself has 1 - float32(0.999) = 0.0009999
 second moment, for good; no choice of its inputs avoids that, short of another pass over the gradient. One that takes
 beta2 and 1 - beta2 as two numbers is as exact as eager. So:
 
-- kernels="auto", the default, keeps this project's promise, 1e-6 relative in parameters and states: `exact` rows only.
-  That is AdamApplyOneAssign for Adam (one operation, 28 bytes per element) and, behind one multiplication of the
-  parameter, for AdamW (36), FusedMulApplyMomentum for momentum (20); AMSGrad stays elementwise.
+- kernels="auto", the default, keeps this project's promise, 1e-6 relative in parameters and states: only rows that have
+  no `deviation`. That is AdamApplyOneAssign for Adam (one operation, 28 bytes per element) and, behind one
+  multiplication of the parameter, for AdamW (36), FusedMulApplyMomentum for momentum (20); AMSGrad stays elementwise.
 - kernels="dedicated" takes the fewest operations: ApplyAdamW for AdamW (28) and ApplyAdamWithAmsgradV2 (36). What is
   further off stands in `deviation` and in the report. torch_npu's fused AdamW (aclnnApplyAdamWV2) rounds like that too.
 - kernels="elementwise" uses none.
@@ -68,8 +68,7 @@ class Operation:
         document: of these semantics; it names all of the chips above.
         attributes: per kernel those that are set to true.
         absent: optional inputs that are left out.
-        exact: as close to the formula as eager.
-        deviation: the larger error, if not exact.
+        deviation: by how much it is further from the formula than eager; "": it is as close.
     """
 
     name: str
@@ -81,7 +80,6 @@ class Operation:
     attributes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     absent: tuple[str, ...] = ()
     scales: bool = False
-    exact: bool = True
     deviation: str = ""
 
 
@@ -194,7 +192,6 @@ OPERATIONS: tuple[Operation, ...] = (
         f"{_OPS_NN}/apply_adam_w/README.md and apply_adam_w_proto.h: the powers are beta**(t-1). "
         "(aclnnApplyAdamW.md leaves out A2 and A3 since 2026; GE does not call aclnn)",
         absent=("max_grad_norm",),
-        exact=False,
         deviation=_ROUNDED,
     ),
     Operation(
@@ -204,7 +201,6 @@ OPERATIONS: tuple[Operation, ...] = (
         {"adam_amsgrad": lambda k, one: dict(k)},
         _adam_amsgrad,
         f"{_OPS_NN}/apply_adam_with_amsgrad_v2/README.md: the powers are beta**t; float32 only, numbers of shape (1,)",
-        exact=False,
         deviation=f"{_ROUNDED}, and its largest value with it",
     ),
     Operation(
@@ -257,5 +253,5 @@ def candidates(kernel: str, kernels: str) -> list[Operation] | str:
     known = [o for o in OPERATIONS if kernel in o.arguments]
     if not known:
         return "no operation in the table computes it: see UNUSED in lowerings/npu/emit/dedicated_operations.py"
-    found = [o for o in known if o.exact or kernels == "dedicated"]
+    found = [o for o in known if not o.deviation or kernels == "dedicated"]
     return found or f'{known[0].name} needs options={{"kernels": "dedicated"}}, as {known[0].deviation}'
