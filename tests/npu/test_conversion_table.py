@@ -12,6 +12,7 @@ import torch
 from steps import assert_close
 
 from npu_fuse_pass.backend import npu_fused
+from npu_fuse_pass.errors import GraphRefused
 from npu_fuse_pass.lowerings.npu import program as npu
 from npu_fuse_pass.lowerings.npu.environment import require
 from npu_fuse_pass.rules.clipping import older_than
@@ -88,7 +89,7 @@ def test_what_does_not_convert_is_named() -> None:
 
 def test_a_step_that_falls_back_is_not_called_ok(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*given: object) -> None:
-        raise npu.GraphRefused("planted")
+        raise GraphRefused("planted")
 
     monkeypatch.setattr(npu, "Program", refuse)
     assert printed("SGD, foreach")["SGD, foreach"][2] == "planted"
