@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import npu_fuse_pass
 import optimizers.paddle
-from tests.support.training import Unseen, assert_fused, clones, error, gradients, parameters, set_gradients
+from tests.support.training import Unseen, assert_fused, clones, error, gradients, parameters, set_gradients, train
 
 MATRICES = ((3, 4), (5, 2), (2, 2))
 OURS: dict[str, Any] = {
@@ -34,12 +34,6 @@ HIDDEN: dict[str, tuple[Any, str]] = {
 }
 
 pytestmark = pytest.mark.usefixtures("afresh")
-
-
-def train(params: list[Any], step: Any, seeds: Any = range(4)) -> None:
-    for seed in seeds:
-        set_gradients(params, gradients(params, seed))
-        step()
 
 
 # compile_step ---------------------------------------------------------------------------------------------------------
@@ -65,7 +59,7 @@ def test_every_instance_has_its_own_limit() -> None:
         npu_fuse_pass.clear_reports()
         for i in range(11):
             params = parameters(((3 + i,),))
-            train(params, compile_it(torch.optim.SGD(params, lr=0.1)), range(2))
+            train(params, compile_it(torch.optim.SGD(params, lr=0.1)), seeds=range(2))
         return sum(bool(r.groups) for r in npu_fuse_pass.reports())
 
     assert compiled_instances(npu_fuse_pass.compile_step) == 11
@@ -78,7 +72,7 @@ def test_fused_kernels_of_torch_are_switched_off_with_a_warning() -> None:
     others = clones(params)
     opt, stock = (torch.optim.AdamW(p, lr=0.01, fused=True) for p in (params, others))
     for o, p in ((opt, params), (stock, others)):
-        train(p, o.step, range(2))
+        train(p, o.step, seeds=range(2))
     with pytest.warns(UserWarning, match="fused=True.*switched it off"):
         step = npu_fuse_pass.compile_step(opt)
     train(params, step)
@@ -116,9 +110,9 @@ def test_what_never_reaches_a_backend_is_an_error_at_the_second_step(name: str) 
 def test_an_unknown_optimizer_that_never_reaches_the_backend() -> None:
     params = parameters(MATRICES)
     step = npu_fuse_pass.compile_step(Unseen(params))
-    train(params, step, range(1))
+    train(params, step, seeds=range(1))
     with pytest.raises(npu_fuse_pass.NotCapturedError, match=r"Unseen.*Dynamo"):
-        train(params, step, range(1))
+        train(params, step, seeds=range(1))
 
 
 def test_steps_without_gradients_are_no_error() -> None:
@@ -238,7 +232,7 @@ def test_explain_changes_nothing(name: str, trained: bool) -> None:
     assert report.fallback is None
     written = [g for g in report.groups if g.writes == "leaves"]
     assert max(g.updates for g in written) == len(params)
-    train(params, npu_fuse_pass.compile_step(opt), range(2))  # and it still trains
+    train(params, npu_fuse_pass.compile_step(opt), seeds=range(2))  # and it still trains
 
 
 @pytest.mark.parametrize("name", SHOWN)
@@ -246,7 +240,7 @@ def test_explain_says_what_a_compiled_step_reports(name: str) -> None:
     """The steady state: SGD's first step, which makes its buffers, is another graph."""
     params = parameters(MATRICES)
     said = npu_fuse_pass.explain(SHOWN[name](params))
-    train(params, npu_fuse_pass.compile_step(SHOWN[name](params)), range(2))
+    train(params, npu_fuse_pass.compile_step(SHOWN[name](params)), seeds=range(2))
     report = npu_fuse_pass.reports()[-1]
     assert [(g.name, g.formula, g.updates) for g in said.groups] == [
         (g.name, g.formula, g.updates) for g in report.groups

@@ -21,6 +21,7 @@ from tests.support.training import (
     last_report,
     parameters,
     set_gradients,
+    train,
 )
 
 SHAPES = [(3, 4), (5,)]
@@ -64,22 +65,16 @@ class Stateless(torch.optim.Optimizer):
 pytestmark = pytest.mark.usefixtures("afresh")
 
 
-def train(step: Any, params: list[Any], seeds: Any) -> None:
-    for seed in seeds:
-        set_gradients(params, gradients(params, seed))
-        step()
-
-
 @pytest.mark.parametrize(("cls", "in_place"), [(Copies, False), (Stateless, True)], ids=["states", "none, in place"])
 def test_the_second_step_is_the_first_that_is_compiled(cls: Any, in_place: bool) -> None:
     params = parameters(SHAPES)
     others = clones(params)
     opt, eager = cls(params), cls(others)
     step = npu_fuse_pass.compile_optimizer_(opt).step if in_place else npu_fuse_pass.compile_step(opt)
-    train(step, params, range(1))
+    train(params, step, seeds=range(1))
     assert not npu_fuse_pass.reports()
-    train(step, params, range(1, 4))
-    train(eager.step, others, range(4))
+    train(params, step, seeds=range(1, 4))
+    train(others, eager.step)
     assert_close(params, others)
     assert len(npu_fuse_pass.reports()) == 1
     assert_fused(last_report(), parameters=2)
@@ -89,11 +84,11 @@ def test_states_of_a_checkpoint_are_compiled_at_once() -> None:
     params = parameters(SHAPES)
     others = clones(params)
     before, eager = Copies(params), Copies(others)
-    train(before.step, params, range(2))
+    train(params, before.step, seeds=range(2))
     opt = Copies(params)
     opt.load_state_dict(before.state_dict())
-    train(npu_fuse_pass.compile_step(opt), params, range(2, 3))
-    train(eager.step, others, range(3))
+    train(params, npu_fuse_pass.compile_step(opt), seeds=range(2, 3))
+    train(others, eager.step, seeds=range(3))
     assert_close(params, others)
     assert_fused(last_report(), parameters=2)
 
@@ -119,10 +114,10 @@ def test_hooks_and_closures_run_once_in_every_step() -> None:
 def test_strict_raises_at_the_step_that_is_compiled() -> None:
     params = parameters(SHAPES)
     step = npu_fuse_pass.compile_step(Copies(params, unfused=True), strict=True)
-    train(step, params, range(1))
+    train(params, step, seeds=range(1))
     before = [p.detach().clone() for p in params]
     with pytest.raises(npu_fuse_pass.UnfusedError, match="cumsum"):
-        train(step, params, range(1, 2))
+        train(params, step, seeds=range(1, 2))
     assert_close(params, before)
 
 
@@ -134,11 +129,11 @@ def test_what_never_reaches_the_backend_is_said_at_the_second_step(in_place: boo
     step = npu_fuse_pass.compile_optimizer_(opt).step if in_place else npu_fuse_pass.compile_step(opt)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        train(step, params, range(1))
+        train(params, step, seeds=range(1))
     said: Any = pytest.warns(UserWarning, match="nothing was compiled.*two steps of Unseen")
     with said if in_place else pytest.raises(npu_fuse_pass.NotCapturedError, match="two steps of Unseen"):
-        train(step, params, range(1, 2))
-    train(Unseen(others).step, others, range(2))
+        train(params, step, seeds=range(1, 2))
+    train(others, Unseen(others).step, seeds=range(2))
     assert_close(params, others)
 
 
@@ -168,7 +163,7 @@ def test_the_error_says_why_and_where_a_loop_is_skipped(cls: Any) -> None:
     with pytest.raises(
         npu_fuse_pass.NotCapturedError, match=r"Data-dependent branching \(.*test_first_step.py:\d+, in step"
     ):
-        train(step, params, range(2))
+        train(params, step, seeds=range(2))
     assert "test_first_step.py:" in str(npu_fuse_pass.explain(cls(params)).fallback)
 
 
@@ -185,7 +180,7 @@ def test_that_a_closure_runs_apart_is_not_why_a_step_is_not_captured() -> None:
     params = parameters(SHAPES)
     step = npu_fuse_pass.compile_step(LoopingBehindAClosure(params))
     with pytest.raises(npu_fuse_pass.NotCapturedError, match=r"Data-dependent branching \(.*test_first_step.py:\d+"):
-        train(lambda: step(lambda: torch.ones(())), params, range(2))
+        train(params, lambda: step(lambda: torch.ones(())), seeds=range(2))
 
 
 def doubled(x: Tensor) -> Tensor:
@@ -209,15 +204,15 @@ def test_a_step_of_which_graphs_update_nothing_is_not_captured(options: Any) -> 
     opt = LoopingAround(params)
     in_place = options is not None
     step = npu_fuse_pass.compile_optimizer_(opt, **options).step if in_place else npu_fuse_pass.compile_step(opt)
-    train(step, params, range(1))
+    train(params, step, seeds=range(1))
     said: Any = pytest.warns(UserWarning, match="nothing was compiled.*Data-dependent branching")
     with pytest.raises(npu_fuse_pass.NotCapturedError, match="no update") if options != {} else said:
-        train(step, params, range(1, 2))
+        train(params, step, seeds=range(1, 2))
     if options == {}:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            train(step, params, range(2, 4))
-    train(LoopingAround(others).step, others, range(4 if options == {} else 2))
+            train(params, step, seeds=range(2, 4))
+    train(others, LoopingAround(others).step, seeds=range(4 if options == {} else 2))
     assert_close(params, others)
     assert npu_fuse_pass.explain(LoopingAround(params)).reasons[0].code is Code.VALUE
 
@@ -242,16 +237,16 @@ def test_a_step_that_is_all_fallback_is_said_once_and_strict_raises(in_place: bo
     step = compiled(params)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        train(step, params, range(5))
+        train(params, step, seeds=range(5))
     said = [str(w.message) for w in caught if "npu_fused" in str(w.message)]
     assert len(said) == 1 and "not fused, the original step runs: sub_: writes in place through a view" in said[0]
     assert "What to do: write to the whole tensor" in said[0]
-    train(InPlaceOfAPart(others).step, others, range(5))
+    train(others, InPlaceOfAPart(others).step, seeds=range(5))
     assert_close(params, others)
     step = compiled(params, strict=True)
-    train(step, params, range(1))
+    train(params, step, seeds=range(1))
     with pytest.raises(npu_fuse_pass.UnfusedError, match="writes in place through a view"):
-        train(step, params, range(1, 2))
+        train(params, step, seeds=range(1, 2))
 
 
 def test_a_parameter_whose_gradient_comes_later() -> None:
@@ -299,9 +294,9 @@ def test_new_gradients_of_parameters_that_are_keys_compile_nothing(plain: bool) 
     params = parameters(SHAPES)
     opt, other = Counted(params), Counted(clones(params))
     step = torch.compile(opt.step, backend="npu_fused") if plain else npu_fuse_pass.compile_step(opt)
-    train(step, params, range(3))
+    train(params, step, seeds=range(3))
     npu_fuse_pass.clear_reports()
-    train(step, params, range(3, 7))
-    train(other.step, other.param_groups[0]["params"], range(7))
+    train(params, step, seeds=range(3, 7))
+    train(other.param_groups[0]["params"], other.step, seeds=range(7))
     assert not npu_fuse_pass.reports()
     assert_close(params, other.param_groups[0]["params"], 1e-6)

@@ -46,12 +46,8 @@ def test_against_torch_optim(case: Case) -> None:
     params = parameters(dtype=torch.float64)
     others = clones(params)
     opt, stock = case.build(params), case.stock(others, **case.options)
-    for seed in range(6):
-        grads = gradients(params, seed)
-        set_gradients(params, grads)
-        set_gradients(others, grads)
-        opt.step()
-        stock.step()
+    train(params, opt.step, seeds=range(6))
+    train(others, stock.step, seeds=range(6))
     assert_close(params, others, 1e-13)
 
 

@@ -29,6 +29,7 @@ from tests.support.training import (
     parameters,
     set_gradients,
     tier,
+    train,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*", "ignore:.*switched it off.*")
@@ -265,11 +266,8 @@ def test_float64_and_several_groups_are_one_group_for_each_dtype(name: str) -> N
     others = clones(params)
     opt, eager = (STOCK[name]([dict(params=ps[::2]), dict(params=ps[1::2], lr=0.004)]) for ps in (params, others))
     step = npu_fuse_pass.compile_step(opt)
-    for seed in range(4):
-        for ps in (params, others):
-            set_gradients(ps, gradients(ps, seed))
-        step()
-        eager.step()
+    train(params, step)
+    train(others, eager.step)
     for kind in (slice(0, 5), slice(5, 10)):
         assert_close(params[kind], others[kind], 1e-5 if kind.start == 0 else 1e-12)
     assert sorted(g.updates for g in rule_report(10).groups) == [5, 5]
@@ -464,11 +462,8 @@ def test_memory_that_is_shared_is_stepped_by_torch() -> None:
     step = npu_fuse_pass.compile_step(opt)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for seed in range(3):
-            for ps in (params, others):
-                set_gradients(ps, gradients(ps, seed))
-            step()
-            eager.step()
+        train(params, step, seeds=range(3))
+        train(others, eager.step, seeds=range(3))
     assert sum("share memory" in str(w.message) for w in caught) == 1
     assert_close(params, others, 1e-6)
     assert_same_states(opt, eager, 1e-6)
@@ -549,9 +544,7 @@ def test_strict_raises_before_anything_changes() -> None:
 def test_check_numerics_compares_with_torchs_class() -> None:
     twins = Twins("SGD")
     step = npu_fuse_pass.compile_step(twins.opt, check_numerics=True)
-    for seed in range(3):
-        set_gradients(twins.params, gradients(twins.params, seed))
-        step()
+    train(twins.params, step, seeds=range(3))
     report = rule_report(5)
     assert report.checked_steps == 3 and report.checked_against == ["the original", "torch.optim.SGD"]
 

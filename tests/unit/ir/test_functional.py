@@ -18,7 +18,7 @@ from npu_fuse_pass.capture.graph import capture
 from npu_fuse_pass.ir.fused_op import multi_tensor_update
 from npu_fuse_pass.lowerings.cpu.graph_op import multi_tensor_kernel
 from npu_fuse_pass.passes.group import group
-from tests.support.training import clones, error, gradients, parameters, profiled, set_gradients
+from tests.support.training import clones, error, parameters, profiled, train
 
 OPTIM = torch.optim
 STOCK: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -44,9 +44,7 @@ pytestmark = pytest.mark.usefixtures("afresh")
 
 def steps(opt: Any, params: list[Any], backend: Any, count: int = 3) -> None:
     step = torch.compile(opt.step, backend=backend) if backend is not None else opt.step
-    for seed in range(count):
-        set_gradients(params, gradients(params, seed))
-        step()
+    train(params, step, seeds=range(count))
 
 
 class Both:

@@ -29,6 +29,7 @@ from tests.support.training import (
     last_report,
     parameters,
     set_gradients,
+    train,
 )
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -158,9 +159,7 @@ def run(make: Callable[[Any], Any], states: Sequence[str], dtype: torch.dtype, m
     params = parameters(SHAPES, dtype)
     opt = make(params)
     step = compiled(opt)
-    for seed in range(3):
-        set_gradients(params, gradients(params, seed))
-        step()
+    train(params, step, seeds=range(3))
     step.check(len(SHAPES))
     return Run(params, [opt.state[p][name] for name in states for p in params], texts)
 
@@ -220,9 +219,7 @@ def test_lamb(
     assert max(g.bytes_per_element for g in last_report().groups) == size
     eager = parameters(SHAPES, dtype)
     opt = make(eager)
-    for seed in range(3):
-        set_gradients(eager, gradients(eager, seed))
-        opt.step()
+    train(eager, opt.step, seeds=range(3))
     assert_close(made.params, eager)
     late(monkeypatch)
     torch._dynamo.reset()
@@ -286,9 +283,7 @@ def test_the_same_bits_with_every_number_of_threads(make: Any) -> None:
         params = parameters(SHAPES)
         opt = make(params)
         step = compiled(opt)
-        for seed in range(2):
-            set_gradients(params, gradients(params, seed))
-            step()
+        train(params, step, seeds=range(2))
         step.check(len(SHAPES))
         found.append([*params, *(opt.state[p]["m"] for p in params)])
     torch.set_num_threads(threads)

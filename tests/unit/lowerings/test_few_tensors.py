@@ -12,17 +12,7 @@ import torch
 import npu_fuse_pass
 import optimizers
 from tests.support.cases import ONE_EACH, Case, over
-from tests.support.training import (
-    assert_close,
-    assert_fused,
-    clones,
-    compiled,
-    gradients,
-    last_report,
-    parameters,
-    set_gradients,
-    tier,
-)
+from tests.support.training import assert_close, assert_fused, clones, compiled, last_report, parameters, tier, train
 from tests.unit.lowerings.test_input_check import BETWEEN, SHAPES, Params, checks, side_by_side, swapped, watched
 
 FEW = SHAPES[:3]
@@ -50,11 +40,7 @@ def test_from_how_many_tensors_on_the_check_is_native(more: int, usual_input_che
 def test_every_optimizer(case: Case, native: list[bool]) -> None:
     params = parameters([(3, 4), (5,)])
     oracle, step = case.oracle(params), compiled(case.build(params))
-    for seed in range(5):
-        grads = gradients(params, seed)
-        set_gradients(params, grads)
-        step()
-        oracle.step(grads)
+    train(params, step, oracle, range(5))
     assert_close(params, oracle.values)
     step.check(len(params))
     assert native == []

@@ -32,6 +32,8 @@ from tests.support.training import (
     last_report,
     parameters,
     set_gradients,
+    step_with_a_shared_gradient,
+    train,
 )
 
 Params = list[torch.nn.Parameter]
@@ -230,9 +232,7 @@ def test_parameters_that_come_to_overlap_are_refused() -> None:
     params = parameters(SHAPES)
     opt = optimizers.NpuFusedAdam(params)
     step = compiled(opt)
-    for seed in range(5):
-        set_gradients(params, gradients(params, seed))
-        step()
+    train(params, step, seeds=range(5))
     overlapping(params)
     with pytest.warns(UserWarning, match="share memory"):
         step()
@@ -242,9 +242,7 @@ def test_parameters_that_come_to_overlap_are_refused() -> None:
 def test_memory_given_back_under_a_tensor_is_not_touched() -> None:
     params = parameters(((4, 4), (5,)))
     step = compiled(optimizers.NpuFusedSGD(params, lr=0.1))
-    for seed in range(4):
-        set_gradients(params, gradients(params, seed))
-        step()
+    train(params, step)
     grad = params[0].grad
     assert grad is not None
     check = input_check.NativeInputs([*params], input_check._library["native"])
@@ -274,9 +272,7 @@ def test_no_tensor_is_kept_alive() -> None:
     params = parameters(SHAPES)
     opt = torch.optim.Adam(params)
     step = compiled(opt, fullgraph=False)
-    for seed in range(4):
-        set_gradients(params, gradients(params, seed))
-        step()
+    train(params, step)
     gone = [weakref.ref(p) for p in params]
     del params, opt, step
     gc.collect()
@@ -382,11 +378,7 @@ def test_a_gradient_of_two_parameters_may_be_two_at_the_next_step(stock: bool, g
         opt: Any = (torch.optim.SGD if stock else optimizers.NpuFusedSGD)(split, lr=0.1)
         if fused:
             npu_fuse_pass.compile_optimizer_(opt)
-        for seed in range(6):
-            set_gradients(params, gradients(params, seed))
-            if seed == shared:
-                params[2].grad = params[0].grad
-            opt.step()
+        step_with_a_shared_gradient(params, opt.step, [shared])
         return params
 
     assert_close(trained(True), trained(False), 1e-6)

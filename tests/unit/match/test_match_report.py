@@ -18,7 +18,7 @@ from npu_fuse_pass.ir.types import Group, Leaf
 from npu_fuse_pass.match import find
 from npu_fuse_pass.report import rows
 from npu_fuse_pass.report.report import KernelMatch
-from tests.support.training import assert_fused, compiled, gradients, last_report, parameters, set_gradients
+from tests.support.training import assert_fused, compiled, gradients, last_report, parameters, set_gradients, train
 
 SHAPES = [(3, 4), (5,), (2, 3), (5,)]
 
@@ -37,9 +37,7 @@ def report_of(cls: Any, options: dict[str, Any], **backend: Any) -> Any:
     params = parameters(SHAPES)
     opt = cls(params, **options)
     step = compiled(opt, fullgraph=False, **backend)
-    for seed in range(2):
-        set_gradients(params, gradients(params, seed))
-        step()
+    train(params, step, seeds=range(2))
     report = last_report()
     if not backend:
         assert_fused(report, parameters=len(SHAPES))

@@ -15,7 +15,7 @@ from npu_fuse_pass.lowerings.cpu import program as cpu
 from npu_fuse_pass.passes.rewrite import rewrite
 from tests.support.cases import CASES, over
 from tests.support.graphs import fused, inputs_of_step
-from tests.support.training import compiled, gradients, last_report, parameters, set_gradients
+from tests.support.training import compiled, gradients, last_report, parameters, set_gradients, train
 
 pytestmark = pytest.mark.usefixtures("same_numbers")
 
@@ -109,9 +109,7 @@ def test_attributes_become_arguments():
     opt = torch.optim.Adam(params, lr=0.1)
     compiled_step = torch.compile(opt.step, backend="npu_fused")
     npu_fuse_pass.clear_reports()
-    for seed in range(2):
-        set_gradients(params, gradients(params, seed))
-        compiled_step()
+    train(params, compiled_step, seeds=range(2))
     gm = well_formed(last_report().fused_graph)
     names = [n.name for n in gm.graph.find_nodes(op="placeholder")]
     assert len(names) == len(set(names)) == 2 + 4 * 2, names
@@ -126,10 +124,8 @@ def test_the_graph_of_every_optimizer_steps_like_the_optimizer(case, dtype):
     params, twins = parameters(shapes, dtype), parameters(shapes, dtype)
     opt, twin = case.build(params), case.build(twins)
     fused_step = compiled(opt)
-    for seed in range(2):  # a state that is not all zeros
-        for some, run in ((params, fused_step), (twins, twin.step)):
-            set_gradients(some, gradients(some, seed))
-            run()
+    for some, run in ((params, fused_step), (twins, twin.step)):
+        train(some, run, seeds=range(2))  # a state that is not all zeros
     with torch.no_grad():
         for p, q in zip(params, twins, strict=True):
             q.copy_(p)

@@ -35,6 +35,7 @@ from tests.support.training import (
     parameters,
     set_gradients,
     step_with_a_shared_gradient,
+    train,
 )
 
 SHAPES = [(3, 4), (5,), (3, 4)]
@@ -468,9 +469,7 @@ def test_a_deque_that_is_full() -> None:
             params = parameters([(3,)])
             opt = Remembering(params, many)
             step = torch.compile(opt.step, backend="npu_fused") if compiled else opt.step
-            for i in range(5):
-                set_gradients(params, gradients(params, i))
-                step()
+            train(params, step, seeds=range(5))
             assert len(opt.state[params[0]]["last"]) == many
             runs.append([params[0].detach(), *opt.state[params[0]]["last"]])
         assert_close(*runs)
@@ -501,9 +500,7 @@ def test_data_that_is_exchanged(entry: Any) -> None:
         params = parameters([(2, 3), (2, 2)])
         opt = Exchanging(params, {})
         step = entry(opt) if compiled else opt.step
-        for i in range(4):
-            set_gradients(params, gradients(params, i))
-            step()
+        train(params, step)
         runs.append([t.detach() for p in params for t in (p, *opt.state[p].values())])
     assert_close(*runs)
     assert npu_fuse_pass.reports()
@@ -565,9 +562,7 @@ def test_a_global_of_another_module_than_the_functions(change: Any, monkeypatch:
         params = parameters([(3,)])
         call = module.function(change, Scaled(params, lr=0.1))
         call = torch.compile(call, backend="npu_fused") if compiled else call
-        for seed in range(4):
-            set_gradients(params, gradients(params, seed))
-            call()
+        train(params, call)
         return params
 
     assert_close(trained(True), trained(False))
@@ -582,11 +577,8 @@ def test_attributes_that_a_subclass_keeps(how: str) -> None:
     step: Any = torch.compile(opt.step, backend="npu_fused") if how == "plain" else npu_fuse_pass.compile_step(opt)
     if how == "compile_optimizer_":
         step = npu_fuse_pass.compile_optimizer_(opt).step
-    for seed in range(3):
-        for ps in (params, others):
-            set_gradients(ps, gradients(ps, seed))
-        step()
-        other.step()
+    train(params, step, seeds=range(3))
+    train(others, other.step, seeds=range(3))
     assert (opt.n, opt.group) == (other.n, other.group) == (3, 6)
     assert_close(params, others)
     assert any(r.groups for r in npu_fuse_pass.reports())
@@ -739,9 +731,7 @@ def test_a_state_put_in_before_and_used_after_the_step(laid_out: torch.memory_fo
                 read.append(opt.state[params[0]]["square_avg"].sum())
 
         step = torch.compile(function, backend="npu_fused") if compiled else function
-        for t in range(2):
-            set_gradients(params, gradients(params, t))
-            step()
+        train(params, step, seeds=range(2))
         return [params[0].detach(), opt.state[params[0]]["square_avg"], *read]
 
     for got, want in zip(trained(True), trained(False), strict=True):

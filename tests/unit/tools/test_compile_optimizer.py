@@ -34,6 +34,7 @@ from tests.support.training import (
     set_gradients,
     step_with_a_shared_gradient,
     tier,
+    train,
 )
 
 MATRICES = ((3, 4), (5,))
@@ -83,12 +84,6 @@ def said() -> Iterator[list[str]]:
         yield texts
 
 
-def train(params: list[Any], step: Callable[..., Any], seeds: Any = range(4)) -> None:
-    for seed in seeds:
-        set_gradients(params, gradients(params, seed))
-        step()
-
-
 def assert_all_fused(parameters: int = len(MATRICES)) -> None:
     reports = npu_fuse_pass.reports()
     assert reports
@@ -110,7 +105,7 @@ def scheduled(maker: str, scheduler: str, when: str, patch: Callable[[Any], Any]
         if when == "after":
             patch(opt)
         for seed in range(4):
-            train(params, lambda: opt.step(), [seed])
+            train(params, lambda: opt.step(), seeds=[seed])
             made.step(*([1.0] if scheduler == "ReduceLROnPlateau" else []))
     if patch is npu_fuse_pass.compile_optimizer_:
         assert opt.step.__self__ is opt and callable(opt.step.__func__)
@@ -415,11 +410,11 @@ def test_fused_is_switched_off_with_a_word_and_after_every_checkpoint(said: list
     npu_fuse_pass.compile_optimizer_(opt)
     assert sum("compile_optimizer_ has switched it off" in text for text in said) == 1, said
     for o, p in ((opt, params), (stock, others)):
-        train(p, lambda o=o: o.step(), range(2))
+        train(p, lambda o=o: o.step(), seeds=range(2))
     opt.load_state_dict(copy.deepcopy(stock.state_dict()))  # says fused=True
     assert opt.param_groups[0]["fused"]
     for o, p in ((opt, params), (stock, others)):
-        train(p, lambda o=o: o.step(), range(2, 4))
+        train(p, lambda o=o: o.step(), seeds=range(2, 4))
     assert not opt.param_groups[0]["fused"]
     assert_close(params, others, 1e-5)
     assert_all_fused()
@@ -437,7 +432,7 @@ def test_fused_is_switched_off_beside_what_is_no_parameters_state(note: Any) -> 
         o.state["note"] = note  # type: ignore[index]
         if o is opt:
             npu_fuse_pass.compile_optimizer_(opt)
-        train(p, lambda o=o: o.step(), range(2))
+        train(p, lambda o=o: o.step(), seeds=range(2))
     npu_fuse_pass.restore_optimizer_(opt)
     assert opt.state["note"] is note  # type: ignore[index]
     assert_close(params, others, 1e-5)
@@ -468,18 +463,18 @@ def test_copies_are_compiled_as_well(maker: str, how: str, said: list[str], tmp_
     params = parameters(MATRICES)
     opt = npu_fuse_pass.compile_optimizer_(MAKERS[maker](params), dump=tmp_path)
     scheduler = schedulers.StepLR(opt, 1, gamma=0.5)
-    train(params, lambda: opt.step(), range(2))
+    train(params, lambda: opt.step(), seeds=range(2))
     scheduler.step()
     twin = COPIES[how](COPIES[how](opt))
     others = twin.param_groups[0]["params"]
     assert twin.step.__self__ is twin and not any(p is q for p, q in zip(params, others, strict=True))
     npu_fuse_pass.clear_reports()
     dumped = len(list(tmp_path.rglob("*")))
-    train(others, lambda: twin.step(), range(2, 4))
+    train(others, lambda: twin.step(), seeds=range(2, 4))
     assert_all_fused()
     assert len(list(tmp_path.rglob("*"))) > dumped  # with the options of the first
     assert not any(torch.equal(p, q) for p, q in zip(params, others, strict=True))
-    train(params, lambda: opt.step(), range(2, 4))
+    train(params, lambda: opt.step(), seeds=range(2, 4))
     assert_close(others, params, 0)
     npu_fuse_pass.restore_optimizer_(twin)
     assert "step" not in vars(twin) and "step" in vars(opt)
@@ -491,10 +486,10 @@ def test_a_copy_in_a_compiled_function(maker: str) -> None:
     """Its step is in the function's graphs; Dynamo does not follow how it would be compiled by itself."""
     params = parameters(MATRICES)
     twin = copy.deepcopy(npu_fuse_pass.compile_optimizer_(MAKERS[maker](params)))
-    train(twin.param_groups[0]["params"], torch.compile(lambda: twin.step(), backend="npu_fused"), range(2))
+    train(twin.param_groups[0]["params"], torch.compile(lambda: twin.step(), backend="npu_fused"), seeds=range(2))
     assert_fused(npu_fuse_pass.reports()[-1], parameters=len(params))
     opt = MAKERS[maker](params)
-    train(params, lambda: opt.step(), range(2))
+    train(params, lambda: opt.step(), seeds=range(2))
     assert_close(twin.param_groups[0]["params"], params)
 
 

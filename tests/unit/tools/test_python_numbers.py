@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 import npu_fuse_pass
 from npu_fuse_pass.rules import tracing
 from optimizers import NpuFusedSGD
-from tests.support.training import FULL, assert_close, assert_fused, clones, gradients, parameters, set_gradients
+from tests.support.training import FULL, assert_close, assert_fused, clones, gradients, parameters, set_gradients, train
 
 Number = Callable[[float, int], float]
 
@@ -374,9 +374,7 @@ class ByName(torch.optim.Optimizer):
 
 def trained(opt: Any, step: Any, seeds: Any) -> list[Any]:
     params = opt.param_groups[0]["params"]
-    for seed in seeds:
-        set_gradients(params, gradients(params, seed))
-        step()
+    train(params, step, seeds=seeds)
     return [*params, *(value for p in params for value in opt.state[p].values())]
 
 
