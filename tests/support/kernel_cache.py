@@ -7,7 +7,6 @@ import ctypes
 import hashlib
 import pathlib
 import shutil
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +16,7 @@ from npu_fuse_pass.lowerings.cpu import build as cpu_build
 from npu_fuse_pass.lowerings.cpu import compiler as cpu_compiler
 from optimizers import NpuFusedAdam
 from tests.support.cases import BY_NAME
-from tests.support.training import SHAPES, assert_close, assert_fused, compiled, last_report, parameters, train
+from tests.support.training import SHAPES, assert_close, assert_fused, compiled, last_report, parameters, train, warned
 
 GXX = shutil.which("g++") or "g++"
 Path = pathlib.Path
@@ -82,11 +81,9 @@ def train_compiled() -> tuple[Any, list[str]]:
     forget()
     params = parameters()
     oracle, step = BY_NAME["adam"].oracle(params), compiled(NpuFusedAdam(params, lr=0.02, weight_decay=0.05))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        train(params, step, oracle)
+    said = warned(lambda: train(params, step, oracle))
     assert_close(params, oracle.values)
-    return last_report(), [str(w.message) for w in caught if "npu_fused" in str(w.message)]
+    return last_report(), said
 
 
 def fused() -> list[str]:

@@ -150,6 +150,14 @@ def train(
             oracle.step(grads)
 
 
+def warned(call: Callable[[], Any]) -> list[str]:
+    """What this package warns of during a call, whatever was said before."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(w.message) for w in caught if "npu_fused" in str(w.message)]
+
+
 def profiled(call: Callable[[], Any]) -> tuple[list[str], list[str]]:
     """What a call runs: the generated kernels in order, and the aten operations on tensors of several elements."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:

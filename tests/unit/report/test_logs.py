@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +23,7 @@ from npu_fuse_pass import options
 from npu_fuse_pass.errors import GraphRefused
 from npu_fuse_pass.lowerings.cpu import program as cpu
 from npu_fuse_pass.report import causes
-from tests.support.training import gradients, parameters, set_gradients
+from tests.support.training import gradients, parameters, set_gradients, warned
 
 STAGES = ("capture", "group", "match", "lower", "rewrite")
 SCRIPT = """
@@ -208,13 +207,6 @@ def test_another_instance_of_a_class_is_named_as_the_cause() -> None:
 
 
 # Fallbacks ------------------------------------------------------------------------------------------------------------
-
-
-def warned(call: Callable[[], Any]) -> list[str]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        call()
-    return [str(w.message) for w in caught if "npu_fused" in str(w.message)]
 
 
 def test_tensors_that_share_memory_are_said_once_with_a_remedy() -> None:

@@ -39,16 +39,9 @@ from npu_fuse_pass.run.fallbacks import refusal
 from scripts import reasons_table
 from tests.support.graphs import batches_of, traced
 from tests.support.kernel_cache import forget, own_cache
-from tests.support.training import gradients, last_report, parameters, set_gradients
+from tests.support.training import gradients, last_report, parameters, set_gradients, warned
 
 pytestmark = pytest.mark.usefixtures("afresh")
-
-
-def warned(call: Callable[[], Any]) -> list[str]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        call()
-    return [str(w.message) for w in caught if "npu_fused" in str(w.message)]
 
 
 # Values --------------------------------------------------------------------------------------------------------------

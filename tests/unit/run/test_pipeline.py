@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +30,7 @@ from npu_fuse_pass.passes.rewrite import rewrite
 from npu_fuse_pass.passes.specialise import decide
 from npu_fuse_pass.rules.batch import inputs_of
 from tests.support.graphs import batches_of, captured_step, traced
-from tests.support.training import compiled, gradients, last_report, parameters, set_gradients
+from tests.support.training import compiled, gradients, last_report, parameters, set_gradients, warned
 
 SHAPES = [(3, 4), (5,), (3, 4)]
 
@@ -218,10 +217,7 @@ def test_an_internal_error_ends_no_training(stage: str, monkeypatch: pytest.Monk
     for t in range(3):
         for own in (params, others):
             set_gradients(own, gradients(own, t))
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            step()
-        said += [str(w.message) for w in caught if "npu_fused" in str(w.message)]
+        said += warned(step)
         eager.step()
         for p, q in zip(params, others, strict=True):
             torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 
 import npu_fuse_pass
 from npu_fuse_pass.tools import pace
-from tests.support.training import assert_close, assert_fused, clones, gradients, last_report, parameters, set_gradients
+from tests.support.training import assert_close, assert_fused, clones, last_report, parameters, train, warned
 
 SHAPES = ((3, 4), (7,))
 TIMED = pace.FIRST + pace.COMPILED  # steps ahead of the eager ones
@@ -56,13 +55,7 @@ def _clock(compiled: float, eager: float, slow: int = 0) -> Callable[[], float]:
 
 def _train(opt: Any, step: Any, steps: int, *args: Any) -> list[str]:
     """Make steps; returns what is warned of."""
-    params = opt.param_groups[0]["params"]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for seed in range(steps):
-            set_gradients(params, gradients(params, seed))
-            step(*args)
-    return [str(w.message) for w in caught if "npu_fused" in str(w.message)]
+    return warned(lambda: train(opt.param_groups[0]["params"], lambda: step(*args), seeds=range(steps)))
 
 
 @pytest.mark.parametrize(
