@@ -22,7 +22,7 @@ if AVAILABLE and os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") != "0":
 
 
 @pytest.fixture
-def ge_graphs() -> Iterator[Any]:
+def ge() -> Iterator[Any]:
     """A `harness.Recording` of the GE graphs of a test."""
     import harness
     import torch

@@ -64,15 +64,15 @@ def assert_all_fused(graphs: harness.Recording, steps: int = 5) -> None:
 
 
 @pytest.mark.parametrize("row", conversion_cases.STOCK, ids=lambda row: row.name)
-def test_a_stock_optimizer(row: Row, ge_graphs: harness.Recording) -> None:
+def test_a_stock_optimizer(row: Row, ge: harness.Recording) -> None:
     same_numbers(row.make, ADADELTA_NPU if "Adadelta" in row.name else STOCK_NPU)
-    assert_all_fused(ge_graphs)
+    assert_all_fused(ge)
 
 
 @pytest.mark.parametrize("name", conversion_cases.RULES)
-def test_a_rule_that_a_user_wrote(name: str, ge_graphs: harness.Recording) -> None:
+def test_a_rule_that_a_user_wrote(name: str, ge: harness.Recording) -> None:
     same_numbers(conversion_cases.RULES[name], PROMISED)
-    assert_all_fused(ge_graphs)
+    assert_all_fused(ge)
 
 
 # option -> its values; every pair of values of two options occurs in a case
@@ -141,11 +141,11 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
-def test_ours_with_all_options(name: str, case: Mapping[str, int], ge_graphs: harness.Recording) -> None:
+def test_ours_with_all_options(name: str, case: Mapping[str, int], ge: harness.Recording) -> None:
     make, values = OPTIONS[name]
     options = {option: values[option][index] for option, index in case.items()}
     same_numbers(lambda params: make(params, **options), PROMISED)
-    assert_all_fused(ge_graphs)
+    assert_all_fused(ge)
 
 
 def test_the_pairs_of_options_are_all_there() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import harness
@@ -30,10 +30,7 @@ CASES: dict[str, tuple[Callable[[Parameters], Any], Cost, Cost]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def forget() -> Iterator[None]:
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("afresh")
 
 
 def decay(value: float, group: int = 0) -> Callable[[Any, Parameters], None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import harness
@@ -23,14 +23,6 @@ from tests.support.cases import BY_NAME
 
 ADAM, ADAMW, AMSGRAD, MOMENTUM = "AdamApplyOneAssign", "ApplyAdamW", "ApplyAdamWithAmsgradV2", "FusedMulApplyMomentum"
 SHAPES = [(4, 5), (3,), (2, 1, 6), (3,)]
-
-
-@pytest.fixture
-def ge() -> Iterator[harness.Recording]:
-    npu_fuse_pass.clear_reports()
-    with harness.record() as recording:
-        yield recording
-    torch._dynamo.reset()
 
 
 # torch's optimizers: what they become in mode "auto" and in mode "dedicated", with the GE operations per parameter.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import harness
@@ -21,11 +21,7 @@ from npu_fuse_pass.match.result import NoMatch
 from optimizers.paddle import RMSProp
 from tests.support.graphs import fused
 
-
-@pytest.fixture(autouse=True)
-def forget() -> Iterator[None]:
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("afresh")
 
 
 # Every row of the table: what is computed from two tensors of a member and a number -----------------------------------

@@ -56,21 +56,21 @@ def muon_steps(muon: Any, steps: int = 5) -> None:
             assert_close(ours.state[p]["momentum_buffer"], theirs.state[q]["momentum_buffer"], 1e-6)
 
 
-def test_muon_is_one_graph_with_its_matrix_products(muon: Any, ge_graphs: harness.Recording) -> None:
+def test_muon_is_one_graph_with_its_matrix_products(muon: Any, ge: harness.Recording) -> None:
     muon_steps(muon)
-    assert sum(g.runs for g in ge_graphs) == 5
+    assert sum(g.runs for g in ge) == 5
     for report in npu_fuse_pass.reports():
         assert report.fallback is None and {g.lowering for g in report.groups} == {"npu"}
         assert {u.op for u in report.unfused} == {"T", "matmul", "addmm"}
         assert sum(g.updates for g in report.groups if g.writes == "leaves") == 2 * 3
-    for graph in ge_graphs:
+    for graph in ge:
         assert graph.counts()["MatMul"] == 5 * 3
         assert set(graph.counts()) <= {*elementwise.DOCUMENTS, *BETWEEN}
 
 
 @pytest.mark.parametrize("muon", ["float"], indirect=True)
 def test_an_error_in_muons_products_is_noticed(
-    muon: Any, ge_graphs: harness.Recording, monkeypatch: pytest.MonkeyPatch
+    muon: Any, ge: harness.Recording, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     true = kernels.KERNELS["MatMulV2"]
     monkeypatch.setitem(kernels.KERNELS, "MatMulV2", lambda node: [1.05 * true(node)[0]])
@@ -80,25 +80,25 @@ def test_an_error_in_muons_products_is_noticed(
 
 @pytest.mark.parametrize("muon", ["bfloat16"], indirect=True)
 @pytest.mark.parametrize("leaf", ["load", "compile", "run", "write"])
-def test_muons_original_runs_where_ge_refuses(leaf: str, muon: Any, ge_graphs: harness.Recording) -> None:
-    ge_graphs.failing[leaf] = RuntimeError("EZ9999: no")
+def test_muons_original_runs_where_ge_refuses(leaf: str, muon: Any, ge: harness.Recording) -> None:
+    ge.failing[leaf] = RuntimeError("EZ9999: no")
     with pytest.warns(UserWarning, match="EZ9999: no"):
         muon_steps(muon, 3)
     assert all("EZ9999: no" in str(report.fallback) for report in npu_fuse_pass.reports())
 
 
 @pytest.mark.parametrize("muon", ["bfloat16"], indirect=True)
-def test_muons_other_tensors_run_the_original(muon: Any, ge_graphs: harness.Recording) -> None:
+def test_muons_other_tensors_run_the_original(muon: Any, ge: harness.Recording) -> None:
     """The graph takes contiguous tensors that share no memory; other ones are updated all the same."""
     for optimizer in muon[:2]:
         first = optimizer.param_groups[0]["params"][0]
         first.data = first.data.t().contiguous().t()
     with pytest.warns(UserWarning, match="not contiguous"):
         muon_steps(muon, 3)
-    assert not any(g.runs for g in ge_graphs)
+    assert not any(g.runs for g in ge)
 
 
-def test_what_is_written_through_a_view_is_part_of_the_graph(ge_graphs: harness.Recording) -> None:
+def test_what_is_written_through_a_view_is_part_of_the_graph(ge: harness.Recording) -> None:
     """Beside enough that is fused: a row of a product, and a view that is read again."""
 
     def step(p: Any, q: Any, m: Any, g: Any) -> None:
@@ -121,4 +121,4 @@ def test_what_is_written_through_a_view_is_part_of_the_graph(ge_graphs: harness.
     for a, b in zip(got, want, strict=True):
         assert_close(a, b, 1e-6)
     (report,) = npu_fuse_pass.reports()
-    assert report.fallback is None and report.groups and sum(g.runs for g in ge_graphs) == 3
+    assert report.fallback is None and report.groups and sum(g.runs for g in ge) == 3

@@ -33,7 +33,7 @@ STOCK: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 
 @pytest.mark.parametrize("name", STOCK)
-def test_a_compiled_stock_optimizer(name: str, ge_graphs: harness.Recording) -> None:
+def test_a_compiled_stock_optimizer(name: str, ge: harness.Recording) -> None:
     shapes = [(4, 5), (3,), (2, 1, 6)]
     both = []
     for _ in range(2):
@@ -46,12 +46,12 @@ def test_a_compiled_stock_optimizer(name: str, ge_graphs: harness.Recording) -> 
             set_gradients(params, k)
         step()
         eager.step()
-    assert sum(g.runs for g in ge_graphs.graphs) == 4
+    assert sum(g.runs for g in ge.graphs) == 4
     for p, q in zip(*both, strict=True):
         assert_close(p, q, 2e-6)  # compiled, stock Adam is capturable: another order of its bias corrections
 
 
-def test_compiled_end_to_end(ge_graphs: harness.Recording) -> None:
+def test_compiled_end_to_end(ge: harness.Recording) -> None:
     ours, eager = twins(BY_NAME["lamb"])
     step = torch.compile(ours.step, backend=npu_fused, options={"platform": "npu", "strict": True})
     for k in range(3):
@@ -59,7 +59,7 @@ def test_compiled_end_to_end(ge_graphs: harness.Recording) -> None:
             set_gradients(optimizer.param_groups[0]["params"], k)
         step()
         eager.step()
-    assert [g.runs for g in ge_graphs.graphs] == [3]
+    assert [g.runs for g in ge.graphs] == [3]
     found = report.reports()[-1].groups[0]
     assert (found.lowering, found.updates) == ("npu", len(SHAPES))
     assert_same(ours, eager, 1e-6)
@@ -67,7 +67,7 @@ def test_compiled_end_to_end(ge_graphs: harness.Recording) -> None:
 
 @pytest.mark.parametrize("name", ["lamb", "adam"])
 def test_a_torch_that_lacks_a_private_name_runs_the_original(
-    name: str, ge_graphs: harness.Recording, monkeypatch: pytest.MonkeyPatch
+    name: str, ge: harness.Recording, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def find(*names: str) -> Any:
         return None if names == ("torch.utils._mode_utils.no_dispatch",) else found(*names)
@@ -83,7 +83,7 @@ def test_a_torch_that_lacks_a_private_name_runs_the_original(
             call()
     (reason,) = report.reports()[-1].reasons
     assert reason.code is Code.TORCH and any("no_dispatch: torch" in str(w.message) for w in caught)
-    assert not ge_graphs.graphs
+    assert not ge.graphs
     assert_same(ours, eager, 1e-6)
 
 
@@ -98,7 +98,7 @@ def test_lists_are_copied_one_by_one_where_torch_lacks_a_call_for_them(monkeypat
 @pytest.mark.parametrize(
     "shared", ["parameters", "gradient", "from the second step on", "number", "number, from the second step on"]
 )
-def test_shared_memory_runs_the_original(shared: str, foreach: bool, ge_graphs: harness.Recording) -> None:
+def test_shared_memory_runs_the_original(shared: str, foreach: bool, ge: harness.Recording) -> None:
     """One update after the other sees what the one before it wrote; the GE graph reads everything first."""
     both = []
     for _ in range(2):
@@ -152,7 +152,7 @@ def test_without_torch_npu_the_error_names_what_to_install(monkeypatch: pytest.M
         require()
 
 
-def test_new_tensors_that_follow_from_none(ge_graphs: harness.Recording) -> None:
+def test_new_tensors_that_follow_from_none(ge: harness.Recording) -> None:
     """What a function makes of numbers alone, of sizes that no other tensor has to have."""
     both = [BY_NAME["adam"].build(parameters()) for _ in range(2)]
 
@@ -170,4 +170,4 @@ def test_new_tensors_that_follow_from_none(ge_graphs: harness.Recording) -> None
         for got, wanted in zip(ours(), with_made(both[1])(), strict=True):
             assert (got.dtype, got.stride()) == (wanted.dtype, wanted.stride()) and torch.equal(got, wanted)
     assert_same(*both, 1e-6)
-    assert [g.runs for g in ge_graphs.graphs] == [2]
+    assert [g.runs for g in ge.graphs] == [2]

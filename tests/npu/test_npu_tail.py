@@ -32,30 +32,30 @@ def tail_of(opt: Any, averages: list[torch.Tensor], scale: torch.Tensor | None) 
 
 
 @pytest.mark.parametrize("name", ["adam", "sgd_momentum", "lamb", "rmsprop_tf_centered"])
-def test_one_graph(name: str, ge_graphs: harness.Recording) -> None:
+def test_one_graph(name: str, ge: harness.Recording) -> None:
     run(name, None, dict(OPTIONS, strict=True), fullgraph=True)
-    assert [g.runs for g in ge_graphs.graphs] == [4]
+    assert [g.runs for g in ge.graphs] == [4]
     [report] = npu_fuse_pass.reports()
     assert report.fallback is None and not report.unfused
     assert {g.lowering for g in report.groups} == {"npu"}
 
 
-def test_unscaling_runs_as_it_is(ge_graphs: harness.Recording) -> None:
+def test_unscaling_runs_as_it_is(ge: harness.Recording) -> None:
     """Step counters advance on the host: they cannot depend on a gradient that is not finite."""
     with pytest.warns(UserWarning, match="0-dim state is computed from a tensor"):
         run("adam", torch.tensor(0.5), OPTIONS, fullgraph=True)
-    assert not ge_graphs.graphs
+    assert not ge.graphs
     assert "0-dim state is computed from a tensor" in (npu_fuse_pass.reports()[-1].fallback or "")
 
 
-def test_a_norm_of_clipped_gradients_runs_as_it_is(ge_graphs: harness.Recording) -> None:
+def test_a_norm_of_clipped_gradients_runs_as_it_is(ge: harness.Recording) -> None:
     with pytest.warns(UserWarning, match="a total depends on another total"):
         run("lamb_global", None, OPTIONS, fullgraph=True)
-    assert not ge_graphs.graphs
+    assert not ge.graphs
 
 
 @pytest.mark.parametrize("op", REASONS)
-def test_what_no_vector_unit_has_runs_as_it_is(op: str, ge_graphs: harness.Recording) -> None:
+def test_what_no_vector_unit_has_runs_as_it_is(op: str, ge: harness.Recording) -> None:
     """GE operations have none of what generated kernels refuse."""
     params = [torch.nn.Parameter(torch.full((5,), 1.25)) for _ in range(2)]
     function, two = getattr(torch, op), op in ("atan2", "fmod", "hypot")
@@ -67,7 +67,7 @@ def test_what_no_vector_unit_has_runs_as_it_is(op: str, ge_graphs: harness.Recor
 
     with pytest.warns(UserWarning, match=f"{op}: has no GE operation"):
         torch.compile(step, backend=npu_fused, options=OPTIONS)()
-    assert not ge_graphs.graphs
+    assert not ge.graphs
 
 
 def run(name: str, scale: torch.Tensor | None, options: dict[str, Any], fullgraph: bool) -> None:

@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import io
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -39,10 +39,7 @@ SHAPES = [(4, 5), (3,), (2, 2), (3,)]
 NPU = torch.device("privateuseone:0")  # "npu" has that name where torch_npu is imported
 
 
-@pytest.fixture(autouse=True)
-def forget() -> Iterator[None]:
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("afresh")
 
 
 class Transfers:

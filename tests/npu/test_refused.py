@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import harness
@@ -26,14 +26,6 @@ from tests.support.cases import BY_NAME
 TORCH_NPU = importlib.metadata.version("torch_npu")
 LEAVES = ["load", "compile", "run", "write"]
 GE_SAYS = "EZ9999: Inner Error! op ApplyX\n  TraceBack: tiling failed"
-
-
-@pytest.fixture
-def ge() -> Iterator[harness.Recording]:
-    npu_fuse_pass.clear_reports()
-    with harness.record() as recording:
-        yield recording
-    torch._dynamo.reset()
 
 
 def fails() -> RuntimeError:

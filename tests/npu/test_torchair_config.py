@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 import harness
@@ -16,13 +15,6 @@ import npu_fuse_pass
 from npu_fuse_pass import errors
 from npu_fuse_pass.lowerings.npu.environment import require
 from tests.support.cases import BY_NAME
-
-
-@pytest.fixture
-def ge() -> Iterator[harness.Recording]:
-    with harness.record() as recording:
-        yield recording
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("name", STEPS)
