@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,14 @@ from tests.support.graphs import captured_step, step_with
 SHAPES = [(4, 5), (3,), (1,), (2, 1, 6), (0, 3), (3,), (2, 3, 2, 2)]
 
 
-def parameters(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
+def parameters(
+    dtype: torch.dtype = torch.float32, shapes: Sequence[tuple[int, ...]] = SHAPES
+) -> list[torch.nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
-    params[-1].data = params[-1].data.contiguous(memory_format=torch.channels_last)
+    params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+    for p in params:
+        if p.ndim == 4:
+            p.data = p.data.contiguous(memory_format=torch.channels_last)
     return params
 
 
@@ -29,6 +33,17 @@ def set_gradients(params: Sequence[Tensor], seed: int, missing: Sequence[int] = 
     for i, p in enumerate(params):
         grad = torch.randn(p.shape, generator=generator).to(p.dtype)
         p.grad = None if i in missing else grad
+
+
+def step_both(
+    ours: Any, eager: Any, step: Callable[[], Any], count: int, eager_step: Callable[[], Any] | None = None
+) -> None:
+    """Steps of two optimizers on the same gradients: of the first by `step`, of the second by its own or the last."""
+    for k in range(count):
+        for optimizer in (ours, eager):
+            set_gradients(optimizer.param_groups[0]["params"], k)
+        step()
+        (eager_step or eager.step)()
 
 
 class OnNpu:

@@ -10,7 +10,7 @@ import harness
 import kernels as ge_kernels
 import pytest
 import torch
-from steps import OnNpu, assert_close, assert_same, parameters, set_gradients, twins
+from steps import OnNpu, assert_close, assert_same, parameters, set_gradients, step_both, twins
 
 import npu_fuse_pass
 from npu_fuse_pass.backend import npu_fused
@@ -49,18 +49,11 @@ def test_stock_optimizers(name: str, foreach: bool, kernels_option: str, ge: har
     make, options, *expected = STOCK[name]
     if name == "sgd_dampening" and not foreach and older_than((2, 12)):
         pytest.skip("there Dynamo multiplies the gradient ahead of add(alpha=...), which rounds once more")
-    both = []
-    for _ in range(2):
-        generator = torch.Generator().manual_seed(0)
-        both.append([torch.nn.Parameter(torch.randn(s, generator=generator)) for s in SHAPES])
+    both = [parameters(shapes=SHAPES) for _ in range(2)]
     ours, eager = (make(params, lr=0.02, foreach=foreach, **options) for params in both)
     chosen = {"platform": "npu", "strict": True, "kernels": kernels_option}
     step = torch.compile(ours.step, backend=npu_fused, options=chosen)
-    for k in range(4):
-        for params in both:
-            set_gradients(params, k)
-        step()
-        eager.step()
+    step_both(ours, eager, step, 4)
     last = ge.graphs[-1].counts()
     counts = expected[kernels_option == "dedicated"]
     [row] = npu_fuse_pass.reports()[-1].groups
@@ -345,11 +338,7 @@ def test_running_eagerly_inside_torchair(ge: harness.Recording) -> None:
         ours, eager = twins(BY_NAME[name])
         options = {"platform": "npu", "strict": True, "torchair_config": config}
         step = torch.compile(ours.step, backend=npu_fused, options=options)
-        for k in range(2):
-            for optimizer in (ours, eager):
-                set_gradients(optimizer.param_groups[0]["params"], k)
-            step()
-            eager.step()
+        step_both(ours, eager, step, 2)
         assert_same(ours, eager, 1e-6)
     assert not ge.graphs
 

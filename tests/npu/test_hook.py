@@ -8,7 +8,7 @@ from typing import Any
 import harness
 import pytest
 import torch
-from steps import assert_close, set_gradients
+from steps import assert_close, parameters, step_both
 from torch import fx
 
 import npu_fuse_pass
@@ -37,18 +37,11 @@ def test_torchair_converts_the_rewritten_graph(name: str) -> None:
     config = torchair.CompilerConfig()
     config.post_grad_custom_pre_pass = npu_fuse_pass.fuse_pass
     config.post_grad_custom_post_pass = look
-    both = []
-    for _ in range(2):
-        generator = torch.Generator().manual_seed(0)
-        both.append([torch.nn.Parameter(torch.randn(s, generator=generator)) for s in [(4, 5), (3,), (2, 1, 6)]])
+    both = [parameters(shapes=[(4, 5), (3,), (2, 1, 6)]) for _ in range(2)]
     ours, eager = (STOCK[name](p) for p in both)
     with harness.record() as graphs:
         step = torch.compile(ours.step, backend=torchair.get_npu_backend(compiler_config=config))
-        for k in range(4):
-            for params in both:
-                set_gradients(params, k)
-            step()
-            eager.step()
+        step_both(ours, eager, step, 4)
     assert seen and set(seen) == {1}
     assert sum(g.runs for g in graphs.graphs) == 4
     for report in npu_fuse_pass.reports():

@@ -8,7 +8,7 @@ from typing import Any
 import harness
 import pytest
 import torch
-from steps import assert_same, set_gradients, twins
+from steps import assert_same, step_both, twins
 
 import npu_fuse_pass
 from npu_fuse_pass import pipeline
@@ -28,11 +28,7 @@ def test_an_internal_error_ends_no_training(stage: str, monkeypatch: pytest.Monk
     step = torch.compile(opt.step, backend=npu_fuse_pass.npu_fused, options=options)
     with harness.record() as graphs, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for seed in range(3):
-            for own in (opt, other):
-                set_gradients(own.param_groups[0]["params"], seed)
-            step()
-            other.step()
+        step_both(opt, other, step, 3)
     assert_same(opt, other, 0.0)
     assert not len(graphs)
     (report,) = npu_fuse_pass.reports()

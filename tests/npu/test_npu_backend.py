@@ -11,7 +11,7 @@ from typing import Any
 import harness
 import pytest
 import torch
-from steps import SHAPES, assert_close, assert_same, captured_step, parameters, set_gradients, twins
+from steps import SHAPES, assert_close, assert_same, captured_step, parameters, set_gradients, step_both, twins
 
 from npu_fuse_pass import errors, private_torch
 from npu_fuse_pass.backend import npu_fused
@@ -34,18 +34,10 @@ STOCK: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 @pytest.mark.parametrize("name", STOCK)
 def test_a_compiled_stock_optimizer(name: str, ge: harness.Recording) -> None:
-    shapes = [(4, 5), (3,), (2, 1, 6)]
-    both = []
-    for _ in range(2):
-        generator = torch.Generator().manual_seed(0)
-        both.append([torch.nn.Parameter(torch.randn(s, generator=generator)) for s in shapes])
+    both = [parameters(shapes=[(4, 5), (3,), (2, 1, 6)]) for _ in range(2)]
     ours, eager = (STOCK[name](p) for p in both)
     step = torch.compile(ours.step, backend=npu_fused, options={"platform": "npu", "strict": True})
-    for k in range(4):
-        for params in both:
-            set_gradients(params, k)
-        step()
-        eager.step()
+    step_both(ours, eager, step, 4)
     assert sum(g.runs for g in ge.graphs) == 4
     for p, q in zip(*both, strict=True):
         assert_close(p, q, 2e-6)  # compiled, stock Adam is capturable: another order of its bias corrections
@@ -54,11 +46,7 @@ def test_a_compiled_stock_optimizer(name: str, ge: harness.Recording) -> None:
 def test_compiled_end_to_end(ge: harness.Recording) -> None:
     ours, eager = twins(BY_NAME["lamb"])
     step = torch.compile(ours.step, backend=npu_fused, options={"platform": "npu", "strict": True})
-    for k in range(3):
-        for optimizer in (ours, eager):
-            set_gradients(optimizer.param_groups[0]["params"], k)
-        step()
-        eager.step()
+    step_both(ours, eager, step, 3)
     assert [g.runs for g in ge.graphs] == [3]
     found = report.reports()[-1].groups[0]
     assert (found.lowering, found.updates) == ("npu", len(SHAPES))

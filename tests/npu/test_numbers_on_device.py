@@ -20,7 +20,7 @@ import interpreter
 import numpy as np
 import pytest
 import torch
-from steps import OnNpu, assert_close, assert_same, captured_step, set_gradients, twins
+from steps import OnNpu, assert_close, assert_same, captured_step, parameters, set_gradients, twins
 from torch import Tensor
 
 import npu_fuse_pass
@@ -95,14 +95,10 @@ class Twins:
     """An optimizer whose steps are compiled, and an eager one."""
 
     def __init__(self, make: Callable[[Any], torch.optim.Optimizer] = asgd, shapes: Any = SHAPES) -> None:
-        self.params, self.wanted = self._parameters(shapes), self._parameters(shapes)
+        self.params, self.wanted = parameters(shapes=shapes), parameters(shapes=shapes)
         self.ours, self.eager = make(self.params), make(self.wanted)
         self.step = torch.compile(self.ours.step, backend=npu_fused, options={"platform": "npu"})
         self._steps, self.tolerance = 0, 1e-6
-
-    def _parameters(self, shapes: Any) -> list[torch.nn.Parameter]:
-        generator = torch.Generator().manual_seed(0)
-        return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
 
     def gradients(self) -> None:
         self._steps += 1

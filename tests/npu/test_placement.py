@@ -12,7 +12,7 @@ import placement
 import pytest
 import torch
 from placement import Memory, Placed
-from steps import assert_close, set_gradients
+from steps import assert_close, parameters, set_gradients
 from torch import Tensor
 
 import npu_fuse_pass
@@ -27,16 +27,11 @@ CASES: dict[str, Make] = {**OURS, **STOCK, **{f"rule {name}": make for name, mak
 Tensors = dict[str, Tensor]
 
 
-def parameters(shapes: Sequence[tuple[int, ...]]) -> list[torch.nn.Parameter]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
-
-
 class Ran:
     """One optimizer after two steps, the second one compiled for NPUs; its eager twin says what had to happen."""
 
     def __init__(self, make: Make, shapes: Sequence[tuple[int, ...]] = SHAPES) -> None:
-        self.params, eager = parameters(shapes), parameters(shapes)
+        self.params, eager = parameters(shapes=shapes), parameters(shapes=shapes)
         self.optimizer, other = make(self.params), make(eager)
         for k, step in enumerate((self.optimizer.step, self._compiled)):
             for params in (self.params, eager):

@@ -14,7 +14,7 @@ from typing import Any
 import harness
 import pytest
 import torch
-from steps import SHAPES, assert_close, assert_same, parameters, set_gradients, twins
+from steps import SHAPES, assert_close, assert_same, parameters, set_gradients, step_both, twins
 
 import npu_fuse_pass
 from npu_fuse_pass import errors
@@ -74,11 +74,7 @@ def test_training_continues_with_the_original(name: str, leaf: str, ge: harness.
     ge.failing[leaf] = fails()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for k in range(4):
-            for optimizer in (ours, eager):
-                set_gradients(optimizer.param_groups[0]["params"], k)
-            step()
-            eager_step()
+        step_both(ours, eager, step, 4, eager_step)
     assert_same(ours, eager, 2e-6)  # compiled, stock Adam is capturable: another order of its bias corrections
     ours_say = [str(w.message) for w in caught if "npu_fused" in str(w.message)]
     refused = [r for r in npu_fuse_pass.reports() if r.groups]
@@ -110,11 +106,7 @@ def test_the_elementwise_form_is_tried_first(name: str, leaf: str, ge: harness.R
     ge.failing[leaf], ge.only = fails(), frozenset({"AdamApplyOneAssign"})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for k in range(3):
-            for optimizer in (ours, eager):
-                set_gradients(optimizer.param_groups[0]["params"], k)
-            step()
-            eager_step()
+        step_both(ours, eager, step, 3, eager_step)
     assert_same(ours, eager, 2e-6)
     tried = [r for r in npu_fuse_pass.reports() if r.groups]
     says = [str(w.message) for w in caught if "npu_fused" in str(w.message)]

@@ -8,7 +8,7 @@ from typing import Any
 import harness
 import pytest
 import torch
-from steps import assert_same, parameters, set_gradients, twins
+from steps import assert_same, parameters, set_gradients, step_both, twins
 from test_refused import STEPS, compiled
 
 import npu_fuse_pass
@@ -81,10 +81,6 @@ def test_running_eagerly_inside_torchair(ge: harness.Recording) -> None:
     config.debug.run_eagerly = True
     ours, eager = twins(BY_NAME["lamb"])
     step = compiled(ours.step, torchair_config=config, strict=True)
-    for k in range(2):
-        for optimizer in (ours, eager):
-            set_gradients(optimizer.param_groups[0]["params"], k)
-        step()
-        eager.step()
+    step_both(ours, eager, step, 2)
     assert_same(ours, eager, 1e-6)
     assert not ge.graphs
