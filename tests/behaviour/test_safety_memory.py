@@ -119,20 +119,6 @@ def test_the_same_parameter_twice(maker: str) -> None:
     run_both(maker, make, random_gradients)
 
 
-@pytest.mark.filterwarnings("ignore:.*duplicate parameters")
-def test_the_same_parameter_twice_in_a_rule() -> None:
-    """Eagerly it is updated twice: compiled as well, or the constructor refuses."""
-    p, q = (Parameter(numbers(3, 4)) for _ in range(2))
-    try:
-        opt, eager = (optimizers.NpuFusedSGD([x, x], lr=0.1) for x in (p, q))
-    except ValueError:
-        return
-    p.grad, q.grad = (numbers(3, 4, seed=1) for _ in range(2))
-    compiled(opt, fullgraph=False)()
-    eager.step()
-    torch.testing.assert_close(p, q)
-
-
 # Gradients -----------------------------------------------------------------------------------------------------------
 
 
