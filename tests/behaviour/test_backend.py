@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import random
 from typing import Any
@@ -14,7 +13,7 @@ from torch.optim.lr_scheduler import OneCycleLR, StepLR
 
 import npu_fuse_pass
 from npu_fuse_pass import npu_fused
-from optimizers import NpuFusedAdam, NpuFusedAdamW
+from optimizers import NpuFusedAdam
 from tests.support.cases import BY_NAME, CASES, ONE_EACH, Case, over
 from tests.support.training import (
     Step,
@@ -170,31 +169,3 @@ def test_other_backends(case: Case, backend: str) -> None:
     step()
     oracle.step(grads)
     assert_close(params, oracle.values)
-
-
-def test_step_inside_a_compiled_function() -> None:
-    """A compiled function around backward and step: the step is fused there too."""
-    model = torch.nn.Linear(4, 3)
-    other = copy.deepcopy(model)
-    opt, stock = NpuFusedAdamW(model.parameters()), torch.optim.AdamW(other.parameters())
-    x = torch.randn(8, 4)
-
-    def iteration(module: Any, optimizer: Any) -> None:
-        module(x).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    npu_fuse_pass.clear_reports()
-    with contextlib.suppress(UserWarning):
-        train_step = torch.compile(iteration, backend=only_steps)
-        for _ in range(4):
-            train_step(model, opt)
-            iteration(other, stock)
-    assert_close(list(model.parameters()), list(other.parameters()), 1e-5)
-    assert_fused(last_report(), parameters=2)
-
-
-def only_steps(gm: Any, example_inputs: Any) -> Any:
-    """The backend under test for optimizer steps; a model's own graphs run as they are."""
-    steps = [n for n in gm.graph.nodes if "npu_fused.rule_" in str(n.target)]
-    return npu_fused(gm, example_inputs) if steps else gm.forward

@@ -81,29 +81,6 @@ def test_functions_run_unchanged(function: Callable[..., Any], grad: bool) -> No
         torch.testing.assert_close(y.grad, b.grad)
 
 
-def test_a_whole_training_step_in_one_function() -> None:
-    """Forward, backward and step under one torch.compile: whatever the graphs are, the loss is eager's."""
-    losses = []
-    for backend in ("npu_fused", "eager"):
-        torch._dynamo.reset()
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
-        opt = torch.optim.AdamW(model.parameters(), lr=0.05)
-        x, y = torch.randn(16, 4), torch.randn(16, 1)
-
-        def train(model: Any = model, opt: Any = opt, x: Any = x, y: Any = y) -> Tensor:
-            opt.zero_grad()
-            loss = ((model(x) - y) ** 2).mean()
-            loss.backward()
-            opt.step()
-            return loss.detach()
-
-        step = torch.compile(train, backend=backend)
-        losses.append([float(step()) for _ in range(5)])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert losses[0][-1] < losses[0][0]
-
-
 # Autograd ------------------------------------------------------------------------------------------------------------
 
 
