@@ -13,7 +13,17 @@ from torch import Tensor
 import npu_fuse_pass
 from npu_fuse_pass import ones, rule, total
 from tests.support.rules import same_compiled
-from tests.support.training import assert_close, at_once, compiled, gradients, last_report, parameters, set_gradients
+from tests.support.training import (
+    assert_close,
+    at_once,
+    compiled,
+    gradients,
+    last_report,
+    parameters,
+    set_gradients,
+    train,
+)
+from tests.support.unchanged import Unchanged
 
 SHAPED: dict[str, Callable[..., Any]] = {
     "numel": lambda param, grad, m, *, lr: (param - lr * grad / param.numel(), m),
@@ -109,18 +119,20 @@ def test_tensor_constants(what: str, dtype: torch.dtype) -> None:
 @pytest.mark.filterwarnings("ignore:npu_fused")
 def test_an_operation_that_cannot_fuse_is_reported() -> None:
     """Right, and said: the report names the operation; strict=True raises it."""
-    made = rule(defaults={"lr": 0.1})(
-        lambda param, grad, *, lr: param - lr * torch.cumsum(grad.flatten(), 0).view_as(grad)
+    made = rule(states={"m": ones}, defaults={"lr": 0.1})(
+        lambda param, grad, m, *, lr: (param - lr * torch.cumsum(grad.flatten(), 0).view_as(grad), m)
     )
     same_compiled(made, fused=False)
     report = last_report()
     assert any("cumsum" in u.op and u.text for u in report.unfused)
     params = parameters()
-    set_gradients(params, gradients(params, 0))
-    before = [p.detach().clone() for p in params]
-    with pytest.raises(Exception, match="not everything was fused"):
-        compiled(made(params), strict=True)()
-    assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
+    opt = made(params)
+    train(params, opt.step)
+    unchanged = Unchanged(opt)
+    with pytest.raises(Exception, match=r"strict=True and not everything was fused:\s+view, cumsum"):
+        compiled(opt, strict=True)()
+    unchanged()
+    assert issubclass(npu_fuse_pass.UnfusedError, RuntimeError)
 
 
 def test_totals_and_written_gradients() -> None:
