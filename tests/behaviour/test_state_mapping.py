@@ -27,6 +27,7 @@ from tests.support.training import (
     parameters,
     set_gradients,
     tier,
+    train,
 )
 from tests.support.unchanged import Unchanged
 
@@ -311,8 +312,8 @@ def test_what_no_step_can_go_on_from_is_refused(mode: str, name: str, value: Any
     params = parameters([(3, 4), (5,)])
     opt = NpuFusedAdam(params)
     step = Step(opt, mode)
-    one_step(opt, params, 0, step)
-    set_gradients(params, gradients(params, 1))
+    train(params, step)
+    set_gradients(params, gradients(params, 4))
     unchanged, right = Unchanged(opt), opt.state[params[0]][name].clone()
     opt.state[params[0]][name] = value
     with pytest.raises(ValueError, match=message):
