@@ -171,9 +171,9 @@ def test_integers(case: Case, mode: str) -> None:
 @pytest.mark.parametrize("kind", WRONG_GRADIENTS)
 @pytest.mark.parametrize("first", [False, True], ids=["later", "first step"])
 def test_wrong_gradients(case: Case, mode: str, kind: str, first: bool) -> None:
-    """Of one parameter in the middle; the others are not updated either, and the next step is as if nothing was."""
+    """Of one parameter in the second group; none is updated, and the next step is as if nothing was."""
     params = parameters([(3, 4), (4, 2), (5,)])
-    oracle, opt = case.oracle(params), case.build(params)
+    oracle, opt = case.oracle(params), case.build([{"params": params[:1]}, {"params": params[1:]}])
     step = Step(opt, mode)
     if not first:
         train(params, step, oracle)
