@@ -170,29 +170,6 @@ def test_mixed_dtypes_are_one_group_each(case):
     assert len({p.dtype for p in params}) == 4
 
 
-@over(ONE_EACH)
-def test_groups_with_other_constants_are_one_kernel(case):
-    """Three parameter groups, each with its own rate and decay: one kernel, the values of three optimizers."""
-    name = "learning_rate" if "learning_rate" in case.options else "lr"
-    own = [{name: 0.5 * (k + 1), "weight_decay": 0.01 * k} for k in range(3)]
-    params = parameters([(3, 4), (500,), (7, 7)])
-    others = clones(params)
-    step = compiled(case.build([{"params": [p], **o} for p, o in zip(params, own, strict=True)]))
-    twins = [case.build([{"params": [q], **o}]) for q, o in zip(others, own, strict=True)]
-    for seed in range(3):
-        grads = gradients(params, seed)
-        set_gradients(params, grads)
-        set_gradients(others, grads)
-        step()
-        if seed == 0:
-            (group,) = last_report().groups
-            assert (group.updates, group.launches) == (3, 1)
-        for twin in twins:
-            twin.step()
-    for p, q in zip(params, others, strict=True):
-        torch.testing.assert_close(p, q, rtol=2e-6, atol=2e-6)
-
-
 @over(CASES)
 def test_special_values_are_where_eager_has_them(case):
     """NaN, infinities, zeros of both signs and the smallest and largest numbers in gradients and parameters."""
