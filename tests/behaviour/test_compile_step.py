@@ -117,14 +117,6 @@ def test_what_never_reaches_a_backend_is_an_error_at_the_second_step(name: str) 
         torch.testing.assert_close(p, q)
 
 
-def test_an_unknown_optimizer_that_never_reaches_the_backend() -> None:
-    params = parameters(MATRICES)
-    step = npu_fuse_pass.compile_step(Unseen(params))
-    train(params, step, seeds=range(1))
-    with pytest.raises(npu_fuse_pass.NotCapturedError, match=r"Unseen.*Dynamo"):
-        train(params, step, seeds=range(1))
-
-
 def test_steps_without_gradients_are_no_error() -> None:
     params = parameters(MATRICES)
     step = npu_fuse_pass.compile_step(torch.optim.SGD(params, lr=0.1))
