@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import npu_fuse_pass
@@ -179,21 +178,6 @@ def test_an_error_of_the_step_itself_is_passed_on() -> None:
     params[0].grad = torch.ones(3, 4).to_sparse()
     with pytest.raises(npu_fuse_pass.GradientError, match="sparse"):
         step()
-
-
-def test_a_closure_is_passed_on() -> None:
-    params = parameters(MATRICES)
-
-    def closure() -> Tensor:
-        for p in params:
-            p.grad = None
-        loss = torch.stack([(p * p).sum() for p in params]).sum()
-        loss.backward()
-        return loss
-
-    step = npu_fuse_pass.compile_step(torch.optim.SGD(params, lr=0.1))
-    losses = [float(step(closure)) for _ in range(4)]
-    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
 
 
 # explain --------------------------------------------------------------------------------------------------------------
