@@ -15,13 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import npu_fuse_pass
 import optimizers
 from npu_fuse_pass import options
-from npu_fuse_pass.errors import GraphRefused
-from npu_fuse_pass.lowerings.cpu import program as cpu
 from npu_fuse_pass.report import causes
 from tests.support.training import gradients, parameters, set_gradients, warned
 
@@ -216,28 +213,6 @@ def test_tensors_that_share_memory_are_said_once_with_a_remedy() -> None:
     step = npu_fuse_pass.compile_step(OURS(params))
     (said,) = warned(lambda: [step() for _ in range(3)])
     assert "share memory" in said and "What to do: give every parameter" in said
-
-
-def test_a_graph_that_falls_back_is_said_once_with_its_reason() -> None:
-    def step(p: Tensor, g: Tensor) -> None:
-        p[:2].add_(g[:2])
-
-    said = warned(lambda: torch.compile(step, backend="npu_fused")(torch.ones(3), torch.ones(3)))
-    report = npu_fuse_pass.reports()[-1]
-    assert len(said) == 1 and report.fallback and report.fallback in said[0]
-    assert f"What to do: {report.remedies[0]}" in said[0]
-
-
-def test_what_the_device_refuses_is_said_once_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise GraphRefused("GE refused")
-
-    monkeypatch.setattr(cpu.Program, "__call__", refuse)
-    params = parameters(((4,),))
-    set_gradients(params, gradients(params, 0))
-    step = npu_fuse_pass.compile_step(OURS(params))
-    (said,) = warned(lambda: [step() for _ in range(3)])
-    assert said.partition("GE refused. What to do: ")[2].startswith("report it, with this message")
 
 
 @pytest.mark.parametrize("variable", ["NPU_FUSE_DISABLE", "NPU_FUSE_VERIFY", "NPU_FUSE_CHECK_NUMERICS"])

@@ -243,6 +243,8 @@ def test_guards_on_numbers_have_a_remedy_for_who_steps() -> None:
 def test_nothing_is_promised_before_the_original_ran() -> None:
     said = warned(lambda: torch.compile(lambda p: p[:2].add_(1), backend="npu_fused")(torch.ones(3)))
     assert len(said) == 1 and "not fused" in said[0] and "right" not in said[0]
+    report = last_report()
+    assert report.fallback and f"{report.fallback}. What to do: {report.remedies[0]}" in said[0]
 
 
 def test_the_report_holds_the_same_reason_that_is_printed() -> None:
@@ -769,9 +771,10 @@ def test_what_ge_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         raise GraphRefused("GE said no")
 
     monkeypatch.setattr(cpu.Program, "__call__", refuse)
-    (said,) = warned(compiled(optimizers.NpuFusedAdam(ones((4,)), lr=0.1)))
+    step = npu_fuse_pass.compile_step(optimizers.NpuFusedAdam(ones((4,)), lr=0.1))
+    (said,) = warned(lambda: [step() for _ in range(3)])
     (reason,) = last_report().reasons
-    assert reason.code is Code.GE_REFUSED and reason.advised in said
+    assert reason.code is Code.GE_REFUSED and reason.advised in said and "report it, with this message" in said
 
 
 def test_an_error_of_the_packages_own(monkeypatch: pytest.MonkeyPatch) -> None:
