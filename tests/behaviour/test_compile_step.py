@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any
 
@@ -23,6 +22,7 @@ from tests.support.training import (
     train,
     warned,
 )
+from tests.support.unchanged import Unchanged
 
 MATRICES = ((3, 4), (5, 2), (2, 2))
 OURS: dict[str, Any] = {
@@ -183,16 +183,6 @@ def test_an_error_of_the_step_itself_is_passed_on() -> None:
 # explain --------------------------------------------------------------------------------------------------------------
 
 
-def everything(opt: Any, params: list[Any]) -> Any:
-    """Values, gradients and states, to be compared bit for bit."""
-    states = copy.deepcopy(opt.state_dict())
-    return [p.detach().clone() for p in params], [None if p.grad is None else p.grad.clone() for p in params], states
-
-
-def assert_unchanged(before: Any, after: Any) -> None:
-    torch.testing.assert_close(after, before, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("trained", [False, True], ids=["new", "trained"])
 @pytest.mark.parametrize("name", SHOWN)
 def test_explain_changes_nothing(name: str, trained: bool) -> None:
@@ -205,14 +195,14 @@ def test_explain_changes_nothing(name: str, trained: bool) -> None:
         opt.zero_grad()
         params[0].grad = torch.ones_like(params[0])
     called.clear()
-    before, pointers = everything(opt, params), [p.data_ptr() for p in params]
+    unchanged = Unchanged(opt)
     every = register_optimizer_step_post_hook(lambda *args: called.append(args))
     try:
         report = npu_fuse_pass.explain(opt)
     finally:
         every.remove()
-    assert_unchanged(before, everything(opt, params))
-    assert [p.data_ptr() for p in params] == pointers and not called
+    unchanged()
+    assert not called
     assert report.fallback is None
     written = [g for g in report.groups if g.writes == "leaves"]
     assert max(g.updates for g in written) == len(params)
@@ -236,7 +226,10 @@ def test_explain_says_what_a_compiled_step_reports(name: str) -> None:
 def test_explain_of_what_is_hidden(name: str) -> None:
     params = parameters(MATRICES)
     opt = torch.optim.Adam(params, fused=True) if name == "fused" else HIDDEN[name][0](params)
+    set_gradients(params, gradients(params, 0))
+    unchanged = Unchanged(opt)
     report = npu_fuse_pass.explain(opt)
+    unchanged()
     assert not report.groups
     assert report.fallback is not None
     assert ("compile_step" if name == "fused" else HIDDEN[name][1]) in str(report)
@@ -285,9 +278,9 @@ def test_explain_with_a_scheduler_steps_the_copy() -> None:
     params = parameters(MATRICES)
     opt = torch.optim.SGD(params, lr=0.1)
     torch.optim.lr_scheduler.StepLR(opt, 1)
-    before = everything(opt, params)
+    unchanged = Unchanged(opt)
     assert npu_fuse_pass.explain(opt).fallback is None
-    assert_unchanged(before, everything(opt, params))
+    unchanged()
 
 
 def test_explain_strict_raises() -> None:
