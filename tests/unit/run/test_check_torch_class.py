@@ -61,8 +61,9 @@ def test_a_stock_step_is_compared_with_its_uncompiled_one(name: str) -> None:
     _, cls, options = PAIRS[name]
     params = parameters(SHAPES)
     train(params, npu_fuse_pass.compile_step(cls(params, **options), check_numerics=True))
-    report = npu_fuse_pass.reports()[-1]
-    assert report.groups and not report.reasons
+    (report,) = npu_fuse_pass.reports()
+    assert report.groups and not report.reasons and report.checked_steps == 4
+    assert report.replaces == f"torch.optim.{cls.__name__}" and report.no_rule is None
     assert report.checked_against == ["the original", f"torch.optim.{cls.__name__}"]
 
 
