@@ -84,7 +84,8 @@ def test_closure_that_calls_backward(case: Case, mode: str) -> None:
 def test_pickle_and_deepcopy_after_a_step(case: Case, mode: str, copied: Any) -> None:
     params = parameters()
     oracle, opt = case.oracle(params), case.build(params)
-    train(params, Step(opt, mode), oracle)
+    first = Step(opt, mode)
+    train(params, first, oracle)
     other = copied(opt)
     others = [p for group in other.param_groups for p in group["params"]]
     assert all(a is not b for a, b in zip(params, others, strict=True))
@@ -94,6 +95,8 @@ def test_pickle_and_deepcopy_after_a_step(case: Case, mode: str, copied: Any) ->
     assert_close(others, oracle.values)
     assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
     step.check(len(params))
+    train(params, first, seeds=[4, 5])  # from states of its own
+    assert all(torch.equal(a, b) for a, b in zip(params, others, strict=True))
 
 
 @modes

@@ -87,13 +87,17 @@ def test_functions_run_unchanged(function: Callable[..., Any], grad: bool) -> No
 @pytest.mark.parametrize("shape", [(5,), ()], ids=str)
 @pytest.mark.parametrize("make", [torch.optim.AdamW, optimizers.NpuFusedAdamW, Lion], ids=lambda c: c.__name__)
 def test_autograd_notices_that_a_parameter_was_written(make: Any, shape: Any) -> None:
-    """As eagerly: backward through a value saved before the step is an error, not a wrong gradient."""
-    (p,) = params = [Parameter(torch.randn(shape))]
+    """As eagerly: backward through a value saved before the step is an error, not a wrong gradient.
+
+    For exactly the parameters that it changes: one without a gradient is not written.
+    """
+    p, q = params = [Parameter(torch.randn(shape)) for _ in range(2)]
     step = compiled(make(params, lr=0.1), fullgraph=False)
-    for _ in range(2):
-        p.grad = torch.ones(shape)
-        loss = (p * p).sum()
+    for _ in range(3):
+        p.grad, q.grad = torch.ones(shape), None
+        loss, other = (p * p).sum(), (q * q).sum()
         step()
+        other.backward()
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
     assert p.requires_grad and p.is_leaf

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import gc
-import pickle
 import sys
 import weakref
 from typing import Any
@@ -27,19 +25,6 @@ from tests.support.training import (
     stated_calls,
     train,
 )
-
-
-def test_versions_are_counted() -> None:
-    """A step between forward and backward raises autograd's error, for exactly the parameters that it changed."""
-    a, b = parameters([(3,), (3,)])
-    step = compiled(NpuFusedAdam([a, b]))
-    for _ in range(3):
-        first, second = (a * a).sum(), (b * b).sum()
-        a.grad, b.grad = torch.ones(3), None
-        step()
-        second.backward()
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            first.backward()
 
 
 @pytest.mark.parametrize("case", ONE_EACH, ids=lambda c: c.name)
@@ -79,27 +64,6 @@ def test_two_threads() -> None:
     for params, step, oracle in made:
         assert_close(params, oracle.values, 2e-3)
         assert sorted(profiled(step)[0]) in [stated_calls(r) for r in npu_fuse_pass.reports()]
-
-
-@over(ONE_EACH)
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deep", "dump"])
-def test_copies_after_compiled_steps(case: Case, copied: Any) -> None:
-    """A copy goes on from the same state, compiled, and shares nothing with the original."""
-    params = parameters()
-    oracle, opt = case.oracle(params), case.build(params)
-    step = compiled(opt)
-    train(params, step, oracle, range(2))
-    others, other = copied((params, opt))
-    assert [p for g in other.param_groups for p in g["params"]] == others or all(
-        a is b for a, b in zip([p for g in other.param_groups for p in g["params"]], others, strict=True)
-    )
-    train(params, step, oracle, range(2, 4))
-    assert_close(params, oracle.values)
-    again = compiled(other)
-    train(others, again, seeds=range(2, 4))
-    again.check(len(others))
-    assert all(torch.equal(a, b) for a, b in zip(params, others, strict=True))
-    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(params, others, strict=True) if a.numel())
 
 
 @over(ONE_EACH)
