@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +13,16 @@ from torch import Tensor
 from npu_fuse_pass.tolerances import PROMISED
 from tests.support.cases import CASES, ONE_EACH, over
 from tests.support.graphs import ulps
-from tests.support.training import assert_fused, clones, compiled, gradients, last_report, parameters, set_gradients
+from tests.support.training import (
+    assert_fused,
+    clones,
+    compiled,
+    gradients,
+    last_report,
+    parameters,
+    set_gradients,
+    take_over,
+)
 
 SHAPES = [(300, 100), (3, 4), (20001,), (), (16, 8, 3, 3), (1,), (0, 3), (3, 4)]
 
@@ -58,16 +67,6 @@ def scale(old: dict[str, Tensor], new: dict[str, Tensor], name: str) -> Tensor:
     names = [name, *(["momentum_buffer"] if name == "param" else [])]
     terms = [some[n].abs() for some in (old, new) for n in names if n in some]
     return 1e-3 + torch.stack([t.double() for t in terms]).amax(0)
-
-
-def take_over(opt: Any, params: Sequence[Tensor], twin: Any, others: Sequence[Tensor]) -> None:
-    """Give the twin the values and states of the optimizer."""
-    with torch.no_grad():
-        for p, q in zip(params, others, strict=True):
-            q.copy_(p)
-            for name, value in opt.state.get(p, {}).items():
-                if isinstance(value, Tensor):
-                    twin.state[q][name].copy_(value)
 
 
 @everything

@@ -22,6 +22,7 @@ from tests.support.training import (
     profiled,
     set_gradients,
     stated_calls,
+    take_over,
     train,
 )
 
@@ -37,16 +38,6 @@ STOCK = [
 SHAPES = [(3, 4), (5,), (40, 50), (2, 3, 2), (5,)]
 
 pytestmark = pytest.mark.usefixtures("afresh")  # instances of one class share torch's limit of 8 compiles
-
-
-def take_over(opt: Any, params: list[Any], others: list[Any], stock: Any) -> None:
-    """Give the eager twin the values and states of the compiled one."""
-    stock.load_state_dict(opt.state_dict())
-    with torch.no_grad():
-        for p, q in zip(params, others, strict=True):
-            q.copy_(p)
-    for entry in stock.state.values():
-        entry.update({k: v.clone() for k, v in entry.items() if isinstance(v, Tensor)})
 
 
 def relative(got: Tensor, want: Tensor, before: Tensor) -> float:
@@ -65,7 +56,7 @@ def test_stock(cls: Any, options: dict[str, Any], foreach: bool, dtype: torch.dt
     opt, stock = (cls(p, foreach=foreach, **options) for p in (params, others))
     step = compiled(opt, fullgraph=False)
     for seed in range(8):
-        take_over(opt, params, others, stock)
+        take_over(opt, params, stock, others)
         before = [p.detach().clone() for p in params]
         for o in (opt, stock):
             o.param_groups[0]["lr"] = options["lr"] * (1 + seed)

@@ -138,6 +138,16 @@ def clones(params: Sequence[Tensor]) -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(p.detach().clone()) for p in params]
 
 
+def take_over(opt: Any, params: Sequence[Tensor], twin: Any, others: Sequence[Tensor]) -> None:
+    """Give the twin the values and states of the optimizer."""
+    with torch.no_grad():
+        for p, q in zip(params, others, strict=True):
+            q.copy_(p)
+            for name, value in opt.state.get(p, {}).items():
+                if isinstance(value, Tensor):
+                    twin.state[q][name].copy_(value)
+
+
 def train(
     params: Sequence[Tensor], step: Callable[..., Any], oracle: Any = None, seeds: Iterable[int] = range(4)
 ) -> None:

@@ -15,7 +15,7 @@ from npu_fuse_pass.lowerings.cpu import program as cpu
 from npu_fuse_pass.passes.rewrite import rewrite
 from tests.support.cases import CASES, over
 from tests.support.graphs import fused, inputs_of_step
-from tests.support.training import compiled, gradients, last_report, parameters, set_gradients, train
+from tests.support.training import compiled, gradients, last_report, parameters, set_gradients, take_over, train
 
 pytestmark = pytest.mark.usefixtures("same_numbers")
 
@@ -126,11 +126,7 @@ def test_the_graph_of_every_optimizer_steps_like_the_optimizer(case, dtype):
     fused_step = compiled(opt)
     for some, run in ((params, fused_step), (twins, twin.step)):
         train(some, run, seeds=range(2))  # a state that is not all zeros
-    with torch.no_grad():
-        for p, q in zip(params, twins, strict=True):
-            q.copy_(p)
-            for name, value in opt.state.get(p, {}).items():
-                twin.state[q][name] = value.clone()  # what is assigned is read at the next step, as in torch.optim
+    take_over(opt, params, twin, twins)
     gm = well_formed(last_report().fused_graph)
     for some in (params, twins):
         set_gradients(some, gradients(some, 7))
