@@ -148,15 +148,22 @@ def test_a_fault_of_what_torch_captures_is_none_of_ours(
     assert all(error(p, q) <= 2e-3 for p, q in zip(params, others, strict=True))
 
 
-def test_a_fault_below_the_error_of_counters_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+QUOTIENT = r"const float (v\d+) = (v\d+) / (v\d+);"  # in a generated source
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, right: str, wrong: str, count: int = 0) -> None:
+    """Generated sources get a bug, in all places or in so many."""
     generate = cpu_kernel.generate
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         source = generate(*args, **kwargs)
-        pattern, worse = r"const float (v\d+) = (v\d+) / (v\d+);", r"const float \1 = 1.00003f * \2 / \3;"
-        return dataclasses.replace(source, text=re.sub(pattern, worse, source.text, count=1))
+        return dataclasses.replace(source, text=re.sub(right, wrong, source.text, count=count))
 
     monkeypatch.setattr(cpu_kernel, "generate", broken)
+
+
+def test_a_fault_below_the_error_of_counters_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, QUOTIENT, r"const float \1 = 1.00003f * \2 / \3;", count=1)
     params = [torch.nn.Parameter(torch.zeros(3, 4)), torch.nn.Parameter(torch.zeros(()))]
     step = torch.compile(torch.optim.Adam(params, lr=0.05).step, backend="npu_fused", options={"check_numerics": True})
     set_gradients(params, gradients(params, 0))
@@ -168,27 +175,16 @@ def test_a_fault_below_the_error_of_counters_is_noticed(monkeypatch: pytest.Monk
     assert all(error(p, q) <= 3e-5 for p, q in zip(params, others, strict=True))  # and the original's values are there
 
 
-def plant(monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
-    """Generated sources get a bug."""
-    generate = cpu_kernel.generate
-
-    def broken(*args: Any, **kwargs: Any) -> Any:
-        source = generate(*args, **kwargs)
-        return dataclasses.replace(source, text=re.sub(*WRONG[bug], source.text))
-
-    monkeypatch.setattr(cpu_kernel, "generate", broken)
-
-
 WRONG = {
     "a root that is not taken": (r"math::sqrt\(", "1.25f*("),
-    "a product for a quotient": (r"const float (v\d+) = (v\d+) / (v\d+);", r"const float \1 = \2 * \3;"),
+    "a product for a quotient": (QUOTIENT, r"const float \1 = \2 * \3;"),
 }
 
 
 @pytest.mark.parametrize("bug", WRONG)
 @pytest.mark.parametrize("name", ["Adam", "NpuFusedAdam"])
 def test_a_wrong_kernel_is_named(name: str, bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    plant(monkeypatch, bug)
+    plant(monkeypatch, *WRONG[bug])
     params = parameters(MATRICES)
     others = clones(params)
     step, eager = npu_fuse_pass.compile_step(MAKE[name](params), check_numerics=True), MAKE[name](others)
@@ -207,7 +203,7 @@ def test_a_wrong_kernel_is_named(name: str, bug: str, monkeypatch: pytest.Monkey
 
 
 def test_training_can_go_on_with_the_originals_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    plant(monkeypatch, "a product for a quotient")
+    plant(monkeypatch, *WRONG["a product for a quotient"])
     params, opt, step = stepper(MAKE["NpuFusedAdam"])
     others = clones(params)
     eager = MAKE["NpuFusedAdam"](others)
@@ -223,7 +219,7 @@ def test_training_can_go_on_with_the_originals_values(monkeypatch: pytest.Monkey
 
 
 def test_a_parameter_has_the_name_that_the_optimizer_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    plant(monkeypatch, "a product for a quotient")
+    plant(monkeypatch, *WRONG["a product for a quotient"])
     model = torch.nn.Linear(3, 2)
     opt = optimizers.NpuFusedAdam(model.named_parameters(), lr=0.01)
     model(torch.ones(1, 3)).sum().backward()
@@ -235,7 +231,7 @@ def test_a_parameter_has_the_name_that_the_optimizer_was_given(monkeypatch: pyte
 def test_the_tail_of_a_step_is_checked(bug: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Clipping, step and average in one graph."""
     if bug:
-        plant(monkeypatch, bug)
+        plant(monkeypatch, *WRONG[bug])
     params, others = parameters(SHAPES), parameters(SHAPES)
     runs = []
     for some in (params, others):
@@ -267,7 +263,7 @@ def test_the_tail_of_a_step_is_checked(bug: str | None, monkeypatch: pytest.Monk
 
 
 def test_explain_finds_a_wrong_kernel_without_changing_anything(monkeypatch: pytest.MonkeyPatch) -> None:
-    plant(monkeypatch, "a product for a quotient")
+    plant(monkeypatch, *WRONG["a product for a quotient"])
     params = parameters(SHAPES)
     before = clones(params)
     set_gradients(params, gradients(params, 0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import warnings
 from collections.abc import Callable
@@ -15,10 +14,10 @@ from torch.optim import optimizer as optimizer_module
 
 import npu_fuse_pass
 import optimizers
-from npu_fuse_pass.lowerings.cpu import kernel as cpu_kernel
 from npu_fuse_pass.rules import batch, core_op
 from npu_fuse_pass.run import graph_step, rule_step
 from tests.support.training import assert_close, clones, gradients, parameters, set_gradients
+from tests.unit.run.test_check_numerics import QUOTIENT, plant
 
 SHAPES = ((3, 4), (3, 4), (5,), ())
 PAIRS: dict[str, tuple[Callable[..., Any], type[torch.optim.Optimizer], dict[str, Any]]] = {
@@ -232,16 +231,7 @@ def test_a_subclass_with_a_rule_of_its_own_has_no_class_of_torchs() -> None:
 
 def test_a_fault_of_two_units_in_the_last_place_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """1.2% in bfloat16: more than one rounding, and less than steps of torch.optim, which round often, may differ."""
-    generate = cpu_kernel.generate
-
-    def broken(*args: Any, **kwargs: Any) -> Any:
-        source = generate(*args, **kwargs)
-        text = re.sub(
-            r"const float (v\d+) = (v\d+) / (v\d+);", r"const float \1 = 1.012f * \2 / \3;", source.text, count=1
-        )
-        return dataclasses.replace(source, text=text)
-
-    monkeypatch.setattr(cpu_kernel, "generate", broken)
+    plant(monkeypatch, QUOTIENT, r"const float \1 = 1.012f * \2 / \3;", count=1)
     params = [torch.nn.Parameter(torch.zeros(64, dtype=torch.bfloat16))]
     step = npu_fuse_pass.compile_step(optimizers.NpuFusedAdam(params, lr=0.01), check_numerics=True)
     params[0].grad = torch.linspace(0.5, 1.5, 64).bfloat16()
