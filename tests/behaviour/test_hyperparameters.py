@@ -118,6 +118,10 @@ def test_right_ones() -> None:
     assert opt.param_groups[0]["name"] == "body"
 
 
+def plain(param: Tensor, grad: Tensor, *, lr: Tensor) -> Tensor:
+    return param - lr * grad
+
+
 @pytest.mark.parametrize(
     ("ranges", "message"),
     [
@@ -129,18 +133,12 @@ def test_right_ones() -> None:
     ids=str,
 )
 def test_wrong_declarations(ranges: dict[str, Any], message: str) -> None:
-    def plain(param: Tensor, grad: Tensor, *, lr: Tensor) -> Tensor:
-        return param - lr * grad
-
     with pytest.raises(RuleError) as error:
         rule(defaults={"lr": 0.1}, ranges=ranges)(plain)
     assert message in str(error.value) and "plain" in str(error.value)
 
 
 def test_ranges_are_kept_by_pickles_of_rules_that_are_values() -> None:
-    def plain(param: Tensor, grad: Tensor, *, lr: Tensor) -> Tensor:
-        return param - lr * grad
-
     made = rule(defaults={"lr": 0.1}, ranges={"lr": (0, None)})(plain)
     again = pickle.loads(pickle.dumps(made))
     assert again.ranges == {"lr": (0, None)}

@@ -117,7 +117,6 @@ def test_numbers_of_lists_round_as_atens_do() -> None:
     assert_fused(last_report(), parameters=len(made[0]))
 
 
-@pytest.mark.usefixtures("afresh")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     "change",

@@ -90,7 +90,7 @@ def test_stock_step_in_a_profile() -> None:
         assert_one_fused_step(step)
 
 
-def test_a_number_has_the_name_of_its_option(afresh: None) -> None:
+def test_a_number_has_the_name_of_its_option() -> None:
     """One that differs from an earlier optimizer's is an argument of the graph."""
     for weight_decay in (0.2, 0.3):
         params = parameters(SHAPES)
@@ -99,7 +99,7 @@ def test_a_number_has_the_name_of_its_option(afresh: None) -> None:
 
 
 @pytest.mark.parametrize("before", [0, 2])
-def test_stock_groups_share_a_kernel(before: int, afresh: None) -> None:
+def test_stock_groups_share_a_kernel(before: int) -> None:
     """Parameter groups that differ in numbers are one group of the pass, each with its own numbers.
 
     Args:
