@@ -15,7 +15,6 @@ from steps import OnNpu, assert_close, assert_same, parameters, set_gradients, s
 import npu_fuse_pass
 from npu_fuse_pass.backend import npu_fused
 from npu_fuse_pass.lowerings.npu.emit import dedicated_operations, elementwise, list_operations
-from npu_fuse_pass.lowerings.npu.environment import require
 from npu_fuse_pass.match import known_kernels
 from npu_fuse_pass.rules.clipping import older_than
 from npu_fuse_pass.tolerances import PROMISED
@@ -328,19 +327,6 @@ def test_elementwise_on_request_and_other_values(ge: harness.Recording) -> None:
         npu_fuse_pass.OptionError, match=r"kernels='fast'; allowed are \['auto', 'generated', 'operations', 'dedicated'"
     ):
         npu_fused(empty, [], options={"kernels": "fast"})
-
-
-def test_running_eagerly_inside_torchair(ge: harness.Recording) -> None:
-    """The fused node's own kernel, for bisecting, is the operation too."""
-    config = require().CompilerConfig()
-    config.debug.run_eagerly = True
-    for name in ("adamw", "sgd_momentum"):
-        ours, eager = twins(BY_NAME[name])
-        options = {"platform": "npu", "strict": True, "torchair_config": config}
-        step = torch.compile(ours.step, backend=npu_fused, options=options)
-        step_both(ours, eager, step, 2)
-        assert_same(ours, eager, 1e-6)
-    assert not ge.graphs
 
 
 # The table itself -----------------------------------------------------------------------------------------------------

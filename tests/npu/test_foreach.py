@@ -16,7 +16,6 @@ import optimizers
 from npu_fuse_pass import errors
 from npu_fuse_pass.lowerings.npu import program as npu
 from npu_fuse_pass.lowerings.npu.emit import elementwise, list_operations
-from npu_fuse_pass.lowerings.npu.environment import require
 from npu_fuse_pass.match.result import NoMatch
 from optimizers.paddle import RMSProp
 from tests.support.graphs import fused
@@ -164,14 +163,6 @@ def test_refused_lists(leaf: str) -> None:
         harness._recordings.remove(failing)
     assert twins.row.kernel == "GE elementwise"
     assert "no such operation" in twins.row.note
-
-
-def test_running_eagerly_inside_torchair() -> None:
-    config = require().CompilerConfig()
-    config.debug.run_eagerly = True
-    twins = Twins(OPTIMIZERS["RMSpropTF"][0], separate(4), torchair_config=config)
-    twins.step(0)
-    assert twins.row.kernel == list_operations.KERNEL and not twins.graphs
 
 
 # These tests can fail -------------------------------------------------------------------------------------------------

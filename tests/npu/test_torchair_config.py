@@ -13,6 +13,7 @@ from test_refused import STEPS, compiled
 
 import npu_fuse_pass
 from npu_fuse_pass import errors
+from npu_fuse_pass.lowerings.npu.emit import list_operations
 from npu_fuse_pass.lowerings.npu.environment import require
 from tests.support.cases import BY_NAME
 
@@ -75,12 +76,21 @@ def test_graphs_are_dumped_where_the_configuration_says(ge: harness.Recording, t
     assert "ReduceSum" in next(tmp_path.glob("dynamo_optimized_graph_*.pbtxt")).read_text()
 
 
-def test_running_eagerly_inside_torchair(ge: harness.Recording) -> None:
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [
+        ("lamb_global", "GE elementwise"),
+        ("adamw", "AdamApplyOneAssign"),
+        ("sgd_momentum", "FusedMulApplyMomentum"),
+        ("rmsprop_tf", list_operations.KERNEL),
+    ],
+)
+def test_running_eagerly_inside_torchair(name: str, kernel: str, ge: harness.Recording) -> None:
     """torchair converts and then runs our graph's eager kernels: for bisecting."""
     config = require().CompilerConfig()
     config.debug.run_eagerly = True
-    ours, eager = twins(BY_NAME["lamb"])
-    step = compiled(ours.step, torchair_config=config, strict=True)
-    step_both(ours, eager, step, 2)
+    ours, eager = twins(BY_NAME[name])
+    step_both(ours, eager, compiled(ours.step, torchair_config=config, strict=True), 2)
     assert_same(ours, eager, 1e-6)
     assert not ge.graphs
+    assert [row.kernel for row in npu_fuse_pass.reports()[-1].groups] == [kernel]
