@@ -65,13 +65,20 @@ class Twins:
         for optimizer, params in zip((self.ours, self.eager), self.both, strict=True):
             function(optimizer, params)
 
-    def step(self, seed: int, order: Sequence[int] | None = None, missing: Sequence[int] = ()) -> None:
-        """One step; gradients are adjacent if an order is given. Then both must be the same."""
+    def step(
+        self,
+        seed: int,
+        order: Sequence[int] | None = None,
+        missing: Sequence[int] = (),
+        change: Callable[[Any, Parameters], object] = lambda *_: None,
+    ) -> None:
+        """One step; gradients are adjacent if an order is given, and changed before it. Then both must be the same."""
         for params in self.both:
             like = [tuple(p.shape) for p in params]
             for i, (p, g) in enumerate(zip(params, adjacent(like, seed, order or ()), strict=True)):
                 grad = (g if order is not None else g.clone()).to(p.dtype)
                 p.grad = None if i in missing or not p.requires_grad else grad
+        self.change(change)
         with harness.record() as graphs:
             self._step()
         self._recording.graphs += graphs.graphs

@@ -6,11 +6,9 @@ import gc
 from collections.abc import Callable
 from typing import Any
 
-import harness
 import pytest
 import torch
-from layouts import Parameters, adjacent
-from steps import assert_close
+from layouts import Parameters, Twins, adjacent
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -29,13 +27,12 @@ MAKE: dict[str, Callable[[Parameters], Any]] = {
 pytestmark = pytest.mark.usefixtures("afresh")
 
 
-class Twins:
-    """An optimizer whose steps run as GE graphs, and an eager one; `looks`: how often each tensor was looked at."""
+class Counted(Twins):
+    """`looks`: how often tensors were looked at one by one."""
 
     def __init__(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.both = [[torch.nn.Parameter(t.clone()) for t in adjacent(SHAPES, 0)] for _ in range(2)]
-        self.ours, self.eager = (MAKE[name](p) for p in self.both)
-        self.step = torch.compile(self.ours.step, backend=npu_fuse_pass.npu_fused, options={"platform": "npu"})
+        parameters = lambda: [torch.nn.Parameter(t.clone()) for t in adjacent(SHAPES, 0)]  # noqa: E731
+        super().__init__(MAKE[name], parameters, strict=False)
         self.looks, one_by_one = 0, bind.Binder._bind_one_by_one
 
         def counted(*args: Any) -> None:
@@ -44,26 +41,10 @@ class Twins:
 
         monkeypatch.setattr(bind.Binder, "_bind_one_by_one", counted)
 
-    def change(self, function: Callable[[Any, Parameters], object]) -> None:
-        for optimizer, params in zip((self.ours, self.eager), self.both, strict=True):
-            function(optimizer, params)
-
     def run(self, k: int, gradients: Callable[[Any, Parameters], object] = lambda *_: None) -> int:
         """One step with new gradients; whether tensors were looked at one by one."""
         before = self.looks
-        for optimizer, params in zip((self.ours, self.eager), self.both, strict=True):
-            generator = torch.Generator().manual_seed(k)
-            for p in params:
-                p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
-            gradients(optimizer, params)
-        with harness.record():
-            self.step()
-        self.eager.step()
-        for p, q in zip(*self.both, strict=True):
-            assert_close(p.detach(), q.detach(), 1e-6)
-            for key, value in self.eager.state[q].items():
-                if isinstance(value, Tensor):
-                    assert_close(self.ours.state[p][key], value, 1e-6)
+        self.step(k, change=gradients)
         return self.looks - before
 
     def settled(self) -> None:
@@ -133,7 +114,7 @@ CHANGES: dict[str, tuple[Callable[[Any, Parameters], object], int]] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_is_noticed(change: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     function, looks = CHANGES[change]
-    twins = Twins(name, monkeypatch)
+    twins = Counted(name, monkeypatch)
     twins.settled()
     if name == "stock" and change == "no gradient":
         return  # another graph of Dynamo's
@@ -148,14 +129,14 @@ def test_a_replaced_state(monkeypatch: pytest.MonkeyPatch) -> None:
         state = optimizer.state[params[0]]
         state["momentum_buffer"] = 2 * state["momentum_buffer"]
 
-    twins = Twins("stock", monkeypatch)
+    twins = Counted("stock", monkeypatch)
     twins.settled()
     for k in range(4, 7):
         twins.run(k, replace)
 
 
 def test_the_same_gradient_missing_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    twins = Twins("ours", monkeypatch)
+    twins = Counted("ours", monkeypatch)
     assert [twins.run(k, missing) for k in range(5)][2:] == [0, 0, 0]
 
 
@@ -172,7 +153,7 @@ def shared_parameters(optimizer: Any, params: Parameters) -> None:
 def test_shared_memory_is_noticed(
     name: str, share: Callable[[Any, Parameters], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    twins = Twins(name, monkeypatch)
+    twins = Counted(name, monkeypatch)
     twins.settled()
     with pytest.warns(UserWarning, match="share memory"):
         assert twins.run(4, share) == 0
@@ -182,7 +163,7 @@ def test_shared_memory_is_noticed(
 @pytest.mark.parametrize("name", MAKE)
 def test_memory_is_free_after_a_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """That of gradients, of parameters that went elsewhere, and of all states with their optimizer."""
-    twins = Twins(name, monkeypatch)
+    twins = Counted(name, monkeypatch)
     twins.settled()
     grad = twins.both[0][0].grad
     assert grad is not None
