@@ -142,27 +142,38 @@ class GraphStep:
 
     def __call__(self, *args: Any) -> Any:
         made = None
-        try:
-            if not self._given_up:
-                made = self._fused(args)
-        except Exception as e:
-            newest = self._variants.newest
-            if not given_up(newest.report, e, newest.program, self._options.strict):
-                raise
-            self._given_up = True
+        if not self._given_up:
+            optimizers = self._stepped() if self._optimizers else []
+            if reason := self._refusal(args, optimizers):
+                self._refused(reason)
+            else:
+                made = self._unless_given_up(args, optimizers)
         return self._gm.forward(*args) if made is None else made
 
-    def _fused(self, args: Sequence[Any]) -> Any:
-        """Run the fused step; None where the original has to run."""
-        optimizers = self._stepped() if self._optimizers else []
+    def _refusal(self, args: Sequence[Any], optimizers: Sequence[Stepping]) -> Reason | None:
+        """Why the original has to run; raises what Python raises of the graph's numbers."""
         if any(o.has_hooks for o in optimizers):
-            return self._refused(Code.HOOKS("step hooks run between the operations of this graph"))
+            return Code.HOOKS("step hooks run between the operations of this graph")
         if self._numbers and any(uses_kept(o, (args[i] for i in self._numbers)) for o in optimizers):
-            return self._refused(Code.KEPT("the graph uses a number that the optimizer reads or counts itself"))
+            return Code.KEPT("the graph uses a number that the optimizer reads or counts itself")
         try:
             self._python.check(args)
         except Mismatch as e:
-            return self._refused(e.reason)
+            return e.reason
+        return None
+
+    def _unless_given_up(self, args: Sequence[Any], optimizers: Sequence[Stepping]) -> Any:
+        try:
+            return self._fused(args, optimizers)
+        except Exception as e:
+            newest = self._variants.newest
+            self._given_up = given_up(newest.report, e, newest.program, self._options.strict)
+            if not self._given_up:
+                raise
+        return None
+
+    def _fused(self, args: Sequence[Any], optimizers: Sequence[Stepping]) -> Any:
+        """Run the fused step; None where the original has to run."""
         for o in optimizers:
             o._before(None, in_graph=True)
         if optimizers and self._inputs() != self._state:
