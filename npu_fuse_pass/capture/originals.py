@@ -142,7 +142,7 @@ class Originals:
         new = {}
         for place, holder in held.items():
             cell = written[place]
-            new[place] = self._left_in(holder, name, level)
+            new[place] = self._left_in(holder, level)
             call.written.append((holder, _index(new[place])))
             self._interpreter.replace(cell, new[place])
         made = []
@@ -154,7 +154,7 @@ class Originals:
             if number is not None:
                 val = self._number(name, number, level)
             elif val is None:
-                val = self._result(name, fake.dtype, tuple(map(int, fake.shape)), fake, level)
+                val = self._result(name, fake, level)
             call.results.append(_index(val))
             given_cell = None if itself is None else _entry(env[itself[0]], itself[1])
             owner = owners.get(storage_of(fake), [])
@@ -181,12 +181,13 @@ class Originals:
         self._level_of[id(expr)] = level + 1
         return expr
 
-    def _result(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], fake: Tensor, level: int) -> Val:
+    def _result(self, name: str, fake: Tensor, level: int) -> Val:
         place = f"{name}_{len(self._interpreter.leaves)}"
-        strides = tuple(map(int, fake.stride()))
-        return self._new(Leaf("result", place, dtype=dtype, shape=shape, device=fake.device, strides=strides), level)
+        shape, strides = tuple(map(int, fake.shape)), tuple(map(int, fake.stride()))
+        leaf = Leaf("result", place, dtype=fake.dtype, shape=shape, device=fake.device, strides=strides)
+        return self._new(leaf, level)
 
-    def _left_in(self, holder: int, name: str, level: int) -> Val:
+    def _left_in(self, holder: int, level: int) -> Val:
         """What an operation leaves in a tensor that it writes."""
         val = self._new(self._interpreter.leaves[holder], level)
         self._lies_in[_index(val)] = holder
@@ -257,7 +258,7 @@ class Originals:
         copies: list[tuple[int, int]] = []
         holder = self._held(base, level, view.base, copies)
         part = self._viewed(view, holder, level, copies)
-        new = self._left_in(holder, view.name, level)
+        new = self._left_in(holder, level)
         args = LeafRef(_index(part)), LeafRef(self._stored(val, view.fakes[view.place]))
         copy = Call("copy_", args, {}, [], False, view.call.node, written=[(holder, _index(new))])
         self._at(level).calls.append(copy)
@@ -266,7 +267,7 @@ class Originals:
 
     def _viewed(self, view: _Viewing, base: int, level: int, copies: list[tuple[int, int]]) -> Val:
         """Call the operation that makes a view once more, on a leaf."""
-        vals = [self._result(view.name, t.dtype, tuple(map(int, t.shape)), t, level) for t in view.fakes]
+        vals = [self._result(view.name, t, level) for t in view.fakes]
         given: Any = view.given(base)
         results = [_index(val) for val in vals]
         self._lies_in |= dict.fromkeys(results, self.memory_of(base))
