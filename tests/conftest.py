@@ -8,6 +8,7 @@ import dataclasses
 import gc
 import logging
 import os
+import pathlib
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
@@ -174,6 +175,15 @@ def same_numbers() -> None:
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def kernel_cache(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """An empty kernel cache, for as long as the test runs."""
+    from tests.support.kernel_cache import own_cache
+
+    with own_cache(tmp_path) as folder:
+        yield folder
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,25 +17,10 @@ import torch
 import optimizers
 from npu_fuse_pass.lowerings.cpu import compiler as cpu_compiler
 from tests.support.forked import run_script
-from tests.support.kernel_cache import (
-    GXX,
-    Path,
-    counting_compiler,
-    fused,
-    own_cache,
-    record_loads,
-    script,
-    train_compiled,
-)
+from tests.support.kernel_cache import GXX, Path, counting_compiler, fused, record_loads, script, train_compiled
 from tests.support.training import at_once, last_report
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
-
-
-@pytest.fixture(name="kernel_cache")
-def _kernel_cache(tmp_path: Path) -> Iterator[Path]:
-    with own_cache(tmp_path) as folder:
-        yield folder
 
 
 def interpreted() -> str:

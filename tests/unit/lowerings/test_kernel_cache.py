@@ -22,26 +22,10 @@ import optimizers
 from npu_fuse_pass import clear_cache
 from npu_fuse_pass.lowerings.cpu import input_check
 from tests.support.forked import run_script
-from tests.support.kernel_cache import (
-    Path,
-    counting_compiler,
-    digest,
-    fused,
-    own_cache,
-    put,
-    record_loads,
-    script,
-    train_compiled,
-)
+from tests.support.kernel_cache import Path, counting_compiler, digest, fused, put, record_loads, script, train_compiled
 from tests.support.training import at_once
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
-
-
-@pytest.fixture(name="kernel_cache")
-def _kernel_cache(tmp_path: Path) -> Iterator[Path]:
-    with own_cache(tmp_path) as folder:
-        yield folder
 
 
 # Compilers that fail -------------------------------------------------------------------------------------------------

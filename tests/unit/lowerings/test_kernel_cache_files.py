@@ -6,18 +6,12 @@ import ctypes
 import shutil
 import subprocess
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from tests.support.kernel_cache import GXX, Path, counting_compiler, digest, fused, own_cache, put, record_loads
-
-
-@pytest.fixture(name="kernel_cache")
-def _kernel_cache(tmp_path: Path) -> Iterator[Path]:
-    with own_cache(tmp_path) as folder:
-        yield folder
+from tests.support.kernel_cache import GXX, Path, counting_compiler, digest, fused, put, record_loads
 
 
 def other_owner(monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
