@@ -33,7 +33,7 @@ Expansion = Callable[["Interpreter", fx.Node, tuple[Any, ...], dict[str, Any]], 
 _ALIASES = {"detach", "alias", "_get_data_attr", "to", "type_as", "float", "double", "half", "bfloat16", "lift_fresh"}
 _ALIASES |= {"as_tensor", *REAL}
 _COUNTED = 2**31
-_NOT_FLOATING = "a tensor of dtype {} takes part in the update; floating-point ones can"
+_REAL_PARAMETERS = "train real parameters, and take torch.view_as_complex of them in the model"
 # torch's names of arguments that may be given by name, and where they stand otherwise
 _PLACES = dict.fromkeys(("input", "self", "start", "size", "condition", "data"), 0)
 _PLACES |= dict.fromkeys(("other", "exponent", "end", "tensor1", "scalar", "fill_value", "mask"), 1)
@@ -70,7 +70,7 @@ class Interpreter:
     def add_leaf(self, leaf: Leaf, tensor: bool, number: torch.dtype | None = None) -> Cell:
         """A cell that holds a new leaf; `number`: a Python number, int64 or float64, which decides no dtype."""
         if not self.keeps and tensor and leaf.dtype not in DTYPE_NAMES:
-            raise Unsupported("leaf", _NOT_FLOATING.format(leaf.dtype), Code.DTYPE)
+            raise _not_floating("leaf", leaf.dtype)
         expr = self.builder.leaf(len(self.leaves), leaf.dtype, tensor)
         cell = Cell(Val(expr, number or leaf.dtype, leaf.held or leaf.shape, number is not None), len(self.leaves))
         self.leaves.append(leaf)
@@ -101,7 +101,7 @@ class Interpreter:
     def _evaluate(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Val:
         opaque = next((a for a in flatten((*args, *kwargs.values())) if isinstance(a, Val) and a.opaque), None)
         if opaque is not None:
-            raise Unsupported(name, _NOT_FLOATING.format(opaque.dtype), Code.DTYPE)
+            raise _not_floating(name, opaque.dtype)
         if name in ("copy", "fill", "zero"):  # overwrite: the old value only gives dtype and shape
             kwargs.pop("non_blocking", None)
             source = args[1] if len(args) > 1 else kwargs.get("value", 0)
@@ -160,7 +160,7 @@ class Interpreter:
 
     def _write(self, cell: Cell, name: str, result: Val) -> None:
         if cell.val.opaque:
-            raise Unsupported(name, _NOT_FLOATING.format(cell.val.dtype), Code.DTYPE)
+            raise _not_floating(name, cell.val.dtype)
         if result.dimmed and not cell.val.dimmed:
             raise Unsupported(name, "writes a tensor into a 0-dim one", Code.SHAPES)
         if result.shape not in ((), cell.val.shape):
@@ -197,7 +197,8 @@ class Interpreter:
         *views, whole = cell.lineage()
         if views:
             name = operation_name(self.node) if self.node else ""
-            reason = self.here(Code.VIEW_WRITTEN("writes in place through a view", name))
+            remedy = _REAL_PARAMETERS if whole.val.dtype.is_complex else None  # which torch updates as real ones
+            reason = self.here(Code.VIEW_WRITTEN("writes in place through a view", name, remedy))
             if whole.leaf is not None and not all(v.view.put is not None for v in views if v.view is not None):
                 raise Unsupported.of(reason)
             for v in views:
@@ -221,6 +222,11 @@ class Interpreter:
             self.call(name, tuple(pick(a, i) for a in args), {k: pick(v, i) for k, v in kwargs.items()})
             for i in range(count)
         ]
+
+
+def _not_floating(name: str, dtype: torch.dtype) -> Unsupported:
+    text = f"a tensor of dtype {dtype} takes part in the update; floating-point ones can"
+    return Unsupported(name, text, Code.DTYPE, _REAL_PARAMETERS if dtype.is_complex else None)
 
 
 def _copies(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

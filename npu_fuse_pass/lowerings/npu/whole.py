@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from npu_fuse_pass.capture.threads import while_compiling
 from npu_fuse_pass.errors import Mismatch, Unsupported
 from npu_fuse_pass.ir.expr import postorder
 from npu_fuse_pass.ir.fused_op import multi_tensor_update, parsed
@@ -61,10 +62,9 @@ class Program:
         self._written = [place for place, i in enumerate(self._inputs) if i in written]
         _check(leaves, groups, calls, written)
         constant = _with_constants(graph)
-        in_place = any(call.written for call in calls)
-        self._execution = Execution(
-            self._compiled(torchair, _functional(constant) if in_place else constant, config), versions
-        )
+        functional = _functional(constant) if any(call.written for call in calls) else constant
+        compiled = while_compiling(lambda: self._compiled(torchair, functional, config))
+        self._execution = Execution(compiled, versions)
 
     def cost(self, g: Group) -> tuple[int, int]:
         """Bytes per element, and GE operations on tensors."""

@@ -873,3 +873,14 @@ RAISED |= {Code.NO_RULE}
 def test_every_code_is_raised_here_and_in_the_docs() -> None:
     assert set(Code) == RAISED
     assert reasons_table.PATH.read_text(encoding="utf-8") == reasons_table.text()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_complex_parameters(kind: type[torch.optim.Optimizer]) -> None:
+    """torch updates them as real ones, through views: advice about views or other operations would not help."""
+    params = [torch.nn.Parameter(torch.randn(4, dtype=torch.complex64))]
+    step = npu_fuse_pass.compile_step(kind(params, lr=0.1))  # type: ignore[call-arg]
+    for _ in range(2):
+        params[0].grad = torch.randn_like(params[0])
+        step()
+    assert "torch.view_as_complex" in str(npu_fuse_pass.reports()[-1])
