@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from .optimizers import Drawn
 
+_BRANCHES = (
+    "a comparison of a tensor, or in code that Dynamo traces of a NumPy number, is one; a step that keeps it as a "
+    "truth and branches on it is captured by nobody afterwards, which is an error of compile_step"
+)
+
 # row -> optimizers (all: "*", "ours", "stock", or a name), reason
 LEFT_OUT: dict[str, tuple[tuple[str, ...], str]] = {
     "twice": (
@@ -15,11 +20,7 @@ LEFT_OUT: dict[str, tuple[tuple[str, ...], str]] = {
         ("NpuFusedAdamW", "NpuFusedAdamW state_dtype"),
         "a rule reads everything before it writes; torch.optim's class writes the parameter, then reads the gradient",
     ),
-    "lr NumPy's": (
-        ("Keeping",),
-        "in code that Dynamo traces, a comparison of a NumPy number is an array; a step that keeps it as a truth and "
-        "branches on it is captured by nobody afterwards, which is an error of compile_step",
-    ),
+    **dict.fromkeys(("lr NumPy's", "lr tensor", "in: lr tensor"), (("Keeping",), _BRANCHES)),
 }
 
 # optimizers of which no programs are drawn
