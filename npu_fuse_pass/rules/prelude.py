@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import operator
 import weakref
@@ -44,7 +45,7 @@ class InputCheck(Protocol):
     def dict_check(self, dicts: Sequence[dict[Any, Any]]) -> Callable[[], bool] | None: ...
 
 
-class Prepared:
+class Prepared(abc.ABC):
     """The batches of an optimizer, and what a compiled step reads of the checks before it.
 
     `version` counts how often the batches were made; compare it before using what was derived from earlier ones.
@@ -67,17 +68,17 @@ class Prepared:
         self.objects: set[int] = set()
         self.meeting = Meeting()
 
+    @abc.abstractmethod
     def prepare(self) -> None:
         """Bring the batches up to date with this step's gradients, numbers, parameters and states."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def expose_states(self) -> None:
         """Show the states that this step has begun in `opt.state`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def expose_updated(self) -> None:
         """As `expose_states` after a step that something interrupted (KeyboardInterrupt): of what it has updated."""
-        raise NotImplementedError
 
     @property
     def kinds(self) -> object:

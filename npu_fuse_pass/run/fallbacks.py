@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from npu_fuse_pass.errors import GraphRefused, Mismatch, UnfusedError, internal, is_internal
-from npu_fuse_pass.lowerings.program import Program
 from npu_fuse_pass.reasons import Code, Reason
 from npu_fuse_pass.report.logs import trace, warn_unfused
 from npu_fuse_pass.report.report import CompileReport
 from npu_fuse_pass.rules.batch import Batch
 from npu_fuse_pass.rules.core_op import Stepping
+from npu_fuse_pass.run.variants import Variant
 from npu_fuse_pass.tensors.memory import check_apart
 
 
@@ -57,15 +57,17 @@ def falls_back(report: CompileReport, refusal: GraphRefused, strict: bool) -> No
     _runs_the_original(report, refusal.reason)
 
 
-def given_up(report: CompileReport, error: Exception, program: Program | None, strict: bool) -> bool:
+def given_up(variant: Variant, error: Exception, strict: bool) -> bool:
     """Report an internal error of a step; the original makes this step and all later ones.
 
     Returns:
         False if the error has to be raised: it is not internal, the program may have written something, or `strict`.
     """
-    if strict or (program is not None and program.begun) or not is_internal(error):
+    begun = variant.program is not None and variant.program.begun
+    if strict or begun or not is_internal(error):
         return False
-    _runs_the_original(report, internal(error))
+    variant.program = variant.input_check = None
+    _runs_the_original(variant.report, internal(error))
     return True
 
 

@@ -164,13 +164,14 @@ class GraphStep:
 
     def _unless_given_up(self, args: Sequence[Any], optimizers: Sequence[Stepping]) -> Any:
         try:
-            return self._fused(args, optimizers)
+            made = self._fused(args, optimizers)
+            self._variants.newest.end()
         except Exception as e:
-            newest = self._variants.newest
-            self._given_up = given_up(newest.report, e, newest.program, self._options.strict)
+            self._given_up = given_up(self._variants.newest, e, self._options.strict)
             if not self._given_up:
                 raise
-        return None
+            return None
+        return made
 
     def _fused(self, args: Sequence[Any], optimizers: Sequence[Stepping]) -> Any:
         """Run the fused step; None where the original has to run."""
@@ -216,7 +217,6 @@ class GraphStep:
         increment_version([t for i, t in variant.arguments.dtensors(args) if i in variant.written])
         for o in optimizers:
             o._after()
-        program.begun = False
         if checked is not None:
             return checked
         return tuple(_returned(output, values) for output in variant.captured.returned)

@@ -54,17 +54,17 @@ class RuleSteps:
         if step is None:
             step = self._steps[handle] = self._begun(handle)
         if ran is not None:
-            ran.append(step if isinstance(step, CompileReport) else step.report)
+            ran.append(step if isinstance(step, CompileReport) else step.newest.report)
         if isinstance(step, CompileReport):
             self._original(ticket)
             return ()
         try:
             done = step()
-            step.end()
+            step.newest.end()
         except Exception as e:
-            if not step.given_up(e):
+            if not given_up(step.newest, e, self._options.strict):
                 raise
-            self._steps[handle], done = step.report, False
+            self._steps[handle], done = step.newest.report, False
         if not done:
             core_op.optimizer_of(handle)._run_original()
         return ()
@@ -94,19 +94,9 @@ class RuleStep:
         self._plan(cause)
 
     @property
-    def report(self) -> CompileReport:
-        """The report of the variant that ran last."""
-        return self._variants.newest.report
-
-    def end(self) -> None:
-        """Note that a step is done, or that its original runs: nothing is begun."""
-        if (program := self._variants.newest.program) is not None:
-            program.begun = False
-
-    def given_up(self, error: Exception) -> bool:
-        """Give the step up after an error that nothing was written before; False if the error has to be raised."""
-        newest = self._variants.newest
-        return given_up(newest.report, error, newest.program, self._options.strict)
+    def newest(self) -> Variant:
+        """The variant that ran last."""
+        return self._variants.newest
 
     def _plan(self, cause: Cause = FIRST) -> None:
         optimizer = self._optimizer()
@@ -213,8 +203,8 @@ class RuleStep:
             variant.program = None
             return False
         except Exception as e:
-            if not given_up(variant.report, e, variant.program, self._options.strict):
+            if not given_up(variant, e, self._options.strict):
                 raise
-            variant.program = variant.input_check = optimizer._prelude.input_check = None
+            optimizer._prelude.input_check = None
             return False
         return True

@@ -40,6 +40,11 @@ class Variant:
         if checked:
             self.check = SideBySide(fused.grouped, fused.report, self.rounds_once, fused.captured.put_right)
 
+    def end(self) -> None:
+        """Note that a step is over, fused or not: nothing is begun."""
+        if self.program is not None:
+            self.program.begun = False
+
     def differing(self, number: Number) -> list[tuple[str, bool]]:
         """The numbers whose comparison with 0 differs from this variant's: names, and True for those that are 0."""
         found = [(d, (t := number(d.leaf)) is not None and t.item() == 0) for d in self.captured.decided]

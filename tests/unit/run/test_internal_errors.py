@@ -13,6 +13,7 @@ import torch
 import npu_fuse_pass
 from npu_fuse_pass.lowerings.cpu import input_check, kernel, program
 from npu_fuse_pass.reasons import Code
+from npu_fuse_pass.run import graph_step
 from npu_fuse_pass.stock import prelude
 from optimizers import NpuFusedAdamW
 
@@ -143,6 +144,27 @@ def test_what_others_raise_is_theirs(kind: Callable[[], Steps], monkeypatch: pyt
     monkeypatch.undo()
     train(made, eager, opt, 2, 2)
     assert npu_fuse_pass.reports()[-1].fallback is None
+
+
+def test_a_fault_behind_the_program_does_not_run_the_original_on_top(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = params()
+
+    def step() -> torch.Tensor:
+        with torch.no_grad():
+            torch._foreach_sub_(p, [x.grad for x in p])
+            return p[0] * 2
+
+    compiled = torch.compile(step, backend="npu_fused")
+    for x in p:
+        x.grad = torch.ones_like(x)
+    before = [x.detach().clone() for x in p]
+    compiled()
+    assert npu_fuse_pass.reports()[-1].groups and npu_fuse_pass.reports()[-1].fallback is None
+    break_(monkeypatch, graph_step, "_returned")
+    with pytest.raises(IndexError):
+        compiled()
+    for x, old in zip(p, before, strict=True):
+        torch.testing.assert_close(x, old - 2)
 
 
 def test_strict(monkeypatch: pytest.MonkeyPatch) -> None:
