@@ -13,7 +13,7 @@ from torch import Tensor
 import npu_fuse_pass
 import optimizers
 from tests.support.tolerances import AS_NEAR
-from tests.support.training import assert_close, assert_fused
+from tests.support.training import assert_close, assert_fused, error
 
 RELATIVE = 1e-6
 MAKERS: dict[str, Callable[..., Any]] = {
@@ -84,9 +84,8 @@ def step_by_step(opt: Any) -> Any:
         twin.step()
 
     def after(*_: Any) -> None:
-        for (p, q), old in zip(pairs, held, strict=True):  # an element may be a small difference of larger terms
-            allowed = RELATIVE * (1e-3 + torch.maximum(old.abs(), q.detach().abs()))
-            assert bool(((p - q).abs() <= allowed).all()), (p, q)
+        for i, ((p, q), old) in enumerate(zip(pairs, held, strict=True)):
+            assert error(p, q, old) <= RELATIVE, f"parameter {i}: error {error(p, q, old):.3g} > {RELATIVE}\n{p}\n{q}"
 
     npu_fuse_pass.compile_optimizer_(opt).register_step_pre_hook(before)
     opt.register_step_post_hook(after)

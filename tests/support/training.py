@@ -120,10 +120,15 @@ def step_with_a_shared_gradient(params: list[Any], step: Callable[[], Any], shar
         step()
 
 
-def error(got: Tensor, want: Tensor) -> float:
-    """The goldens' measure: the largest |a - b| / (1e-3 + |b|)."""
+def error(got: Tensor, want: Tensor, old: Tensor | None = None) -> float:
+    """The goldens' measure: the largest |a - b| / (1e-3 + |b|).
+
+    Args:
+        old: the values before the step; |b| is |old| where that is larger, since b is then a difference of such terms.
+    """
     got, want = got.detach().double(), want.detach().double()
-    return float(((got - want).abs() / (1e-3 + want.abs())).max()) if want.numel() else 0.0
+    size = want.abs() if old is None else torch.maximum(want.abs(), old.detach().double().abs())
+    return float(((got - want).abs() / (1e-3 + size)).max()) if want.numel() else 0.0
 
 
 def assert_close(got: Sequence[Tensor], want: Sequence[Tensor], tolerance: float | None = None) -> None:
