@@ -275,8 +275,9 @@ def told(reason: Any) -> str:
     """Format a graph break as one line: why and where."""
     frame = reason.user_stack[-1] if reason.user_stack else None
     place = f" ({frame.filename}:{frame.lineno}, in {frame.name})" if frame is not None else ""
-    own = re.search(r"npu_fused: (.*)", str(reason.reason))  # a break of this package's says why
-    return f"{own[1] if own else str(reason.reason).splitlines()[0]}{place}"
+    # a break of this package's says why; that of a disabled function stands in brackets
+    own = re.search(r"\(reason: npu_fused: (.*)\)|npu_fused: (.*)", str(reason.reason))
+    return f"{own[1] or own[2] if own else str(reason.reason).splitlines()[0]}{place}"
 
 
 def told_of(text: str) -> str:

@@ -392,6 +392,25 @@ def said(report: Any) -> bool:
     return report.apart is not None or "which Python has to do" in str(report.graph_break)
 
 
+def test_the_reason_of_a_break_at_a_state_is_a_sentence() -> None:
+    """Dynamo writes it in brackets, with text of its own around it."""
+    torch._dynamo.reset()
+    npu_fuse_pass.clear_reports()
+    params = parameters([(3,)])
+    opt = NpuFusedAdam(params)
+    set_gradients(params, gradients(params, 0))
+
+    @torch.compile(backend="npu_fused")
+    def reads() -> Tensor:
+        opt.step()
+        average: Tensor = opt.state[params[0]]["exp_avg"]
+        return average * 2
+
+    reads()
+    why = "opt.state is read or changed here, which Python has to do: states are kept outside of graphs ("
+    assert str(npu_fuse_pass.reports()[0].graph_break).startswith(why)
+
+
 @pytest.mark.parametrize("make", [torch.optim.Adam, Counting, NpuFusedAdam])
 def test_attributes_of_an_optimizer(make: Any) -> None:
     """Whose assignment Dynamo drops where the class is torch's, under other backends."""
