@@ -109,7 +109,7 @@ class CompileReport:
             when a group's match is first asked for or printed.
         groups: what was fused.
         unfused: operations that were not, and why.
-        fallbacks: why the original graph runs instead, always or at some steps.
+        fallbacks: why the original graph runs instead, always or at some steps, or formulas are interpreted.
         cause: "compile", or what changed, where this is not the first compile of this step.
         cause_remedy: what keeps that from happening again; None for what happens once.
         checked_steps: how many steps `check_numerics` has compared with the original's.
@@ -169,8 +169,13 @@ class CompileReport:
 
     @property
     def fallback(self) -> str | None:
-        """Why the original graph runs instead, in words, or None."""
+        """Why the original graph runs instead (or formulas are interpreted), in words, or None."""
         return "; ".join(map(str, self.fallbacks)) or None
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether formulas are interpreted, for want of a C++ compiler: what falls back is not the original then."""
+        return any(g.lowering == "interpreter" for g in self.groups)
 
     @property
     def reasons(self) -> list[Reason]:
@@ -331,7 +336,8 @@ def remarks(report: CompileReport) -> list[str]:
         compared = f"{report.checked_steps} steps were compared with {against}"
         lines.append(f"check_numerics: {compared} (allowed relative difference: {allowed})")
     if report.fallback:
-        lines.append(f"FALLBACK to the original: {report.fallback}")
+        what = "not fused" if report.interpreted else "FALLBACK to the original"
+        lines.append(f"{what}: {report.fallback}")
     if report.cause != "compile":
         lines.append(f"compiled again: {report.cause}")
     lines += lacking()

@@ -65,6 +65,7 @@ def _facts(contents: Contents) -> dict[str, Any]:
         "torch": report.torch,
         "cause": report.cause,
         "fallback": report.fallback,
+        "interpreted": report.interpreted,
         "graph_break": report.graph_break,
         "unfused": [{"op": u.op, "text": str(u)} for u in report.unfused],
         "bandwidth": {"value": bandwidth, "why": why},

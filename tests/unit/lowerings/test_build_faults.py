@@ -29,6 +29,7 @@ def interpreted() -> str:
     assert {g.lowering for g in report.groups} == {"interpreter"}
     assert report.fallback is not None
     assert any(report.fallback in m for m in messages)
+    assert f"not fused: {report.fallback}" in str(report) and "original" not in str(report)
     return str(report.fallback)
 
 

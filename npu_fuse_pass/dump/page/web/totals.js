@@ -48,7 +48,7 @@ function modelled() {
 
 function notices() {
   const found = [];
-  if (data.fallback) found.push(notice("The original runs", [data.fallback], "bad"));
+  if (data.fallback) found.push(notice(data.interpreted ? "No kernels" : "The original runs", [data.fallback], "bad"));
   if (data.unfused.length) found.push(notice("Not fused", data.unfused.map((u) => u.text), "warn"));
   if (data.graph_break) found.push(notice("The graph ends at a break", [data.graph_break], "warn"));
   return found;
