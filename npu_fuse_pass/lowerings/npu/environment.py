@@ -16,7 +16,8 @@ from npu_fuse_pass.lowerings.npu.kernels.ascend import machine
 
 _INSTALL = (
     'platform "npu" needs torch_npu, which carries torchair, and CANN: pip install "npu-fuse-pass[npu]" '
-    "(torch_npu for this torch, protobuf>=4) where CANN's set_env.sh has been sourced"
+    f"torch=={torch.__version__.partition('+')[0]} (without the version pip takes the newest torch_npu and torch) "
+    "where CANN's set_env.sh has been sourced"
 )
 
 

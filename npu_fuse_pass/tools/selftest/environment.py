@@ -18,7 +18,8 @@ from npu_fuse_pass.tools.selftest.private import anonymous, first_line
 
 INSTALL = (
     "a machine with an Ascend NPU, its driver and CANN is needed; there source CANN's set_env.sh and "
-    'pip install "npu-fuse-pass[npu]" (torch_npu for this torch, protobuf>=4)'
+    'pip install "npu-fuse-pass[npu]" torch==VERSION, with the version that you have (without it pip takes the newest '
+    "torch_npu and torch)"
 )
 
 
