@@ -57,6 +57,10 @@ def npu_fused(
 
     Raises:
         OptionError: an unknown option or value; the message names the allowed ones.
+        UnfusedError: `strict`, and something is left unfused.
+        PlatformError: the platform that was asked for cannot be used here.
+
+    torch.compile wraps these in a BackendCompilerFailed (its `inner_exception`); `npu_fuse_pass.compile_step` does not.
     """
     prepare()
     chosen = Options(**_checked_options(mode, options))

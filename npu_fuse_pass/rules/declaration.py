@@ -76,9 +76,12 @@ def total(function: Callable[..., Tensor], over: Literal["group", "optimizer"] =
     """Declare a sum over all parameters that have a gradient, e.g. for a global norm.
 
     Args:
-        function: returns a 0-dim tensor for one parameter. Its argument names choose what it gets: `param`, `grad`,
-            a state or a hyperparameter, all in the arithmetic dtype. Summed in float64.
+        function: returns a 0-dim tensor for one parameter. Its argument names choose what it gets: `param`, `grad` or
+            a state, in the arithmetic dtype, and hyperparameters as the rule gets them. Summed in float64.
         over: sum over the parameters of one "group" or of the whole "optimizer".
+
+    Raises:
+        RuleError: `over` is something else.
     """
     if over not in ("group", "optimizer"):
         raise RuleError(f"total(over={over!r}): allowed are 'group' and 'optimizer'")

@@ -34,7 +34,7 @@ def compile_optimizer_(opt: O, **options: Any) -> O:
     Args:
         opt: any torch.optim.Optimizer, of torch, of this project or another one. Wrappers of accelerate and Lightning
             are unwrapped.
-        options: those of the backend: `platform`, `strict`, `check_numerics`, `torchair_config`, `layout`.
+        options: those of the backend, which `npu_fused` lists.
 
     Returns:
         `opt` itself. Where torch never shows its step to a backend (LBFGS, SparseAdam, Adafactor), it is unchanged, and

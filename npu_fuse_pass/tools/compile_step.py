@@ -42,7 +42,7 @@ def compile_step(opt: torch.optim.Optimizer, **options: Any) -> CompiledStep:
 
     Args:
         opt: any torch.optim.Optimizer.
-        options: those of the backend: `platform`, `strict`, `check_numerics`, `torchair_config`, `layout`.
+        options: those of the backend, which `npu_fused` lists.
 
     Raises:
         TypeError: `opt` is no torch.optim.Optimizer.
@@ -64,6 +64,7 @@ class CompiledStep:
 
     Raises:
         UnfusedError: `strict`, and something is left unfused; this step has changed nothing.
+        PlatformError: the platform that was asked for cannot be used here; this step has changed nothing.
         NumericsError: `check_numerics`, and a fused update differs; the original's values are in place.
         Exception: torch failed to compile a step of which a part has run, or `strict`; otherwise the original runs.
         NotCapturedError: when called for the second time, if no update reached the backend; names reason and remedy.

@@ -37,7 +37,7 @@ def explain(opt: torch.optim.Optimizer, **options: Any) -> CompileReport:
 
     Args:
         opt: any torch.optim.Optimizer.
-        options: those of the backend: `platform`, `strict`, `check_numerics`, `torchair_config`, `layout`.
+        options: those of the backend, which `npu_fused` lists.
 
     Returns:
         The report. Where torch never shows the step to a backend, its `reasons` say why, and what to do.
