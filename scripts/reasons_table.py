@@ -10,7 +10,7 @@ PATH = pathlib.Path(__file__).parents[1] / "docs" / "reasons.md"
 _HEAD = """# Why something is not fused
 
 Whatever stays unfused has a reason, and the same reason is in the report (`report.reasons`, `print(report)`,
-`to_json()`), in warnings, in what `explain` and `scripts/dump_graph.py --check` say, and in dumps:
+`to_json()`), in warnings, in what `explain` and `dump --check` say, and in dumps:
 
 ```python
 for reason in npu_fuse_pass.explain(opt).reasons:
