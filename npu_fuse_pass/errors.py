@@ -22,7 +22,7 @@ class OptionError(FuseError, ValueError):
 
 
 class UnfusedError(FuseError, RuntimeError):
-    """`strict=True` and something was left unfused; the message lists all of it."""
+    """Something was left unfused, under `strict=True` or for `raise_if_unfused()`; the message lists all of it."""
 
 
 class NotCapturedError(FuseError, RuntimeError):

@@ -45,7 +45,7 @@ def explain(opt: torch.optim.Optimizer, **options: Any) -> CompileReport:
     Raises:
         TypeError: `opt` is no torch.optim.Optimizer.
         OptionError: an unknown option or value.
-        UnfusedError: `strict`, and something is left unfused.
+        UnfusedError: `strict`, and something of what reaches the backend is left unfused.
         NumericsError: `check_numerics`, and a fused update of the copy differs from the original's.
         FuseError: a step of the copy fails; the message says why.
     """
