@@ -59,6 +59,11 @@ _GUARDS = [
         _OUTSIDE,
     ),
     _Guard(
+        r"param_groups\[\d+\]\['(?!params')\w+'\]( is |\), type=| [=!]= ('|True$|False$))",
+        "an option in a parameter group changed, or the type of a number (each has a compile, which is kept)",
+        None,
+    ),
+    _Guard(
         r"\['param_groups'\]|param_groups\[\d+\]\['(?!params')\w+'\].* ([<>]|[=!<>]=) ",
         "a number in a parameter group changed",
         _RULES,

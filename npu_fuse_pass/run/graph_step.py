@@ -277,7 +277,7 @@ def told(reason: Any) -> str:
     place = f" ({frame.filename}:{frame.lineno}, in {frame.name})" if frame is not None else ""
     # a break of this package's says why; that of a disabled function stands in brackets
     own = re.search(r"\(reason: npu_fused: (.*)\)|npu_fused: (.*)", str(reason.reason))
-    return f"{own[1] or own[2] if own else str(reason.reason).splitlines()[0]}{place}"
+    return f"{own[1] or own[2] if own else _first_line(str(reason.reason))}{place}"
 
 
 def told_of(text: str) -> str:
@@ -286,7 +286,12 @@ def told_of(text: str) -> str:
     found = found or re.search(r"frame skipped: (?P<name>\w+) \((?P<file>.+) line (?P<line>\d+)\)", text)
     more = re.search(r"Developer debug context: *(\S.*)", text)
     place = f" ({found['file']}:{found['line']}, in {found['name']})" if found else f" ({more[1]})" if more else ""
-    return f"{text.splitlines()[0]}{place}"
+    return f"{_first_line(text)}{place}"
+
+
+def _first_line(text: str) -> str:
+    """Of Dynamo's text, without its advice: what a step can do about a value is another thing (`Code.VALUE`)."""
+    return text.replace("Consider annotating your code using torch._check*(). ", "").splitlines()[0]
 
 
 class _Arguments:

@@ -593,6 +593,10 @@ def test_what_torch_compiles_no_further_is_said_with_its_cause() -> None:
         ("0/0: len(self.state) == 0", "created states", False),
         ("0/0: not args[0].state  # if not state:  # lib/a.py:3 in step", "created states", False),
         ("0/2: ((1 + self.param_groups[0]['k']) % 6) == 3", "a number in a parameter group", True),
+        ("0/1: args[0].param_groups[0]['mode'] == 'a'  # a  # lib/a.py:3 in step", "an option in", False),
+        ("0/1: args[0].param_groups[0]['nesterov'] == False", "an option in", False),
+        ("0/1: self.param_groups[0]['clip'] is None", "an option in", False),
+        ("0/1: ___check_type_id(self.param_groups[0]['clip']), type=<class 'float'>", "the type of a number", False),
         ("0/2: len(self.param_groups[0]['params']) == 3", "parameters were added", False),
         ("0/2: len(args[0].param_groups) == 1  # for  # lib/a.py:3 in step", "parameters were added or removed", False),
         ("1/0: Cache line invalidated because L['self'] got deallocated", "another optimizer runs", True),
@@ -616,6 +620,20 @@ def test_what_a_guard_says(reason: str, cause: str, has_remedy: bool) -> None:
     found = recompile(reason, with_rules=False)
     assert cause in found.text and (found.remedy is not None) == has_remedy
     assert (", lib/a.py:3, in step)" in found.text) == ("lib/a.py" in reason)
+
+
+class Branches(torch.optim.SGD):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            if p.grad.sum().item() > 0:
+                p.sub_(p.grad)
+
+
+def test_the_remedy_for_a_branch_on_a_value_stands_alone() -> None:
+    """Dynamo advises something that does not help an optimizer."""
+    (reason,) = npu_fuse_pass.explain(Branches(ones((4,)), lr=0.1)).reasons
+    assert reason.code is Code.VALUE and "torch._check" not in reason.advised and "torch.where" in reason.advised
 
 
 class Deprecated(torch.optim.SGD):
