@@ -116,12 +116,12 @@ class GraphStep:
         return self._variants.newest.program is not None
 
     def _plan(self, cause: Cause = FIRST) -> None:
-        before = self._facts
         batches = [b for o in self._stepped() for b in o._prelude.batches]
-        self._state, self._facts = self._inputs(), plan_facts(batches)
-        if before is not None:
-            cause = changed(before, self._facts)
+        state, facts = self._inputs(), plan_facts(batches)
+        if self._facts is not None:
+            cause = changed(self._facts, facts)
         self._variants = Variants(self._variant(cause, functools.partial(_number, self._kept())))
+        self._state, self._facts = state, facts  # last: what ends a plan early has the next step make it
 
     def _variant(self, cause: Cause, number: pipeline.Number | None) -> _GraphVariant:
         made = pipeline.fuse_graph(self._gm, self._options, cause, graph_break_of(self._gm), number)

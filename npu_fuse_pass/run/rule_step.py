@@ -102,10 +102,10 @@ class RuleStep:
         optimizer = self._optimizer()
         assert optimizer is not None
         prelude = optimizer._prelude
-        before, self._facts = self._facts, plan_facts(prelude.batches)
-        if before is not None:
-            cause = changed(before, self._facts)
-        self._version, prelude.compiled = prelude.version, True
+        version, facts = prelude.version, plan_facts(prelude.batches)
+        if self._facts is not None:
+            cause = changed(self._facts, facts)
+        prelude.compiled = True
         serials = tuple(batch.serial for batch in prelude.batches)
         kept = self._kept.pop(serials, None)
         if kept is None or kept.newest.program is None:
@@ -114,6 +114,7 @@ class RuleStep:
         self._variants = self._kept[serials] = kept
         if len(self._kept) > _MOST:
             del self._kept[next(iter(self._kept))]
+        self._version, self._facts = version, facts  # last: what ends a plan early has the next step make it
 
     def _drop(self, optimizer: weakref.ref[Stepping]) -> None:
         """Release the plan of an optimizer that is gone."""

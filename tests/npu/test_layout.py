@@ -13,6 +13,7 @@ from layouts import SHAPES, Parameters, Twins, adjacent, flat_parameters, shapes
 import npu_fuse_pass
 import optimizers
 from npu_fuse_pass import errors
+from npu_fuse_pass.lowerings.npu import program
 from npu_fuse_pass.lowerings.npu.emit import list_operations
 from npu_fuse_pass.lowerings.npu.layout import replan
 from npu_fuse_pass.lowerings.npu.layout import spans as npu_layout
@@ -267,6 +268,29 @@ def test_reallocated_parameters() -> None:
     twins.step(2, order=IN_ORDER)
     assert twins.row.layout == "list"
     assert len(twins.graphs) == 3
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), errors.GraphRefused("refused")], ids=["Ctrl-C", "refused"])
+def test_a_plan_whose_graph_is_not_made(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No later step runs without one: it would advance counters alone. It makes the graph, or is refused as well."""
+    twins = Twins(ADAM, flat())
+    twins.step(0, order=IN_ORDER)
+    twins.change(reallocate)
+    before = [p.detach().clone() for p in twins.both[0]]
+
+    def fails(*args: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "build", fails)
+        for _ in range(2):
+            with pytest.raises((KeyboardInterrupt, errors.UnfusedError)):
+                twins.step(1, order=IN_ORDER)
+    assert all(map(torch.equal, before, twins.both[0]))
+    for k in range(1, 3):
+        twins.step(k, order=IN_ORDER)
+    assert [g.runs for g in twins.graphs] == [1, 2]
+    assert twins.row.layout == "flat + list"
 
 
 def test_memory_that_is_used_again() -> None:

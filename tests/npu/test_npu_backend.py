@@ -12,6 +12,7 @@ import harness
 import pytest
 import torch
 from steps import SHAPES, assert_same, captured_step, parameters, set_gradients, step_both, twins
+from torch import Tensor
 
 from npu_fuse_pass import errors, private_torch
 from npu_fuse_pass.backend import npu_fused
@@ -140,3 +141,47 @@ def test_new_tensors_that_follow_from_none(ge: harness.Recording) -> None:
             assert (got.dtype, got.stride()) == (wanted.dtype, wanted.stride()) and torch.equal(got, wanted)
     assert_same(*both, 1e-6)
     assert [g.runs for g in ge.graphs] == [2]
+
+
+def all_in_one(p: Tensor, q: Tensor, g: Tensor, m: Tensor) -> Tensor:
+    new = p - 0.1 * g
+    p.copy_(new)
+    q.copy_(new)  # as Lookahead, where it sets the parameters back
+    m.copy_(g)
+    return new
+
+
+def of_two(p: Tensor, q: Tensor, g: Tensor, m: Tensor) -> Tensor:
+    p.copy_(g)
+    q.copy_(g)
+    m.mul_(0.5)
+    return g.clone()
+
+
+def around_a_product(p: Tensor, q: Tensor, g: Tensor, m: Tensor) -> Tensor:
+    new = p @ g
+    p.copy_(new)
+    q.copy_(new)
+    m.sub_(new * 0.5)
+    return new
+
+
+@pytest.mark.parametrize("kernels", ["auto", "elementwise"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("function", [all_in_one, of_two, around_a_product])
+def test_one_value_in_several_places(
+    function: Callable[..., Tensor], dtype: torch.dtype, kernels: str, ge: harness.Recording
+) -> None:
+    """All of them are written, and what is returned is none of them."""
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(3, 3, generator=generator).to(dtype) for _ in range(4)]
+    wanted = [t.clone() for t in given]
+    step = torch.compile(function, backend=npu_fused, options={"platform": "npu", "kernels": kernels})
+    returned: list[tuple[Tensor, Tensor]] = []
+    for _ in range(3):
+        returned.append((step(*given), function(*wanted)))
+        for got, want in [*zip(given, wanted, strict=True), *returned]:
+            torch.testing.assert_close(got, want)
+    assert [g.runs for g in ge.graphs] == [3]
+    (made,) = report.reports()
+    assert made.fallback is None and {g.lowering for g in made.groups} == {"npu"}

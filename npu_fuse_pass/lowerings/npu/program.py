@@ -35,6 +35,7 @@ from npu_fuse_pass.lowerings.npu.kernels.launch import Cluster, Generated
 from npu_fuse_pass.lowerings.npu.layout.bind import Binder
 from npu_fuse_pass.lowerings.npu.layout.replan import Replanner
 from npu_fuse_pass.lowerings.npu.lowered_group import LoweredGroup
+from npu_fuse_pass.lowerings.npu.plan import Plan, Span
 from npu_fuse_pass.match.result import Match, NoMatch
 
 
@@ -75,7 +76,7 @@ class Program:
         texts: Texts | None = None,
         hardware: Hardware | None = None,
     ) -> None:
-        self._leaves, self._config, self._planned, self._texts = leaves, config, planned, texts
+        self._leaves, self._config, self._texts = leaves, config, texts
         self._hardware = hardware
         self._found = found = {} if hardware is None else generate_groups(leaves, groups, hardware)
         # a step whose kernels are launched without a graph needs no torchair
@@ -91,15 +92,29 @@ class Program:
         if values is not None:
             step = self._host.prepare(values, complete=True)
             self._replanner.update(values, step.all_numbers, step.active)
+        self._planned: Callable[[Program], None] = lambda program: None
+        self._plans: list[Plan] | None = None
+        self._spans: list[tuple[Span, ...]] | None = None
         self._use_plans()
-        self._make()
+        self._planned = planned or self._planned
 
-    def _use_plans(self) -> bool:
-        """Apply the current plans. Returns True if they need another graph."""
-        before = [lowered.plan.spans for lowered in self.groups]
-        for lowered, plan in zip(self.groups, self._replanner.plans, strict=True):
+    def _use_plans(self) -> None:
+        """Apply the current plans, and compile a graph for them where the one that is there is for others.
+
+        What ends that early (a refusal, Ctrl-C) has the next step begin anew.
+        """
+        plans = self._replanner.plans
+        if plans is self._plans:
+            return
+        for lowered, plan in zip(self.groups, plans, strict=True):
             lowered.plan = plan
-        return before != [lowered.plan.spans for lowered in self.groups]
+        spans = [plan.spans for plan in plans]
+        if spans != self._spans:
+            self._spans = None
+            self._make()
+            self._spans = spans
+        self._planned(self)
+        self._plans = plans
 
     def _make(self) -> None:
         """Compile the graph for the current plans."""
@@ -186,11 +201,8 @@ class Program:
         """
         with torch.no_grad():
             step = self._host.prepare(values, complete)
-            if self._replanner.update(values, step.all_numbers, step.active):
-                if self._use_plans():
-                    self._make()
-                if self._planned is not None:
-                    self._planned(self)
+            self._replanner.update(values, step.all_numbers, step.active)
+            self._use_plans()
             self._binder.bind(step, values)
             for cluster, places in self._clusters:
                 cluster.active = [step.active[place] for place in places]

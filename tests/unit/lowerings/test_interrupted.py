@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import optimizers
+from npu_fuse_pass import pipeline
 from npu_fuse_pass.errors import PlatformError
 from npu_fuse_pass.lowerings import eager, segmented
 from npu_fuse_pass.lowerings.cpu import program as cpu
@@ -313,3 +314,47 @@ def test_a_refusal_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="refused"):
         step()
     assert same(everything(params, opt), before)
+
+
+def _more(opt: Any, params: Any) -> None:
+    opt.add_param_group({"params": params[3:]})
+
+
+def _another_rule(opt: Any, params: Any) -> None:
+    opt.param_groups[0]["amsgrad"] = False
+
+
+@pytest.mark.parametrize(("change", "updated"), [(_more, 5), (_another_rule, 3)])
+@pytest.mark.parametrize("in_a_function", [False, True])
+def test_a_plan_that_is_made_anew(
+    change: Callable[[Any, Any], None], updated: int, in_a_function: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its compile takes seconds, so that Ctrl-C comes in it; the next step makes it, and does not run the old one."""
+    params, twins = mixed(), mixed()
+    opt, twin = _adam(params[:3]), _adam(twins[:3])
+    step = torch.compile(lambda: opt.step() and None, backend="npu_fused") if in_a_function else make_step(opt)
+    grads(params, 0)
+    grads(twins, 0)
+    step()
+    twin.step()
+    change(opt, params)
+    change(twin, twins)
+    grads(params, 1)
+    before = everything(params, opt)
+
+    def interrupt(*args: Any) -> None:
+        raise Interrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "group", interrupt)
+        with pytest.raises(Interrupt):
+            step()
+    assert same(everything(params, opt), before)
+    for seed in (1, 2):
+        grads(params, seed)
+        grads(twins, seed)
+        step()
+        twin.step()
+    for a, b in zip(everything(params, opt), everything(twins, twin), strict=True):
+        torch.testing.assert_close(a, b)
+    assert_fused(last_report(), parameters=updated)

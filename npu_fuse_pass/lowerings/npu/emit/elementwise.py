@@ -68,8 +68,22 @@ def wide_dtype(formula: Formula) -> torch.dtype:
 
 def cost(formula: Formula) -> tuple[int, int]:
     """GE operations on tensors per member, and the bytes that they read and write per element."""
-    costs = [cost_of(formula, e) for e in postorder(formula.roots)]
+    costs = [*(cost_of(formula, e) for e in postorder(formula.roots)), *copies(formula)]
     return sum(operations for operations, _ in costs), sum(size for _, size in costs)
+
+
+def copies(formula: Formula) -> list[tuple[int, int]]:
+    """The cost of each write of a value that is no result of its own, as in `cost_of`; see `Emitter.results`."""
+    found: list[tuple[int, int]] = []
+    taken = {id(e) for e in postorder(formula.roots) if e.op == "leaf"}
+    for slot, e in formula.writes:
+        size = formula.slots[slot].dtype.itemsize
+        while e.op == "cast" and stored(formula, e) == stored(formula, e.args[0]):
+            (e,) = e.args
+        if formula.slots[slot].tensor and (id(e) in taken or not e.tensor):
+            found.append((1, size + size * e.tensor))
+        taken.add(id(e))
+    return found
 
 
 def cost_of(formula: Formula, e: Expr) -> tuple[int, int]:
@@ -146,11 +160,18 @@ class Emitter:
         return self._numbers[key]
 
     def results(self, values: Mapping[int, Any], shape: list[int]) -> list[Any]:
-        """The results of a member, picked from all values by `id`."""
+        """The results of a member, picked from all values by `id`; what is written to tensors are GE's tensors apart.
+
+        torchair knows by its name where a tensor is written, so that of two targets of one only the last is written.
+        """
         results = []
+        taken = {values[id(e)].tensor for e in self.order if e.op == "leaf"}
         for slot, e in self._writes:
-            spread = self._formula.slots[slot].tensor and not e.tensor
-            results.append(self._ge.BroadcastTo(values[id(e)], shape) if spread else values[id(e)])
+            value = values[id(e)]
+            if self._formula.slots[slot].tensor and (value.tensor in taken or not e.tensor):
+                value = self._ge.BroadcastTo(value, shape)
+            taken.add(value.tensor)
+            results.append(value)
         return results + [values[id(e)] for e in self._contributions]
 
     def _dtype(self, e: Expr) -> torch.dtype:

@@ -42,6 +42,8 @@ def cost(formula: Formula, members: int, shared: Collection[int]) -> tuple[int, 
             continue
         operations += 1
         size += 4 + 4 * sum(a.tensor for a in e.args)
+    for launches, moved in elementwise.copies(formula):
+        operations, size = operations + launches * members, size + moved
     return operations, size
 
 

@@ -41,8 +41,8 @@ class Replanner:
         self._tries, self._left, self._made = _TRIES, _PLANS, False
         self._use([planner.alone("its tensors were not seen yet") for planner in self._planners])
 
-    def update(self, values: LeafValues, numbers: Sequence[Sequence[Tensor]], active: Sequence[Sequence[bool]]) -> bool:
-        """Make the plans fit a step. Returns True if they changed.
+    def update(self, values: LeafValues, numbers: Sequence[Sequence[Tensor]], active: Sequence[Sequence[bool]]) -> None:
+        """Make the plans fit a step: `plans` is the same list if they did, else another one.
 
         Args:
             values: of all leaves.
@@ -51,7 +51,7 @@ class Replanner:
         """
         fits = self._together(active) and self._equal(numbers) and self._in_place(values, active)
         if (fits and self._made and not self._may_improve(active)) or not any(map(any, active)):
-            return False
+            return
         for planner, lowered, taking_part in zip(self._planners, self._groups, active, strict=True):
             if any(taking_part):
                 planner.apart |= {m for m in lowered.device_members if not taking_part[m]}
@@ -60,13 +60,12 @@ class Replanner:
             for planner, lowered, given in zip(self._planners, self._groups, numbers, strict=True)
         ]
         if self._made and fits and _size(found) >= _size(self.plans):
-            return False
+            return
         self._left -= self._made
         self._made = True
         if self._left <= 0:
             found = [planner.alone("tensors keep moving between steps") for planner in self._planners]
         self._use(found)
-        return True
 
     def _use(self, plans: list[Plan]) -> None:
         self.plans = plans
