@@ -92,11 +92,11 @@ class Program:
         if values is not None:
             step = self._host.prepare(values, complete=True)
             self._replanner.update(values, step.all_numbers, step.active)
-        self._planned: Callable[[Program], None] = lambda program: None
+        self._planned: Callable[[Program], None] | None = None  # until the first graph is there
         self._plans: list[Plan] | None = None
         self._spans: list[tuple[Span, ...]] | None = None
         self._use_plans()
-        self._planned = planned or self._planned
+        self._planned = planned
 
     def _use_plans(self) -> None:
         """Apply the current plans, and compile a graph for them where the one that is there is for others.
@@ -113,7 +113,8 @@ class Program:
             self._spans = None
             self._make()
             self._spans = spans
-        self._planned(self)
+        if self._planned is not None:
+            self._planned(self)
         self._plans = plans
 
     def _make(self) -> None:
