@@ -27,6 +27,7 @@ from npu_fuse_pass.stock.entries import Entries, refused_state
 from npu_fuse_pass.tensors.sharded import alike, is_dtensor, local, sharding
 
 DTYPES = (torch.float32, torch.float64)
+DEVICES = ("cpu", "npu")
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -165,13 +166,13 @@ class StockPrelude(Prepared):
 
     def _members(self, group: Mapping[str, Any]) -> Iterator[list[Tensor]]:
         """The parameters of a group that are updated together."""
-        kinds: dict[tuple[torch.dtype, bool], list[Tensor]] = {}
+        kinds: dict[tuple[torch.dtype, torch.device, bool], list[Tensor]] = {}
         has_states = self._class.counts or self._class.rule_of(group).states_of(group)
         for p in group["params"]:
             begun = bool(self._opt.state.get(p))
             member = p.requires_grad or p.grad is not None or begun
             if member:
-                kinds.setdefault((p.dtype, is_dtensor(p)), []).append(p)
+                kinds.setdefault((p.dtype, p.device, is_dtensor(p)), []).append(p)
             if p.grad is None and not (member and (begun or not has_states)):
                 self._idle.append(p)
         yield from kinds.values()
@@ -254,7 +255,8 @@ def _refused(p: Tensor, t: Tensor, label: str) -> Reason | None:
         return Code.NO_RULE(f"{label} is {t.dtype}: torch rounds after every operation")
     if is_dtensor(p) and is_dtensor(t) and not alike(p, t):
         return Code.NO_RULE(f"{label} is distributed in another way than its parameter")
-    if p.dtype not in DTYPES or not alike(p, t) or _odd(local(t), p.dtype) or t.shape != p.shape:
+    known = p.dtype in DTYPES and p.device.type in DEVICES
+    if not known or not alike(p, t) or _odd(local(t), p) or t.shape != p.shape:
         told = f"a {type(t).__name__}, {t.dtype}, {t.layout}, on {t.device}, of shape {tuple(t.shape)}"
         return Code.NO_RULE(f"{label} is {told}")
     return None
@@ -278,7 +280,7 @@ def _serves(batch: Batch, rule: Declaration, index: int, group: Mapping[str, Any
         and batch.group == index
         and [local(p).numel() for p in members] == batch.numels
         and [local(p).stride() for p in members] == batch.strides
-        and {p.dtype for p in members} == {batch.dtype}
+        and {(p.dtype, p.device) for p in members} == {(batch.dtype, batch.device)}
         and tuple(batch.stored) == rule.states_of(group)
         and fill_hyper(batch, group)
     )
@@ -308,7 +310,7 @@ def _read(batch: Batch) -> bool:
 
 def _fits(batch: Batch, index: int, param: Tensor, grad: Tensor | None) -> bool:
     """True if a parameter, its gradient and its states are what the batch was made for."""
-    if param.numel() != batch.numels[index] or param.stride() != batch.strides[index] or _odd(param, batch.dtype):
+    if param.numel() != batch.numels[index] or param.stride() != batch.strides[index] or _odd(param, batch):
         return False
     if grad is None:
         return True
@@ -316,14 +318,15 @@ def _fits(batch: Batch, index: int, param: Tensor, grad: Tensor | None) -> bool:
     own = (grad, *(views[index] for name, views in batch.views.items() if name not in numbers))
     counter = () if "step" in batch.fixed else (("step", batch.step_views[index]),)
     kept = (*counter, *((name, batch.views[name][index]) for name in numbers))
-    return all(t is not None and t.shape == param.shape and not _odd(t, batch.dtype) for t in own) and not any(
+    return all(t is not None and t.shape == param.shape and not _odd(t, batch) for t in own) and not any(
         _odd_number(name, t) for name, t in kept
     )
 
 
-def _odd(t: Tensor, dtype: torch.dtype) -> bool:
-    """True for a tensor on which the rule's arithmetic differs from torch's."""
-    return type(t) not in _PLAIN or t.dtype != dtype or t.device.type != "cpu" or t.layout is not torch.strided
+def _odd(t: Tensor, like: Tensor | Batch) -> bool:
+    """True for a tensor on which the rule's arithmetic differs from torch's. `like`: has its dtype and device."""
+    kind = t.dtype, t.device, t.layout
+    return type(t) not in _PLAIN or kind != (like.dtype, like.device, torch.strided)
 
 
 def _odd_number(name: str, t: object) -> bool:

@@ -130,10 +130,10 @@ class StockRoad:
         self._captured: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        reason = Code.NO_RULE("its step has arguments that a rule does not have") if args or kwargs else None
-        if self._tracked.options["platform"] == "npu":
-            reason = Code.NO_RULE("rules run for classes of torch.optim on CPUs alone")
-        reason = reason or self._binding.why_not()
+        if args or kwargs:
+            reason: Reason | None = Code.NO_RULE("its step has arguments that a rule does not have")
+        else:
+            reason = self._binding.why_not()
         if reason is None:
             try:
                 return self._binding.update()

@@ -49,12 +49,26 @@ STEPS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Callable[[], None]]
     "ours_in_a_function": (BY_NAME["adam"].build, in_a_function),
     "stock": (lambda p: torch.optim.Adam(p, lr=0.02, foreach=False), lambda opt: opt.step),
     "stock_foreach": (lambda p: torch.optim.AdamW(p, lr=0.02, foreach=True), lambda opt: opt.step),
+    "stock_rule": (lambda p: torch.optim.AdamW(p, lr=0.02), lambda opt: _Rule(opt).step),
 }
 
 DEDICATED = [name for name in STEPS if name != "ours_in_a_function"]  # that one writes the clipped gradients, too
 
 
+class _Rule:
+    """What `compiled` gives to compile_step."""
+
+    def __init__(self, opt: torch.optim.Optimizer) -> None:
+        self.opt = opt
+
+    def step(self) -> None:
+        self.opt.step()
+
+
 def compiled(function: Callable[[], None], **options: Any) -> Callable[[], None]:
+    of = getattr(function, "__self__", None)
+    if isinstance(of, _Rule):
+        return npu_fuse_pass.compile_step(of.opt, platform="npu", **options)
     return torch.compile(function, backend=npu_fuse_pass.npu_fused, options={"platform": "npu", **options})
 
 

@@ -35,6 +35,7 @@ from tests.npu_kernels import steps, test_states
 from tests.npu_kernels.executed import Cores
 from tests.npu_kernels.steps import ALL, Step, parameters, set_gradients
 from tests.npu_kernels.test_executed import assert_close
+from tests.support.torch_rules import STOCK
 
 SIZES = (1, 7, 2049, 363, *[1, 7] * 12)
 BY_NAME = {step.name: step for step in ALL}
@@ -83,7 +84,15 @@ def triple(step: Step, dtype: torch.dtype = torch.float32) -> list[Any]:
 
 def train(opts: Sequence[Any], count: int, missing: Sequence[Sequence[int]] = ((),), **options: Any) -> list[str]:
     """Steps of all, the first one compiled; what was warned."""
-    step = torch.compile(opts[0].step, backend=npu_fused, options={"platform": "npu", **options})
+    return train_by(
+        torch.compile(opts[0].step, backend=npu_fused, options={"platform": "npu", **options}), opts, count, missing
+    )
+
+
+def train_by(
+    step: Callable[[], object], opts: Sequence[Any], count: int, missing: Sequence[Sequence[int]] = ((),)
+) -> list[str]:
+    """As `train`; `step` is the first one's."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for k in range(count):
@@ -139,6 +148,17 @@ def test_a_group_is_one_node(name: str, ge: harness.Recording, cores: Cores) -> 
     tensors = [t for t in given[-1].inputs if t is not given[-1].inputs[-1]]
     placed = placement.placed(given[-1], tensors)
     assert len(placed.in_place) == len(op.output_desc) and len(placed.host) == 1
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_a_class_of_torch_as_a_rule(name: str, ge: harness.Recording, cores: Cores) -> None:
+    opts = triple(Step(name, STOCK[name]))
+    step = npu_fuse_pass.compile_step(opts[0], platform="npu", kernels="generated", strict=True)
+    assert not train_by(step, opts, 4, ((), (1,)))
+    assert_same(opts)
+    (row,) = report().groups
+    assert report().replaces == f"torch.optim.{type(opts[0]).__name__}" and row.kernel == "generated NPU kernel"
+    assert len(cores.launched) == 4
 
 
 @pytest.mark.parametrize("name", ["lamb", "lamb_global"])

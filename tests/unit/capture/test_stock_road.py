@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
+import importlib.util
 import warnings
 import weakref
 from collections.abc import Callable
@@ -19,6 +19,7 @@ from npu_fuse_pass.algorithms.nadam import nadam
 from npu_fuse_pass.reasons import Code
 from tests.behaviour.test_optim_db import assert_equal
 from tests.support.optim_cases import CASES, Case, run
+from tests.support.torch_rules import STOCK, assert_same_states
 from tests.support.training import (
     FULL,
     assert_close,
@@ -38,23 +39,6 @@ CLASSES = ("Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "
 ALL = [case for case in CASES if case.name in CLASSES and case.form != "unwrapped"]
 DB = ALL if FULL else tier([case for case in ALL if case.form == "method" and case.implementation != "fused"])
 SHAPES = ((3, 4), (5,), (2, 3, 2), (), (5,))
-STOCK: dict[str, Callable[..., Any]] = {
-    "Adam": lambda p, **o: torch.optim.Adam(p, **{"lr": 0.02, "amsgrad": True, **o}),
-    "AdamW": lambda p, **o: torch.optim.AdamW(p, **{"lr": 0.02, **o}),
-    "SGD": lambda p, **o: torch.optim.SGD(p, **{"lr": 0.05, "momentum": 0.9, "dampening": 0.3, **o}),
-    "RMSprop": lambda p, **o: torch.optim.RMSprop(
-        p, **{"lr": 0.01, "eps": 0.1, "momentum": 0.9, "centered": True, **o}
-    ),
-    "Adagrad": lambda p, **o: torch.optim.Adagrad(p, **{"lr": 0.05, "lr_decay": 0.1, **o}),
-    "Adadelta": lambda p, **o: torch.optim.Adadelta(p, **{"lr": 0.5, **o}),
-    "Adamax": lambda p, **o: torch.optim.Adamax(p, **{"lr": 0.02, **o}),
-    "RAdam": lambda p, **o: torch.optim.RAdam(p, **{"lr": 0.02, "betas": (0.9, 0.9), **o}),
-    "Rprop": lambda p, **o: torch.optim.Rprop(p, **{"lr": 0.02, **o}),
-    "NAdam": lambda p, **o: torch.optim.NAdam(p, **{"lr": 0.02, "momentum_decay": 0.1, **o}),
-    "ASGD": lambda p, **o: torch.optim.ASGD(p, **{"lr": 0.05, "lambd": 0.01, "t0": 2, **o}),
-    "SGD plain": lambda p, **o: torch.optim.SGD(p, **{"lr": 0.05, "weight_decay": 0.1, **o}),
-}
-
 NAMES = list(STOCK) if FULL else ["Adam", "SGD", "Rprop", "ASGD"]
 
 
@@ -99,22 +83,6 @@ class Twins:
     def check(self, limit: float = 1e-5) -> None:
         assert_close(self.params, self.others, limit)
         assert_same_states(self.opt, self.eager, limit)
-
-
-def assert_same_states(opt: Any, eager: Any, limit: float = 1e-5) -> None:
-    """The same keys in the same order, tensors of the same kinds, and about the same values; also as a checkpoint."""
-    got, want = opt.state_dict(), eager.state_dict()
-    assert got.keys() == want.keys() and list(got["state"]) == list(want["state"])
-    for index, entry in want["state"].items():
-        mine = got["state"][index]
-        assert list(mine) == list(entry)
-        for name, value in entry.items():
-            if not isinstance(value, Tensor):
-                assert mine[name] == value
-                continue
-            a = mine[name]
-            assert (a.dtype, a.shape, a.stride(), a.device) == (value.dtype, value.shape, value.stride(), value.device)
-            assert_close([a], [value], limit)
 
 
 # torch's database -----------------------------------------------------------------------------------------------------
@@ -430,13 +398,16 @@ def test_gradients_are_what_torchs_step_leaves(name: str, foreach: bool) -> None
     assert_fused(last_report(), parameters=2)
 
 
-def test_npus_take_another_road() -> None:
+@pytest.mark.skipif(importlib.util.find_spec("torch_npu") is not None, reason="torch_npu is installed")
+def test_npus_without_torch_npu() -> None:
     params = parameters(((3, 4),))
+    before = clones(params)
     step = npu_fuse_pass.compile_step(torch.optim.SGD(params, lr=0.1), platform="npu")
     set_gradients(params, gradients(params, 0))
-    with contextlib.suppress(npu_fuse_pass.PlatformError):  # where torch_npu is missing
-        step()
-    assert "CPUs alone" in str(step._tracked.no_rule)
+    for _ in range(2):
+        with pytest.raises(npu_fuse_pass.PlatformError, match="torch_npu"):
+            step()
+    assert_close(params, before, 0)
 
 
 def test_sparse_gradients_step_as_torch_does() -> None:
