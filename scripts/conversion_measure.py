@@ -123,8 +123,12 @@ class Watch:
             graph_class.load = load
 
 
-def convert(make: Make, n: int, ours: bool) -> Conversion:
-    """The second step of an optimizer with n parameters: ours, or as torchair does it alone."""
+def convert(make: Make, n: int, ours: bool, by_rule: bool = False) -> Conversion:
+    """The second step of an optimizer with n parameters: ours, or as torchair does it alone.
+
+    Args:
+        by_rule: a class of torch.optim, by `compile_step`, for which Dynamo captures nothing.
+    """
     torch._dynamo.reset()
     npu_fuse_pass.clear_reports()
     harness.prepare()
@@ -139,7 +143,11 @@ def convert(make: Make, n: int, ours: bool) -> Conversion:
     watch = Watch()
     backend: Any = npu_fused if ours else torchair.get_npu_backend(compiler_config=watch.config)
     options: Any = {"options": {"platform": "npu", "torchair_config": watch.config}} if ours else {}
-    step = torch.compile(optimizer.step, backend=watch.backend(backend), dynamic=False, **options)
+    step: Callable[[], object]
+    if by_rule:
+        step = npu_fuse_pass.compile_step(optimizer, **options["options"])
+    else:
+        step = torch.compile(optimizer.step, backend=watch.backend(backend), dynamic=False, **options)
     raised: list[str] = []
     with warnings.catch_warnings(), harness.record() as graphs, watch.loads():
         warnings.simplefilter("ignore")
@@ -153,7 +161,7 @@ def convert(make: Make, n: int, ours: bool) -> Conversion:
             raised = [] if isinstance(inner, NotRunError) else [f"{type(inner).__name__}: {inner}".splitlines()[0][:80]]
         total = time.process_time() - begin
     ge_nodes, compute = (sum(len(nodes) for nodes in found) for found in _ge_nodes(graphs))
-    begun = [(times or [0.0])[0] for times in (watch.captured, watch.started)] if watch.loaded else []
+    begun = [(times or [begin])[0] for times in (watch.captured, watch.started)] if watch.loaded else []
     converting, within = (watch.loaded[-1] - at for at in begun) if begun else (0.0, 0.0)
     found = _not_ours() if ours else (list(watch.missing) or raised if raised else [])
     if not found and watch.written < n:  # every parameter and state that a graph updates is written at its end

@@ -111,21 +111,27 @@ def missing_converters() -> Iterator[None]:
             put(before)
 
 
-TIMED: dict[str, tuple[Make, bool]] = {
-    "ours, NpuFusedAdam": (lambda p: optimizers.NpuFusedAdam(p, lr=0.01), True),
-    'ours, NpuFusedAdam, flatten="params"': (lambda p: optimizers.NpuFusedAdam(p, lr=0.01, flatten="params"), True),
-    "ours, torch.optim.Adam": (lambda p: torch.optim.Adam(p, lr=0.01), True),
-    "stock, torch.optim.Adam, foreach": (lambda p: torch.optim.Adam(p, lr=0.01, foreach=True), False),
-    "stock, torch.optim.Adam, for-loop": (lambda p: torch.optim.Adam(p, lr=0.01, foreach=False), False),
+# how it is made; whether it is ours; whether it is a rule's step by compile_step
+TIMED: dict[str, tuple[Make, bool, bool]] = {
+    "ours, NpuFusedAdam": (lambda p: optimizers.NpuFusedAdam(p, lr=0.01), True, False),
+    'ours, NpuFusedAdam, flatten="params"': (
+        lambda p: optimizers.NpuFusedAdam(p, lr=0.01, flatten="params"),
+        True,
+        False,
+    ),
+    "ours, torch.optim.Adam, compile_step": (lambda p: torch.optim.Adam(p, lr=0.01), True, True),
+    "ours, torch.optim.Adam, torch.compile": (lambda p: torch.optim.Adam(p, lr=0.01), True, False),
+    "stock, torch.optim.Adam, foreach": (lambda p: torch.optim.Adam(p, lr=0.01, foreach=True), False, False),
+    "stock, torch.optim.Adam, for-loop": (lambda p: torch.optim.Adam(p, lr=0.01, foreach=False), False, False),
 }
 
 
 def times(n: int) -> dict[str, Conversion]:
     """Adam through every path; stock torchair has the missing converters for this."""
     with missing_converters():
-        for make, ours in TIMED.values():
-            convert(make, 2, ours)  # what is loaded once in a process is no one's time
-        return {name: convert(make, n, ours) for name, (make, ours) in TIMED.items()}
+        for make, *how in TIMED.values():
+            convert(make, 2, *how)  # what is loaded once in a process is no one's time
+        return {name: convert(make, n, *how) for name, (make, *how) in TIMED.items()}
 
 
 def main(arguments: Sequence[str]) -> int:
