@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_fuse_pass.errors import Mismatch, NumericsError
+from npu_fuse_pass.errors import NumericsError
 from npu_fuse_pass.rules.hooks import silenced
 from npu_fuse_pass.rules.optimizer import RuleOptimizer
 from npu_fuse_pass.run.check_numerics import one_not_finite, relative_error
-from npu_fuse_pass.tensors.memory import check_apart
+from npu_fuse_pass.tensors.memory import lie_apart
 from npu_fuse_pass.tensors.sharded import local
 from npu_fuse_pass.tolerances import CHECKED_RULE, CHECKED_UNCOMPILED
 
@@ -127,9 +127,7 @@ def of_rule(opt: RuleOptimizer) -> TorchStep | None:
         return None
     known = inspect.signature(cls).parameters
     groups, params = [], []
-    try:
-        check_apart([local(p) for group in opt.param_groups for p in group["params"]], [])
-    except Mismatch:  # copies would lie apart
+    if not lie_apart([local(p) for group in opt.param_groups for p in group["params"]]):  # as copies would
         return None
     for group in opt.param_groups:
         copies = [_copy(p) for p in group["params"]]

@@ -33,6 +33,15 @@ def check_apart(written: Sequence[Tensor], read: Sequence[Tensor]) -> None:
         end_written = max(end_written, stop) if is_written else end_written
 
 
+def lie_apart(tensors: Sequence[Tensor]) -> bool:
+    """True if each of these has memory of its own, which no other one overlaps."""
+    try:
+        check_apart(tensors, [])
+    except Mismatch:
+        return False
+    return True
+
+
 def apart(starts: Tensor, sizes: Tensor, written: Tensor) -> bool:
     """True if no written block of memory overlaps another one; blocks are given as tensors.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import itertools
 from typing import Any
 
 import torch
@@ -15,6 +14,8 @@ from npu_fuse_pass.reasons import advised
 from npu_fuse_pass.report.report import CompileReport
 from npu_fuse_pass.rules.hidden import hidden
 from npu_fuse_pass.rules.optimizer import RuleOptimizer
+from npu_fuse_pass.tensors.memory import lie_apart
+from npu_fuse_pass.tensors.sharded import local
 from npu_fuse_pass.tools.explain import try_on_copy
 from npu_fuse_pass.tools.observe import Measured, Observed, measure
 
@@ -126,8 +127,7 @@ def _tensors(params: list[Tensor]) -> list[str]:
     if sparse:
         remedy = "dense gradients: sparse=False in torch.nn.Embedding"
         found.append(advised(f"{sparse} parameters have sparse gradients", remedy))
-    starts = sorted((p.data_ptr(), p.data_ptr() + p.numel() * p.element_size()) for p in params if p.numel())
-    if any(end > start for (_, end), (start, _) in itertools.pairwise(starts)):
+    if not lie_apart([p for p in map(local, params) if p.data_ptr()]):
         remedy = "pass tied parameters once, or give them memory of their own"
         found.append(advised("two parameters share memory", remedy))
     return found
