@@ -25,7 +25,7 @@ from npu_fuse_pass.rules.hyperparameters import Hyper
 from npu_fuse_pass.rules.rounding import Rounding
 from npu_fuse_pass.rules.state import ParamState, States
 from npu_fuse_pass.tensors.buffers import flat_buffer, reference_strides
-from npu_fuse_pass.tensors.memory import same_memory
+from npu_fuse_pass.tensors.memory import place
 from npu_fuse_pass.tensors.same import SameTensors
 from npu_fuse_pass.tensors.sharded import as_dtensor, is_dtensor, local, local_part, sharding
 
@@ -337,7 +337,7 @@ def adopt(batch: Batch, existing: States) -> None:
 def _bring(values: Sequence[Tensor | None], views: Sequence[Tensor], fill: float) -> None:
     """Copy values to their places in a buffer; some may lie elsewhere in it, such as those of exchanged entries."""
     buffer = {view.untyped_storage().data_ptr() for view in views}
-    stays = [v is not None and same_memory(v, view) for v, view in zip(values, views, strict=True)]
+    stays = [v is not None and place(v) == place(view) for v, view in zip(values, views, strict=True)]
     found = [
         v.clone() if v is not None and not s and v.untyped_storage().data_ptr() in buffer else v
         for v, s in zip(values, stays, strict=True)
@@ -356,6 +356,6 @@ def _show(batch: Batch, index: int, entry: ParamState) -> None:
         spread = batch.is_dtensors and name != "step"
         if name not in shown:
             shown[name] = as_dtensor(view.detach(), batch.owners[index]) if spread else view.detach()
-        elif not same_memory(local(shown[name]), view):
+        elif place(local(shown[name])) != place(view):
             local(shown[name]).data = view
     entry.take(shown)
