@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import operator
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,6 +33,7 @@ from npu_fuse_pass.rules.declaration import Declaration, arithmetic_dtype, with_
 from npu_fuse_pass.rules.meeting import Meeting
 from npu_fuse_pass.rules.ranges import check_kinds
 from npu_fuse_pass.rules.state import States
+from npu_fuse_pass.tensors.same import same_objects
 from npu_fuse_pass.tensors.sharded import local, sharding
 
 
@@ -217,7 +217,7 @@ class Prelude(Prepared):
         if state.changes.reader is not self._reader or state.changes.moved or len(parts) != len(self._parts):
             return False
         for part, (rule, known) in zip(parts, self._parts, strict=True):
-            if part.rule is not rule or not _are(part.params, known):
+            if part.rule is not rule or not same_objects(part.params, known):
                 return False
         self.unchanged = self.input_check is not None and self.input_check.same()
         if self.unchanged:
@@ -325,15 +325,10 @@ def _numbers(optimizer: Stepped) -> dict[int, int]:
     return {id(p): i for i, p in reversed([*enumerate(params)])}
 
 
-def _are(params: Sequence[Tensor], known: Sequence[Tensor]) -> bool:
-    """True if these are the same objects."""
-    return len(params) == len(known) and all(map(operator.is_, params, known))
-
-
 def _serves(batch: Batch, rule: Declaration, part: int, settings: Mapping[str, Any], members: list[Tensor]) -> bool:
     """True if a batch made now for these parameters would equal the existing one."""
     return (
-        _are(members, batch.owners)
+        same_objects(members, batch.owners)
         and not batch.repeats
         and batch.rule is rule
         and batch.part == part

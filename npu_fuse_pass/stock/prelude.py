@@ -8,7 +8,6 @@ step) finds what it expects, and what it puts there counts at the next step.
 from __future__ import annotations
 
 import inspect
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from npu_fuse_pass.rules.hyperparameters import Hyper
 from npu_fuse_pass.rules.prelude import Prepared
 from npu_fuse_pass.stock.classes import StockClass
 from npu_fuse_pass.stock.entries import Entries, refused_state
+from npu_fuse_pass.tensors.same import same_objects
 from npu_fuse_pass.tensors.sharded import alike, is_dtensor, local, sharding
 
 DTYPES = (torch.float32, torch.float64)
@@ -108,10 +108,7 @@ class StockPrelude(Prepared):
         if len(groups) != len(self._groups) or any(p.grad is not None for p in self._idle):
             return False
         for group, (rule, params) in zip(groups, self._groups, strict=True):
-            given = group["params"]
-            if self._class.rule_of(group) is not rule or len(given) != len(params):
-                return False
-            if not all(map(operator.is_, given, params)):
+            if self._class.rule_of(group) is not rule or not same_objects(group["params"], params):
                 return False
         if not self._entries.same(self._opt.state):
             return False
@@ -272,8 +269,7 @@ def _check_numbers(name: str, values: Sequence[Any], params: Sequence[Tensor], l
 def _serves(batch: Batch, rule: Declaration, index: int, group: Mapping[str, Any], members: list[Tensor]) -> bool:
     """True if a batch made now for these parameters would equal the existing one."""
     return (
-        len(members) == len(batch.owners)
-        and all(map(operator.is_, members, batch.owners))
+        same_objects(members, batch.owners)
         and batch.rule is rule
         and batch.group == index
         and [local(p).numel() for p in members] == batch.numels
