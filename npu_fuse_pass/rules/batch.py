@@ -177,15 +177,6 @@ def make_batch(
     return batch
 
 
-def resting(known: Sequence[Batch], now: Sequence[Batch], state: Mapping[Any, Any]) -> list[Batch]:
-    """Those of the known batches that may come back: DeepSpeed's ZeRO steps each group as if it were the only one.
-
-    They keep nothing alive for long that `opt.state` does not: their parameters have states, and no other batch.
-    """
-    held = {id(p) for b in now for p in b.owners}
-    return [b for b in known if b not in now and all(id(p) not in held and p in state for p in b.owners)]
-
-
 def repeated(batch: Batch, params: Sequence[Tensor]) -> Batch:
     """A batch that updates some parameters of another one once more, on the same states."""
     at = {id(p): i for i, p in enumerate(batch.owners)}

@@ -24,7 +24,6 @@ from npu_fuse_pass.rules.batch import (
     fill_hyper,
     make_batch,
     repeated,
-    resting,
     updated_first,
     updated_so_far,
 )
@@ -94,6 +93,24 @@ class Prepared(abc.ABC):
             batch.grads = [None] * len(batch.params)
         if self.input_check is not None:
             self.input_check.release()
+
+    def _look_natively(self) -> None:
+        """Find out if all tensors are as they were; gradients are then read when they are asked for."""
+        self.unchanged = self.input_check is not None and self.input_check.same()
+        for batch in self.batches if self.unchanged else ():
+            batch.forget_gradients()
+
+    def _take(self, batches: list[Batch], state: Mapping[Any, Any]) -> None:
+        """Go on with these batches; others may come back: DeepSpeed's ZeRO steps each group as if it were the only one.
+
+        Those keep nothing alive for long that `opt.state` does not: their parameters have states, and no other batch.
+        """
+        if batches != self.batches:  # a loaded checkpoint alone changes values, not the plan
+            self.version += 1
+        others = [b for b in (*self.batches, *self._resting) if b not in batches]
+        held = {id(p) for b in batches for p in b.owners}
+        self._resting = [b for b in others if all(id(p) not in held and p in state for p in b.owners)]
+        self.batches = batches
 
     def _written(self, batch: Batch) -> list[Tensor]:
         """The DTensors of a batch that this step has written."""
@@ -219,10 +236,7 @@ class Prelude(Prepared):
         for part, (rule, known) in zip(parts, self._parts, strict=True):
             if part.rule is not rule or not same_objects(part.params, known):
                 return False
-        self.unchanged = self.input_check is not None and self.input_check.same()
-        if self.unchanged:
-            for batch in self.batches:
-                batch.forget_gradients()
+        self._look_natively()
         for batch in self.batches if optimizer.stochastic_rounding else ():
             batch.rounding.fill(optimizer.param_groups[batch.group])
         return all(
@@ -283,10 +297,8 @@ class Prelude(Prepared):
                 first[key] = old or make_batch(stepped, group, index, settings, members, state, stored, rounds)
                 first[key].rounding.place(members, numbers)
             batches += [*first.values(), *(repeated(first[key], members) for (_, key), members in again.items())]
-        if batches != self.batches:  # a loaded checkpoint alone changes values, not the plan
-            self.version += 1
-        self._resting = resting([*self.batches, *self._resting], batches, state)
-        self.batches, self._outside = batches, outside
+        self._take(batches, state)
+        self._outside = outside
         self.objects = {id(p) for b in batches for p in b.params}
         self._parts = [(part.rule, list(part.params)) for part in parts]
 

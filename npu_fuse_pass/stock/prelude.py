@@ -16,7 +16,7 @@ from torch import Tensor
 
 from npu_fuse_pass.errors import FuseError, RuleError
 from npu_fuse_pass.reasons import Code, Reason
-from npu_fuse_pass.rules.batch import Batch, fill_hyper, resting
+from npu_fuse_pass.rules.batch import Batch, fill_hyper
 from npu_fuse_pass.rules.checks import reads_step
 from npu_fuse_pass.rules.declaration import Declaration
 from npu_fuse_pass.rules.hyperparameters import Hyper
@@ -112,12 +112,9 @@ class StockPrelude(Prepared):
                 return False
         if not self._entries.same(self._opt.state):
             return False
-        self.unchanged = self.input_check is not None and self.input_check.same()
+        self._look_natively()
         if self.input_check is not None:
             self._entries.check_natively(self.input_check)
-        if self.unchanged:
-            for batch in self.batches:
-                batch.forget_gradients()
         return all((self.unchanged or _read(b)) and fill_hyper(b, groups[b.group]) for b in self.batches)
 
     def _make(self) -> None:
@@ -141,10 +138,7 @@ class StockPrelude(Prepared):
                 batch = old or _new(rule, index, group, members, self._class.counts)
                 self._bind(batch, labels)
                 found.append(batch)
-        if found != self.batches:
-            self.version += 1
-        self._resting = resting([*self.batches, *self._resting], found, self._opt.state)
-        self.batches = found
+        self._take(found, self._opt.state)
         self._groups = [(self._class.rule_of(group), list(group["params"])) for group in groups]
         self._entries.learn(self._opt.state)
         kept = (t for b in found for row in (b.params, b.step_views, *b.views.values()) for t in row)
