@@ -12,7 +12,7 @@ import functools
 import itertools
 import numbers
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from npu_fuse_pass.rules.declaration import RESIDUAL, Declaration, arithmetic_dt
 from npu_fuse_pass.rules.hyperparameters import Hyper
 from npu_fuse_pass.rules.rounding import Rounding
 from npu_fuse_pass.rules.state import ParamState, States
-from npu_fuse_pass.tensors.buffers import flat_buffer, reference_strides
+from npu_fuse_pass.tensors.buffers import flat_buffer, views_of
 from npu_fuse_pass.tensors.memory import place
 from npu_fuse_pass.tensors.same import SameTensors
 from npu_fuse_pass.tensors.sharded import as_dtensor, is_dtensor, local, local_part, sharding
@@ -144,7 +144,7 @@ def make_batch(
     for name in names:
         kept = torch.float32 if name == RESIDUAL else stored
         flat[name] = flat_buffer(total, kept, device, list(flat.values()))
-        views[name] = list(_views(flat[name], params))
+        views[name] = list(views_of(flat[name], params))
     steps = torch.zeros(len(params), dtype=torch.float64, device="cpu")
     rounding = Rounding(len(params)) if rounds and arithmetic_dtype(dtype) is not dtype else Rounding()
     batch = Batch(
@@ -290,13 +290,6 @@ def inputs_of(batches: Sequence[Batch]) -> list[Tensor | None]:
             found += numbers_of_each
         found += b.hyper.scalars
     return found
-
-
-def _views(flat: Tensor, params: Iterable[Tensor]) -> Iterator[Tensor]:
-    offset = 0
-    for p in params:
-        yield flat.as_strided(p.shape, reference_strides(p), offset)
-        offset += p.numel()
 
 
 def adopt(batch: Batch, existing: States) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from npu_fuse_pass.errors import OptionError
-from npu_fuse_pass.tensors.buffers import reference_strides
+from npu_fuse_pass.tensors.buffers import views_of
 
 _OWN = "give it memory of its own first: p.data = p.data.clone()"
 _PLAIN_FORMATS = (0, 2, 30)  # ACL_FORMAT_NCHW, _ND and _NCDHW: elements lie as torch thinks
@@ -58,17 +58,12 @@ class Homes:
 
     def _move(self, params: Sequence[Tensor]) -> None:
         buffer = torch.empty(sum(p.numel() for p in params), dtype=params[0].dtype, device=params[0].device)
-        views, offset = [], 0
-        for p in params:
-            views.append(buffer.as_strided(p.shape, reference_strides(p), offset))
-            views[-1].copy_(p.detach())
-            offset += p.numel()
-        for p, view in zip(params, views, strict=True):
-            p.data = view
+        for p, view in zip(params, views_of(buffer, params), strict=True):
+            p.data = view.copy_(p.detach())
         self._buffers.append(buffer)
 
     def _foreign(self, p: Tensor) -> str | None:
-        if _storage(p) in map(_storage, self._buffers) or p.untyped_storage().nbytes() == _size(p):
+        if _storage(p) in map(_storage, self._buffers) or p.untyped_storage().nbytes() == p.nbytes:
             return None
         return f"is a view of another tensor; {_OWN}"
 
@@ -98,7 +93,7 @@ def _unusual(p: Tensor) -> str | None:
 
 def _check_tied(everyone: Sequence[Tensor], names: dict[int, str]) -> None:
     distinct = [p for p in {id(p): p for p in everyone}.values() if _unusual(p) is None and p.numel()]
-    spans = sorted((p.data_ptr(), p.data_ptr() + _size(p), names[id(p)]) for p in distinct)
+    spans = sorted((p.data_ptr(), p.data_ptr() + p.nbytes, names[id(p)]) for p in distinct)
     for (_, end, first), (start, _, second) in itertools.pairwise(spans):
         if start < end:
             first, second = sorted((first, second))
@@ -118,12 +113,8 @@ def _adjacent(params: Sequence[Tensor]) -> bool:
     if any(_unusual(p) is not None for p in params):
         return False
     pairs = itertools.pairwise(p for p in params if p.numel())
-    return all(a.data_ptr() + _size(a) == b.data_ptr() and _storage(a) == _storage(b) for a, b in pairs)
+    return all(a.data_ptr() + a.nbytes == b.data_ptr() and _storage(a) == _storage(b) for a, b in pairs)
 
 
 def _storage(p: Tensor) -> int:
     return p.untyped_storage().data_ptr()
-
-
-def _size(p: Tensor) -> int:
-    return p.numel() * p.element_size()

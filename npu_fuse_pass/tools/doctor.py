@@ -115,7 +115,7 @@ def _others(opt: torch.optim.Optimizer, params: list[Tensor]) -> dict[str, int]:
     if name in _TORCH_NPU:
         copies, decays = _TORCH_NPU[name]
         copies += bool(decays and given.get("weight_decay"))
-        size = copies * sum(p.numel() * p.element_size() for p in params)
+        size = copies * sum(p.nbytes for p in params)
         found["torch_npu.optim, flat tensors (modelled; its first step copies parameters and gradients once)"] = size
     return found
 
