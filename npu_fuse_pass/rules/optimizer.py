@@ -268,9 +268,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Run one eager step in place of a compiled one."""
         core_op.run_eager(self)
 
-    def _run_beside(self) -> None:
-        """The same on the tensors of a compiled one, to which it is compared."""
-        core_op.run_eager(self)
+    _run_beside = _run_original  # the same on the tensors of a compiled one, to which it is compared
 
     @property
     def has_hooks(self) -> bool:

@@ -34,7 +34,7 @@ def refused(report: CompileReport, reason: Reason, strict: bool) -> None:
         warn_unfused([reason])
 
 
-def falls_back(report: CompileReport, refusal: GraphRefused, strict: bool) -> None:
+def falls_back(variant: Variant, refusal: GraphRefused, strict: bool) -> None:
     """Report that the device refused the program, in all of its forms, before it changed anything.
 
     The original runs from now on.
@@ -44,7 +44,7 @@ def falls_back(report: CompileReport, refusal: GraphRefused, strict: bool) -> No
     """
     if strict:
         raise UnfusedError(f"strict=True and this step cannot run fused: {refusal}") from refusal
-    _runs_the_original(report, refusal.reason)
+    _runs_the_original(variant, refusal.reason)
 
 
 def given_up(variant: Variant, error: Exception, strict: bool) -> bool:
@@ -56,12 +56,12 @@ def given_up(variant: Variant, error: Exception, strict: bool) -> bool:
     begun = variant.program is not None and variant.program.begun
     if strict or begun or not is_internal(error):
         return False
-    variant.program = variant.input_check = None
-    _runs_the_original(variant.report, internal(error))
+    _runs_the_original(variant, internal(error))
     return True
 
 
-def _runs_the_original(report: CompileReport, reason: Reason) -> None:
-    report.fall_back(reason)
-    trace(report)
+def _runs_the_original(variant: Variant, reason: Reason) -> None:
+    variant.program = variant.input_check = None
+    variant.report.fall_back(reason)
+    trace(variant.report)
     warn_unfused([reason])

@@ -211,8 +211,7 @@ class GraphStep:
         except Mismatch as e:
             return self._refused(refusal(e, optimizers))
         except GraphRefused as e:
-            falls_back(variant.report, e, self._options.strict)
-            variant.program = None
+            falls_back(variant, e, self._options.strict)
             return None
         increment_version([t for i, t in variant.arguments.dtensors(args) if i in variant.written])
         for o in optimizers:

@@ -199,8 +199,7 @@ class RuleStep:
             refused(variant.report, refusal(e, ours), self._options.strict)
             return False
         except GraphRefused as e:
-            falls_back(variant.report, e, self._options.strict)
-            variant.program = None
+            falls_back(variant, e, self._options.strict)
             return False
         except Exception as e:
             if not given_up(variant, e, self._options.strict):
