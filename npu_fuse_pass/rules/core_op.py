@@ -283,7 +283,7 @@ def _total(name: str, batch: Batch, batches: list[Batch]) -> Tensor:
                 keywords = b.keywords(b.step_views[i] + 1, i)
                 part = b.rule.contribution(name, _dimmed(param), _dimmed(grad), _states(b, i), keywords)
                 if is_dtensor(part):
-                    part = part.full_tensor()  # type: ignore[attr-defined]
+                    part = part.full_tensor()
                 result = result + part.to(result.device)
     return result
 
