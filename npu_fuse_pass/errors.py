@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import traceback
 
 from npu_fuse_pass.reasons import Code, Reason
 
@@ -123,10 +124,8 @@ def is_internal(error: Exception) -> bool:
 
     What users' code raises while a step runs (a rule, a signal's handler) is theirs.
     """
-    tb = error.__traceback__
-    while tb is not None and tb.tb_next is not None:
-        tb = tb.tb_next
-    return tb is not None and tb.tb_frame.f_code.co_filename.startswith(_HERE) and not is_for_users(error)
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(files) and files[-1].startswith(_HERE) and not is_for_users(error)
 
 
 def internal(error: Exception) -> Reason:
