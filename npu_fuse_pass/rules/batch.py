@@ -8,7 +8,6 @@ one float64 vector; that is why a step touches few Python objects and a changed 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import numbers
 import operator
@@ -54,10 +53,8 @@ class Batch:
     step_views: list[Tensor]
     shown: list[dict[str, Tensor]]  # by parameter: what `opt.state` has of it
     hyper: Hyper
-    shapes: list[torch.Size]
     seen: list[bool]
     totals: tuple[str, ...]
-    strides: list[tuple[int, ...]]
     counts: bool  # whether its parameters have a step counter: those with a state do, and those whose rule reads it
     needs_whole: bool = False  # whether the rule takes norms or sums of parameters of which this process holds a part
     rounding: Rounding = dataclasses.field(default_factory=Rounding)
@@ -71,10 +68,11 @@ class Batch:
     serial: int = dataclasses.field(init=False, default_factory=_serials.__next__)  # no other batch's, now or later
     _grads: list[Tensor | None] | None = dataclasses.field(default_factory=list)  # None: not read yet
 
-    @functools.cached_property
-    def numels(self) -> list[int]:
-        """The number of elements of each parameter."""
-        return [shape.numel() for shape in self.shapes]
+    def __post_init__(self) -> None:
+        """Note sizes and layouts; a parameter of others does not fit."""
+        self.shapes = [p.shape for p in self.params]
+        self.numels = [p.numel() for p in self.params]
+        self.strides = [p.stride() for p in self.params]
 
     @property
     def grads(self) -> list[Tensor | None]:
@@ -165,10 +163,8 @@ def make_batch(
         step_views=list(steps.unbind()),
         shown=[{} for _ in params],
         hyper=hyper,
-        shapes=[p.shape for p in params],
         seen=[False] * len(params),
         totals=rule.totals_of(settings),
-        strides=[p.stride() for p in params],
         needs_whole=spread == "shard" and not is_pointwise(rule, hyper.static, hyper.views, flat),
         rounding=rounding,
         counts=bool(flat or rounding.names) or reads_step(rule, hyper.static, hyper.views, rule.totals_of(settings)),
@@ -189,9 +185,7 @@ def repeated(batch: Batch, params: Sequence[Tensor]) -> Batch:
         step_views=[batch.step_views[i] for i in places],
         rounding=batch.rounding.part(places),
         shown=[batch.shown[i] for i in places],
-        shapes=[batch.shapes[i] for i in places],
         seen=[batch.seen[i] for i in places],
-        strides=[batch.strides[i] for i in places],
         pointers=[],
         repeats=True,
         same=SameTensors(),

@@ -187,8 +187,7 @@ class States(_Noting, defaultdict[Tensor, Any]):
     def copy(self) -> Any:
         return defaultdict(dict, self)
 
-    def __copy__(self) -> Any:
-        return self.copy()
+    __copy__ = copy
 
     def __reduce__(self) -> tuple[Any, ...]:
         return defaultdict, (dict, dict(self))

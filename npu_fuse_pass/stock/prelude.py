@@ -223,10 +223,8 @@ def _new(rule: Declaration, index: int, group: Mapping[str, Any], params: list[T
         step_views=list(steps.unbind()),
         shown=[],
         hyper=hyper,
-        shapes=[p.shape for p in held],
         seen=[],
         totals=(),
-        strides=[p.stride() for p in held],
         counts=counted or bool(names) or reads_step(rule, hyper.static, hyper.views, ()),
     )
 
