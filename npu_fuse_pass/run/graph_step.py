@@ -99,8 +99,7 @@ class GraphStep:
         self._optimizers = {h: weakref.ref(core_op.optimizer_of(h), self._drop) for h in handles}
         self._numbers = _numbers(gm) if handles else []
         self._python = PythonNumbers(gm)
-        for optimizer in self._stepped():
-            optimizer._prelude.prepare()
+        for optimizer in self._stepped():  # which are prepared
             optimizer._prelude.compiled = True
         self._facts: Facts | None = None
         self._plan(cause)
