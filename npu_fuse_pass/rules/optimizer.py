@@ -467,9 +467,6 @@ class RuleOptimizer(torch.optim.Optimizer):
         dtype = torch.float32 if name == RESIDUAL else self.state_dtype or param.dtype
         return value.to(dtype=dtype if param.is_floating_point() else None, device=param.device, copy=True)
 
-    def __hash__(self) -> int:
-        return id(self)
-
     @left_to_python
     def __setattr__(self, name: str, value: Any) -> None:
         """As usual, outside of a graph. Dynamo would lose it: it assigns nothing to an optimizer's attributes."""
