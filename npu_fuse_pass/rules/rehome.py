@@ -68,13 +68,9 @@ class Homes:
         return f"is a view of another tensor; {_OWN}"
 
 
-def _device_type(p: Tensor) -> str:
-    return p.device.type
-
-
 def npu_format(p: Tensor) -> int:
-    """torch_npu's format number of an NPU tensor: the order of its elements in memory."""
-    return int(sys.modules["torch_npu"].get_npu_format(p))
+    """torch_npu's format number of a tensor: the order of its elements in memory; 2 on any other device."""
+    return int(sys.modules["torch_npu"].get_npu_format(p)) if p.device.type == "npu" else 2
 
 
 def _unusual(p: Tensor) -> str | None:
@@ -86,7 +82,7 @@ def _unusual(p: Tensor) -> str | None:
         return f"has no elements to move: layout {p.layout}, device {p.device}"
     if any(n > 1 and stride == 0 for n, stride in zip(p.shape, p.stride(), strict=True)):
         return f"is expanded, so that several of its elements are one in memory; {_OWN}"
-    if _device_type(p) == "npu" and npu_format(p) not in _PLAIN_FORMATS:
+    if npu_format(p) not in _PLAIN_FORMATS:
         return f"has the private NPU format {npu_format(p)}; torch_npu.npu_format_cast(p, 2) makes it plain"
     return None
 
