@@ -61,14 +61,10 @@ class Binding:
         """
         try:
             self._prelude.prepare()
-        except Refused as e:
-            self.refused = e.reason
-            self._prelude.begin_anew()
-            raise
         except Exception as e:
-            if not is_internal(e):
+            if not (isinstance(e, Refused) or is_internal(e)):
                 raise
-            self.refused = internal(e)
+            self.refused = e.reason if isinstance(e, Refused) else internal(e)
             self._prelude.begin_anew()
             raise Refused(self.refused) from e
         try:
