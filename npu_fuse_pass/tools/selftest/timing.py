@@ -39,7 +39,6 @@ class Family:
     ours: str
     stock: str | None
     options: dict[str, Any]
-    fused: bool = True
 
 
 FAMILIES = [
