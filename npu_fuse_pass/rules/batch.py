@@ -137,12 +137,10 @@ def make_batch(
     params = list(map(local, owners))
     stored = state_dtype or dtype
     flat: dict[str, Tensor] = {}
-    views = {}
     total = sum(p.numel() for p in params)
     for name in names:
         kept = torch.float32 if name == RESIDUAL else stored
         flat[name] = flat_buffer(total, kept, device, list(flat.values()))
-        views[name] = list(views_of(flat[name], params))
     steps = torch.zeros(len(params), dtype=torch.float64, device="cpu")
     rounding = Rounding(len(params)) if rounds and arithmetic_dtype(dtype) is not dtype else Rounding()
     batch = Batch(
@@ -158,7 +156,7 @@ def make_batch(
         flat=flat,
         stored={name: t.dtype for name, t in flat.items()},
         fixed=frozenset((*names, "step", *rounding.names)),
-        views=views,
+        views={name: list(views_of(buffer, params)) for name, buffer in flat.items()},
         steps=steps,
         step_views=list(steps.unbind()),
         shown=[{} for _ in params],
