@@ -162,7 +162,7 @@ def is_core(function: Any) -> bool:
 
 
 class _NewestCore:
-    """The core that optimizers take which nobody has compiled yet.
+    """The core with which optimizers begin that have no compiled steps.
 
     Once there are two compiled forms of it (for other options, say), later optimizers take a new one: how many compiles
     torch allows an optimizer then hardly depends on what others did.
@@ -177,13 +177,7 @@ class _NewestCore:
             self.core, self.compiles = make_core(), 0
 
 
-_newest = _NewestCore()
-note_compile = _newest.note_compile
-
-
-def newest_core() -> Callable[[Tensor], None]:
-    """The core that an optimizer without compiled steps begins with."""
-    return _newest.core
+newest = _NewestCore()
 
 
 @torch.no_grad()

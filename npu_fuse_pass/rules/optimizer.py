@@ -217,7 +217,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 end_graph(msg=core_op.APART.format(reason))
             return self._surface.update(self.found_inf)
         if not self._prelude.compiled:
-            self.__dict__["_core"] = core_op.newest_core()
+            self.__dict__["_core"] = core_op.newest.core
         return self._step_with(self._core, closure)
 
     @left_to_python
@@ -298,7 +298,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._prelude = Prelude(self)
         self._surface = core_op.Surface(self.param_groups, core_op.register(self))
         self._ticket = core_op.make_ticket(self._surface.handle)
-        self._core = core_op.newest_core()
+        self._core = core_op.newest.core
         self._under_mode = False  # this step is, of dispatch
         self._homes = Homes()
 

@@ -34,7 +34,7 @@ class Binding:
         self._replaces = f"torch.optim.{type(opt).__name__}"
         self._surface = core_op.Surface(opt.param_groups, core_op.register(self))
         self.ticket = core_op.make_ticket(self._surface.handle)
-        self.core: Callable[[Tensor], None] = core_op.newest_core()
+        self.core: Callable[[Tensor], None] = core_op.newest.core
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
