@@ -264,11 +264,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             hook(self, *self._call)
         self.__dict__["_opt_called"] = True
 
-    def _run_original(self) -> None:
-        """Run one eager step in place of a compiled one."""
-        core_op.run_eager(self)
-
-    _run_beside = _run_original  # the same on the tensors of a compiled one, to which it is compared
+    # in place of a compiled step, and on the tensors of one, to which it is compared
+    _run_original = _run_beside = core_op.run_eager
 
     @property
     def has_hooks(self) -> bool:
