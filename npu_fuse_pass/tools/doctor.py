@@ -12,7 +12,7 @@ from torch import Tensor
 from npu_fuse_pass.errors import FuseError, NumericsError
 from npu_fuse_pass.reasons import advised
 from npu_fuse_pass.report.report import CompileReport
-from npu_fuse_pass.rules.hidden import hidden
+from npu_fuse_pass.rules.hidden import hidden_class
 from npu_fuse_pass.rules.optimizer import RuleOptimizer
 from npu_fuse_pass.tensors.memory import lie_apart
 from npu_fuse_pass.tensors.sharded import local
@@ -99,9 +99,7 @@ def _others(opt: torch.optim.Optimizer, params: list[Tensor]) -> dict[str, int]:
     """Peak bytes of torch.optim's foreach form (its default on accelerators) and of torch_npu.optim."""
     name = _COUNTERPART.get(type(opt).__name__, type(opt).__name__)
     cls: Any = getattr(torch.optim, name, None)
-    if hidden(opt) is not None and not opt.param_groups[0].get("fused"):
-        return {}
-    if cls is None or "foreach" not in inspect.signature(cls).parameters:
+    if hidden_class(opt) is not None or cls is None or "foreach" not in inspect.signature(cls).parameters:
         return {}
     given = opt.param_groups[0]
     known = {k: given[k] for k in inspect.signature(cls).parameters if k in given and k not in ("params", "fused")}
