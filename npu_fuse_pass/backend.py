@@ -69,7 +69,7 @@ def npu_fused(
     report = CompileReport(chosen.platform)
     with net(report, chosen):
         if _is_rule_step(gm):
-            core_op.note_compile()
+            core_op.newest.note_compile()
             return RuleSteps(gm.forward, chosen, _cause(with_rules=True), example_inputs[0])
         return graph_step(gm, chosen, _cause(_has_rules(gm)))
     record(report)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import traceback
 
 from npu_fuse_pass.reasons import Code, Reason
 
@@ -29,16 +30,24 @@ class NotCapturedError(FuseError, RuntimeError):
     """torch hands nothing of this optimizer's step to a backend; the message says why and what to do instead."""
 
 
-class PlatformError(FuseError, RuntimeError):
+class _ReasonedError(FuseError):
+    """An error with a reason as a value, of the class's code unless another one is given."""
+
+    _code: Code
+
+    def __init__(self, text: str, code: Code | None = None, remedy: str | None = None) -> None:
+        super().__init__(text)
+        self.reason = (code or self._code)(text, remedy=remedy)
+
+
+class PlatformError(_ReasonedError, RuntimeError):
     """The platform that was asked for cannot be used here; the message names what to install.
 
     Attributes:
         reason: the same as a value.
     """
 
-    def __init__(self, text: str, code: Code = Code.PLATFORM, remedy: str | None = None) -> None:
-        super().__init__(text)
-        self.reason = code(text, remedy=remedy)
+    _code = Code.PLATFORM
 
 
 class GradientError(FuseError, RuntimeError):
@@ -69,27 +78,22 @@ class NumericsError(FuseError, RuntimeError):
         self.step = step
 
 
-class GraphRefused(FuseError):  # noqa: N818 - raised by a lowering for its caller, not for the user
+class GraphRefused(_ReasonedError):  # noqa: N818 - raised by a lowering for its caller, not for the user
     """The device's graph compiler refused a step's graph, or its first run failed; nothing was changed."""
 
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.reason = Code.GE_REFUSED(text)
+    _code = Code.GE_REFUSED
 
 
-class Mismatch(FuseError):  # noqa: N818 - raised by kernels for their caller, not for the user
+class Mismatch(_ReasonedError):  # noqa: N818 - raised by kernels for their caller, not for the user
     """The tensors of this call are not what the kernels were made for; nothing was changed."""
 
-    def __init__(self, text: str, code: Code = Code.CHANGED) -> None:
-        super().__init__(text)
-        self.reason = code(text)
+    _code = Code.CHANGED
 
 
 class Declined(Mismatch):
     """Another process, which holds parts of the same tensors, does not run this step; nothing was changed."""
 
-    def __init__(self, text: str) -> None:
-        super().__init__(text, Code.SHARDED)
+    _code = Code.SHARDED
 
 
 class Unsupported(FuseError):  # noqa: N818 - a value that stages pass on, not an accident
@@ -123,10 +127,8 @@ def is_internal(error: Exception) -> bool:
 
     What users' code raises while a step runs (a rule, a signal's handler) is theirs.
     """
-    tb = error.__traceback__
-    while tb is not None and tb.tb_next is not None:
-        tb = tb.tb_next
-    return tb is not None and tb.tb_frame.f_code.co_filename.startswith(_HERE) and not is_for_users(error)
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(files) and files[-1].startswith(_HERE) and not is_for_users(error)
 
 
 def internal(error: Exception) -> Reason:

@@ -170,8 +170,7 @@ def _lower_npu(
         if options.kernels != choice.GENERATED or wanted(options.dump) is None:
             raise
         return _preview_kernels(leaves, groups, e)
-    if (reason := fakes.refused()) is not None:
-        return Lowered(None, [], [reason])
+    fakes.check()
     rows: list[GroupReport] = []
     chosen = choice.choose(options.kernels)
 
@@ -237,9 +236,7 @@ def _lower_npu_whole(step: Grouped, options: Options) -> Lowered:
     """Lower groups and the original operations between them to one graph."""
     from npu_fuse_pass.lowerings.npu import fakes, whole
 
-    if (reason := fakes.refused()) is not None:
-        return Lowered(None, [], [reason])
-
+    fakes.check()
     calls = [call for segment in step.segments for call in segment.calls]
     program = whole.Program(step.leaves, step.all_groups, calls, rewrite(step), options.torchair_config)
     rows = []

@@ -114,7 +114,16 @@ def fuse_batches(
     if known is not None and is_listed(known.report) and not known.report.fallbacks:
         list_last(known.report)
         return dataclasses.replace(known, program=known.another() if known.another is not None else None)
-    fused = _fuse_batches(batches, options, cause, number, apart, replaces, calls)
+    report = _report(options, cause)
+    report.apart, report.replaces = apart, replaces
+    made = None
+    with net(report, options), _without_collection():
+        with timed(report.seconds, "capture") as said:
+            captured = capture_batches(batches, calls)
+            said.append(captured.summary)
+        target = lower.choose(options.platform, captured.leaves)
+        made = _finished(_fuse(captured, target, report, options, inputs_of(batches), number), options)
+    fused = made or _finished(Fused(report), options)
     another = getattr(fused.program, "another", None)
     if key is not None and another is not None and not fused.report.reasons:
         for old in [k for k, f in _known.items() if not is_listed(f.report)]:
@@ -124,26 +133,6 @@ def fuse_batches(
 
 
 _known: dict[object, Fused] = {}
-
-
-def _fuse_batches(
-    batches: Sequence[Batch],
-    options: Options,
-    cause: Cause,
-    number: Number | None,
-    apart: str | None,
-    replaces: str | None,
-    calls: Calls,
-) -> Fused:
-    report = _report(options, cause)
-    report.apart, report.replaces = apart, replaces
-    with net(report, options), _without_collection():
-        with timed(report.seconds, "capture") as said:
-            captured = capture_batches(batches, calls)
-            said.append(captured.summary)
-        target = lower.choose(options.platform, captured.leaves)
-        return _finished(_fuse(captured, target, report, options, inputs_of(batches), number), options)
-    return _finished(Fused(report), options)
 
 
 def fuse_functional(gm: fx.GraphModule, options: Options, kernels: bool) -> Fused | None:

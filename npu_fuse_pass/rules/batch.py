@@ -8,11 +8,10 @@ one float64 vector; that is why a step touches few Python objects and a changed 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import numbers
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,8 +23,8 @@ from npu_fuse_pass.rules.declaration import RESIDUAL, Declaration, arithmetic_dt
 from npu_fuse_pass.rules.hyperparameters import Hyper
 from npu_fuse_pass.rules.rounding import Rounding
 from npu_fuse_pass.rules.state import ParamState, States
-from npu_fuse_pass.tensors.buffers import flat_buffer, reference_strides
-from npu_fuse_pass.tensors.memory import same_memory
+from npu_fuse_pass.tensors.buffers import flat_buffer, views_of
+from npu_fuse_pass.tensors.memory import place
 from npu_fuse_pass.tensors.same import SameTensors
 from npu_fuse_pass.tensors.sharded import as_dtensor, is_dtensor, local, local_part, sharding
 
@@ -54,10 +53,8 @@ class Batch:
     step_views: list[Tensor]
     shown: list[dict[str, Tensor]]  # by parameter: what `opt.state` has of it
     hyper: Hyper
-    shapes: list[torch.Size]
     seen: list[bool]
     totals: tuple[str, ...]
-    strides: list[tuple[int, ...]]
     counts: bool  # whether its parameters have a step counter: those with a state do, and those whose rule reads it
     needs_whole: bool = False  # whether the rule takes norms or sums of parameters of which this process holds a part
     rounding: Rounding = dataclasses.field(default_factory=Rounding)
@@ -71,10 +68,11 @@ class Batch:
     serial: int = dataclasses.field(init=False, default_factory=_serials.__next__)  # no other batch's, now or later
     _grads: list[Tensor | None] | None = dataclasses.field(default_factory=list)  # None: not read yet
 
-    @functools.cached_property
-    def numels(self) -> list[int]:
-        """The number of elements of each parameter."""
-        return [shape.numel() for shape in self.shapes]
+    def __post_init__(self) -> None:
+        """Note sizes and layouts; a parameter of others does not fit."""
+        self.shapes = [p.shape for p in self.params]
+        self.numels = [p.numel() for p in self.params]
+        self.strides = [p.stride() for p in self.params]
 
     @property
     def grads(self) -> list[Tensor | None]:
@@ -139,12 +137,10 @@ def make_batch(
     params = list(map(local, owners))
     stored = state_dtype or dtype
     flat: dict[str, Tensor] = {}
-    views = {}
     total = sum(p.numel() for p in params)
     for name in names:
         kept = torch.float32 if name == RESIDUAL else stored
         flat[name] = flat_buffer(total, kept, device, list(flat.values()))
-        views[name] = list(_views(flat[name], params))
     steps = torch.zeros(len(params), dtype=torch.float64, device="cpu")
     rounding = Rounding(len(params)) if rounds and arithmetic_dtype(dtype) is not dtype else Rounding()
     batch = Batch(
@@ -160,30 +156,19 @@ def make_batch(
         flat=flat,
         stored={name: t.dtype for name, t in flat.items()},
         fixed=frozenset((*names, "step", *rounding.names)),
-        views=views,
+        views={name: list(views_of(buffer, params)) for name, buffer in flat.items()},
         steps=steps,
         step_views=list(steps.unbind()),
         shown=[{} for _ in params],
         hyper=hyper,
-        shapes=[p.shape for p in params],
         seen=[False] * len(params),
         totals=rule.totals_of(settings),
-        strides=[p.stride() for p in params],
         needs_whole=spread == "shard" and not is_pointwise(rule, hyper.static, hyper.views, flat),
         rounding=rounding,
         counts=bool(flat or rounding.names) or reads_step(rule, hyper.static, hyper.views, rule.totals_of(settings)),
     )
     adopt(batch, state)
     return batch
-
-
-def resting(known: Sequence[Batch], now: Sequence[Batch], state: Mapping[Any, Any]) -> list[Batch]:
-    """Those of the known batches that may come back: DeepSpeed's ZeRO steps each group as if it were the only one.
-
-    They keep nothing alive for long that `opt.state` does not: their parameters have states, and no other batch.
-    """
-    held = {id(p) for b in now for p in b.owners}
-    return [b for b in known if b not in now and all(id(p) not in held and p in state for p in b.owners)]
 
 
 def repeated(batch: Batch, params: Sequence[Tensor]) -> Batch:
@@ -198,9 +183,7 @@ def repeated(batch: Batch, params: Sequence[Tensor]) -> Batch:
         step_views=[batch.step_views[i] for i in places],
         rounding=batch.rounding.part(places),
         shown=[batch.shown[i] for i in places],
-        shapes=[batch.shapes[i] for i in places],
         seen=[batch.seen[i] for i in places],
-        strides=[batch.strides[i] for i in places],
         pointers=[],
         repeats=True,
         same=SameTensors(),
@@ -301,13 +284,6 @@ def inputs_of(batches: Sequence[Batch]) -> list[Tensor | None]:
     return found
 
 
-def _views(flat: Tensor, params: Iterable[Tensor]) -> Iterator[Tensor]:
-    offset = 0
-    for p in params:
-        yield flat.as_strided(p.shape, reference_strides(p), offset)
-        offset += p.numel()
-
-
 def adopt(batch: Batch, existing: States) -> None:
     """Bring loaded, assigned or earlier values into the buffers, and views of these into the entries.
 
@@ -337,7 +313,7 @@ def adopt(batch: Batch, existing: States) -> None:
 def _bring(values: Sequence[Tensor | None], views: Sequence[Tensor], fill: float) -> None:
     """Copy values to their places in a buffer; some may lie elsewhere in it, such as those of exchanged entries."""
     buffer = {view.untyped_storage().data_ptr() for view in views}
-    stays = [v is not None and same_memory(v, view) for v, view in zip(values, views, strict=True)]
+    stays = [v is not None and place(v) == place(view) for v, view in zip(values, views, strict=True)]
     found = [
         v.clone() if v is not None and not s and v.untyped_storage().data_ptr() in buffer else v
         for v, s in zip(values, stays, strict=True)
@@ -356,6 +332,6 @@ def _show(batch: Batch, index: int, entry: ParamState) -> None:
         spread = batch.is_dtensors and name != "step"
         if name not in shown:
             shown[name] = as_dtensor(view.detach(), batch.owners[index]) if spread else view.detach()
-        elif not same_memory(local(shown[name]), view):
+        elif place(local(shown[name])) != place(view):
             local(shown[name]).data = view
     entry.take(shown)

@@ -184,28 +184,8 @@ def meta_keywords(static: Mapping[str, Any], numbers: Mapping[str, Any], totals:
 
 def reads_step(rule: Declaration, static: Mapping[str, Any], numbers: Mapping[str, Any], totals: Sequence[str]) -> bool:
     """True if a rule without states computes with its step under these options; SGD without momentum does not."""
-    keywords = meta_keywords(static, numbers, totals)
-    tensors = {n: torch.empty((2, 3), device="meta") for n in ("param", "grad")}
-    reads = _StepReads(keywords["step"])
-    try:
-        with reads:
-            results(rule, tensors, keywords, totals)
-    except Exception:  # whatever a rule cannot do on meta tensors; it may be about to read the step
-        return "step" in rule.keywords
-    return reads.seen
-
-
-class _StepReads(DispatchMode):
-    """A mode that notices operations on one tensor."""
-
-    def __init__(self, step: Tensor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._step = step
-        self.seen = False
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen |= any(x is self._step for x in (*args, *(kwargs or {}).values()))
-        return function(*args, **(kwargs or {}))
+    seen = _watched(rule, meta_keywords(static, numbers, totals), (), totals)
+    return "step" in rule.keywords if seen is None else seen.reads_step  # what fails may be about to read the step
 
 
 def is_pointwise(
@@ -215,16 +195,22 @@ def is_pointwise(
 
     False if that cannot be found out.
     """
-    if rule.totals:
-        return False
+    seen = None if rule.totals else _watched(rule, meta_keywords(static, numbers, ()), states, ())
+    return seen is not None and seen.pointwise
+
+
+def _watched(
+    rule: Declaration, keywords: Mapping[str, Any], states: Iterable[str], totals: Sequence[str]
+) -> _Watch | None:
+    """What a rule does on meta tensors; None where it fails on them."""
     tensors = {n: torch.empty((2, 3), device="meta") for n in ("param", "grad", *states)}
-    keywords, mode = meta_keywords(static, numbers, ()), _Pointwise()
+    mode = _Watch(keywords["step"])
     try:
         with mode:
-            results(rule, tensors, keywords, ())
+            results(rule, tensors, keywords, totals)
     except Exception:  # whatever a rule cannot do on meta tensors
-        return False
-    return mode.pointwise
+        return None
+    return mode
 
 
 def check_flat_shards(rule: Declaration, settings: Mapping[str, Any]) -> None:
@@ -241,8 +227,8 @@ def check_flat_shards(rule: Declaration, settings: Mapping[str, Any]) -> None:
         )
 
 
-class _Pointwise(DispatchMode):
-    """A mode that notices operations on tensors that are not pointwise."""
+class _Watch(DispatchMode):
+    """A mode that notices operations on the step, and those on tensors that are not pointwise."""
 
     _others = (
         "_to_copy",
@@ -256,8 +242,10 @@ class _Pointwise(DispatchMode):
         "zeros_like",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, step: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._step = step
+        self.reads_step = False
         self.pointwise = True
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -265,5 +253,6 @@ class _Pointwise(DispatchMode):
         known = torch.Tag.pointwise in function.tags or overload_name(function) in self._others
         result = function(*args, **kwargs)
         given = [x for a in (*args, *kwargs.values()) for x in (a if isinstance(a, (list, tuple)) else (a,))]
+        self.reads_step |= any(x is self._step for x in given)
         self.pointwise &= known or not any(isinstance(x, Tensor) and x.ndim for x in given)
         return result

@@ -162,7 +162,7 @@ def is_core(function: Any) -> bool:
 
 
 class _NewestCore:
-    """The core that optimizers take which nobody has compiled yet.
+    """The core with which optimizers begin that have no compiled steps.
 
     Once there are two compiled forms of it (for other options, say), later optimizers take a new one: how many compiles
     torch allows an optimizer then hardly depends on what others did.
@@ -177,13 +177,7 @@ class _NewestCore:
             self.core, self.compiles = make_core(), 0
 
 
-_newest = _NewestCore()
-note_compile = _newest.note_compile
-
-
-def newest_core() -> Callable[[Tensor], None]:
-    """The core that an optimizer without compiled steps begins with."""
-    return _newest.core
+newest = _NewestCore()
 
 
 @torch.no_grad()
@@ -220,12 +214,8 @@ def run_rules(batches: list[Batch]) -> None:
 def _run_rules(batches: list[Batch]) -> None:
     totals = [{name: _total(name, batch, batches) for name in batch.totals} for batch in batches]
     for batch, sums in zip(batches, totals, strict=True):
-        for i, (param, grad) in enumerate(_pairs(batch)):
-            if grad is None:
-                continue
+        for i, param, grad, states in _members(batch):
             step = batch.step_views[i] + 1
-            states = _states(batch, i)
-            param, grad = _dimmed(param), _dimmed(grad)
             new, new_grad, new_states = batch.rule.apply(param, grad, states, {**batch.keywords(step, i), **sums})
             written = [(param, new), *((states[name], value) for name, value in new_states.items())]
             _write([*written, (grad, new_grad)] if new_grad is not None else written)
@@ -252,24 +242,19 @@ def _write(pairs: list[tuple[Tensor, Tensor]]) -> None:
         target.copy_(value)
 
 
-def _pairs(batch: Batch) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Parameters and gradients: whole ones, as DTensors, where the rule takes norms of them."""
-    if not batch.needs_whole:
-        return zip(batch.params, batch.grads, strict=True)
-    held = zip(batch.params, batch.grads, batch.owners, strict=True)
-    return ((as_dtensor(p, owner), None if g is None else as_dtensor(g, owner)) for p, g, owner in held)
+def _members(batch: Batch) -> Iterator[tuple[int, Tensor, Tensor, dict[str, Tensor]]]:
+    """Those with a gradient, by place: parameter, gradient and states.
 
-
-def _states(batch: Batch, index: int) -> dict[str, Tensor]:
-    states = batch.states(index)
-    if batch.needs_whole:
-        states = {name: as_dtensor(state, batch.owners[index]) for name, state in states.items()}
-    return {name: _dimmed(state) for name, state in states.items()}
-
-
-def _dimmed(x: Tensor) -> Tensor:
-    """A 0-dim tensor as one element, so that float64 hyperparameters do not promote it."""
-    return x if x.ndim else x.view(1)
+    Whole ones, as DTensors, where the rule takes norms of them; a 0-dim tensor as one element, so that float64
+    hyperparameters do not promote it.
+    """
+    for i, (param, grad) in enumerate(zip(batch.params, batch.grads, strict=True)):
+        if grad is not None:
+            held = {"param": param, "grad": grad, **batch.states(i)}
+            if batch.needs_whole:
+                held = {name: as_dtensor(t, batch.owners[i]) for name, t in held.items()}
+            held = {name: t if t.ndim else t.view(1) for name, t in held.items()}
+            yield i, held.pop("param"), held.pop("grad"), held
 
 
 def _total(name: str, batch: Batch, batches: list[Batch]) -> Tensor:
@@ -278,13 +263,11 @@ def _total(name: str, batch: Batch, batches: list[Batch]) -> Tensor:
     alike = [b for b in batches if b.rule.itself is batch.rule.itself and name in b.totals]
     result = torch.zeros((), dtype=torch.float64, device="cpu")
     for b in (b for b in alike if everywhere or b.group == batch.group):
-        for i, (param, grad) in enumerate(_pairs(b)):
-            if grad is not None:
-                keywords = b.keywords(b.step_views[i] + 1, i)
-                part = b.rule.contribution(name, _dimmed(param), _dimmed(grad), _states(b, i), keywords)
-                if is_dtensor(part):
-                    part = part.full_tensor()  # type: ignore[attr-defined]
-                result = result + part.to(result.device)
+        for i, param, grad, states in _members(b):
+            part = b.rule.contribution(name, param, grad, states, b.keywords(b.step_views[i] + 1, i))
+            if is_dtensor(part):
+                part = part.full_tensor()
+            result = result + part.to(result.device)
     return result
 
 

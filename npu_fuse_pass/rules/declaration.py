@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,13 +15,25 @@ from npu_fuse_pass.errors import RuleError
 from npu_fuse_pass.rules.rounding import ROUNDING, by_chance
 
 Condition = Callable[[Mapping[str, Any]], bool]
+C = TypeVar("C", bound="_Conditional")
 
 OPTIONS = ("state_dtype", "flatten", "master_weights", "stochastic_rounding")
 """What every rule's optimizer takes beside hyperparameters."""
 
 
+class _Conditional:
+    """What may exist in some groups only."""
+
+    def when(self: C, condition: Condition) -> C:
+        """It exists only in groups for which `condition(hyperparameters)` is true; else the rule gets None."""
+        if not callable(condition):
+            allowed = "allowed is a function of the hyperparameters, lambda group: group['momentum'] > 0"
+            raise RuleError(f"when({condition!r}): {allowed}")
+        return dataclasses.replace(self, condition=condition)  # type: ignore[type-var]
+
+
 @dataclasses.dataclass(frozen=True)
-class Init:
+class Init(_Conditional):
     """How a state starts: filled with `value`, in the parameter's shape. Use `zeros`, `ones` or `Init(0.5)`.
 
     Attributes:
@@ -31,18 +43,6 @@ class Init:
     value: float
     condition: Condition | None = None
     is_number: bool = False
-
-    def when(self, condition: Condition) -> Init:
-        """The state exists only in groups for which `condition(hyperparameters)` is true; else the rule gets None."""
-        _check_condition(condition)
-        return dataclasses.replace(self, condition=condition)
-
-
-def _check_condition(condition: object) -> None:
-    if not callable(condition):
-        raise RuleError(
-            f"when({condition!r}): allowed is a function of the hyperparameters, lambda group: group['momentum'] > 0"
-        )
 
 
 zeros = Init(0.0)
@@ -59,17 +59,12 @@ def number(value: float) -> Init:
 
 
 @dataclasses.dataclass(frozen=True)
-class Total:
+class Total(_Conditional):
     """A sum over parameters of a per-parameter 0-dim value. Made by `total`."""
 
     function: Callable[..., Tensor]
     over: Literal["group", "optimizer"]
     condition: Condition | None = None
-
-    def when(self, condition: Condition) -> Total:
-        """The sum exists only where `condition(hyperparameters)` is true; else the rule gets None."""
-        _check_condition(condition)
-        return dataclasses.replace(self, condition=condition)
 
 
 def total(function: Callable[..., Tensor], over: Literal["group", "optimizer"] = "optimizer") -> Total:

@@ -37,7 +37,18 @@ class Rule(Declaration):
         return RuleOptimizer.from_rule(self, params, hyperparameters)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reduced(self)
+        module, qualname = self.function.__module__, self.function.__qualname__
+        if module != "__main__" and pickling.lookup(module, qualname) is self:
+            return _by_name, (module, qualname)
+        fields = (
+            pickling.pack(self.function),
+            {n: (i.value, pickling.pack(i.condition)) for n, i in self.states.items()},
+            dict(self.defaults),
+            {n: (pickling.pack(t.function), t.over, pickling.pack(t.condition)) for n, t in self.totals.items()},
+            self.writes_grad,
+            dict(self.ranges),
+        )
+        return _from_value, fields
 
 
 def rule(
@@ -132,22 +143,6 @@ def _check_signature(made: Rule) -> None:
     for name, total in made.totals.items():
         if not isinstance(total, Total) or not callable(total.function):
             raise RuleError(f"rule {made.name!r}: total {name}={total!r} must be made by total(...)")
-
-
-def _reduced(rule: Rule) -> tuple[Any, ...]:
-    """The `__reduce__` value of a rule."""
-    module, qualname = rule.function.__module__, rule.function.__qualname__
-    if module != "__main__" and pickling.lookup(module, qualname) is rule:
-        return _by_name, (module, qualname)
-    fields = (
-        pickling.pack(rule.function),
-        {n: (i.value, pickling.pack(i.condition)) for n, i in rule.states.items()},
-        dict(rule.defaults),
-        {n: (pickling.pack(t.function), t.over, pickling.pack(t.condition)) for n, t in rule.totals.items()},
-        rule.writes_grad,
-        dict(rule.ranges),
-    )
-    return _from_value, fields
 
 
 def _by_name(module: str, qualname: str) -> Any:

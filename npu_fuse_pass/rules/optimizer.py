@@ -217,7 +217,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 end_graph(msg=core_op.APART.format(reason))
             return self._surface.update(self.found_inf)
         if not self._prelude.compiled:
-            self.__dict__["_core"] = core_op.newest_core()
+            self.__dict__["_core"] = core_op.newest.core
         return self._step_with(self._core, closure)
 
     @left_to_python
@@ -264,13 +264,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             hook(self, *self._call)
         self.__dict__["_opt_called"] = True
 
-    def _run_original(self) -> None:
-        """Run one eager step in place of a compiled one."""
-        core_op.run_eager(self)
-
-    def _run_beside(self) -> None:
-        """The same on the tensors of a compiled one, to which it is compared."""
-        core_op.run_eager(self)
+    # in place of a compiled step, and on the tensors of one, to which it is compared
+    _run_original = _run_beside = core_op.run_eager
 
     @property
     def has_hooks(self) -> bool:
@@ -300,7 +295,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._prelude = Prelude(self)
         self._surface = core_op.Surface(self.param_groups, core_op.register(self))
         self._ticket = core_op.make_ticket(self._surface.handle)
-        self._core = core_op.newest_core()
+        self._core = core_op.newest.core
         self._under_mode = False  # this step is, of dispatch
         self._homes = Homes()
 
@@ -468,9 +463,6 @@ class RuleOptimizer(torch.optim.Optimizer):
             return value.clone()
         dtype = torch.float32 if name == RESIDUAL else self.state_dtype or param.dtype
         return value.to(dtype=dtype if param.is_floating_point() else None, device=param.device, copy=True)
-
-    def __hash__(self) -> int:
-        return id(self)
 
     @left_to_python
     def __setattr__(self, name: str, value: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import operator
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,7 +24,6 @@ from npu_fuse_pass.rules.batch import (
     fill_hyper,
     make_batch,
     repeated,
-    resting,
     updated_first,
     updated_so_far,
 )
@@ -34,6 +32,7 @@ from npu_fuse_pass.rules.declaration import Declaration, arithmetic_dtype, with_
 from npu_fuse_pass.rules.meeting import Meeting
 from npu_fuse_pass.rules.ranges import check_kinds
 from npu_fuse_pass.rules.state import States
+from npu_fuse_pass.tensors.same import same_objects
 from npu_fuse_pass.tensors.sharded import local, sharding
 
 
@@ -94,6 +93,24 @@ class Prepared(abc.ABC):
             batch.grads = [None] * len(batch.params)
         if self.input_check is not None:
             self.input_check.release()
+
+    def _look_natively(self) -> None:
+        """Find out if all tensors are as they were; gradients are then read when they are asked for."""
+        self.unchanged = self.input_check is not None and self.input_check.same()
+        for batch in self.batches if self.unchanged else ():
+            batch.forget_gradients()
+
+    def _take(self, batches: list[Batch], state: Mapping[Any, Any]) -> None:
+        """Go on with these batches; others may come back: DeepSpeed's ZeRO steps each group as if it were the only one.
+
+        Those keep nothing alive for long that `opt.state` does not: their parameters have states, and no other batch.
+        """
+        if batches != self.batches:  # a loaded checkpoint alone changes values, not the plan
+            self.version += 1
+        others = [b for b in (*self.batches, *self._resting) if b not in batches]
+        held = {id(p) for b in batches for p in b.owners}
+        self._resting = [b for b in others if all(id(p) not in held and p in state for p in b.owners)]
+        self.batches = batches
 
     def _written(self, batch: Batch) -> list[Tensor]:
         """The DTensors of a batch that this step has written."""
@@ -217,12 +234,9 @@ class Prelude(Prepared):
         if state.changes.reader is not self._reader or state.changes.moved or len(parts) != len(self._parts):
             return False
         for part, (rule, known) in zip(parts, self._parts, strict=True):
-            if part.rule is not rule or not _are(part.params, known):
+            if part.rule is not rule or not same_objects(part.params, known):
                 return False
-        self.unchanged = self.input_check is not None and self.input_check.same()
-        if self.unchanged:
-            for batch in self.batches:
-                batch.forget_gradients()
+        self._look_natively()
         for batch in self.batches if optimizer.stochastic_rounding else ():
             batch.rounding.fill(optimizer.param_groups[batch.group])
         return all(
@@ -283,10 +297,8 @@ class Prelude(Prepared):
                 first[key] = old or make_batch(stepped, group, index, settings, members, state, stored, rounds)
                 first[key].rounding.place(members, numbers)
             batches += [*first.values(), *(repeated(first[key], members) for (_, key), members in again.items())]
-        if batches != self.batches:  # a loaded checkpoint alone changes values, not the plan
-            self.version += 1
-        self._resting = resting([*self.batches, *self._resting], batches, state)
-        self.batches, self._outside = batches, outside
+        self._take(batches, state)
+        self._outside = outside
         self.objects = {id(p) for b in batches for p in b.params}
         self._parts = [(part.rule, list(part.params)) for part in parts]
 
@@ -325,15 +337,10 @@ def _numbers(optimizer: Stepped) -> dict[int, int]:
     return {id(p): i for i, p in reversed([*enumerate(params)])}
 
 
-def _are(params: Sequence[Tensor], known: Sequence[Tensor]) -> bool:
-    """True if these are the same objects."""
-    return len(params) == len(known) and all(map(operator.is_, params, known))
-
-
 def _serves(batch: Batch, rule: Declaration, part: int, settings: Mapping[str, Any], members: list[Tensor]) -> bool:
     """True if a batch made now for these parameters would equal the existing one."""
     return (
-        _are(members, batch.owners)
+        same_objects(members, batch.owners)
         and not batch.repeats
         and batch.rule is rule
         and batch.part == part

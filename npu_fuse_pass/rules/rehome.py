@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from npu_fuse_pass.errors import OptionError
-from npu_fuse_pass.tensors.buffers import reference_strides
+from npu_fuse_pass.tensors.buffers import views_of
 
 _OWN = "give it memory of its own first: p.data = p.data.clone()"
 _PLAIN_FORMATS = (0, 2, 30)  # ACL_FORMAT_NCHW, _ND and _NCDHW: elements lie as torch thinks
@@ -58,28 +58,19 @@ class Homes:
 
     def _move(self, params: Sequence[Tensor]) -> None:
         buffer = torch.empty(sum(p.numel() for p in params), dtype=params[0].dtype, device=params[0].device)
-        views, offset = [], 0
-        for p in params:
-            views.append(buffer.as_strided(p.shape, reference_strides(p), offset))
-            views[-1].copy_(p.detach())
-            offset += p.numel()
-        for p, view in zip(params, views, strict=True):
-            p.data = view
+        for p, view in zip(params, views_of(buffer, params), strict=True):
+            p.data = view.copy_(p.detach())
         self._buffers.append(buffer)
 
     def _foreign(self, p: Tensor) -> str | None:
-        if _storage(p) in map(_storage, self._buffers) or p.untyped_storage().nbytes() == _size(p):
+        if _storage(p) in map(_storage, self._buffers) or p.untyped_storage().nbytes() == p.nbytes:
             return None
         return f"is a view of another tensor; {_OWN}"
 
 
-def _device_type(p: Tensor) -> str:
-    return p.device.type
-
-
 def npu_format(p: Tensor) -> int:
-    """torch_npu's format number of an NPU tensor: the order of its elements in memory."""
-    return int(sys.modules["torch_npu"].get_npu_format(p))
+    """torch_npu's format number of a tensor: the order of its elements in memory; 2 on any other device."""
+    return int(sys.modules["torch_npu"].get_npu_format(p)) if p.device.type == "npu" else 2
 
 
 def _unusual(p: Tensor) -> str | None:
@@ -91,14 +82,14 @@ def _unusual(p: Tensor) -> str | None:
         return f"has no elements to move: layout {p.layout}, device {p.device}"
     if any(n > 1 and stride == 0 for n, stride in zip(p.shape, p.stride(), strict=True)):
         return f"is expanded, so that several of its elements are one in memory; {_OWN}"
-    if _device_type(p) == "npu" and npu_format(p) not in _PLAIN_FORMATS:
+    if npu_format(p) not in _PLAIN_FORMATS:
         return f"has the private NPU format {npu_format(p)}; torch_npu.npu_format_cast(p, 2) makes it plain"
     return None
 
 
 def _check_tied(everyone: Sequence[Tensor], names: dict[int, str]) -> None:
     distinct = [p for p in {id(p): p for p in everyone}.values() if _unusual(p) is None and p.numel()]
-    spans = sorted((p.data_ptr(), p.data_ptr() + _size(p), names[id(p)]) for p in distinct)
+    spans = sorted((p.data_ptr(), p.data_ptr() + p.nbytes, names[id(p)]) for p in distinct)
     for (_, end, first), (start, _, second) in itertools.pairwise(spans):
         if start < end:
             first, second = sorted((first, second))
@@ -118,12 +109,8 @@ def _adjacent(params: Sequence[Tensor]) -> bool:
     if any(_unusual(p) is not None for p in params):
         return False
     pairs = itertools.pairwise(p for p in params if p.numel())
-    return all(a.data_ptr() + _size(a) == b.data_ptr() and _storage(a) == _storage(b) for a, b in pairs)
+    return all(a.data_ptr() + a.nbytes == b.data_ptr() and _storage(a) == _storage(b) for a, b in pairs)
 
 
 def _storage(p: Tensor) -> int:
     return p.untyped_storage().data_ptr()
-
-
-def _size(p: Tensor) -> int:
-    return p.numel() * p.element_size()

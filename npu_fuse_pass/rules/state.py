@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from npu_fuse_pass.tensors.memory import place
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -42,7 +44,7 @@ class Changes:
     def hand_out(self, value: object) -> None:
         """Record the memory of a tensor that the caller may keep."""
         if isinstance(value, Tensor) and id(value) not in self._handed_out:
-            self._handed_out[id(value)] = (value, _memory(value))
+            self._handed_out[id(value)] = (value, place(value))
 
     def forget(self, reader: object) -> None:
         """Forget all records; nothing counts as changed any more to `reader`."""
@@ -53,11 +55,7 @@ class Changes:
     @property
     def moved(self) -> bool:
         """True if a tensor that was handed out has other memory now."""
-        return any(_memory(value) != memory for value, memory in self._handed_out.values())
-
-
-def _memory(t: Tensor) -> tuple[object, ...]:
-    return t.data_ptr(), t.shape, t.stride(), t.dtype
+        return any(place(value) != memory for value, memory in self._handed_out.values())
 
 
 class _Noting(dict[Any, Any]):
@@ -189,8 +187,7 @@ class States(_Noting, defaultdict[Tensor, Any]):
     def copy(self) -> Any:
         return defaultdict(dict, self)
 
-    def __copy__(self) -> Any:
-        return self.copy()
+    __copy__ = copy
 
     def __reduce__(self) -> tuple[Any, ...]:
         return defaultdict, (dict, dict(self))

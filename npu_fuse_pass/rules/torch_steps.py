@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import traceback
 import types
 import weakref
 from collections.abc import Iterator
@@ -73,14 +74,14 @@ def _compiling() -> Iterator[Any]:
 
     A user's frames are not read: to ask for their variables keeps these alive as long as the frame.
     """
-    caller: Any = sys._getframe(1)
-    while caller is not None and not is_users(caller.f_code):
+    for caller, _ in traceback.walk_stack(sys._getframe(1)):
+        if is_users(caller.f_code):
+            return
         converter, frame = caller.f_locals.get("self"), caller.f_locals.get("frame")
         if hasattr(converter, "_torchdynamo_orig_backend") and hasattr(frame, "f_locals"):
             if is_ours(innermost(converter)):
                 yield frame
             return
-        caller = caller.f_back
 
 
 def innermost(backend: Any) -> Any:

@@ -288,16 +288,6 @@ def _tensor_method(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any
     return _call_of_tensor(self, tx, name, args, kwargs)
 
 
-def _power(x: Any, y: Any) -> Any:
-    """A power of a symbolic base, which may be negative."""
-    return x.__float_pow__(y)
-
-
-def _power_of(x: Any, base: Any) -> Any:
-    """A power with a symbolic exponent, of a base that may be negative."""
-    return x.__rfloat_pow__(base)
-
-
 def _format_as_constant(self: Any, fmt_spec: Any, flags: int) -> None:
     """Format a value in an f-string; a number is fixed then. Dynamo formats the text of one that is symbolic."""
     value = self.stack[-1]
@@ -374,8 +364,8 @@ def _where(needed: Collection[Any], owner: Any, name: str, replacement: Any) -> 
 _BUILDER = find("torch._dynamo.variables.builder")
 _TRANSLATOR = find("torch._dynamo.symbolic_convert.InstructionTranslatorBase")
 _tracing = _Replaced(
-    (torch.SymFloat, "__pow__", _power),
-    (torch.SymFloat, "__rpow__", _power_of),
+    (torch.SymFloat, "__pow__", lambda x, y: x.__float_pow__(y)),  # whose base may be negative
+    (torch.SymFloat, "__rpow__", lambda x, base: x.__rfloat_pow__(base)),
     *((torch, name, function) for name, function in _MISSING.items() if not hasattr(torch, name)),
     _where(_ENTRIES, _BUILDER, "process_automatic_dynamic", _entry_as_if_changed),
     _where(_CAPTURABLE, _optimizer, "_set_capturable", _set_capturable_where_known),

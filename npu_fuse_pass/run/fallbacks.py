@@ -8,27 +8,17 @@ from npu_fuse_pass.errors import GraphRefused, Mismatch, UnfusedError, internal,
 from npu_fuse_pass.reasons import Code, Reason
 from npu_fuse_pass.report.logs import trace, warn_unfused
 from npu_fuse_pass.report.report import CompileReport
-from npu_fuse_pass.rules.batch import Batch
 from npu_fuse_pass.rules.core_op import Stepping
 from npu_fuse_pass.run.variants import Variant
-from npu_fuse_pass.tensors.memory import check_apart
+from npu_fuse_pass.tensors.memory import lie_apart
 
 
 def refusal(mismatch: Mismatch, optimizers: Iterable[Stepping]) -> Reason:
     """The reason for a refused step. Where states share memory, it says that eager steps are wrong as well."""
-    batches = [b for o in optimizers for b in o._prelude.batches]
-    if mismatch.reason.code is Code.SHARED_MEMORY and not _states_apart(batches):
+    states = [view for o in optimizers for b in o._prelude.batches for views in b.views.values() for view in views]
+    if mismatch.reason.code is Code.SHARED_MEMORY and not lie_apart(states):
         return Code.STATES("states of this optimizer share memory, so that eager steps are wrong as well")
     return mismatch.reason
-
-
-def _states_apart(batches: Iterable[Batch]) -> bool:
-    """True if no two states of these batches share memory."""
-    try:
-        check_apart([view for b in batches for views in b.views.values() for view in views], [])
-    except Mismatch:
-        return False
-    return True
 
 
 def refused(report: CompileReport, reason: Reason, strict: bool) -> None:
@@ -44,7 +34,7 @@ def refused(report: CompileReport, reason: Reason, strict: bool) -> None:
         warn_unfused([reason])
 
 
-def falls_back(report: CompileReport, refusal: GraphRefused, strict: bool) -> None:
+def falls_back(variant: Variant, refusal: GraphRefused, strict: bool) -> None:
     """Report that the device refused the program, in all of its forms, before it changed anything.
 
     The original runs from now on.
@@ -54,7 +44,7 @@ def falls_back(report: CompileReport, refusal: GraphRefused, strict: bool) -> No
     """
     if strict:
         raise UnfusedError(f"strict=True and this step cannot run fused: {refusal}") from refusal
-    _runs_the_original(report, refusal.reason)
+    _runs_the_original(variant, refusal.reason)
 
 
 def given_up(variant: Variant, error: Exception, strict: bool) -> bool:
@@ -66,12 +56,12 @@ def given_up(variant: Variant, error: Exception, strict: bool) -> bool:
     begun = variant.program is not None and variant.program.begun
     if strict or begun or not is_internal(error):
         return False
-    variant.program = variant.input_check = None
-    _runs_the_original(variant.report, internal(error))
+    _runs_the_original(variant, internal(error))
     return True
 
 
-def _runs_the_original(report: CompileReport, reason: Reason) -> None:
-    report.fall_back(reason)
-    trace(report)
+def _runs_the_original(variant: Variant, reason: Reason) -> None:
+    variant.program = variant.input_check = None
+    variant.report.fall_back(reason)
+    trace(variant.report)
     warn_unfused([reason])

@@ -99,8 +99,7 @@ class GraphStep:
         self._optimizers = {h: weakref.ref(core_op.optimizer_of(h), self._drop) for h in handles}
         self._numbers = _numbers(gm) if handles else []
         self._python = PythonNumbers(gm)
-        for optimizer in self._stepped():
-            optimizer._prelude.prepare()
+        for optimizer in self._stepped():  # which are prepared
             optimizer._prelude.compiled = True
         self._facts: Facts | None = None
         self._plan(cause)
@@ -211,8 +210,7 @@ class GraphStep:
         except Mismatch as e:
             return self._refused(refusal(e, optimizers))
         except GraphRefused as e:
-            falls_back(variant.report, e, self._options.strict)
-            variant.program = None
+            falls_back(variant, e, self._options.strict)
             return None
         increment_version([t for i, t in variant.arguments.dtensors(args) if i in variant.written])
         for o in optimizers:

@@ -21,7 +21,6 @@ from npu_fuse_pass.rules.batch import inputs_of
 from npu_fuse_pass.rules.core_op import Stepping
 from npu_fuse_pass.rules.optimizer import RuleOptimizer
 from npu_fuse_pass.run import torch_class
-from npu_fuse_pass.run.check_numerics import names_of
 from npu_fuse_pass.run.fallbacks import falls_back, given_up, refusal, refused
 from npu_fuse_pass.run.plan_facts import Facts, changed, plan_facts
 from npu_fuse_pass.run.variants import Variant, Variants
@@ -183,8 +182,7 @@ class RuleStep:
         check()
         if torch_step is not None:
             optimizer._prelude.expose_states()
-            variant.report.checked_against[1:] = [torch_step.name]
-            torch_step.compare(optimizer.state, names_of([optimizer]), variant.report.checked_steps, rounds_once=True)
+            torch_step.compare(variant.report)
 
     def _try(self, optimizer: Stepping, variant: Variant, step: Callable[[], None]) -> bool:
         """Run a step that may be refused before it has changed anything; True if it ran."""
@@ -200,8 +198,7 @@ class RuleStep:
             refused(variant.report, refusal(e, ours), self._options.strict)
             return False
         except GraphRefused as e:
-            falls_back(variant.report, e, self._options.strict)
-            variant.program = None
+            falls_back(variant, e, self._options.strict)
             return False
         except Exception as e:
             if not given_up(variant, e, self._options.strict):

@@ -15,15 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_fuse_pass.errors import Mismatch, NumericsError
+from npu_fuse_pass.errors import NumericsError
+from npu_fuse_pass.report.report import CompileReport
 from npu_fuse_pass.rules.hooks import silenced
 from npu_fuse_pass.rules.optimizer import RuleOptimizer
-from npu_fuse_pass.run.check_numerics import one_not_finite, relative_error
-from npu_fuse_pass.tensors.memory import check_apart
+from npu_fuse_pass.run.check_numerics import names_of, one_not_finite, relative_error
+from npu_fuse_pass.tensors.memory import lie_apart
 from npu_fuse_pass.tensors.sharded import local
 from npu_fuse_pass.tolerances import CHECKED_RULE, CHECKED_UNCOMPILED
-
-States = Mapping[Tensor, Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +31,13 @@ class TorchStep:
 
     Attributes:
         optimizer: of torch's class.
-        params: what the copies are copies of, in its order.
-        restore: where there is a difference, these get the values of the copies.
+        checked: the optimizer whose step is checked; the copies are copies of its parameters.
+        restore: it is of torch's class as well, whose step rounds after every operation; a rule rounds what it stores
+            and nothing before. Where there is a difference, its tensors get the values of the copies.
     """
 
     optimizer: torch.optim.Optimizer
-    params: Sequence[Tensor]
+    checked: torch.optim.Optimizer
     restore: bool = False
 
     @property
@@ -45,38 +45,36 @@ class TorchStep:
         return f"torch.optim.{type(self.optimizer).__name__}"
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def compare(self, states: States, names: Mapping[int, str], step: int, rounds_once: bool) -> None:
-        """Make the step and compare.
-
-        Args:
-            states: of `params`, after the step that is checked.
-            names: of the parameters, by identity.
-            step: how many steps were checked, this one included.
-            rounds_once: the step that is checked rounds what it stores and nothing before.
+    def compare(self, report: CompileReport) -> None:
+        """Make the step and compare, after the step that is checked, and note it in the report of that.
 
         Raises:
             NumericsError: a parameter or a state differs by more than its dtype's tolerance.
         """
-        twins = [p for group in self.optimizer.param_groups for p in group["params"]]
+        report.checked_against[1:] = [self.name]
+        step, names = report.checked_steps, names_of([self.checked])
+        twins, params = (
+            [p for group in opt.param_groups for p in group["params"]] for opt in (self.optimizer, self.checked)
+        )
         before = [_tensors(p, self.optimizer.state.get(p, {})) for p in twins]
         old = [{name: t.detach().clone() for name, t in tensors.items()} for tensors in before]
         with torch.random.fork_rng(devices=[]), silenced():
             self.optimizer.step()
         pairs = [
-            (_tensors(twin, self.optimizer.state.get(twin, {})), _tensors(param, states.get(param, {})))
-            for twin, param in zip(twins, self.params, strict=True)
+            (_tensors(twin, self.optimizer.state.get(twin, {})), _tensors(param, self.checked.state.get(param, {})))
+            for twin, param in zip(twins, params, strict=True)
         ]
         for place, (want, got) in enumerate(pairs):
             for name in want.keys() & got.keys():
                 wanted = one_not_finite(want[name].reshape(got[name].shape))
                 error = relative_error(one_not_finite(got[name]), wanted, old[place].get(name))
                 dtype = got[name].dtype.to_real() if got[name].is_complex() else got[name].dtype
-                limit = (CHECKED_RULE if rounds_once else CHECKED_UNCOMPILED).get(dtype, 0.0)
-                limit = limit if rounds_once else max(limit, self._of_counters())
+                limit = (CHECKED_UNCOMPILED if self.restore else CHECKED_RULE).get(dtype, 0.0)
+                limit = max(limit, self._of_counters()) if self.restore else limit
                 if error > limit:
                     if self.restore:
                         _restore(pairs)
-                    param = self.params[place]
+                    param = params[place]
                     where = f"{names.get(id(param), f'parameter {place}')} {tuple(param.shape)}"
                     raise NumericsError(self._text(step, name, where, error, limit), "", where, name, error, step)
 
@@ -105,7 +103,7 @@ def of_stock(
     """The step of an optimizer of torch.optim on a copy that `twin` makes; None for any other class."""
     if not type(opt).__module__.startswith("torch.optim.") or not hasattr(torch.optim, type(opt).__name__):
         return None
-    return TorchStep(twin(opt), [p for group in opt.param_groups for p in group["params"]], restore=True)
+    return TorchStep(twin(opt), opt, restore=True)
 
 
 def of_rule(opt: RuleOptimizer) -> TorchStep | None:
@@ -126,22 +124,19 @@ def of_rule(opt: RuleOptimizer) -> TorchStep | None:
     ):
         return None
     known = inspect.signature(cls).parameters
-    groups, params = [], []
-    try:
-        check_apart([local(p) for group in opt.param_groups for p in group["params"]], [])
-    except Mismatch:  # copies would lie apart
+    groups = []
+    if not lie_apart([local(p) for group in opt.param_groups for p in group["params"]]):  # as copies would
         return None
     for group in opt.param_groups:
         copies = [_copy(p) for p in group["params"]]
-        params += group["params"]
         options = {k: _number(v) for k, v in opt.hyperparameters(group).items() if k in known and k != "params"}
         groups.append({**options, "params": copies})
     made = cls(groups, foreach=False)
-    twins = [p for group in made.param_groups for p in group["params"]]
-    for twin, p in zip(twins, params, strict=True):
-        if opt.state.get(p):
-            made.state[twin] = {k: v.detach().double().clone() for k, v in opt.state[p].items() if v is not None}
-    return TorchStep(made, params)
+    for copied, group in zip(made.param_groups, opt.param_groups, strict=True):
+        for twin, p in zip(copied["params"], group["params"], strict=True):
+            if opt.state.get(p):
+                made.state[twin] = {k: v.detach().double().clone() for k, v in opt.state[p].items() if v is not None}
+    return TorchStep(made, opt)
 
 
 def _copy(p: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class Binding:
         self._replaces = f"torch.optim.{type(opt).__name__}"
         self._surface = core_op.Surface(opt.param_groups, core_op.register(self))
         self.ticket = core_op.make_ticket(self._surface.handle)
-        self.core: Callable[[Tensor], None] = core_op.newest_core()
+        self.core: Callable[[Tensor], None] = core_op.newest.core
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -61,14 +61,10 @@ class Binding:
         """
         try:
             self._prelude.prepare()
-        except Refused as e:
-            self.refused = e.reason
-            self._prelude.begin_anew()
-            raise
         except Exception as e:
-            if not is_internal(e):
+            if not (isinstance(e, Refused) or is_internal(e)):
                 raise
-            self.refused = internal(e)
+            self.refused = e.reason if isinstance(e, Refused) else internal(e)
             self._prelude.begin_anew()
             raise Refused(self.refused) from e
         try:

@@ -32,8 +32,7 @@ from npu_fuse_pass.rules.declaration import Declaration
 Group = Mapping[str, Any]
 
 _ANOTHER_STEP = ("capturable", "differentiable", "fused")
-_COMMON = {"lr", "weight_decay", "maximize", "foreach", *_ANOTHER_STEP}
-_ADAM = {*_COMMON, "betas", "eps", "amsgrad", "decoupled_weight_decay"}
+_COMMON = ("lr", "weight_decay", "maximize", "foreach", *_ANOTHER_STEP)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +40,15 @@ class StockClass:
     """A class of torch.optim.
 
     Attributes:
-        rule: of a group.
-        options: that the rule has an answer for; another torch may have more.
+        rule: of the class; Adam's two take each other's place.
+        more: options that the rule has an answer for, beside its own and those of all classes; another torch may have
+            others.
         counts: whether it keeps a state "step".
         plain: whether it takes no tensor as lr with foreach=True.
     """
 
-    rule: Callable[[Group], Declaration]
-    options: frozenset[str]
+    rule: Declaration
+    more: tuple[str, ...] = ()
     counts: bool = True
     plain: bool = False
 
@@ -66,30 +66,24 @@ class StockClass:
 
     def rule_of(self, group: Group) -> Declaration:
         """The rule of a group; the same object for the same options."""
-        rule = self.rule(group)
+        rule = self.rule
+        if rule in (adam, adamw):
+            rule = adamw if group.get("decoupled_weight_decay", rule is adamw) else adam
         return _ascending(rule) if group.get("maximize") else rule
 
 
-def _stock(rule: Declaration, *options: str, counts: bool = True) -> StockClass:
-    return StockClass(lambda group: rule, frozenset({*_COMMON, *options}), counts)
-
-
 _CLASSES: dict[type[torch.optim.Optimizer], StockClass] = {
-    torch.optim.Adam: StockClass(
-        lambda g: adamw if g.get("decoupled_weight_decay") else adam, frozenset(_ADAM), plain=True
-    ),
-    torch.optim.AdamW: StockClass(
-        lambda g: adamw if g.get("decoupled_weight_decay", True) else adam, frozenset(_ADAM), plain=True
-    ),
-    torch.optim.SGD: _stock(sgd, "momentum", "dampening", "nesterov", counts=False),
-    torch.optim.RMSprop: _stock(rmsprop, "alpha", "eps", "momentum", "centered"),
-    torch.optim.Adagrad: _stock(adagrad, "lr_decay", "initial_accumulator_value", "eps"),
-    torch.optim.Adadelta: _stock(adadelta, "rho", "eps"),
-    torch.optim.Adamax: _stock(adamax, "betas", "eps"),
-    torch.optim.NAdam: _stock(nadam, "betas", "eps", "momentum_decay", "decoupled_weight_decay"),
-    torch.optim.RAdam: _stock(radam, "betas", "eps", "decoupled_weight_decay"),
-    torch.optim.Rprop: _stock(rprop, "etas", "step_sizes"),
-    torch.optim.ASGD: _stock(asgd, "lambd", "alpha", "t0"),
+    torch.optim.Adam: StockClass(adam, ("decoupled_weight_decay",), plain=True),
+    torch.optim.AdamW: StockClass(adamw, ("decoupled_weight_decay",), plain=True),
+    torch.optim.SGD: StockClass(sgd, counts=False),
+    torch.optim.RMSprop: StockClass(rmsprop),
+    torch.optim.Adagrad: StockClass(adagrad, ("initial_accumulator_value",)),
+    torch.optim.Adadelta: StockClass(adadelta),
+    torch.optim.Adamax: StockClass(adamax),
+    torch.optim.NAdam: StockClass(nadam),
+    torch.optim.RAdam: StockClass(radam),
+    torch.optim.Rprop: StockClass(rprop),
+    torch.optim.ASGD: StockClass(asgd),
 }
 
 
@@ -101,7 +95,7 @@ def stock_class(opt: torch.optim.Optimizer, step: Callable[..., Any]) -> StockCl
         return Code.NO_RULE(f"{name} may step otherwise than {parents[0]}" if parents else f"no rule is {name}'s")
     if not _torchs_own(step):
         return Code.NO_RULE(f"another function has taken the place of this {name}'s step")
-    more = opt.defaults.keys() - known.options
+    more = opt.defaults.keys() - {*_COMMON, *known.rule.defaults, *known.more}
     if more:
         return Code.NO_RULE(f"{name} has the option {min(more)!r}, of which its rule does not know")
     return known

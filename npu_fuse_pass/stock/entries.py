@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,6 +9,7 @@ from torch import Tensor
 
 from npu_fuse_pass.reasons import Code, Reason
 from npu_fuse_pass.rules.prelude import InputCheck
+from npu_fuse_pass.tensors.same import same_objects
 from npu_fuse_pass.tensors.sharded import alike, local
 
 States = Mapping[Tensor, dict[str, Any]]
@@ -35,7 +34,7 @@ class Entries:
         """Remember these entries."""
         self._unchanged = None
         self._state, self._keys, self._entries = state, list(state), list(state.values())
-        self._values = list(_values(self._entries))
+        self._values = _values(self._entries)
 
     def same(self, state: States) -> bool:
         """True if no entry was added, removed or exchanged."""
@@ -43,16 +42,14 @@ class Entries:
             return state is self._state and self._unchanged()
         return (
             state is self._state
-            and len(state) == len(self._keys)
-            and all(map(operator.is_, state, self._keys))
-            and all(map(operator.is_, state.values(), self._entries))
-            and sum(map(len, self._entries)) == len(self._values)
-            and all(map(operator.is_, _values(self._entries), self._values))
+            and same_objects(state, self._keys)
+            and same_objects(state.values(), self._entries)
+            and same_objects(_values(self._entries), self._values)
         )
 
 
-def _values(entries: Iterable[dict[str, Any]]) -> Iterable[Any]:
-    return itertools.chain.from_iterable(map(dict.values, entries))
+def _values(entries: Iterable[dict[str, Any]]) -> list[Any]:
+    return [value for entry in entries for value in dict.values(entry)]
 
 
 def refused_state(param: Tensor, name: str, value: object, label: str) -> Reason | None:

@@ -8,7 +8,6 @@ step) finds what it expects, and what it puts there counts at the next step.
 from __future__ import annotations
 
 import inspect
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,13 +16,14 @@ from torch import Tensor
 
 from npu_fuse_pass.errors import FuseError, RuleError
 from npu_fuse_pass.reasons import Code, Reason
-from npu_fuse_pass.rules.batch import Batch, fill_hyper, resting
+from npu_fuse_pass.rules.batch import Batch, fill_hyper
 from npu_fuse_pass.rules.checks import reads_step
 from npu_fuse_pass.rules.declaration import Declaration
 from npu_fuse_pass.rules.hyperparameters import Hyper
 from npu_fuse_pass.rules.prelude import Prepared
 from npu_fuse_pass.stock.classes import StockClass
 from npu_fuse_pass.stock.entries import Entries, refused_state
+from npu_fuse_pass.tensors.same import same_objects
 from npu_fuse_pass.tensors.sharded import alike, is_dtensor, local, sharding
 
 DTYPES = (torch.float32, torch.float64)
@@ -109,19 +109,13 @@ class StockPrelude(Prepared):
         if len(groups) != len(self._groups) or any(p.grad is not None for p in self._idle):
             return False
         for group, (rule, params) in zip(groups, self._groups, strict=True):
-            given = group["params"]
-            if self._class.rule_of(group) is not rule or len(given) != len(params):
-                return False
-            if not all(map(operator.is_, given, params)):
+            if self._class.rule_of(group) is not rule or not same_objects(group["params"], params):
                 return False
         if not self._entries.same(self._opt.state):
             return False
-        self.unchanged = self.input_check is not None and self.input_check.same()
+        self._look_natively()
         if self.input_check is not None:
             self._entries.check_natively(self.input_check)
-        if self.unchanged:
-            for batch in self.batches:
-                batch.forget_gradients()
         return all((self.unchanged or _read(b)) and fill_hyper(b, groups[b.group]) for b in self.batches)
 
     def _make(self) -> None:
@@ -145,10 +139,7 @@ class StockPrelude(Prepared):
                 batch = old or _new(rule, index, group, members, self._class.counts)
                 self._bind(batch, labels)
                 found.append(batch)
-        if found != self.batches:
-            self.version += 1
-        self._resting = resting([*self.batches, *self._resting], found, self._opt.state)
-        self.batches = found
+        self._take(found, self._opt.state)
         self._groups = [(self._class.rule_of(group), list(group["params"])) for group in groups]
         self._entries.learn(self._opt.state)
         kept = (t for b in found for row in (b.params, b.step_views, *b.views.values()) for t in row)
@@ -233,10 +224,8 @@ def _new(rule: Declaration, index: int, group: Mapping[str, Any], params: list[T
         step_views=list(steps.unbind()),
         shown=[],
         hyper=hyper,
-        shapes=[p.shape for p in held],
         seen=[],
         totals=(),
-        strides=[p.stride() for p in held],
         counts=counted or bool(names) or reads_step(rule, hyper.static, hyper.views, ()),
     )
 
@@ -274,8 +263,7 @@ def _check_numbers(name: str, values: Sequence[Any], params: Sequence[Tensor], l
 def _serves(batch: Batch, rule: Declaration, index: int, group: Mapping[str, Any], members: list[Tensor]) -> bool:
     """True if a batch made now for these parameters would equal the existing one."""
     return (
-        len(members) == len(batch.owners)
-        and all(map(operator.is_, members, batch.owners))
+        same_objects(members, batch.owners)
         and batch.rule is rule
         and batch.group == index
         and [local(p).numel() for p in members] == batch.numels

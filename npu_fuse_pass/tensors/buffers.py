@@ -8,7 +8,7 @@ a step of 8 x 2048x2048 Adam took a fifth longer. Other processors do not mind w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -29,11 +29,19 @@ def flat_buffer(numel: int, dtype: torch.dtype, device: torch.device, others: Se
     return min(starts, key=lambda start: sum(conflicts(start, other) for other in others))
 
 
-def reference_strides(param: Tensor) -> tuple[int, ...]:
+def _reference_strides(param: Tensor) -> tuple[int, ...]:
     """Strides in which the elements of a parameter's states lie: its own where it is dense, else contiguous."""
     if param.is_contiguous():
         return param.stride()
     return torch.empty_like(param, device="meta", memory_format=torch.preserve_format).stride()
+
+
+def views_of(flat: Tensor, params: Iterable[Tensor]) -> Iterator[Tensor]:
+    """A view of a buffer for each parameter, one behind the other."""
+    offset = 0
+    for p in params:
+        yield flat.as_strided(p.shape, _reference_strides(p), offset)
+        offset += p.numel()
 
 
 def conflicts(a: Tensor, b: Tensor) -> int:

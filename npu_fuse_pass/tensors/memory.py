@@ -33,6 +33,15 @@ def check_apart(written: Sequence[Tensor], read: Sequence[Tensor]) -> None:
         end_written = max(end_written, stop) if is_written else end_written
 
 
+def lie_apart(tensors: Sequence[Tensor]) -> bool:
+    """True if each of these has memory of its own, which no other one overlaps."""
+    try:
+        check_apart(tensors, [])
+    except Mismatch:
+        return False
+    return True
+
+
 def apart(starts: Tensor, sizes: Tensor, written: Tensor) -> bool:
     """True if no written block of memory overlaps another one; blocks are given as tensors.
 
@@ -95,6 +104,6 @@ def copy_each(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         target.copy_(value)
 
 
-def same_memory(a: Tensor, b: Tensor) -> bool:
-    """True if two tensors are the same elements of the same memory."""
-    return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
+def place(t: Tensor) -> tuple[object, ...]:
+    """Equal for tensors that are the same elements of the same memory."""
+    return t.data_ptr(), t.shape, t.stride(), t.dtype

@@ -1,8 +1,9 @@
-"""A check that all tensors of a step are of the kinds that they had at an earlier step, in one call."""
+"""Checks that all tensors of a step are those of an earlier one, or of the kinds that they had then, in one call."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -45,6 +46,11 @@ class SameTensors:
         self._guards = _tensor_guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
         self.matched = self._learned
         return True
+
+
+def same_objects(some: Collection[object], others: Collection[object]) -> bool:
+    """True if these are the same objects, in the same order."""
+    return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
 def share_a_gradient(tensors: Iterable[Tensor]) -> bool:

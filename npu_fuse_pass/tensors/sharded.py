@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
 
-def is_dtensor(t: object) -> bool:
+
+def is_dtensor(t: object) -> TypeIs[DTensor]:
     """True for a torch.distributed.tensor.DTensor; does not import torch.distributed."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)
@@ -23,8 +27,7 @@ def is_dtensor(t: object) -> bool:
 def sharding(param: Tensor) -> str | None:
     """How a parameter is spread: "flat shard" (FSDP1), "shard" or "replica" (DTensors); None: not at all."""
     if is_dtensor(param):
-        layout: Any = param
-        return "replica" if all(p.is_replicate() for p in layout.placements) else "shard"
+        return "replica" if all(p.is_replicate() for p in param.placements) else "shard"
     return "flat shard" if getattr(param, "_fsdp_flattened", False) and param.ndim < 2 else None
 
 
@@ -48,18 +51,17 @@ def local_part(param: Tensor, t: Tensor | None) -> Tensor | None:
     """
     if t is None or not is_dtensor(param):
         return t
-    layout: Any = param
     given: Any = t
-    if given.placements != layout.placements:
-        given = given.redistribute(placements=layout.placements)
+    if given.placements != param.placements:
+        given = given.redistribute(placements=param.placements)
     return local(given)
 
 
 def across(param: Tensor) -> tuple[Any, ...]:
     """The process groups over which a DTensor's elements are spread: one for each dimension of the mesh that shards."""
-    layout: Any = param
-    dimensions = enumerate(layout.placements) if is_dtensor(param) else ()
-    return tuple(layout.device_mesh.get_group(d) for d, p in dimensions if not p.is_replicate())
+    if not is_dtensor(param):
+        return ()
+    return tuple(param.device_mesh.get_group(d) for d, p in enumerate(param.placements) if not p.is_replicate())
 
 
 def first_element(param: Tensor) -> int:
@@ -68,44 +70,38 @@ def first_element(param: Tensor) -> int:
     Of a tensor that is sharded by its first dimension alone that is its place in the whole; shards of other kinds are
     numbered far apart from each other.
     """
-    coordinate = param.device_mesh.get_coordinate() if is_dtensor(param) else None  # type: ignore[attr-defined]
-    if coordinate is None:  # no DTensor, or a process that holds nothing of it
+    coordinate = param.device_mesh.get_coordinate() if is_dtensor(param) else None
+    if not is_dtensor(param) or coordinate is None:  # no DTensor, or a process that holds nothing of it
         return 0
-    layout: Any = param
-    shards = [d for d, p in enumerate(layout.placements) if not p.is_replicate()]
-    if len(shards) == 1 and layout.placements[shards[0]].is_shard(0):
-        rows = -(-param.shape[0] // layout.device_mesh.size(shards[0])) * int(coordinate[shards[0]])
+    shards = [d for d, p in enumerate(param.placements) if not p.is_replicate()]
+    if len(shards) == 1 and param.placements[shards[0]].is_shard(0):
+        rows = -(-param.shape[0] // param.device_mesh.size(shards[0])) * int(coordinate[shards[0]])
         return int(min(rows, param.shape[0]) * math.prod(param.shape[1:]))
     place = 0
     for d in shards:
-        place = place * int(layout.device_mesh.size(d)) + int(coordinate[d])
+        place = place * int(param.device_mesh.size(d)) + int(coordinate[d])
     return place << 40
 
 
-def holds_values(t: Tensor) -> bool:
+def holds_values(t: Any) -> bool:
     """True if a DTensor's local part holds elements of it, not partial sums."""
-    layout: Any = t
-    return not any(p.is_partial() for p in layout.placements)
+    return not any(p.is_partial() for p in t.placements)
 
 
 def alike(param: Tensor, t: Tensor) -> bool:
     """True if a gradient or state is sharded as its parameter is, or neither is sharded."""
     if not is_dtensor(param) or not is_dtensor(t):
         return is_dtensor(param) == is_dtensor(t)
-    layout: Any = param
-    given: Any = t
-    return bool(given.device_mesh == layout.device_mesh and given.placements == layout.placements)
+    return bool(t.device_mesh == param.device_mesh and t.placements == param.placements)
 
 
 @torch.no_grad()
-def as_dtensor(held: Tensor, param: Tensor) -> Tensor:
+def as_dtensor(held: Tensor, param: Any) -> Tensor:
     """The DTensor of which this process holds these elements, laid out as `param`."""
     from torch.distributed.tensor import DTensor
 
-    layout: Any = param
-    mesh, placements = layout.device_mesh, layout.placements
-    first = _from_start(held)
-    return DTensor.from_local(first, mesh, placements, run_check=False, shape=layout.shape, stride=layout.stride())
+    whole = {"shape": param.shape, "stride": param.stride()}
+    return DTensor.from_local(_from_start(held), param.device_mesh, param.placements, run_check=False, **whole)
 
 
 def _from_start(t: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ from npu_fuse_pass.rules.core_op import under_dispatch_mode
 from npu_fuse_pass.rules.hidden import hidden
 from npu_fuse_pass.rules.optimizer import RuleOptimizer
 from npu_fuse_pass.run import torch_class
-from npu_fuse_pass.run.check_numerics import names_of
 from npu_fuse_pass.tensors.sharded import is_dtensor
 from npu_fuse_pass.tools.fused_option import FusedOption
 from npu_fuse_pass.tools.not_begun import failed_before
@@ -183,8 +182,7 @@ class CompiledStep:
         result = self._compiled_update(*args, **kwargs)
         report = self._last_compiled()
         if torch_step is not None and report is not None:
-            report.checked_against[1:] = [torch_step.name]
-            torch_step.compare(self._opt.state, names_of([self._opt]), report.checked_steps, rounds_once=False)
+            torch_step.compare(report)
         return result
 
     def _unless_torch_fails(self, compiled: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:

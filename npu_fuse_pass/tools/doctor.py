@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import itertools
 from typing import Any
 
 import torch
@@ -13,8 +12,10 @@ from torch import Tensor
 from npu_fuse_pass.errors import FuseError, NumericsError
 from npu_fuse_pass.reasons import advised
 from npu_fuse_pass.report.report import CompileReport
-from npu_fuse_pass.rules.hidden import hidden
+from npu_fuse_pass.rules.hidden import hidden_class
 from npu_fuse_pass.rules.optimizer import RuleOptimizer
+from npu_fuse_pass.tensors.memory import lie_apart
+from npu_fuse_pass.tensors.sharded import local
 from npu_fuse_pass.tools.explain import try_on_copy
 from npu_fuse_pass.tools.observe import Measured, Observed, measure
 
@@ -98,9 +99,7 @@ def _others(opt: torch.optim.Optimizer, params: list[Tensor]) -> dict[str, int]:
     """Peak bytes of torch.optim's foreach form (its default on accelerators) and of torch_npu.optim."""
     name = _COUNTERPART.get(type(opt).__name__, type(opt).__name__)
     cls: Any = getattr(torch.optim, name, None)
-    if hidden(opt) is not None and not opt.param_groups[0].get("fused"):
-        return {}
-    if cls is None or "foreach" not in inspect.signature(cls).parameters:
+    if hidden_class(opt) is not None or cls is None or "foreach" not in inspect.signature(cls).parameters:
         return {}
     given = opt.param_groups[0]
     known = {k: given[k] for k in inspect.signature(cls).parameters if k in given and k not in ("params", "fused")}
@@ -114,7 +113,7 @@ def _others(opt: torch.optim.Optimizer, params: list[Tensor]) -> dict[str, int]:
     if name in _TORCH_NPU:
         copies, decays = _TORCH_NPU[name]
         copies += bool(decays and given.get("weight_decay"))
-        size = copies * sum(p.numel() * p.element_size() for p in params)
+        size = copies * sum(p.nbytes for p in params)
         found["torch_npu.optim, flat tensors (modelled; its first step copies parameters and gradients once)"] = size
     return found
 
@@ -126,8 +125,7 @@ def _tensors(params: list[Tensor]) -> list[str]:
     if sparse:
         remedy = "dense gradients: sparse=False in torch.nn.Embedding"
         found.append(advised(f"{sparse} parameters have sparse gradients", remedy))
-    starts = sorted((p.data_ptr(), p.data_ptr() + p.numel() * p.element_size()) for p in params if p.numel())
-    if any(end > start for (_, end), (start, _) in itertools.pairwise(starts)):
+    if not lie_apart([p for p in map(local, params) if p.data_ptr()]):
         remedy = "pass tied parameters once, or give them memory of their own"
         found.append(advised("two parameters share memory", remedy))
     return found

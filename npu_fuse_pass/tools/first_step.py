@@ -7,11 +7,12 @@ which Python numbers change.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from npu_fuse_pass.tensors.same import same_objects
 
 
 def first_eagerly(
@@ -40,7 +41,8 @@ def first_eagerly(
         try:
             return step(*args, **kwargs)
         finally:
-            changing.update(key for key, values in _numbers(opt).items() if not _are_same(before.get(key, []), values))
+            # one that was computed anew will change, though its value is still the same
+            changing.update(k for k, values in _numbers(opt).items() if not same_objects(before.get(k, []), values))
 
     return run
 
@@ -53,11 +55,6 @@ def _numbers(opt: torch.optim.Optimizer) -> dict[str, list[float]]:
             if type(value) in (int, float) and isinstance(key, str):
                 found.setdefault(key, []).append(value)
     return found
-
-
-def _are_same(before: list[float], now: list[float]) -> bool:
-    """Whether no number was written: one that was computed anew will change, though its value is still the same."""
-    return len(before) == len(now) and all(map(operator.is_, before, now))
 
 
 def _has_states(opt: torch.optim.Optimizer) -> bool:

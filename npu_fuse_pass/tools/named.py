@@ -22,11 +22,9 @@ _SCHEDULED = 0.01  # a learning rate, where an optimizer asks for one
 def optimizers() -> dict[str, Callable[..., Any]]:
     """Optimizers by name: the library's, paddle's and torch.optim's."""
     library, paddle = importlib.import_module("optimizers"), importlib.import_module("optimizers.paddle")
-    stock = {n: c for n, c in vars(torch.optim).items() if inspect.isclass(c) and issubclass(c, torch.optim.Optimizer)}
-    found: dict[str, Callable[..., Any]] = {n: c for n, c in stock.items() if n != "Optimizer"}
-    found |= {n: getattr(library, n) for n in library.__all__ if _makes_optimizers(getattr(library, n))}
-    found |= {f"paddle.{n}": getattr(paddle, n) for n in paddle.__all__ if _makes_optimizers(getattr(paddle, n))}
-    return found
+    named = [("", torch.optim, n) for n in vars(torch.optim) if n != "Optimizer"]
+    named += [("", library, n) for n in library.__all__] + [("paddle.", paddle, n) for n in paddle.__all__]
+    return {prefix + n: made for prefix, module, n in named if _makes_optimizers(made := getattr(module, n))}
 
 
 def _makes_optimizers(value: object) -> bool:
@@ -62,11 +60,7 @@ def make(name: str, shapes: Sequence[Shape], options: Mapping[str, Any], device:
     rates = {n: _SCHEDULED for n in ("lr", "learning_rate") if arguments.get(n)}
     place = "parameters" if "parameters" in arguments else "params"
     try:
-        made: torch.optim.Optimizer = (
-            factory(params, **{**rates, **options})
-            if isinstance(factory, Rule)
-            else factory(**{place: params, **rates, **options})
-        )
+        made: torch.optim.Optimizer = factory(**{place: params, **rates, **options})
     except Exception as e:  # the constructor's own checks
         given = ", ".join(f"{k}={v!r}" for k, v in options.items())
         raise OptionError(f"{name}({given}): {e}") from e

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import os
 import runpy
 import sys
-import types
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -103,7 +102,7 @@ def observe(path: str, arguments: Sequence[str], steps: int) -> list[Observed]:
             raise _Enough
         given = [value for value in (*args, *kwargs.values()) if value is not opt and value is not None]
         found.note(closure=bool(given))
-        found.by_us |= _on_the_stack(CompiledStep.__call__.__code__)
+        found.by_us |= any(f.f_code is CompiledStep.__call__.__code__ for f, _ in traceback.walk_stack(sys._getframe()))
         if found.steps == steps and profiling():
             found.measured = "a profiler of the script was active"
         elif found.steps == steps:
@@ -130,13 +129,6 @@ def observe(path: str, arguments: Sequence[str], steps: int) -> list[Observed]:
         for hook in hooks:
             hook.remove()
     return list(seen.values())
-
-
-def _on_the_stack(code: types.CodeType) -> bool:
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not code:
-        frame = frame.f_back
-    return frame is not None
 
 
 def measure(step: Callable[[], Any]) -> Measured:

@@ -62,7 +62,7 @@ def captured(
         return step
     of_rules = isinstance(opt, RuleOptimizer)  # its numbers are no part of the graph
     changing: set[str] = set()
-    in_form = _ForeachFirst(opt, tracked) if foreach else _as_it_is
+    in_form = _Form(opt, tracked, foreach)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         # by themselves: at its limit of compiles Dynamo runs what it has compiled for a closure without one
@@ -75,24 +75,19 @@ def captured(
     return run if of_rules else beside_eager(opt, step, first_eagerly(opt, step, run, changing), tracked)
 
 
-def _as_it_is(step: Callable[[], Any]) -> Any:
-    return step()
-
-
-class _ForeachFirst:
-    """Lets Adam take its foreach form where neither was asked for.
+class _Form:
+    """Runs steps, and lets Adam take its foreach form in them where neither was asked for, if `foreach`.
 
     Its for-loop form, while it is compiled, divides by lr: at 0 that is NaN where the captured step runs unfused. Torch
     fails on the foreach form where it compiles only what the step calls, as it does once a step with fused=True was
     compiled: then the form stays torch's choice.
     """
 
-    def __init__(self, opt: torch.optim.Optimizer, tracked: backend.TrackedBackend) -> None:
-        self._opt, self._tracked = opt, tracked
-        self._fails = False
+    def __init__(self, opt: torch.optim.Optimizer, tracked: backend.TrackedBackend, foreach: bool) -> None:
+        self._opt, self._tracked, self._foreach = opt, tracked, foreach
 
     def __call__(self, step: Callable[[], Any]) -> Any:
-        groups = [] if self._fails else [g for g in self._opt.param_groups if _may_be_foreach(g)]
+        groups = [g for g in self._opt.param_groups if _may_be_foreach(g)] if self._foreach else []
         for group in groups:
             group["foreach"] = True
         try:
@@ -101,7 +96,7 @@ class _ForeachFirst:
             begun = self._tracked.ran or len(groups) < len(self._opt.param_groups)  # another form may have run
             if begun or not is_dynamos(e):
                 raise
-            self._fails = True
+            self._foreach = False
         finally:
             for group in groups:
                 group["foreach"] = None

@@ -288,6 +288,23 @@ def test_a_rule_without_states_counts_where_it_reads_the_step() -> None:
     step.check(len(params))
 
 
+def test_a_rule_without_states_counts_where_a_list_has_the_step() -> None:
+    @rule(defaults={"lr": 0.5})
+    def decaying(param: Tensor, grad: Tensor, *, lr: Tensor, step: Tensor) -> Tensor:
+        return param - lr / torch.stack([step, step]).mean() * grad
+
+    params = parameters([(3, 4), (5,)])
+    wanted = clones(params)
+    opt = decaying(params)
+    for t in range(1, 4):
+        for own in (params, wanted):
+            set_gradients(own, gradients(own, t))
+        opt.step()
+        for p in wanted:
+            p.data.sub_(0.5 / t * p.grad)
+        assert_close(params, wanted, 1e-6)
+
+
 def test_a_total_that_nothing_reads() -> None:
     @rule(defaults={"lr": 0.5}, totals={"squares": total(lambda grad: grad.square().sum())})
     def plain(param: Tensor, grad: Tensor, *, lr: Tensor, squares: Tensor) -> Tensor:

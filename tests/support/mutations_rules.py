@@ -20,7 +20,7 @@ FIRST = _equal("a_first_step_without_some_gradients[eager-Adam]")
 
 RULES = [
     # storage
-    Mutation("all states begin in one place", "_views", "offset += p.numel()", "offset += 0", STATES),
+    Mutation("all states begin in one place", "views_of", "offset += p.numel()", "offset += 0", STATES),
     Mutation(
         "two parameters of one shape exchange their states",
         "Batch.states",

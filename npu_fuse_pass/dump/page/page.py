@@ -50,7 +50,7 @@ def with_times(text: str, measured: Mapping[str, float]) -> str:
 
 
 def _file(name: str) -> str:
-    return importlib.resources.files(__package__).joinpath("web", name).read_text(encoding="utf-8")
+    return (importlib.resources.files(__package__) / "web" / name).read_text(encoding="utf-8")
 
 
 def _facts(contents: Contents) -> dict[str, Any]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.private_torch import find, need
-from npu_fuse_pass.reasons import Reason
 
 _FAKE_TENSOR = "torch._subclasses.fake_tensor.FakeTensor"
 _FAKE_MODE = "torch._subclasses.fake_tensor.FakeTensorMode"
@@ -22,14 +20,14 @@ else:
     FakeTensor, FakeTensorMode, no_dispatch = find(_FAKE_TENSOR), find(_FAKE_MODE), find(_NO_DISPATCH)
 
 
-def refused() -> Reason | None:
-    """Why this torch allows no GE graph: the private name that it lacks; None if it has all."""
-    try:
-        for name in (_FAKE_TENSOR, _FAKE_MODE, _NO_DISPATCH, _TRACING, _CONTEXT):
-            need(name)
-    except Unsupported as e:
-        return e.reason
-    return None
+def check() -> None:
+    """Refuse a torch that allows no GE graph.
+
+    Raises:
+        Unsupported: names the private name that it lacks.
+    """
+    for name in (_FAKE_TENSOR, _FAKE_MODE, _NO_DISPATCH, _TRACING, _CONTEXT):
+        need(name)
 
 
 def while_traced(mode: Any) -> contextlib.AbstractContextManager[Any]:

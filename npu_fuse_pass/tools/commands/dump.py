@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from npu_fuse_pass.errors import FuseError, OptionError, PlatformError
+
 if TYPE_CHECKING:
     import torch
 
@@ -78,8 +80,6 @@ def run(given: argparse.Namespace) -> int:
         return _refuse(
             f"--steps {given.steps}: it goes with --check --script, and at least one step has to be looked at"
         )
-    from npu_fuse_pass.errors import FuseError
-
     try:
         return _diff(*given.diff) if given.diff else _examine(given) if given.steps else _dump(given)
     except FuseError as e:
@@ -143,8 +143,6 @@ def _dump(given: argparse.Namespace) -> int:
 
 def _writable(out: pathlib.Path) -> pathlib.Path:
     """The folder for dumps, made if need be; absolute, as a script may change the folder it is in."""
-    from npu_fuse_pass.errors import OptionError
-
     try:
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryDirectory(dir=out).cleanup()
@@ -155,7 +153,6 @@ def _writable(out: pathlib.Path) -> pathlib.Path:
 
 def _kernels(given: argparse.Namespace) -> str | None:
     """The option `kernels`; without torch_npu only generated ones can be shown."""
-    from npu_fuse_pass.errors import PlatformError
     from npu_fuse_pass.lowerings.npu.environment import require
 
     if given.kernels or given.platform != "npu":
@@ -174,7 +171,6 @@ def _list(head: str, lines: list[str]) -> None:
 
 def _named(session: Session, given: argparse.Namespace) -> str | None:
     """Step an optimizer by its name. Returns why the step failed, or None."""
-    from npu_fuse_pass.errors import OptionError
     from npu_fuse_pass.tools.follow import run_optimizer
 
     make, device = _maker(given)
@@ -222,8 +218,6 @@ def _script(session: Session, given: argparse.Namespace) -> str | None:
 
 
 def _existing(given: argparse.Namespace) -> tuple[str, list[str]]:
-    from npu_fuse_pass.errors import OptionError
-
     script, *arguments = given.script
     if not pathlib.Path(script).is_file():
         raise OptionError(f"there is no script {script!r}")

@@ -14,6 +14,7 @@ from typing import Any
 from npu_fuse_pass.tools.selftest.environment import Finding
 
 
+@dataclasses.dataclass
 class Report:
     """The results so far.
 
@@ -24,18 +25,18 @@ class Report:
         proof: what followed from it.
     """
 
-    def __init__(self, path: pathlib.Path, platform_name: str, quick: bool) -> None:
-        self._path = path
-        self._settings = {"platform": platform_name, "quick": quick}
-        self._date = datetime.date.today().isoformat()
-        self.environment: list[Finding] = []
-        self.parity: list[Any] = []
-        self.generated: list[Any] = []
-        self.proof = ""
-        self.timing: list[Any] = []
-        self.constants: dict[str, float] = {}
-        self.doing = ""
-        self.verdict = ""
+    path: pathlib.Path
+    platform: str
+    quick: bool
+    date: str = dataclasses.field(default_factory=lambda: datetime.date.today().isoformat())
+    doing: str = ""
+    verdict: str = ""
+    environment: list[Finding] = dataclasses.field(default_factory=list)
+    parity: list[Any] = dataclasses.field(default_factory=list)
+    generated: list[Any] = dataclasses.field(default_factory=list)
+    timing: list[Any] = dataclasses.field(default_factory=list)
+    constants: dict[str, float] = dataclasses.field(default_factory=dict)
+    proof: str = ""
 
     def begin(self, part: str) -> None:
         """Record the part that comes next, also in the file."""
@@ -53,25 +54,21 @@ class Report:
         Raises:
             OSError: it cannot be written.
         """
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        new = self._path.with_name(self._path.name + ".new")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = self.path.with_name(self.path.name + ".new")
         new.write_text(self.text(), encoding="utf-8")
-        new.replace(self._path)
+        new.replace(self.path)
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""
-        rows = {
-            name: list(map(dataclasses.asdict, getattr(self, name)))
-            for name in ("environment", "parity", "generated", "timing")
-        }
-        head = {"selftest": 1, "date": self._date, **self._settings, "doing": self.doing, "verdict": self.verdict}
-        return {**head, **rows, "constants": self.constants, "proof": self.proof}
+        fields = dataclasses.asdict(self)
+        del fields["path"]
+        return {"selftest": 1, **fields}
 
     def text(self) -> str:
         """The whole file."""
         verdict = self.verdict or f"**not finished**: the process ended, or still is, in: {self.doing}"
-        settings = ", ".join(f"{name} {value}" for name, value in self._settings.items())
-        parts = [f"# npu-fuse-pass selftest\n\n{self._date}, {settings}\n\n{verdict}"]
+        parts = [f"# npu-fuse-pass selftest\n\n{self.date}, platform {self.platform}, quick {self.quick}\n\n{verdict}"]
         parts.append("## Environment\n\n" + "\n".join(f"- {_cell(f)}" for f in self.environment))
         if self.parity:
             parts.append(f"## Parity with float64 on the CPU, five steps\n\n{self._parity(self.parity)}")

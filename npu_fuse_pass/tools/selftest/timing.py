@@ -17,6 +17,8 @@ from npu_fuse_pass.tools.compile_step import compile_step
 from npu_fuse_pass.tools.selftest.private import first_line
 
 StepCall = Callable[[], Any]
+Make = Callable[[Sequence[Tensor]], tuple[Any, StepCall]]
+"""Parameters -> an optimizer, and its step."""
 
 WORKLOADS: dict[str, list[tuple[int, ...]]] = {
     "1000 x 1024": [(1024,)] * 1000,
@@ -37,7 +39,6 @@ class Family:
     ours: str
     stock: str | None
     options: dict[str, Any]
-    fused: bool = True
 
 
 FAMILIES = [
@@ -103,8 +104,8 @@ def measure(family: Family, workload: str, platform: str, device: str) -> Timing
     return found
 
 
-def _makers(family: Family, platform: str) -> dict[str, Callable[[Sequence[Tensor]], tuple[Any, StepCall]]]:
-    """Contestants: name -> (parameters -> optimizer and its step)."""
+def _makers(family: Family, platform: str) -> dict[str, Make]:
+    """Contestants by name."""
 
     def ours(params: Sequence[Tensor]) -> tuple[Any, StepCall]:
         opt = getattr(importlib.import_module("optimizers"), family.ours)(params, **family.options)
@@ -114,14 +115,14 @@ def _makers(family: Family, platform: str) -> dict[str, Callable[[Sequence[Tenso
         opt = getattr(importlib.import_module("torch_npu.optim"), family.ours)(params, **family.options)
         return opt, opt.step
 
-    def stock(**form: bool) -> Callable[[Sequence[Tensor]], tuple[Any, StepCall]]:
+    def stock(**form: bool) -> Make:
         def make(params: Sequence[Tensor]) -> tuple[Any, StepCall]:
             opt = getattr(torch.optim, str(family.stock))(params, **family.options, **form)
             return opt, opt.step
 
         return make
 
-    makers: dict[str, Callable[[Sequence[Tensor]], tuple[Any, StepCall]]] = {"ours": ours}
+    makers: dict[str, Make] = {"ours": ours}
     if platform == "npu":
         makers[f"torch_npu.optim.{family.ours}"] = theirs
     if family.stock is not None:
@@ -136,13 +137,7 @@ class _Contestant:
     gradients are copied into those; all others get new tensors, as from a backward pass.
     """
 
-    def __init__(
-        self,
-        make: Callable[[Sequence[Tensor]], tuple[Any, StepCall]],
-        shapes: Sequence[tuple[int, ...]],
-        device: str,
-        keeps_gradients: bool,
-    ) -> None:
+    def __init__(self, make: Make, shapes: Sequence[tuple[int, ...]], device: str, keeps_gradients: bool) -> None:
         self._params = [torch.nn.Parameter(torch.full(s, 0.5, device=device)) for s in shapes]
         self._device = device
         self._keeps = keeps_gradients

@@ -148,7 +148,6 @@ def test_a_distributed_tensor_is_refused() -> None:
 def test_a_private_npu_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     p = nn.Parameter(torch.ones(2))
     monkeypatch.setattr(rehome, "npu_format", lambda p: 29)
-    monkeypatch.setattr(rehome, "_device_type", lambda p: "npu")
     with pytest.raises(OptionError, match="private NPU format 29"):
         optimizers.NpuFusedAdam([p, nn.Parameter(torch.ones(2))], flatten="params")
 

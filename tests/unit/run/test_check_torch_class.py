@@ -187,7 +187,7 @@ def swap(views: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.mark.parametrize("name", ["Adam", "SGD"])
 def test_states_in_one_place_are_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then a step is refused, and eager steps are as wrong: nobody is told that results stay right."""
-    monkeypatch.setattr(batch, "_views", overlap(batch._views))
+    monkeypatch.setattr(batch, "views_of", overlap(batch.views_of))
     make, _, options = PAIRS[name]
     params = parameters(SHAPES)
     with pytest.warns(UserWarning, match="states of this optimizer share memory") as caught:

@@ -9,11 +9,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from npu_fuse_pass.__main__ import main
 from npu_fuse_pass.lowerings.cpu import kernel as cpu_kernel
 from npu_fuse_pass.tools.doctor import Diagnosis, examine
-from npu_fuse_pass.tools.observe import observe
+from npu_fuse_pass.tools.observe import Observed, observe
 from tests.support.forked import run_script
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
@@ -116,6 +119,19 @@ def test_who_recompiles_for_it(change: str, tmp_path: pathlib.Path) -> None:
     diagnosis = diagnose(tmp_path, captured, f"{change}; opt.step()")
     assert diagnosis.report.replaces is None and "the compiled step recompiles" in found(diagnosis)
     assert "compile_optimizer_" not in found(diagnosis)
+
+
+def test_dtensors_whose_parts_lie_apart_share_no_memory() -> None:
+    """A DTensor has no address of its own."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        params = [torch.nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)])) for _ in range(2)]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        assert not examine(Observed(torch.optim.SGD(params))).findings
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_every_optimizer_of_a_loop_is_measured(tmp_path: pathlib.Path) -> None:

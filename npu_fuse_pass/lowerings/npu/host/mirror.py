@@ -76,7 +76,7 @@ class Mirror:
     def _known(self, tensors: Sequence[Tensor]) -> bool:
         return (
             len(self._references) == len(tensors)
-            and all(map(operator.is_, map(operator.call, self._references), tensors))
+            and all(kept() is t for kept, t in zip(self._references, tensors, strict=True))
             and self._versions == list(map(_version, tensors))
             and self._addresses == list(map(Tensor.data_ptr, tensors))
         )
