@@ -116,6 +116,13 @@ def has_record(node: fx.Node) -> bool:
     return "val" in node.meta or "example_value" in node.meta
 
 
+def entries(value: Any) -> list[Any]:
+    """What nested lists, tuples, dicts and slices hold, in order."""
+    found: list[Any] = []
+    fx.node.map_aggregate(value, found.append)
+    return found
+
+
 def _tensors(value: Any) -> list[Tensor]:
     several = list(value) if isinstance(value, (list, tuple)) else [value]
     return [v for v in several if isinstance(v, Tensor)]
