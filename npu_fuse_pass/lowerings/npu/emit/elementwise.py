@@ -93,7 +93,7 @@ class Emitter:
     """Emits the writes of a formula, or its contributions, for one member after another.
 
     Numbers that members share are computed once. `ge` is torchair's module of GE operations and `ge_dtype` gives
-    GE's number of a dtype. `number_dtype` is that of numbers on the device: `wide_dtype` for a device formula,
+    GE's number of a dtype. `number_dtype` is that of numbers on the device: `wide_dtype` for a device formula (None),
     float64 for a whole one. `keep_dims`: reductions give tensors with one element, not with no dimension.
     """
 
@@ -103,14 +103,14 @@ class Emitter:
         ge_dtype: Callable[[torch.dtype], int],
         formula: Formula,
         contribute: bool,
-        number_dtype: torch.dtype,
+        number_dtype: torch.dtype | None = None,
         keep_dims: bool = False,
     ) -> None:
         self._ge = ge
         self._ge_dtype = ge_dtype
         self._formula = formula
         self._wide = wide_dtype(formula)
-        self._number_dtype = number_dtype
+        self._number_dtype = number_dtype or self._wide
         self._writes = () if contribute else formula.writes
         self._contributions = formula.contributions if contribute else ()
         self._keep_dims = keep_dims

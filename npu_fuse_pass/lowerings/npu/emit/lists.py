@@ -63,7 +63,7 @@ class Emitter(elementwise.Emitter):
     def __init__(
         self, ge: Any, ge_dtype: Callable[[torch.dtype], int], formula: Formula, operation: Callable[..., Any]
     ) -> None:
-        super().__init__(ge, ge_dtype, formula, False, elementwise.wide_dtype(formula), keep_dims=True)
+        super().__init__(ge, ge_dtype, formula, False, keep_dims=True)
         self._operation = operation
 
     def members(self, slots: Sequence[Mapping[int, Any]], shapes: Sequence[list[int]]) -> list[list[Any]]:
