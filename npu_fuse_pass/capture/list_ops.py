@@ -84,9 +84,7 @@ def _view(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs
     number = reshaped(interpreter, node, args, kwargs)
     if number is not NotImplemented:
         return number
-    if interpreter.dimensions is not None:
-        return in_another_shape(node, args)
-    return whole_view(interpreter, node, args, kwargs)
+    return whole_view(node, args) if interpreter.dimensions is None else in_another_shape(node, args)
 
 
 LISTS: dict[str, Expansion] = {

@@ -131,11 +131,7 @@ def _tensors(value: Any) -> list[Tensor]:
 def _described(node: fx.Node) -> tuple[object, ...]:
     """A node's arguments as far as they can matter to what it does; the same node twice is told from two."""
     nodes = {n: i for i, n in enumerate(node.all_input_nodes)}
-    tensors = [
-        (t.dtype, str(t.device), tuple(map(_number, t.shape)), tuple(map(_number, t.stride())))
-        for n in nodes
-        for t in _tensors(recorded(n))
-    ]
+    tensors = [(str(t.device), *_form(t)) for n in nodes for t in _tensors(recorded(n))]
     numbers = [type(recorded(n)).__name__ for n in nodes]
     text = repr(fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: f"node {nodes[n]}"))
     return text, tuple(tensors), tuple(numbers)
