@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -123,6 +123,13 @@ def entries(value: Any) -> list[Any]:
     return found
 
 
+def called(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What a node's target gives: a function, or a method of its first argument by name."""
+    if isinstance(target, str):
+        return getattr(args[0], target)(*args[1:], **kwargs)
+    return target(*args, **kwargs)
+
+
 def _tensors(value: Any) -> list[Tensor]:
     several = list(value) if isinstance(value, (list, tuple)) else [value]
     return [v for v in several if isinstance(v, Tensor)]
@@ -170,10 +177,7 @@ def _tried(node: fx.Node, places: list[Place]) -> tuple[list[int], list[int | No
             before = [_form(t) for t in tensors]
             args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), stand_ins.__getitem__)
             with recorder:
-                if isinstance(node.target, str):
-                    result = getattr(args[0], node.target)(*args[1:], **kwargs)
-                else:
-                    result = node.target(*args, **kwargs)
+                result = called(node.target, args, kwargs)
             if before != [_form(t) for t in tensors]:
                 return None  # it changes what a tensor is, not only what it holds
             if [_form(t) for t in _tensors(result)] != [_form(t) for t in _tensors(recorded(node))]:

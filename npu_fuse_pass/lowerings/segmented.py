@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from npu_fuse_pass.fx_nodes.effects import called
 from npu_fuse_pass.ir.types import Call, LeafRef, LeafValues
 from npu_fuse_pass.lowerings import program
 from npu_fuse_pass.lowerings.interrupts import again
@@ -98,10 +99,7 @@ class _Operation:
         for k in self._others:
             args[k] = _filled(args[k], values)
         kwargs = _filled(call.kwargs, values) if call.kwargs else {}
-        if isinstance(call.target, str):
-            made = getattr(args[0], call.target)(*args[1:], **kwargs)
-        else:
-            made = call.target(*args, **kwargs)
+        made = called(call.target, args, kwargs)
         if call.number:
             made = torch.tensor(made, dtype=torch.float64, device="cpu")
         for index, tensor in zip(call.results, made if call.several else [made], strict=bool(call.results)):
