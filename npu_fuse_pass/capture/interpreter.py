@@ -58,7 +58,7 @@ class Interpreter:
         self.leaves: list[Leaf] = []
         self.written: dict[int, Cell] = {}
         self.originals = Originals(self)
-        self.dimensions = Dimensions(self) if dimensions else None
+        self.dimensions = Dimensions(self.builder, self.leaves, self.originals.temporary) if dimensions else None
         self.numbers = False  # whether tensors of one element that are used as numbers are read as numbers
         self.reductions_stay = False  # whether sums, norms and the like of all elements stay as they are
         self.node: fx.Node | None = None  # that is being interpreted
