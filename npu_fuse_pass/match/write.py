@@ -45,7 +45,7 @@ class Writer:
         """
         v = v.cancelled()
         for s in self._algebra.formula.scalar_slots:
-            if self._algebra.slot(s).equals(v) and v.generators():
+            if self._algebra.slots[s].equals(v) and v.generators():
                 return Expr("leaf", (), s, torch.float64, False)
         if v.tensors():
             for e in self._algebra.order:
