@@ -9,6 +9,7 @@ device; tensors of another dtype are cast before and after.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -139,20 +140,11 @@ class _Term:
     def _op(self, name: str, *others: _Term) -> _Term:
         return _Term(self._builder, self._builder.op(name, self.expr, *(o.expr for o in others)))
 
-    def __add__(self, other: _Term) -> _Term:
-        return self._op("add", other)
-
-    def __sub__(self, other: _Term) -> _Term:
-        return self._op("sub", other)
-
-    def __mul__(self, other: _Term) -> _Term:
-        return self._op("mul", other)
-
-    def __truediv__(self, other: _Term) -> _Term:
-        return self._op("div", other)
-
-    def sqrt(self) -> _Term:
-        return self._op("sqrt")
+    __add__ = functools.partialmethod(_op, "add")
+    __sub__ = functools.partialmethod(_op, "sub")
+    __mul__ = functools.partialmethod(_op, "mul")
+    __truediv__ = functools.partialmethod(_op, "div")
+    sqrt = functools.partialmethod(_op, "sqrt")
 
 
 class Emitter(elementwise.Emitter):
