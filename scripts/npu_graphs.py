@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from npu_fuse_pass.backend import npu_fused
-from npu_fuse_pass.lowerings.npu.kernels import hardware, proof
+from npu_fuse_pass.lowerings.npu.kernels import ascend, proof
 from npu_fuse_pass.lowerings.npu.kernels.generate import Kernel
 from npu_fuse_pass.lowerings.npu.kernels.preview import PreviewHardware
 
@@ -107,7 +107,7 @@ def host_of_kernels(make: Callable[[Any], Any], shapes: Sequence[tuple[int, ...]
     """Seconds of Python around a step that launches generated kernels itself, as `emitted` measures it."""
     lane()
     # nothing really runs, so the cache's note of what ran a group last stays as it is
-    with mock.patch.object(hardware, "current", _Idle), mock.patch.object(proof, "changed", return_value=""):
+    with mock.patch.object(ascend, "current", _Idle), mock.patch.object(proof, "changed", return_value=""):
         return _host_seconds(make, shapes, adjacent, kernels="generated")
 
 

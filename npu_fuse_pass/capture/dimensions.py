@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from npu_fuse_pass.capture.aten.rows import ROWS
 from npu_fuse_pass.capture.aten.shaped import SHAPED
-from npu_fuse_pass.capture.originals import Originals
 from npu_fuse_pass.capture.values import Cell, Val, in_shape
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.fx_nodes.effects import recorded
@@ -36,17 +35,11 @@ _FEW = 5  # of them, with what they read
 _ALTERNATE = "{} dimensions that are not adjacent, in shape {}; at most two stretches of them can fuse"
 
 
-class _Interpreter(Protocol):
-    builder: Builder
-    leaves: list[Leaf]
-    originals: Originals
-
-
 class Dimensions:
-    """Small tensors of one graph."""
+    """Small tensors of one graph; `temporary` stores a value ahead of its readers."""
 
-    def __init__(self, interpreter: _Interpreter) -> None:
-        self._interpreter = interpreter
+    def __init__(self, builder: Builder, leaves: Sequence[Leaf], temporary: Callable[[Val], Expr]) -> None:
+        self._builder, self._leaves, self._temporary = builder, leaves, temporary
         self._stored: dict[object, Expr] = {}
         self._sizes: dict[Layout, tuple[Expr, ...]] = {}
 
@@ -90,7 +83,7 @@ class Dimensions:
 
         A few cheap operations, again for every element, cost less than a stage that computes them once.
         """
-        order, b = postorder([x.expr]), self._interpreter.builder
+        order, b = postorder([x.expr]), self._builder
         tensors = [e for e in order if e.tensor]
         made = all(self._is_made(e) if e.op == "leaf" else e.op in _CHEAP for e in tensors)
         if not made or len(tensors) > _FEW or any(e.op in REDUCTIONS for e in order):
@@ -107,7 +100,7 @@ class Dimensions:
 
     def _is_made(self, leaf: Expr) -> bool:
         """True if an earlier stage made the value of a leaf, so that no kernel writes it while others read it."""
-        return self._interpreter.leaves[leaf.value].kind in ("temporary", "result")  # type: ignore[index]
+        return self._leaves[leaf.value].kind in ("temporary", "result")  # type: ignore[index]
 
     def reduced(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Val | None:
         """The result of a reduction over given dimensions; None for an operation of another kind."""
@@ -127,8 +120,8 @@ class Dimensions:
         kept = [d for d in range(rank) if d not in dims]
         shape = tuple(1 if d in dims else size for d, size in enumerate(x.shape) if keep or d not in dims)
         if not kept:
-            whole: Val = SHAPED[name](self._interpreter.builder, x, *rest, **kwargs)
-            expr = self._interpreter.builder.cast(whole.expr, whole.dtype)
+            whole: Val = SHAPED[name](self._builder, x, *rest, **kwargs)
+            expr = self._builder.cast(whole.expr, whole.dtype)
             return dataclasses.replace(whole, expr=expr, shape=shape) if shape else whole
         if name == "linalg_norm":
             if len(dims) > 1 and (rest or kwargs.get("ord") is not None):
@@ -143,7 +136,7 @@ class Dimensions:
     def _over(
         self, name: str, x: Val, layout: Layout, shape: tuple[int, ...], rest: Sequence[Any], kwargs: dict[str, Any]
     ) -> Val:
-        b = self._interpreter.builder
+        b = self._builder
         count = b.const(layout[0] * layout[2])
         over = _Over(b, self._of(layout), count)
         made: Val = SHAPED[name](over, x, *rest, **kwargs)
@@ -155,7 +148,7 @@ class Dimensions:
     def _of(self, layout: Layout) -> tuple[Expr, ...]:
         """The four sizes of a layout as constants, shared between equal layouts."""
         if layout not in self._sizes:
-            self._sizes[layout] = tuple(self._interpreter.builder.const(size) for size in layout)
+            self._sizes[layout] = tuple(self._builder.const(size) for size in layout)
         return self._sizes[layout]
 
     def _leaf(self, x: Val) -> Expr:
@@ -165,7 +158,7 @@ class Dimensions:
             return e
         key = id(e), x.dtype
         if key not in self._stored:
-            self._stored[key] = self._interpreter.originals.temporary(x)
+            self._stored[key] = self._temporary(x)
         return self._stored[key]
 
 

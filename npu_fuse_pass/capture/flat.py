@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor, fx
 
 from npu_fuse_pass.capture.aten.rows import ROWS
-from npu_fuse_pass.capture.interpreter import Interpreter
 from npu_fuse_pass.capture.stacked import all_met
 from npu_fuse_pass.capture.values import Cell, in_shape
 from npu_fuse_pass.fx_nodes.effects import recorded, storage_of
@@ -23,7 +22,7 @@ _ENTRYWISE = {*ROWS, *_SAME} - {"max.other", "fma"}
 _NUMBERS = ("sum", "mean", "norm", "linalg_vector_norm", "dot", "amax", "amin")
 
 
-def whole_view(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def whole_view(node: fx.Node, args: tuple[Any, ...]) -> Any:
     """A view of a whole tensor as the tensor itself, where that holds for everything computed from it."""
     made = recorded(node)
     if not args or not isinstance(args[0], Cell) or not isinstance(made, Tensor):

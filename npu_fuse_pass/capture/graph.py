@@ -89,11 +89,11 @@ def _read(gm: fx.GraphModule, numbers: bool, dimensions: bool = False, reduction
     def attribute(node: fx.Node) -> Cell:
         name = str(node.target)
         if name not in attributes:
-            attributes[name] = _tensor(interpreter, node, operator.attrgetter(name)(gm), numbers, "attribute", name)
+            attributes[name] = _tensor(interpreter, node, operator.attrgetter(name)(gm), "attribute", name)
         return attributes[name]
 
     try:
-        inputs = [_input(interpreter, n, i, numbers) for i, n in enumerate(gm.graph.find_nodes(op="placeholder"))]
+        inputs = [_input(interpreter, n, i) for i, n in enumerate(gm.graph.find_nodes(op="placeholder"))]
         returned = run_graph(interpreter, gm.graph, inputs, attribute)
         returned = returned if isinstance(returned, (list, tuple)) else () if returned is None else (returned,)
         outputs = _outputs(interpreter, gm.graph.output_node(), returned)
@@ -246,7 +246,7 @@ def _is_detached(node: fx.Node) -> bool:
     return False
 
 
-def _input(interpreter: Interpreter, node: fx.Node, index: int, numbers: bool) -> Any:
+def _input(interpreter: Interpreter, node: fx.Node, index: int) -> Any:
     example = recorded(node)
     if isinstance(example, (int, float, torch.SymInt, torch.SymFloat)):
         number = torch.int64 if isinstance(example, (int, torch.SymInt)) else torch.float64
@@ -255,15 +255,13 @@ def _input(interpreter: Interpreter, node: fx.Node, index: int, numbers: bool) -
         raise Unsupported(
             node.name, f"an argument of the graph is {type(example).__name__}, not a tensor or number", Code.GRAPH
         )
-    return _tensor(interpreter, node, example, numbers, "input", node.name, index)
+    return _tensor(interpreter, node, example, "input", node.name, index)
 
 
-def _tensor(
-    interpreter: Interpreter, node: fx.Node, value: Tensor, numbers: bool, kind: Kind, name: str, index: int = -1
-) -> Cell:
+def _tensor(interpreter: Interpreter, node: fx.Node, value: Tensor, kind: Kind, name: str, index: int = -1) -> Cell:
     shape = tuple(map(int, value.shape))
     strides = tuple(map(int, value.stride())) if value.layout is torch.strided else None
     leaf = Leaf(kind, name, index, dtype=value.dtype, shape=shape, device=value.device, strides=strides)
-    if numbers and is_number(node, value):
+    if interpreter.numbers and is_number(node, value):
         return interpreter.add_leaf(dataclasses.replace(leaf, shape=(), held=shape), tensor=False)
     return interpreter.add_leaf(leaf, value.ndim > 0)

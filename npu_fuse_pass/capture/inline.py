@@ -85,14 +85,14 @@ class _Expansion:
         members = [(update, member) for update in updates for member in update.members]
         sums: dict[int, list[Expr]] = {}
         for update, member in members:
-            made = self._rebuilt([e for _, e in update.contributions], update, member, {})
+            made = self._rebuilt([e for _, e in update.contributions], member, {})
             for (number, _), e in zip(update.contributions, made, strict=True):
                 sums.setdefault(number, []).append(e)
-        totals = {n: functools.reduce(lambda x, y: self._b.op("add", x, y), parts) for n, parts in sums.items()}
+        totals = {n: functools.reduce(functools.partial(self._b.op, "add"), parts) for n, parts in sums.items()}
         keep = None if found_inf is None else self._b.op("ne", found_inf.read().expr, self._b.const(0))
         written = []
         for update, member in members:
-            made = self._rebuilt([e for _, e in update.writes], update, member, totals)
+            made = self._rebuilt([e for _, e in update.writes], member, totals)
             written += [(member[position], e) for (position, _), e in zip(update.writes, made, strict=True)]
         for leaf, e in written:  # all are computed from what was there before the step
             self._write(leaf, e, keep)
@@ -113,9 +113,7 @@ class _Expansion:
             new = self._b.op("where", keep, val.expr, new)
         self._interpreter.overwrite(cell, "rule_update", Cell(Val(new, val.dtype, val.shape)))
 
-    def _rebuilt(
-        self, roots: Sequence[Expr], update: Update, member: tuple[int, ...], totals: dict[int, Expr]
-    ) -> list[Expr]:
+    def _rebuilt(self, roots: Sequence[Expr], member: tuple[int, ...], totals: dict[int, Expr]) -> list[Expr]:
         """Expressions over positions of a member as expressions over the graph's cells."""
         made: dict[int, Expr] = {}
         for e in postorder(roots):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from npu_fuse_pass.capture.dimensions import Dimensions
 from npu_fuse_pass.capture.originals import Originals
 from npu_fuse_pass.capture.values import Cell, Val
 from npu_fuse_pass.errors import Unsupported
+from npu_fuse_pass.fx_nodes.effects import entries
 from npu_fuse_pass.fx_nodes.names import operation_name
 from npu_fuse_pass.fx_nodes.places import source_of
 from npu_fuse_pass.ir.expr import DTYPE_NAMES, HALF, Builder, postorder
@@ -57,7 +58,7 @@ class Interpreter:
         self.leaves: list[Leaf] = []
         self.written: dict[int, Cell] = {}
         self.originals = Originals(self)
-        self.dimensions = Dimensions(self) if dimensions else None
+        self.dimensions = Dimensions(self.builder, self.leaves, self.originals.temporary) if dimensions else None
         self.numbers = False  # whether tensors of one element that are used as numbers are read as numbers
         self.reductions_stay = False  # whether sums, norms and the like of all elements stay as they are
         self.node: fx.Node | None = None  # that is being interpreted
@@ -99,7 +100,7 @@ class Interpreter:
         return args[0]
 
     def _evaluate(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Val:
-        opaque = next((a for a in flatten((*args, *kwargs.values())) if isinstance(a, Val) and a.opaque), None)
+        opaque = next((a for a in entries((args, kwargs)) if isinstance(a, Val) and a.opaque), None)
         if opaque is not None:
             raise _not_floating(name, opaque.dtype)
         if name in ("copy", "fill", "zero"):  # overwrite: the old value only gives dtype and shape
@@ -255,12 +256,3 @@ def _placed(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
         if place == len(args):
             args, kwargs = (*args, kwargs[k]), {n: v for n, v in kwargs.items() if n != k}
     return args, kwargs
-
-
-def flatten(values: Sequence[Any]) -> Iterator[Any]:
-    """The entries of nested lists and tuples."""
-    for v in values:
-        if isinstance(v, (list, tuple)):
-            yield from flatten(v)
-        else:
-            yield v

@@ -28,28 +28,27 @@ from npu_fuse_pass.ir.expr import HALF
 from npu_fuse_pass.reasons import Code
 
 
-def _of_scalars(name: str) -> Expansion:
-    def combine(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not isinstance(args[0], Scalars):
-            return NotImplemented
-        if set(kwargs) - {"ord", "p", "dtype"} or len(args) > 2:
-            raise Unsupported(name, "over some of the dimensions of stacked scalars", Code.REDUCTION)
-        b, entries = interpreter.builder, args[0].entries
-        order = order_of(node) if "norm" in name else None
-        made = getattr(recorded(node), "dtype", None)
-        if made in HALF:  # ATen adds up in float32, and rounds what it stores
-            entries = tuple(cast(b, v, torch.float32) for v in entries)
-        if order == 2:
-            entries = tuple(evaluate(b, "mul", (v, v), {}) for v in entries)
-        elif order is not None:
-            entries = tuple(evaluate(b, "abs", (v,), {}) for v in entries)
-        pairwise = {"max": "maximum", "amax": "maximum", "min": "minimum", "amin": "minimum"}.get(name, "add")
-        pairwise = "maximum" if order == math.inf else pairwise
-        whole = functools.reduce(lambda x, y: evaluate(b, pairwise, (x, y), {}), entries)
-        whole = evaluate(b, "sqrt", (whole,), {}) if order == 2 else whole
-        return Cell(cast(b, whole, made) if made in HALF else whole)
-
-    return combine
+def _of_scalars(
+    name: str, interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    if not isinstance(args[0], Scalars):
+        return NotImplemented
+    if set(kwargs) - {"ord", "p", "dtype"} or len(args) > 2:
+        raise Unsupported(name, "over some of the dimensions of stacked scalars", Code.REDUCTION)
+    b, entries = interpreter.builder, args[0].entries
+    order = order_of(node) if "norm" in name else None
+    made = getattr(recorded(node), "dtype", None)
+    if made in HALF:  # ATen adds up in float32, and rounds what it stores
+        entries = tuple(cast(b, v, torch.float32) for v in entries)
+    if order == 2:
+        entries = tuple(evaluate(b, "mul", (v, v), {}) for v in entries)
+    elif order is not None:
+        entries = tuple(evaluate(b, "abs", (v,), {}) for v in entries)
+    pairwise = {"max": "maximum", "amax": "maximum", "min": "minimum", "amin": "minimum"}.get(name, "add")
+    pairwise = "maximum" if order == math.inf else pairwise
+    whole = functools.reduce(lambda x, y: evaluate(b, pairwise, (x, y), {}), entries)
+    whole = evaluate(b, "sqrt", (whole,), {}) if order == 2 else whole
+    return Cell(cast(b, whole, made) if made in HALF else whole)
 
 
 def _unscale(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -85,16 +84,14 @@ def _view(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs
     number = reshaped(interpreter, node, args, kwargs)
     if number is not NotImplemented:
         return number
-    if interpreter.dimensions is not None:
-        return in_another_shape(node, args)
-    return whole_view(interpreter, node, args, kwargs)
+    return whole_view(node, args) if interpreter.dimensions is None else in_another_shape(node, args)
 
 
 LISTS: dict[str, Expansion] = {
     **STACKED,
     **COMPOSED,
     **dict.fromkeys(VIEWS, _view),
-    **{name: _of_scalars(name) for name in OF_SCALARS},
+    **{name: functools.partial(_of_scalars, name) for name in OF_SCALARS},
     "setitem_": _setitem,
     "_amp_foreach_non_finite_check_and_unscale_": _unscale,
 }

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from npu_fuse_pass.capture.aten.rows import ROWS
 from npu_fuse_pass.capture.flat import VIEWS
+from npu_fuse_pass.capture.stacked import all_met
 from npu_fuse_pass.capture.values import COUNTERS
 from npu_fuse_pass.fx_nodes.effects import recorded
 from npu_fuse_pass.fx_nodes.names import operation_name
@@ -28,22 +29,24 @@ def is_number(node: fx.Node, value: Any) -> bool:
         return False
     if not _is_one(value) or value.dtype not in (torch.float32, torch.float64, *COUNTERS):
         return False
-    found, waiting = {node}, [node]
-    while waiting:
-        for user in waiting.pop().users:
-            name, made = operation_name(user), recorded(user)
-            if name in _READ or (name in VIEWS and isinstance(made, Tensor) and made.shape != value.shape):
-                return True
-            plain = name.removeprefix("_foreach_").removesuffix("_")
-            if plain not in _ENTRYWISE and plain != "getitem":
-                continue
-            if isinstance(made, Tensor) and not _is_one(made):
-                if plain != "getitem" and made.dim():
-                    return True
-            elif user not in found:
-                found.add(user)
-                waiting.append(user)
-    return False
+    return all_met(node, lambda n: _met(n, value)) is None
+
+
+def _met(node: fx.Node, value: Tensor) -> list[fx.Node] | None:
+    """What is computed of a tensor entry by entry; None where it is used as a number."""
+    found: list[fx.Node] = []
+    for user in node.users:
+        name, made = operation_name(user), recorded(user)
+        if name in _READ or (name in VIEWS and isinstance(made, Tensor) and made.shape != value.shape):
+            return None
+        plain = name.removeprefix("_foreach_").removesuffix("_")
+        if plain not in _ENTRYWISE and plain != "getitem":
+            continue
+        if not isinstance(made, Tensor) or _is_one(made):
+            found.append(user)
+        elif plain != "getitem" and made.dim():
+            return None
+    return found
 
 
 def _is_one(value: Tensor) -> bool:

@@ -22,6 +22,7 @@ from npu_fuse_pass.capture.threads import while_compiling
 from npu_fuse_pass.capture.values import Cell, Val
 from npu_fuse_pass.capture.walk import is_known, run_graph
 from npu_fuse_pass.errors import Unsupported
+from npu_fuse_pass.fx_nodes.effects import entries
 from npu_fuse_pass.fx_nodes.names import operation_name
 from npu_fuse_pass.fx_nodes.places import source_of_error, source_of_function
 from npu_fuse_pass.ir.types import Captured, Leaf, Slot, Traced, Update
@@ -186,7 +187,7 @@ def _calls(batch: Batch, shape: tuple[int, ...]) -> object:
     tensors |= {n: torch.empty(shapes[n], dtype=dtype, device=device) for n, dtype in batch.stored.items()}
     keywords = meta_keywords(batch.hyper.static, batch.hyper.views, batch.totals)
     keywords |= batch.rounding.keyword(lambda name: torch.empty((), dtype=torch.float64, device=device))
-    record = _Record([*tensors.values(), *(k for k in _elements(keywords) if isinstance(k, Tensor))])
+    record = _Record([*tensors.values(), *(k for k in entries(keywords) if isinstance(k, Tensor))])
     try:
         with record:
             given = results(batch.rule, tensors, keywords, batch.totals)
@@ -206,11 +207,11 @@ class _Record(DispatchMode):
 
     def constants(self, values: Any) -> list[object]:
         """The tensors among them that are neither a rule's arguments nor results, with their values."""
-        others = [t for t in _elements(values) if isinstance(t, Tensor) and id(t) not in self._names]
+        others = [t for t in entries(values) if isinstance(t, Tensor) and id(t) not in self._names]
         return [("a constant", t.dtype, repr(t.tolist())) for t in others]
 
     def describe(self, values: Any) -> list[object]:
-        return [self._name(v) if isinstance(v, Tensor) else repr(v) for v in _elements(values)]
+        return [self._name(v) if isinstance(v, Tensor) else repr(v) for v in entries(values)]
 
     def _name(self, t: Tensor) -> object:
         if id(t) not in self._names:
@@ -276,7 +277,7 @@ def _trace(batch: Batch, roles: _Roles, shape: tuple[int, ...], totals: Sequence
         writes.append((position["step"], step.val.expr))
     slots = [Slot(True, dtypes[n]) for n in roles.tensors] + [Slot(False, torch.float64) for _ in roles.scalars]
     stored = sum(2 * slots[p].dtype.itemsize for p, _ in writes if slots[p].tensor)  # copying the results
-    keywords = [*_elements(_group_numbers(batch, position)), "step", *(f"total {n}" for n, _ in contributions)]
+    keywords = [*entries(_group_numbers(batch, position)), "step", *(f"total {n}" for n, _ in contributions)]
     keywords += [position[name] for name in (*batch.rounding.names, *kept)]
     arguments = (*(position[n] for n in cells), *keywords)
     traced = Traced(batch.rule.name, graph, tuple(graphs), arguments)
@@ -320,7 +321,7 @@ def _run(
 
     fake_mode = need("torch._subclasses.fake_tensor.FakeTensorMode")
     tracing = find("torch._guards.tracing") or contextlib.nullcontext
-    flat_keywords = _elements(keywords)
+    flat_keywords = entries(keywords)
     names = list(cells)
 
     def flat(*args: Tensor) -> Any:
@@ -356,10 +357,3 @@ def _run(
         others = [name for name in calls if not is_known(name)]
         named = ", ".join(dict.fromkeys([e.reason.op, *others]))
         raise Unsupported.of(dataclasses.replace(e.reason, op=named)) from e
-
-
-def _elements(value: Any) -> list[Any]:
-    """The elements of nested lists, tuples and dicts, in order."""
-    found: list[Any] = []
-    fx.node.map_aggregate(value, found.append)
-    return found

@@ -7,6 +7,7 @@ checked before the first operation is read this way.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
@@ -79,38 +80,31 @@ def _numbers(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwa
     return Scalars(tuple(SHAPED["tensor"](interpreter.builder, v, dtype) for v in values))
 
 
-def _entrywise(name: str) -> Expansion:
-    plain = name.removesuffix("_")
+def _entrywise(
+    name: str, interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    vectors = [a for a in (*args, *kwargs.values()) if isinstance(a, Scalars)]
+    if not vectors:
+        return NotImplemented
+    several = [a.val for a in (*args, *kwargs.values()) if isinstance(a, Cell) and a.val.shape]
+    plain, count = name.removesuffix("_"), len(vectors[0].entries)
+    args = in_order(node, args)
+    if several or any(len(v.entries) != count for v in vectors):
+        raise Unsupported(name, "meets a vector of numbers that is a tensor of its own", Code.SHAPES)
 
-    def apply(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        vectors = [a for a in (*args, *kwargs.values()) if isinstance(a, Scalars)]
-        if not vectors:
-            return NotImplemented
-        several = [a.val for a in (*args, *kwargs.values()) if isinstance(a, Cell) and a.val.shape]
-        count = len(vectors[0].entries)
-        args = in_order(node, args)
-        if several or any(len(v.entries) != count for v in vectors):
-            raise Unsupported(name, "meets a vector of numbers that is a tensor of its own", Code.SHAPES)
+    def entry(x: Any, i: int) -> Any:
+        return Cell(x.entries[i]) if isinstance(x, Scalars) else x
 
-        def entry(x: Any, i: int) -> Any:
-            if isinstance(x, Scalars):
-                return Cell(x.entries[i])
-            return x
-
-        made: list[Val] = [
-            interpreter.call(
-                plain, tuple(entry(a, i) for a in args), {k: entry(v, i) for k, v in kwargs.items()}
-            ).read()
-            for i in range(count)
-        ]
-        if name == plain:
-            return args[0] if plain in _SAME and tuple(made) == vectors[0].entries else Scalars(tuple(made))
-        target: Scalars = args[0]
-        b = interpreter.builder
-        target.entries = tuple(cast(b, new, old.dtype) for new, old in zip(made, target.entries, strict=True))
-        return target
-
-    return apply
+    made: list[Val] = [
+        interpreter.call(plain, tuple(entry(a, i) for a in args), {k: entry(v, i) for k, v in kwargs.items()}).read()
+        for i in range(count)
+    ]
+    if name == plain:
+        return args[0] if plain in _SAME and tuple(made) == vectors[0].entries else Scalars(tuple(made))
+    target: Scalars = args[0]
+    b = interpreter.builder
+    target.entries = tuple(cast(b, new, old.dtype) for new, old in zip(made, target.entries, strict=True))
+    return target
 
 
 def _unbind(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -256,7 +250,7 @@ def reshaped(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], kwa
 
 
 STACKED: dict[str, Expansion] = {
-    **{name + end: _entrywise(name + end) for name in sorted(_ENTRYWISE) for end in ("", "_")},
+    **{name + end: functools.partial(_entrywise, name + end) for name in sorted(_ENTRYWISE) for end in ("", "_")},
     "stack": _stack,
     **dict.fromkeys(("cat", "concat"), _cat),
     "split": _split,

@@ -8,6 +8,7 @@ tensor that updates of tensors of another shape read is a total with one addend.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -186,10 +187,7 @@ class _Totals:
             own = [self._made[id(a)] for a in below if self._owner[id(a)] not in (None, _SEVERAL)]
             rest = [self._made[id(a)] for a in below if self._owner[id(a)] in (None, _SEVERAL)]
             terms = [*([self._total(own)] if own else []), *rest]
-            result = terms[0]
-            for term in terms[1:]:
-                result = self._builder.op("add", result, term)
-            return result
+            return functools.reduce(functools.partial(self._builder.op, "add"), terms)
         args = tuple(self._made[id(a)] if self._owner[id(a)] in (None, _SEVERAL) else self._alone(e, a) for a in e.args)
         return self._builder.make(e.op, args, e.value, e.dtype, e.tensor)
 

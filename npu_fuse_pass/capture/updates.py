@@ -73,6 +73,9 @@ def _stored(writes: Mapping[int, Expr], leaves: Sequence[Leaf], b: Builder) -> l
     return [unrounded.get(id(e), made[id(e)]) for e in writes.values()]
 
 
+_Component = tuple[list[int], list[Contribution]]
+
+
 class _Together:
     """Disjoint sets of leaves: written and read ones belong together if a tensor connects them."""
 
@@ -88,9 +91,9 @@ class _Together:
                 self._sets.join(leaf, other)
         self._join_scalars()
 
-    def components(self) -> list[tuple[list[int], list[Contribution]]]:
+    def components(self) -> list[_Component]:
         """Leaves that are written together, and their parameter's contributions; in the order of the writes."""
-        found: dict[int, tuple[list[int], list[Contribution]]] = {}
+        found: dict[int, _Component] = {}
         for leaf in self.writes:
             found.setdefault(self._sets.find(leaf), ([], []))[0].append(leaf)
         for k, (c, first) in enumerate(zip(self._contributions, self._first, strict=True)):
@@ -142,9 +145,7 @@ class _Together:
                     self._sets.join(own, other)
                     changed = True
 
-    def _with_counters(
-        self, components: list[tuple[list[int], list[Contribution]]]
-    ) -> list[tuple[list[int], list[Contribution]]]:
+    def _with_counters(self, components: list[_Component]) -> list[_Component]:
         """Assign counters that nothing reads (RMSprop's) to the parameters, in order, one set each."""
 
         def counts(written: list[int], added: list[Contribution]) -> bool:

@@ -13,11 +13,11 @@ from torch import Tensor, fx
 from npu_fuse_pass.capture.aten.rows import ROWS
 from npu_fuse_pass.capture.aten.shaped import SHAPED
 from npu_fuse_pass.capture.forward import records
-from npu_fuse_pass.capture.interpreter import Interpreter, flatten
+from npu_fuse_pass.capture.interpreter import Interpreter
 from npu_fuse_pass.capture.originals import Env
 from npu_fuse_pass.capture.values import Cell, Val
 from npu_fuse_pass.errors import Unsupported
-from npu_fuse_pass.fx_nodes.effects import recorded
+from npu_fuse_pass.fx_nodes.effects import entries, recorded
 from npu_fuse_pass.fx_nodes.names import in_order, operation_name
 from npu_fuse_pass.fx_nodes.places import source_of
 from npu_fuse_pass.reasons import Code
@@ -84,7 +84,7 @@ def _call_node(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], k
             return expanded
     if node.target is operator.getitem and not isinstance(args[0], Cell):
         return args[0][args[1]]
-    on_numbers = not any(isinstance(a, Cell) for a in flatten((*args, *kwargs.values())))
+    on_numbers = not any(isinstance(a, Cell) for a in entries((args, kwargs)))
     if on_numbers and node.target in _ARITHMETIC:
         return node.target(*args, **kwargs)  # type: ignore[operator]
     if node.target in _EQUAL and None in args:
@@ -95,7 +95,7 @@ def _call_node(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], k
         raise Unsupported(name, "reads the size of a tensor", Code.SIZE)
     if name in ("add", "mul") and all(isinstance(recorded(a), torch.SymBool) for a in node.all_input_nodes):
         args = tuple(_as_integer(interpreter, a) for a in args)
-    cells = [cell for cell in flatten((*args, *kwargs.values())) if isinstance(cell, Cell)]
+    cells = [cell for cell in entries((args, kwargs)) if isinstance(cell, Cell)]
     for cell in cells:
         cell.read()
     before = [(c, c.val, c.view, c.ahead, c.leaf in interpreter.written) for cell in cells for c in cell.lineage()]

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from npu_fuse_pass.ir.expr import DTYPE_NAMES
@@ -44,12 +43,8 @@ def parameter_name(leaf: Leaf) -> str:
 
 def typed(value: Leaf | Tensor) -> str:
     """Dtype and shape, as in f32[64, 3]."""
-    return f"{dtype_name(value.dtype)}[{', '.join(map(str, value.shape))}]"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The dtype's name, as in f32, or torch's name."""
-    return DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
+    dtype = DTYPE_NAMES.get(value.dtype, str(value.dtype).removeprefix("torch."))
+    return f"{dtype}[{', '.join(map(str, value.shape))}]"
 
 
 def parameters(count: int, of_params: bool) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -116,6 +116,20 @@ def has_record(node: fx.Node) -> bool:
     return "val" in node.meta or "example_value" in node.meta
 
 
+def entries(value: Any) -> list[Any]:
+    """What nested lists, tuples, dicts and slices hold, in order."""
+    found: list[Any] = []
+    fx.node.map_aggregate(value, found.append)
+    return found
+
+
+def called(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What a node's target gives: a function, or a method of its first argument by name."""
+    if isinstance(target, str):
+        return getattr(args[0], target)(*args[1:], **kwargs)
+    return target(*args, **kwargs)
+
+
 def _tensors(value: Any) -> list[Tensor]:
     several = list(value) if isinstance(value, (list, tuple)) else [value]
     return [v for v in several if isinstance(v, Tensor)]
@@ -124,11 +138,7 @@ def _tensors(value: Any) -> list[Tensor]:
 def _described(node: fx.Node) -> tuple[object, ...]:
     """A node's arguments as far as they can matter to what it does; the same node twice is told from two."""
     nodes = {n: i for i, n in enumerate(node.all_input_nodes)}
-    tensors = [
-        (t.dtype, str(t.device), tuple(map(_number, t.shape)), tuple(map(_number, t.stride())))
-        for n in nodes
-        for t in _tensors(recorded(n))
-    ]
+    tensors = [(str(t.device), *_form(t)) for n in nodes for t in _tensors(recorded(n))]
     numbers = [type(recorded(n)).__name__ for n in nodes]
     text = repr(fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: f"node {nodes[n]}"))
     return text, tuple(tensors), tuple(numbers)
@@ -167,10 +177,7 @@ def _tried(node: fx.Node, places: list[Place]) -> tuple[list[int], list[int | No
             before = [_form(t) for t in tensors]
             args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), stand_ins.__getitem__)
             with recorder:
-                if isinstance(node.target, str):
-                    result = getattr(args[0], node.target)(*args[1:], **kwargs)
-                else:
-                    result = node.target(*args, **kwargs)
+                result = called(node.target, args, kwargs)
             if before != [_form(t) for t in tensors]:
                 return None  # it changes what a tensor is, not only what it holds
             if [_form(t) for t in _tensors(result)] != [_form(t) for t in _tensors(recorded(node))]:

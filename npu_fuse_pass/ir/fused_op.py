@@ -123,14 +123,6 @@ def new_value(formula: Formula, slot: int, value: Tensor, tensors: Sequence[Tens
     return (value.expand(shape) if value.dim() == 0 or value.shape == shape else value.reshape(shape)).clone()
 
 
-def _update(tensors: Sequence[Tensor], scalars: Sequence[Tensor], members: int, formula: str) -> list[Tensor]:
-    return _per_member(tensors, scalars, members, formula, update=True)
-
-
-def _contribute(tensors: Sequence[Tensor], scalars: Sequence[Tensor], members: int, formula: str) -> list[Tensor]:
-    return _per_member(tensors, scalars, members, formula, update=False)
-
-
 def fake_update(tensors: Sequence[Tensor], scalars: Sequence[Tensor], members: int, formula: str) -> list[Tensor]:
     """Fake results: the shapes, dtypes and layouts of the written tensors."""
     made = parsed(formula)
@@ -148,7 +140,7 @@ def _fake_contribute(tensors: Sequence[Tensor], scalars: Sequence[Tensor], membe
     return [torch.empty((), dtype=torch.float64, device=tensors[0].device) for _ in range(count)]
 
 
-_library.impl("multi_tensor_update", _update, "CompositeExplicitAutograd")
-_library.impl("multi_tensor_contribute", _contribute, "CompositeExplicitAutograd")
+_library.impl("multi_tensor_update", functools.partial(_per_member, update=True), "CompositeExplicitAutograd")
+_library.impl("multi_tensor_contribute", functools.partial(_per_member, update=False), "CompositeExplicitAutograd")
 torch.library.register_fake("npu_fused::multi_tensor_update", fake_update, lib=_library)
 torch.library.register_fake("npu_fused::multi_tensor_contribute", _fake_contribute, lib=_library)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 
+from npu_fuse_pass.fx_nodes.effects import entries
 from npu_fuse_pass.ir.expr import DTYPE_NAMES, Expr
 from npu_fuse_pass.reasons import Reason
 
@@ -184,17 +185,9 @@ class LeafRef:
     number: type[int] | type[float] | type[bool] | None = None
 
 
-def references(value: Any) -> Iterator[LeafRef]:
+def references(value: Any) -> list[LeafRef]:
     """The leaves among an original operation's arguments, in order."""
-    if isinstance(value, LeafRef):
-        yield value
-    elif isinstance(value, dict):
-        yield from references(tuple(value.values()))
-    elif isinstance(value, slice):
-        yield from references((value.start, value.stop, value.step))
-    elif isinstance(value, (list, tuple)):
-        for v in value:
-            yield from references(v)
+    return [x for x in entries(value) if isinstance(x, LeafRef)]
 
 
 @dataclasses.dataclass

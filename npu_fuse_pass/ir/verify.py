@@ -90,12 +90,11 @@ def _check_members(
         tensors = [leaves[i] for i, slot in zip(member, slots, strict=True) if slot.tensor]
         dtypes = [slot.dtype for slot in slots if slot.tensor]
         _expect([leaf.dtype for leaf in tensors] == dtypes, where, "has a member of other dtypes")
-        whole = [
+        shapes = {
             leaves[i].shape
             for s, (i, slot) in enumerate(zip(member, slots, strict=True))
             if slot.tensor and s not in few
-        ]
-        shapes = set(whole)
+        }
         _expect(len(set(map(math.prod, shapes))) <= 1, where, f"has a member of several shapes: {sorted(shapes)}")
 
 

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from npu_fuse_pass.fx_nodes.effects import called
 from npu_fuse_pass.ir.types import Call, LeafRef, LeafValues
 from npu_fuse_pass.lowerings import program
 from npu_fuse_pass.lowerings.interrupts import again
@@ -98,10 +99,7 @@ class _Operation:
         for k in self._others:
             args[k] = _filled(args[k], values)
         kwargs = _filled(call.kwargs, values) if call.kwargs else {}
-        if isinstance(call.target, str):
-            made = getattr(args[0], call.target)(*args[1:], **kwargs)
-        else:
-            made = call.target(*args, **kwargs)
+        made = called(call.target, args, kwargs)
         if call.number:
             made = torch.tensor(made, dtype=torch.float64, device="cpu")
         for index, tensor in zip(call.results, made if call.several else [made], strict=bool(call.results)):
@@ -117,17 +115,13 @@ def _copy(t: Tensor) -> Tensor:
 
 def _filled(value: Any, values: Sequence[Any]) -> Any:
     """An argument with the leaves' values in it."""
-    if isinstance(value, LeafRef):
-        held = values[value.index]
-        return held if value.number is None else _number(held, value.number)
-    if isinstance(value, (list, tuple)):
-        several = [_filled(v, values) for v in value]
-        return tuple(several) if isinstance(value, tuple) else several
-    if isinstance(value, dict):
-        return {k: _filled(v, values) for k, v in value.items()}
-    if isinstance(value, slice):
-        return slice(*(_filled(v, values) for v in (value.start, value.stop, value.step)))
-    return value
+
+    def filled(x: Any) -> Any:
+        if not isinstance(x, LeafRef):
+            return x
+        return values[x.index] if x.number is None else _number(values[x.index], x.number)
+
+    return fx.node.map_aggregate(value, filled)
 
 
 def _number(t: Tensor, kind: Callable[[Any], Any]) -> Any:

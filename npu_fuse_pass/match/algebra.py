@@ -200,6 +200,8 @@ class Value:
 class Algebra:
     """The generators of one formula; `values`: the algebra of every expression that its tensors are computed from.
 
+    `slots`: the values of the formula's slots before the step.
+
     `known`: relations of constant slots. `names`: unknowns that a caller solves for.
     """
 
@@ -226,10 +228,10 @@ class Algebra:
             self._generator(("slot", i), [i] if slot.tensor else [])
             self.meaning[i] = Expr("leaf", (), i, slot.dtype, slot.tensor)
         self.unknown = {name: self._generator(("unknown", name), []) for name in names}
-        self._slots = [self._slot(i, *known.get(i, ("free", 0.0))) for i in range(len(formula.slots))]
+        self.slots = [self._slot(i, *known.get(i, ("free", 0.0))) for i in range(len(formula.slots))]
         self.values: dict[int, Value] = {}
         for e in self.order:
-            self.values[id(e)] = self._slots[e.value] if e.op == "leaf" else self._value(e)  # type: ignore[index]
+            self.values[id(e)] = self.slots[e.value] if e.op == "leaf" else self._value(e)  # type: ignore[index]
         self._own = len(self._made)
 
     def number(self, x: float) -> Value:
@@ -245,10 +247,6 @@ class Algebra:
     def by_power(self, polynomial: Any, generator: int) -> dict[int, Value]:
         """The coefficients of a polynomial in one generator, by exponent."""
         return {exponent: self.polynomial(p) for exponent, p in by_exponent(polynomial, generator).items()}
-
-    def slot(self, slot: int) -> Value:
-        """The value of a slot before the step."""
-        return self._slots[slot]
 
     def is_defined(self, v: Value, targets: Collection[Value]) -> bool:
         """True if a value is finite for all scalars: its divisors are constants, or divisors of these targets."""

@@ -42,7 +42,7 @@ class Attempt:
         self._targets = {name: algebra.values[id(writes[slot])] for name, slot in roles.items()}
         self._var, *states = [roles[name] for name in kernel.outputs]
         self._states = set(states)
-        self._values = {n: algebra.slot(s) for n, s in roles.items() if n not in kernel.prepared}
+        self._values = {n: algebra.slots[s] for n, s in roles.items() if n not in kernel.prepared}
         self._powers: dict[str, int | None] = {}  # power scalar -> w; None where the base is zero
         self._unknown = {name: algebra.unknown[name] for name in (*kernel.scalars, *kernel.prepared)}
 
@@ -184,7 +184,7 @@ class Attempt:
         if value is None:
             raise DiffersError(f"{name} is undetermined")
         is_var = name == self._kernel.outputs[0] and name in self._kernel.prepared
-        if is_var and (value / self._algebra.slot(self._var)).cancelled().tensors():
+        if is_var and (value / self._algebra.slots[self._var]).cancelled().tensors():
             raise DiffersError(f"{name} would be changed before the update by more than a factor")
         self._check_defined(name, value)
         return writer.tensor(value)

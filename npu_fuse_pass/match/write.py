@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import functools
+from typing import Any
 
 import torch
 
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.ir.expr import HALF, Builder, Expr
 from npu_fuse_pass.ir.types import Slot
+from npu_fuse_pass.match.algebra import Algebra, Value
 from npu_fuse_pass.reasons import Code
-
-if TYPE_CHECKING:
-    from npu_fuse_pass.match.algebra import Algebra, Value
 
 
 class Writer:
@@ -46,7 +45,7 @@ class Writer:
         """
         v = v.cancelled()
         for s in self._algebra.formula.scalar_slots:
-            if self._algebra.slot(s).equals(v) and v.generators():
+            if self._algebra.slots[s].equals(v) and v.generators():
                 return Expr("leaf", (), s, torch.float64, False)
         if v.tensors():
             for e in self._algebra.order:
@@ -63,7 +62,8 @@ class Writer:
 
     def _polynomial(self, p: Any) -> Expr:
         if len(p) == 1:
-            return self._term(p.leading_term())
+            ((monomial, c),) = p.iterterms()
+            return self._product(monomial, int(c))
         number, found = self._algebra.exact.factors_of(p)
         factors = [f for f, n in found for _ in range(n)]
         longer = [i for i, f in enumerate(factors) if len(f) > 1]
@@ -85,10 +85,6 @@ class Writer:
         assert result is not None
         return result
 
-    def _term(self, p: Any) -> Expr:
-        ((monomial, c),) = p.iterterms()
-        return self._product(monomial, int(c))
-
     def _product(self, monomial: tuple[int, ...], number: int) -> Expr:
         return self._scaled(number, [f for i, n in enumerate(monomial) if n for f in self._power(i, n)])
 
@@ -103,9 +99,7 @@ class Writer:
         factors = sorted(factors, key=lambda f: f.tensor)
         if abs(int(number)) != 1 or not factors:
             factors = [self._number(abs(float(number))), *factors]
-        result = factors[0]
-        for f in factors[1:]:
-            result = self._builder.op("mul", result, f)
+        result = functools.reduce(functools.partial(self._builder.op, "mul"), factors)
         return self._builder.op("neg", result) if number < 0 else result
 
     def _generator(self, i: int) -> Expr:

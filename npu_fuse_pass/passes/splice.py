@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from npu_fuse_pass.fx_nodes.effects import recorded
+from npu_fuse_pass.fx_nodes.effects import called, recorded
 from npu_fuse_pass.ir.types import Captured
 
 
@@ -75,6 +75,5 @@ def _record(nodes: list[fx.Node], mode: Any) -> None:
             node.meta["val"] = recorded(node.args[0])  # executing it would write into the argument's fake tensor
             continue
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), recorded)
-        target: Any = getattr(torch.Tensor, node.target) if isinstance(node.target, str) else node.target
         with mode:
-            node.meta["val"] = target(*args, **kwargs)
+            node.meta["val"] = called(node.target, args, kwargs)

@@ -5,23 +5,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
 from npu_fuse_pass.ir.expr import DTYPE_NAMES
 from npu_fuse_pass.ir.readable import readable
 from npu_fuse_pass.ir.types import Group, Grouped, Leaf
+from npu_fuse_pass.lowerings.npu.plan import LayoutCost
 from npu_fuse_pass.match.result import Match, NoMatch
 from npu_fuse_pass.report.report import GroupReport, KernelMatch
-
-
-class LayoutCost(Protocol):
-    """The layout of a group's tensors and its cost; fields as in `GroupReport`."""
-
-    name: str
-    reason: str
-    launches: int
-    bytes_per_element: int
-
 
 Matches = Mapping[str, Match | NoMatch]
 """By the group's name."""

@@ -27,7 +27,7 @@ from interpreter import Node
 import npu_fuse_pass
 from npu_fuse_pass.backend import npu_fused
 from npu_fuse_pass.lowerings.npu.graph import generated
-from npu_fuse_pass.lowerings.npu.kernels import ascend, compiler, groups, hardware, proof
+from npu_fuse_pass.lowerings.npu.kernels import ascend, compiler, groups, proof
 from npu_fuse_pass.report.report import CompileReport
 from npu_fuse_pass.tools.selftest import cases, parity, session
 from npu_fuse_pass.tools.selftest.report import Report
@@ -72,7 +72,7 @@ def called_back(node: Node) -> list[Tensor]:
 def cores(monkeypatch: pytest.MonkeyPatch) -> Cores:
     """The hardware of this machine."""
     made = Cores(chunk=1024, calls_back=True)
-    monkeypatch.setattr(hardware, "current", lambda: made)
+    monkeypatch.setattr(ascend, "current", lambda: made)
     return made
 
 
@@ -512,7 +512,7 @@ def test_the_self_test_proves(
     monkeypatch.setattr(ascend, "machine", lambda: MACHINE)
     cores = made(chunk=1024, calls_back=True)
     cores.failing = {} if failing is None else {failing: compiler.Refused("planted")}
-    monkeypatch.setattr(hardware, "current", lambda: cores)
+    monkeypatch.setattr(ascend, "current", lambda: cores)
     chosen = [c for c in cases.cases(False) if c.name in ("lion, weight_decay=0.1", "NpuFusedLamb, adam=True")]
     assert len(chosen) == 2
     monkeypatch.setattr(cases, "cases", lambda quick: chosen)

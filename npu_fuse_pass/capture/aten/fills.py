@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -48,13 +49,6 @@ def as_number(b: Builder, x: Val) -> Val:
     """A tensor of one element as a 0-dim value."""
     expr = b.reduce("amax", b.cast(x.expr, torch.float64)) if x.expr.tensor else b.cast(x.expr, torch.float64)
     return Val(expr, x.dtype, ())
-
-
-def _filled(value: float) -> Callable[..., Val]:
-    def make(b: Builder, like: Val, dtype: torch.dtype | None = None, **kwargs: Any) -> Val:
-        return _full_like(b, like, value, dtype, **kwargs)
-
-    return make
 
 
 def _full_like(b: Builder, like: Val, value: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Val:
@@ -126,22 +120,14 @@ def _full(b: Builder, size: Any, value: Any, dtype: torch.dtype | None = None, *
     return _spread(b, made, tuple(sizes), value) if sizes else made
 
 
-def _sized(value: float) -> Callable[..., Val]:
+def _sized(b: Builder, *size: Any, value: float, dtype: torch.dtype | None = None, **kwargs: Any) -> Val:
     """`torch.zeros(2, 3)` and the like: the default dtype, the size in one argument or several."""
-
-    def make(b: Builder, *size: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Val:
-        return _full(b, _sizes(size), value, dtype or torch.get_default_dtype(), **kwargs)
-
-    return make
+    return _full(b, _sizes(size), value, dtype or torch.get_default_dtype(), **kwargs)
 
 
-def _new(value: float) -> Callable[..., Val]:
+def _new(b: Builder, like: Val, *size: Any, value: float, dtype: torch.dtype | None = None, **kwargs: Any) -> Val:
     """`x.new_zeros(2, 3)` and the like: the dtype of x."""
-
-    def make(b: Builder, like: Val, *size: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Val:
-        return _full(b, _sizes(size), value, dtype or like.dtype, **kwargs)
-
-    return make
+    return _full(b, _sizes(size), value, dtype or like.dtype, **kwargs)
 
 
 def _new_full(b: Builder, like: Val, size: Any, value: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Val:
@@ -160,16 +146,16 @@ def as_list(value: Any) -> list[int]:
 FILLS: dict[str, Callable[..., Val]] = {
     "to": _to,
     "_to_copy": _to,
-    "zeros_like": _filled(0.0),
-    "ones_like": _filled(1.0),
-    "empty_like": _filled(0.0),  # it may hold anything
+    "zeros_like": functools.partial(_full_like, value=0.0),
+    "ones_like": functools.partial(_full_like, value=1.0),
+    "empty_like": functools.partial(_full_like, value=0.0),  # it may hold anything
     "full_like": _full_like,
-    "zeros": _sized(0.0),
-    "ones": _sized(1.0),
-    "empty": _sized(0.0),
-    "new_zeros": _new(0.0),
-    "new_ones": _new(1.0),
-    "new_empty": _new(0.0),
+    "zeros": functools.partial(_sized, value=0.0),
+    "ones": functools.partial(_sized, value=1.0),
+    "empty": functools.partial(_sized, value=0.0),
+    "new_zeros": functools.partial(_new, value=0.0),
+    "new_ones": functools.partial(_new, value=1.0),
+    "new_empty": functools.partial(_new, value=0.0),
     "new_full": _new_full,
     "full": _full,
     "scalar_tensor": lambda b, x, dtype=None, **k: _scalar(b, x, dtype or torch.get_default_dtype(), **k),

@@ -10,48 +10,6 @@ import torch
 
 from npu_fuse_pass.ir.expr import C_FUNCTIONS, Builder, Expr, uncast
 
-Decomposition = Callable[..., Expr]
-ROWS: dict[str, Decomposition] = {}
-
-
-def row(*names: str) -> Callable[[Decomposition], Decomposition]:
-    """Register the decorated function as the row of these operations."""
-
-    def add(function: Decomposition) -> Decomposition:
-        ROWS.update(dict.fromkeys(names, function))
-        return function
-
-    return add
-
-
-# by the operation of the same name
-_PLAIN = (
-    *C_FUNCTIONS,
-    *("neg", "abs", "rsqrt", "reciprocal", "round", "sign", "isnan", "isinf", "isfinite"),
-    *("div", "fmod", "maximum", "minimum", "fmax", "fmin", "atan2", "copysign", "hypot", "fma"),
-    *("lt", "le", "gt", "ge", "eq", "ne"),
-)
-_OTHER_NAMES = {
-    "absolute": "abs", "negative": "neg", "sgn": "sign", "arctan": "atan", "divide": "div", "true_divide": "div",
-    "less": "lt", "less_equal": "le", "greater": "gt", "greater_equal": "ge", "not_equal": "ne",
-    "clamp_min": "maximum", "clamp_max": "minimum", "max.other": "maximum", "sym_not": "logical_not",
-}  # fmt: skip
-
-
-def _plain(name: str) -> Decomposition:
-    def apply(b: Builder, *args: Expr) -> Expr:
-        return b.op(name, *args)
-
-    return apply
-
-
-ROWS.update({name: _plain(name) for name in _PLAIN})
-ROWS.update({f"{kind}_{n}": _plain(n) for kind in ("logical", "bitwise") for n in ("and", "or", "xor", "not")})
-ROWS.update({other: ROWS[name] for other, name in _OTHER_NAMES.items()})
-# Python's mathematics of a number that torch has made symbolic
-_SYMBOLIC = ("exp", "sqrt", "cos", "cosh", "sin", "sinh", "tan", "tanh", "acos", "asin", "atan", "log2")
-ROWS.update({f"_sym_{n}": ROWS[n] for n in _SYMBOLIC})
-
 
 def _is(x: object, value: float) -> bool:
     """True if an argument is literally this number (a default, left out or written out)."""
@@ -63,29 +21,20 @@ def _are_masks(x: Expr, y: Expr) -> bool:
     return x.dtype == y.dtype == torch.bool
 
 
-@row("add")
 def _add(b: Builder, x: Expr, y: Expr, alpha: Any = 1) -> Expr:
     if _are_masks(x, y) and _is(alpha, 1):
         return b.op("or", x, y)
     return b.op("add", x, y) if _is(alpha, 1) else b.op("fma", y, alpha, x)
 
 
-@row("sub", "subtract")
 def _sub(b: Builder, x: Expr, y: Expr, alpha: Any = 1) -> Expr:
     return b.op("sub", x, y) if _is(alpha, 1) else b.op("fma", y, b.op("neg", alpha), x)
 
 
-@row("rsub")
-def _rsub(b: Builder, x: Expr, y: Expr, alpha: Any = 1) -> Expr:
-    return _sub(b, y, x, alpha)
-
-
-@row("mul", "multiply")
 def _mul(b: Builder, x: Expr, y: Expr) -> Expr:
     return b.op("and" if _are_masks(x, y) else "mul", x, y)
 
 
-@row("floor_divide", "floordiv")
 def _floor_divide(b: Builder, x: Expr, y: Expr) -> Expr:
     """As ATen: from the remainder, so that 1.0 // 0.1 is 9."""
     zero, one = b.const(0), b.const(1)
@@ -99,7 +48,6 @@ def _floor_divide(b: Builder, x: Expr, y: Expr) -> Expr:
     return b.op("where", b.op("eq", y, zero), b.op("div", x, y), down)
 
 
-@row("remainder")
 def _remainder(b: Builder, x: Expr, y: Expr) -> Expr:
     r = b.op("fmod", x, y)
     zero = b.const(0)
@@ -107,12 +55,10 @@ def _remainder(b: Builder, x: Expr, y: Expr) -> Expr:
     return b.op("where", wrong, b.op("add", r, y), r)
 
 
-@row("addcmul")
 def _addcmul(b: Builder, x: Expr, y: Expr, z: Expr, value: Any = 1) -> Expr:
     return b.op("fma", y if _is(value, 1) else b.op("mul", value, y), z, x)
 
 
-@row("addcdiv")
 def _addcdiv(b: Builder, x: Expr, y: Expr, z: Expr, value: Any = 1) -> Expr:
     return b.op("add", x, _quotient(b, y if _is(value, 1) else b.op("mul", value, y), z))
 
@@ -166,7 +112,6 @@ def _multiplied(b: Builder, e: Expr, number: Expr) -> Expr:
     return b.op("div", numerator, functools.reduce(lambda x, y: b.op("mul", x, y), rest)) if rest else numerator
 
 
-@row("lerp")
 def _lerp(b: Builder, start: Expr, end: Expr, weight: Any) -> Expr:
     distance = b.op("sub", end, start)
     number = weight.value if weight.op == "const" else None
@@ -191,57 +136,70 @@ _POWERS: dict[float, Callable[[Builder, Expr], Expr]] = {
 }
 
 
-@row("pow", "_sym_pow")
 def _pow(b: Builder, x: Expr, y: Expr) -> Expr:
     if y.op == "const" and isinstance(y.value, float) and y.value in _POWERS:
         return _POWERS[y.value](b, x)
     return b.op("pow", x, y)
 
 
-@row("square")
-def _square(b: Builder, x: Expr) -> Expr:
-    return b.op("mul", x, x)
-
-
-@row("clamp", "clip")
 def _clamp(b: Builder, x: Expr, min: Expr | None = None, max: Expr | None = None) -> Expr:
     low = x if min is None else b.op("maximum", x, min)
     return low if max is None else b.op("minimum", low, max)
 
 
-@row("where")
-def _where(b: Builder, condition: Expr, x: Expr, y: Expr) -> Expr:
-    return b.op("where", condition, x, y)
-
-
-@row("_sym_log")
 def _sym_log(b: Builder, x: Expr, base: Expr | None = None) -> Expr:
     return b.op("log", x) if base is None else b.op("div", b.op("log", x), b.op("log", base))
 
 
-@row("sym_max")
-def _sym_max(b: Builder, x: Expr, y: Expr) -> Expr:
-    """Python's max of two numbers: the first one if neither is greater."""
-    return b.op("where", b.op("gt", y, x), y, x)
-
-
-@row("sym_min")
-def _sym_min(b: Builder, x: Expr, y: Expr) -> Expr:
-    return b.op("where", b.op("lt", y, x), y, x)
-
-
-@row("sigmoid")
-def _sigmoid(b: Builder, x: Expr) -> Expr:
-    return b.op("reciprocal", b.op("add", b.const(1), b.op("exp", b.op("neg", x))))
-
-
-@row("softplus")
 def _softplus(b: Builder, x: Expr, beta: Expr | None = None, threshold: Expr | None = None) -> Expr:
     scaled = b.op("mul", x, beta or b.const(1))
     smooth = b.op("div", b.op("log1p", b.op("exp", scaled)), beta or b.const(1))
     return b.op("where", b.op("gt", scaled, threshold or b.const(20)), x, smooth)
 
 
-@row("relu")
-def _relu(b: Builder, x: Expr) -> Expr:
-    return b.op("maximum", x, b.const(0))
+def _plain(name: str) -> Callable[..., Expr]:
+    return lambda b, *args: b.op(name, *args)
+
+
+# by the operation of the same name
+_PLAIN = (
+    *C_FUNCTIONS,
+    *("neg", "abs", "rsqrt", "reciprocal", "round", "sign", "isnan", "isinf", "isfinite"),
+    *("div", "fmod", "maximum", "minimum", "fmax", "fmin", "atan2", "copysign", "hypot", "fma"),
+    *("lt", "le", "gt", "ge", "eq", "ne"),
+)
+_OTHER_NAMES = {
+    "absolute": "abs", "negative": "neg", "sgn": "sign", "arctan": "atan", "divide": "div", "true_divide": "div",
+    "less": "lt", "less_equal": "le", "greater": "gt", "greater_equal": "ge", "not_equal": "ne",
+    "clamp_min": "maximum", "clamp_max": "minimum", "max.other": "maximum", "sym_not": "logical_not",
+    "subtract": "sub", "multiply": "mul", "floordiv": "floor_divide", "clip": "clamp", "_sym_pow": "pow",
+}  # fmt: skip
+# Python's mathematics of a number that torch has made symbolic
+_SYMBOLIC = ("exp", "sqrt", "cos", "cosh", "sin", "sinh", "tan", "tanh", "acos", "asin", "atan", "log2")
+
+ROWS: dict[str, Callable[..., Expr]] = {
+    **{name: _plain(name) for name in _PLAIN},
+    **{f"_sym_{name}": _plain(name) for name in _SYMBOLIC},
+    **{f"{kind}_{n}": _plain(n) for kind in ("logical", "bitwise") for n in ("and", "or", "xor", "not")},
+    "add": _add,
+    "sub": _sub,
+    "rsub": lambda b, x, y, alpha=1: _sub(b, y, x, alpha),
+    "mul": _mul,
+    "square": lambda b, x: b.op("mul", x, x),
+    "floor_divide": _floor_divide,
+    "remainder": _remainder,
+    "addcmul": _addcmul,
+    "addcdiv": _addcdiv,
+    "lerp": _lerp,
+    "pow": _pow,
+    "clamp": _clamp,
+    "where": lambda b, condition, x, y: b.op("where", condition, x, y),
+    "relu": lambda b, x: b.op("maximum", x, b.const(0)),
+    "sigmoid": lambda b, x: b.op("reciprocal", b.op("add", b.const(1), b.op("exp", b.op("neg", x)))),
+    "softplus": _softplus,
+    "_sym_log": _sym_log,
+    # Python's max and min of two numbers: the first one if neither is greater
+    "sym_max": lambda b, x, y: b.op("where", b.op("gt", y, x), y, x),
+    "sym_min": lambda b, x, y: b.op("where", b.op("lt", y, x), y, x),
+}
+ROWS |= {other: ROWS[name] for other, name in _OTHER_NAMES.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -22,21 +23,18 @@ def _masked_fill(b: Builder, x: Val, mask: Val, value: Any) -> Val:
     return cast(b, evaluate(b, "where", (mask, value, x), {}), x.dtype)
 
 
-def _reduction(name: str) -> Callable[..., Val]:
-    def reduce(b: Builder, x: Val, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Val:
-        _whole(name, x, args, kwargs)
-        if dtype is not None and not dtype.is_floating_point:
-            raise Unsupported(name, f"gives {dtype}", Code.DTYPE)
-        own = torch.int64 if name == "sum" and not x.dtype.is_floating_point else x.dtype
-        return _stored(b, b.reduce(name, b.cast(x.expr, torch.float64)), dtype or own)
-
-    return reduce
+def _reduction(name: str, b: Builder, x: Val, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Val:
+    _whole(name, x, args, kwargs)
+    if dtype is not None and not dtype.is_floating_point:
+        raise Unsupported(name, f"gives {dtype}", Code.DTYPE)
+    own = torch.int64 if name == "sum" and not x.dtype.is_floating_point else x.dtype
+    return _stored(b, b.reduce(name, b.cast(x.expr, torch.float64)), dtype or own)
 
 
 def _mean(b: Builder, x: Val, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Val:
     """The mean; that of half precision is a quotient in float32, rounded once."""
     own = dtype or x.dtype
-    total = _reduction("sum")(b, x, *args, dtype=torch.float32 if own in HALF else dtype, **kwargs)
+    total = _reduction("sum", b, x, *args, dtype=torch.float32 if own in HALF else dtype, **kwargs)
     quotient = b.op("div", total.expr, b.numel() if x.shape else b.const(1))
     return _stored(b, quotient, own) if own in HALF else Val(quotient, total.dtype, ())
 
@@ -143,17 +141,13 @@ def _truncated(b: Builder, x: Val) -> Val:
     return Val(b.op("trunc", x.expr), torch.int64, (), number=True)
 
 
-def _shifted(left: bool) -> Callable[..., Val]:
+def _shifted(b: Builder, x: Val, places: object, left: bool) -> Val:
     """Python's shift of an integer."""
-
-    def shift(b: Builder, x: Val, places: object) -> Val:
-        if not isinstance(x, Val) or not x.number or not isinstance(places, int) or places < 0:
-            raise Unsupported("shift", "works on the bits of integers", Code.DTYPE)
-        factor = b.const(2**places)
-        shifted = b.op("mul", x.expr, factor) if left else b.op("floor", b.op("div", x.expr, factor))
-        return Val(shifted, torch.int64, (), number=True)
-
-    return shift
+    if not isinstance(x, Val) or not x.number or not isinstance(places, int) or places < 0:
+        raise Unsupported("shift", "works on the bits of integers", Code.DTYPE)
+    factor = b.const(2**places)
+    shifted = b.op("mul", x.expr, factor) if left else b.op("floor", b.op("div", x.expr, factor))
+    return Val(shifted, torch.int64, (), number=True)
 
 
 def _whole(name: str, x: Val, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -171,17 +165,14 @@ def _whole(name: str, x: Val, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         raise Unsupported(name, "reduces a tensor of one constant", Code.REDUCTION)
 
 
-def _extremum(name: str) -> Callable[..., Val]:
-    def row(b: Builder, x: Val, *other: Any) -> Val:
-        if not other:
-            if 0 in x.shape:
-                raise Unsupported(name, "of a tensor without elements, which torch refuses", Code.REDUCTION)
-            return _reduction(f"a{name}")(b, x)
-        if not isinstance(other[0], Val):
-            raise Unsupported(name, "of a dimension gives indices, too; amax and amin can fuse", Code.REDUCTION)
-        return evaluate(b, f"{name}imum", (x, *other), {})
-
-    return row
+def _extremum(name: str, b: Builder, x: Val, *other: Any) -> Val:
+    if not other:
+        if 0 in x.shape:
+            raise Unsupported(name, "of a tensor without elements, which torch refuses", Code.REDUCTION)
+        return _reduction(f"a{name}", b, x)
+    if not isinstance(other[0], Val):
+        raise Unsupported(name, "of a dimension gives indices, too; amax and amin can fuse", Code.REDUCTION)
+    return evaluate(b, f"{name}imum", (x, *other), {})
 
 
 def _other_memory(b: Builder, x: Val) -> Val:
@@ -202,11 +193,8 @@ SHAPED: dict[str, Callable[..., Val]] = {
     "bfloat16": lambda b, x: cast(b, x, torch.bfloat16),
     "masked_fill": _masked_fill,
     "_lower_version_count_by_1": _other_memory,
-    "sum": _reduction("sum"),
-    "amax": _reduction("amax"),
-    "amin": _reduction("amin"),
-    "max": _extremum("max"),
-    "min": _extremum("min"),
+    **{name: functools.partial(_reduction, name) for name in ("sum", "amax", "amin")},
+    **{name: functools.partial(_extremum, name) for name in ("max", "min")},
     "mean": _mean,
     **dict.fromkeys(("div", "divide", "true_divide"), _divide),
     "fma": _fma,
@@ -223,6 +211,6 @@ SHAPED: dict[str, Callable[..., Val]] = {
     **dict.fromkeys(("item", "_local_scalar_dense", "sym_float"), _item),
     "__round__": _rounded,
     "sym_int": _truncated,
-    "lshift": _shifted(left=True),
-    "rshift": _shifted(left=False),
+    "lshift": functools.partial(_shifted, left=True),
+    "rshift": functools.partial(_shifted, left=False),
 }

@@ -9,12 +9,12 @@ import dataclasses
 import math
 import operator
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx
 
-from npu_fuse_pass.fx_nodes.effects import recorded
+from npu_fuse_pass.fx_nodes.effects import entries, recorded
 from npu_fuse_pass.fx_nodes.names import operation_name
 
 SEVERAL = -1
@@ -82,11 +82,11 @@ class Flow:
         env: dict[fx.Node, Any] = {}
         for node in gm.graph.nodes:
             if node.op == "output":
-                self.returned = [cell.element for cell in _cells(_look_up(node.args[0], env))]
+                self.returned = [cell.element for cell in _cells(fx.node.map_arg(node.args[0], env.get))]
             elif node.op in ("placeholder", "get_attr"):
                 env[node] = self._leaf(node)
             elif operation_name(node) not in _NO_OPERATION:
-                env[node] = self._call(node, _look_up(node.args, env), _look_up(node.kwargs, env))
+                env[node] = self._call(node, *fx.node.map_arg((node.args, node.kwargs), env.get))
         self.last = {name: cell.element for name, cell in self._leaves.items()}
 
     def _leaf(self, node: fx.Node) -> _Cell:
@@ -101,7 +101,7 @@ class Flow:
         if node.target is operator.getitem and not isinstance(args[0], _Cell):
             return args[0][args[1]]
         meta = recorded(node)
-        self.given[node.name] = [cell.element for cell in _cells((args, tuple(kwargs.values())))]
+        self.given[node.name] = [cell.element for cell in _cells((args, kwargs))]
         if name in _ALIASES or (name in _CASTS and _same_kind(node.args[0], meta)):
             return args[0]
         if name.startswith("_foreach_"):
@@ -159,20 +159,8 @@ def _owner(below: Sequence[Element], tensor: bool) -> int | None:
     return SEVERAL if owners else None
 
 
-def _look_up(value: Any, env: Mapping[fx.Node, Any]) -> Any:
-    if isinstance(value, fx.Node):
-        return env.get(value)
-    if isinstance(value, (list, tuple)):
-        return [_look_up(v, env) for v in value]
-    return {k: _look_up(v, env) for k, v in value.items()} if isinstance(value, dict) else value
-
-
-def _cells(value: Any) -> Iterator[_Cell]:
-    if isinstance(value, _Cell):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for v in value:
-            yield from _cells(v)
+def _cells(value: Any) -> list[_Cell]:
+    return [x for x in entries(value) if isinstance(x, _Cell)]
 
 
 def _entry(given: Any, i: int) -> Any:
@@ -200,12 +188,10 @@ def _note(args: Any, kwargs: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return "" if value is None else str(value)
+    if value is None or isinstance(value, dict) or callable(value) or _cells(value):
+        return ""
     if isinstance(value, float):
         return f"{value:.6g}" if math.isfinite(value) else str(value)
     if isinstance(value, (list, tuple)):
-        return "" if any(True for _ in _cells(value)) else f"[{', '.join(map(_text, value))}]"
-    if isinstance(value, (_Cell, dict)):
-        return ""
-    return re.sub(r"^torch\.", "", str(value)) if not callable(value) else ""
+        return f"[{', '.join(map(_text, value))}]"
+    return re.sub(r"^torch\.", "", str(value))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from npu_fuse_pass.dump.page.drawing import Drawing, Node, Texts
@@ -13,12 +13,16 @@ from npu_fuse_pass.dump.page.elements import SEVERAL, Element
 class Member:
     """The operations of one parameter, arguments first, and the groups that they became part of."""
 
-    def __init__(self, labels: Mapping[str, str], kept: Container[str]) -> None:
+    def __init__(self, name: str, shape: tuple[int, ...], labels: Mapping[str, str], kept: Container[str]) -> None:
         """
         Args:
+            name: the parameter's.
+            shape: the parameter's.
             labels: roles of leaves for the parameter, by their names.
             kept: names of nodes that stay as they are.
         """
+        self.name = name
+        self.shape = shape
         self._labels = labels
         self._kept = kept
         self.elements: list[Element] = []
@@ -71,38 +75,21 @@ class Member:
         return tuple(found)
 
 
-class Family:
-    """Members with the same signature."""
-
-    def __init__(self) -> None:
-        self._members: list[Member] = []
-        self._names: list[str] = []
-        self._shapes: list[tuple[int, ...]] = []
-
-    @property
-    def first(self) -> Member:
-        return self._members[0]
-
-    def add(self, member: Member, name: str, shape: tuple[int, ...]) -> None:
-        """Add a parameter."""
-        self._members.append(member)
-        self._names.append(name)
-        self._shapes.append(shape)
-
-    def drawing(self) -> Drawing:
-        """The boxes of the first member, with the names that each member has for them."""
-        place = {e: i for i, e in enumerate(self.first.elements)}
-        nodes = []
-        for i, e in enumerate(self.first.elements):
-            several = [member.elements[i] for member in self._members]
-            made = box(e, self.first.label(e))
-            made.args = list(dict.fromkeys(place[a] for a in self.first.args(e)))
-            made.note = texts([x.note for x in several])
-            made.origin = texts([x.node.name if x.node is not None else x.name for x in several])
-            made.groups, made.kept = self.first.groups[e], self.first.stays(e)
-            nodes.append(made)
-        groups = sorted({g for found in self.first.groups.values() for g in found})
-        return Drawing(nodes, self._names, self._shapes, groups)
+def drawing(family: Sequence[Member]) -> Drawing:
+    """The boxes of the first of members with the same signature, with the names that each member has for them."""
+    first = family[0]
+    place = {e: i for i, e in enumerate(first.elements)}
+    nodes = []
+    for i, e in enumerate(first.elements):
+        several = [member.elements[i] for member in family]
+        made = box(e, first.label(e))
+        made.args = list(dict.fromkeys(place[a] for a in first.args(e)))
+        made.note = texts([x.note for x in several])
+        made.origin = texts([x.node.name if x.node is not None else x.name for x in several])
+        made.groups, made.kept = first.groups[e], first.stays(e)
+        nodes.append(made)
+    groups = sorted({g for found in first.groups.values() for g in found})
+    return Drawing(nodes, [member.name for member in family], [member.shape for member in family], groups)
 
 
 def box(e: Element, label: str) -> Node:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from npu_fuse_pass.dump.contents import Contents
 from npu_fuse_pass.dump.page.drawing import Before, Drawing, Node
 from npu_fuse_pass.dump.page.elements import SEVERAL, Element, Flow
-from npu_fuse_pass.dump.page.families import Family, Member, box, operation, plain
+from npu_fuse_pass.dump.page.families import Member, box, drawing, operation, plain
 from npu_fuse_pass.dump.page.formulas import of_formulas
 from npu_fuse_pass.dump.page.owners import Owners
 from npu_fuse_pass.ir.types import Group, Leaf, references
@@ -37,7 +37,7 @@ class _Provenance:
         owners = {name: self._owners.of_leaf.get(i) for name, i in named.items()}
         self._flow = Flow(contents.original, owners, {name for name, i in named.items() if self._leaves[i].shape})
         self._kept = {call.node: call for segment in contents.grouped.segments for call in segment.calls}
-        self._stored = self._last_values(contents)
+        self._stored = self._last_values()
         self._exports: dict[int, list[Element]] = {}  # elements of a parameter that shared computations read
         for e in self._flow.elements:
             for a in e.args if e.owner == SEVERAL else ():
@@ -46,21 +46,20 @@ class _Provenance:
 
     def before(self) -> Before:
         """The drawings of all families, in the order of their first parameters."""
-        found: dict[object, Family] = {}
+        found: dict[object, list[Member]] = {}
         for owner, places in enumerate(self._owners.members):
             member = self._member(owner, places)
             key = (tuple(g for g, _ in places), member.signature())
-            found.setdefault(key, Family()).add(member, *named(self._groups, places, self._leaves))
-        families = list(found.values())
-        drawings = [family.drawing() for family in families]
-        return Before(drawings, self._shared(families), len(self._flow.elements))
+            found.setdefault(key, []).append(member)
+        firsts = [family[0] for family in found.values()]
+        return Before([*map(drawing, found.values())], self._shared(firsts), len(self._flow.elements))
 
     def _member(self, owner: int, places: Sequence[tuple[int, int]]) -> Member:
         labels: dict[str, str] = {}
         for g, m in places:
             for leaf, label in zip(self._groups[g].members[m], self._groups[g].labels, strict=True):
                 labels.setdefault(self._leaves[leaf].name, label)
-        member = Member(labels, self._kept)
+        member = Member(*named(self._groups, places, self._leaves), labels, self._kept)
         exports = self._exports.get(owner, [])
         for g, m in places:
             group = self._groups[g]
@@ -72,7 +71,7 @@ class _Provenance:
             member.add(e, None)
         return member
 
-    def _last_values(self, contents: Contents) -> dict[int, Element]:
+    def _last_values(self) -> dict[int, Element]:
         """The element stored in every leaf that a group writes: at the end, or for an original operation."""
         stored: dict[int, Element] = {}
         for i, leaf in enumerate(self._leaves):
@@ -86,9 +85,9 @@ class _Provenance:
         stored |= {outputs[i]: e for i, e in enumerate(self._flow.returned) if e is not None and i in outputs}
         return stored
 
-    def _shared(self, families: Sequence[Family]) -> Drawing | None:
+    def _shared(self, firsts: Sequence[Member]) -> Drawing | None:
         """The drawing of computations over several parameters; a chain of one operation (Python's sum) is one box."""
-        number = {e: f for f, family in enumerate(families) for e in family.first.elements}
+        number = {e: f for f, first in enumerate(firsts) for e in first.elements}
         several = [e for e in self._flow.elements if e.owner == SEVERAL]
         nodes: list[Node] = []
         boxes: dict[Element, int] = {}

@@ -22,8 +22,6 @@ from npu_fuse_pass.dump.page.drawing import Before, Drawing, Node
 from npu_fuse_pass.dump.page.graphs import before
 from npu_fuse_pass.dump.text.kernel_text import annotated
 from npu_fuse_pass.fx_nodes.names import operation_name
-from npu_fuse_pass.ir.types import Group
-from npu_fuse_pass.report.report import GroupReport
 from npu_fuse_pass.report.rows import group_report
 
 # in this order; the last one starts the page
@@ -75,22 +73,12 @@ def _facts(contents: Contents) -> dict[str, Any]:
         "shared": None if drawn.shared is None else _drawing(drawn.shared, names),
         "after": [_fields(b, names) for b in boxes],
         "captured": _captured(contents),
-        "names": names.listed,
+        "names": [*names],
     }
 
 
-class _Names:
-    """Names of leaves and nodes, stored once each: with 2000 parameters several boxes list many long ones."""
-
-    def __init__(self) -> None:
-        self.listed: list[str] = []
-        self._numbers: dict[str, int] = {}
-
-    def number(self, name: str) -> int:
-        if name not in self._numbers:
-            self._numbers[name] = len(self.listed)
-            self.listed.append(name)
-        return self._numbers[name]
+_Names = dict[str, int]
+"""Names of leaves and nodes with their numbers, stored once: with 2000 parameters several boxes list many long ones."""
 
 
 def _totals(contents: Contents, drawn: Before, boxes: Sequence[Box]) -> dict[str, Any]:
@@ -122,7 +110,9 @@ def _groups(contents: Contents) -> list[dict[str, Any]]:
     found = []
     for g in contents.grouped.all_groups:
         writes = "leaves" if g in contents.grouped.groups else "temporaries"
-        row = rows.get((g.name, writes)) or _not_lowered(g, contents)
+        row = rows.get((g.name, writes)) or group_report(
+            g, contents.grouped.leaves, "none", "the original operations", 0, 0
+        )
         facts = {name: getattr(row, name) for name in _ROW}
         match = str(row.match) if row.match is not None else ""
         source = annotated(g, contents, contents.sources[g.name]) if g.name in contents.sources else ""
@@ -134,10 +124,6 @@ _ROW = (
     *("name", "formula", "updates", "dtype", "device", "lowering", "kernel"),
     *("bytes_per_element", "launches", "elements", "writes"),
 )
-
-
-def _not_lowered(g: Group, contents: Contents) -> GroupReport:
-    return group_report(g, contents.grouped.leaves, "none", "the original operations", 0, 0)
 
 
 def _captured(contents: Contents) -> list[list[Any]]:
@@ -166,5 +152,5 @@ def _fields(x: Node | Box, names: _Names) -> dict[str, Any]:
     pairs = ((f.name, getattr(x, f.name)) for f in dataclasses.fields(x))
     found = {name: value for name, value in pairs if name in ("kind", "name") or value != getattr(empty, name)}
     if isinstance(x.origin, list) and x.origin:
-        found["origin"] = [names.number(name) for name in x.origin]
+        found["origin"] = [names.setdefault(name, len(names)) for name in x.origin]
     return found

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from npu_fuse_pass.capture.originals import number_type
 from npu_fuse_pass.dump.contents import Contents
+from npu_fuse_pass.fx_nodes.effects import recorded
 from npu_fuse_pass.fx_nodes.names import Operation
 from npu_fuse_pass.ir.types import Expanded, Update
-
-_NUMBERS: dict[type, tuple[type, ...]] = {int: (int, torch.SymInt), float: (float, torch.SymFloat)}
 
 
 class CapturedStep:
@@ -64,8 +64,7 @@ class CapturedStep:
 
     def _number(self, node: fx.Node, leaf: fx.Node) -> fx.Node:
         """An argument, converted where the captured graph takes a Python number."""
-        value = node.meta.get("example_value", node.meta.get("val"))
-        number = next((made for made, kinds in _NUMBERS.items() if isinstance(value, kinds)), None)
+        number = number_type(recorded(node))
         return leaf if number is None else self.graph.call_function(number, (leaf,))
 
     def _add_expanded(self, node: fx.Node, made: Expanded, nodes: Mapping[fx.Node, fx.Node]) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 from collections.abc import Iterator
 
-from npu_fuse_pass.ir.expr import COMMUTATIVE, DTYPE_NAMES, Expr, postorder
+from npu_fuse_pass.ir.expr import COMMUTATIVE, DTYPE_NAMES, Expr, postorder, uncast
 from npu_fuse_pass.ir.readable import readable_term
 from npu_fuse_pass.ir.types import Group
 
@@ -33,15 +33,11 @@ def _other_structure(one: Group, other: Group, structures: dict[int, str]) -> st
         return f"another structure: it writes {', '.join(yours)} instead of {', '.join(mine)}"
     # Dynamo's names of states mean nothing: compare the pair of writes that differ least
     pairs = (_first(a, b, structures) for a, b in itertools.product(mine.values(), yours.values()))
-    before, after = min((found for found in pairs if found is not None), key=_size)
+    before, after = min((found for found in pairs if found is not None), key=lambda pair: len(postorder(pair)))
     return (
         f"another structure: first it has {readable_term(after, other.labels)} "
         f"instead of {readable_term(before, one.labels)}"
     )
-
-
-def _size(pair: tuple[Expr, Expr]) -> int:
-    return len(postorder(pair))
 
 
 def _roots(group: Group) -> dict[str, Expr]:
@@ -74,7 +70,7 @@ def _structures(group: Group) -> dict[int, str]:
 
 def _first(a: Expr, b: Expr, structures: dict[int, str]) -> tuple[Expr, Expr] | None:
     """The innermost pair of terms at the same place that differ."""
-    a, b = _inside(a), _inside(b)
+    a, b = uncast(a), uncast(b)
     if structures[id(a)] == structures[id(b)]:
         return None
     if a.op == b.op and len(a.args) == len(b.args):
@@ -97,9 +93,3 @@ def _pairs(a: Expr, b: Expr, structures: dict[int, str]) -> Iterator[tuple[Expr,
             left.remove(x)
             right.remove(same)
     yield from zip(left, right, strict=True)
-
-
-def _inside(e: Expr) -> Expr:
-    while e.op == "cast":
-        e = e.args[0]
-    return e

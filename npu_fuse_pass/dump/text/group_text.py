@@ -89,7 +89,7 @@ def _by_shape(known_by: Sequence[Leaf]) -> list[str]:
 
 def _slots(group: Group, contents: Contents) -> Iterator[tuple[str, ...]]:
     leaves = contents.grouped.leaves
-    read = _read(group.formula)
+    read = {e.value for e in postorder(group.formula.roots) if e.op == "leaf"}
     for slot, label in enumerate(group.labels):
         found = [leaves[m[slot]] for m in group.members]
         if found[0].kind == "constant":
@@ -104,7 +104,3 @@ def _slots(group: Group, contents: Contents) -> Iterator[tuple[str, ...]]:
         stored = DTYPE_NAMES[group.formula.slots[slot].dtype] if group.formula.slots[slot].tensor else "0-dim"
         use = ("read " if slot in read else "") + ("written" if slot in group.formula.written else "")
         yield f"${slot}", label, stored, use.strip().replace(" ", ", "), text
-
-
-def _read(formula: Formula) -> set[object]:
-    return {e.value for e in postorder(formula.roots) if e.op == "leaf"}

@@ -8,7 +8,6 @@ cache cannot be used, kernels are built in a temporary folder: slower to start, 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import logging
 import os
 import pathlib
@@ -44,8 +43,7 @@ def load(source: str, functions: Sequence[str], flags: tuple[str, ...] = ()) -> 
     Raises:
         PlatformError: there is no working C++ compiler, it refuses the source, or there is no folder to build in.
     """
-    parts = "\0".join([source, *flags, *identity()])
-    key = hashlib.sha256(parts.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    key = cache.key_of(source, *flags, *identity())
     if key not in _loaded:
         with _locks.setdefault(key, threading.Lock()):  # threads that want the same
             if key not in _loaded:

@@ -273,13 +273,11 @@ class _Function:
         """The scalars of one phase and the sweep behind them, of the members for which `which` holds."""
         lines = ["    #pragma omp for schedule(static)", "    for (int64_t m = 0; m < a.members; ++m)"]
         lines.append(f"      if ({which}) {self.name}_scalars{k}(a, m);")
-        if k < len(self.sweeps) and _over(self.sweeps[k]):
-            lines += ["    #pragma omp for schedule(dynamic, 1)"]
-            lines += ["    for (int64_t c = 0; c < a.tasks; ++c) {", "      const int64_t m = a.task[5 * c];"]
-            lines += [f"      if ({which}) {self.name}_pass{k}(a, m, c);", "    }"]
-        elif k < len(self.sweeps):
-            lines += ["    #pragma omp for schedule(dynamic, a.grain)"]
-            lines += ["    for (int64_t c = 0; c < a.chunks; ++c) {", "      const int64_t m = a.chunk_member[c];"]
+        if k < len(self.sweeps):
+            chunks = ("a.grain", "a.chunks", "a.chunk_member[c]")
+            at_once, count, member = ("1", "a.tasks", "a.task[5 * c]") if _over(self.sweeps[k]) else chunks
+            lines.append(f"    #pragma omp for schedule(dynamic, {at_once})")
+            lines += [f"    for (int64_t c = 0; c < {count}; ++c) {{", f"      const int64_t m = {member};"]
             lines += [f"      if ({which}) {self.name}_pass{k}(a, m, c);", "    }"]
         return lines
 

@@ -12,27 +12,20 @@ from torch import Tensor
 
 from npu_fuse_pass.errors import Mismatch
 from npu_fuse_pass.ir.expr import postorder
-from npu_fuse_pass.ir.types import Group, Leaf
+from npu_fuse_pass.ir.types import Group, Leaf, LeafValues
 from npu_fuse_pass.lowerings.cpu import build as cpu_build
 from npu_fuse_pass.lowerings.cpu.codegen import generate
 from npu_fuse_pass.lowerings.cpu.input_check import KernelInputs
 from npu_fuse_pass.lowerings.cpu.over import sizes_of, tasks_of
-from npu_fuse_pass.lowerings.cpu.tables import Args, Column, Moving, Tables, Values
+from npu_fuse_pass.lowerings.cpu.tables import Args, Column, Moving, Tables
 from npu_fuse_pass.profiling import named
 from npu_fuse_pass.reasons import Code
 from npu_fuse_pass.tensors.memory import NOWHERE, in_order, materialised, memory_order
 from npu_fuse_pass.tensors.same import SameTensors
 
-_TAGS = {
-    torch.float64: 0,
-    torch.float32: 1,
-    torch.float16: 2,
-    torch.bfloat16: 3,
-    torch.int64: 4,
-    torch.int32: 5,
-    torch.bool: 6,
-}
-_BYTES = [dtype.itemsize for dtype in _TAGS]  # by tag
+_TAGGED = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool)
+_TAGS = {dtype: tag for tag, dtype in enumerate(_TAGGED)}
+_BYTES = [dtype.itemsize for dtype in _TAGGED]  # by tag
 
 
 _REORDERED = (
@@ -124,7 +117,7 @@ class Kernel:
 
     # One call --------------------------------------------------------------------------------------------------------
 
-    def bind(self, values: Values, complete: bool, kinds: object) -> None:
+    def bind(self, values: LeafValues, complete: bool, kinds: object) -> None:
         """Fill the tables with this call's addresses."""
         varying = self._moving.of(values)
         if self._bound and self._all_active:
@@ -153,7 +146,7 @@ class Kernel:
             if kinds is None:
                 self._same.learn(varying)
 
-    def _bind_same(self, values: Values, varying: list[Tensor], addresses: array.array[int] | None) -> None:
+    def _bind_same(self, values: LeafValues, varying: list[Tensor], addresses: array.array[int] | None) -> None:
         """Every tensor is of the kind that it was at the last call: only addresses are new."""
         for column in self._one_by_one:
             self._bind_scalars(column, values)
@@ -182,7 +175,7 @@ class Kernel:
             self._enter(addresses)
         return addresses is not None
 
-    def _mark_active(self, values: Values) -> bool:
+    def _mark_active(self, values: LeafValues) -> bool:
         """Set which members take part; True if all do."""
         missing = any(v is None for column in self._columns if not column.fixed for v in column.of(values))
         if not missing and self._all_active:
@@ -203,7 +196,7 @@ class Kernel:
             raise Mismatch("a tensor has another size than when the step was compiled")
         return all([t.is_contiguous() and materialised(t) for t in tensors])  # noqa: C419 - a list is faster here
 
-    def _bind_scalars(self, column: Column, values: Values) -> None:
+    def _bind_scalars(self, column: Column, values: LeafValues) -> None:
         begin = column.rank * self._n
         for m, i in enumerate(column.indices):
             value = values[i] if i < len(values) else None
@@ -222,7 +215,7 @@ class Kernel:
             self._tables.scalars[begin + m] = address
             self._tables.tags[begin + m] = tag
 
-    def _bind_by_member(self, values: Values, complete: bool) -> None:
+    def _bind_by_member(self, values: LeafValues, complete: bool) -> None:
         """The general way: some member is left out, or its tensors are not all contiguous."""
         for m, member in enumerate(self.group.members):
             if not self._tables.active[m]:
@@ -253,7 +246,7 @@ class Kernel:
         """True if this call works on copies of tensors whose elements lie in another order."""
         return bool(self._keep)
 
-    def tensors(self, values: Values) -> list[tuple[Tensor, bool]]:
+    def tensors(self, values: LeafValues) -> list[tuple[Tensor, bool]]:
         """Every tensor that takes part, and whether it is written."""
         members = [m for m, active in zip(self.group.members, self._tables.active, strict=True) if active]
         columns = (*self._columns, *self._scalars_read, *self._scalars_written)
@@ -317,7 +310,7 @@ class Kernel:
                     found.append((totals[k], self._tables.contributions[k * self._n + m]))
         return found
 
-    def write(self, values: Values) -> None:
+    def write(self, values: LeafValues) -> None:
         """Tell autograd what changes: ahead of the kernel, while all that knows the tensors is still in a cache."""
         self.done[0] = self.done[1] = 0
         if self.inputs.write():

@@ -18,11 +18,10 @@ from torch import Tensor
 
 from npu_fuse_pass.errors import Mismatch, Unsupported
 from npu_fuse_pass.ir.totals import rounds, total_slots
-from npu_fuse_pass.ir.types import Group, Leaf
+from npu_fuse_pass.ir.types import Group, Leaf, LeafValues
 from npu_fuse_pass.lowerings.cpu.input_check import native_dicts
 from npu_fuse_pass.lowerings.cpu.kernel import Kernel
 from npu_fuse_pass.lowerings.cpu.spread import Spread
-from npu_fuse_pass.lowerings.cpu.tables import Values
 from npu_fuse_pass.lowerings.interrupts import to_the_end
 from npu_fuse_pass.lowerings.program import check_written_once
 from npu_fuse_pass.reasons import Code
@@ -82,7 +81,7 @@ class Program:
         for kernel in self.kernels:
             kernel.inputs.wait()
 
-    def __call__(self, values: Values, complete: bool = False, kinds: object = None) -> None:
+    def __call__(self, values: LeafValues, complete: bool = False, kinds: object = None) -> None:
         """Run the step; fills in the values of "output" and "temporary" leaves.
 
         Args:
@@ -147,7 +146,7 @@ class Program:
         for kernel in self.kernels:
             kernel.release()
 
-    def _compute(self, values: Values) -> None:
+    def _compute(self, values: LeafValues) -> None:
         """All kernels, or none: what a signal's handler raises between two of them (KeyboardInterrupt) is held."""
         threads = torch.get_num_threads()
         bound = False
@@ -198,7 +197,7 @@ class Program:
         source = kernel.source
         return source.bytes_per_element + again * source.contribute_bytes, len(source.functions) + again
 
-    def _check_memory(self, values: Values) -> None:
+    def _check_memory(self, values: LeafValues) -> None:
         """Refuse memory that is written and used a second time: kernels process tensors side by side.
 
         Raises:
@@ -216,7 +215,7 @@ class Program:
                 "a tensor that the step reads overlaps one that it writes: they share memory", Code.SHARED_MEMORY
             )
 
-    def _check_written(self, values: Values) -> None:
+    def _check_written(self, values: LeafValues) -> None:
         """Refuse memory that is written twice, and note where it lies."""
         if any(kernel.copies for kernel in self.kernels):  # the tables do not hold where the originals lie
             tensors = [pair for kernel in self.kernels for pair in kernel.tensors(values)]
@@ -246,7 +245,7 @@ class Program:
                 self._table[self._totals_at + number] = sum(part)
 
 
-def _new(leaf: Leaf, member: Sequence[int], values: Values) -> Tensor:
+def _new(leaf: Leaf, member: Sequence[int], values: LeafValues) -> Tensor:
     """A tensor for an output, laid out like the first input of its member, or as it is without fusion."""
     if leaf.strides is not None:
         return torch.empty_strided(leaf.shape, leaf.strides, dtype=leaf.dtype, device="cpu")

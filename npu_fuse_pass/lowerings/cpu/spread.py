@@ -15,10 +15,9 @@ from npu_fuse_pass.errors import Declined
 from npu_fuse_pass.ir.types import Leaf
 from npu_fuse_pass.lowerings.cpu.kernel import Kernel
 from npu_fuse_pass.lowerings.kernels.cache import key_of
+from npu_fuse_pass.lowerings.kernels.sweeps import CONTRIBUTE, UPDATE
 from npu_fuse_pass.rules.meeting import Opening, flagged
 from npu_fuse_pass.tensors.exchange import reduce_over
-
-CONTRIBUTE, UPDATE = 0, 1
 
 
 class Spread:

@@ -11,10 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from npu_fuse_pass.ir.types import Formula, Group, Leaf
+from npu_fuse_pass.ir.types import Formula, Group, Leaf, LeafValues
 from npu_fuse_pass.lowerings.cpu.codegen import CHUNK
 
-Values = list[Tensor | None]
 _SERIAL = 32768  # elements below which waking other threads costs more than it saves
 _FEW, _MANY = 32768, 131072  # elements that a thread takes at once: long stretches are faster, short ones fairer
 _TURNS = 16  # that every thread should have, so that one which is interrupted leaves work to the others
@@ -108,7 +107,7 @@ class Column:
         self.numels = [math.prod(leaves[i].shape) for i in self.indices]
         self.dtype = group.formula.slots[slot].dtype
         self._bytes: array.array[int] | None = None
-        self._get = _getter(self.indices)
+        self.of: Callable[[LeafValues], Sequence[Tensor]] = _getter(self.indices)
 
     def bytes_of(self, active: array.array[int], all_active: bool) -> array.array[int]:
         """Bytes of every member's tensor; 0 where it does not take part."""
@@ -117,10 +116,6 @@ class Column:
         if all_active:
             return self._bytes
         return array.array("q", [n if a else 0 for n, a in zip(self._bytes, active, strict=True)])
-
-    def of(self, values: Values) -> Sequence[Tensor]:
-        found: Sequence[Tensor] = self._get(values)
-        return found
 
 
 class Moving:
@@ -141,7 +136,7 @@ class Moving:
         self._columns = [(column, _getter([place[i] for i in column.indices])) for column in columns]
         self._get = _getter(leaves) if leaves else lambda values: []
 
-    def of(self, values: Values) -> list[Any]:
+    def of(self, values: LeafValues) -> list[Any]:
         """Their tensors at this call."""
         return list(self._get(values))
 

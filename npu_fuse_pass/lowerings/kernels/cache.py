@@ -126,7 +126,7 @@ def drop(key: str, kind: str) -> None:
 
 def key_of(*parts: str) -> str:
     """A key for all that a result depends on."""
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
 def clear_cache() -> None:

@@ -13,7 +13,7 @@ from npu_fuse_pass.lowerings.npu.emit import lists as npu_foreach
 from npu_fuse_pass.lowerings.npu.emit.dedicated_operations import series
 from npu_fuse_pass.lowerings.npu.emit.split import constants_of, slots_of, split
 from npu_fuse_pass.lowerings.npu.kernels.launch import KERNEL, Generated
-from npu_fuse_pass.lowerings.npu.plan import Plan, Span
+from npu_fuse_pass.lowerings.npu.plan import LayoutCost, Plan, Span
 from npu_fuse_pass.lowerings.program import check_written_once
 from npu_fuse_pass.match.result import Match, NoMatch
 from npu_fuse_pass.reasons import Code
@@ -86,8 +86,7 @@ class LoweredGroup:
         self.dedicated = None if isinstance(chosen, str) else chosen
         self._lists = kernels != "elementwise" and self.dedicated is None and series(chip) in list_operations.SERIES
         constants = constants_of(group, leaves)
-        chosen_split = None if self.dedicated is None else self.dedicated.split
-        self.splits = [chosen_split or split(formula, totals, False, constants)]
+        self.splits = [self.dedicated.split if self.dedicated else split(formula, totals, False, constants)]
         if formula.contributions:
             self.splits.append(split(formula, totals, True, constants))
             if self.splits[1].device_slots:
@@ -171,13 +170,3 @@ class LoweredGroup:
         operations += sum(len(span.gathered) for span in self.plan.spans)
         size += round(moved / max(1, elements))
         return LayoutCost(self.plan.name, self.plan.reason, operations, size)
-
-
-@dataclasses.dataclass
-class LayoutCost:
-    """The layout of a group and its cost; fields as in `report.GroupReport`."""
-
-    name: str
-    reason: str
-    launches: int
-    bytes_per_element: int

@@ -1,4 +1,4 @@
-"""Plans: the members of a group that the graph updates as one."""
+"""Plans: the members of a group that the graph updates as one, and what that costs."""
 
 from __future__ import annotations
 
@@ -28,3 +28,13 @@ class Plan:
         """The layout in the report: "flat", "gathered" (flat except gradients), "list", or several of these."""
         kinds = {("gathered" if span.gathered else "flat") if len(span.members) > 1 else "list" for span in self.spans}
         return " + ".join(k for k in ("flat", "gathered", "list") if k in kinds) or "list"
+
+
+@dataclasses.dataclass
+class LayoutCost:
+    """The layout of a group and its cost; fields as in `report.GroupReport`."""
+
+    name: str
+    reason: str
+    launches: int
+    bytes_per_element: int

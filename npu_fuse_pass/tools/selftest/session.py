@@ -57,7 +57,7 @@ def _generated(report: Report, quick: bool) -> list[str]:
 
     Where all agree with float64, a record in the kernel cache says so, and `kernels="auto"` takes them from then on.
     """
-    from npu_fuse_pass.lowerings.npu.kernels import ascend, hardware, proof
+    from npu_fuse_pass.lowerings.npu.kernels import ascend, proof
     from npu_fuse_pass.lowerings.npu.kernels.compiler import Refused
     from npu_fuse_pass.lowerings.npu.kernels.launch import KERNEL
     from npu_fuse_pass.report.report import reports
@@ -66,7 +66,7 @@ def _generated(report: Report, quick: bool) -> list[str]:
     failed, made, machine = [], 0, ascend.machine()
     proof.withdraw(machine)
     try:
-        hardware.current()
+        ascend.current()
     except Refused as e:
         report.proof = f"No generated kernels: {anonymous(str(e))}"
         print(report.proof)

@@ -24,7 +24,7 @@ from npu_fuse_pass.ir.types import Grouped
 from npu_fuse_pass.lowerings.kernels import cache
 from npu_fuse_pass.lowerings.npu.emit.split import split_whole
 from npu_fuse_pass.lowerings.npu.graph import generated
-from npu_fuse_pass.lowerings.npu.kernels import ascend, choice, compiler, hardware, proof
+from npu_fuse_pass.lowerings.npu.kernels import ascend, choice, compiler, proof
 from npu_fuse_pass.lowerings.npu.kernels.compiler import Refused
 from npu_fuse_pass.lowerings.npu.kernels.generate import Kernel, generate
 from npu_fuse_pass.options import Options, Target
@@ -312,14 +312,14 @@ def test_the_forms_of_every_option(error: Exception, told: str, monkeypatch: pyt
     def refuse() -> Any:
         raise error
 
-    monkeypatch.setattr(hardware, "current", refuse)
+    monkeypatch.setattr(ascend, "current", refuse)
     for option in ("auto", "generated"):
         proof.record(MACHINE, 17)
         found = choice.choose(option)
         assert (found.forms, found.hardware, found.why) == (
             ("operations", "elementwise"), None, f"no generated kernels: {told}",
         )  # fmt: skip
-    monkeypatch.setattr(hardware, "current", lambda: "here")
+    monkeypatch.setattr(ascend, "current", lambda: "here")
     assert choice.choose("auto").forms == ("generated", "operations", "elementwise")
     proof.withdraw(MACHINE)
     assert choice.choose("auto").forms == ("operations", "elementwise")

@@ -174,7 +174,7 @@ def test_where_a_value_is_defined() -> None:
     three = next(s for s in formula.scalar_slots if only.labels[s] == "3")
     algebra = Algebra(formula, dict(relations([{three: 3.3}])))
     (target,) = [algebra.values[id(e)] for _, e in formula.writes]
-    a, b, constant = (algebra.slot(s) for s in (of_a, of_b, three))
+    a, b, constant = (algebra.slots[s] for s in (of_a, of_b, three))
     divided = next(algebra.values[id(e)] for e in algebra.order if e.op == "div").d
     root = algebra.number(1)._make(divided, algebra.ring.one)
     for value in (1 / root, b / (root * root), b / (root * constant), b / constant, b * a):
@@ -189,6 +189,6 @@ def test_a_number_under_a_root() -> None:
     tensors = [torch.rand(3, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)]
     _, (only,) = fused(lambda p, a: p.copy_(p * a), *tensors)
     algebra = Algebra(only.formula, {})
-    a = algebra.slot(next(iter(only.formula.scalar_slots)))
+    a = algebra.slots[next(iter(only.formula.scalar_slots))]
     assert (a * 4).simple_root().equals(a.simple_root() * 2)
     assert not (a * 3).simple_root().equals(a.simple_root() * 3)

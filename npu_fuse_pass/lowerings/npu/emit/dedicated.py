@@ -9,6 +9,7 @@ device; tensors of another dtype are cast before and after.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -139,24 +140,15 @@ class _Term:
     def _op(self, name: str, *others: _Term) -> _Term:
         return _Term(self._builder, self._builder.op(name, self.expr, *(o.expr for o in others)))
 
-    def __add__(self, other: _Term) -> _Term:
-        return self._op("add", other)
-
-    def __sub__(self, other: _Term) -> _Term:
-        return self._op("sub", other)
-
-    def __mul__(self, other: _Term) -> _Term:
-        return self._op("mul", other)
-
-    def __truediv__(self, other: _Term) -> _Term:
-        return self._op("div", other)
-
-    def sqrt(self) -> _Term:
-        return self._op("sqrt")
+    __add__ = functools.partialmethod(_op, "add")
+    __sub__ = functools.partialmethod(_op, "sub")
+    __mul__ = functools.partialmethod(_op, "mul")
+    __truediv__ = functools.partialmethod(_op, "div")
+    sqrt = functools.partialmethod(_op, "sqrt")
 
 
-class Emitter:
-    """Emits a dedicated operation for one member after another; the interface of `elementwise.Emitter`.
+class Emitter(elementwise.Emitter):
+    """Emits a dedicated operation for one member after another, behind its operands.
 
     `formula`: the operands are its contributions. `call`: the operation's name and the attributes that are set.
     `written`: the slots that it writes.
@@ -165,18 +157,13 @@ class Emitter:
     def __init__(
         self, ge: Any, ge_dtype: Callable[[torch.dtype], int], formula: Formula, call: str, written: Sequence[int]
     ) -> None:
-        self._ge, self._ge_dtype = ge, ge_dtype
+        super().__init__(ge, ge_dtype, formula, True, torch.float32)
         self._operation, self._attributes = _called(call)
         self._dtypes = [formula.slots[s].dtype for s in written]
-        self._operands = elementwise.Emitter(ge, ge_dtype, formula, True, torch.float32)
-
-    def members(self, slots: Sequence[Mapping[int, Any]], shapes: Sequence[list[int]]) -> list[list[Any]]:
-        """The results of `member` for each member."""
-        return [self.member(*given) for given in zip(slots, shapes, strict=True)]
 
     def member(self, slots: Mapping[int, Any], shape: list[int]) -> list[Any]:
         """New values of the written slots. `slots` are GE's tensors, those of scalar slots of shape (1,)."""
-        inputs = dict(zip(self._operation.inputs, self._operands.member(slots, shape), strict=True))
+        inputs = dict(zip(self._operation.inputs, super().member(slots, shape), strict=True))
         absent = dict.fromkeys(self._operation.absent)
         results = getattr(self._ge, self._operation.name)(**inputs, **absent, **self._attributes)
         return [

@@ -107,9 +107,11 @@ class Emitter:
     """Emits the writes of a formula, or its contributions, for one member after another.
 
     Numbers that members share are computed once. `ge` is torchair's module of GE operations and `ge_dtype` gives
-    GE's number of a dtype. `number_dtype` is that of numbers on the device: `wide_dtype` for a device formula,
-    float64 for a whole one. `keep_dims`: reductions give tensors with one element, not with no dimension.
+    GE's number of a dtype. `number_dtype` is that of numbers on the device: `wide_dtype` for a device formula (None),
+    float64 for a whole one.
     """
+
+    _keep_dims = False  # whether reductions give tensors with one element, not with no dimension
 
     def __init__(
         self,
@@ -117,17 +119,15 @@ class Emitter:
         ge_dtype: Callable[[torch.dtype], int],
         formula: Formula,
         contribute: bool,
-        number_dtype: torch.dtype,
-        keep_dims: bool = False,
+        number_dtype: torch.dtype | None = None,
     ) -> None:
         self._ge = ge
         self._ge_dtype = ge_dtype
         self._formula = formula
         self._wide = wide_dtype(formula)
-        self._number_dtype = number_dtype
+        self._number_dtype = number_dtype or self._wide
         self._writes = () if contribute else formula.writes
         self._contributions = formula.contributions if contribute else ()
-        self._keep_dims = keep_dims
         self.order = postorder([*(e for _, e in self._writes), *self._contributions])
         self._numbers: dict[tuple[object, ...], Any] = {}
 

@@ -62,10 +62,12 @@ def _row(formula: Formula, e: Expr, kinds: Sequence[str]) -> tuple[ListOperation
 class Emitter(elementwise.Emitter):
     """Emits the writes of a formula for chunks of members. Tensors have one dimension, numbers the shape (1,)."""
 
+    _keep_dims = True
+
     def __init__(
         self, ge: Any, ge_dtype: Callable[[torch.dtype], int], formula: Formula, operation: Callable[..., Any]
     ) -> None:
-        super().__init__(ge, ge_dtype, formula, False, elementwise.wide_dtype(formula), keep_dims=True)
+        super().__init__(ge, ge_dtype, formula, False)
         self._operation = operation
 
     def members(self, slots: Sequence[Mapping[int, Any]], shapes: Sequence[list[int]]) -> list[list[Any]]:

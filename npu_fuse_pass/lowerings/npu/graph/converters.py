@@ -23,8 +23,7 @@ from npu_fuse_pass.lowerings.npu.graph.graph import (
     device_write,
 )
 
-Emitter = elementwise.Emitter | npu_foreach.Emitter | dedicated.Emitter
-Make = Callable[..., Emitter]
+Make = Callable[..., elementwise.Emitter]
 """Makes an emitter from torchair's GE operations, GE's number of a dtype, the formula, and a node's other arguments."""
 
 
@@ -35,12 +34,8 @@ def register(torchair: Any) -> None:
 
     _name_lists()
     device: dict[Any, Make] = {
-        device_update: lambda ge, dtypes, made: elementwise.Emitter(
-            ge, dtypes, made, False, elementwise.wide_dtype(made)
-        ),
-        device_contribute: lambda ge, dtypes, made: elementwise.Emitter(
-            ge, dtypes, made, True, elementwise.wide_dtype(made)
-        ),
+        device_update: lambda ge, dtypes, made: elementwise.Emitter(ge, dtypes, made, False),
+        device_contribute: lambda ge, dtypes, made: elementwise.Emitter(ge, dtypes, made, True),
         device_lists: lambda ge, dtypes, made: npu_foreach.Emitter(ge, dtypes, made, compat_ir.ge_op),
         device_dedicated: dedicated.Emitter,
     }

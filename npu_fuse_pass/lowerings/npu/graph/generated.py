@@ -31,7 +31,6 @@ generated_update = torch.ops.npu_fused.generated.default
 
 _clusters: weakref.WeakValueDictionary[str, Cluster] = weakref.WeakValueDictionary()
 _serial = itertools.count()
-_served: list[bool] = []
 
 
 def known(cluster: Cluster) -> str:
@@ -101,13 +100,12 @@ def serve() -> None:
     """
     if ascend.calls_back():
         try:
-            if not _served:
-                _serve(importlib.import_module("ge.custom_op"), importlib.import_module("ge.runtime"))
-                _served.append(True)
+            _serve(importlib.import_module("ge.custom_op"), importlib.import_module("ge.runtime"))
         except Exception as e:
             raise GraphRefused(f"GE does not take the callback of generated kernels: {type(e).__name__}: {e}") from e
 
 
+@functools.cache
 def _serve(custom_op: Any, runtime: Any) -> None:
     """Register by GE's interface for custom operations in Python. Never run on an NPU."""
     described: Any = runtime.TensorDesc

@@ -112,10 +112,6 @@ def _empty(mode: FakeTensorMode, numel: int, dtype: torch.dtype, device: torch.d
     return FakeTensor(mode, torch.empty(numel, dtype=dtype, device="meta"), device)
 
 
-def _write(targets: list[Tensor], values: list[Tensor]) -> None:
-    copy_each(targets, values)
-
-
 def _fake_write(targets: list[Tensor], values: list[Tensor]) -> None:
     """Do nothing: targets keep their size and dtype."""
 
@@ -125,7 +121,7 @@ _KERNELS: dict[str, tuple[Callable[..., list[Tensor] | None], Callable[..., list
     "device_lists": (_update, _update),
     "device_contribute": (_contribute, _contribute),
     "device_dedicated": (_dedicated, _fake_dedicated),
-    "device_write": (_write, _fake_write),
+    "device_write": (copy_each, _fake_write),
 }
 for _name, (_kernel, _fake) in _KERNELS.items():
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")

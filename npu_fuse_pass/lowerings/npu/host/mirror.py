@@ -34,12 +34,11 @@ class Mirror:
 
     def __init__(self, indices: Sequence[int], leaves: Sequence[Leaf]) -> None:
         self.places = {i: place for place, i in enumerate(indices)}
-        self.kinds: list[Kind] = [(leaves[i].dtype, leaves[i].device) for i in indices]
         self.values = torch.zeros(len(indices), dtype=torch.float64, device="cpu")
         self._tensors = picked(indices)
         self._of_kind: dict[Kind, list[int]] = {}
-        for place, kind in enumerate(self.kinds):
-            self._of_kind.setdefault(kind, []).append(place)
+        for i, place in self.places.items():
+            self._of_kind.setdefault((leaves[i].dtype, leaves[i].device), []).append(place)
         self._references: list[weakref.ref[Tensor]] = []
         self._versions: list[int] = []
         self._addresses: list[int] = []

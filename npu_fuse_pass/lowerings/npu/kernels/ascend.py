@@ -15,7 +15,7 @@ import pathlib
 import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from npu_fuse_pass.lowerings.npu.kernels.compiler import Compiler, Refused, find
 from npu_fuse_pass.lowerings.npu.kernels.final_ir import facts
@@ -25,22 +25,6 @@ _LIBRARY = "libascendcl.so"
 _MAGIC, _VECTOR_CORE = 2, 0x41415246  # ACL_RT_BINARY_LOAD_OPT_MAGIC, ACL_RT_BINARY_MAGIC_ELF_VECTOR_CORE
 _SYNC_ADDRESS = "ffts_base_address"
 """How the last IR names the first argument of a kernel that gets the address for synchronisation between cores."""
-
-
-class Runtime(Protocol):
-    """The part of CANN's runtime that a launch needs."""
-
-    def load(self, binary: bytes, name: str) -> int:
-        """A function of a binary; raises `Refused`."""
-        ...
-
-    def sync_address(self) -> int:
-        """Where cores synchronise; raises `Refused`."""
-        ...
-
-    def launch(self, function: int, blocks: int, arguments: bytes) -> None:
-        """On the current stream; raises `Refused`."""
-        ...
 
 
 class Ascend:
@@ -54,7 +38,7 @@ class Ascend:
 
     chunk: int | None = None
 
-    def __init__(self, compiler: Compiler, runtime: Runtime, calls_back: bool) -> None:
+    def __init__(self, compiler: Compiler, runtime: AclRuntime, calls_back: bool) -> None:
         self._compiler, self._runtime = compiler, runtime
         self.target, self.identity, self.calls_back = compiler.target, compiler.identity, calls_back
         self._loaded: dict[str, _Loaded] = {}
@@ -160,6 +144,7 @@ class AclRuntime:
             raise Refused(f"CANN's runtime cannot load or launch kernels: {e}") from e
 
     def load(self, binary: bytes, name: str) -> int:
+        """A function of a binary; raises `Refused`."""
         options = _LoadOptions(ctypes.pointer(_LoadOption(_MAGIC, (_VECTOR_CORE, 0, 0, 0))), 1)
         handle, function = ctypes.c_void_p(), ctypes.c_void_p()
         size = ctypes.c_size_t(len(binary))
@@ -168,11 +153,13 @@ class AclRuntime:
         return function.value or 0
 
     def sync_address(self) -> int:
+        """Where cores synchronise; raises `Refused`."""
         address = ctypes.c_void_p()
         _check("synchronise", self._sync(ctypes.byref(address)))
         return address.value or 0
 
     def launch(self, function: int, blocks: int, arguments: bytes) -> None:
+        """On the current stream; raises `Refused`."""
         size, stream = ctypes.c_size_t(len(arguments)), ctypes.c_void_p(current_stream())
         given = (ctypes.c_void_p(function), ctypes.c_uint32(blocks), stream, None, ctypes.c_char_p(arguments), size)
         _check("launch", self._launch(*given, None, ctypes.c_size_t(0)))

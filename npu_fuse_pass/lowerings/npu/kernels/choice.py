@@ -35,7 +35,7 @@ def choose(kernels: str) -> Choice:
         if kernels == "auto" and not date:
             raise Refused(f"not proved on this machine, see {proof.COMMAND}")
         proved = f"proved on this machine by the self-test of {date}" if date else "not proved on this machine"
-        return Choice((GENERATED, *after), hardware.current(), proved)
+        return Choice((GENERATED, *after), ascend.current(), proved)
     except Refused as e:
         return Choice(after, why=f"no generated kernels: {e}")
     except Exception as e:  # of CANN's libraries

@@ -1,4 +1,4 @@
-"""What runs generated kernels: one small interface, and which one there is.
+"""What runs generated kernels: one small interface; `ascend.current` is the one that there is.
 
 Behind it is everything that needs CANN: compiling to a binary, loading it, launching it on the current stream. It was
 never launched on an NPU. Tests put a stand-in in its place, which executes the compiler's last IR on a CPU.
@@ -54,14 +54,3 @@ class Hardware(Protocol):
             Refused: the launch fails.
         """
         ...
-
-
-def current() -> Hardware:
-    """The hardware of this machine.
-
-    Raises:
-        Refused: generated kernels cannot be compiled or launched here; says what is missing.
-    """
-    from npu_fuse_pass.lowerings.npu.kernels import ascend
-
-    return ascend.current()

@@ -1,11 +1,10 @@
-"""A step of generated kernels: what is launched on which addresses. Who launches is behind `Launcher`."""
+"""A step of generated kernels: what is launched on which addresses. Who launches is behind `Hardware`."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,17 +14,12 @@ from npu_fuse_pass.ir.expr import Expr, postorder
 from npu_fuse_pass.ir.types import Group, Leaf
 from npu_fuse_pass.lowerings.npu.emit.split import Split, constants_of, slots_of, split_whole, states_from_tensors
 from npu_fuse_pass.lowerings.npu.kernels.generate import STATES_IN, Kernel, Kernels, generate
+from npu_fuse_pass.lowerings.npu.kernels.hardware import Hardware
 from npu_fuse_pass.lowerings.npu.kernels.tables import chunk_table, in_elements, member_spans
 from npu_fuse_pass.reasons import Code
 
 KERNEL = "generated NPU kernel"
 """What reports call it."""
-
-
-class Launcher(Protocol):
-    """Runs one kernel on the current stream, after those before it; as `hardware.Hardware`."""
-
-    def __call__(self, kernel: Kernel, arguments: Sequence[int], rows: int) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +145,7 @@ class Launches:
             self._classes.append(_Class(totals, parts, rows, partial, first_term))
             first_term += 0 if kernels.terms_of_members else rows["chunks"]
 
-    def launch(self, numbers: int, round_: int | None, launcher: Launcher) -> None:
+    def launch(self, numbers: int, round_: int | None, launcher: Hardware) -> None:
         """Launch a round of contributions to totals, or the update.
 
         Args:
@@ -220,7 +214,7 @@ class Cluster:
         generated: Sequence[Generated],
         leaves: Sequence[Leaf],
         numbers: Sequence[int],
-        launcher: Launcher,
+        launcher: Hardware,
         device: torch.device,
     ) -> None:
         self.name, self.generated = name, generated

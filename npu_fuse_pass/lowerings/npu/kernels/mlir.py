@@ -45,11 +45,11 @@ class Body:
     def add(self, line: str) -> None:
         self._lines.append("  " * self._depth + line)
 
-    def name(self, line: str, results: str = "") -> str:
+    def name(self, line: str) -> str:
         """Adds `%new = line` and gives the name."""
         self._serial += 1
         made = f"%v{self._serial}"
-        self.add(f"{made}{results} = {line}")
+        self.add(f"{made} = {line}")
         return made
 
     @contextmanager

@@ -90,74 +90,6 @@ def supported(op: str) -> bool:
     return op in _ROWS or op in _COMPARISONS or op in _ROUNDS or op in _NAMED
 
 
-Row = Callable[..., Value]
-_ROWS: dict[str, Row] = {}
-
-
-def _row(name: str) -> Callable[[Row], Row]:
-    def add(function: Row) -> Row:
-        _ROWS[name] = function
-        return function
-
-    return add
-
-
-@_row("fma")
-def _fma(o: Operations, x: Value, y: Value, z: Value) -> Value:
-    return o("add", o("mul", x, y), z)
-
-
-@_row("lerp")
-def _lerp(o: Operations, start: Value, end: Value, weight: Value) -> Value:
-    return o("add", start, o("mul", o("sub", end, start), weight))
-
-
-@_row("rsqrt")
-def _rsqrt(o: Operations, x: Value) -> Value:
-    return o("div", 1.0, o("sqrt", x))
-
-
-@_row("reciprocal")
-def _reciprocal(o: Operations, x: Value) -> Value:
-    return o("div", 1.0, x)
-
-
-@_row("sign")
-def _sign(o: Operations, x: Value) -> Value:
-    return o("where", o("gt", x, 0.0), 1.0, o("where", o("lt", x, 0.0), -1.0, 0.0))
-
-
-@_row("not")
-def _not(o: Operations, x: Value) -> Value:
-    return o("xor", x, True)
-
-
-@_row("isnan")
-def _isnan(o: Operations, x: Value) -> Value:
-    return o("ne", x, x)
-
-
-@_row("isinf")
-def _isinf(o: Operations, x: Value) -> Value:
-    return o("eq", o("abs", x), math.inf)
-
-
-@_row("isfinite")
-def _isfinite(o: Operations, x: Value) -> Value:
-    return o("lt", o("abs", x), math.inf)
-
-
-@_row("fmax")
-def _fmax(o: Operations, x: Value, y: Value) -> Value:
-    return o("where", o("isnan", x), y, o("where", o("isnan", y), x, o("maximum", x, y)))
-
-
-@_row("fmin")
-def _fmin(o: Operations, x: Value, y: Value) -> Value:
-    return o("where", o("isnan", x), y, o("where", o("isnan", y), x, o("minimum", x, y)))
-
-
-@_row("copysign")
 def _copysign(o: Operations, x: Value, y: Value) -> Value:
     """1 / y tells apart the zeros; a NaN's sign counts as positive."""
     inverse = o("div", 1.0, y)
@@ -166,22 +98,6 @@ def _copysign(o: Operations, x: Value, y: Value) -> Value:
     return o("where", negative, o("neg", size), size)
 
 
-@_row("exp2")
-def _exp2(o: Operations, x: Value) -> Value:
-    return o("exp", o("mul", x, math.log(2)))
-
-
-@_row("log2")
-def _log2(o: Operations, x: Value) -> Value:
-    return o("mul", o("log", x), 1 / math.log(2))
-
-
-@_row("log10")
-def _log10(o: Operations, x: Value) -> Value:
-    return o("mul", o("log", x), 1 / math.log(10))
-
-
-@_row("log1p")
 def _log1p(o: Operations, x: Value) -> Value:
     """log(1 + x), with what rounding 1 + x loses put back as a factor (Kahan)."""
     u = o("add", x, 1.0)
@@ -190,7 +106,6 @@ def _log1p(o: Operations, x: Value) -> Value:
     return o("where", o("eq", u, math.inf), u, usual)
 
 
-@_row("expm1")
 def _expm1(o: Operations, x: Value) -> Value:
     """exp(x) - 1, with what rounding exp(x) loses put back as a factor (Kahan)."""
     u = o("exp", x)
@@ -201,7 +116,6 @@ def _expm1(o: Operations, x: Value) -> Value:
     return o("where", ends, less, usual)
 
 
-@_row("sinh")
 def _sinh(o: Operations, x: Value) -> Value:
     t = o("expm1", o("abs", x))
     size = o("mul", o("add", t, o("div", t, o("add", t, 1.0))), 0.5)
@@ -209,18 +123,11 @@ def _sinh(o: Operations, x: Value) -> Value:
     return o("where", o("lt", x, 0.0), o("neg", size), size)
 
 
-@_row("cosh")
 def _cosh(o: Operations, x: Value) -> Value:
     u = o("exp", o("abs", x))
     return o("mul", o("add", u, o("div", 1.0, u)), 0.5)
 
 
-@_row("tan")
-def _tan(o: Operations, x: Value) -> Value:
-    return o("div", o("sin", x), o("cos", x))
-
-
-@_row("pow")
 def _pow(o: Operations, x: Value, y: Value) -> Value:
     """exp(y log|x|), and C's answers for negative bases, zeros, infinities, ones and exponent 0."""
     base = o("abs", x)
@@ -234,3 +141,28 @@ def _pow(o: Operations, x: Value, y: Value) -> Value:
     undefined = o("and", o("and", below, o("isfinite", x)), o("not", whole))
     found = o("where", undefined, math.nan, signed)
     return o("where", o("or", o("eq", y, 0.0), o("eq", x, 1.0)), 1.0, found)
+
+
+_ROWS: dict[str, Callable[..., Value]] = {
+    "fma": lambda o, x, y, z: o("add", o("mul", x, y), z),
+    "lerp": lambda o, start, end, weight: o("add", start, o("mul", o("sub", end, start), weight)),
+    "rsqrt": lambda o, x: o("div", 1.0, o("sqrt", x)),
+    "reciprocal": lambda o, x: o("div", 1.0, x),
+    "sign": lambda o, x: o("where", o("gt", x, 0.0), 1.0, o("where", o("lt", x, 0.0), -1.0, 0.0)),
+    "not": lambda o, x: o("xor", x, True),
+    "isnan": lambda o, x: o("ne", x, x),
+    "isinf": lambda o, x: o("eq", o("abs", x), math.inf),
+    "isfinite": lambda o, x: o("lt", o("abs", x), math.inf),
+    "fmax": lambda o, x, y: o("where", o("isnan", x), y, o("where", o("isnan", y), x, o("maximum", x, y))),
+    "fmin": lambda o, x, y: o("where", o("isnan", x), y, o("where", o("isnan", y), x, o("minimum", x, y))),
+    "exp2": lambda o, x: o("exp", o("mul", x, math.log(2))),
+    "log2": lambda o, x: o("mul", o("log", x), 1 / math.log(2)),
+    "log10": lambda o, x: o("mul", o("log", x), 1 / math.log(10)),
+    "tan": lambda o, x: o("div", o("sin", x), o("cos", x)),
+    "copysign": _copysign,
+    "log1p": _log1p,
+    "expm1": _expm1,
+    "sinh": _sinh,
+    "cosh": _cosh,
+    "pow": _pow,
+}

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from npu_fuse_pass.ir.expr import REDUCTIONS, Expr, postorder
+from npu_fuse_pass.ir.expr import REDUCTIONS, Expr, postorder, uncast
 from npu_fuse_pass.ir.types import Formula, Group, Leaf, LeafValues
 from npu_fuse_pass.lowerings.npu.plan import Plan, Span
 from npu_fuse_pass.tensors.memory import in_order, memory_order
@@ -180,8 +180,7 @@ def pointwise(formula: Formula) -> bool:
 
 def _summand(e: Expr) -> Expr | None:
     """The summand of a contribution; None if it is not a sum."""
-    while e.op == "cast":
-        (e,) = e.args
+    e = uncast(e)
     return e.args[0] if e.op == "sum" else None
 
 
