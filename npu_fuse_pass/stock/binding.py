@@ -61,16 +61,14 @@ class Binding:
         """
         try:
             self._prelude.prepare()
-        except Refused as e:
-            self.refused = e.reason
+        except BaseException as e:  # whatever ends it (Ctrl-C) leaves batches of which some are bound anew
             self._prelude.begin_anew()
+            if isinstance(e, Refused):
+                self.refused = e.reason
+            elif isinstance(e, Exception) and is_internal(e):
+                self.refused = internal(e)
+                raise Refused(self.refused) from e
             raise
-        except Exception as e:
-            if not is_internal(e):
-                raise
-            self.refused = internal(e)
-            self._prelude.begin_anew()
-            raise Refused(self.refused) from e
         try:
             if self._prelude.unchanged or any(g is not None for b in self._prelude.batches for g in b.grads):
                 self.core(self.ticket)
