@@ -244,7 +244,7 @@ class Kernel:
                     strides = torch.empty(t.shape, device="meta").stride()
                 if not in_order(t, strides):
                     self.slower = _REORDERED if self._ordered else ""
-                    dense = torch.empty_strided(t.shape, strides, dtype=t.dtype).copy_(t.detach())
+                    dense = torch.empty_strided(t.shape, strides, dtype=t.dtype, device="cpu").copy_(t.detach())
                     if column.written:
                         self._copy_back.append((t, dense))
                     self._keep.append(dense)
