@@ -27,6 +27,7 @@ from torch import Tensor
 from npu_fuse_pass.errors import PlatformError, Unsupported
 from npu_fuse_pass.lowerings.cpu import build as cpu_build
 from npu_fuse_pass.lowerings.cpu.compiler import end_all, ending
+from npu_fuse_pass.lowerings.cpu.threads import threads
 from npu_fuse_pass.private_torch import find
 from npu_fuse_pass.reasons import Code
 
@@ -76,13 +77,13 @@ class NativeInputs:
             given: those of this step; None: those known and their present gradients. The caller keeps them alive.
         """
         listed = None if given is None else id(given)
-        found = self._library.inputs_same(self._table, listed, _at(self.addresses), torch.get_num_threads())
+        found = self._library.inputs_same(self._table, listed, _at(self.addresses), threads())
         self.own = found == _OWN
         return bool(found)
 
     def write(self, written: array.array[int]) -> None:
         """Tell autograd which of the tensors that `same` found are written (1 or 0 for each)."""
-        self._library.inputs_write(self._table, _at(written), torch.get_num_threads())
+        self._library.inputs_write(self._table, _at(written), threads())
 
     def done(self) -> None:
         """Let go of the tensors."""
