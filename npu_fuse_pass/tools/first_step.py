@@ -33,14 +33,16 @@ def first_eagerly(
 
     def run(*args: Any, **kwargs: Any) -> Any:
         nonlocal waits
-        first, waits = waits, False
-        if not first or _has_states(opt):
+        if not waits or _has_states(opt):
+            waits = False
             return compiled(*args, **kwargs)
         before = _numbers(opt)
         try:
-            return step(*args, **kwargs)
+            result = step(*args, **kwargs)
         finally:
             changing.update(key for key, values in _numbers(opt).items() if not _are_same(before.get(key, []), values))
+        waits = False  # last: what ends a first step early leaves it to the next one
+        return result
 
     return run
 
