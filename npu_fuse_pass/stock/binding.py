@@ -61,12 +61,14 @@ class Binding:
         """
         try:
             self._prelude.prepare()
-        except Exception as e:
-            if not (isinstance(e, Refused) or is_internal(e)):
-                raise
-            self.refused = e.reason if isinstance(e, Refused) else internal(e)
+        except BaseException as e:  # whatever ends it (Ctrl-C) leaves batches of which some are bound anew
             self._prelude.begin_anew()
-            raise Refused(self.refused) from e
+            if isinstance(e, Refused):
+                self.refused = e.reason
+            elif isinstance(e, Exception) and is_internal(e):
+                self.refused = internal(e)
+                raise Refused(self.refused) from e
+            raise
         try:
             if self._prelude.unchanged or any(g is not None for b in self._prelude.batches for g in b.grads):
                 self.core(self.ticket)

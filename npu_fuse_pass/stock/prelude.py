@@ -80,6 +80,7 @@ class StockPrelude(Prepared):
         updated = {id(p) for p, step in pairs if step is not None and step > 0}
         self._made = [made for made in self._made if id(made[0]) in updated]
         self.expose_states()
+        self.begin_anew()  # other states that it has begun are in no entry, where those of the next step belong
 
     def follow(self) -> None:
         """Another step than the rule's has run on these tensors: what is kept beside them follows it."""
@@ -95,7 +96,7 @@ class StockPrelude(Prepared):
         return next((r for i, p in enumerate(params) if (r := _refused(p, p, f"parameter {i}"))), None)
 
     def begin_anew(self) -> None:
-        """Forget what was prepared: another step than the rule's runs."""
+        """Forget what was prepared: another step than the rule's runs, or this one has not ended."""
         self._made, self._entries = [], Entries()
         self.release_gradients()
 

@@ -34,15 +34,17 @@ def first_eagerly(
 
     def run(*args: Any, **kwargs: Any) -> Any:
         nonlocal waits
-        first, waits = waits, False
-        if not first or _has_states(opt):
+        if not waits or _has_states(opt):
+            waits = False
             return compiled(*args, **kwargs)
         before = _numbers(opt)
         try:
-            return step(*args, **kwargs)
+            result = step(*args, **kwargs)
         finally:
             # one that was computed anew will change, though its value is still the same
             changing.update(k for k, values in _numbers(opt).items() if not same_objects(before.get(k, []), values))
+        waits = False  # last: what ends a first step early leaves it to the next one
+        return result
 
     return run
 

@@ -81,6 +81,24 @@ def test_the_second_step_is_the_first_that_is_compiled(cls: Any, in_place: bool)
     assert_fused(last_report(), parameters=2)
 
 
+def test_a_first_step_that_fails_was_none() -> None:
+    """The next one makes the states, which Dynamo cannot: it would leave the code of all steps to Python."""
+    params = parameters(SHAPES)
+    others = clones(params)
+    opt, eager = Copies(params), Copies(others)
+    step = npu_fuse_pass.compile_step(opt)
+
+    def no_batch() -> None:
+        raise StopIteration
+
+    with pytest.raises(StopIteration):
+        step(no_batch)
+    train(params, step)
+    train(others, eager.step)
+    assert_close(params, others)
+    assert_fused(last_report(), parameters=len(params))
+
+
 def test_states_of_a_checkpoint_are_compiled_at_once() -> None:
     params = parameters(SHAPES)
     others = clones(params)

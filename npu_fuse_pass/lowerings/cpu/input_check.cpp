@@ -236,8 +236,9 @@ int inputs_dicts(PyObject* const* dicts, const int64_t* sizes, int64_t n, PyObje
   return true;
 }
 
-// Whether tensors are as those learned; writes their addresses. inputs_done has to follow. given: a list of them; null:
-// those of the objects learned, which must exist, and their present gradients.
+// Whether tensors are as those learned: 2 if they are of the objects learned, gradients excepted, else 1; writes their
+// addresses. inputs_done has to follow. given: a list of them; null: those of the objects learned, which must exist, and
+// their present gradients.
 int inputs_same(void* table_, PyObject* given, int64_t* addresses, int64_t threads) {
   auto& table = *static_cast<Table*>(table_);
   try {
@@ -250,7 +251,11 @@ int inputs_same(void* table_, PyObject* given, int64_t* addresses, int64_t threa
     if (!share(0, table.alone, threads, part) || !share(table.alone, n, threads, part)) return false;
     // On this thread: one more owner of a tensor may be one more owner of its Python object.
     for (int64_t turn = table.alone; turn < n; turn++) table.held.push_back(*check.tensors[turn]);
-    return true;
+    const auto own = [&](int64_t i) { return table.known[i].owner >= 0 || check.objects[i] == table.objects[i]; };
+    for (int64_t i = 0; i < n; i++) {
+      if (!own(i)) return 1;
+    }
+    return 2;
   } catch (...) {
     inputs_done(table_);
     return false;

@@ -27,6 +27,7 @@ from torch import Tensor
 from npu_fuse_pass.errors import PlatformError, Unsupported
 from npu_fuse_pass.lowerings.cpu import build as cpu_build
 from npu_fuse_pass.lowerings.cpu.compiler import end_all, ending
+from npu_fuse_pass.lowerings.cpu.threads import threads
 from npu_fuse_pass.private_torch import find
 from npu_fuse_pass.reasons import Code
 
@@ -37,6 +38,7 @@ WAITED = 1000
 PATIENCE = 5.0
 """Seconds, from the beginning of its compile, for which steps wait."""
 _MADE_AT_MOST = 8  # tables for tensors that keep changing
+_OWN = 2  # what the library says of the objects that it has learned
 
 _HANDLES = "torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors"
 
@@ -49,10 +51,12 @@ class NativeInputs:
     Attributes:
         addresses: of all, from the last check that found them the same.
         held: ids of those that are not gradients of others.
+        own: the tensors that were asked about last are those learned, object by object, gradients of others excepted.
     """
 
     def __init__(self, tensors: Sequence[Tensor], library: Any) -> None:
         self._library = library
+        self.own = True
         owners = array.array("q", _owners(tensors))
         self.held = {id(t) for t, owner in zip(tensors, owners, strict=True) if owner < 0}
         self.addresses = array.array("q", [0]) * len(tensors)
@@ -73,11 +77,13 @@ class NativeInputs:
             given: those of this step; None: those known and their present gradients. The caller keeps them alive.
         """
         listed = None if given is None else id(given)
-        return bool(self._library.inputs_same(self._table, listed, _at(self.addresses), torch.get_num_threads()))
+        found = self._library.inputs_same(self._table, listed, _at(self.addresses), threads())
+        self.own = found == _OWN
+        return bool(found)
 
     def write(self, written: array.array[int]) -> None:
         """Tell autograd which of the tensors that `same` found are written (1 or 0 for each)."""
-        self._library.inputs_write(self._table, _at(written), torch.get_num_threads())
+        self._library.inputs_write(self._table, _at(written), threads())
 
     def done(self) -> None:
         """Let go of the tensors."""
@@ -110,10 +116,14 @@ class KernelInputs:
 
     Args:
         written: for each tensor, 1 if the kernel writes it, else 0.
+
+    Attributes:
+        own: the tensors of this step are those of the table, see `NativeInputs.own`.
     """
 
     def __init__(self, written: array.array[int]) -> None:
         self._written = written
+        self.own = False
         self._native: NativeInputs | None = None
         self._left = _MADE_AT_MOST if len(written) >= WORTH else 0
         self._found = False
@@ -133,6 +143,7 @@ class KernelInputs:
     def same(self, given: list[Tensor] | None = None) -> array.array[int] | None:
         """The addresses of the tensors if they match the table, else None; see `NativeInputs.same`."""
         self._found = self._native is not None and self._native.same(given)
+        self.own = self._native is not None and self._found and self._native.own
         return self._native.addresses if self._native is not None and self._found else None
 
     def learn(self, tensors: Sequence[Tensor]) -> None:
@@ -140,11 +151,15 @@ class KernelInputs:
         if self._left and (library := _library.get("native")) is not None:
             self._left -= 1
             with contextlib.suppress(Unsupported):
-                self._native = NativeInputs(tensors, library)
+                self._native, self.own, self._found = NativeInputs(tensors, library), True, False
+
+    def forget(self) -> None:
+        """Forget the kinds of the tensors: they are of others now, and may be of these again."""
+        self._native, self.own, self._found = None, False, False
 
     def holds(self, ids: Set[int]) -> bool:
-        """True if there is a table, and its tensors that are not gradients are among these."""
-        return self._native is not None and self._native.held <= ids
+        """True if the tensors of this step are those of a table, and those that are not gradients are among these."""
+        return self.own and self._native is not None and self._native.held <= ids
 
     def write(self) -> bool:
         """Tell autograd what the kernel writes; False if the last `same` did not find the tensors."""

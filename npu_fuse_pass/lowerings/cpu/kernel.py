@@ -125,7 +125,7 @@ class Kernel:
             if addresses is not None or kinds == self._kinds is not None or self._same.match(varying):
                 self._bind_same(values, varying, addresses)
                 return
-        self._kinds = None
+        self._kinds, self.inputs.own = None, False
         self.moved = True
         plain = self._mark_active(values)
         for column in self._scalar_columns:
@@ -152,6 +152,7 @@ class Kernel:
             self._bind_scalars(column, values)
         if addresses is None:
             addresses = array.array("q", list(map(Tensor.data_ptr, varying)))
+        if not self.inputs.own:
             self.inputs.learn(varying)
         self._enter(addresses)
 
@@ -213,7 +214,10 @@ class Kernel:
                 if not address:
                     raise Mismatch(NOWHERE, Code.NO_MEMORY)
             self._tables.scalars[begin + m] = address
-            self._tables.tags[begin + m] = tag
+            if self._tables.tags[begin + m] != tag:
+                self._tables.tags[begin + m] = tag
+                self._same, self._kinds = SameTensors(), None  # what was learned goes with the tags of before
+                self.inputs.forget()
 
     def _bind_by_member(self, values: LeafValues, complete: bool) -> None:
         """The general way: some member is left out, or its tensors are not all contiguous."""
@@ -233,7 +237,7 @@ class Kernel:
                     strides = torch.empty(t.shape, device="meta").stride()
                 if not in_order(t, strides):
                     self.slower = _REORDERED if self._ordered else ""
-                    dense = torch.empty_strided(t.shape, strides, dtype=t.dtype).copy_(t.detach())
+                    dense = torch.empty_strided(t.shape, strides, dtype=t.dtype, device="cpu").copy_(t.detach())
                     if column.written:
                         self._copy_back.append((t, dense))
                     self._keep.append(dense)

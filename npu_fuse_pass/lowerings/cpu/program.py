@@ -22,6 +22,7 @@ from npu_fuse_pass.ir.types import Group, Leaf, LeafValues
 from npu_fuse_pass.lowerings.cpu.input_check import native_dicts
 from npu_fuse_pass.lowerings.cpu.kernel import Kernel
 from npu_fuse_pass.lowerings.cpu.spread import Spread
+from npu_fuse_pass.lowerings.cpu.threads import threads
 from npu_fuse_pass.lowerings.interrupts import to_the_end
 from npu_fuse_pass.lowerings.program import check_written_once
 from npu_fuse_pass.reasons import Code
@@ -148,7 +149,7 @@ class Program:
 
     def _compute(self, values: LeafValues) -> None:
         """All kernels, or none: what a signal's handler raises between two of them (KeyboardInterrupt) is held."""
-        threads = torch.get_num_threads()
+        number = threads()
         bound = False
         self._summed = False
         if self.spread is not None:
@@ -161,9 +162,9 @@ class Program:
                 for kernel in self.kernels:
                     kernel.write(values)
                 if self.spread is not None:
-                    self.spread.open(threads)
+                    self.spread.open(number)
             bound = True
-            self._run(threads)
+            self._run(number)
 
         to_the_end(step, refused=lambda e: not bound and isinstance(e, Exception))
 

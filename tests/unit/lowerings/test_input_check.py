@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import pathlib
@@ -20,7 +21,9 @@ import npu_fuse_pass
 import optimizers
 from npu_fuse_pass.lowerings.cpu import build as cpu_build
 from npu_fuse_pass.lowerings.cpu import input_check
+from npu_fuse_pass.rules import core_op
 from npu_fuse_pass.rules.prelude import Prelude
+from npu_fuse_pass.stock.binding import Binding
 from tests.support.cases import CASES
 from tests.support.kernel_cache import Path, counting_compiler, forget, own_cache
 from tests.support.training import (
@@ -226,6 +229,64 @@ def test_what_changes_between_steps_of_stock_optimizers(change: Callable[[Params
     opt, eager = (torch.optim.SGD(ps, lr=0.1, momentum=0.9) for ps in (params, twins))
     side_by_side(params, compiled(opt, fullgraph=False), twins, eager, 10, change)
     assert_close(params, twins, 1e-5)
+
+
+Change = Callable[[torch.optim.Optimizer, Params], None]
+
+
+def states_exchanged(opt: torch.optim.Optimizer, params: Params) -> None:
+    """The objects are those that they were, and each is another parameter's."""
+    opt.state[params[1]], opt.state[params[5]] = opt.state[params[5]], opt.state[params[1]]
+
+
+def states_replaced(opt: torch.optim.Optimizer, params: Params) -> None:
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+
+
+def counted_in(dtype: torch.dtype) -> Change:
+    """As a checkpoint has it that was written under another default dtype."""
+
+    def change(opt: torch.optim.Optimizer, params: Params) -> None:
+        saved = copy.deepcopy(opt.state_dict())
+        for entry in saved["state"].values():
+            entry["step"] = entry["step"].to(dtype)
+        opt.load_state_dict(saved)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [states_exchanged] * 2,
+        [states_replaced] * 2,
+        [counted_in(torch.float64), counted_in(torch.float32)],
+        [counted_in(torch.float64), states_exchanged, counted_in(torch.float32)],
+    ],
+    ids=["exchanged", "replaced", "counted otherwise and back", "exchanged in between"],
+)
+@pytest.mark.parametrize("steps", [1, 4])
+def test_what_changes_in_the_states_of_stock_optimizers(changes: list[Change], steps: int) -> None:
+    """They are used as they are now, and checked natively again."""
+    params = parameters(SHAPES)
+    twins = clones(params)
+    opt, eager = (torch.optim.Adam(ps, lr=0.1) for ps in (params, twins))
+    npu_fuse_pass.compile_optimizer_(opt)
+    side_by_side(params, opt.step, twins, eager, 4)
+    (bound,) = [o for o in core_op._optimizers.values() if isinstance(o, Binding) and o.optimizer is opt]
+    assert watched(bound)
+    for change in changes:
+        for o, ps in ((opt, params), (eager, twins)):
+            change(o, ps)
+        side_by_side(params, opt.step, twins, eager, steps)
+        assert_close(params, twins, 1e-4)
+        for p, q in zip(params, twins, strict=True):
+            assert opt.state[p]["step"].equal(eager.state[q]["step"])
+            assert_close([opt.state[p]["exp_avg"]], [eager.state[q]["exp_avg"]], 1e-4)
+    side_by_side(params, opt.step, twins, eager, 4)
+    assert_close(params, twins, 1e-4)
+    assert watched(bound)
+    assert_fused(last_report(), parameters=len(params))
 
 
 def test_parameters_that_come_to_overlap_are_refused() -> None:

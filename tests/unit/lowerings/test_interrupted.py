@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 import optimizers
-from npu_fuse_pass import pipeline
+from npu_fuse_pass import compile_optimizer_, pipeline
 from npu_fuse_pass.errors import PlatformError
 from npu_fuse_pass.lowerings import eager, segmented
 from npu_fuse_pass.lowerings.cpu import program as cpu
 from npu_fuse_pass.lowerings.cpu.kernel import Kernel
 from npu_fuse_pass.lowerings.cpu.program import Program
+from npu_fuse_pass.stock.prelude import StockPrelude
 from tests.support.training import assert_fused, last_report, parameters, set_gradients
 
 SHAPES = [(3, 4), (5,), (5,)]
@@ -358,3 +359,36 @@ def test_a_plan_that_is_made_anew(
     for a, b in zip(everything(params, opt), everything(twins, twin), strict=True):
         torch.testing.assert_close(a, b)
     assert_fused(last_report(), parameters=updated)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("place", [(StockPrelude, "_initialise"), (Kernel, "bind")], ids=["prepared", "run"])
+def test_what_a_step_begins_before_it_is_ended(
+    place: tuple[object, str], momentum: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A parameter that trains from now on, and its momentum, begin at the next step, where everybody sees it."""
+    params, twins = mixed(), mixed()
+    opt, twin = (torch.optim.SGD(ps, lr=0.1, momentum=momentum) for ps in (params, twins))
+    compile_optimizer_(opt)
+
+    def step(seed: int, frozen: bool) -> None:
+        for ps in (params, twins):
+            grads(ps, seed)
+            ps[2].requires_grad_(not frozen)
+            ps[2].grad = None if frozen else ps[2].grad
+        opt.step()
+
+    def interrupt(*args: Any) -> None:
+        raise Interrupt
+
+    for frozen in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(*place, interrupt)
+            with pytest.raises(Interrupt):
+                step(0, frozen)
+        for seed in range(3):
+            step(seed, frozen)
+            twin.step()
+    for a, b in zip(everything(params, opt), everything(twins, twin), strict=True):
+        torch.testing.assert_close(a, b)
+    assert_fused(last_report(), parameters=5)

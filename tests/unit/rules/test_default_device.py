@@ -122,3 +122,20 @@ def test_steps_under_another_default_device(
         assert not report.unfused
         assert (report.fallback is None) == (how == "compiled"), report.fallback
         assert ("match: adamw" in str(report)) == ("Adam" in name)  # decided here, where it is asked for
+
+
+def test_gradients_in_another_order_of_memory() -> None:
+    """They are copied for a kernel, where it reads them."""
+    params = parameters()
+    others = clones(params)
+    ours, eager = optimizers.NpuFusedAdam(params, lr=0.1), torch.optim.Adam(others, lr=0.1)
+    npu_fuse_pass.clear_reports()
+    npu_fuse_pass.compile_optimizer_(ours)
+    for k in range(3):
+        for opt, tensors in ((ours, params), (eager, others)):
+            for p, g in zip(tensors, gradients(tensors, k), strict=True):
+                p.grad = g.mT.contiguous().mT if g.ndim > 1 else g
+            with torch.device("meta") if opt is ours else contextlib.nullcontext():
+                opt.step()
+    assert_close(params, others)
+    assert_fused(last_report(), parameters=len(params))
