@@ -36,9 +36,4 @@ def total_slots(groups: Sequence[Group], leaves: Sequence[Leaf]) -> list[frozens
     """For each group the scalar slots that hold totals; None for all where contributions are computed several times."""
     if rounds(groups, leaves) > 1:
         return [None] * len(groups)
-    return [_holding_totals(group, leaves) if group.formula.contributions else frozenset() for group in groups]
-
-
-def _holding_totals(group: Group, leaves: Sequence[Leaf]) -> frozenset[int]:
-    slots = group.formula.scalar_slots
-    return frozenset(s for s in slots if any(leaves[member[s]].kind == "total" for member in group.members))
+    return [frozenset(g.formula.total_slots if g.formula.contributions else ()) for g in groups]

@@ -81,7 +81,7 @@ class LoweredGroup:
 
     def _split(self, found: Match | NoMatch | None, chip: str, kernels: str) -> dedicated.Dedicated | str:
         group, leaves, formula = self.group, self._leaves, self.group.formula
-        totals = [s for s in formula.scalar_slots if leaves[group.members[0][s]].kind == "total"]
+        totals = formula.total_slots
         chosen = dedicated.choose(group, found, totals, chip, kernels)
         self.dedicated = None if isinstance(chosen, str) else chosen
         self._lists = kernels != "elementwise" and self.dedicated is None and series(chip) in list_operations.SERIES

@@ -54,9 +54,8 @@ def generate_group(
         Unsupported: the vector unit cannot compute the group; says why.
     """
     formula = group.formula
-    totals = [s for s in formula.scalar_slots if any(leaves[m[s]].kind == "total" for m in group.members)]
-    states = {s: _stored(group, leaves, s) for s in states_from_tensors(formula, totals)}
-    made = split_whole(formula, totals, constants_of(group, leaves), states)
+    states = {s: _stored(group, leaves, s) for s in states_from_tensors(formula, formula.total_slots)}
+    made = split_whole(formula, formula.total_slots, constants_of(group, leaves), states)
     several = {tuple(depths.get(t, 1) - 1 for t in row) for row in group.totals} if depths else set()
     if len(several) > 1:
         raise Unsupported(group.name, "its members add to totals of other rounds", Code.ACROSS_PARAMETERS)
