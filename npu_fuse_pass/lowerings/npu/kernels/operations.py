@@ -20,7 +20,7 @@ _NAMED = {
     },
     **{n: _HFUSION.format("binary", "binary", m) for n, m in (("maximum", "maxf"), ("minimum", "minf"))},
     **{n: _HFUSION.format("binary", "binary", f"v{n}") for n in ("and", "or", "xor")},
-    **{n: _HFUSION.format("unary", "unary", n) for n in ("sqrt", "tanh", "erf", "sin", "cos")},
+    **{n: _HFUSION.format("unary", "unary", n) for n in ("sqrt", "erf", "sin", "cos")},
     "where": "hfusion.select",
 }
 _COMPARE = "hfusion.compare {{compare_fn = #hfusion.compare_fn<v{}>}}"
@@ -213,6 +213,13 @@ def _sinh(o: Operations, x: Value) -> Value:
 def _cosh(o: Operations, x: Value) -> Value:
     u = o("exp", o("abs", x))
     return o("mul", o("add", u, o("div", 1.0, u)), 0.5)
+
+
+@_row("tanh")
+def _tanh(o: Operations, x: Value) -> Value:
+    """The compiler's own takes quotients of exp(x), so that small arguments lose their digits, all of them below 6e-8."""
+    t = o("expm1", o("mul", x, 2.0))
+    return o("where", o("eq", t, math.inf), 1.0, o("div", t, o("add", t, 2.0)))
 
 
 @_row("tan")
