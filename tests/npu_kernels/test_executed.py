@@ -188,3 +188,24 @@ def test_a_total_over_groups_and_dtypes() -> None:
         found.append(steps.tensors(opt))
     for a, b in zip(*found, strict=True):
         assert distance(a, b) <= (1e-6 if a.dtype == torch.float32 else ULP[a.dtype] / 16)
+
+
+def test_masks_in_memory() -> None:
+    """Tensors of bool are read and written, one byte for each element."""
+    found, backend = [], GraphBackend(size=1024)
+    for chosen in (backend, None):
+        torch._dynamo.reset()
+        params = [p.detach() for p in parameters((2049, 7, 363))]
+        masks = [p > 0.5 for p in params]
+
+        def step(grads: list[Tensor]) -> None:
+            for p, mask, g in zip(params, masks, grads, strict=True):  # noqa: B023
+                p.copy_(torch.where(mask, p + g, p - g))
+                mask.logical_xor_(g > p)
+
+        call = step if chosen is None else torch.compile(step, backend=chosen, fullgraph=True)
+        for k in range(3):
+            call([p.detach() for p in parameters((2049, 7, 363), seed=1 + k)])
+        found.append([*params, *masks])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert len(backend.cores.launched) == 3
