@@ -226,7 +226,8 @@ class Cluster:
         self._numbers, self._launcher = numbers, launcher
         self._sizes = [[_elements(made, leaves, member) for member in made.group.members] for made in generated]
         counts = [_terms(made, sizes) for made, sizes in zip(generated, self._sizes, strict=True)]
-        totals = [leaf.index for leaf in leaves if leaf.kind == "total"]
+        totals = {leaf.index for leaf in leaves if leaf.kind == "total"}
+        totals |= {total for made in generated for row in made.group.totals for total in row}  # one may have no reader
         self._terms = torch.empty(max(totals, default=-1) + 1, sum(counts), dtype=torch.float32, device=device)
         self._launches = [Launches(made, leaves, self._terms, sum(counts[:k])) for k, made in enumerate(generated)]
         self.active = [[True] * len(made.group.members) for made in generated]
