@@ -217,7 +217,7 @@ def _cosh(o: Operations, x: Value) -> Value:
 
 @_row("tanh")
 def _tanh(o: Operations, x: Value) -> Value:
-    """The compiler's own takes quotients of exp(x), so that small arguments lose their digits, all of them below 6e-8."""
+    """The compiler's own is made of exp(x), so that small arguments lose their digits, all of them below 6e-8."""
     t = o("expm1", o("mul", x, 2.0))
     return o("where", o("eq", t, math.inf), 1.0, o("div", t, o("add", t, 2.0)))
 
