@@ -215,6 +215,25 @@ def test_a_total_that_nobody_reads(read: bool) -> None:
     assert len(step.cores.launched) == (6 if read else 3)  # without one, the pass that adds up writes as well
 
 
+def test_what_a_parameter_without_elements_adds_to_a_total() -> None:
+    """Not all that is added is 0 where there is nothing to sum."""
+
+    def scaled(param: Tensor, grad: Tensor, *, lr: Tensor, count: Tensor) -> Tensor:
+        return param - lr * grad * count
+
+    made = rule(defaults={"lr": 0.1}, totals={"count": total(lambda grad: (grad * grad).sum() + 1)})(scaled)
+    params, twins = parameters((2049, 0, 7)), parameters((2049, 0, 7))
+    opt, twin = made(params), made(twins)
+    for k in range(3):
+        set_gradients(params, k, (1,) if k == 1 else ())
+        set_gradients(twins, k, (1,) if k == 1 else ())
+        step = step if k else RuleStep(opt, size=1024)
+        step.step()
+        twin.step()
+    assert all(distance(a, b) <= 1e-6 for a, b in zip(params, twins, strict=True))
+    assert len(step.cores.launched) == 9  # sums, what members add, the update
+
+
 def test_masks_in_memory() -> None:
     """Tensors of bool are read and written, one byte for each element."""
     found, backend = [], GraphBackend(size=1024)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 from npu_fuse_pass.errors import Unsupported
+from npu_fuse_pass.ir.totals import adds_nothing
 from npu_fuse_pass.ir.types import Group, Leaf
 from npu_fuse_pass.lowerings.npu.emit import dedicated, elementwise, list_operations
 from npu_fuse_pass.lowerings.npu.emit import lists as npu_foreach
@@ -90,6 +91,10 @@ class LoweredGroup:
         self.splits = [chosen_split or split(formula, totals, False, constants)]
         if formula.contributions:
             self.splits.append(split(formula, totals, True, constants))
+            empty = any(0 in leaves[m[s]].shape for m in group.members for s in formula.tensor_slots[:1])
+            if empty and not all(map(adds_nothing, formula.contributions)):
+                why = "a tensor without elements adds something to a total, and GE operations leave such tensors out"
+                raise Unsupported(group.name, why, Code.ACROSS_PARAMETERS)
             if self.splits[1].device_slots:
                 raise Unsupported(group.name, "a total depends on another total", Code.ACROSS_PARAMETERS)
         for made in self.splits:

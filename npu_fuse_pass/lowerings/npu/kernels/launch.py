@@ -127,7 +127,7 @@ class Launches:
         itemsizes = [made.device.slots[s].dtype.itemsize for s in kernels.slots]
         members: dict[tuple[int, ...], list[int]] = {}
         for m, takes_part in enumerate(active):
-            if takes_part and (sizes[m] or states):
+            if takes_part and (sizes[m] or states or kernels.terms_of_members):
                 read = tuple(self._leaves[group.members[m][s]].index for s in made.device_slots)
                 members.setdefault((*read, *group.totals[m]), []).append(m)
         self._classes = []
