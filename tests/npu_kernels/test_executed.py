@@ -227,7 +227,8 @@ def test_what_a_parameter_without_elements_adds_to_a_total() -> None:
     for k in range(3):
         set_gradients(params, k, (1,) if k == 1 else ())
         set_gradients(twins, k, (1,) if k == 1 else ())
-        step = step if k else RuleStep(opt, size=1024)
+        if not k:
+            step = RuleStep(opt, size=1024)
         step.step()
         twin.step()
     assert all(distance(a, b) <= 1e-6 for a, b in zip(params, twins, strict=True))
