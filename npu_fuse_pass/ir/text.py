@@ -44,7 +44,7 @@ def parse(text: str) -> Formula:
         head, _, rest = line.partition(" ")
         if head == "slot":
             kind = rest.split(": ")[1]
-            slots.append(Slot(kind != "scalar", DTYPES.get(kind, torch.float64)))
+            slots.append(Slot(kind in DTYPES, DTYPES.get(kind, torch.float64), kind == "total"))
         elif head == "write":
             slot, name = rest.split(" = ")
             writes.append((int(slot[1:]), ref(name)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from npu_fuse_pass.ir.expr import postorder
+from npu_fuse_pass.ir.expr import Expr, postorder
 from npu_fuse_pass.ir.types import Group, Leaf
 
 
@@ -32,13 +32,20 @@ def depths(groups: Sequence[Group], leaves: Sequence[Leaf]) -> dict[int, int]:
     return {total: deep(total) for total in read}
 
 
+def adds_nothing(contribution: Expr) -> bool:
+    """Whether a member without elements adds 0 to a total, by the form of what it adds: sums of nothing are 0."""
+    zero: dict[int, bool] = {}
+    for e in postorder([contribution]):
+        below = [zero[id(a)] for a in e.args]
+        if e.op in ("cast", "sqrt", "abs", "neg", "add", "sub"):
+            zero[id(e)] = all(below)
+        else:
+            zero[id(e)] = e.op in ("sum", "zero") or (e.op == "mul" and any(below)) or (e.op == "div" and below[0])
+    return zero[id(contribution)]
+
+
 def total_slots(groups: Sequence[Group], leaves: Sequence[Leaf]) -> list[frozenset[int] | None]:
     """For each group the scalar slots that hold totals; None for all where contributions are computed several times."""
     if rounds(groups, leaves) > 1:
         return [None] * len(groups)
-    return [_holding_totals(group, leaves) if group.formula.contributions else frozenset() for group in groups]
-
-
-def _holding_totals(group: Group, leaves: Sequence[Leaf]) -> frozenset[int]:
-    slots = group.formula.scalar_slots
-    return frozenset(s for s in slots if any(leaves[member[s]].kind == "total" for member in group.members))
+    return [frozenset(g.formula.total_slots if g.formula.contributions else ()) for g in groups]

@@ -55,13 +55,14 @@ LeafValues = list[Tensor | None]
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """An input of a formula: a tensor of a stored dtype, or a scalar."""
+    """An input of a formula: a tensor of a stored dtype, or a scalar; `total`: it holds a total, in every member."""
 
     tensor: bool
     dtype: torch.dtype
+    total: bool = False
 
     def __str__(self) -> str:
-        return DTYPE_NAMES[self.dtype] if self.tensor else "scalar"
+        return DTYPE_NAMES[self.dtype] if self.tensor else "total" if self.total else "scalar"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +126,10 @@ class Formula:
     @property
     def scalar_slots(self) -> list[int]:
         return [i for i, s in enumerate(self.slots) if not s.tensor]
+
+    @property
+    def total_slots(self) -> list[int]:
+        return [i for i, s in enumerate(self.slots) if s.total]
 
     @property
     def written(self) -> list[int]:

@@ -1,8 +1,9 @@
 """Stage 2: bring every update into canonical form and put equal ones together.
 
 Leaves lose their identity and become slots; constants become scalar slots too, so that two parameter groups that
-differ in a number share a formula. Arguments of commutative operations and the writes are put into an order that does
-not depend on names: by structural hash, refined once by how each leaf is written.
+differ in a number share a formula; a slot that holds a total is of another kind. Arguments of commutative operations
+and the writes are put into an order that does not depend on names: by structural hash, refined once by how each leaf
+is written.
 """
 
 from __future__ import annotations
@@ -175,6 +176,6 @@ class _Rebuild:
         slot = len(self.slots)
         if e.op == "leaf":
             self._leaf_slots[e.value] = slot
-        self.slots.append(Slot(e.tensor, e.dtype if e.tensor else torch.float64))
+        self.slots.append(Slot(e.tensor, e.dtype if e.tensor else torch.float64, e.op == "total"))
         self.sources.append(e)
         return slot

@@ -14,7 +14,7 @@ import torch
 from steps import SHAPES, assert_same, captured_step, parameters, set_gradients, step_both, twins
 from torch import Tensor
 
-from npu_fuse_pass import errors, private_torch
+from npu_fuse_pass import errors, private_torch, rule, total
 from npu_fuse_pass.backend import npu_fused
 from npu_fuse_pass.lowerings.npu import program as npu
 from npu_fuse_pass.lowerings.npu.environment import require
@@ -185,3 +185,29 @@ def test_one_value_in_several_places(
     assert [g.runs for g in ge.graphs] == [3]
     (made,) = report.reports()
     assert made.fallback is None and {g.lowering for g in made.groups} == {"npu"}
+
+
+@pytest.mark.parametrize("added", ["a norm", "a count"])
+def test_what_a_parameter_without_elements_adds_to_a_total(added: str, ge: harness.Recording) -> None:
+    """GE operations leave it out: right where it adds 0, as far as the form of what is added tells."""
+
+    def scaled(param: Tensor, grad: Tensor, *, lr: Tensor, sum: Tensor) -> Tensor:
+        return param - lr * grad * sum
+
+    of_grad = {"a norm": lambda grad: (grad * grad).sum().sqrt() * 2, "a count": lambda grad: grad.sum() * 0 + 1}
+    made = rule(defaults={"lr": 0.1}, totals={"sum": total(of_grad[added])})(scaled)
+    found = []
+    for compiled in (True, False):
+        params = [torch.nn.Parameter(torch.arange(float(n))) for n in (5, 0, 3)]
+        opt = made(params)
+        step = torch.compile(opt.step, backend=npu_fused, options={"platform": "npu"}) if compiled else opt.step
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for k in range(3):
+                set_gradients(params, k)
+                step()
+        found.append(params)
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+    assert bool(ge.graphs) == (added == "a norm")
+    assert ("a tensor without elements" in str(report.reports()[-1].fallback)) == (added == "a count")

@@ -102,6 +102,7 @@ def _half_away(x: np.ndarray) -> np.ndarray:
 
 
 _ROUNDS = {"round": _half_away, "rint": np.rint, "floor": np.floor, "ceil": np.ceil, "trunc": np.trunc}
+_ROUNDS |= {"truncwithoverflow": np.trunc}  # to 8 bits, of what fits
 _FLOATS = ("f32", "f16", "bf16")
 
 

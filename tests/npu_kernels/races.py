@@ -55,6 +55,11 @@ class Races(Pipes):
                     self.found[other, line] += 1
             before.append((line, pipe, number, writes, start, start + size))
 
+    @property
+    def left(self) -> list[tuple[str, str, object]]:
+        """The flags that are still set: whatever kernel the core runs next would not wait for its own."""
+        return [flag for flag, waiting in self._flags.items() if waiting]
+
     def wait_flag(self, source: str, target: str, event: object) -> bool:
         known = super().wait_flag(source, target, event)
         if not known:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from npu_fuse_pass import rule, total
 from npu_fuse_pass.backend import npu_fused
 from optimizers import NpuFusedLamb
 from tests.npu_kernels import steps
@@ -188,3 +189,68 @@ def test_a_total_over_groups_and_dtypes() -> None:
         found.append(steps.tensors(opt))
     for a, b in zip(*found, strict=True):
         assert distance(a, b) <= (1e-6 if a.dtype == torch.float32 else ULP[a.dtype] / 16)
+
+
+@pytest.mark.parametrize("read", [False, True], ids=["no total", "the first one"])
+def test_a_total_that_nobody_reads(read: bool) -> None:
+    """Chunks add to it where nothing else lies."""
+    sums = {"squares": total(lambda grad: (grad * grad).sum()), "others": total(lambda grad: grad.abs().sum())}
+
+    def scaled(param: Tensor, grad: Tensor, *, lr: Tensor, squares: Tensor, others: Tensor) -> Tensor:
+        return param - lr * grad / (1 + squares if read else 1)
+
+    made = rule(defaults={"lr": 0.1}, totals=sums)(scaled)
+    params, twins = parameters((2049, 7, 363)), parameters((2049, 7, 363))
+    opt, twin = made(params), made(twins)
+    for k in range(3):
+        set_gradients(params, k)
+        set_gradients(twins, k)
+        if not k:
+            step = RuleStep(opt, size=1024)
+            (cluster, _), *others = step._program._clusters
+            assert cluster._terms.shape == (2, 5) and not others
+        step.step()
+        twin.step()
+    assert all(distance(a, b) <= 1e-6 for a, b in zip(params, twins, strict=True))
+    assert len(step.cores.launched) == (6 if read else 3)  # without one, the pass that adds up writes as well
+
+
+def test_what_a_parameter_without_elements_adds_to_a_total() -> None:
+    """Not all that is added is 0 where there is nothing to sum."""
+
+    def scaled(param: Tensor, grad: Tensor, *, lr: Tensor, count: Tensor) -> Tensor:
+        return param - lr * grad * count
+
+    made = rule(defaults={"lr": 0.1}, totals={"count": total(lambda grad: (grad * grad).sum() + 1)})(scaled)
+    params, twins = parameters((2049, 0, 7)), parameters((2049, 0, 7))
+    opt, twin = made(params), made(twins)
+    for k in range(3):
+        set_gradients(params, k, (1,) if k == 1 else ())
+        set_gradients(twins, k, (1,) if k == 1 else ())
+        if not k:
+            step = RuleStep(opt, size=1024)
+        step.step()
+        twin.step()
+    assert all(distance(a, b) <= 1e-6 for a, b in zip(params, twins, strict=True))
+    assert len(step.cores.launched) == 9  # sums, what members add, the update
+
+
+def test_masks_in_memory() -> None:
+    """Tensors of bool are read and written, one byte for each element."""
+    found, backend = [], GraphBackend(size=1024)
+    for chosen in (backend, None):
+        torch._dynamo.reset()
+        params = [p.detach() for p in parameters((2049, 7, 363))]
+        masks = [p > 0.5 for p in params]
+
+        def step(grads: list[Tensor]) -> None:
+            for p, mask, g in zip(params, masks, grads, strict=True):  # noqa: B023
+                p.copy_(torch.where(mask, p + g, p - g))
+                mask.logical_xor_(g > p)
+
+        call = step if chosen is None else torch.compile(step, backend=chosen, fullgraph=True)
+        for k in range(3):
+            call([p.detach() for p in parameters((2049, 7, 363), seed=1 + k)])
+        found.append([*params, *masks])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert len(backend.cores.launched) == 3

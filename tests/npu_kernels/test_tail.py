@@ -14,7 +14,7 @@ from npu_fuse_pass.lowerings.npu.kernels.final_ir import facts
 from tests.npu_kernels.compiler import final_ir
 from tests.npu_kernels.executed import GraphBackend
 from tests.npu_kernels.steps import parameters, set_gradients
-from tests.npu_kernels.test_executed import distance
+from tests.npu_kernels.test_executed import assert_close, distance
 
 SIZES = (9000, 1, 363, 20001)
 
@@ -114,3 +114,27 @@ def test_bits_do_not_depend_on_the_number_of_cores(update: Any) -> None:
     results = [train(torch.float32, GraphBackend(blocks, 1024), update) for blocks in (1, 3, 40)]
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("of_first", [True, False], ids=["first", "last"])
+def test_a_number_where_others_have_a_total(of_first: bool) -> None:
+    """Of parameters that all add to a total, one reads a number in its place."""
+    found, backend = [], GraphBackend(size=1024)
+    for kind, chosen in ((torch.float32, backend), (torch.float32, None), (torch.float64, None)):
+        torch._dynamo.reset()
+        params = [p.detach().to(kind) for p in parameters((2049, 7, 363))]
+        factor = torch.tensor(0.25, dtype=kind)
+
+        def step(grads: list[Any]) -> None:
+            total = torch.stack([(g * g).sum() for g in grads]).sum()
+            for k, (p, g) in enumerate(zip(params, grads, strict=True)):  # noqa: B023
+                p.sub_(g * (factor if k == (0 if of_first else 2) else total))  # noqa: B023
+
+        call = step if chosen is None else torch.compile(step, backend=chosen, fullgraph=True)
+        leaves = [torch.nn.Parameter(p.float()) for p in params]
+        for k in range(3):
+            set_gradients(leaves, k)
+            call([p.grad.to(kind) / 64 for p in leaves if p.grad is not None])
+        found.append(params)
+    assert_close(*found)
+    assert sorted(len(made.group.members) for made in backend.groups) == [1, 2]

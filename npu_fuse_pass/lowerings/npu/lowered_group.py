@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 from npu_fuse_pass.errors import Unsupported
+from npu_fuse_pass.ir.totals import adds_nothing
 from npu_fuse_pass.ir.types import Group, Leaf
 from npu_fuse_pass.lowerings.npu.emit import dedicated, elementwise, list_operations
 from npu_fuse_pass.lowerings.npu.emit import lists as npu_foreach
@@ -81,7 +82,7 @@ class LoweredGroup:
 
     def _split(self, found: Match | NoMatch | None, chip: str, kernels: str) -> dedicated.Dedicated | str:
         group, leaves, formula = self.group, self._leaves, self.group.formula
-        totals = [s for s in formula.scalar_slots if leaves[group.members[0][s]].kind == "total"]
+        totals = formula.total_slots
         chosen = dedicated.choose(group, found, totals, chip, kernels)
         self.dedicated = None if isinstance(chosen, str) else chosen
         self._lists = kernels != "elementwise" and self.dedicated is None and series(chip) in list_operations.SERIES
@@ -89,6 +90,10 @@ class LoweredGroup:
         self.splits = [self.dedicated.split if self.dedicated else split(formula, totals, False, constants)]
         if formula.contributions:
             self.splits.append(split(formula, totals, True, constants))
+            empty = any(0 in leaves[m[s]].shape for m in group.members for s in formula.tensor_slots[:1])
+            if empty and not all(map(adds_nothing, formula.contributions)):
+                why = "a tensor without elements adds something to a total, and GE operations leave such tensors out"
+                raise Unsupported(group.name, why, Code.ACROSS_PARAMETERS)
             if self.splits[1].device_slots:
                 raise Unsupported(group.name, "a total depends on another total", Code.ACROSS_PARAMETERS)
         for made in self.splits:

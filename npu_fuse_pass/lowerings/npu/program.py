@@ -159,7 +159,7 @@ class Program:
     def _clustered(self) -> list[tuple[Cluster, list[int]]]:
         """The nodes of generated kernels with the indices of their groups; groups with totals share one."""
         places = [k for k, lowered in enumerate(self.groups) if lowered.generated is not None]
-        coupled = [k for k in places if with_totals(self.groups[k].group, self._leaves)]
+        coupled = [k for k in places if with_totals(self.groups[k].group)]
         found = []
         for together in [*([coupled] if coupled else []), *([k] for k in places if k not in coupled)]:
             made = [g for k in together if (g := self.groups[k].generated) is not None]

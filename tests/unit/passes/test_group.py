@@ -176,6 +176,20 @@ def test_a_number_that_appears_twice_is_two_slots():
     assert len(only.members) == 2
 
 
+def test_a_total_and_a_number_are_two_formulas():
+    """What is a total is added up before it is read; a number that some members have in its place is none."""
+
+    def step(scale: Any, *tensors: Any) -> None:
+        params, grads = tensors[::2], tensors[1::2]
+        total = torch.stack([(g * g).sum() for g in grads]).sum()
+        for p, g, factor in zip(params, grads, (scale, total, total, 0.25), strict=True):
+            p.sub_(g * factor)
+
+    tensors = [torch.rand(n) for n in (3, 4, 5, 6) for _ in range(2)]
+    _, groups = check(step, torch.tensor(0.5), *tensors, tolerance=1e-5)
+    assert sorted((len(g.formula.total_slots), len(g.members)) for g in groups) == [(0, 2), (1, 2)]
+
+
 def test_no_updates_no_groups():
     captured, groups = fused(lambda p, g: None, torch.randn(3), torch.randn(3))
     assert captured.updates == [] and groups == []

@@ -32,7 +32,7 @@ def generate_groups(
     deep = depths(groups, leaves)
     found = {g.name: _generated(g, leaves, used, deep, hardware) for g in groups}
     # a total is added up over all that contribute, before anybody reads it: by kernels or by GE operations
-    coupled = [g.name for g in groups if with_totals(g, leaves)]
+    coupled = [g.name for g in groups if with_totals(g)]
     refused = [name for name in coupled if isinstance(found[name], str)]
     for name in coupled if refused else ():
         if not isinstance(found[name], str):
@@ -44,19 +44,17 @@ def generate_groups(
     return found
 
 
-def with_totals(group: Group, leaves: Sequence[Leaf]) -> bool:
+def with_totals(group: Group) -> bool:
     """Whether a group adds to a total or reads one."""
-    read = any(leaves[m[s]].kind == "total" for m in group.members for s in group.formula.scalar_slots)
-    return read or bool(group.formula.contributions)
+    return bool(group.formula.contributions or group.formula.total_slots)
 
 
 def _generated(
     group: Group, leaves: Sequence[Leaf], used: Mapping[int, int], deep: Mapping[int, int], hardware: Hardware
 ) -> Generated | str:
     slots, written = group.formula.tensor_slots, set(group.formula.written)
-    totals = [s for s in group.formula.scalar_slots if leaves[group.members[0][s]].kind == "total"]
     idle = not slots or all(0 in leaves[m[slots[0]]].shape for m in group.members)
-    if idle and not states_from_tensors(group.formula, totals):
+    if idle and not states_from_tensors(group.formula, group.formula.total_slots):
         return ""  # nothing is computed on a device
     if any(used[m[s]] > 1 for m in group.members for s in slots if s in written):
         return "a tensor that it writes has a part in two updates, and kernels write in place"

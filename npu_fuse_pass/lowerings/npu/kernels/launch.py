@@ -48,9 +48,8 @@ def generate_group(
         Unsupported: the vector unit cannot compute the group; says why.
     """
     formula = group.formula
-    totals = [s for s in formula.scalar_slots if any(leaves[m[s]].kind == "total" for m in group.members)]
-    states = {s: _stored(group, leaves, s) for s in states_from_tensors(formula, totals)}
-    made = split_whole(formula, totals, constants_of(group, leaves), states)
+    states = {s: _stored(group, leaves, s) for s in states_from_tensors(formula, formula.total_slots)}
+    made = split_whole(formula, formula.total_slots, constants_of(group, leaves), states)
     several = {tuple(depths.get(t, 1) - 1 for t in row) for row in group.totals} if depths else set()
     if len(several) > 1:
         raise Unsupported(group.name, "its members add to totals of other rounds", Code.ACROSS_PARAMETERS)
@@ -122,7 +121,7 @@ class Launches:
         itemsizes = [made.device.slots[s].dtype.itemsize for s in kernels.slots]
         members: dict[tuple[int, ...], list[int]] = {}
         for m, takes_part in enumerate(active):
-            if takes_part and (sizes[m] or states):
+            if takes_part and (sizes[m] or states or kernels.terms_of_members):
                 read = tuple(self._leaves[group.members[m][s]].index for s in made.device_slots)
                 members.setdefault((*read, *group.totals[m]), []).append(m)
         self._classes = []
@@ -221,7 +220,8 @@ class Cluster:
         self._numbers, self._launcher = numbers, launcher
         self._sizes = [[_elements(made, leaves, member) for member in made.group.members] for made in generated]
         counts = [_terms(made, sizes) for made, sizes in zip(generated, self._sizes, strict=True)]
-        totals = [leaf.index for leaf in leaves if leaf.kind == "total"]
+        totals = {leaf.index for leaf in leaves if leaf.kind == "total"}
+        totals |= {total for made in generated for row in made.group.totals for total in row}  # one may have no reader
         self._terms = torch.empty(max(totals, default=-1) + 1, sum(counts), dtype=torch.float32, device=device)
         self._launches = [Launches(made, leaves, self._terms, sum(counts[:k])) for k, made in enumerate(generated)]
         self.active = [[True] * len(made.group.members) for made in generated]

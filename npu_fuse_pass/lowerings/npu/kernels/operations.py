@@ -20,7 +20,7 @@ _NAMED = {
     },
     **{n: _HFUSION.format("binary", "binary", m) for n, m in (("maximum", "maxf"), ("minimum", "minf"))},
     **{n: _HFUSION.format("binary", "binary", f"v{n}") for n in ("and", "or", "xor")},
-    **{n: _HFUSION.format("unary", "unary", n) for n in ("sqrt", "tanh", "erf", "sin", "cos")},
+    **{n: _HFUSION.format("unary", "unary", n) for n in ("sqrt", "erf", "sin", "cos")},
     "where": "hfusion.select",
 }
 _COMPARE = "hfusion.compare {{compare_fn = #hfusion.compare_fn<v{}>}}"
@@ -128,6 +128,12 @@ def _cosh(o: Operations, x: Value) -> Value:
     return o("mul", o("add", u, o("div", 1.0, u)), 0.5)
 
 
+def _tanh(o: Operations, x: Value) -> Value:
+    """The compiler's own is made of exp(x), so that small arguments lose their digits, all of them below 6e-8."""
+    t = o("expm1", o("mul", x, 2.0))
+    return o("where", o("eq", t, math.inf), 1.0, o("div", t, o("add", t, 2.0)))
+
+
 def _pow(o: Operations, x: Value, y: Value) -> Value:
     """exp(y log|x|), and C's answers for negative bases, zeros, infinities, ones and exponent 0."""
     base = o("abs", x)
@@ -164,5 +170,6 @@ _ROWS: dict[str, Callable[..., Value]] = {
     "expm1": _expm1,
     "sinh": _sinh,
     "cosh": _cosh,
+    "tanh": _tanh,
     "pow": _pow,
 }
