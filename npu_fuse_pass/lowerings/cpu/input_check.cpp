@@ -251,9 +251,8 @@ int inputs_same(void* table_, PyObject* given, int64_t* addresses, int64_t threa
     if (!share(0, table.alone, threads, part) || !share(table.alone, n, threads, part)) return false;
     // On this thread: one more owner of a tensor may be one more owner of its Python object.
     for (int64_t turn = table.alone; turn < n; turn++) table.held.push_back(*check.tensors[turn]);
-    const auto own = [&](int64_t i) { return table.known[i].owner >= 0 || check.objects[i] == table.objects[i]; };
-    for (int64_t i = 0; i < n; i++) {
-      if (!own(i)) return 1;
+    for (int64_t i = 0; given != nullptr && i < n; i++) {
+      if (table.known[i].owner < 0 && listed[i] != table.objects[i]) return 1;
     }
     return 2;
   } catch (...) {
