@@ -9,7 +9,7 @@ from npu_fuse_pass.ir.text import parse
 from npu_fuse_pass.lowerings.cpu import tables as cpu_tables
 from npu_fuse_pass.lowerings.cpu.tables import Tables
 
-HALVED = parse("slot 0: f32[]\n%0: f32[] = mul($0, $0)\nwrite $0 = %0")
+HALVED = parse("slot 0: f32\n%0: f32[] = mul($0, $0)\nwrite $0 = %0")
 
 
 @given(st.lists(st.integers(0, 1_500_000), min_size=1, max_size=12), st.integers(1, 256))
