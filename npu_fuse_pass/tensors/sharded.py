@@ -70,8 +70,7 @@ def first_element(param: Tensor) -> int:
     Of a tensor that is sharded by its first dimension alone that is its place in the whole; shards of other kinds are
     numbered far apart from each other.
     """
-    coordinate = param.device_mesh.get_coordinate() if is_dtensor(param) else None
-    if not is_dtensor(param) or coordinate is None:  # no DTensor, or a process that holds nothing of it
+    if not is_dtensor(param) or (coordinate := param.device_mesh.get_coordinate()) is None:  # or nothing is held here
         return 0
     shards = [d for d, p in enumerate(param.placements) if not p.is_replicate()]
     if len(shards) == 1 and param.placements[shards[0]].is_shard(0):
