@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from npu_fuse_pass.reasons import Code, Reason
 from npu_fuse_pass.rules.prelude import InputCheck
+from npu_fuse_pass.tensors.buffers import views_of
 from npu_fuse_pass.tensors.same import same_objects
 from npu_fuse_pass.tensors.sharded import alike, local
 
 States = Mapping[Tensor, dict[str, Any]]
+
+_SMALL = 1 << 16  # bytes of a state
+_JOINED = 1 << 18  # bytes in one memory
 
 
 class Entries:
@@ -46,6 +51,35 @@ class Entries:
             and same_objects(state.values(), self._entries)
             and same_objects(_values(self._entries), self._values)
         )
+
+
+def join_small(entries: Sequence[dict[str, Any]]) -> None:
+    """Put new states that are small side by side in memory, as a step goes through them.
+
+    They stay tensors of their own. Not large ones, where nothing is gained, nor very many in one memory: what copies or
+    saves one tensor of them alone takes the whole memory.
+    """
+    found: defaultdict[tuple[object, ...], list[tuple[dict[str, Any], str]]] = defaultdict(list)
+    taken: Counter[tuple[object, ...]] = Counter()
+    for entry in entries:
+        for name, value in entry.items():
+            if _joins(value):
+                kind = name, value.dtype
+                found[(*kind, taken[kind] // _JOINED)].append((entry, name))
+                taken[kind] += value.nbytes
+    joined = []
+    for places in found.values():
+        values = [entry[name] for entry, name in places]
+        memory = values[0].new_empty(sum(v.numel() for v in values))
+        joined += zip(places, views_of(memory, values), strict=True)
+    for (entry, name), view in joined:  # all of them made first: their objects are then side by side as well
+        entry[name] = view.copy_(entry[name]).data
+
+
+def _joins(value: object) -> bool:
+    return (
+        type(value) is Tensor and value.device.type == "cpu" and value.is_contiguous() and 0 < value.nbytes <= _SMALL
+    )
 
 
 def _values(entries: Iterable[dict[str, Any]]) -> list[Any]:

@@ -127,3 +127,24 @@ def test_stock_under_a_backend_that_passes_through_is_noticed() -> None:
     train(params, step)
     with pytest.raises(AssertionError):
         step.check(len(params))
+
+
+def test_small_states_lie_side_by_side() -> None:
+    """States that a step begins, in memories of at most 256 KiB; large ones have their own; none is a view."""
+    params = parameters([(1024,)] * 100 + [(200, 200)])
+    others = clones(params)
+    opt, eager = ADAM(params, lr=0.01), ADAM(others, lr=0.01)
+    step = npu_fuse_pass.compile_step(opt)
+    train(params, step)
+    train(others, eager.step)
+    assert_fused(last_report(), parameters=len(params))
+    assert max(error(p, q) for p, q in zip(params, others, strict=True)) <= 1e-5
+    for name, size in (("exp_avg", 4096), ("exp_avg_sq", 4096), ("step", 4)):
+        states = [opt.state[p][name] for p in params[:100]]
+        assert all(t.is_leaf and t._base is None for t in states)
+        per_memory = min(100, (1 << 18) // size)
+        begins = [t.data_ptr() - size * (i % per_memory) for i, t in enumerate(states)]
+        assert len(set(begins)) == -(-100 // per_memory)
+        assert all(t.untyped_storage().nbytes() <= 1 << 18 for t in states)
+    large = opt.state[params[100]]["exp_avg"]
+    assert large.untyped_storage().nbytes() == large.nbytes
