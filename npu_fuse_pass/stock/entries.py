@@ -60,14 +60,14 @@ def join_small(entries: Sequence[dict[str, Any]]) -> None:
     saves one tensor of them alone takes the whole memory.
     """
     found: defaultdict[tuple[object, ...], list[tuple[dict[str, Any], str]]] = defaultdict(list)
-    taken: Counter[tuple[object, ...]] = Counter()
+    taken: Counter[object] = Counter()
     for entry in entries:
         for name, value in entry.items():
             if _joins(value):
                 kind = name, value.dtype
-                found[(*kind, taken[kind] // _JOINED)].append((entry, name))
+                found[kind, taken[kind] // _JOINED].append((entry, name))
                 taken[kind] += value.nbytes
-    joined = []
+    joined: list[tuple[tuple[dict[str, Any], str], Tensor]] = []
     for places in found.values():
         values = [entry[name] for entry, name in places]
         memory = values[0].new_empty(sum(v.numel() for v in values))
@@ -77,9 +77,7 @@ def join_small(entries: Sequence[dict[str, Any]]) -> None:
 
 
 def _joins(value: object) -> bool:
-    return (
-        type(value) is Tensor and value.device.type == "cpu" and value.is_contiguous() and 0 < value.nbytes <= _SMALL
-    )
+    return type(value) is Tensor and value.device.type == "cpu" and value.is_contiguous() and 0 < value.nbytes <= _SMALL
 
 
 def _values(entries: Iterable[dict[str, Any]]) -> list[Any]:

@@ -11,7 +11,7 @@ import torch
 
 from npu_fuse_pass import backend
 from npu_fuse_pass.errors import NotCapturedError
-from npu_fuse_pass.profiling import named, profiling
+from npu_fuse_pass.profiling import profiling
 from npu_fuse_pass.reasons import Reason, advised
 from npu_fuse_pass.report.causes import FIRST, graph_break
 from npu_fuse_pass.report.logs import switched_off
@@ -148,12 +148,11 @@ class CompiledStep:
         return ran[-1] if updated else None
 
     def _hooked(self, *args: Any, **kwargs: Any) -> Any:
-        """A step with hooks in a range for profilers. torch's own range takes as long as many a step."""
+        """A step with hooks, and in a range for profilers where one is active: that takes as long as many a step."""
         opt = self._opt
         if hooks.around(opt) or profiling():
             return self._with_hooks(*args, **kwargs)
-        with named(f"Optimizer.step#{type(opt).__name__}.step"):
-            return self._closure_then_update(opt, *args, **kwargs)
+        return self._closure_then_update(opt, *args, **kwargs)
 
     def _closure_then_update(self, opt: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         """The step between the hooks. A closure runs uncompiled: it runs a model."""
