@@ -231,6 +231,26 @@ def test_who_is_left_out_keeps_its_state() -> None:
     assert (values[4]._version, values[5]._version) == (versions[0], versions[1] + 1)  # torch knows of the write
 
 
+def one_norm(p: Any, g: Any, q: Any, h: Any) -> None:
+    """Two parameters, updated in two ways by the norm of both gradients."""
+    norm = ((g * g).sum() + (h * h).sum()).sqrt() + 1
+    p.sub_(g / norm)
+    q.sub_(h / norm * 2)
+
+
+def test_a_group_without_elements_shares_a_norm() -> None:
+    """The other group has kernels for all that."""
+    examples = [torch.rand(5000), torch.rand(5000), torch.rand(0), torch.rand(0)]
+    grouped = group(capture(traced(one_norm, *examples)))
+    program = Program(grouped.leaves, grouped.groups, hardware=Cores(chunk=1024))
+    assert [lowered.note for lowered in program.groups if lowered.generated is None] == []
+    values: list[Any] = [t.clone() for t in examples]
+    program(values, complete=True)
+    one_norm(*examples)
+    for a, b in zip(values, examples, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
 def test_a_state_in_float64_runs_as_the_original() -> None:
     examples = [torch.rand(5), torch.rand(5), torch.rand(3), torch.rand(3), *(torch.tensor(1.0).double(),) * 2]
     examples[5] = examples[5].clone()

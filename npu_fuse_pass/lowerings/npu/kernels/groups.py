@@ -33,7 +33,7 @@ def generate_groups(
     found = {g.name: _generated(g, leaves, used, deep, hardware) for g in groups}
     # a total is added up over all that contribute, before anybody reads it: by kernels or by GE operations
     coupled = [g.name for g in groups if with_totals(g)]
-    refused = [name for name in coupled if isinstance(found[name], str)]
+    refused = [name for name in coupled if isinstance(found[name], str) and found[name]]
     for name in coupled if refused else ():
         if not isinstance(found[name], str):
             found[name] = f"it shares a total with {refused[0]}: {found[refused[0]]}"
@@ -54,7 +54,8 @@ def _generated(
 ) -> Generated | str:
     slots, written = group.formula.tensor_slots, set(group.formula.written)
     idle = not slots or all(0 in leaves[m[slots[0]]].shape for m in group.members)
-    if idle and not states_from_tensors(group.formula, group.formula.total_slots):
+    adds = group.formula.contributions or states_from_tensors(group.formula, group.formula.total_slots)
+    if idle and not adds:
         return ""  # nothing is computed on a device
     if any(used[m[s]] > 1 for m in group.members for s in slots if s in written):
         return "a tensor that it writes has a part in two updates, and kernels write in place"
