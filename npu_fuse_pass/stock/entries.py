@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from npu_fuse_pass.reasons import Code, Reason
 from npu_fuse_pass.rules.prelude import InputCheck
-from npu_fuse_pass.tensors.buffers import views_of
 from npu_fuse_pass.tensors.same import same_objects
 from npu_fuse_pass.tensors.sharded import alike, local
 
 States = Mapping[Tensor, dict[str, Any]]
 
 _SMALL = 1 << 16  # bytes of a state
-_JOINED = 1 << 18  # bytes in one memory
 
 
 class Entries:
@@ -53,30 +52,26 @@ class Entries:
         )
 
 
-def join_small(entries: Sequence[dict[str, Any]]) -> None:
-    """Put new states that are small side by side in memory, as a step goes through them.
+def put_in_order(entries: Sequence[dict[str, Any]]) -> None:
+    """Give new states that are small other memory, in the order in which a step goes through them.
 
-    They stay tensors of their own. Not large ones, where nothing is gained, nor very many in one memory: what copies or
-    saves one tensor of them alone takes the whole memory.
+    Each has memory of its own, which its owner may resize or release; numbers (counters) have it together.
     """
-    found: defaultdict[tuple[object, ...], list[tuple[dict[str, Any], str]]] = defaultdict(list)
-    taken: Counter[object] = Counter()
+    found: defaultdict[tuple[str, torch.dtype, bool], list[dict[str, Any]]] = defaultdict(list)
     for entry in entries:
         for name, value in entry.items():
-            if _joins(value):
-                kind = name, value.dtype
-                found[kind, taken[kind] // _JOINED].append((entry, name))
-                taken[kind] += value.nbytes
-    joined: list[tuple[tuple[dict[str, Any], str], Tensor]] = []
-    for places in found.values():
-        values = [entry[name] for entry, name in places]
-        memory = values[0].new_empty(sum(v.numel() for v in values))
-        joined += zip(places, views_of(memory, values), strict=True)
-    for (entry, name), view in joined:  # all of them made first: their objects are then side by side as well
-        entry[name] = view.copy_(entry[name]).data
+            if _is_small(value):
+                found[name, value.dtype, value.ndim == 0].append(entry)
+    placed: list[tuple[dict[str, Any], str, Tensor]] = []
+    for (name, _, numbers), those in found.items():
+        values = [entry[name] for entry in those]
+        new = [n.data for n in torch.stack(values).unbind()] if numbers else [v.clone() for v in values]
+        placed += [(entry, name, value) for entry, value in zip(those, new, strict=True)]
+    for entry, name, value in placed:  # all of them made first: their objects are then side by side as well
+        entry[name] = value
 
 
-def _joins(value: object) -> bool:
+def _is_small(value: object) -> bool:
     return type(value) is Tensor and value.device.type == "cpu" and value.is_contiguous() and 0 < value.nbytes <= _SMALL
 
 

@@ -22,7 +22,7 @@ from npu_fuse_pass.rules.declaration import Declaration
 from npu_fuse_pass.rules.hyperparameters import Hyper
 from npu_fuse_pass.rules.prelude import Prepared
 from npu_fuse_pass.stock.classes import StockClass
-from npu_fuse_pass.stock.entries import Entries, join_small, refused_state
+from npu_fuse_pass.stock.entries import Entries, put_in_order, refused_state
 from npu_fuse_pass.tensors.same import same_objects
 from npu_fuse_pass.tensors.sharded import alike, is_dtensor, local, sharding
 
@@ -155,7 +155,7 @@ class StockPrelude(Prepared):
                 raise Refused(Code.NO_RULE("this torch has no Optimizer._init_group, which makes the states"))
             lists: list[list[Any]] = [[] for _ in list(inspect.signature(make).parameters)[1:]]
             make({**group, "params": new}, *lists)
-            join_small([entry for p in new if (entry := self._opt.state.get(p))])
+            put_in_order([entry for p in new if (entry := self._opt.state.get(p))])
 
     def _members(self, group: Mapping[str, Any]) -> Iterator[list[Tensor]]:
         """The parameters of a group that are updated together."""

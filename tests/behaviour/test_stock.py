@@ -129,8 +129,8 @@ def test_stock_under_a_backend_that_passes_through_is_noticed() -> None:
         step.check(len(params))
 
 
-def test_small_states_lie_side_by_side() -> None:
-    """States that a step begins, in memories of at most 256 KiB; large ones have their own; none is a view."""
+def test_states_have_memory_of_their_own() -> None:
+    """That of counters lies in one place, in the order of the parameters; none is a view."""
     params = parameters([(1024,)] * 100 + [(200, 200)])
     others = clones(params)
     opt, eager = ADAM(params, lr=0.01), ADAM(others, lr=0.01)
@@ -139,12 +139,25 @@ def test_small_states_lie_side_by_side() -> None:
     train(others, eager.step)
     assert_fused(last_report(), parameters=len(params))
     assert max(error(p, q) for p, q in zip(params, others, strict=True)) <= 1e-5
-    for name, size in (("exp_avg", 4096), ("exp_avg_sq", 4096), ("step", 4)):
-        states = [opt.state[p][name] for p in params[:100]]
-        assert all(t.is_leaf and t._base is None for t in states)
-        per_memory = min(100, (1 << 18) // size)
-        begins = [t.data_ptr() - size * (i % per_memory) for i, t in enumerate(states)]
-        assert len(set(begins)) == -(-100 // per_memory)
-        assert all(t.untyped_storage().nbytes() <= 1 << 18 for t in states)
-    large = opt.state[params[100]]["exp_avg"]
-    assert large.untyped_storage().nbytes() == large.nbytes
+    states = [opt.state[p][name] for p in params for name in ("exp_avg", "exp_avg_sq")]
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in states)
+    counters = [opt.state[p]["step"] for p in params]
+    assert len({t.data_ptr() - 4 * i for i, t in enumerate(counters)}) == 1
+    assert all(t.is_leaf and t._base is None for t in (*states, *counters))
+
+
+def test_a_parameter_that_grows_with_its_states() -> None:
+    """`resize_` keeps what a state holds, and touches no other one."""
+    pairs = []
+    for compile_step in (npu_fuse_pass.compile_step, lambda opt: opt.step):
+        params = parameters([(2, 3), (4, 3), (5,)])
+        opt = ADAM(params, lr=0.01)
+        step = compile_step(opt)
+        train(params, step)
+        grown = params[0]
+        grown.data = torch.cat([grown.data, torch.ones(2, 3)])
+        for name in ("exp_avg", "exp_avg_sq"):
+            opt.state[grown][name].resize_(4, 3)[2:].zero_()
+        train(params, step)
+        pairs.append([*params, *(t for p in params for t in opt.state[p].values())])
+    assert max(error(t, u) for t, u in zip(*pairs, strict=True)) <= 1e-5
