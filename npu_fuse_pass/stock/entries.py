@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from npu_fuse_pass.reasons import Code, Reason
@@ -55,19 +54,18 @@ class Entries:
 def put_in_order(entries: Sequence[dict[str, Any]]) -> None:
     """Give new states that are small other memory, in the order in which a step goes through them.
 
-    Each has memory of its own, which its owner may resize or release; numbers (counters) have it together.
+    Each has memory of its own, which its owner may resize or release.
     """
-    found: defaultdict[tuple[str, torch.dtype, bool], list[dict[str, Any]]] = defaultdict(list)
+    found: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     for entry in entries:
         for name, value in entry.items():
             if _is_small(value):
-                found[name, value.dtype, value.ndim == 0].append(entry)
-    placed: list[tuple[dict[str, Any], str, Tensor]] = []
-    for (name, _, numbers), those in found.items():
-        values = [entry[name] for entry in those]
-        new = [n.data for n in torch.stack(values).unbind()] if numbers else [v.clone() for v in values]
-        placed += [(entry, name, value) for entry, value in zip(those, new, strict=True)]
-    for entry, name, value in placed:  # all of them made first: their objects are then side by side as well
+                found[name].append(entry)
+    # the tensors themselves, then what they hold: a step reads both; nothing goes into a gap that an old one has left
+    new = [(entry, name, entry[name].new_empty(0)) for name, those in found.items() for entry in those]
+    for entry, name, value in new:
+        value.resize_(entry[name].shape).copy_(entry[name])
+    for entry, name, value in new:
         entry[name] = value
 
 

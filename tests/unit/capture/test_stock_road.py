@@ -17,6 +17,7 @@ from torch import Tensor
 import npu_fuse_pass
 from npu_fuse_pass.algorithms.nadam import nadam
 from npu_fuse_pass.reasons import Code
+from npu_fuse_pass.stock.entries import put_in_order
 from tests.behaviour.test_optim_db import assert_equal
 from tests.support.optim_cases import CASES, Case, run
 from tests.support.torch_rules import STOCK, assert_same_states
@@ -519,3 +520,16 @@ def test_an_optimizer_and_its_step_are_collected() -> None:
     del twins
     gc.collect()
     assert [w() for w in watched] == [None] * 3
+
+
+def test_small_states_are_put_in_order() -> None:
+    """Name by name; the tensors are others, but for large ones, with the values that they had."""
+    small, large, number = torch.rand(3, 4), torch.rand(200, 100), torch.tensor(2.0)
+    entries: list[dict[str, Any]] = [{"step": number, "a": small, "b": large, "c": None}, {"a": small + 1, "b": None}]
+    before = [dict(entry) for entry in entries]
+    put_in_order(entries)
+    for entry, old in zip(entries, before, strict=True):
+        assert list(entry) == list(old)
+        for name, value in old.items():
+            assert (entry[name] is value) == (value is None or value is large)
+            assert value is None or torch.equal(entry[name], value)
