@@ -21,6 +21,7 @@ from npu_fuse_pass.lowerings.npu.graph.graph import (
     device_lists,
     device_update,
     device_write,
+    packed,
 )
 
 Make = Callable[..., elementwise.Emitter]
@@ -46,7 +47,7 @@ def register(torchair: Any) -> None:
     }
     converters: dict[Any, Callable[..., Any]] = {device_write: _convert_write}
     for op, make in device.items():
-        converters[op] = npu_names.naming(functools.partial(_convert_device, make), get_default_ge_graph)
+        converters[op] = npu_names.naming(packed(functools.partial(_convert, make)), get_default_ge_graph)
     for op, make in whole.items():
         converters[op] = npu_names.naming(functools.partial(_convert, make), get_default_ge_graph, group_name)
     generated.register(torchair)
@@ -66,20 +67,6 @@ def _name_lists() -> None:
     for row in LISTS.values():
         if not hasattr(ge_apis, row.name):
             setattr(ge_apis, row.name, functools.partial(compat_ir.ge_op, row.name))
-
-
-def _convert_device(
-    make: Make,
-    tensors: list[Any],
-    numbers: list[Any],
-    totals: list[Any],
-    positions: list[int],
-    members: int,
-    formula: str,
-    *own: Any,
-) -> list[Any]:
-    """Convert a fused node with packed numbers; arguments as in `graph`."""
-    return _convert(make, tensors, [*(numbers[p] for p in positions), *totals], members, formula, *own)
 
 
 def _convert(make: Make, tensors: list[Any], scalars: list[Any], members: int, formula: str, *own: Any) -> list[Any]:
