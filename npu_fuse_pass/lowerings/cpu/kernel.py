@@ -125,7 +125,7 @@ class Kernel:
             if addresses is not None or kinds == self._kinds is not None or self._same.match(varying):
                 self._bind_same(values, varying, addresses)
                 return
-        self._kinds, self.inputs.own = None, False
+        self._kinds = None
         self.moved = True
         plain = self._mark_active(values)
         for column in self._scalar_columns:
@@ -151,8 +151,7 @@ class Kernel:
             self._bind_scalars(column, values)
         if addresses is None:
             addresses = array.array("q", list(map(Tensor.data_ptr, varying)))
-        if not self.inputs.own:
-            self.inputs.learn(varying)
+        self.inputs.learn(varying)
         self._enter(addresses)
 
     def _enter(self, addresses: array.array[int]) -> None:
