@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -35,15 +36,15 @@ def register(torchair: Any) -> None:
 
     _name_lists()
     device: dict[Any, Make] = {
-        device_update: lambda ge, dtypes, made: elementwise.Emitter(ge, dtypes, made, False),
-        device_contribute: lambda ge, dtypes, made: elementwise.Emitter(ge, dtypes, made, True),
+        device_update: elementwise.Emitter,
+        device_contribute: elementwise.Emitter,
         device_lists: lambda ge, dtypes, made: npu_foreach.Emitter(ge, dtypes, made, compat_ir.ge_op),
         device_dedicated: dedicated.Emitter,
     }
-    # as `rewrite` makes them: numbers are float64 and stay so
+    # as `rewrite` makes them: numbers are float64 and stay so; of a formula's two parts a node computes one
     whole: dict[Any, Make] = {
-        multi_tensor_update: lambda ge, dtypes, made: elementwise.Emitter(ge, dtypes, made, False, torch.float64),
-        multi_tensor_contribute: lambda ge, dtypes, made: elementwise.Emitter(ge, dtypes, made, True, torch.float64),
+        multi_tensor_update: functools.partial(_whole, contributions=()),
+        multi_tensor_contribute: functools.partial(_whole, writes=()),
     }
     converters: dict[Any, Callable[..., Any]] = {device_write: _convert_write}
     for op, make in device.items():
@@ -54,6 +55,10 @@ def register(torchair: Any) -> None:
     for op, converter in converters.items():
         if not hasattr(op, "_ge_converter"):
             torchair.register_fx_node_ge_converter(op)(converter)
+
+
+def _whole(ge: Any, dtypes: Callable[[torch.dtype], int], made: Formula, **without: Any) -> elementwise.Emitter:
+    return elementwise.Emitter(ge, dtypes, dataclasses.replace(made, **without), torch.float64)
 
 
 def _name_lists() -> None:
