@@ -32,7 +32,6 @@ Make = Callable[..., elementwise.Emitter]
 def register(torchair: Any) -> None:
     """Give torchair a converter for every node of this package that has none yet."""
     from torchair._ge_concrete_graph import compat_ir
-    from torchair.ge._ge_graph import get_default_ge_graph
 
     _name_lists()
     device: dict[Any, Make] = {
@@ -48,9 +47,9 @@ def register(torchair: Any) -> None:
     }
     converters: dict[Any, Callable[..., Any]] = {device_write: _convert_write}
     for op, make in device.items():
-        converters[op] = npu_names.naming(packed(functools.partial(_convert, make)), get_default_ge_graph)
+        converters[op] = npu_names.naming(packed(functools.partial(_convert, make)))
     for op, make in whole.items():
-        converters[op] = npu_names.naming(functools.partial(_convert, make), get_default_ge_graph, group_name)
+        converters[op] = npu_names.naming(functools.partial(_convert, make), group_name)
     generated.register(torchair)
     for op, converter in converters.items():
         if not hasattr(op, "_ge_converter"):
