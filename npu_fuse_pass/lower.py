@@ -21,7 +21,7 @@ from npu_fuse_pass.options import Options, Target
 from npu_fuse_pass.passes.rewrite import rewrite
 from npu_fuse_pass.reasons import Code, Reason
 from npu_fuse_pass.report.report import GroupReport
-from npu_fuse_pass.report.rows import Matches, group_report, show_layouts
+from npu_fuse_pass.report.rows import Matches, group_report
 
 KnownLeaves = LeafValues | None  # where they are known before the step is called
 
@@ -181,7 +181,9 @@ def _lower_npu(
             why = refused and "; ".join(filter(None, (refused, lowered.waits)))
             row.kernel = lowered.kernel
             row.note = why or row.note or "; ".join(filter(None, (lowered.note, chosen.why)))
-        show_layouts(rows, [lowered.layout for lowered in program.groups])
+            layout = lowered.layout
+            row.layout, row.layout_reason = layout.name, layout.reason
+            row.launches, row.bytes_per_element = layout.launches, layout.bytes_per_element
 
     def planned(program: npu.Program) -> None:
         show(program)

@@ -90,12 +90,11 @@ def image_of(kernel: Kernel) -> Image:
     image.add(ctypes.addressof(tables.args), ctypes.sizeof(Args))
     for name, items in tables._arrays.items():
         image.point(getattr(Args, name).offset, image.add(items.buffer_info()[0], len(items) * items.itemsize))
-    n = kernel._n
     for columns, table in ((kernel._columns, tables.tensors), (kernel._scalar_columns, tables.scalars)):
         offset = image.add(table.buffer_info()[0], len(table) * 8)
         for column in columns:
-            for m in (m for m in range(n) if tables.active[m]):
-                at = column.rank * n + m
+            for m in (m for m in range(kernel._n) if tables.active[m]):
+                at = column.part.start + m
                 tensor = columns is kernel._columns
                 size = kernel._numels[m] * column.dtype.itemsize if tensor else SIZES[tables.tags[at]]
                 image.point(offset + 8 * at, image.add(table[at], size))

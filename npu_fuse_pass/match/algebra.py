@@ -94,10 +94,9 @@ class Value:
         return self.algebra.apply("maximum", [self, self._of(other)])
 
     def sqrt(self) -> Value:
-        return self.algebra.sqrt(self)
-
-    def simple_root(self) -> Value:
         """A root. Scalar factors come out of it: what they multiply is not negative where the root is a number."""
+        if self.algebra.rough:
+            return self.algebra.apply("sqrt", [self])
         v = self.cancelled()
         return self._root_of(v.n) / self._root_of(v.d) if v.n else v
 
@@ -203,6 +202,8 @@ class Algebra:
     `slots`: the values of the formula's slots before the step.
 
     `known`: relations of constant slots. `names`: unknowns that a caller solves for.
+
+    `rough`: roots and arguments are not simplified.
     """
 
     def __init__(self, formula: Formula, known: Mapping[int, Relation], names: tuple[str, ...] = ()) -> None:
@@ -223,7 +224,7 @@ class Algebra:
         self.guards: list[int] = []  # x of every where(x == 0, a, b) that was read as b
         self._fixed = {s for s, (how, _) in known.items() if how == "free"}
         self._made: dict[object, int] = {}
-        self._rough = False
+        self.rough = False
         for i, slot in enumerate(formula.slots):
             self._generator(("slot", i), [i] if slot.tensor else [])
             self.meaning[i] = Expr("leaf", (), i, slot.dtype, slot.tensor)
@@ -259,7 +260,7 @@ class Algebra:
     def run(self, kernel: KnownKernel, arguments: Mapping[str, Value], output: str) -> Value:
         """The value of an output of a kernel's function. Valid until the next call."""
         numbers = {name: arguments[name] for name in kernel.scalars}
-        for self._rough in (True, False):  # most outputs have no roots: those need not be simplified
+        for self.rough in (True, False):  # most outputs have no roots: those need not be simplified
             for key in list(self._made)[self._own :]:
                 i = self._made.pop(key)
                 self.inside.pop(i, None)
@@ -268,7 +269,7 @@ class Algebra:
             result: Value = dict(zip(kernel.outputs, results, strict=True))[output]
             if all(i < self._own for i in result.generators()):
                 break
-        self._rough = False
+        self.rough = False
         return result
 
     def in_formula(self, v: Value) -> bool:
@@ -335,15 +336,11 @@ class Algebra:
 
     def apply(self, op: str, args: list[Value], e: Expr | None = None) -> Value:
         """Apply an operation that is not rational. `e`: the expression that computes it in the formula."""
-        given = args if self._rough else [a.cancelled() for a in args]
+        given = args if self.rough else [a.cancelled() for a in args]
         if op in ("maximum", "minimum", "eq"):
             given.sort(key=lambda a: (str(a.n), str(a.d)))
         reads = sorted({r for a in given for i in a.generators() for r in self.reads.get(i, ())})
         return self.generator(self._generator((op, *((a.n, a.d) for a in given)), reads, e))
-
-    def sqrt(self, v: Value) -> Value:
-        """A root, simplified."""
-        return self.apply("sqrt", [v]) if self._rough else v.simple_root()
 
     def root(self, inside: Value) -> Value:
         """The root of a polynomial, as a generator."""

@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from npu_fuse_pass.ir.expr import REDUCTIONS, Builder, Expr, postorder, uncast
+from npu_fuse_pass.ir.expr import REDUCTIONS, Builder, Expr, postorder
 from npu_fuse_pass.ir.fused_op import evaluate
+from npu_fuse_pass.ir.lerp import interpolation
 from npu_fuse_pass.ir.types import Captured, Decided, Formula, Leaf, Update
 
 
@@ -71,9 +72,9 @@ def _is_low(
     e: Expr, update: Update, leaves: Sequence[Leaf], number: Callable[[Leaf], Tensor | None], written: set[int]
 ) -> bool | None:
     """Whether an interpolation's weights are below 0.5; None if they are not alike, or unknown, or `e` is another."""
-    weight = _weight(e)
-    if weight is None:
+    if e.op != "where" or interpolation(e, lambda x, value: (x.op, x.value) == ("const", value)) is None:
         return None
+    weight = e.args[0].args[0].args[0]
     below = postorder([weight])
     positions = {x.value for x in below if x.op == "leaf" and isinstance(x.value, int)}
     if positions & written or any(x.op in ("total", "numel", *REDUCTIONS) for x in below):
@@ -97,24 +98,6 @@ def _is_low(
         value = evaluate(Formula((), (), (root,), ""), {}, {**constants, **here})[id(root)]
         found.add(abs(float(value)) < 0.5)
     return found.pop() if len(found) == 1 else None
-
-
-def _weight(e: Expr) -> Expr | None:
-    """The weight of torch's lerp where it is a number that chooses the spelling; None for other expressions."""
-    if e.op != "where" or e.args[0].op != "lt" or [x.op for x in e.args[1:]] != ["fma", "fma"]:
-        return None
-    (size, half), (near, distance, start), (back, far, end) = (x.args for x in e.args)
-    weight, rest = uncast(near), uncast(far)
-    lerp = (
-        not weight.tensor
-        and (size.op, *map(uncast, size.args)) == ("abs", weight)
-        and (half.op, half.value) == ("const", 0.5)
-        and (distance.op, distance.args) == ("sub", (end, start))
-        and (back.op, back.args) == ("neg", (distance,))
-        and (rest.op, *map(uncast, rest.args[1:])) == ("sub", weight)
-        and (rest.args[0].op, rest.args[0].value) == ("const", 1.0)
-    )
-    return size.args[0] if lerp else None
 
 
 def _branches(order: Sequence[Expr], zero: dict[int, bool], low: dict[int, bool]) -> dict[int, Expr]:

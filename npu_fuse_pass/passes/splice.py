@@ -12,16 +12,13 @@ from npu_fuse_pass.fx_nodes.effects import called, recorded
 from npu_fuse_pass.ir.types import Captured
 
 
-def splice(graph: fx.Graph, fused: fx.GraphModule, captured: Captured) -> list[fx.Node]:
+def splice(graph: fx.Graph, fused: fx.GraphModule, captured: Captured) -> None:
     """Replace what `graph` computes by `fused`; its arguments and what it returns stay as they are.
 
     Args:
         graph: the captured graph; every placeholder has its fake tensor as metadata.
         fused: what `rewrite` made of it.
         captured: from which `fused` was made.
-
-    Returns:
-        The new nodes, in order.
     """
     old = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
     output = graph.output_node()
@@ -43,7 +40,6 @@ def splice(graph: fx.Graph, fused: fx.GraphModule, captured: Captured) -> list[f
     if mode is not None:
         _record(made, mode)
     graph.lint()
-    return made
 
 
 def _arguments(graph: fx.Graph, captured: Captured) -> dict[int, fx.Node]:

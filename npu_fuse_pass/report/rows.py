@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from npu_fuse_pass.ir.expr import DTYPE_NAMES
 from npu_fuse_pass.ir.readable import readable
 from npu_fuse_pass.ir.types import Group, Grouped, Leaf
-from npu_fuse_pass.lowerings.npu.plan import LayoutCost
 from npu_fuse_pass.match.result import Match, NoMatch
 from npu_fuse_pass.report.report import GroupReport, KernelMatch
 
@@ -38,13 +37,6 @@ def group_report(
         _of_params=g.of_params,
         _returned=all(leaves[m[s]].kind == "output" for m in g.members for s in g.formula.written),
     )
-
-
-def show_layouts(rows: Sequence[GroupReport], layouts: Sequence[LayoutCost]) -> None:
-    """Set the rows' layouts and what they cost now."""
-    for row, layout in zip(rows, layouts, strict=True):
-        row.layout, row.layout_reason = layout.name, layout.reason
-        row.launches, row.bytes_per_element = layout.launches, layout.bytes_per_element
 
 
 def show_matches(rows: Sequence[GroupReport], grouped: Grouped, matches: Callable[[], Matches]) -> None:

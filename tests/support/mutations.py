@@ -361,9 +361,9 @@ MUTATIONS = [
     ),
     Mutation(
         "the rewritten graph copies a neighbour's value",
-        "_group_nodes",
-        "value = graph.call_function(operator.getitem, (node, k * len(group.members) + m))\n                leaf =",
-        "value = graph.call_function(operator.getitem, (node, k * len(group.members)))\n                leaf =",
+        "_Rewriting._add_groups",
+        "value = self._call(operator.getitem, (node, k * len(group.members) + m))\n                    leaf =",
+        "value = self._call(operator.getitem, (node, k * len(group.members)))\n                    leaf =",
         ("tests/unit/passes/test_rewrite.py::test_it_runs_and_gives_what_the_step_gives",),
     ),
     Mutation("the interpreter forgets casts", "_value", "return args[0].to(e.dtype)", "return args[0]", ROUNDING),

@@ -2,36 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 from npu_fuse_pass.dump.contents import Contents
 from npu_fuse_pass.dump.names import called
+from npu_fuse_pass.dump.page.drawing import Node
 from npu_fuse_pass.ir.expr import postorder
 from npu_fuse_pass.ir.types import Call, Group, Leaf, references
 
 
-@dataclasses.dataclass
-class Box:
-    """One box of the fused step.
-
-    Attributes:
-        kind: "leaf" (a list of leaves), "fused", "contribute", "total", "kept" or "written".
-        group: the fused node's number, for "fused" and "contribute".
-        count: number of leaves or calls that it stands for.
-        origin: names of leaves or nodes.
-    """
-
-    kind: str
-    name: str
-    args: list[int] = dataclasses.field(default_factory=list)
-    group: int | None = None
-    count: int = 1
-    origin: list[str] = dataclasses.field(default_factory=list)
-    scalar: bool = False
-
-
-def after(contents: Contents) -> list[Box]:
+def after(contents: Contents) -> list[Node]:
     """The boxes, arguments before their readers."""
     return _After(contents.grouped.leaves).run(contents)
 
@@ -39,13 +19,13 @@ def after(contents: Contents) -> list[Box]:
 class _After:
     def __init__(self, leaves: Sequence[Leaf]) -> None:
         self._leaves = leaves
-        self._boxes: list[Box] = []
+        self._boxes: list[Node] = []
         self._lists: dict[tuple[int, ...], int] = {}
         self._made: dict[int, int] = {}  # leaf that the step makes -> the box that makes it
         self._totals: dict[int, int] = {}
         self._number = 0
 
-    def run(self, contents: Contents) -> list[Box]:
+    def run(self, contents: Contents) -> list[Node]:
         for segment in contents.grouped.segments:
             self._fuse(segment.groups)
             self._calls(segment.calls)
@@ -53,7 +33,7 @@ class _After:
         self._fuse(contents.grouped.groups)
         return self._boxes
 
-    def _add(self, made: Box) -> int:
+    def _add(self, made: Node) -> int:
         made.args = list(dict.fromkeys(made.args))
         self._boxes.append(made)
         return len(self._boxes) - 1
@@ -62,7 +42,7 @@ class _After:
         boxes = []
         for group in groups:
             read = self._reads(group, range(len(group.formula.slots)))
-            boxes.append(self._add(Box("fused", group.name, read, self._number, len(group.members))))
+            boxes.append(self._add(Node("fused", group.name, read, group=self._number, count=len(group.members))))
             self._number += 1
         for group, box in zip(groups, boxes, strict=True):
             for slot in group.formula.written:
@@ -74,7 +54,7 @@ class _After:
             self._made |= dict.fromkeys(leaves, box)
             return
         name, scalar = f"{group.labels[slot]}'", not group.formula.slots[slot].tensor
-        self._add(Box("written", name, [box], None, len(leaves), self._names(leaves), scalar))
+        self._add(Node("written", name, [box], origin=self._names(leaves), scalar=scalar, count=len(leaves)))
 
     def _reads(self, group: Group, slots: Sequence[int]) -> list[int]:
         """The boxes that a group reads in these slots."""
@@ -95,7 +75,8 @@ class _After:
     def _list(self, leaves: list[int], label: str, scalar: bool) -> int:
         key = tuple(leaves)
         if key not in self._lists:
-            self._lists[key] = self._add(Box("leaf", label, [], None, len(leaves), self._names(leaves), scalar))
+            made = Node("leaf", label, origin=self._names(leaves), scalar=scalar, count=len(leaves))
+            self._lists[key] = self._add(made)
         return self._lists[key]
 
     def _names(self, leaves: Sequence[int]) -> list[str]:
@@ -114,7 +95,7 @@ class _After:
                         read.append(self._made[ref.index])
                     elif self._leaves[ref.index].kind in ("input", "attribute"):
                         read.append(self._list([ref.index], self._leaves[ref.index].name, False))
-            box = self._add(Box("kept", name, read, None, len(several), [call.node for call in several]))
+            box = self._add(Node("kept", name, read, origin=[call.node for call in several], count=len(several)))
             self._made |= dict.fromkeys([i for call in several for i in call.results], box)
 
     def _add_totals(self, groups: Sequence[Group]) -> None:
@@ -129,5 +110,5 @@ class _After:
             for number, group, k in parts[total]:
                 below = postorder([group.formula.contributions[k]])
                 read = self._reads(group, [e.value for e in below if e.op == "leaf" and isinstance(e.value, int)])
-                args.append(self._add(Box("contribute", group.name, read, number, len(group.members))))
-            self._totals[total] = self._add(Box("total", f"total_{total}", args, None, 1, scalar=True))
+                args.append(self._add(Node("contribute", group.name, read, group=number, count=len(group.members))))
+            self._totals[total] = self._add(Node("total", f"total_{total}", args, scalar=True))

@@ -1,4 +1,4 @@
-"""The data of a drawing of the step before fusing."""
+"""The data of the drawings of a step, before fusing and after."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ Texts = str | list[str]
 
 @dataclasses.dataclass
 class Node:
-    """One box: an operation, a leaf, or a port to another drawing.
+    """One box: an operation, a leaf, or a port to another drawing; of the fused step also a list of leaves.
 
     Attributes:
-        kind: "op", "leaf" or "port".
+        kind: "op", "leaf" or "port"; of the fused step "leaf", "fused", "contribute", "total", "kept" or "written".
         name: the operation's, or the role of a leaf for its parameter.
         args: boxes of this drawing, by number.
         note: an operation's numbers.
-        origin: the name of the captured graph's node, or of the leaf.
+        origin: the name of the captured graph's node, or of the leaf, or of all that it stands for.
         source: file, line and text of the code that called the operation.
         groups: fused nodes that it became part of, by number.
+        group: the number of the fused node that it is, or that contributes.
         scalar: it has one value for each parameter.
         listed: it is one entry of a list operation.
         kept: it stays as it is.
-        count: number of repetitions in a row.
+        count: number of repetitions in a row, or of leaves or calls that it stands for.
         to: the drawing that a port leads to; -1: that of all parameters together.
     """
 
@@ -34,6 +35,7 @@ class Node:
     origin: Texts = ""
     source: str = ""
     groups: list[int] = dataclasses.field(default_factory=list)
+    group: int | None = None
     scalar: bool = False
     listed: bool = False
     kept: bool = False

@@ -17,7 +17,7 @@ from typing import Any
 from torch import fx
 
 from npu_fuse_pass.dump.contents import Contents
-from npu_fuse_pass.dump.page.after import Box, after
+from npu_fuse_pass.dump.page.after import after
 from npu_fuse_pass.dump.page.drawing import Before, Drawing, Node
 from npu_fuse_pass.dump.page.graphs import before
 from npu_fuse_pass.dump.text.kernel_text import annotated
@@ -81,7 +81,7 @@ _Names = dict[str, int]
 """Names of leaves and nodes with their numbers, stored once: with 2000 parameters several boxes list many long ones."""
 
 
-def _totals(contents: Contents, drawn: Before, boxes: Sequence[Box]) -> dict[str, Any]:
+def _totals(contents: Contents, drawn: Before, boxes: Sequence[Node]) -> dict[str, Any]:
     """Totals of the whole step; pairs are before and after."""
     report = contents.report
     kept = sum(b.count for b in boxes if b.kind == "kept")
@@ -146,9 +146,9 @@ def _drawing(d: Drawing, names: _Names) -> dict[str, Any]:
     }
 
 
-def _fields(x: Node | Box, names: _Names) -> dict[str, Any]:
+def _fields(x: Node, names: _Names) -> dict[str, Any]:
     """The fields that differ from their defaults; lists of names by number."""
-    empty = type(x)("", "")
+    empty = Node("", "")
     pairs = ((f.name, getattr(x, f.name)) for f in dataclasses.fields(x))
     found = {name: value for name, value in pairs if name in ("kind", "name") or value != getattr(empty, name)}
     if isinstance(x.origin, list) and x.origin:

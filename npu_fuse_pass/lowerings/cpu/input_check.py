@@ -116,14 +116,10 @@ class KernelInputs:
 
     Args:
         written: for each tensor, 1 if the kernel writes it, else 0.
-
-    Attributes:
-        own: the tensors of this step are those of the table, see `NativeInputs.own`.
     """
 
     def __init__(self, written: array.array[int]) -> None:
         self._written = written
-        self.own = False
         self._native: NativeInputs | None = None
         self._left = _MADE_AT_MOST if len(written) >= WORTH else 0
         self._found = False
@@ -143,23 +139,23 @@ class KernelInputs:
     def same(self, given: list[Tensor] | None = None) -> array.array[int] | None:
         """The addresses of the tensors if they match the table, else None; see `NativeInputs.same`."""
         self._found = self._native is not None and self._native.same(given)
-        self.own = self._native is not None and self._found and self._native.own
         return self._native.addresses if self._native is not None and self._found else None
 
     def learn(self, tensors: Sequence[Tensor]) -> None:
-        """Remember the kinds of these tensors; the caller has found that the kernel may run on them."""
-        if self._left and (library := _library.get("native")) is not None:
+        """Remember the kinds of tensors other than the table's; the caller has found that the kernel runs on them."""
+        known = self._native is not None and self._native.own
+        if self._left and not known and (library := _library.get("native")) is not None:
             self._left -= 1
             with contextlib.suppress(Unsupported):
-                self._native, self.own, self._found = NativeInputs(tensors, library), True, False
+                self._native, self._found = NativeInputs(tensors, library), False
 
     def forget(self) -> None:
         """Forget the kinds of the tensors: they are of others now, and may be of these again."""
-        self._native, self.own, self._found = None, False, False
+        self._native, self._found = None, False
 
     def holds(self, ids: Set[int]) -> bool:
         """True if the tensors of this step are those of a table, and those that are not gradients are among these."""
-        return self.own and self._native is not None and self._native.held <= ids
+        return self._native is not None and self._native.own and self._native.held <= ids
 
     def write(self) -> bool:
         """Tell autograd what the kernel writes; False if the last `same` did not find the tensors."""

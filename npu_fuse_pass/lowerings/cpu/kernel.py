@@ -76,17 +76,17 @@ class Kernel:
         self._tables = Tables(formula, self._numels, source.scratch, source.partial, wholes, tasks_of(leaves, group))
         self.done = self._tables.done
         self.scratch = torch.frombuffer(self._tables.scratch, dtype=torch.float64)
-        self._columns = [Column(rank, slot, group, leaves) for rank, slot in enumerate(formula.tensor_slots)]
-        self._scalar_columns = [Column(rank, slot, group, leaves) for rank, slot in enumerate(formula.scalar_slots)]
-        self._varying = [c for c in self._columns if not c.fixed]
+        tensors, scalars = self._tables.tensors, self._tables.scalars
+        self._columns = [Column(tensors, rank, slot, group, leaves) for rank, slot in enumerate(formula.tensor_slots)]
+        self._scalar_columns = [Column(scalars, k, slot, group, leaves) for k, slot in enumerate(formula.scalar_slots)]
         moving = [c for c in self._scalar_columns if not c.fixed]
-        self._counters = [c for c in moving if in_table.keys().isdisjoint(c.indices)]
-        self._one_by_one = [c for c in moving if not in_table.keys().isdisjoint(c.indices)]
+        counters = [c for c in moving if in_table.keys().isdisjoint(c.indices)]
+        self._one_by_one = [c for c in moving if c not in counters]
         # 0-dim tensors that are only read, where they lie
         read = [c for c in self._scalar_columns if not c.written and not in_table.keys() >= set(c.indices)]
         self._scalars_read, self._scalars_written = read, [c for c in self._scalar_columns if c.written]
         self._same = SameTensors()
-        self._moving = Moving((*self._varying, *self._counters))
+        self._moving = Moving([*(c for c in self._columns if not c.fixed), *counters])
         self.inputs = KernelInputs(self._moving.written)
         self._kinds: object = None
         # whose elements are counted, in their order: what a tensor that is rounded stochastically replaces
@@ -125,7 +125,7 @@ class Kernel:
             if addresses is not None or kinds == self._kinds is not None or self._same.match(varying):
                 self._bind_same(values, varying, addresses)
                 return
-        self._kinds, self.inputs.own = None, False
+        self._kinds = None
         self.moved = True
         plain = self._mark_active(values)
         for column in self._scalar_columns:
@@ -138,8 +138,7 @@ class Kernel:
             if not plain or not self._fits(column, tensors, complete):
                 self._bind_by_member(values, complete)
                 return
-            begin = column.rank * self._n
-            self._tables.tensors[begin : begin + self._n] = array.array("q", [t.data_ptr() for t in tensors])
+            column.table[column.part] = array.array("q", [t.data_ptr() for t in tensors])
         self._bound = True
         if plain:
             self._kinds = kinds
@@ -152,16 +151,13 @@ class Kernel:
             self._bind_scalars(column, values)
         if addresses is None:
             addresses = array.array("q", list(map(Tensor.data_ptr, varying)))
-        if not self.inputs.own:
-            self.inputs.learn(varying)
+        self.inputs.learn(varying)
         self._enter(addresses)
 
     def _enter(self, addresses: array.array[int]) -> None:
-        tables = [*[self._tables.tensors] * len(self._varying), *[self._tables.scalars] * len(self._counters)]
-        for table, (column, here) in zip(tables, self._moving.by_column(addresses), strict=True):
-            begin = column.rank * self._n
-            if here != table[begin : begin + self._n]:
-                table[begin : begin + self._n] = here
+        for column, here in self._moving.by_column(addresses):
+            if here != column.table[column.part]:
+                column.table[column.part] = here
                 self.moved |= column.written
 
     def checks(self, ids: Set[int]) -> bool:
@@ -198,7 +194,7 @@ class Kernel:
         return all([t.is_contiguous() and materialised(t) for t in tensors])  # noqa: C419 - a list is faster here
 
     def _bind_scalars(self, column: Column, values: LeafValues) -> None:
-        begin = column.rank * self._n
+        begin = column.part.start
         for m, i in enumerate(column.indices):
             value = values[i] if i < len(values) else None
             if i in self._in_table and not column.written:
@@ -213,7 +209,7 @@ class Kernel:
                 address, tag = value.data_ptr(), _TAGS[value.dtype]
                 if not address:
                     raise Mismatch(NOWHERE, Code.NO_MEMORY)
-            self._tables.scalars[begin + m] = address
+            column.table[begin + m] = address
             if self._tables.tags[begin + m] != tag:
                 self._tables.tags[begin + m] = tag
                 self._same, self._kinds = SameTensors(), None  # what was learned goes with the tags of before
@@ -242,7 +238,7 @@ class Kernel:
                         self._copy_back.append((t, dense))
                     self._keep.append(dense)
                     t = dense
-                self._tables.tensors[column.rank * self._n + m] = t.data_ptr()
+                column.table[column.part.start + m] = t.data_ptr()
         self._bound = False
 
     @property
@@ -263,42 +259,35 @@ class Kernel:
         found = []
         for column in self._columns:
             if column.written:
-                begin, size = column.rank * self._n, column.dtype.itemsize
-                pointers = self._tables.tensors[begin : begin + self._n]
-                for start, numel, active in zip(pointers, column.numels, self._tables.active, strict=True):
-                    if active and numel:
-                        found.append((start, start + numel * size))
+                rows = zip(column.table[column.part], column.numels, self._tables.active, strict=True)
+                size = column.dtype.itemsize
+                found += [(start, start + numel * size) for start, numel, active in rows if active and numel]
         for column in self._scalars_written:
-            begin = column.rank * self._n
-            pointers, tags = (row[begin : begin + self._n] for row in (self._tables.scalars, self._tables.tags))
-            rows = zip(pointers, tags, self._tables.active, strict=True)
+            rows = zip(column.table[column.part], self._tables.tags[column.part], self._tables.active, strict=True)
             found += [(start, start + _BYTES[tag]) for start, tag, active in rows if active]
         return found
 
     def pointers_written(self) -> bytes:
         """Changes when what this call writes is elsewhere than at the last one."""
-        tensors, scalars = self._tables.tensors, self._tables.scalars
-        places = [(tensors, c.rank * self._n) for c in self._columns if c.written]
-        places += [(scalars, c.rank * self._n) for c in self._scalars_written]
-        rows = [table[begin : begin + self._n].tobytes() for table, begin in places]
+        rows = [c.table[c.part].tobytes() for c in (*self._columns, *self._scalar_columns) if c.written]
         return b"".join([*rows, self._tables.active.tobytes()])
 
     def reads_overlap(self, starts: array.array[int], ends: array.array[int]) -> bool:
         """True if a tensor that is only read shares memory with one that is written."""
         written = (starts.buffer_info()[0], ends.buffer_info()[0], len(starts))
 
-        def found(table: array.array[int], column: Column, sizes: array.array[int]) -> bool:
-            begin = table.buffer_info()[0] + 8 * column.rank * self._n
+        def found(column: Column, sizes: array.array[int]) -> bool:
+            begin = column.table.buffer_info()[0] + 8 * column.part.start
             return int(self._find_overlap(begin, sizes.buffer_info()[0], self._n, *written)) >= 0
 
         for column in self._columns:
             if not column.written:
                 sizes = column.bytes_of(self._tables.active, self._all_active)
-                if found(self._tables.tensors, column, sizes):
+                if found(column, sizes):
                     return True
         # where a 0-dim tensor begins is enough
         ones = self._ones if self._all_active else array.array("q", self._tables.active)
-        return any(found(self._tables.scalars, c, ones) for c in self._scalars_read)
+        return any(found(c, ones) for c in self._scalars_read)
 
     def call(self, function: Callable[..., None], threads: int) -> None:
         self._tables.share(threads)

@@ -96,10 +96,11 @@ class Tables:
 
 
 class Column:
-    """One slot over all members: where in a call's values its tensors are."""
+    """One slot over all members: where in a call's values its tensors are, and where their addresses: `table[part]`."""
 
-    def __init__(self, rank: int, slot: int, group: Group, leaves: Sequence[Leaf]) -> None:
-        self.rank = rank
+    def __init__(self, table: array.array[int], rank: int, slot: int, group: Group, leaves: Sequence[Leaf]) -> None:
+        self.table = table
+        self.part = slice(rank * len(group.members), (rank + 1) * len(group.members))
         self.slot = slot
         self.indices = [m[slot] for m in group.members]
         self.fixed = all(leaves[i].fixed for i in self.indices)

@@ -61,9 +61,10 @@ class Program:
         written = {m[s] for g in groups for m in g.members for s in g.formula.written}
         self._written = [place for place, i in enumerate(self._inputs) if i in written]
         _check(leaves, groups, calls, written)
-        constant = _with_constants(graph)
-        functional = _functional(constant) if any(call.written for call in calls) else constant
-        compiled = while_compiling(lambda: self._compiled(torchair, functional, config))
+        constant: Callable[..., Any] = _with_constants(graph)
+        if any(call.written for call in calls):  # torchair's converters expect functional operations
+            constant = torch.func.functionalize(constant, remove="mutations")
+        compiled = while_compiling(lambda: self._compiled(torchair, constant, config))
         self._execution = Execution(compiled, versions)
 
     def cost(self, g: Group) -> tuple[int, int]:
@@ -127,12 +128,6 @@ def _split(formula: Formula, constants: Mapping[int, float]) -> Split | None:
         return split(formula, (), False, constants)
     except Unsupported:
         return None
-
-
-def _functional(graph: fx.GraphModule) -> Callable[..., Any]:
-    """The graph with in-place writes of original operations made functional, as torchair's converters expect."""
-    functional: Callable[..., Any] = torch.func.functionalize(graph, remove="mutations")
-    return functional
 
 
 def _with_constants(rewritten: fx.GraphModule) -> fx.GraphModule:

@@ -157,7 +157,7 @@ class Emitter(elementwise.Emitter):
     def __init__(
         self, ge: Any, ge_dtype: Callable[[torch.dtype], int], formula: Formula, call: str, written: Sequence[int]
     ) -> None:
-        super().__init__(ge, ge_dtype, formula, True, torch.float32)
+        super().__init__(ge, ge_dtype, formula, torch.float32)
         self._operation, self._attributes = _called(call)
         self._dtypes = [formula.slots[s].dtype for s in written]
 

@@ -104,7 +104,7 @@ def stored(formula: Formula, e: Expr) -> torch.dtype:
 
 
 class Emitter:
-    """Emits the writes of a formula, or its contributions, for one member after another.
+    """Emits the writes of a formula and its contributions for one member after another.
 
     Numbers that members share are computed once. `ge` is torchair's module of GE operations and `ge_dtype` gives
     GE's number of a dtype. `number_dtype` is that of numbers on the device: `wide_dtype` for a device formula (None),
@@ -114,21 +114,14 @@ class Emitter:
     _keep_dims = False  # whether reductions give tensors with one element, not with no dimension
 
     def __init__(
-        self,
-        ge: Any,
-        ge_dtype: Callable[[torch.dtype], int],
-        formula: Formula,
-        contribute: bool,
-        number_dtype: torch.dtype | None = None,
+        self, ge: Any, ge_dtype: Callable[[torch.dtype], int], formula: Formula, number_dtype: torch.dtype | None = None
     ) -> None:
         self._ge = ge
         self._ge_dtype = ge_dtype
         self._formula = formula
         self._wide = wide_dtype(formula)
         self._number_dtype = number_dtype or self._wide
-        self._writes = () if contribute else formula.writes
-        self._contributions = formula.contributions if contribute else ()
-        self.order = postorder([*(e for _, e in self._writes), *self._contributions])
+        self.order = postorder(formula.roots)
         self._numbers: dict[tuple[object, ...], Any] = {}
 
     def members(self, slots: Sequence[Mapping[int, Any]], shapes: Sequence[list[int]]) -> list[list[Any]]:
@@ -136,7 +129,7 @@ class Emitter:
         return [self.member(*given) for given in zip(slots, shapes, strict=True)]
 
     def member(self, slots: Mapping[int, Any], shape: list[int]) -> list[Any]:
-        """New values of the written slots, or the contributions.
+        """New values of the written slots, then the contributions.
 
         `slots` are GE's tensors, those of scalar slots 0-dim; `shape` is that of the member's tensors.
         """
@@ -166,13 +159,13 @@ class Emitter:
         """
         results = []
         taken = {values[id(e)].tensor for e in self.order if e.op == "leaf"}
-        for slot, e in self._writes:
+        for slot, e in self._formula.writes:
             value = values[id(e)]
             if self._formula.slots[slot].tensor and (value.tensor in taken or not e.tensor):
                 value = self._ge.BroadcastTo(value, shape)
             taken.add(value.tensor)
             results.append(value)
-        return results + [values[id(e)] for e in self._contributions]
+        return results + [values[id(e)] for e in self._formula.contributions]
 
     def _dtype(self, e: Expr) -> torch.dtype:
         if e.dtype != torch.float64:

@@ -67,7 +67,7 @@ class Emitter(elementwise.Emitter):
     def __init__(
         self, ge: Any, ge_dtype: Callable[[torch.dtype], int], formula: Formula, operation: Callable[..., Any]
     ) -> None:
-        super().__init__(ge, ge_dtype, formula, False)
+        super().__init__(ge, ge_dtype, formula)
         self._operation = operation
 
     def members(self, slots: Sequence[Mapping[int, Any]], shapes: Sequence[list[int]]) -> list[list[Any]]:

@@ -17,9 +17,9 @@ from torch import Tensor
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.ir.expr import REDUCTIONS, Expr, postorder, rebuilt
 from npu_fuse_pass.ir.fused_op import evaluate
+from npu_fuse_pass.ir.lerp import interpolation
 from npu_fuse_pass.ir.text import serialise
 from npu_fuse_pass.ir.types import Formula, Group, Leaf, Slot
-from npu_fuse_pass.lowerings.npu.emit.lerp import interpolation
 from npu_fuse_pass.reasons import Code
 
 
@@ -226,7 +226,11 @@ class _Device:
     def _below(self, e: Expr) -> Sequence[Expr]:
         if id(e) in self._on_host:
             return ()
-        return interpolation(e, self._constants) or e.args
+        found = interpolation(e, self._is_number)  # which GE's Lerp, and kernels, compute in a way of their own
+        return found if found is not None and found[0].tensor and found[1].tensor else e.args
+
+    def _is_number(self, e: Expr, value: float) -> bool:
+        return e.op == "leaf" and not e.tensor and isinstance(e.value, int) and self._constants.get(e.value) == value
 
     def finish(self, states: Mapping[int, torch.dtype]) -> None:
         """Assign slots to the totals and states, behind the host's values."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +22,7 @@ from npu_fuse_pass.lowerings.npu.graph.graph import (
     device_lists,
     device_update,
     device_write,
+    packed,
 )
 
 Make = Callable[..., elementwise.Emitter]
@@ -30,29 +32,32 @@ Make = Callable[..., elementwise.Emitter]
 def register(torchair: Any) -> None:
     """Give torchair a converter for every node of this package that has none yet."""
     from torchair._ge_concrete_graph import compat_ir
-    from torchair.ge._ge_graph import get_default_ge_graph
 
     _name_lists()
     device: dict[Any, Make] = {
-        device_update: lambda ge, dtypes, made: elementwise.Emitter(ge, dtypes, made, False),
-        device_contribute: lambda ge, dtypes, made: elementwise.Emitter(ge, dtypes, made, True),
+        device_update: elementwise.Emitter,
+        device_contribute: elementwise.Emitter,
         device_lists: lambda ge, dtypes, made: npu_foreach.Emitter(ge, dtypes, made, compat_ir.ge_op),
         device_dedicated: dedicated.Emitter,
     }
-    # as `rewrite` makes them: numbers are float64 and stay so
+    # as `rewrite` makes them: numbers are float64 and stay so; of a formula's two parts a node computes one
     whole: dict[Any, Make] = {
-        multi_tensor_update: lambda ge, dtypes, made: elementwise.Emitter(ge, dtypes, made, False, torch.float64),
-        multi_tensor_contribute: lambda ge, dtypes, made: elementwise.Emitter(ge, dtypes, made, True, torch.float64),
+        multi_tensor_update: functools.partial(_whole, contributions=()),
+        multi_tensor_contribute: functools.partial(_whole, writes=()),
     }
     converters: dict[Any, Callable[..., Any]] = {device_write: _convert_write}
     for op, make in device.items():
-        converters[op] = npu_names.naming(functools.partial(_convert_device, make), get_default_ge_graph)
+        converters[op] = npu_names.naming(packed(functools.partial(_convert, make)))
     for op, make in whole.items():
-        converters[op] = npu_names.naming(functools.partial(_convert, make), get_default_ge_graph, group_name)
+        converters[op] = npu_names.naming(functools.partial(_convert, make), group_name)
     generated.register(torchair)
     for op, converter in converters.items():
         if not hasattr(op, "_ge_converter"):
             torchair.register_fx_node_ge_converter(op)(converter)
+
+
+def _whole(ge: Any, dtypes: Callable[[torch.dtype], int], made: Formula, **without: Any) -> elementwise.Emitter:
+    return elementwise.Emitter(ge, dtypes, dataclasses.replace(made, **without), torch.float64)
 
 
 def _name_lists() -> None:
@@ -66,20 +71,6 @@ def _name_lists() -> None:
     for row in LISTS.values():
         if not hasattr(ge_apis, row.name):
             setattr(ge_apis, row.name, functools.partial(compat_ir.ge_op, row.name))
-
-
-def _convert_device(
-    make: Make,
-    tensors: list[Any],
-    numbers: list[Any],
-    totals: list[Any],
-    positions: list[int],
-    members: int,
-    formula: str,
-    *own: Any,
-) -> list[Any]:
-    """Convert a fused node with packed numbers; arguments as in `graph`."""
-    return _convert(make, tensors, [*(numbers[p] for p in positions), *totals], members, formula, *own)
 
 
 def _convert(make: Make, tensors: list[Any], scalars: list[Any], members: int, formula: str, *own: Any) -> list[Any]:

@@ -71,12 +71,11 @@ def register(torchair: Any) -> None:
     by running it on new tensors of the arguments' sizes, on their device.
     """
     from torchair._ge_concrete_graph import compat_ir, ge_apis
-    from torchair.ge._ge_graph import get_default_ge_graph
 
     if not hasattr(ge_apis, TYPE):
         setattr(ge_apis, TYPE, functools.partial(compat_ir.ge_op, TYPE))
     if not hasattr(generated_update, "_ge_converter"):
-        torchair.register_fx_node_ge_converter(generated_update)(names.naming(_convert, get_default_ge_graph))
+        torchair.register_fx_node_ge_converter(generated_update)(names.naming(_convert))
 
 
 def _convert(written: list[Any], read: list[Any], numbers: Any, kernel: str, meta_outputs: Any = None) -> list[Any]:

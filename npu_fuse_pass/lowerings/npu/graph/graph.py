@@ -56,32 +56,23 @@ first argument of such operations for one tensor.
 """
 
 
-def _update(
-    tensors: list[Tensor], numbers: list[Tensor], totals: list[Tensor], positions: list[int], members: int, formula: str
-) -> list[Tensor]:
-    scalars = [*(numbers[p] for p in positions), *totals]
-    return multi_tensor_update(tensors, scalars, members, formula)  # type: ignore[no-any-return]
+def packed(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """What computes a node with packed numbers, made of what is given the scalars themselves."""
+
+    def unpacking(tensors: Any, numbers: Sequence[Any], totals: Sequence[Any], positions: list[int], *own: Any) -> Any:
+        return compute(tensors, [*(numbers[p] for p in positions), *totals], *own)
+
+    return unpacking
 
 
-def _contribute(
-    tensors: list[Tensor], numbers: list[Tensor], totals: list[Tensor], positions: list[int], members: int, formula: str
-) -> list[Tensor]:
-    scalars = [*(numbers[p] for p in positions), *totals]
+def _contribute(tensors: list[Tensor], scalars: list[Tensor], members: int, formula: str) -> list[Tensor]:
     dtype = elementwise.wide_dtype(parsed(formula))
     return [t.to(dtype) for t in multi_tensor_contribute(tensors, scalars, members, formula)]
 
 
 def _dedicated(
-    tensors: list[Tensor],
-    numbers: list[Tensor],
-    totals: list[Tensor],
-    positions: list[int],
-    members: int,
-    formula: str,
-    call: str,
-    written: list[int],
+    tensors: list[Tensor], scalars: list[Tensor], members: int, formula: str, call: str, written: list[int]
 ) -> list[Tensor]:
-    scalars = [*(numbers[p] for p in positions), *totals]
     rows = [
         dedicated.evaluate(parsed(formula), call, written, tensors[m::members], scalars[m::members])
         for m in range(members)
@@ -90,14 +81,7 @@ def _dedicated(
 
 
 def _fake_dedicated(
-    tensors: list[FakeTensor],
-    numbers: list[Tensor],
-    totals: list[Tensor],
-    positions: list[int],
-    members: int,
-    formula: str,
-    call: str,
-    written: list[int],
+    tensors: list[FakeTensor], scalars: list[Tensor], members: int, formula: str, call: str, written: list[int]
 ) -> list[Tensor]:
     """Fake results without the arithmetic, which would be most of a conversion's time."""
     made = parsed(formula)
@@ -116,11 +100,12 @@ def _fake_write(targets: list[Tensor], values: list[Tensor]) -> None:
     """Do nothing: targets keep their size and dtype."""
 
 
-_KERNELS: dict[str, tuple[Callable[..., list[Tensor] | None], Callable[..., list[Tensor] | None]]] = {
+_update, _contributed = packed(multi_tensor_update), packed(_contribute)
+_KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "device_update": (_update, _update),  # they have fakes of their own
     "device_lists": (_update, _update),
-    "device_contribute": (_contribute, _contribute),
-    "device_dedicated": (_dedicated, _fake_dedicated),
+    "device_contribute": (_contributed, _contributed),
+    "device_dedicated": (packed(_dedicated), packed(_fake_dedicated)),
     "device_write": (copy_each, _fake_write),
 }
 for _name, (_kernel, _fake) in _KERNELS.items():

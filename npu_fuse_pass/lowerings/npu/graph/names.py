@@ -27,15 +27,15 @@ def kept() -> AbstractContextManager[None]:
 
 
 def naming(
-    converter: Callable[..., list[Any]], graph_of: Callable[[], Any], group_of: Callable[[str], str] | None = None
+    converter: Callable[..., list[Any]], group_of: Callable[[str], str] | None = None
 ) -> Callable[..., list[Any]]:
     """Wrap the converter of a fused node so that its operations are named after the group.
 
     Args:
         converter: its first argument that is text is a formula.
-        graph_of: returns torchair's graph under construction.
         group_of: maps a formula to a group's name, for unmarked nodes; None: formulas are not whole groups.
     """
+    from torchair.ge._ge_graph import get_default_ge_graph
 
     @functools.wraps(converter)
     def named(tensors: list[Any], *args: Any, **given: Any) -> list[Any]:
@@ -44,7 +44,7 @@ def naming(
             group = group_of(next(a for a in args if isinstance(a, str)))
         if group is None:
             return converter(tensors, *args, **given)
-        graph = graph_of()
+        graph = get_default_ge_graph()  # under construction
         plain = graph.next_unique_name
         graph.next_unique_name = lambda name, op: plain(name, f"{group}/{op}")
         try:
