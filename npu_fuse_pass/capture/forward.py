@@ -7,9 +7,8 @@ import operator
 import torch
 from torch import Tensor, fx
 
-from npu_fuse_pass.fx_nodes.effects import recorded, writes_leaves
+from npu_fuse_pass.fx_nodes.effects import recorded
 from npu_fuse_pass.fx_nodes.names import operation_name
-from npu_fuse_pass.reasons import Code, Reason
 
 
 def records(node: fx.Node) -> bool:
@@ -29,9 +28,3 @@ def is_forward_pass(graph: fx.Graph) -> bool:
         elif enabled and node.op.startswith("call_") and records(node):
             return True
     return False
-
-
-def beside_a_forward_pass(graph: fx.Graph) -> list[Reason]:
-    """Reasons for a graph with a forward pass: none, unless it also updates parameters."""
-    text = "autograd records operations of the graph that updates parameters"
-    return [Code.FORWARD_PASS(text, "forward pass")] if writes_leaves(graph, of_parameters=True) else []

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from npu_fuse_pass.capture.forward import beside_a_forward_pass, is_forward_pass
+from npu_fuse_pass.capture.forward import is_forward_pass
 from npu_fuse_pass.capture.inline import expand_rule
 from npu_fuse_pass.capture.interpreter import Interpreter
 from npu_fuse_pass.capture.list_ops import LISTS
@@ -23,7 +23,7 @@ from npu_fuse_pass.capture.originals import dense_strides, number_type
 from npu_fuse_pass.capture.shards import of_this_process
 from npu_fuse_pass.capture.updates import updates_of
 from npu_fuse_pass.capture.values import Cell, Val
-from npu_fuse_pass.capture.walk import Recorded, run_graph
+from npu_fuse_pass.capture.walk import run_graph
 from npu_fuse_pass.errors import Unsupported
 from npu_fuse_pass.fx_nodes.effects import recorded, storage_of, writes_leaves
 from npu_fuse_pass.fx_nodes.names import operation_name
@@ -124,14 +124,13 @@ def _read(gm: fx.GraphModule, numbers: bool, dimensions: bool = False, reduction
             stores=stores,
             put_right=b.put_right,
         )
-    except Recorded:
-        return Captured(interpreter.leaves, [], beside_a_forward_pass(gm.graph))
     except Unsupported as e:
-        if is_forward_pass(gm.graph):
-            return Captured(interpreter.leaves, [], beside_a_forward_pass(gm.graph))
-        return Captured(interpreter.leaves, [], [e.reason] if writes_leaves(gm.graph) else [])
+        forward = is_forward_pass(gm.graph)
+        reason = Code.FORWARD_PASS(_BESIDE_A_FORWARD_PASS, "forward pass") if forward else e.reason
+        return Captured(interpreter.leaves, [], [reason] if writes_leaves(gm.graph, of_parameters=forward) else [])
 
 
+_BESIDE_A_FORWARD_PASS = "autograd records operations of the graph that updates parameters"
 _SAVED = 4
 """Copies may move so many times less than operations that become kernels, which move half of it to an eighth."""
 

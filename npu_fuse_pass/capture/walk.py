@@ -27,10 +27,6 @@ _EQUAL = {operator.eq: True, operator.is_: True, operator.ne: False, operator.is
 _METADATA = {"size", "stride", "dim", "numel", "sym_size", "sym_numel", "is_floating_point", "is_complex"}
 
 
-class Recorded(Exception):  # noqa: N818 - a finding about a graph, not an error
-    """Autograd records an operation of the graph: it is part of a forward pass, not an update."""
-
-
 def is_known(name: str) -> bool:
     """True if an operation has a row."""
     plain = name.removeprefix("_foreach_").removesuffix("_")
@@ -90,7 +86,7 @@ def _call_node(interpreter: Interpreter, node: fx.Node, args: tuple[Any, ...], k
     if node.target in _EQUAL and None in args:
         return (args[0] is args[1]) == _EQUAL[node.target]
     if interpreter.grad_enabled and records(node):
-        raise Recorded
+        raise Unsupported(name, "autograd records it: it is part of a forward pass", Code.FORWARD_PASS)
     if name in _METADATA:
         raise Unsupported(name, "reads the size of a tensor", Code.SIZE)
     if name in ("add", "mul") and all(isinstance(recorded(a), torch.SymBool) for a in node.all_input_nodes):

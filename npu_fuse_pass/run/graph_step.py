@@ -43,36 +43,27 @@ def graph_step(gm: fx.GraphModule, options: Options, cause: Cause) -> Callable[.
         The fused step; the original graph where nothing of it is fused.
     """
     handles = [str(n.args[3]) for n in gm.graph.nodes if n.target is core_op.rule_update]
-    try:
+
+    def prepare() -> None:
         for handle in handles:
             core_op.optimizer_of(handle)._prelude.prepare()
+
+    try:
+        prepare()
     except (ValueError, RuntimeError):  # of the inputs; a GradientError is one of these
-        return _Later(gm, options, cause)
+
+        @functools.cache
+        def later() -> Callable[..., Any]:
+            """Compile at a call with valid inputs; others raise the optimizer's error, which Dynamo would wrap here."""
+            prepare()
+            return graph_step(gm, options, cause)
+
+        return lambda *args: later()(*args)
     step = GraphStep(gm, options, handles, cause)
     if step.fused:
         return step
     undo_decompositions(gm)
     return gm.forward
-
-
-class _Later:
-    """A step whose optimizer refuses its inputs while it is compiled: it is compiled at a call that has valid ones.
-
-    The call raises the optimizer's own error, which Dynamo would wrap if the backend raised it.
-    """
-
-    __slots__ = ("_cause", "_gm", "_options", "_step")
-
-    def __init__(self, gm: fx.GraphModule, options: Options, cause: Cause) -> None:
-        self._gm, self._options, self._cause = gm, options, cause
-        self._step: Callable[..., Any] | None = None
-
-    def __call__(self, *args: Any) -> Any:
-        if self._step is None:
-            for node in self._gm.graph.find_nodes(op="call_function", target=core_op.rule_update):
-                core_op.optimizer_of(str(node.args[3]))._prelude.prepare()
-            self._step = graph_step(self._gm, self._options, self._cause)
-        return self._step(*args)
 
 
 class GraphStep:

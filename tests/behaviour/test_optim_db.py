@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.support.optim_cases import CASES, HIDDEN, NOT_SHOWN, PARTLY, SHOWN, STEPS, Case, Result, run
-from tests.support.training import assert_fused, tier
+from tests.support.training import assert_fused, heard, tier
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*")
 
@@ -69,12 +68,11 @@ def assert_all_fused(case: Case, got: Result, active: Callable[[int], int] = lam
 def check(case: Case, backend: Any) -> None:
     """A case under a backend against eager."""
     want = run(case, None)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with heard() as said:
         got = run(case, backend)
     assert_equal(case, got, want)
     assert_all_fused(case, got)
-    assert not [w.message for w in caught if "npu_fused" in str(w.message)]
+    assert not said
 
 
 @pytest.mark.parametrize("case", tier(SHOWN), ids=str)

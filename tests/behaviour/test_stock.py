@@ -40,12 +40,6 @@ SHAPES = [(3, 4), (5,), (40, 50), (2, 3, 2), (5,)]
 pytestmark = pytest.mark.usefixtures("afresh")  # instances of one class share torch's limit of 8 compiles
 
 
-def relative(got: Tensor, want: Tensor, before: Tensor) -> float:
-    """Relative to what was there before where that is larger: p - u may cancel, and an ulp of p is then much of it."""
-    got, want, before = (t.detach().double() for t in (got, want, before))
-    return float(((got - want).abs() / (1e-3 + torch.maximum(want.abs(), before.abs()))).max())
-
-
 @pytest.mark.parametrize("foreach", [True, False], ids=["foreach", "loop"])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.float64, 1e-14)], ids=str)
 @pytest.mark.parametrize(("cls", "options"), STOCK, ids=str)
@@ -70,7 +64,7 @@ def test_stock(cls: Any, options: dict[str, Any], foreach: bool, dtype: torch.dt
             step()
         stock.step()
         for p, q, old in zip(params, others, before, strict=True):
-            assert relative(p, q, old) <= limit
+            assert error(p, q, old) <= limit
             assert opt.state[p].keys() == stock.state[q].keys()
             for name, value in stock.state[q].items():
                 if isinstance(value, Tensor):

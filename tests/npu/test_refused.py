@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +21,7 @@ from npu_fuse_pass.lowerings.npu import execution, fakes, program
 from npu_fuse_pass.lowerings.npu.environment import require
 from npu_fuse_pass.lowerings.npu.graph import converters
 from tests.support.cases import BY_NAME
+from tests.support.training import heard, warned
 
 TORCH_NPU = importlib.metadata.version("torch_npu")
 LEAVES = ["load", "compile", "run", "write"]
@@ -80,11 +80,9 @@ def test_training_continues_with_the_original(name: str, leaf: str, ge: harness.
     ours, eager = build(parameters()), build(parameters())
     step, eager_step = compiled_as(name, ours), function(eager)
     ge.failing[leaf] = fails()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with heard() as ours_say:
         step_both(ours, eager, step, 4, eager_step)
     assert_same(ours, eager, 2e-6)  # compiled, stock Adam is capturable: another order of its bias corrections
-    ours_say = [str(w.message) for w in caught if "npu_fused" in str(w.message)]
     refused = [r for r in npu_fuse_pass.reports() if r.groups]
     assert len(ours_say) == len(refused) >= 1  # once for every graph: torch's optimizers have one for the first step
     for report, warning in zip(refused, ours_say, strict=True):
@@ -112,12 +110,10 @@ def test_the_elementwise_form_is_tried_first(name: str, leaf: str, ge: harness.R
     ours, eager = build(parameters()), build(parameters())
     step, eager_step = compiled_as(name, ours, strict=True), function(eager)
     ge.failing[leaf], ge.only = fails(), frozenset({"AdamApplyOneAssign"})
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with heard() as says:
         step_both(ours, eager, step, 3, eager_step)
     assert_same(ours, eager, 2e-6)
     tried = [r for r in npu_fuse_pass.reports() if r.groups]
-    says = [str(w.message) for w in caught if "npu_fused" in str(w.message)]
     assert len(says) == len(tried) >= 1
     assert all("without dedicated operations" in text and GE_SAYS in text for text in says)
     for report in tried:
@@ -226,10 +222,7 @@ def test_a_new_plan_is_tried_again(ge: harness.Recording) -> None:
                 optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3, 3))]})
         for optimizer in (ours, eager):
             set_gradients([p for g in optimizer.param_groups for p in g["params"]], k)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            step()
-        assert len([w for w in caught if "npu_fused" in str(w.message)]) == (k == 0)
+        assert len(warned(step)) == (k == 0)
         eager.step()
     assert_same(ours, eager, 1e-6)
     assert_close(ours.param_groups[1]["params"][0], eager.param_groups[1]["params"][0], 1e-6)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import pathlib
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -36,6 +35,7 @@ from tests.npu_kernels.executed import Cores
 from tests.npu_kernels.steps import ALL, Step, parameters, set_gradients
 from tests.npu_kernels.test_executed import assert_close
 from tests.support.torch_rules import STOCK
+from tests.support.training import heard
 
 SIZES = (1, 7, 2049, 363, *[1, 7] * 12)
 BY_NAME = {step.name: step for step in ALL}
@@ -93,15 +93,14 @@ def train_by(
     step: Callable[[], object], opts: Sequence[Any], count: int, missing: Sequence[Sequence[int]] = ((),)
 ) -> list[str]:
     """As `train`; `step` is the first one's."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with heard() as said:
         for k in range(count):
             for opt in opts:
                 set_gradients(opt.param_groups[0]["params"], k, missing[k % len(missing)])
             step()
             for opt in opts[1:]:
                 opt.step()
-    return [str(w.message) for w in caught if "npu_fused" in str(w.message)]
+    return said
 
 
 def assert_same(opts: Sequence[Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,20 +12,18 @@ from torch import Tensor
 from tests.support.training import assert_close
 
 STOCK: dict[str, Callable[..., Any]] = {
-    "Adam": lambda p, **o: torch.optim.Adam(p, **{"lr": 0.02, "amsgrad": True, **o}),
-    "AdamW": lambda p, **o: torch.optim.AdamW(p, **{"lr": 0.02, **o}),
-    "SGD": lambda p, **o: torch.optim.SGD(p, **{"lr": 0.05, "momentum": 0.9, "dampening": 0.3, **o}),
-    "RMSprop": lambda p, **o: torch.optim.RMSprop(
-        p, **{"lr": 0.01, "eps": 0.1, "momentum": 0.9, "centered": True, **o}
-    ),
-    "Adagrad": lambda p, **o: torch.optim.Adagrad(p, **{"lr": 0.05, "lr_decay": 0.1, **o}),
-    "Adadelta": lambda p, **o: torch.optim.Adadelta(p, **{"lr": 0.5, **o}),
-    "Adamax": lambda p, **o: torch.optim.Adamax(p, **{"lr": 0.02, **o}),
-    "RAdam": lambda p, **o: torch.optim.RAdam(p, **{"lr": 0.02, "betas": (0.9, 0.9), **o}),
-    "Rprop": lambda p, **o: torch.optim.Rprop(p, **{"lr": 0.02, **o}),
-    "NAdam": lambda p, **o: torch.optim.NAdam(p, **{"lr": 0.02, "momentum_decay": 0.1, **o}),
-    "ASGD": lambda p, **o: torch.optim.ASGD(p, **{"lr": 0.05, "lambd": 0.01, "t0": 2, **o}),
-    "SGD plain": lambda p, **o: torch.optim.SGD(p, **{"lr": 0.05, "weight_decay": 0.1, **o}),
+    "Adam": functools.partial(torch.optim.Adam, lr=0.02, amsgrad=True),
+    "AdamW": functools.partial(torch.optim.AdamW, lr=0.02),
+    "SGD": functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9, dampening=0.3),
+    "RMSprop": functools.partial(torch.optim.RMSprop, lr=0.01, eps=0.1, momentum=0.9, centered=True),
+    "Adagrad": functools.partial(torch.optim.Adagrad, lr=0.05, lr_decay=0.1),
+    "Adadelta": functools.partial(torch.optim.Adadelta, lr=0.5),
+    "Adamax": functools.partial(torch.optim.Adamax, lr=0.02),
+    "RAdam": functools.partial(torch.optim.RAdam, lr=0.02, betas=(0.9, 0.9)),
+    "Rprop": functools.partial(torch.optim.Rprop, lr=0.02),
+    "NAdam": functools.partial(torch.optim.NAdam, lr=0.02, momentum_decay=0.1),
+    "ASGD": functools.partial(torch.optim.ASGD, lr=0.05, lambd=0.01, t0=2),
+    "SGD plain": functools.partial(torch.optim.SGD, lr=0.05, weight_decay=0.1),
 }
 
 

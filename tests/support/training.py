@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import itertools
 import math
 import os
@@ -10,7 +11,7 @@ import sys
 import threading
 import types
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -165,12 +166,21 @@ def train(
             oracle.step(grads)
 
 
-def warned(call: Callable[[], Any]) -> list[str]:
-    """What this package warns of during a call, whatever was said before."""
+@contextlib.contextmanager
+def heard() -> Iterator[list[str]]:
+    """What this package warns of meanwhile, whatever was said before; listed when that is over."""
+    said: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        yield said
+    said += [str(w.message) for w in caught if "npu_fused" in str(w.message)]
+
+
+def warned(call: Callable[[], Any]) -> list[str]:
+    """What this package warns of during a call, whatever was said before."""
+    with heard() as said:
         call()
-    return [str(w.message) for w in caught if "npu_fused" in str(w.message)]
+    return said
 
 
 def profiled(call: Callable[[], Any]) -> tuple[list[str], list[str]]:

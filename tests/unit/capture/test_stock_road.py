@@ -27,6 +27,7 @@ from tests.support.training import (
     assert_fused,
     clones,
     gradients,
+    heard,
     last_report,
     parameters,
     set_gradients,
@@ -92,12 +93,11 @@ class Twins:
 @pytest.mark.parametrize("case", DB, ids=str)
 def test_case(case: Case) -> None:
     """Every input of torch's database, as one group; what asks for another step is captured by Dynamo, and says so."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with heard() as said:
         got = run(case, "npu_fused", compiled=npu_fuse_pass.compile_step)
     reports = [r for r in npu_fuse_pass.reports() if r.groups]
     assert_equal(case, got, run(case, None))
-    assert all("fused=True" in str(w.message) for w in caught if "npu_fused" in str(w.message))
+    assert all("fused=True" in text for text in said)
     if case.kwargs.get("capturable"):
         assert {(r.no_rule.code, r.replaces) for r in reports} == {(Code.NO_RULE, None)}
         assert all("capturable" in r.no_rule.text for r in reports)
@@ -432,11 +432,10 @@ def test_memory_that_is_shared_is_stepped_by_torch() -> None:
     params, others = make(buffer), make(buffer.clone())
     opt, eager = (STOCK["SGD"](ps) for ps in (params, others))
     step = npu_fuse_pass.compile_step(opt)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with heard() as said:
         train(params, step, seeds=range(3))
         train(others, eager.step, seeds=range(3))
-    assert sum("share memory" in str(w.message) for w in caught) == 1
+    assert sum("share memory" in text for text in said) == 1
     assert_close(params, others, 1e-6)
     assert_same_states(opt, eager, 1e-6)
 

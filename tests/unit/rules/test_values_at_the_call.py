@@ -43,6 +43,12 @@ Change = Callable[[Any, list[Tensor], int], None]  # of an optimizer and its par
 CHANGES: dict[str, Change] = {}
 
 
+def assert_trained_alike(trained: Callable[[bool], list[Tensor]], tolerance: float | None = None) -> None:
+    """What a training gives compiled and eagerly is the same, and something of it was fused."""
+    assert_close(trained(True), trained(False), tolerance)
+    assert any(r.groups for r in npu_fuse_pass.reports())
+
+
 def change(function: Change) -> Change:
     CHANGES[function.__name__] = function
     return function
@@ -342,9 +348,7 @@ def test_states_taken_out_by_a_compile_that_is_used_again(kind: str, many: int, 
         states = [v for p in params for v in opt.state[p].values() if v is not None]
         return [p.detach() for p in params] + [torch.as_tensor(v) for v in states]
 
-    for got, want in zip(trained(True), trained(False), strict=True):
-        assert error(got, want) <= 1e-5
-    assert any(r.groups for r in npu_fuse_pass.reports())
+    assert_trained_alike(trained, 1e-5)
 
 
 class Counting(torch.optim.Optimizer):
@@ -377,8 +381,7 @@ def test_states_of_python_numbers_in_another_order() -> None:
             step()
         return [p.detach() for p in params] + [torch.tensor(float(opt.state[p]["step"])) for p in params]
 
-    assert_close(trained(True), trained(False))
-    assert any(r.groups for r in npu_fuse_pass.reports())
+    assert_trained_alike(trained)
 
 
 def test_every_optimizer_has_a_change() -> None:
@@ -584,8 +587,7 @@ def test_a_global_of_another_module_than_the_functions(change: Any, monkeypatch:
         train(params, call)
         return params
 
-    assert_close(trained(True), trained(False))
-    assert any(r.groups for r in npu_fuse_pass.reports())
+    assert_trained_alike(trained)
 
 
 @pytest.mark.usefixtures("afresh")
@@ -1079,6 +1081,4 @@ def test_a_gradient_of_two_parameters_may_be_two_at_the_next_call(shared: tuple[
         step_with_a_shared_gradient(params, step, shared)
         return [p.detach() for p in params]
 
-    for got, want in zip(trained(True), trained(False), strict=True):
-        assert error(got, want) <= 1e-6
-    assert any(r.groups for r in npu_fuse_pass.reports())
+    assert_trained_alike(trained, 1e-6)
