@@ -74,7 +74,7 @@ def _is_low(
     """Whether an interpolation's weights are below 0.5; None if they are not alike, or unknown, or `e` is another."""
     if e.op != "where" or interpolation(e, lambda x, value: (x.op, x.value) == ("const", value)) is None:
         return None
-    weight = e.args[0].args[0].args[0]
+    weight = e.args[0].args[0].args[0]  # of |w| < 0.5: as it is before it is rounded
     below = postorder([weight])
     positions = {x.value for x in below if x.op == "leaf" and isinstance(x.value, int)}
     if positions & written or any(x.op in ("total", "numel", *REDUCTIONS) for x in below):

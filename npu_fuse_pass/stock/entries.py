@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -56,13 +55,10 @@ def put_in_order(entries: Sequence[dict[str, Any]]) -> None:
 
     Each has memory of its own, which its owner may resize or release.
     """
-    found: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
-    for entry in entries:
-        for name, value in entry.items():
-            if _is_small(value):
-                found[name].append(entry)
+    names = dict.fromkeys(name for entry in entries for name in entry)
+    small = [(entry, name) for name in names for entry in entries if _is_small(entry.get(name))]
     # the tensors themselves, then what they hold: a step reads both; nothing goes into a gap that an old one has left
-    new = [(entry, name, entry[name].new_empty(0)) for name, those in found.items() for entry in those]
+    new = [(entry, name, entry[name].new_empty(0)) for entry, name in small]
     for entry, name, value in new:
         value.resize_(entry[name].shape).copy_(entry[name])
     for entry, name, value in new:

@@ -151,4 +151,5 @@ def test_a_parameter_that_grows_with_its_states() -> None:
             opt.state[grown][name].resize_(4, 3)[2:].zero_()
         train(params, step)
         pairs.append([*params, *(t for p in params for t in opt.state[p].values())])
+    assert_fused(last_report(), parameters=3)
     assert max(error(t, u) for t, u in zip(*pairs, strict=True)) <= 1e-5

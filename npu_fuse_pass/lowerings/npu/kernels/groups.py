@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from npu_fuse_pass.errors import FuseError
 from npu_fuse_pass.ir.totals import depths
@@ -33,15 +33,20 @@ def generate_groups(
     found = {g.name: _generated(g, leaves, used, deep, hardware) for g in groups}
     # a total is added up over all that contribute, before anybody reads it: by kernels or by GE operations
     coupled = [g.name for g in groups if with_totals(g)]
-    refused = [name for name in coupled if isinstance(found[name], str) and found[name]]
+    refused = _refused(found, coupled)
     for name in coupled if refused else ():
         if not isinstance(found[name], str):
             found[name] = f"it shares a total with {refused[0]}: {found[refused[0]]}"
-    left = [name for name, made in found.items() if isinstance(made, str) and made]
+    left = _refused(found, found)
     if left and not hardware.calls_back:
         why = f"this CANN calls no kernels from a graph, so all of a step's groups have to be kernels, and {left[0]}"
         found = {n: made if isinstance(made, str) else f"{why} is not: {found[left[0]]}" for n, made in found.items()}
     return found
+
+
+def _refused(found: Mapping[str, Generated | str], names: Iterable[str]) -> list[str]:
+    """Those that have a reason; one without, and without kernels, has nothing to compute."""
+    return [name for name in names if isinstance(found[name], str) and found[name]]
 
 
 def with_totals(group: Group) -> bool:
@@ -54,8 +59,8 @@ def _generated(
 ) -> Generated | str:
     slots, written = group.formula.tensor_slots, set(group.formula.written)
     idle = not slots or all(0 in leaves[m[slots[0]]].shape for m in group.members)
-    adds = group.formula.contributions or states_from_tensors(group.formula, group.formula.total_slots)
-    if idle and not adds:
+    numbers = group.formula.contributions or states_from_tensors(group.formula, group.formula.total_slots)
+    if idle and not numbers:
         return ""  # nothing is computed on a device
     if any(used[m[s]] > 1 for m in group.members for s in slots if s in written):
         return "a tensor that it writes has a part in two updates, and kernels write in place"
