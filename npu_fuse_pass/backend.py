@@ -132,62 +132,33 @@ def isolated(step: Callable[..., Any], backend: Callable[..., Any]) -> Callable[
     return torch.compile(step, backend=backend, **options)
 
 
-class SharedCore:
-    """The core of rule optimizers, compiled once for all steps that `compile_step` makes with the same options.
-
-    Attributes:
-        compiles: how many forms of it there are; torch counts them against its limit of 8.
-    """
-
-    def __init__(self, options: Mapping[str, Any]) -> None:
-        self.compiles = 0
-        self._options = dict(options)
-        self._ran: dict[int, list[CompileReport]] = {}
-        self._compiled = isolated(core_op.make_core(), self._backend)
-
-    def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        self.compiles += 1
-        compiled = npu_fused(gm, example_inputs, options=self._options)
-        if not isinstance(compiled, RuleSteps):
-            return compiled
-        return lambda ticket: compiled(ticket, self._ran.get(id(ticket)))
-
-    def run(self, tracked: TrackedBackend, ticket: Tensor) -> None:
-        """Run the step of the optimizer on the ticket; its reports go to `tracked.ran`."""
-        self._ran[id(ticket)] = tracked.ran
-        try:
-            self._compiled(ticket)
-        finally:
-            self._ran.pop(id(ticket), None)
-
-
-_cores: dict[object, SharedCore] = {}
 _compile = torch.compile
 
 
-def shared_core(tracked: TrackedBackend, step: str) -> Callable[[Tensor], None]:
-    """A compiled core for one optimizer; those with the same options share what Dynamo makes of it.
+def rule_core(tracked: TrackedBackend, step: str) -> Callable[[Tensor], None]:
+    """A compiled core for one optimizer.
 
-    Once there are two compiled forms of it (for other global settings), optimizers that have not stepped yet take a new
-    one, as in `core_op`. A function that replaces torch.compile sees each of them instead.
+    Dynamo would find in it what is known, one operation, and take a tenth of a step of 1000 small tensors to find that
+    nothing has changed. A function that replaces torch.compile sees it instead.
+
+    Args:
+        tracked: the backend.
+        step: the step that it runs, in words.
     """
-    options = tracked.options
     tracked.step = step
-    if torch.compile is not _compile or options["torchair_config"] is not None:
+    if torch.compile is not _compile:
         return isolated(core_op.make_core(), tracked)
-    key = tuple(options.items())
-    chosen: SharedCore | None = None
+    steps: RuleSteps | None = None
 
     def core(ticket: Tensor) -> None:
-        nonlocal chosen
-        if chosen is None:
-            if not compiling():  # torch may never compile what runs now
-                core_op.rule_step(ticket)
-                return
-            if key not in _cores or _cores[key].compiles > 1:
-                _cores[key] = SharedCore(options)
-            chosen = _cores[key]
-        chosen.run(tracked, ticket)
+        nonlocal steps
+        off = (switched_off() or not compiling()) if steps is None else _stance() == "force_eager"
+        if off:
+            core_op.rule_step(ticket)
+            return
+        if steps is None:
+            steps = RuleSteps(core_op.rule_step, Options(**tracked.options), FIRST, ticket)
+        steps(ticket, tracked.ran)
 
     return core
 
@@ -213,10 +184,14 @@ def compiling() -> bool:
     TORCH_COMPILE_DISABLE=1, of which torch's configuration tells, TORCHDYNAMO_DISABLE=1, which torch reads whenever
     torch.compile is called, torch.compiler.set_stance and a TorchDispatchMode switch it off.
     """
-    stance = getattr(find("torch._dynamo.eval_frame._stance"), "stance", None)
     outside = os.environ.get("TORCHDYNAMO_DISABLE") == "1"
-    off = outside or find("torch._dynamo.config.disable") or stance == "force_eager"
+    off = outside or find("torch._dynamo.config.disable") or _stance() == "force_eager"
     return not (off or core_op.under_dispatch_mode())
+
+
+def _stance() -> str | None:
+    """What torch.compiler.set_stance has set."""
+    return getattr(find("torch._dynamo.eval_frame._stance"), "stance", None)
 
 
 _KINDS = "graph_break", "unimplemented"  # code that it skips, a loop for example, is counted as the latter alone

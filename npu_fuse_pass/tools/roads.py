@@ -52,7 +52,7 @@ def captured(
 ) -> Callable[..., Any]:
     """A step that Dynamo captures. `reason`: why it is not run as a rule, for the report."""
     if isinstance(opt, RuleOptimizer) and getattr(step, "__func__", None) is RuleOptimizer.step:
-        return functools.partial(opt._step_with, backend.shared_core(tracked, f"{type(opt).__name__}.step"))
+        return functools.partial(opt._step_with, backend.rule_core(tracked, f"{type(opt).__name__}.step"))
     replaced = Code.NO_RULE(f"another function has taken the place of this {type(opt).__name__}'s step")
     tracked.no_rule = None if isinstance(opt, RuleOptimizer) else reason or replaced
     compiled = {False: backend.isolated(step, tracked)}
@@ -121,7 +121,7 @@ class StockRoad:
         self, binding: Binding, step: Callable[..., Any], tracked: backend.TrackedBackend, foreach: bool
     ) -> None:
         self._binding, self._step, self._tracked, self._foreach = binding, step, tracked, foreach
-        binding.core = backend.shared_core(tracked, f"{type(binding.optimizer).__name__}.step")
+        binding.core = backend.rule_core(tracked, f"{type(binding.optimizer).__name__}.step")
         self._captured: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -14,6 +14,7 @@ import optimizers.paddle
 from tests.support.training import (
     Unseen,
     assert_fused,
+    assert_one_fused_step,
     clones,
     error,
     gradients,
@@ -139,6 +140,33 @@ def test_switching_torch_compile_off_is_no_error(by: str, make: Any, monkeypatch
 
 class Captured(torch.optim.SGD):
     """Dynamo captures the step of a subclass, which may be another one."""
+
+
+@pytest.mark.parametrize("make", [optimizers.NpuFusedAdam, torch.optim.Adam], ids=["ours", "torch's"])
+def test_rules_are_not_captured_and_follow_the_stance(make: Any) -> None:
+    params = parameters(((3,), (2, 5)))
+    step = npu_fuse_pass.compile_step(make(params, lr=0.1))
+    set_gradients(params, gradients(params, 0))
+    eager, frames = [], []
+    for stance in ("default", "default", "force_eager", "default"):
+        with torch.compiler.set_stance(stance), Uncompiled() as uncompiled:
+            step()
+        eager.append(uncompiled.steps)
+        frames.append(torch._dynamo.utils.counters["frames"].total())
+    assert eager == [0, 0, 1, 0]
+    assert frames[0] == frames[-1]  # the plan itself takes Dynamo's lock
+    assert [float(step.__self__.state[p]["step"]) for p in params] == [4.0, 4.0]
+    assert_one_fused_step(step)
+
+
+class Uncompiled(torch.overrides.TorchFunctionMode):
+    """Counts the steps of rules that are not compiled."""
+
+    steps = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.steps += func is torch.ops.npu_fused.rule_step.default
+        return func(*args, **(kwargs or {}))
 
 
 def test_steps_that_torch_stops_compiling_are_noticed_once() -> None:
