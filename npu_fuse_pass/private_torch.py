@@ -23,6 +23,7 @@ WITHOUT = {
     "torch._C._dynamo.guards.TensorGuards": "a step's tensors are compared one by one, about 0.4 us for each",
     "torch._C._profiler._RecordFunctionFast": "profiles get a kernel's name by torch.profiler.record_function, some us "
     "for each call",
+    "torch._C._storage_Use_Count": "states that torch.optim's classes make lie apart, and steps take longer",
     "torch._dynamo.callback.callback_handler": "nobody says that torch hides a step",
     "torch._dynamo.config.capture_scalar_outputs": "a number that item() reads ends the graph",
     "torch._dynamo.config.disable": "a step that TORCH_COMPILE_DISABLE=1 leaves eager counts as not captured",
@@ -114,6 +115,7 @@ WITHOUT = {
     "torch.utils._python_dispatch.is_in_any_mode_without_ignore_compile_internals": "an older form is asked for modes",
     "torch.utils._python_dispatch.is_in_torch_dispatch_mode": "no step is compiled after one under a dispatch mode",
     "torch.Tensor._is_zerotensor": "a tensor of zeros without memory is refused by its address",
+    "torch.Tensor._use_count": "states that torch.optim's classes make lie apart, and steps take longer",
     "torch.Tensor._version": "a rule that changes its arguments is not refused at once; on an NPU a step reads 0-dim "
     "tensors each time",
     "torch.UntypedStorage._cdata": "storages are told apart by their Python objects",

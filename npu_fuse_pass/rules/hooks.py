@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -12,16 +12,16 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 Hook = Callable[..., Any]
 
 
-def before(opt: torch.optim.Optimizer) -> list[Hook]:
+def before(opt: torch.optim.Optimizer) -> Mapping[int, Hook]:
     """The hooks that run before the steps of one optimizer."""
     own: Mapping[int, Hook] | None = getattr(opt, "_optimizer_step_pre_hooks", None)
-    return list((_kept(opt.register_step_pre_hook) if own is None else own).values())
+    return _kept(opt.register_step_pre_hook) if own is None else own
 
 
-def after(opt: torch.optim.Optimizer) -> list[Hook]:
+def after(opt: torch.optim.Optimizer) -> Mapping[int, Hook]:
     """The hooks that run after the steps of one optimizer."""
     own: Mapping[int, Hook] | None = getattr(opt, "_optimizer_step_post_hooks", None)
-    return list((_kept(opt.register_step_post_hook) if own is None else own).values())
+    return _kept(opt.register_step_post_hook) if own is None else own
 
 
 def _kept(register: Callable[..., Any]) -> MutableMapping[int, Hook]:
@@ -37,9 +37,9 @@ AFTER_ALL = _kept(register_optimizer_step_post_hook)
 """The hooks for the steps of all optimizers, now and later."""
 
 
-def around(opt: torch.optim.Optimizer) -> list[Hook]:
-    """All hooks that run before or after the steps of an optimizer."""
-    return [*before(opt), *after(opt), *BEFORE_ALL.values(), *AFTER_ALL.values()]
+def around(opt: torch.optim.Optimizer) -> Sequence[Mapping[int, Hook]]:
+    """All hooks that run before or after the steps of an optimizer, kind by kind."""
+    return before(opt), after(opt), BEFORE_ALL, AFTER_ALL
 
 
 @contextlib.contextmanager

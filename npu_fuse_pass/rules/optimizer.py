@@ -260,7 +260,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._prelude.expose_states()
         self._prelude.release_gradients()
         self.after_step()
-        for hook in (*hooks.after(self), *hooks.AFTER_ALL.values()):
+        for hook in (*hooks.after(self).values(), *hooks.AFTER_ALL.values()):
             hook(self, *self._call)
         self.__dict__["_opt_called"] = True
 
@@ -270,11 +270,12 @@ class RuleOptimizer(torch.optim.Optimizer):
     @property
     def has_hooks(self) -> bool:
         """True if hooks are registered that run before or after a step."""
-        return any(not getattr(hook, "only_watches", False) for hook in hooks.around(self))
+        found = (hook for kind in hooks.around(self) for hook in kind.values())
+        return any(not getattr(hook, "only_watches", False) for hook in found)
 
     def _run_pre_hooks(self, args: tuple[Any, ...], in_graph: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
         kwargs: dict[str, Any] = {}
-        for hook in (*hooks.BEFORE_ALL.values(), *hooks.before(self)):
+        for hook in (*hooks.BEFORE_ALL.values(), *hooks.before(self).values()):
             if in_graph and getattr(hook, "only_watches", False):
                 continue
             result = hook(self, args, kwargs)

@@ -41,7 +41,7 @@ class InputCheck(Protocol):
 
     def same(self) -> bool: ...
     def release(self) -> None: ...
-    def dict_check(self, dicts: Sequence[dict[Any, Any]]) -> Callable[[], bool] | None: ...
+    def watch(self, dicts: Sequence[dict[Any, Any]]) -> None: ...
 
 
 class Prepared(abc.ABC):
@@ -99,6 +99,12 @@ class Prepared(abc.ABC):
         self.unchanged = self.input_check is not None and self.input_check.same()
         for batch in self.batches if self.unchanged else ():
             batch.forget_gradients()
+
+    def _check_anew(self) -> None:
+        """Check in Python, until a program has seen the tensors of the next batches."""
+        if self.input_check is not None:
+            self.input_check.release()
+        self.input_check, self.unchanged = None, False
 
     def _take(self, batches: list[Batch], state: Mapping[Any, Any]) -> None:
         """Go on with these batches; others may come back: DeepSpeed's ZeRO steps each group as if it were the only one.
@@ -244,7 +250,7 @@ class Prelude(Prepared):
         )
 
     def _make(self, optimizer: Stepped, parts: list[_Part]) -> None:
-        self.input_check, self.unchanged = None, False
+        self._check_anew()
         for part in parts:
             check_kinds(part.rule, part.settings)
             self.check_once(part.rule, part.settings, part.params)

@@ -58,14 +58,6 @@ class Binding:
         Raises:
             Refused: the rule does not compute this step, and nothing was updated.
         """
-        enabled = torch.is_grad_enabled()
-        torch.set_grad_enabled(False)  # not torch.no_grad(): its Python is in no cache at a step, and takes longer
-        try:
-            self._update()
-        finally:
-            torch.set_grad_enabled(enabled)
-
-    def _update(self) -> None:
         try:
             self._prelude.prepare()
         except BaseException as e:  # whatever ends it (Ctrl-C) leaves batches of which some are bound anew
@@ -91,11 +83,13 @@ class Binding:
         self._prelude.expose_states()
         self._prelude.release_gradients()
 
+    @torch.no_grad()
     def _run_original(self) -> None:
         """One step as torch makes it, in place of a compiled one."""
         self._prelude.begin_anew()
         original_step(self.optimizer)
 
+    @torch.no_grad()
     def _run_beside(self) -> None:
         """The same on the tensors of a compiled one, to which it is compared."""
         original_step(self.optimizer)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from npu_fuse_pass.private_torch import find
 from npu_fuse_pass.reasons import Code, Reason
 from npu_fuse_pass.rules.prelude import InputCheck
 from npu_fuse_pass.tensors.same import same_objects
@@ -25,23 +29,26 @@ class Entries:
         self._keys: list[Tensor] = []
         self._entries: list[dict[str, Any]] = []
         self._values: list[Any] = []
-        self._unchanged: Callable[[], bool] | None = None
+        self._watching: InputCheck | None = None
 
-    def check_natively(self, check: InputCheck) -> None:
-        """Check natively from now on, if the library is there."""
-        if self._unchanged is None:
-            self._unchanged = check.dict_check([self._state, *self._entries])
+    def watched_by(self, check: InputCheck | None, state: States) -> bool:
+        """True if this check tells what `same` tells."""
+        return check is not None and check is self._watching and state is self._state
+
+    def let_watch(self, check: InputCheck) -> None:
+        """Have a check watch what was learned."""
+        if check is not self._watching:
+            check.watch([self._state, *self._entries])
+            self._watching = check
 
     def learn(self, state: States) -> None:
         """Remember these entries."""
-        self._unchanged = None
+        self._watching = None
         self._state, self._keys, self._entries = state, list(state), list(state.values())
         self._values = _values(self._entries)
 
     def same(self, state: States) -> bool:
         """True if no entry was added, removed or exchanged."""
-        if self._unchanged is not None:
-            return state is self._state and self._unchanged()
         return (
             state is self._state
             and same_objects(state, self._keys)
@@ -51,12 +58,16 @@ class Entries:
 
 
 def put_in_order(entries: Sequence[dict[str, Any]]) -> None:
-    """Give new states that are small other memory, in the order in which a step goes through them.
+    """Give small states that nothing else holds other memory, in the order in which a step goes through them.
 
     Each has memory of its own, which its owner may resize or release.
     """
+    if _tensor_owners is None or _memory_owners is None:
+        return
     names = dict.fromkeys(name for entry in entries for name in entry)
+    alone = _owners({"": torch.empty(0, device="cpu")}, "")
     small = [(entry, name) for name in names for entry in entries if _is_small(entry.get(name))]
+    small = [(entry, name) for entry, name in small if _owners(entry, name) == alone]
     # the tensors themselves, then what they hold: a step reads both; nothing goes into a gap that an old one has left
     new = [(entry, name, entry[name].new_empty(0)) for entry, name in small]
     for entry, name, value in new:
@@ -66,7 +77,21 @@ def put_in_order(entries: Sequence[dict[str, Any]]) -> None:
 
 
 def _is_small(value: object) -> bool:
-    return type(value) is Tensor and value.device.type == "cpu" and value.is_contiguous() and 0 < value.nbytes <= _SMALL
+    if type(value) is not Tensor or value.device.type != "cpu" or value.requires_grad or value.is_inference():
+        return False
+    return value.is_contiguous() and 0 < value.nbytes <= _SMALL and not value.is_shared() and not vars(value)
+
+
+def _owners(entry: dict[str, Any], name: str) -> object:
+    """How often a state is held: as an object, weakly, as a tensor, as memory."""
+    value = entry[name]
+    memory = value.untyped_storage()
+    objects = sys.getrefcount(value), weakref.getweakrefcount(value), sys.getrefcount(memory)
+    return *objects, _tensor_owners(value), _memory_owners(memory._cdata)
+
+
+_tensor_owners = find("torch.Tensor._use_count")
+_memory_owners = find("torch._C._storage_Use_Count")
 
 
 def _values(entries: Iterable[dict[str, Any]]) -> list[Any]:

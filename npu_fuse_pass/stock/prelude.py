@@ -112,15 +112,17 @@ class StockPrelude(Prepared):
         for group, (rule, params) in zip(groups, self._groups, strict=True):
             if self._class.rule_of(group) is not rule or not same_objects(group["params"], params):
                 return False
-        if not self._entries.same(self._opt.state):
-            return False
         self._look_natively()
+        state = self._opt.state
+        if not (self.unchanged and self._entries.watched_by(self.input_check, state)) and not self._entries.same(state):
+            return False
         if self.input_check is not None:
-            self._entries.check_natively(self.input_check)
+            self._entries.let_watch(self.input_check)
         return all((self.unchanged or _read(b)) and fill_hyper(b, groups[b.group]) for b in self.batches)
 
+    @torch.no_grad()
     def _make(self) -> None:
-        self.input_check, self.unchanged = None, False
+        self._check_anew()
         self._made, self._idle = [], []
         if not all(isinstance(entry, dict) for entry in self._opt.state.values()):
             raise Refused(Code.NO_RULE("an entry of its state is no dict"))
@@ -131,6 +133,7 @@ class StockPrelude(Prepared):
         for group in groups:
             _check(group["params"], labels)
             self._initialise(group)
+        put_in_order([entry for group in groups for p in group["params"] if (entry := self._opt.state.get(p))])
         found: list[Batch] = []
         for index, group in enumerate(groups):
             rule = self._class.rule_of(group)
@@ -155,7 +158,6 @@ class StockPrelude(Prepared):
                 raise Refused(Code.NO_RULE("this torch has no Optimizer._init_group, which makes the states"))
             lists: list[list[Any]] = [[] for _ in list(inspect.signature(make).parameters)[1:]]
             make({**group, "params": new}, *lists)
-            put_in_order([entry for p in new if (entry := self._opt.state.get(p))])
 
     def _members(self, group: Mapping[str, Any]) -> Iterator[list[Tensor]]:
         """The parameters of a group that are updated together."""

@@ -150,7 +150,7 @@ class CompiledStep:
     def _hooked(self, *args: Any, **kwargs: Any) -> Any:
         """A step with hooks, and in a range for profilers where one is active: that takes as long as many a step."""
         opt = self._opt
-        if hooks.around(opt) or profiling():
+        if any(hooks.around(opt)) or profiling():
             return self._with_hooks(*args, **kwargs)
         return self._closure_then_update(opt, *args, **kwargs)
 

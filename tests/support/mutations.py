@@ -267,15 +267,15 @@ MUTATIONS = [
     Mutation(
         "negated tensors look the same",
         "C++",
-        "t.key_set() == keys && ",
+        "t->key_set() != keys || ",
         "",
         _check("what_changes_between_steps_is_noticed[gradient_negated]"),
     ),
     Mutation(
         "a transposed parameter looks the same",
         "C++",
-        "t.strides().equals(strides) && t.has_storage()",
-        "t.has_storage()",
+        "!equal(t->strides(), strides)",
+        "false",
         _check("what_changes_between_steps_is_noticed[laid_out_otherwise]"),
     ),
     Mutation(
@@ -288,15 +288,29 @@ MUTATIONS = [
     Mutation(
         "memory that was given back looks the same",
         "C++",
-        "t.has_storage() &&\n        t.storage().nbytes() >= (t.storage_offset() + t.numel()) * t.itemsize()",
-        "t.has_storage()",
+        " || storage->nbytes() < before + bytes",
+        "",
         _check("memory_given_back_under_a_tensor_is_not_touched"),
+    ),
+    Mutation(
+        "a dict that holds something else looks the same",
+        "C++",
+        "versions != nullptr && word(i, VERSION) == versions[i]",
+        "versions != nullptr",
+        _check("a_dict_that_holds_something_else_is_another[0-True]"),
+    ),
+    Mutation(
+        "states are taken from their owner",
+        "put_in_order",
+        "_owners(entry, name) == alone",
+        "True",
+        ("tests/unit/capture/test_stock_road.py::test_states_that_something_else_holds_stay[a view]",),
     ),
     Mutation(
         "every gradient looks the same",
         "C++",
-        " || !table.known[i].kind->fits(*t)) return false;",
-        ") return false;",
+        " || !table.known[i].kind->find(t->unsafeGetTensorImpl(), at)) return false;",
+        ") return false;\n    at = t->mutable_data_ptr();",
         _check("what_changes_between_steps_is_noticed[gradient_apart]"),
     ),
     Mutation(

@@ -34,15 +34,34 @@ struct Kind {
   caffe2::TypeMeta dtype;
   c10::Device device;
   std::vector<int64_t> sizes, strides;
+  size_t item;  // bytes of an element, and of all of them
+  size_t bytes;
 
   explicit Kind(const at::TensorBase& t)
-      : keys(t.key_set()), dtype(t.dtype()), device(t.device()), sizes(t.sizes().vec()), strides(t.strides().vec()) {}
+      : keys(t.key_set()), dtype(t.dtype()), device(t.device()), sizes(t.sizes().vec()), strides(t.strides().vec()),
+        item(t.itemsize()), bytes(t.nbytes()) {}
 
+  // Where the elements of a tensor of this kind are, and null is where those of an empty one are; false for others.
   // Elements are contiguous here; a storage may have been given back (resize_(0)) under a tensor that stays.
-  bool fits(const at::TensorBase& t) const {
-    return t.key_set() == keys && t.dtype() == dtype && t.device() == device && t.sizes().equals(sizes) &&
-        t.strides().equals(strides) && t.has_storage() &&
-        t.storage().nbytes() >= (t.storage_offset() + t.numel()) * t.itemsize();
+  bool find(const c10::TensorImpl* t, void*& at) const {
+    if (t->key_set() != keys || t->dtype() != dtype || t->device() != device || !equal(t->sizes(), sizes) ||
+        !equal(t->strides(), strides)) {
+      return false;
+    }
+    c10::StorageImpl* storage = t->unsafe_storage().unsafeGetStorageImpl();  // has_storage() of this kind, uncalled
+    const size_t before = t->storage_offset() * item;
+    if (storage == nullptr || storage->nbytes() < before + bytes) return false;
+    char* memory = static_cast<char*>(storage->mutable_data());
+    at = bytes == 0 ? nullptr : memory + before;
+    return true;
+  }
+
+  static bool equal(c10::IntArrayRef a, const std::vector<int64_t>& b) {
+    if (a.size() != b.size()) return false;
+    for (size_t i = 0; i < b.size(); i++) {
+      if (a[i] != b[i]) return false;
+    }
+    return true;
   }
 };
 
@@ -72,7 +91,8 @@ struct Table {
   }
 
   const Kind* kind_of(const at::TensorBase& t) {
-    auto found = std::find_if(kinds.begin(), kinds.end(), [&](const Kind& k) { return k.fits(t); });
+    void* at;
+    auto found = std::find_if(kinds.begin(), kinds.end(), [&](const Kind& k) { return k.find(t.unsafeGetTensorImpl(), at); });
     return found != kinds.end() ? &*found : &kinds.emplace_back(t);
   }
 };
@@ -115,8 +135,9 @@ struct Check {
   bool fits(int64_t turn) {
     const int64_t i = table.order[turn];
     const at::TensorBase* t = tensors[turn];
-    if (t == nullptr || !t->defined() || !table.known[i].kind->fits(*t)) return false;
-    addresses[i] = reinterpret_cast<int64_t>(t->mutable_data_ptr());
+    void* at;
+    if (t == nullptr || !table.known[i].kind->find(t->unsafeGetTensorImpl(), at)) return false;
+    addresses[i] = reinterpret_cast<int64_t>(at);
     table.now[i] = t->unsafeGetTensorImpl();
     return true;
   }
@@ -128,8 +149,9 @@ struct Check {
 
   void ask_behind(int64_t turn) const {
     const c10::TensorImpl* impl = tensors[turn]->unsafeGetTensorImpl();
-    if (impl->has_storage()) __builtin_prefetch(impl->unsafe_storage().unsafeGetStorageImpl());
-    __builtin_prefetch(impl->autograd_meta());  // which has the gradient
+    __builtin_prefetch(impl->unsafe_storage().unsafeGetStorageImpl());
+    const void* meta = impl->autograd_meta();  // which has the gradient
+    if (meta != nullptr) __builtin_prefetch(meta);  // null is in no page table, which is looked for in vain each time
     __builtin_prefetch(*reinterpret_cast<void* const*>(&impl->version_counter()));
   }
 
@@ -141,6 +163,38 @@ struct Check {
       if (among(third) && (tensors[third] = tensor(third)) != nullptr) ask(third);
       if (among(next) && tensors[next] != nullptr && tensors[next]->defined()) ask_behind(next);
       if (among(turn) && !fits(turn)) return false;
+    }
+    return true;
+  }
+};
+
+// Dicts, and what they held.
+struct Dicts {
+  PyObject* const* dicts;
+  const int64_t* sizes;
+  int64_t n;
+  PyObject* const* items;  // the key and value of each item, dict after dict
+  uint64_t* versions;      // of the dicts, kept up to date; null where Python has none
+
+  // Whether they hold the same objects in the same order.
+  bool same() const {
+    constexpr int64_t AHEAD = 8, VERSION = 3, KEYS = 4;  // words of a dict; where its keys are is nothing but a hint
+    const auto word = [&](int64_t i, int64_t at) { return reinterpret_cast<const uint64_t*>(dicts[i])[at]; };
+    PyObject* const* item = items;
+    for (int64_t i = 0; i < n; item += 2 * sizes[i++]) {
+      if (i + 2 * AHEAD < n) __builtin_prefetch(dicts[i + 2 * AHEAD]);
+      if (versions != nullptr && word(i, VERSION) == versions[i]) continue;
+      if (versions == nullptr && i + AHEAD < n) {
+        const char* keys = reinterpret_cast<const char*>(word(i + AHEAD, KEYS));
+        for (size_t at = 0; at < 192; at += 64) __builtin_prefetch(keys + at);
+      }
+      PyObject *key, *value;
+      intptr_t place = 0;
+      for (int64_t k = 0; k < 2 * sizes[i]; k += 2) {
+        if (!PyDict_Next(dicts[i], &place, &key, &value) || key != item[k] || value != item[k + 1]) return false;
+      }
+      if (PyDict_Next(dicts[i], &place, &key, &value)) return false;
+      if (versions != nullptr) versions[i] = word(i, VERSION);
     }
     return true;
   }
@@ -176,11 +230,12 @@ void* inputs_make(at::TensorBase* const* tensors, PyObject* const* objects, cons
     table->now.resize(n);
     for (int64_t i = 0; good && i < n; i++) {
       const at::TensorBase& t = *tensors[i];
+      void* at;
       table->known.push_back({table->kind_of(t), type_of(objects[i]), owners[i]});
       table->objects.push_back(objects[i]);
       if (owners[i] < 0) table->order.push_back(i);
       good = table->in(objects[i]).is_same(t) && table->type_of(objects[i]) == table->known[i].type &&
-          t.is_contiguous() && table->known[i].kind->fits(t) &&
+          t.is_contiguous() && table->known[i].kind->find(t.unsafeGetTensorImpl(), at) && at == t.mutable_data_ptr() &&
           (owners[i] < 0 || gradient(tensors[owners[i]]->unsafeGetTensorImpl()).is_same(t));
     }
     table->gradients = table->order.size();
@@ -217,30 +272,12 @@ void inputs_done(void* table) {
   static_cast<Table*>(table)->held.clear();
 }
 
-// Whether dicts hold the objects that they held, in this order: items are the key and value of each, dict after dict.
-int inputs_dicts(PyObject* const* dicts, const int64_t* sizes, int64_t n, PyObject* const* items) {
-  constexpr int64_t AHEAD = 8, KEYS = 4;  // a dict's fifth word is where its keys are: a guess, and nothing but a hint
-  for (int64_t i = 0; i < n; i++) {
-    if (i + 2 * AHEAD < n) __builtin_prefetch(dicts[i + 2 * AHEAD]);
-    if (i + AHEAD < n) {
-      const char* keys = reinterpret_cast<char* const*>(dicts[i + AHEAD])[KEYS];
-      for (size_t at = 0; at < 192; at += 64) __builtin_prefetch(keys + at);
-    }
-    PyObject *key, *value;
-    intptr_t place = 0;
-    for (int64_t k = 0; k < sizes[i]; k++, items += 2) {
-      if (!PyDict_Next(dicts[i], &place, &key, &value) || key != items[0] || value != items[1]) return false;
-    }
-    if (PyDict_Next(dicts[i], &place, &key, &value)) return false;
-  }
-  return true;
-}
-
 // Whether tensors are as those learned: 2 if they are of the objects learned, gradients excepted, else 1; writes their
 // addresses. inputs_done has to follow. given: a list of them; null: those of the objects learned, which must exist, and
-// their present gradients.
-int inputs_same(void* table_, PyObject* given, int64_t* addresses, int64_t threads) {
+// their present gradients. dicts: null, or some that have to be the same, too.
+int inputs_same(void* table_, PyObject* given, int64_t* addresses, int64_t threads, const Dicts* dicts) {
   auto& table = *static_cast<Table*>(table_);
+  if (dicts != nullptr && !dicts->same()) return false;
   try {
     const int64_t n = table.order.size();
     std::vector<PyObject*> listed;

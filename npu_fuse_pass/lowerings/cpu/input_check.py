@@ -12,13 +12,15 @@ import atexit
 import collections
 import contextlib
 import ctypes
+import functools
 import logging
+import operator
 import os
 import pathlib
 import threading
 import time
 import weakref
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import torch
@@ -70,14 +72,15 @@ class NativeInputs:
         self._table = table
         weakref.finalize(self, library.inputs_free, table).atexit = False
 
-    def same(self, given: list[Tensor] | None) -> bool:
+    def same(self, given: list[Tensor] | None, dicts: NativeDicts | None = None) -> bool:
         """True if tensors are of the same kinds and contiguous in their memory; the caller calls `done` next.
 
         Args:
             given: those of this step; None: those known and their present gradients. The caller keeps them alive.
+            dicts: some that have to hold what they held, too.
         """
-        listed = None if given is None else id(given)
-        found = self._library.inputs_same(self._table, listed, _at(self.addresses), threads())
+        listed, watched = None if given is None else id(given), None if dicts is None else dicts.table
+        found = self._library.inputs_same(self._table, listed, _at(self.addresses), threads(), watched)
         self.own = found == _OWN
         return bool(found)
 
@@ -91,24 +94,47 @@ class NativeInputs:
 
 
 class NativeDicts:
-    """A native table of dicts; a call is True if they hold the same objects in the same order as when it was made."""
+    """A native table of dicts, with the objects that they hold, in this order.
 
-    def __init__(self, dicts: Sequence[dict[Any, Any]], library: Any) -> None:
+    Attributes:
+        table: its address.
+    """
+
+    def __init__(self, dicts: Sequence[dict[Any, Any]]) -> None:
         self._held = [*dicts, *(x for d in dicts for item in d.items() for x in item)]
         self._dicts = array.array("q", map(id, dicts))
         self._sizes = array.array("q", map(len, dicts))
         self._items = array.array("q", map(id, self._held[len(dicts) :]))
-        self._arguments = _at(self._dicts), _at(self._sizes), len(dicts), _at(self._items)
-        self._library = library
+        self._versions = array.array("Q", [0]) * len(dicts)
+        versions = _at(self._versions) if _have_versions() else 0
+        self._table = array.array("q", [_at(self._dicts), _at(self._sizes), len(dicts), _at(self._items), versions])
+        self.table = _at(self._table)
 
-    def __call__(self) -> bool:
-        return bool(self._library.inputs_dicts(*self._arguments))
 
+@functools.cache
+def _have_versions() -> bool:
+    """True if the fourth word of a dict is another one after each change, as in Python up to 3.13 (PEP 509).
 
-def native_dicts(dicts: Sequence[dict[Any, Any]]) -> NativeDicts | None:
-    """A table of these dicts; None without the library."""
-    library = _library.get("native")
-    return None if library is None else NativeDicts(dicts, library)
+    Then a dict that is as it was takes one word to read, which is in one cache line in the place of four.
+    """
+    changes: list[Callable[[dict[Any, Any]], object]] = [
+        lambda d: d.update(a=1),
+        lambda d: d.update(a=2),
+        lambda d: d.setdefault("b", 1),
+        lambda d: operator.setitem(d, "b", 2),
+        lambda d: d.pop("b"),
+        lambda d: operator.delitem(d, "a"),
+        lambda d: d.update({"a": 1, "b": 2}),
+        lambda d: d.popitem(),
+        lambda d: d.clear(),
+    ]
+    changing: dict[Any, Any] = {}
+    version = ctypes.c_uint64.from_address(id(changing) + 3 * ctypes.sizeof(ctypes.c_void_p))
+    seen = [version.value]
+    for change in changes:
+        change(changing)
+        seen.append(version.value)
+    return len(set(seen)) == len(seen)
 
 
 class KernelInputs:
@@ -116,6 +142,9 @@ class KernelInputs:
 
     Args:
         written: for each tensor, 1 if the kernel writes it, else 0.
+
+    Attributes:
+        dicts: what the tensors of a step are looked up in, where they are not collected anew.
     """
 
     def __init__(self, written: array.array[int]) -> None:
@@ -123,6 +152,7 @@ class KernelInputs:
         self._native: NativeInputs | None = None
         self._left = _MADE_AT_MOST if len(written) >= WORTH else 0
         self._found = False
+        self.dicts: NativeDicts | None = None
         if self._left:
             _start()
 
@@ -138,7 +168,8 @@ class KernelInputs:
 
     def same(self, given: list[Tensor] | None = None) -> array.array[int] | None:
         """The addresses of the tensors if they match the table, else None; see `NativeInputs.same`."""
-        self._found = self._native is not None and self._native.same(given)
+        dicts = self.dicts if given is None else None
+        self._found = self._native is not None and self._native.same(given, dicts)
         return self._native.addresses if self._native is not None and self._found else None
 
     def learn(self, tensors: Sequence[Tensor]) -> None:
@@ -184,10 +215,9 @@ _INTEGER, _POINTER = ctypes.c_int64, ctypes.c_void_p
 _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "inputs_make": ([_POINTER] * 3 + [_INTEGER] * 2, _POINTER),
     "inputs_free": ([_POINTER], None),
-    "inputs_same": ([*[_POINTER] * 3, _INTEGER], ctypes.c_int),
+    "inputs_same": ([*[_POINTER] * 3, _INTEGER, _POINTER], ctypes.c_int),
     "inputs_write": ([_POINTER, _POINTER, _INTEGER], None),
     "inputs_done": ([_POINTER], None),
-    "inputs_dicts": ([_POINTER, _POINTER, _INTEGER, _POINTER], ctypes.c_int),
 }
 _library: dict[str, Any] = {}  # "native", when it is there, or "missing": why it never will be
 _pointer = ctypes.pythonapi.PyCapsule_GetPointer

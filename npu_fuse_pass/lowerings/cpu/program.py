@@ -19,7 +19,7 @@ from torch import Tensor
 from npu_fuse_pass.errors import Mismatch, Unsupported
 from npu_fuse_pass.ir.totals import rounds, total_slots
 from npu_fuse_pass.ir.types import Group, Leaf, LeafValues
-from npu_fuse_pass.lowerings.cpu.input_check import native_dicts
+from npu_fuse_pass.lowerings.cpu.input_check import NativeDicts
 from npu_fuse_pass.lowerings.cpu.kernel import Kernel
 from npu_fuse_pass.lowerings.cpu.spread import Spread
 from npu_fuse_pass.lowerings.cpu.threads import threads
@@ -126,9 +126,9 @@ class Program:
         """
         return all(kernel.same() for kernel in self.kernels)
 
-    def dict_check(self, dicts: Sequence[dict[Any, Any]]) -> Callable[[], bool] | None:
-        """A native check that dicts still hold the objects that they hold now; None without the library."""
-        return native_dicts(dicts)
+    def watch(self, dicts: Sequence[dict[Any, Any]]) -> None:
+        """From now on `same` is true only if these dicts hold the objects that they hold now."""
+        self.kernels[0].inputs.dicts = NativeDicts(dicts)
 
     def again(self) -> None:
         """Run the step on what `same` has found.

@@ -523,12 +523,61 @@ def test_an_optimizer_and_its_step_are_collected() -> None:
 
 def test_small_states_are_put_in_order() -> None:
     """Name by name; the tensors are others, but for large ones, with the values that they had."""
-    small, large, number = torch.rand(3, 4), torch.rand(200, 100), torch.tensor(2.0)
-    entries: list[dict[str, Any]] = [{"step": number, "a": small, "b": large, "c": None}, {"a": small + 1, "b": None}]
-    before = [dict(entry) for entry in entries]
+    entries: list[dict[str, Any]] = [
+        {"step": torch.tensor(2.0), "a": torch.rand(3, 4), "b": torch.rand(200, 100), "c": None},
+        {"a": torch.rand(2), "b": None},
+    ]
+    before = [{name: (id(v), v if v is None else v.clone()) for name, v in entry.items()} for entry in entries]
     put_in_order(entries)
     for entry, old in zip(entries, before, strict=True):
         assert list(entry) == list(old)
-        for name, value in old.items():
-            assert (entry[name] is value) == (value is None or value is large)
+        for name, (known, value) in old.items():
+            assert (id(entry[name]) == known) == (value is None or value.numel() > 100)
             assert value is None or torch.equal(entry[name], value)
+
+
+def inferred() -> Tensor:
+    with torch.inference_mode():
+        return torch.ones(3)
+
+
+HELD: dict[str, Callable[[dict[str, Any]], object]] = {
+    "the tensor": lambda entry: entry["a"],
+    "the tensor, weakly": lambda entry: weakref.ref(entry["a"]),
+    "a view": lambda entry: entry["a"][1:],
+    "its memory": lambda entry: entry["a"].untyped_storage(),
+    "an array": lambda entry: entry["a"].numpy(),
+    "a graph": lambda entry: (torch.ones(3, requires_grad=True) * entry["a"]).sum(),
+    "another process": lambda entry: bool(entry["a"].share_memory_().numel()),
+    "an attribute": lambda entry: setattr(entry["a"], "note", "mine"),
+    "inference": lambda entry: entry.update(a=inferred()),
+    "autograd": lambda entry: bool(entry["a"].requires_grad_().numel()),
+}
+
+
+@pytest.mark.parametrize("holds", HELD)
+def test_states_that_something_else_holds_stay(holds: str) -> None:
+    entry: dict[str, Any] = {"a": torch.rand(3), "b": torch.rand(3)}
+    held = HELD[holds](entry)
+    a, b = id(entry["a"]), id(entry["b"])
+    put_in_order([entry])
+    assert id(entry["a"]) == a and id(entry["b"]) != b, held
+
+
+@pytest.mark.parametrize("name", ["Adagrad", "Adam"])
+def test_states_are_put_in_order_once(name: str) -> None:
+    """At the first step those of the constructor, too, and those of a checkpoint; then they are the same objects."""
+    twins = Twins(name)
+    twins.train(1, (0,))
+    for _ in range(2):
+        first = {p: dict(entry) for p, entry in twins.opt.state.items()}
+        twins.train(2)
+        for p, entry in first.items():
+            assert all(twins.opt.state[p][key] is value for key, value in entry.items())
+        del first, entry
+        twins.check()
+        reload(twins)
+        known = {id(v) for entry in twins.opt.state.values() for v in entry.values()}
+        twins.train(1)
+        assert not known & {id(v) for entry in twins.opt.state.values() for v in entry.values()}
+    rule_report(len(twins.params))

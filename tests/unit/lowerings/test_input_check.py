@@ -53,8 +53,8 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     found: list[bool] = []
     same = input_check.NativeInputs.same
 
-    def noting(self: input_check.NativeInputs, given: Any) -> bool:
-        found.append(same(self, given))
+    def noting(self: input_check.NativeInputs, *given: Any) -> bool:
+        found.append(same(self, *given))
         return found[-1]
 
     monkeypatch.setattr(input_check.NativeInputs, "same", noting)
@@ -266,8 +266,13 @@ def counted_in(dtype: torch.dtype) -> Change:
     ids=["exchanged", "replaced", "counted otherwise and back", "exchanged in between"],
 )
 @pytest.mark.parametrize("steps", [1, 4])
-def test_what_changes_in_the_states_of_stock_optimizers(changes: list[Change], steps: int) -> None:
-    """They are used as they are now, and checked natively again."""
+@pytest.mark.parametrize("versions", [True, False])
+def test_what_changes_in_the_states_of_stock_optimizers(
+    changes: list[Change], steps: int, versions: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are used as they are now, and checked natively again; with a Python whose dicts have no version, too."""
+    if not versions:
+        monkeypatch.setattr(input_check, "_have_versions", lambda: False)
     params = parameters(SHAPES)
     twins = clones(params)
     opt, eager = (torch.optim.Adam(ps, lr=0.1) for ps in (params, twins))
@@ -286,6 +291,57 @@ def test_what_changes_in_the_states_of_stock_optimizers(changes: list[Change], s
     side_by_side(params, opt.step, twins, eager, 4)
     assert_close(params, twins, 1e-4)
     assert watched(bound)
+    assert_fused(last_report(), parameters=len(params))
+
+
+ITEMS: list[Callable[[dict[str, Any]], object]] = [
+    lambda d: d.update(a=object()),
+    lambda d: d.update(c=object()),
+    lambda d: d.pop("b"),
+    lambda d: d.update(a=d.pop("a")),
+    lambda d: d.update(a=d["b"], b=d["a"]),
+    lambda d: d.clear(),
+]
+
+
+@pytest.mark.parametrize("versions", [True, False])
+@pytest.mark.parametrize("change", range(len(ITEMS)))
+def test_a_dict_that_holds_something_else_is_another(
+    change: int, versions: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all that are watched, and until it holds the same again."""
+    if not versions:
+        monkeypatch.setattr(input_check, "_have_versions", lambda: False)
+    x = torch.ones(4)
+    tensors = input_check.NativeInputs([x], input_check._library["native"])
+    dicts = [{name: object() for name in "ab"} for _ in range(40)]
+    watched = input_check.NativeDicts(dicts)
+    for place in (0, 17, 39):
+        assert tensors.same(None, watched)
+        before = dict(dicts[place])
+        ITEMS[change](dicts[place])
+        assert tensors.same(None) and not tensors.same(None, watched)
+        dicts[place].clear()
+        dicts[place].update(before)
+        assert tensors.same(None, watched)
+
+
+def test_versions_of_dicts_are_where_this_python_has_them() -> None:
+    assert input_check._have_versions() == (sys.version_info < (3, 14))
+
+
+def test_gradients_of_a_refused_look_are_released() -> None:
+    """What else a step looks at has changed: nothing holds the gradients that were looked at before."""
+    params = parameters(SHAPES)
+    opt = torch.optim.SGD(params, lr=0.1, momentum=0.9)
+    npu_fuse_pass.compile_optimizer_(opt)
+    train(params, opt.step, seeds=range(4))
+    opt.state[params[0]]["note"] = "mine"
+    set_gradients(params, gradients(params, 9))
+    storages = [weakref.ref(p.grad.untyped_storage()) for p in params if p.grad is not None]
+    opt.step()
+    opt.zero_grad()
+    assert [s() for s in storages] == [None] * len(params)
     assert_fused(last_report(), parameters=len(params))
 
 
