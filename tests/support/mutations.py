@@ -309,7 +309,7 @@ MUTATIONS = [
     Mutation(
         "every gradient looks the same",
         "C++",
-        " || !table.known[i].kind->find(t->unsafeGetTensorImpl(), at)) return false;",
+        " || !table.kinds[table.known[i].kind].find(t->unsafeGetTensorImpl(), at)) return false;",
         ") return false;\n    at = t->mutable_data_ptr();",
         _check("what_changes_between_steps_is_noticed[gradient_apart]"),
     ),

@@ -11,7 +11,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <deque>
 #include <memory>
 #include <vector>
 
@@ -24,12 +23,18 @@ void Py_DecRef(PyObject*);
 
 namespace {
 
+// One more owner of a tensor.
+at::TensorBase held(c10::TensorImpl* t) {
+  return at::TensorBase(c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>::reclaim_copy(t));
+}
+
 // An at::Tensor, which that header does not define, is a TensorBase with methods.
 const at::TensorBase& gradient(const c10::TensorImpl* t) {
   return reinterpret_cast<const at::TensorBase&>(t->grad());
 }
 
 struct Kind {
+  PyObject* type;            // of the object
   c10::DispatchKeySet keys;  // the kind of memory, and whether it holds the values or their negatives
   caffe2::TypeMeta dtype;
   c10::Device device;
@@ -37,8 +42,8 @@ struct Kind {
   size_t item;  // bytes of an element, and of all of them
   size_t bytes;
 
-  explicit Kind(const at::TensorBase& t)
-      : keys(t.key_set()), dtype(t.dtype()), device(t.device()), sizes(t.sizes().vec()), strides(t.strides().vec()),
+  Kind(PyObject* type, const at::TensorBase& t)
+      : type(type), keys(t.key_set()), dtype(t.dtype()), device(t.device()), sizes(t.sizes().vec()), strides(t.strides().vec()),
         item(t.itemsize()), bytes(t.nbytes()) {}
 
   // Where the elements of a tensor of this kind are, and null is where those of an empty one are; false for others.
@@ -65,15 +70,14 @@ struct Kind {
   }
 };
 
-struct Known {
-  const Kind* kind;  // shared: most tensors of a step are of few kinds
-  PyObject* type;    // of the object
-  int64_t owner;     // which tensor it is the gradient of, or -1
+struct Known {  // a word, because all of them are read at every check
+  int32_t kind;   // among those of the table: most tensors of a step are of few kinds
+  int32_t owner;  // which tensor it is the gradient of, or -1
 };
 
 struct Table {
   int64_t place, type_place;          // of the tensor and of its type in its object, in bytes
-  std::deque<Kind> kinds;
+  std::vector<Kind> kinds;
   std::vector<PyObject*> objects;     // those learned
   std::vector<Known> known;
   std::vector<int64_t> order;         // of looking: those that are no gradients come first
@@ -90,10 +94,12 @@ struct Table {
     return *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + type_place);
   }
 
-  const Kind* kind_of(const at::TensorBase& t) {
+  int32_t kind_of(PyObject* type, const at::TensorBase& t) {
     void* at;
-    auto found = std::find_if(kinds.begin(), kinds.end(), [&](const Kind& k) { return k.find(t.unsafeGetTensorImpl(), at); });
-    return found != kinds.end() ? &*found : &kinds.emplace_back(t);
+    const auto same = [&](const Kind& k) { return k.type == type && k.find(t.unsafeGetTensorImpl(), at); };
+    const auto found = std::find_if(kinds.begin(), kinds.end(), same) - kinds.begin();
+    if (found == static_cast<int64_t>(kinds.size())) kinds.emplace_back(type, t);
+    return found;
   }
 };
 
@@ -123,32 +129,30 @@ struct Check {
   Table& table;
   const std::vector<PyObject*>& objects;
   int64_t* addresses;
-  std::vector<const at::TensorBase*> tensors = std::vector<const at::TensorBase*>(objects.size());
 
   // The tensor of a turn, or null if its object is of another type; torch's undefined tensor where there is none.
   const at::TensorBase* tensor(int64_t turn) const {
     const int64_t i = table.order[turn];
     if (turn >= table.alone) return &gradient(table.now[table.known[i].owner]);
-    return table.type_of(objects[i]) == table.known[i].type ? &table.in(objects[i]) : nullptr;
+    return table.type_of(objects[i]) == table.kinds[table.known[i].kind].type ? &table.in(objects[i]) : nullptr;
   }
 
-  bool fits(int64_t turn) {
+  bool fits(int64_t turn, const at::TensorBase* t) {
     const int64_t i = table.order[turn];
-    const at::TensorBase* t = tensors[turn];
     void* at;
-    if (t == nullptr || !table.known[i].kind->find(t->unsafeGetTensorImpl(), at)) return false;
+    if (t == nullptr || !table.kinds[table.known[i].kind].find(t->unsafeGetTensorImpl(), at)) return false;
     addresses[i] = reinterpret_cast<int64_t>(at);
     table.now[i] = t->unsafeGetTensorImpl();
     return true;
   }
 
-  void ask(int64_t turn) const {
-    const auto* impl = reinterpret_cast<const char*>(tensors[turn]->unsafeGetTensorImpl());
+  void ask(const at::TensorBase* t) const {
+    const auto* impl = reinterpret_cast<const char*>(t->unsafeGetTensorImpl());
     for (size_t at = 0; at < sizeof(c10::TensorImpl); at += 64) __builtin_prefetch(impl + at);
   }
 
-  void ask_behind(int64_t turn) const {
-    const c10::TensorImpl* impl = tensors[turn]->unsafeGetTensorImpl();
+  void ask_behind(const at::TensorBase* t) const {
+    const c10::TensorImpl* impl = t->unsafeGetTensorImpl();
     __builtin_prefetch(impl->unsafe_storage().unsafeGetStorageImpl());
     const void* meta = impl->autograd_meta();  // which has the gradient
     if (meta != nullptr) __builtin_prefetch(meta);  // null is in no page table, which is looked for in vain each time
@@ -157,12 +161,16 @@ struct Check {
 
   bool operator()(int64_t first, int64_t last) {
     const auto among = [&](int64_t turn) { return turn >= first && turn < last; };
+    constexpr int64_t UNDER_WAY = 32;  // a power of 2; an array for all turns would be one more to wait for
+    static_assert(UNDER_WAY > 2 * AHEAD);
+    const at::TensorBase* tensors[UNDER_WAY];
+    const auto of = [&](int64_t turn) -> const at::TensorBase*& { return tensors[turn & (UNDER_WAY - 1)]; };
     for (int64_t turn = first - 3 * AHEAD; turn < last; turn++) {
       const int64_t next = turn + AHEAD, third = next + AHEAD, fourth = third + AHEAD;
       if (fourth < std::min(last, table.alone)) __builtin_prefetch(objects[table.order[fourth]]);
-      if (among(third) && (tensors[third] = tensor(third)) != nullptr) ask(third);
-      if (among(next) && tensors[next] != nullptr && tensors[next]->defined()) ask_behind(next);
-      if (among(turn) && !fits(turn)) return false;
+      if (among(third) && (of(third) = tensor(third)) != nullptr) ask(of(third));
+      if (among(next) && of(next) != nullptr && of(next)->defined()) ask_behind(of(next));
+      if (among(turn) && !fits(turn, of(turn))) return false;
     }
     return true;
   }
@@ -231,11 +239,12 @@ void* inputs_make(at::TensorBase* const* tensors, PyObject* const* objects, cons
     for (int64_t i = 0; good && i < n; i++) {
       const at::TensorBase& t = *tensors[i];
       void* at;
-      table->known.push_back({table->kind_of(t), type_of(objects[i]), owners[i]});
+      table->known.push_back({table->kind_of(type_of(objects[i]), t), static_cast<int32_t>(owners[i])});
+      const Kind& kind = table->kinds[table->known[i].kind];
       table->objects.push_back(objects[i]);
       if (owners[i] < 0) table->order.push_back(i);
-      good = table->in(objects[i]).is_same(t) && table->type_of(objects[i]) == table->known[i].type &&
-          t.is_contiguous() && table->known[i].kind->find(t.unsafeGetTensorImpl(), at) && at == t.mutable_data_ptr() &&
+      good = table->in(objects[i]).is_same(t) && table->type_of(objects[i]) == kind.type && t.is_contiguous() &&
+          kind.find(t.unsafeGetTensorImpl(), at) && at == t.mutable_data_ptr() &&
           (owners[i] < 0 || gradient(tensors[owners[i]]->unsafeGetTensorImpl()).is_same(t));
     }
     table->gradients = table->order.size();
@@ -287,7 +296,7 @@ int inputs_same(void* table_, PyObject* given, int64_t* addresses, int64_t threa
     const auto part = [&](int64_t first, int64_t last) { return check(first, last); };
     if (!share(0, table.alone, threads, part) || !share(table.alone, n, threads, part)) return false;
     // On this thread: one more owner of a tensor may be one more owner of its Python object.
-    for (int64_t turn = table.alone; turn < n; turn++) table.held.push_back(*check.tensors[turn]);
+    for (int64_t turn = table.alone; turn < n; turn++) table.held.push_back(held(table.now[table.order[turn]]));
     for (int64_t i = 0; given != nullptr && i < n; i++) {
       if (table.known[i].owner < 0 && listed[i] != table.objects[i]) return 1;
     }
