@@ -62,8 +62,8 @@ def put_in_order(entries: Sequence[dict[str, Any]]) -> None:
 
     Each has memory of its own, which its owner may resize or release.
     """
-    if _tensor_owners is None or _memory_owners is None:
-        return
+    if _tensor_owners is None or _memory_owners is None or torch.is_inference_mode_enabled():
+        return  # in that mode copies would be tensors that nothing outside of it may write
     names = dict.fromkeys(name for entry in entries for name in entry)
     alone = _owners({"": torch.empty(0, device="cpu")}, "")
     small = [(entry, name) for name in names for entry in entries if _is_small(entry.get(name))]

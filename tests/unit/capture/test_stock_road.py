@@ -581,3 +581,17 @@ def test_states_are_put_in_order_once(name: str) -> None:
         twins.train(1)
         assert not known & {id(v) for entry in twins.opt.state.values() for v in entry.values()}
     rule_report(len(twins.params))
+
+
+@pytest.mark.parametrize("name", ["Adagrad", "Adam"])
+def test_a_first_step_in_inference_mode_leaves_states_that_later_steps_can_write(name: str) -> None:
+    """Those that it has not made: of the constructor, or of a checkpoint."""
+    twins = Twins(name)
+    if name == "Adam":
+        twins.train(1)
+        reload(twins)
+    with torch.inference_mode():
+        twins.train(1)
+    twins.train(2)
+    twins.check()
+    rule_report(len(twins.params))
