@@ -39,9 +39,9 @@ from npu_fuse_pass.tensors.sharded import local, sharding
 class InputCheck(Protocol):
     """A native check of parameters and gradients that it has seen before; see `lowerings.cpu.Program`."""
 
-    def same(self) -> bool: ...
+    def same(self, watched: object = None) -> bool: ...
     def release(self) -> None: ...
-    def watch(self, dicts: Sequence[dict[Any, Any]]) -> None: ...
+    def watched(self, dicts: Sequence[dict[Any, Any]]) -> object: ...
 
 
 class Prepared(abc.ABC):
@@ -94,9 +94,13 @@ class Prepared(abc.ABC):
         if self.input_check is not None:
             self.input_check.release()
 
-    def _look_natively(self) -> None:
-        """Find out if all tensors are as they were; gradients are then read when they are asked for."""
-        self.unchanged = self.input_check is not None and self.input_check.same()
+    def _look_natively(self, watched: object = None) -> None:
+        """Find out if all tensors are as they were; gradients are then read when they are asked for.
+
+        Args:
+            watched: dicts that have to be as they were, too.
+        """
+        self.unchanged = self.input_check is not None and self.input_check.same(watched)
         for batch in self.batches if self.unchanged else ():
             batch.forget_gradients()
 

@@ -29,21 +29,23 @@ class Entries:
         self._keys: list[Tensor] = []
         self._entries: list[dict[str, Any]] = []
         self._values: list[Any] = []
-        self._watching: InputCheck | None = None
+        self._watched: object = None
 
-    def watched_by(self, check: InputCheck | None, state: States) -> bool:
-        """True if this check tells what `same` tells."""
-        return check is not None and check is self._watching and state is self._state
+    def watched(self, state: States) -> object:
+        """What native checks compare in the place of `same`; None: nothing, or this is another dict.
 
-    def let_watch(self, check: InputCheck) -> None:
-        """Have a check watch what was learned."""
-        if check is not self._watching:
-            check.watch([self._state, *self._entries])
-            self._watching = check
+        Kept here, not by the checks: those outlive what was learned, and it holds all states.
+        """
+        return self._watched if state is self._state else None
+
+    def watch(self, check: InputCheck) -> None:
+        """Have native checks compare what was learned."""
+        if self._watched is None:
+            self._watched = check.watched([self._state, *self._entries])
 
     def learn(self, state: States) -> None:
         """Remember these entries."""
-        self._watching = None
+        self._watched = None
         self._state, self._keys, self._entries = state, list(state), list(state.values())
         self._values = _values(self._entries)
 

@@ -112,12 +112,13 @@ class StockPrelude(Prepared):
         for group, (rule, params) in zip(groups, self._groups, strict=True):
             if self._class.rule_of(group) is not rule or not same_objects(group["params"], params):
                 return False
-        self._look_natively()
         state = self._opt.state
-        if not (self.unchanged and self._entries.watched_by(self.input_check, state)) and not self._entries.same(state):
+        watched = self._entries.watched(state)
+        self._look_natively(watched)
+        if not (self.unchanged and watched is not None) and not self._entries.same(state):
             return False
         if self.input_check is not None:
-            self._entries.let_watch(self.input_check)
+            self._entries.watch(self.input_check)
         return all((self.unchanged or _read(b)) and fill_hyper(b, groups[b.group]) for b in self.batches)
 
     @torch.no_grad()

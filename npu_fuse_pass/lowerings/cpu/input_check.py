@@ -142,9 +142,6 @@ class KernelInputs:
 
     Args:
         written: for each tensor, 1 if the kernel writes it, else 0.
-
-    Attributes:
-        dicts: what the tensors of a step are looked up in, where they are not collected anew.
     """
 
     def __init__(self, written: array.array[int]) -> None:
@@ -152,7 +149,6 @@ class KernelInputs:
         self._native: NativeInputs | None = None
         self._left = _MADE_AT_MOST if len(written) >= WORTH else 0
         self._found = False
-        self.dicts: NativeDicts | None = None
         if self._left:
             _start()
 
@@ -166,9 +162,8 @@ class KernelInputs:
         """Why there is no table although there should be one."""
         return _library.get("missing") if self._left else None
 
-    def same(self, given: list[Tensor] | None = None) -> array.array[int] | None:
+    def same(self, given: list[Tensor] | None = None, dicts: NativeDicts | None = None) -> array.array[int] | None:
         """The addresses of the tensors if they match the table, else None; see `NativeInputs.same`."""
-        dicts = self.dicts if given is None else None
         self._found = self._native is not None and self._native.same(given, dicts)
         return self._native.addresses if self._native is not None and self._found else None
 

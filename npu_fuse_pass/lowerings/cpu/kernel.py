@@ -15,7 +15,7 @@ from npu_fuse_pass.ir.expr import postorder
 from npu_fuse_pass.ir.types import Group, Leaf, LeafValues
 from npu_fuse_pass.lowerings.cpu import build as cpu_build
 from npu_fuse_pass.lowerings.cpu.codegen import generate
-from npu_fuse_pass.lowerings.cpu.input_check import KernelInputs
+from npu_fuse_pass.lowerings.cpu.input_check import KernelInputs, NativeDicts
 from npu_fuse_pass.lowerings.cpu.over import sizes_of, tasks_of
 from npu_fuse_pass.lowerings.cpu.tables import Args, Column, Moving, Tables
 from npu_fuse_pass.profiling import named
@@ -164,10 +164,10 @@ class Kernel:
         """True if `same` finds all that changes between steps: these objects and their gradients."""
         return self._bound and self._all_active and not self._one_by_one and self.inputs.holds(ids)
 
-    def same(self) -> bool:
+    def same(self, watched: NativeDicts | None = None) -> bool:
         """Bind the tensors of the last call and their present gradients, if they are as they were; see `checks`."""
         ready = self._bound and self._all_active  # not if the last call, which may have been refused, left members out
-        addresses = self.inputs.same() if ready else None
+        addresses = self.inputs.same(dicts=watched) if ready else None
         if addresses is not None:
             self._enter(addresses)
         return addresses is not None

@@ -119,16 +119,20 @@ class Program:
         alone = self.spread is None and not self._outputs and not self._snapshots
         return alone and all(kernel.checks(params) for kernel in self.kernels)
 
-    def same(self) -> bool:
+    def same(self, watched: NativeDicts | None = None) -> bool:
         """True if the parameters of the last call and their present gradients are as they were.
 
         The caller has checked that they are still the optimizer's parameters, and calls `again` or `release` next.
-        """
-        return all(kernel.same() for kernel in self.kernels)
 
-    def watch(self, dicts: Sequence[dict[Any, Any]]) -> None:
-        """From now on `same` is true only if these dicts hold the objects that they hold now."""
-        self.kernels[0].inputs.dicts = NativeDicts(dicts)
+        Args:
+            watched: dicts that have to hold what they held, too.
+        """
+        first, *others = self.kernels
+        return first.same(watched) and all(kernel.same() for kernel in others)
+
+    def watched(self, dicts: Sequence[dict[Any, Any]]) -> NativeDicts:
+        """What `same` compares dicts with that hold what they have to hold."""
+        return NativeDicts(dicts)
 
     def again(self) -> None:
         """Run the step on what `same` has found.

@@ -345,6 +345,42 @@ def test_gradients_of_a_refused_look_are_released() -> None:
     assert_fused(last_report(), parameters=len(params))
 
 
+def reloaded(opt: Any) -> None:
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+
+
+def grown(opt: Any) -> None:
+    """As pruning and splitting do: other parameters take the place of these."""
+    group = opt.param_groups[0]
+    new = [torch.nn.Parameter(torch.cat([p.detach().flatten()] * 2)) for p in group["params"]]
+    opt.state.clear()
+    group["params"] = new
+
+
+def with_amsgrad(opt: Any) -> None:
+    opt.state.clear()
+    opt.param_groups[0]["amsgrad"] = True
+
+
+@pytest.mark.parametrize("change", [reloaded, grown, with_amsgrad])
+@pytest.mark.parametrize("another_group", [False, True])
+def test_states_that_were_replaced_are_released(change: Callable[[Any], None], another_group: bool) -> None:
+    """At the next step; no plan of before keeps the dicts that were watched, nor what they held."""
+    params = parameters(SHAPES)
+    opt = torch.optim.Adam(params, lr=0.1)
+    npu_fuse_pass.compile_optimizer_(opt)
+    train(params, opt.step, seeds=range(4))
+    if another_group:
+        opt.add_param_group({"params": (params := parameters(SHAPES))})
+        train(params, opt.step, seeds=range(4))
+    states = [weakref.ref(t) for entry in opt.state.values() for t in entry.values()]
+    change(opt)
+    params = [p for group in opt.param_groups for p in group["params"]]
+    train(params, opt.step, seeds=range(1))
+    gc.collect()
+    assert [s() for s in states] == [None] * len(states)
+
+
 def test_parameters_that_come_to_overlap_are_refused() -> None:
     params = parameters(SHAPES)
     opt = optimizers.NpuFusedAdam(params)
