@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import random
 import re
 import statistics
 import time
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -87,7 +89,8 @@ class Twin:
         if i + 1 in self.lr_at:
             for group in self.groups():
                 group["lr"] = group["lr"].mul_(0.5) if isinstance(group["lr"], Tensor) else group["lr"] * 0.5
-        torch.manual_seed(100 + i)
+        for seed in (torch.manual_seed, random.seed, numpy.random.seed):
+            seed(100 + i)
         arguments = [self._closure(i)] if "closure" in self.way else []
         if not arguments:
             self._set_gradients(i)
