@@ -85,11 +85,14 @@ def _is_small(value: object) -> bool:
 
 
 def _owners(entry: dict[str, Any], name: str) -> object:
-    """How often a state is held: as an object, weakly, as a tensor, as memory."""
+    """How often a state is held: as an object, weakly, as a tensor, as memory; and whether that is torch's own memory.
+
+    That of a NumPy array or a buffer has owners that torch does not count. What torch.load reads looks the same.
+    """
     value = entry[name]
     memory = value.untyped_storage()
     objects = sys.getrefcount(value), weakref.getweakrefcount(value), sys.getrefcount(memory)
-    return *objects, _tensor_owners(value), _memory_owners(memory._cdata)
+    return *objects, _tensor_owners(value), _memory_owners(memory._cdata), memory.resizable()
 
 
 _tensor_owners = find("torch.Tensor._use_count")

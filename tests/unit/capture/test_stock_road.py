@@ -541,12 +541,27 @@ def inferred() -> Tensor:
         return torch.ones(3)
 
 
+def of_memory(entry: dict[str, Any], memory: Any, tensor: Tensor) -> Any:
+    entry["a"] = tensor
+    return memory
+
+
+def of_array(entry: dict[str, Any]) -> Any:
+    return of_memory(entry, array := entry["a"].numpy().copy(), torch.from_numpy(array))
+
+
+def of_buffer(entry: dict[str, Any]) -> Any:
+    return of_memory(entry, buffer := bytearray(12), torch.frombuffer(buffer, dtype=torch.float32))
+
+
 HELD: dict[str, Callable[[dict[str, Any]], object]] = {
     "the tensor": lambda entry: entry["a"],
     "the tensor, weakly": lambda entry: weakref.ref(entry["a"]),
     "a view": lambda entry: entry["a"][1:],
     "its memory": lambda entry: entry["a"].untyped_storage(),
     "an array": lambda entry: entry["a"].numpy(),
+    "an array that it was made of": of_array,
+    "a buffer that it was made of": of_buffer,
     "a graph": lambda entry: (torch.ones(3, requires_grad=True) * entry["a"]).sum(),
     "another process": lambda entry: bool(entry["a"].share_memory_().numel()),
     "an attribute": lambda entry: setattr(entry["a"], "note", "mine"),
