@@ -295,8 +295,8 @@ MUTATIONS = [
     Mutation(
         "a dict that holds something else looks the same",
         "C++",
-        "versions != nullptr && word(i, VERSION) == versions[i]",
-        "versions != nullptr",
+        "own && word(i, VERSION) == versions[i]",
+        "own",
         _check("a_dict_that_holds_something_else_is_another[0-True]"),
     ),
     Mutation(

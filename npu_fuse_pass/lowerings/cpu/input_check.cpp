@@ -186,12 +186,13 @@ struct Dicts {
 
   // Whether they hold the same objects in the same order.
   bool same() const {
-    constexpr int64_t AHEAD = 8, VERSION = 3, KEYS = 4;  // words of a dict; where its keys are is nothing but a hint
+    constexpr int64_t AHEAD = 8, VERSION = 3, KEYS = 4, VALUES = 5;  // words of a dict; that of the keys is but a hint
     const auto word = [&](int64_t i, int64_t at) { return reinterpret_cast<const uint64_t*>(dicts[i])[at]; };
     PyObject* const* item = items;
     for (int64_t i = 0; i < n; item += 2 * sizes[i++]) {
       if (i + 2 * AHEAD < n) __builtin_prefetch(dicts[i + 2 * AHEAD]);
-      if (versions != nullptr && word(i, VERSION) == versions[i]) continue;
+      const bool own = versions != nullptr && word(i, VALUES) == 0;  // else an object's, whose attributes are its values
+      if (own && word(i, VERSION) == versions[i]) continue;
       if (versions == nullptr && i + AHEAD < n) {
         const char* keys = reinterpret_cast<const char*>(word(i + AHEAD, KEYS));
         for (size_t at = 0; at < 192; at += 64) __builtin_prefetch(keys + at);

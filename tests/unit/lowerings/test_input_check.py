@@ -326,6 +326,19 @@ def test_a_dict_that_holds_something_else_is_another(
         assert tensors.same(None, watched)
 
 
+def test_attributes_of_an_object_are_items_of_its_dict() -> None:
+    class Entry:
+        def __init__(self) -> None:
+            self.a, self.b = object(), object()
+
+    entry, x = Entry(), torch.ones(4)
+    tensors = input_check.NativeInputs([x], input_check._library["native"])
+    watched = input_check.NativeDicts([vars(entry)])
+    assert tensors.same(None, watched) and tensors.same(None, watched)
+    entry.b = object()
+    assert not tensors.same(None, watched)
+
+
 def test_versions_of_dicts_are_where_this_python_has_them() -> None:
     assert input_check._have_versions() == (sys.version_info < (3, 14))
 
