@@ -138,8 +138,8 @@ _compile = torch.compile
 def rule_core(tracked: TrackedBackend, step: str) -> Callable[[Tensor], None]:
     """A compiled core for one optimizer.
 
-    Dynamo would find in it what is known, one operation, and take a tenth of a step of 1000 small tensors to find that
-    nothing has changed. A function that replaces torch.compile sees it instead.
+    Dynamo would find in it what is known, one operation, and look at every step whether its guards hold, none of which
+    tells what the step's own checks do not. A function that replaces torch.compile sees it instead.
 
     Args:
         tracked: the backend.

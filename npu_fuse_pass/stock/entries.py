@@ -68,17 +68,17 @@ def put_in_order(entries: Sequence[dict[str, Any]]) -> None:
         return  # in that mode copies would be tensors that nothing outside of it may write
     names = dict.fromkeys(name for entry in entries for name in entry)
     alone = _owners({"": torch.empty(0, device="cpu")}, "")
-    small = [(entry, name) for name in names for entry in entries if _is_small(entry.get(name))]
-    small = [(entry, name) for entry, name in small if _owners(entry, name) == alone]
+    pairs = [(entry, name) for name in names for entry in entries if _can_be_copied(entry.get(name))]
     # the tensors themselves, then what they hold: a step reads both; nothing goes into a gap that an old one has left
-    new = [(entry, name, entry[name].new_empty(0)) for entry, name in small]
+    new = [(entry, name, entry[name].new_empty(0)) for entry, name in pairs if _owners(entry, name) == alone]
     for entry, name, value in new:
         value.resize_(entry[name].shape).copy_(entry[name])
     for entry, name, value in new:
         entry[name] = value
 
 
-def _is_small(value: object) -> bool:
+def _can_be_copied(value: object) -> bool:
+    """True for a small tensor of which a copy has all that it has."""
     if type(value) is not Tensor or value.device.type != "cpu" or value.requires_grad or value.is_inference():
         return False
     return value.is_contiguous() and 0 < value.nbytes <= _SMALL and not value.is_shared() and not vars(value)

@@ -274,7 +274,7 @@ MUTATIONS = [
     Mutation(
         "a transposed parameter looks the same",
         "C++",
-        "!equal(t->strides(), strides)",
+        "!t->strides().equals(strides)",
         "false",
         _check("what_changes_between_steps_is_noticed[laid_out_otherwise]"),
     ),

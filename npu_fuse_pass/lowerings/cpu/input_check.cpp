@@ -49,8 +49,8 @@ struct Kind {
   // Where the elements of a tensor of this kind are, and null is where those of an empty one are; false for others.
   // Elements are contiguous here; a storage may have been given back (resize_(0)) under a tensor that stays.
   bool find(const c10::TensorImpl* t, void*& at) const {
-    if (t->key_set() != keys || t->dtype() != dtype || t->device() != device || !equal(t->sizes(), sizes) ||
-        !equal(t->strides(), strides)) {
+    if (t->key_set() != keys || t->dtype() != dtype || t->device() != device || !t->sizes().equals(sizes) ||
+        !t->strides().equals(strides)) {
       return false;
     }
     c10::StorageImpl* storage = t->unsafe_storage().unsafeGetStorageImpl();  // has_storage() of this kind, uncalled
@@ -58,14 +58,6 @@ struct Kind {
     if (storage == nullptr || storage->nbytes() < before + bytes) return false;
     char* memory = static_cast<char*>(storage->mutable_data());
     at = bytes == 0 ? nullptr : memory + before;
-    return true;
-  }
-
-  static bool equal(c10::IntArrayRef a, const std::vector<int64_t>& b) {
-    if (a.size() != b.size()) return false;
-    for (size_t i = 0; i < b.size(); i++) {
-      if (a[i] != b[i]) return false;
-    }
     return true;
   }
 };
